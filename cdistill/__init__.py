@@ -1,0 +1,28 @@
+"""CompoDistill for multimodal language models: fused attention-alignment ops, models, stages and evaluation.
+
+Importing this package is cheap: torch, triton, deepspeed and transformers are imported by the submodules that use them.
+"""
+
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+
+def _mount_kernels() -> None:
+    """In a source checkout ``kernels/`` lies beside this package; make it importable as ``cdistill.kernels``.
+
+    The folder has no ``__init__.py`` on purpose: a package called ``kernels`` exists on PyPI and transformers imports it.
+    """
+    name = f"{__name__}.kernels"
+    folder = Path(__file__).parent.parent / "kernels"
+    if name in sys.modules or not (folder / "attention_slice.py").is_file():
+        return
+    spec = ModuleSpec(name, None, is_package=True)
+    spec.submodule_search_locations = [str(folder)]
+    sys.modules[name] = module_from_spec(spec)
+
+
+_mount_kernels()

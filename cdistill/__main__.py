@@ -1,0 +1,7 @@
+"""``python -m cdistill``."""
+
+import sys
+
+from cdistill.cli import main
+
+sys.exit(main())

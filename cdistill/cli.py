@@ -1,0 +1,65 @@
+"""The ``cdistill`` command: one function per subcommand, in one table; heavy imports happen inside the functions."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cdistill import __version__
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its help line, what it takes, and what it does (returns the exit code)."""
+
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="name of a shipped recipe (see `cdistill recipes`) or path of a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key, as in stage.dft.samples=640")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the recipe's output folder")
+
+
+def _train(options: argparse.Namespace) -> int:
+    from cdistill.train import load_recipe, run
+
+    run(load_recipe(options.recipe, options.overrides), resume=options.resume)
+    return 0
+
+
+def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    from cdistill.train.config import shipped_recipes
+
+    recipes = shipped_recipes()
+    width = max(map(len, recipes), default=0)
+    for name, comment in recipes.items():
+        print(f"{name:{width}}  {comment}")
+    return 0
+
+
+COMMANDS = {
+    "train": Command("train a recipe's stages", _train_arguments, _train),
+    "recipes": Command("list the shipped recipes", _recipes_arguments, _recipes),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 2 for a user's mistake, told in one line."""
+    parser = argparse.ArgumentParser(prog="cdistill", description="Distil multimodal language models by attention.")
+    parser.add_argument("--version", action="version", version=f"cdistill {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.arguments(subparsers.add_parser(name, help=command.help, description=command.help))
+    options = parser.parse_intermixed_args(arguments) if False else parser.parse_args(arguments)
+    try:
+        return COMMANDS[options.command].run(options)
+    except ValueError as error:
+        print(f"cdistill: error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,153 @@
+"""The built-in task: seeded datasets of scenes with captions and questions, their tokenizer, and the collator.
+
+Nothing is read from disk and nothing is stored: sample ``i`` of a dataset is a function of its seed and ``i``.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from cdistill.data import questions, scenes
+
+IGNORE_INDEX = -100
+IMAGE_TOKEN, PAD, EOS, USER, ASSISTANT = "<image>", "<pad>", "</s>", "USER:", "ASSISTANT:"
+NUM_VISUAL_TOKENS = scenes.GRID * scenes.GRID
+SUBTYPES = (*questions.DIRECT, *questions.COMPOSITIONAL)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """The task's word-level tokenizer; its vocabulary is a fixed function of the task's words."""
+    vocabulary = [PAD, EOS, IMAGE_TOKEN, USER, ASSISTANT, "<unk>"]
+    vocabulary += sorted(set(scenes.words()) | set(questions.WORDS))
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": IMAGE_TOKEN},
+        padding_side="right",
+    )
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a training sample is made of.
+
+    Attributes:
+        modality: ``image`` shows the scene as pixels, ``text`` writes it out before the first question.
+        caption: share of samples that are a caption of the scene instead of a conversation.
+        turns: questions per conversation.
+        subtypes: kinds of questions, drawn uniformly.
+    """
+
+    modality: str = "image"
+    caption: float = 0.0
+    turns: int = 6
+    subtypes: tuple[str, ...] = SUBTYPES
+
+    def __post_init__(self) -> None:
+        if self.modality not in ("image", "text"):
+            raise ValueError(f"modality must be image or text, got {self.modality!r}")
+        if not 0.0 <= self.caption <= 1.0:
+            raise ValueError(f"caption must lie between 0 and 1, got {self.caption}")
+        if self.turns < 1:
+            raise ValueError(f"turns must be at least 1, got {self.turns}")
+        unknown = set(self.subtypes) - set(SUBTYPES)
+        if unknown or not self.subtypes:
+            raise ValueError(f"subtypes must be some of {', '.join(SUBTYPES)}, got {', '.join(sorted(unknown)) or 'none'}")
+
+
+class BuiltinDataset(Dataset):
+    """``size`` conversations or captions about scenes of the training split (or the held-out one).
+
+    Each item is a dict of ``input_ids`` and ``labels`` (T,) int64 tensors, labels not shifted and -100 outside the answers, and
+    ``pixel_values`` (3, IMAGE_SIZE, IMAGE_SIZE) fp32 for image samples.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        *,
+        size: int,
+        seed: int,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+        held_out: bool = False,
+    ) -> None:
+        self.mixture, self.size, self.seed, self.held_out = mixture, size, seed, held_out
+        self.tokenizer = tokenizer or build_tokenizer()
+        self._vocabulary = self.tokenizer.get_vocab()
+
+    def __len__(self) -> int:
+        return self.size
+
+    def _encode(self, text: str) -> list[int]:
+        return [self._vocabulary[word] for word in text.split()]
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        rng = random.Random(f"{self.seed}/{index}/{self.held_out}")
+        scene, turns = self._scene_and_turns(rng)
+        text_only = self.mixture.modality == "text"
+        prefix = scenes.describe(scene) if text_only else " ".join([IMAGE_TOKEN] * NUM_VISUAL_TOKENS)
+        item = self._conversation(prefix, turns)
+        if not text_only:
+            pixels = scenes.render(scene, np.random.default_rng(rng.getrandbits(64)))
+            item["pixel_values"] = torch.from_numpy(pixels)
+        return item
+
+    def _scene_and_turns(self, rng: random.Random) -> tuple[scenes.Scene, list[tuple[str, str]]]:
+        """A scene and what is said about it; scenes that allow none of the wanted questions are passed over."""
+        captioned = rng.random() < self.mixture.caption
+        while True:
+            scene = scenes.sample_scene(rng, held_out=self.held_out)
+            if captioned:
+                return scene, [("describe the scene", scenes.caption(scene, rng))]
+            asked = [questions.ask_any(scene, self.mixture.subtypes, rng) for _ in range(self.mixture.turns)]
+            if None not in asked:
+                return scene, [(q.text, q.answer) for q in asked if q is not None]
+
+    def _conversation(self, prefix: str, turns: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
+        """The vicuna_v1 layout: ``USER: prefix question ASSISTANT: answer </s> USER: question ...``, labels on the answers."""
+        ids: list[int] = []
+        labels: list[int] = []
+        for i, (question, answer) in enumerate(turns):
+            prompt = self._encode(f"{USER} {prefix if i == 0 else ''} {question} {ASSISTANT}")
+            reply = self._encode(f"{answer} {EOS}")
+            ids += prompt + reply
+            labels += [IGNORE_INDEX] * len(prompt) + reply
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+
+
+class Collator:
+    """Pads a list of items on the right to the longest and stacks the images: what a model's forward takes.
+
+    Adds ``attention_mask`` (B, T) int64. ``pixel_values`` is (I, 3, H, W) over the samples that have an image, absent if none has.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        length = max(len(item["input_ids"]) for item in items)
+        input_ids = torch.full((len(items), length), self.pad_token_id)
+        labels = torch.full((len(items), length), IGNORE_INDEX)
+        attention_mask = torch.zeros((len(items), length), dtype=torch.long)
+        for i, item in enumerate(items):
+            n = len(item["input_ids"])
+            input_ids[i, :n], labels[i, :n], attention_mask[i, :n] = item["input_ids"], item["labels"], 1
+        batch: dict[str, Any] = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+        images = [item["pixel_values"] for item in items if "pixel_values" in item]
+        if images:
+            batch["pixel_values"] = torch.stack(images)
+        return batch

@@ -1,0 +1,182 @@
+"""Questions about a scene: recognition, direct relations and SugarCrepe's seven kinds of caption choice.
+
+Every compositional question offers two captions of equal length and form, so that nothing but the scene tells them apart.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cdistill.data.scenes import COLOURS, GRID, OPPOSITE, RELATIONS, SHAPES, Scene, Thing
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its one right answer; ``choices`` are the answers a scorer compares."""
+
+    family: str
+    subtype: str
+    text: str
+    answer: str
+    choices: tuple[str, ...]
+
+
+def _absent(scene: Scene, rng: random.Random, *, colour: str | None = None, shape: str | None = None) -> str:
+    """Name of a colour-shape pair that the scene does not contain, with the given part fixed."""
+    present = {t.name for t in scene}
+    pairs = [f"{c} {s}" for c in COLOURS for s in SHAPES if colour in (None, c) and shape in (None, s)]
+    return rng.choice([p for p in pairs if p not in present])
+
+
+def _related(scene: Scene, rng: random.Random) -> tuple[Thing, str, Thing]:
+    """Two objects and a relation that holds between them."""
+    a, b = rng.sample(scene, 2)
+    return a, rng.choice([r for r in RELATIONS if a.relates(r, b)]), b
+
+
+def _colour(scene: Scene, rng: random.Random) -> Question | None:
+    shapes = [t.shape for t in scene]
+    unique = [t for t in scene if shapes.count(t.shape) == 1]
+    if not unique:
+        return None
+    thing = rng.choice(unique)
+    return Question("recognition", "colour", f"what colour is the {thing.shape} ?", thing.colour, COLOURS)
+
+
+def _existence(scene: Scene, rng: random.Random) -> Question:
+    present = rng.random() < 0.5
+    thing = rng.choice(scene)
+    if present:
+        name = thing.name
+    else:
+        name = _absent(scene, rng, colour=thing.colour) if rng.random() < 0.5 else _absent(scene, rng, shape=thing.shape)
+    return Question("recognition", "existence", f"is there a {name} ?", "yes" if present else "no", ("yes", "no"))
+
+
+def _count(scene: Scene, rng: random.Random) -> Question:
+    kind = rng.choice(COLOURS + SHAPES)
+    number = sum(kind in (t.colour, t.shape) for t in scene)
+    return Question("recognition", "count", f"how many {kind} ?", NUMBERS[number], NUMBERS)
+
+
+def _location(scene: Scene, rng: random.Random) -> Question:
+    thing = rng.choice(scene)
+    places = tuple(f"r{r + 1} c{c + 1}" for r in range(GRID) for c in range(GRID))
+    answer = f"r{thing.row + 1} c{thing.column + 1}"
+    return Question("direct", "location", f"where is the {thing.name} ?", answer, places)
+
+
+def _relation(scene: Scene, rng: random.Random) -> Question:
+    a, relation, b = _related(scene, rng)
+    choices = ("left", "right") if relation.endswith("of") else ("above", "below")
+    of = " of" if relation.endswith("of") else ""
+    text = f"is the {a.name} {choices[0]} or {choices[1]}{of} the {b.name} ?"
+    return Question("direct", "relation", text, relation.split()[0], choices)
+
+
+def _replace_obj(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    a, relation, b = _related(scene, rng)
+    wrong = _absent(scene, rng, colour=a.colour)
+    return f"{a.name} {relation} {b.name}", f"{wrong} {relation} {b.name}"
+
+
+def _replace_att(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    a, relation, b = _related(scene, rng)
+    wrong = _absent(scene, rng, shape=a.shape)
+    return f"{a.name} {relation} {b.name}", f"{wrong} {relation} {b.name}"
+
+
+def _replace_rel(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    a, relation, b = _related(scene, rng)
+    return f"{a.name} {relation} {b.name}", f"{a.name} {OPPOSITE[relation]} {b.name}"
+
+
+def _swap_obj(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    a, relation, b = _related(scene, rng)
+    return f"{a.name} {relation} {b.name}", f"{b.name} {relation} {a.name}"
+
+
+def _swap_att(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
+    present = {t.name for t in scene}
+    pairs = [
+        (a, b)
+        for a in scene
+        for b in scene
+        if a.colour != b.colour
+        and a.shape != b.shape
+        and not {f"{b.colour} {a.shape}", f"{a.colour} {b.shape}"} <= present
+    ]
+    if not pairs:
+        return None
+    a, b = rng.choice(pairs)
+    return f"{a.name} and {b.name}", f"{b.colour} {a.shape} and {a.colour} {b.shape}"
+
+
+def _add_obj(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    a, b = rng.sample(scene, 2)
+    return f"{a.name} and {b.name}", f"{a.name} and {_absent(scene, rng)}"
+
+
+def _add_att(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    a, b = rng.sample(scene, 2)
+    right, wrong = [a.name, b.shape], [a.shape, _absent(scene, rng, shape=b.shape)]
+    if rng.random() < 0.5:  # else the place of the adjective would give the answer away
+        right.reverse(), wrong.reverse()
+    return " and ".join(right), " and ".join(wrong)
+
+
+_DIRECT: dict[str, Callable[[Scene, random.Random], Question | None]] = {
+    "colour": _colour,
+    "existence": _existence,
+    "count": _count,
+    "location": _location,
+    "relation": _relation,
+}
+_CAPTION_PAIRS: dict[str, Callable[[Scene, random.Random], tuple[str, str] | None]] = {
+    "replace_obj": _replace_obj,
+    "replace_att": _replace_att,
+    "replace_rel": _replace_rel,
+    "swap_obj": _swap_obj,
+    "swap_att": _swap_att,
+    "add_obj": _add_obj,
+    "add_att": _add_att,
+}
+RECOGNITION = ("colour", "existence", "count")
+DIRECT = tuple(_DIRECT)
+COMPOSITIONAL = tuple(_CAPTION_PAIRS)
+WORDS = (
+    *NUMBERS,
+    *("what", "colour", "is", "the", "?", "there", "a", "how", "many", "where", "or", "and", "yes", "no"),
+    *("which", "caption", "fits", "A", "B", "describe", "scene", "complete"),
+)
+
+
+def ask(scene: Scene, subtype: str, rng: random.Random) -> Question | None:
+    """A question of the given sub-type about the scene, or None where the scene does not allow one.
+
+    Raises:
+        ValueError: ``subtype`` is not one of `DIRECT` or `COMPOSITIONAL`.
+    """
+    if subtype in _DIRECT:
+        return _DIRECT[subtype](scene, rng)
+    if subtype not in _CAPTION_PAIRS:
+        raise ValueError(f"subtype must be one of {', '.join(DIRECT + COMPOSITIONAL)}, got {subtype!r}")
+    pair = _CAPTION_PAIRS[subtype](scene, rng)
+    if pair is None:
+        return None
+    right, wrong = pair
+    first, second, answer = (right, wrong, "A") if rng.random() < 0.5 else (wrong, right, "B")
+    return Question("compositional", subtype, f"which caption fits ? A {first} B {second}", answer, ("A", "B"))
+
+
+def ask_any(scene: Scene, subtypes: tuple[str, ...], rng: random.Random) -> Question | None:
+    """A question of a sub-type drawn uniformly from those that the scene allows, or None where it allows none of them."""
+    for subtype in rng.sample(subtypes, len(subtypes)):
+        question = ask(scene, subtype, rng)
+        if question is not None:
+            return question
+    return None

@@ -1,0 +1,297 @@
+"""The attention primitives in eager torch: one head and one block of rows at a time, in place, on any device.
+
+No (rows, T) block of scores exceeds BLOCK_BYTES, the (B,R,V) slice is the only buffer of its size in the slice
+primitives, and there is none per head unless the result has one.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 16 * 2**20
+KL_EPS = 1e-8
+
+
+def _row_blocks(batch: int, rows: int, keys: int) -> Iterator[slice]:
+    """Slices of the R axis for which a (B, rows, keys) block of fp32 scores stays under BLOCK_BYTES."""
+    step = max(1, BLOCK_BYTES // (4 * batch * keys))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _gather(x: Tensor, positions: Tensor) -> Tensor:
+    """Vectors of x (B,T,D) at positions (B,N) as fp32 (B,N,D); padding gives those of position 0."""
+    index = positions.clamp(min=0).long()
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2])).float()
+
+
+def _scatter_add(x: Tensor, positions: Tensor, values: Tensor) -> None:
+    """Add values (B,N,D) to x (B,T,D) at distinct positions (B,N); the values of padding must be zero."""
+    index = positions.clamp(min=0).long()
+    x.scatter_add_(1, index[:, :, None].expand_as(values), values)
+
+
+def _hidden(rows: Tensor, keys: Tensor, causal: bool, key_mask: Tensor | None) -> Tensor:
+    """Where a row (B,R) does not see a key position (B,N), by padding, causality or key mask: (B,R,N) bool."""
+    seen = keys >= 0
+    if key_mask is not None:
+        seen = seen & key_mask.gather(1, keys.clamp(min=0).long())
+    visible = (rows >= 0)[:, :, None] & seen[:, None]
+    if causal:
+        visible &= keys[:, None] <= rows[:, :, None]
+    return visible.logical_not_()
+
+
+def _all_keys(q: Tensor) -> Tensor:
+    return torch.arange(q.shape[2], dtype=torch.int32, device=q.device).expand(q.shape[0], -1)
+
+
+def row_lse(q: Tensor, k: Tensor, rows: Tensor, *, causal: bool, scale: float, key_mask: Tensor | None) -> Tensor:
+    """log sum exp(scale * q.k) over all visible keys, (B,Hq,R); +inf for padding and for rows that see no key."""
+    batch, q_heads, tokens, _ = q.shape
+    group = q_heads // k.shape[1]
+    keys = _all_keys(q)
+    lse = torch.empty((batch, q_heads, rows.shape[1]), dtype=torch.float32, device=q.device)
+    for block in _row_blocks(batch, rows.shape[1], tokens):
+        hidden = _hidden(rows[:, block], keys, causal, key_mask)
+        for h in range(q_heads):
+            scores = _gather(q[:, h], rows[:, block]).mul_(scale) @ k[:, h // group].float().mT
+            scores.masked_fill_(hidden, -torch.inf)
+            top = scores.amax(2, keepdim=True).nan_to_num_(neginf=0.0)
+            lse[:, h, block] = scores.sub_(top).exp_().sum(2).log_().add_(top[:, :, 0])
+    return lse.masked_fill_(lse == -torch.inf, torch.inf)
+
+
+def row_lse_backward(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    rows: Tensor,
+    dlse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    key_mask: Tensor | None,
+) -> None:
+    """Add the gradient of ``row_lse``: dS_ij = P_ij * dlse_i over all visible keys j."""
+    batch, q_heads, tokens, _ = q.shape
+    group = q_heads // k.shape[1]
+    keys = _all_keys(q)
+    for block in _row_blocks(batch, rows.shape[1], tokens):
+        hidden = _hidden(rows[:, block], keys, causal, key_mask)
+        for h in range(q_heads):
+            q_rows = _gather(q[:, h], rows[:, block]).mul_(scale)
+            k_all = k[:, h // group].float()
+            ds = (q_rows @ k_all.mT).sub_(lse[:, h, block, None]).exp_().mul_(dlse[:, h, block, None])
+            ds.masked_fill_(hidden, 0.0)
+            _scatter_add(dq[:, h], rows[:, block], (ds @ k_all).mul_(scale))
+            dk[:, h // group] += ds.mT @ q_rows
+
+
+def slice_forward(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    key_mask: Tensor | None,
+    each: bool,
+) -> Tensor:
+    """exp(scale * q.k - lse) at (rows, cols), zero where hidden: the head mean (B,R,V), or (B,Hq,R,V)."""
+    batch, q_heads, _, _ = q.shape
+    group = q_heads // k.shape[1]
+    shape = (batch, q_heads) if each else (batch,)
+    a = torch.zeros((*shape, rows.shape[1], cols.shape[1]), dtype=torch.float32, device=q.device)
+    for block in _row_blocks(batch, rows.shape[1], cols.shape[1]):
+        hidden = _hidden(rows[:, block], cols, causal, key_mask)
+        for h in range(q_heads):
+            if h % group == 0:
+                k_cols = _gather(k[:, h // group], cols)
+            p = _gather(q[:, h], rows[:, block]).mul_(scale) @ k_cols.mT
+            p.sub_(lse[:, h, block, None]).exp_()
+            # Filled, not multiplied: a hidden key may score far above the row's LSE, and exp overflows to inf.
+            p.masked_fill_(hidden, 0.0)
+            if each:
+                a[:, h, block] = p
+            else:
+                a[:, block] += p
+    return a if each else a.div_(q_heads)
+
+
+def slice_backward(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    grad: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    key_mask: Tensor | None,
+    each: bool,
+) -> Tensor:
+    """Add the gradient of ``slice_forward``, dS = P * G, to dq and dk; return dlse_i = -sum_j dS_ij, (B,Hq,R)."""
+    batch, q_heads, _, _ = q.shape
+    group = q_heads // k.shape[1]
+    dlse = torch.empty((batch, q_heads, rows.shape[1]), dtype=torch.float32, device=q.device)
+    for block in _row_blocks(batch, rows.shape[1], cols.shape[1]):
+        hidden = _hidden(rows[:, block], cols, causal, key_mask)
+        mean_grad = None if each else grad[:, block] / q_heads
+        for h in range(q_heads):
+            if h % group == 0:
+                k_cols = _gather(k[:, h // group], cols)
+                dk_cols = torch.zeros_like(k_cols)
+            q_rows = _gather(q[:, h], rows[:, block]).mul_(scale)
+            ds = (q_rows @ k_cols.mT).sub_(lse[:, h, block, None]).exp_()
+            ds.mul_(grad[:, h, block] if mean_grad is None else mean_grad).masked_fill_(hidden, 0.0)
+            dlse[:, h, block] = ds.sum(2).neg_()
+            _scatter_add(dq[:, h], rows[:, block], (ds @ k_cols).mul_(scale))
+            dk_cols.baddbmm_(ds.mT, q_rows)
+            if (h + 1) % group == 0:
+                _scatter_add(dk[:, h // group], cols, dk_cols)
+    return dlse
+
+
+# Every loss compares K vectors of length L per sample: x and y (N,K,L), K = R for "row", else 1. A distance returns the
+# (N,K) distances, its gradient function the (N,K,L) gradient in x. `length` (N,) is the number of valid entries.
+
+
+def _normalise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x / |x| and |x| (N,K,1), with |x| = inf for a zero vector so that dividing by it gives zero."""
+    norm = torch.linalg.vector_norm(x, dim=2, keepdim=True)
+    norm.masked_fill_(norm == 0, torch.inf)
+    return x / norm, norm
+
+
+def _cosine(x: Tensor, y: Tensor, length: Tensor) -> Tensor:
+    """1 - cos as half the squared distance of the normalised vectors, which keeps its digits as cos approaches 1."""
+    x_unit, x_norm = _normalise(x)
+    y_unit, y_norm = _normalise(y)
+    half = x_unit.sub_(y_unit).square_().sum(2).mul_(0.5)
+    return half.masked_fill_((x_norm + y_norm).isinf()[:, :, 0], 1.0)
+
+
+def _cosine_grad(x: Tensor, y: Tensor, length: Tensor) -> Tensor:
+    x_unit, x_norm = _normalise(x)
+    y_unit, y_norm = _normalise(y)
+    difference = torch.sub(x_unit, y_unit, out=y_unit)
+    half = torch.linalg.vector_norm(difference, dim=2, keepdim=True).square_().mul_(0.5)
+    grad = difference.sub_(x_unit.mul_(half)).div_(x_norm)
+    return grad.masked_fill_(y_norm.isinf(), 0.0)
+
+
+def _mse(x: Tensor, y: Tensor, length: Tensor) -> Tensor:
+    return (x - y).square_().sum(2).div_(length[:, None])
+
+
+def _mse_grad(x: Tensor, y: Tensor, length: Tensor) -> Tensor:
+    return (x - y).mul_(2.0).div_(length[:, None, None])
+
+
+def _normalise_sum(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x / sum(x) and sum(x) (N,K,1), with sum = inf where it is zero."""
+    total = x.sum(2, keepdim=True)
+    total.masked_fill_(total == 0, torch.inf)
+    return x / total, total
+
+
+def _kl(x: Tensor, y: Tensor, length: Tensor) -> Tensor:
+    student, student_total = _normalise_sum(x)
+    target, target_total = _normalise_sum(y)
+    log_ratio = (target + KL_EPS).log_().sub_(student.add_(KL_EPS).log_())
+    divergence = log_ratio.mul_(target).sum(2)
+    return divergence.masked_fill_((student_total + target_total).isinf()[:, :, 0], 0.0)
+
+
+def _kl_grad(x: Tensor, y: Tensor, length: Tensor) -> Tensor:
+    student, student_total = _normalise_sum(x)
+    target, target_total = _normalise_sum(y)
+    grad = target.div_(student + KL_EPS).neg_()
+    grad.sub_(student.mul_(grad).sum(2, keepdim=True)).div_(student_total)
+    return grad.masked_fill_(target_total.isinf(), 0.0)
+
+
+_DISTANCES = {"cosine": (_cosine, _cosine_grad), "mse": (_mse, _mse_grad), "kl": (_kl, _kl_grad)}
+
+
+def _column_weights(a: Tensor, target: Tensor, valid: Tensor, n_rows: Tensor, sink_filter: bool) -> Tensor:
+    """Weights w (N,R,V) or (N,1,1) such that u = sum_r w * A and v = sum_r w * T are the compared columns."""
+    if not sink_filter:
+        return 1.0 / n_rows[:, None, None]
+    count = valid.sum((1, 2), keepdim=True)
+    keep = target != 0
+    for x in (a, target):
+        mean = x.sum((1, 2), keepdim=True) / count.clamp(min=1)
+        centred = (x - mean).masked_fill_(~valid, 0.0)
+        deviation = (centred.square_().sum((1, 2), keepdim=True) / (count - 1).clamp(min=1)).sqrt_()
+        keep &= x <= mean + deviation
+    return keep / keep.sum(1, keepdim=True).clamp(min=1)
+
+
+def _masked(
+    a: Tensor, target: Tensor, row_valid: Tensor, col_valid: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """a and target with zeros outside the valid block, that block (N,R,V), and its row and column counts, at least 1."""
+    valid = row_valid[:, :, None] & col_valid[:, None]
+    n_rows, n_cols = row_valid.sum(1).clamp(min=1), col_valid.sum(1).clamp(min=1)
+    return a.masked_fill(~valid, 0.0), target.masked_fill(~valid, 0.0), valid, n_rows, n_cols
+
+
+def alignment_loss(
+    a: Tensor,
+    target: Tensor,
+    row_valid: Tensor,
+    col_valid: Tensor,
+    *,
+    loss: str,
+    reduction: str,
+    sink_filter: bool,
+) -> Tensor:
+    """Distance of a from target (N,R,V) over valid rows and columns, (N,); 0 for a sample without either."""
+    distance, _ = _DISTANCES[loss]
+    a, target, valid, n_rows, n_cols = _masked(a, target, row_valid, col_valid)
+    if reduction == "row":
+        losses = distance(a, target, n_cols).masked_fill_(~row_valid, 0.0).sum(1) / n_rows
+    elif reduction == "matrix":
+        losses = distance(a.flatten(1)[:, None], target.flatten(1)[:, None], n_rows * n_cols)[:, 0]
+    else:
+        weights = _column_weights(a, target, valid, n_rows, sink_filter)
+        u, v = (a * weights).sum(1, keepdim=True), (target * weights).sum(1, keepdim=True)
+        losses = distance(u, v, n_cols)[:, 0]
+    return losses.masked_fill_(~(row_valid.any(1) & col_valid.any(1)), 0.0)
+
+
+def alignment_grad(
+    a: Tensor,
+    target: Tensor,
+    row_valid: Tensor,
+    col_valid: Tensor,
+    grad_out: Tensor,
+    *,
+    loss: str,
+    reduction: str,
+    sink_filter: bool,
+) -> Tensor:
+    """Gradient of sum(grad_out * alignment_loss) in a, (N,R,V); zero outside the valid rows and columns."""
+    _, distance_grad = _DISTANCES[loss]
+    a, target, valid, n_rows, n_cols = _masked(a, target, row_valid, col_valid)
+    if reduction == "row":
+        grad = distance_grad(a, target, n_cols).mul_((grad_out / n_rows)[:, None, None])
+    elif reduction == "matrix":
+        grad = distance_grad(a.flatten(1)[:, None], target.flatten(1)[:, None], n_rows * n_cols).view_as(a)
+        grad.mul_(grad_out[:, None, None])
+    else:
+        weights = _column_weights(a, target, valid, n_rows, sink_filter)
+        u, v = (a * weights).sum(1, keepdim=True), (target * weights).sum(1, keepdim=True)
+        grad = distance_grad(u, v, n_cols).mul_(grad_out[:, None, None]) * weights
+        grad = grad.expand_as(a).contiguous()
+    return grad.masked_fill_(~valid, 0.0)

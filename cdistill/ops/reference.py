@@ -1,0 +1,167 @@
+"""Eager oracles of the ops, written to be read: whole attention matrices, whole logits, one sample and one row at a time.
+
+They keep the dtype of their inputs, so that tests call them in float64, and autograd differentiates them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cdistill.ops.linear_distillation import LinearDistillation
+
+
+def attention_probabilities(
+    q: Tensor,
+    k: Tensor,
+    *,
+    lse: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale * q k^T + mask), or exp(scale * q k^T - lse) with a given lse (B,Hq,T): (B,Hq,T,T).
+
+    A query that sees no key has probability zero everywhere.
+    """
+    batch, q_heads, tokens, width = q.shape
+    k = k.repeat_interleave(q_heads // k.shape[1], dim=1)
+    scores = q @ k.transpose(-1, -2) * (width**-0.5 if scale is None else scale)
+    visible = torch.ones(batch, 1, tokens, tokens, dtype=torch.bool, device=q.device)
+    if causal:
+        visible = visible.tril()
+    if key_mask is not None:
+        visible = visible & key_mask[:, None, None, :]
+    if lse is None:
+        some_key = visible.any(-1, keepdim=True)
+        scores = scores.masked_fill(~visible & some_key, -torch.inf)
+        return torch.softmax(scores, dim=-1).masked_fill(~visible, 0.0)
+    exponents = (scores - lse.to(q.dtype)[..., None]).masked_fill(~visible, -torch.inf)
+    return exponents.exp()
+
+
+def attention_slice(
+    q: Tensor,
+    k: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    *,
+    lse: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    heads: str = "mean",
+) -> Tensor:
+    """Oracle of ``cdistill.ops.attention_slice``."""
+    p = attention_probabilities(q, k, lse=lse, causal=causal, scale=scale, key_mask=key_mask)
+    if heads == "mean":
+        p = p.mean(dim=1, keepdim=True)
+    real = (rows >= 0)[:, None, :, None] & (cols >= 0)[:, None, None, :]
+    samples = [
+        p_b[:, r.clamp(min=0).long()][:, :, c.clamp(min=0).long()] for p_b, r, c in zip(p, rows, cols, strict=True)
+    ]
+    a = torch.where(real, torch.stack(samples), 0.0)
+    return a if heads == "each" else a[:, 0]
+
+
+def _vector_distance(student: Tensor, target: Tensor, loss: str) -> Tensor:
+    """Distance of two vectors (L,)."""
+    if loss == "mse":
+        return F.mse_loss(student, target)
+    if loss == "cosine":
+        if not student.any() or not target.any():
+            return student.sum() * 0 + 1
+        return 1 - F.cosine_similarity(student, target, dim=0, eps=0.0)
+    if not student.sum() or not target.sum():
+        return student.sum() * 0
+    t, s = target / target.sum(), student / student.sum()
+    return (t * ((t + 1e-8).log() - (s + 1e-8).log())).sum()
+
+
+def slice_distance(a: Tensor, t: Tensor, loss: str, reduction: str, sink_filter: bool = False) -> Tensor:
+    """Distance of one head's or head-mean slice a (R,V) from the target t (R,V), all rows and columns valid."""
+    if reduction == "row":
+        return torch.stack([_vector_distance(a_r, t_r, loss) for a_r, t_r in zip(a, t, strict=True)]).mean()
+    if reduction == "matrix":
+        return _vector_distance(a.flatten(), t.flatten(), loss)
+    if not sink_filter:
+        return _vector_distance(a.mean(0), t.mean(0), loss)
+    with torch.no_grad():
+        a_limit, t_limit = (x.mean() + (x.std() if x.numel() > 1 else 0.0) for x in (a, t))
+        f = ((a <= a_limit) & (t <= t_limit)).to(t.dtype)
+        m = (f * t != 0).to(t.dtype)
+        c = m.sum(0).clamp(min=1)
+    return _vector_distance((m * a).sum(0) / c, (m * t).sum(0) / c, loss)
+
+
+def attention_alignment(
+    q: Tensor,
+    k: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    *,
+    loss: str = "cosine",
+    reduction: str = "row",
+    sink_filter: bool = False,
+    lse: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    heads: str = "mean",
+) -> Tensor:
+    """Oracle of ``cdistill.ops.attention_alignment``."""
+    a = attention_slice(q, k, rows, cols, lse=lse, causal=causal, scale=scale, key_mask=key_mask, heads=heads)
+    if heads == "mean":
+        a, target = a[:, None], target[:, None]
+    losses = []
+    for b in range(q.shape[0]):
+        real_cols = [v for v, j in enumerate(cols[b].tolist()) if j >= 0]
+        seen_keys = [j for j in cols[b].tolist() if j >= 0 and (key_mask is None or key_mask[b, j])]
+        real_rows = [r for r, i in enumerate(rows[b].tolist()) if any(0 <= j <= i or not causal for j in seen_keys)]
+        real_rows = [r for r in real_rows if rows[b, r] >= 0]
+        if not real_rows or not real_cols:
+            losses.append(q.sum() * 0)
+            continue
+        per_head = [
+            slice_distance(
+                a_h[real_rows][:, real_cols], t_h[real_rows][:, real_cols].to(a.dtype), loss, reduction, sink_filter
+            )
+            for a_h, t_h in zip(a[b], target[b], strict=True)
+        ]
+        losses.append(torch.stack(per_head).mean())
+    return torch.stack(losses)
+
+
+def linear_distillation(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    labels: Tensor,
+    *,
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    vocab_size: int | None = None,
+) -> LinearDistillation:
+    """Oracle of ``cdistill.ops.linear_distillation``: whole (N,V) logits, padding columns cut off."""
+    vocab_size = min(student_head.shape[0], teacher_head.shape[0]) if vocab_size is None else vocab_size
+    student = F.linear(student_hidden, student_head, student_bias)[:, :vocab_size]
+    with torch.no_grad():
+        teacher = F.linear(teacher_hidden, teacher_head, teacher_bias)[:, :vocab_size]
+    if student.dtype in (torch.float16, torch.bfloat16):
+        student, teacher = student.float(), teacher.float()
+    valid = labels != ignore_index
+    ce = F.cross_entropy(student, labels, ignore_index=ignore_index, reduction="sum")
+    p = F.softmax(student[valid] / temperature, dim=-1)
+    q = F.softmax(teacher[valid] / temperature, dim=-1)
+    if divergence == "forward_kl":
+        kd = (q * (q / p).log()).sum()
+    elif divergence == "reverse_kl":
+        kd = (p * (p / q).log()).sum()
+    else:
+        m = (p + q) / 2
+        kd = ((q * (q / m).log()).sum() + (p * (p / m).log()).sum()) / 2
+    return LinearDistillation(ce, kd, valid.sum())

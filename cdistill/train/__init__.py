@@ -1,0 +1,36 @@
+"""Training: recipes, the stages of CompoDistill and the trainer on transformers and DeepSpeed.
+
+Importing this package imports neither torch nor transformers.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cdistill.train.config import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+__all__ = ["Recipe", "load_recipe", "run"]
+
+
+def run(recipe: Recipe, *, resume: bool = False, callbacks: "Sequence[TrainerCallback]" = ()) -> Path:
+    """Run all stages of a recipe (SPEC section 4) and return the folder of the final model.
+
+    ``recipe.output`` receives recipe.yaml, one ``save_pretrained`` folder ``<i>-<stage>`` per finished stage (i counts from
+    1), metrics.jsonl and tensorboard/; checkpoints/ exists while a stage runs. A finished stage appears by a rename.
+
+    Args:
+        recipe: see `load_recipe`.
+        resume: go on with the run in ``recipe.output``: finished stages are skipped, an unfinished one continues from its
+            last complete checkpoint, or from its start.
+        callbacks: transformers callbacks for every stage; they need ``recipe.processes`` 1 or a launcher.
+
+    Raises:
+        ValueError: the recipe cannot be run, checked before anything is written: missing or corrupt checkpoints, models that
+            do not fit each other, an output folder that holds something else.
+    """
+    from cdistill.train.stages import run as run_recipe
+
+    return run_recipe(recipe, resume=resume, callbacks=callbacks)

@@ -1,0 +1,264 @@
+"""The models of a run, built and checked before anything is written."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from cdistill.data.builtin import IMAGE_TOKEN, build_tokenizer
+from cdistill.models.llava import Llava, TAFAdapter, check_pair, compose
+from cdistill.train.config import Recipe, StudentConfig, resolve_folder
+from cdistill.vat import VAT, VATConfig
+
+
+@dataclass
+class Models:
+    """What a run trains and distils from; ``student`` is a LLaVA or, without a vision encoder, a causal language model."""
+
+    student: PreTrainedModel
+    teacher: Llava | None
+    tokenizer: PreTrainedTokenizerBase
+
+
+def build_models(recipe: Recipe) -> Models:
+    """Student, teacher and tokenizer of a recipe, on CPU in fp32; fresh parts are a function of ``recipe.seed``.
+
+    Raises ValueError for missing or corrupt checkpoints and for a pair that cannot be distilled.
+    """
+    teacher, teacher_tokenizer = None, None
+    if recipe.needs_teacher:
+        assert recipe.teacher is not None
+        folder = resolve_folder(recipe.teacher, "teacher")
+        teacher, teacher_tokenizer = _load_llava(folder, "teacher"), _load_tokenizer(folder, "teacher")
+    torch.manual_seed(recipe.seed)
+    student, tokenizer = _build_student(recipe.student, teacher, teacher_tokenizer)
+    if teacher is not None:
+        check_pair(student, teacher)
+    check_objectives(recipe, student, teacher)
+    return Models(student, teacher, tokenizer)
+
+
+def check_objectives(recipe: Recipe, student: PreTrainedModel, teacher: Llava | None) -> None:
+    """Raise ValueError unless the models can be trained in every stage of the recipe, layer matching included."""
+    for name in recipe.stages:
+        stage = recipe.stage[name]
+        if not is_llava(student) and stage.objective != "text":
+            raise ValueError(
+                f"stage.{name}.objective must be text for a student without a vision encoder "
+                f"(student.vision, student.vision_config), got {stage.objective}"
+            )
+        if recipe.aligns(stage.objective):
+            assert teacher is not None
+            config = vat_config(recipe)
+            depths = (student.config.text_config.num_hidden_layers, teacher.config.text_config.num_hidden_layers)
+            if depths[0] > depths[1]:
+                raise ValueError(f"teacher has {depths[1]} layers, fewer than the student's {depths[0]}: vat cannot match them")
+            if config.matching == "adaptive":
+                VAT.measure(config, *depths)
+            else:
+                VAT(config, *depths)
+            heads = (student.config.text_config.num_attention_heads, teacher.config.text_config.num_attention_heads)
+            if config.heads == "each" and heads[0] != heads[1]:
+                raise ValueError(f"vat.heads each needs equal head counts, got {heads[0]} and {heads[1]} for the teacher")
+
+
+def vat_config(recipe: Recipe) -> VATConfig:
+    """The recipe's alignment options as `cdistill.vat` takes them."""
+    options = recipe.vat
+    return VATConfig(
+        matching=options.matching,  # type: ignore[arg-type]
+        loss=options.loss,
+        reduction=options.reduction,
+        layers=options.layers,
+        student_layers=options.student_layers,
+        teacher_layers=options.teacher_layers,
+        rows=options.rows,  # type: ignore[arg-type]
+        heads=options.heads,
+        sink_filter=options.sink_filter,
+        layer_sum=options.layer_sum,
+    )
+
+
+def is_llava(model: PreTrainedModel) -> bool:
+    """Whether a model has a vision encoder and an adapter."""
+    return hasattr(model.model, "multi_modal_projector")
+
+
+def load_student(folder: Path, key: str = "student.base") -> PreTrainedModel:
+    """LLaVA or causal language model of a folder made by ``save_pretrained``, fp32. Raises ValueError naming the file."""
+    config = _load_config(folder, key)
+    auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    return _load(auto, folder, key)
+
+
+def _build_student(
+    config: StudentConfig, teacher: Llava | None, teacher_tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    language: PreTrainedModel | None = None
+    if config.base is not None:
+        folder = resolve_folder(config.base, "student.base")
+        language, tokenizer = load_student(folder), _load_tokenizer(folder, "student.base")
+        if teacher_tokenizer is not None:
+            _check_vocabularies(tokenizer, teacher_tokenizer)
+            tokenizer = teacher_tokenizer  # the same, and it knows the image token
+        if is_llava(language):
+            _check_same_kind(config, language)
+            return language, tokenizer
+        text = language.config
+    else:
+        tokenizer = teacher_tokenizer or build_tokenizer()
+        text = _fresh_config(config.text_config, "student.text_config", vocab_size=len(tokenizer), **_special(tokenizer))
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+
+    source = teacher
+    if not config.taf and config.vision is not None:
+        source = _load_llava(resolve_folder(config.vision, "student.vision"), "student.vision")
+    if config.vision_config is not None:
+        vision = _fresh_config(config.vision_config, "student.vision_config")
+        source = None
+    elif source is not None:
+        vision = source.config.vision_config
+    else:
+        return _with_vocabulary(language or AutoModelForCausalLM.from_config(text), tokenizer), tokenizer
+    student = compose(
+        vision,
+        text,
+        image_token_id=source.config.image_token_id if source else tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_seq_length=source.config.image_seq_length if source else (vision.image_size // vision.patch_size) ** 2,
+        teacher=teacher if config.taf else None,
+        taf_activation=config.taf_activation,
+    )
+    if source is not None:
+        student.model.vision_tower.load_state_dict(source.model.vision_tower.state_dict())
+    if language is not None:
+        student.model.language_model.load_state_dict(language.model.state_dict())
+        student.lm_head.load_state_dict(language.lm_head.state_dict())
+    return _with_vocabulary(student, tokenizer), tokenizer
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    return {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
+
+
+def _with_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    if model.get_input_embeddings().weight.shape[0] < len(tokenizer):
+        model.resize_token_embeddings(len(tokenizer))
+    return model
+
+
+def _check_same_kind(config: StudentConfig, model: Llava) -> None:
+    if config.vision is not None or config.vision_config is not None:
+        raise ValueError("student.vision and student.vision_config must be null: student.base already has an encoder")
+    if isinstance(model.model.multi_modal_projector, TAFAdapter) != config.taf:
+        kind = "was made without" if config.taf else "was made with"
+        raise ValueError(f"student.taf must be {str(not config.taf).lower()}: student.base {kind} it")
+
+
+def _check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError unless every token of the student has the same id for the teacher, who may know more of them."""
+    theirs = teacher.get_vocab()
+    for token, index in sorted(student.get_vocab().items(), key=lambda item: item[1]):
+        if theirs.get(token) != index:
+            other = f"{theirs[token]}" if token in theirs else "none"
+            raise ValueError(f"vocabularies differ: token {token!r} is {index} for the student, {other} for the teacher")
+    extra = [token for token, index in theirs.items() if token not in student.get_vocab()]
+    added = teacher.get_added_vocab()
+    if any(token not in added for token in extra):
+        raise ValueError(f"vocabularies differ: {len(extra)} tokens of the teacher are unknown to the student")
+
+
+def _fresh_config(values: dict[str, Any] | None, key: str, **defaults: Any) -> PretrainedConfig:
+    assert values is not None
+    values = {**defaults, **values}
+    kind = values.pop("model_type")
+    try:
+        config = AutoConfig.for_model(kind)
+    except ValueError:
+        raise ValueError(f"{key}.model_type is not a model type of transformers: {kind!r}") from None
+    if "vision_config" in config.sub_configs:
+        config = config.vision_config
+    unknown = [name for name in values if not hasattr(config, name)]
+    if unknown:
+        raise ValueError(f"{key}.{unknown[0]} is not a field of {type(config).__name__}")
+    return type(config)(**values)
+
+
+def _load_config(folder: Path, key: str) -> PretrainedConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{key}: {path} is missing")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{key}: {path} is corrupt ({error})") from None
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise ValueError(f"{key}: {path} is corrupt (no model_type)")
+    return AutoConfig.from_pretrained(folder)
+
+
+def _weight_files(folder: Path, key: str) -> list[Path]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise ValueError(f"{key}: {single} is missing")
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{key}: {index} is corrupt ({error!r})") from None
+    return [folder / shard for shard in shards]
+
+
+def _load(auto: Any, folder: Path, key: str) -> PreTrainedModel:
+    """``auto.from_pretrained`` on verified files."""
+    for path in _weight_files(folder, key):
+        if not path.is_file():
+            raise ValueError(f"{key}: {path} is missing")
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{key}: {path} is corrupt ({error})") from None
+    model, info = auto.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True, output_loading_info=True
+    )
+    if info["missing_keys"] or info["mismatched_keys"]:
+        wrong = sorted(info["missing_keys"]) or sorted(str(k) for k in info["mismatched_keys"])
+        raise ValueError(f"{key}: the weights in {folder} do not fit its config.json: {wrong[0]} is missing or misshapen")
+    return model
+
+
+def _load_llava(folder: Path, key: str) -> Llava:
+    if not hasattr(_load_config(folder, key), "vision_config"):
+        raise ValueError(f"{key}: {folder} holds no LLaVA but a {_load_config(folder, key).model_type} model")
+    return _load(AutoModelForImageTextToText, folder, key)
+
+
+def _load_tokenizer(folder: Path, key: str) -> PreTrainedTokenizerBase:
+    if not (folder / "tokenizer_config.json").is_file():
+        raise ValueError(f"{key}: {folder / 'tokenizer_config.json'} is missing")
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Numbers of trained and of all parameters."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)

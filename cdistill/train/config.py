@@ -1,0 +1,455 @@
+"""Recipes: YAML files read into nested frozen dataclasses, validated before anything runs.
+
+Importing this module imports neither torch nor transformers, so that listing recipes is fast.
+"""
+
+import dataclasses
+import os
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from cdistill.train.objectives import OBJECTIVES
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+ASSETS = Path(__file__).parent.parent / "assets"
+BUILTIN = "builtin:"
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+ZERO_STAGES = (0, 1, 2, 3, "off")
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+TAF_ACTIVATIONS = ("linear", "gelu")
+MODALITIES = ("image", "text")
+
+T = TypeVar("T")
+
+
+def _choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True)
+class KDConfig:
+    """Distillation over the vocabulary (paper section 3.1)."""
+
+    divergence: str = "forward_kl"
+    temperature: float = 1.0
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _choice("divergence", self.divergence, DIVERGENCES)
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        _at_least("weight", self.weight, 0)
+
+
+@dataclass(frozen=True)
+class VATOptions:
+    """Visual attention alignment (paper section 4.1): the fields of `cdistill.vat.VATConfig`, a switch and a weight.
+
+    ``measure_samples`` is the number of samples on which adaptive matching measures the distances between layers.
+    """
+
+    enabled: bool = True
+    matching: str = "group"
+    loss: str = "cosine"
+    reduction: str = "row"
+    layers: str = "intermediate"
+    student_layers: str | tuple[int, ...] | None = None
+    teacher_layers: str | tuple[int, ...] | None = None
+    rows: str = "answer"
+    heads: str = "mean"
+    sink_filter: bool = False
+    layer_sum: bool = False
+    weight: float = 1.0
+    measure_samples: int = 256
+
+    def __post_init__(self) -> None:
+        _at_least("weight", self.weight, 0)
+        _at_least("measure_samples", self.measure_samples, 1)
+        _choice("matching", self.matching, ("group", "simple", "adaptive"))
+        _choice("loss", self.loss, ("cosine", "mse", "kl"))
+        _choice("reduction", self.reduction, ("row", "matrix", "column"))
+        _choice("layers", self.layers, ("early", "intermediate", "later", "all", "official"))
+        _choice("rows", self.rows, ("answer", "text", "visual", "all"))
+        _choice("heads", self.heads, ("mean", "each"))
+        if self.sink_filter and self.reduction != "column":
+            raise ValueError(f"sink_filter needs reduction column, got {self.reduction!r}")
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """What the student is made of.
+
+    Attributes:
+        base: folder or built-in asset of a causal language model, or of a LLaVA to go on from; None when `text_config`
+            describes a fresh language model.
+        vision: LLaVA whose vision encoder (and, for the same widths, nothing else) is taken; None when `vision_config`
+            describes a fresh one, when the teacher's is taken, or when the student has none.
+        text_config, vision_config: transformers configuration of a freshly initialised part, ``model_type`` included.
+        taf: teacher adapter fetch (paper section 4.2); False gives the student an adapter of its own.
+        taf_activation: ``linear`` or ``gelu``.
+    """
+
+    base: str | None = None
+    vision: str | None = None
+    text_config: dict[str, Any] | None = None
+    vision_config: dict[str, Any] | None = None
+    taf: bool = False
+    taf_activation: str = "linear"
+
+    def __post_init__(self) -> None:
+        _choice("taf_activation", self.taf_activation, TAF_ACTIVATIONS)
+        if (self.base is None) == (self.text_config is None):
+            raise ValueError("base or text_config must be given, and not both")
+        if self.vision is not None and self.vision_config is not None:
+            raise ValueError("vision and vision_config exclude each other")
+        for name in ("text_config", "vision_config"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value.get("model_type"), str):
+                raise ValueError(f"{name}.model_type must name a model type of transformers, such as qwen2")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a stage is trained on: the fields of `cdistill.data.builtin.Mixture`, and a seed.
+
+    Attributes:
+        seed: seed of the samples; None derives it from the recipe's seed and the place of the stage, so that the i-th
+            stages of two recipes with the same seed and mixture see the same samples.
+    """
+
+    modality: str = "image"
+    caption: float = 0.0
+    turns: int = 6
+    subtypes: tuple[str, ...] | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _choice("modality", self.modality, MODALITIES)
+        if not 0 <= self.caption <= 1:
+            raise ValueError(f"caption must lie between 0 and 1, got {self.caption}")
+        _at_least("turns", self.turns, 1)
+        if self.subtypes is not None:
+            from cdistill.data.questions import COMPOSITIONAL, DIRECT
+
+            unknown = [name for name in self.subtypes if name not in DIRECT + COMPOSITIONAL]
+            if unknown or not self.subtypes:
+                allowed = ", ".join(DIRECT + COMPOSITIONAL)
+                raise ValueError(f"subtypes must be some of {allowed}, got {', '.join(unknown) or 'none'}")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage; ``objective`` defaults to the name of its section, ``micro_batch_size`` to one step without accumulation.
+
+    ``samples`` is rounded down to whole global batches.
+    """
+
+    objective: str
+    samples: int
+    learning_rate: float
+    global_batch_size: int = 64
+    micro_batch_size: int | None = None
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: str = "cosine"
+    max_grad_norm: float = 1.0
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        _choice("objective", self.objective, tuple(OBJECTIVES))
+        _choice("schedule", self.schedule, SCHEDULES)
+        _at_least("global_batch_size", self.global_batch_size, 1)
+        if self.samples < self.global_batch_size:
+            raise ValueError(f"samples must be at least global_batch_size ({self.global_batch_size}), got {self.samples}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if self.micro_batch_size is not None and (
+            self.micro_batch_size < 1 or self.global_batch_size % self.micro_batch_size
+        ):
+            raise ValueError(
+                f"micro_batch_size must divide global_batch_size ({self.global_batch_size}), got {self.micro_batch_size}"
+            )
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio must lie between 0 and 1, got {self.warmup_ratio}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie between 0 and 1, got {list(self.betas)}")
+        _at_least("weight_decay", self.weight_decay, 0)
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be above 0, got {self.max_grad_norm}")
+        if self.objective == "text" and self.data.modality != "text":
+            raise ValueError(f"data.modality must be text for objective text, got {self.data.modality!r}")
+        if self.objective in ("vision", "pt", "dpt") and self.data.modality != "image":
+            raise ValueError(f"data.modality must be image for objective {self.objective}, got {self.data.modality!r}")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the stage."""
+        return self.samples // self.global_batch_size
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run: models, losses and stages in order (SPEC section 4).
+
+    Attributes:
+        processes: data-parallel processes started on this machine; under torchrun or the deepspeed launcher, which start
+            them themselves, it is ignored.
+        precision: ``auto`` is fp32 on CPU, bf16 on a GPU that has it, else fp16.
+        deepspeed: ZeRO stage, or ``off``.
+        gradient_checkpointing: recompute the language model's layers in the backward pass; ``reentrant`` selects torch's
+            old variant, which visual attention alignment cannot work with.
+        save_steps: steps between checkpoints to resume from inside a stage, 0 for none.
+        teacher: folder made by ``save_pretrained``, or ``builtin:NAME``.
+        stages: names of sections of `stage`, in the order they run.
+    """
+
+    name: str
+    output: str
+    student: StudentConfig
+    stages: tuple[str, ...]
+    stage: dict[str, StageConfig]
+    seed: int = 0
+    processes: int = 1
+    precision: str = "auto"
+    deepspeed: int | str = 2
+    gradient_checkpointing: bool | str = False
+    logging_steps: int = 20
+    log_layers: bool = False
+    save_steps: int = 0
+    teacher: str | None = None
+    kd: KDConfig = field(default_factory=KDConfig)
+    vat: VATOptions = field(default_factory=VATOptions)
+
+    def __post_init__(self) -> None:
+        _at_least("seed", self.seed, 0)
+        _at_least("processes", self.processes, 1)
+        _at_least("logging_steps", self.logging_steps, 1)
+        _at_least("save_steps", self.save_steps, 0)
+        _choice("precision", self.precision, PRECISIONS)
+        _choice("deepspeed", self.deepspeed, ZERO_STAGES)
+        _choice("gradient_checkpointing", self.gradient_checkpointing, (False, True, "reentrant"))
+        if not self.output:
+            raise ValueError("output must name a folder")
+        if not self.stages:
+            raise ValueError("stages must name at least one section of stage")
+        for name in self.stages:
+            if name not in self.stage:
+                raise ValueError(f"stages must name sections of stage ({', '.join(self.stage)}), got {name!r}")
+        self._check_models()
+
+    def _check_models(self) -> None:
+        student, objectives = self.student, [self.stage[name].objective for name in self.stages]
+        if self.teacher is None:
+            if student.taf:
+                raise ValueError("teacher must be given for student.taf: there is no adapter to fetch")
+            for name, objective in zip(self.stages, objectives, strict=True):
+                if OBJECTIVES[objective].distils:
+                    raise ValueError(f"teacher must be given for stage {name!r}, whose objective {objective} distils")
+        if student.taf:
+            if student.vision_config is not None or student.vision not in (None, self.teacher):
+                raise ValueError("student.vision must be null or the teacher with student.taf, whose encoder is shared")
+            if "vision" in objectives:
+                raise ValueError("stages must not train the vision encoder with student.taf: it is the teacher's")
+        if self.gradient_checkpointing == "reentrant" and any(map(self.aligns, objectives)):
+            raise ValueError("gradient_checkpointing must not be reentrant with vat.enabled: it would drop the gradient")
+        ranks = range(self.processes)
+        for name in dict.fromkeys(self.stages):
+            stage = self.stage[name]
+            if stage.global_batch_size % (len(ranks) * (stage.micro_batch_size or 1)):
+                raise ValueError(
+                    f"stage.{name}.global_batch_size must be a multiple of processes x micro_batch_size, "
+                    f"got {stage.global_batch_size} for {self.processes} x {stage.micro_batch_size or 1}"
+                )
+
+    def aligns(self, objective: str) -> bool:
+        """Whether visual attention is aligned under an objective of this recipe."""
+        return self.vat.enabled and "vat" in OBJECTIVES[objective].losses
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any stage or the student's adapter needs the teacher."""
+        return self.student.taf or any(OBJECTIVES[self.stage[name].objective].distils for name in self.stages)
+
+
+def shipped_recipes() -> dict[str, str]:
+    """Names of the recipes in the package, each with the first comment line of its file."""
+    result = {}
+    for path in sorted(RECIPES.glob("*.yaml")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        result[path.stem] = next((line.lstrip("# ").strip() for line in lines if line.startswith("#")), "")
+    return result
+
+
+def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe: the name of a shipped one or the path of a YAML file, changed by ``a.b=value`` overrides.
+
+    Values of overrides are parsed as YAML. Raises ValueError for an unknown recipe, key or value, naming it.
+    """
+    path = RECIPES / f"{name_or_path}.yaml"
+    if not path.is_file():
+        path = Path(name_or_path)
+    if not path.is_file():
+        raise ValueError(f"recipe {str(name_or_path)!r} is neither a file nor one of {', '.join(shipped_recipes())}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {path} is not valid YAML: {_one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"recipe {path} must be a mapping of keys to values")
+    for override in overrides:
+        _override(content, override)
+    return recipe_from_dict(content)
+
+
+def recipe_from_dict(content: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain values, as `recipe_to_dict` gives them. Raises ValueError naming key and allowed values."""
+    content = dict(content)
+    sections = content.get("stage")
+    if isinstance(sections, Mapping):
+        content["stage"] = {
+            name: {"objective": name, **section} if isinstance(section, Mapping) else section
+            for name, section in sections.items()
+        }
+    if content.get("deepspeed") is False:  # YAML 1.1 reads a bare `off` as false
+        content["deepspeed"] = "off"
+    return _build(Recipe, content, "")
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as plain values that YAML and JSON can hold."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return plain(dataclasses.asdict(recipe))
+
+
+def first_difference(a: Any, b: Any, key: str = "") -> str | None:
+    """Dotted key of the first value in which two recipes (as plain values) differ, or None."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for name in [*a, *(name for name in b if name not in a)]:
+            path = f"{key}.{name}" if key else str(name)
+            if name not in a or name not in b:
+                return path
+            found = first_difference(a[name], b[name], path)
+            if found is not None:
+                return found
+        return None
+    return None if a == b else key
+
+
+def resolve_folder(reference: str, key: str) -> Path:
+    """Folder of a checkpoint: a path, or ``builtin:NAME`` for package data. Raises ValueError naming ``key``."""
+    builtin = reference.startswith(BUILTIN)
+    folder = ASSETS / reference.removeprefix(BUILTIN) if builtin else Path(reference)
+    if not folder.is_dir():
+        known = ", ".join(sorted(f"{BUILTIN}{p.name}" for p in ASSETS.glob("*") if p.is_dir())) or "none"
+        raise ValueError(f"{key}: there is no folder {reference!r}" + (f"; built-in: {known}" if builtin else ""))
+    return folder
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {override!r} must have the form key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r} is not valid YAML: {_one_line(error)}") from None
+    *parents, last = key.split(".")
+    node = content
+    for depth, name in enumerate(parents):
+        if node.get(name) is None:
+            node[name] = {}
+        node = node[name]
+        if not isinstance(node, dict):
+            raise ValueError(f"override {override!r}: {'.'.join(parents[: depth + 1])} has no keys below it")
+    node[last] = value
+
+
+def _build(cls: type[T], content: Any, path: str) -> T:
+    """An instance of a configuration dataclass; every error names the dotted key."""
+    prefix = f"{path}." if path else ""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} must be a mapping of keys to values, got {content!r}")
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    for name in content:
+        if name not in known:
+            raise ValueError(f"{prefix}{name} is not a known key; allowed: {', '.join(known)}")
+    hints = get_type_hints(cls)
+    values = {}
+    for name, f in known.items():
+        if name in content:
+            values[name] = _convert(hints[name], content[name], prefix + name)
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{prefix}{name} is missing")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from None
+
+
+_WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", types.NoneType: "null"}
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """``value`` as the annotated type, or ValueError naming the key and what it may be."""
+    origin, args = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, path)  # type: ignore[arg-type]
+    if origin in (Union, types.UnionType):
+        for option in args:
+            if _matches(option, value):
+                return _convert(option, value, path)
+        raise ValueError(f"{path} must be {' or '.join(_describe(a) for a in args)}, got {value!r}")
+    if not _matches(hint, value):
+        raise ValueError(f"{path} must be {_describe(hint)}, got {value!r}")
+    if hint is float:
+        return float(value)
+    if origin is tuple:
+        items = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        return tuple(_convert(item, v, f"{path}[{i}]") for i, (item, v) in enumerate(zip(items, value, strict=True)))
+    if origin is dict:
+        return {str(k): _convert(args[1], v, f"{path}.{k}") if args[1] is not Any else v for k, v in value.items()}
+    return value
+
+
+def _matches(hint: Any, value: Any) -> bool:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and (args[-1] is Ellipsis or len(value) == len(args))
+    if origin is dict:
+        return isinstance(value, Mapping)
+    if hint is float:
+        if isinstance(value, str):  # YAML 1.1 reads 1e-3, without a point, as a string
+            return value.replace("e", "").replace("-", "").replace("+", "").replace(".", "").isdigit()
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is tuple:
+        return "a list" if args[-1] is Ellipsis else f"a list of {len(args)}"
+    return "a mapping" if origin is dict or dataclasses.is_dataclass(hint) else _WORDS[hint]

@@ -1,0 +1,69 @@
+"""Datasets and collators of the stages, on the built-in task."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from cdistill.data import scenes
+from cdistill.data.builtin import SUBTYPES, BuiltinDataset, Collator, Mixture, build_tokenizer
+from cdistill.train.config import Recipe
+
+PATCH_CLASSES = 1 + len(scenes.COLOURS) * len(scenes.SHAPES)
+
+
+class PatchDataset(Dataset):
+    """``size`` images with the class of every patch: ``pixel_values`` (3, H, W) fp32 and ``labels`` (V,) int64."""
+
+    def __init__(self, *, size: int, seed: int) -> None:
+        self.size, self.seed = size, seed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        rng = random.Random(f"{self.seed}/{index}/patch")
+        scene = scenes.sample_scene(rng)
+        pixels = scenes.render(scene, np.random.default_rng(rng.getrandbits(64)))
+        return {"pixel_values": torch.from_numpy(pixels), "labels": torch.from_numpy(scenes.patch_labels(scene))}
+
+
+def collate_patches(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """(B, 3, H, W) images and (B, V) labels."""
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+def stage_seed(recipe: Recipe, index: int) -> int:
+    """Seed of the samples of the stage at a place in the recipe's list."""
+    seed = recipe.stage[recipe.stages[index]].data.seed
+    return recipe.seed * 1000 + index if seed is None else seed
+
+
+def stage_dataset(recipe: Recipe, index: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Any]:
+    """Dataset and collator of the stage at a place in the recipe's list.
+
+    Raises:
+        ValueError: the tokenizer does not have the words of the built-in task.
+    """
+    stage = recipe.stage[recipe.stages[index]]
+    size, seed = stage.steps * stage.global_batch_size, stage_seed(recipe, index)
+    if stage.objective == "vision":
+        return PatchDataset(size=size, seed=seed), collate_patches
+    vocabulary = tokenizer.get_vocab()
+    for word in build_tokenizer().get_vocab():
+        if word not in vocabulary:
+            raise ValueError(f"stage.{recipe.stages[index]}.data needs the built-in tokenizer: there is no token {word!r}")
+    data = stage.data
+    mixture = Mixture(
+        modality=data.modality,
+        caption=data.caption,
+        turns=data.turns,
+        subtypes=SUBTYPES if data.subtypes is None else data.subtypes,
+    )
+    return BuiltinDataset(mixture, size=size, seed=seed, tokenizer=tokenizer), Collator(tokenizer.pad_token_id)

@@ -1,0 +1,145 @@
+"""Student and teacher as one module whose forward pass is the losses of a stage (SPEC section 4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cdistill.data.builtin import IGNORE_INDEX
+from cdistill.models.llava import Llava, TAFAdapter, shared_embeddings
+from cdistill.ops import linear_distillation
+from cdistill.train.build import is_llava
+from cdistill.train.config import KDConfig
+from cdistill.train.objectives import Objective
+from cdistill.vat import VAT, install
+from cdistill.vat.hook import KEYWORD
+
+
+class DistillationModel(nn.Module):
+    """The losses of one stage, as sums.
+
+    Batches are padded on the right, so causality alone hides the padding from every real token and neither model needs a
+    padding mask.
+
+    Args:
+        student: a LLaVA or a causal language model; the only thing registered as a submodule (beside the throw-away
+            head of objective ``vision``), so that optimizer and checkpoints never see the teacher.
+        objective: which losses.
+        teacher: needed by ``kd`` and ``vat``; put into eval mode.
+        vat: alignment of the two, None to leave that loss out.
+        patch_classes: classes of the throw-away head.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        objective: Objective,
+        *,
+        teacher: Llava | None = None,
+        kd: KDConfig | None = None,
+        vat: VAT | None = None,
+        patch_classes: int = 0,
+    ) -> None:
+        super().__init__()
+        self.student, self.objective, self.kd, self.vat = student, objective, kd or KDConfig(), vat
+        teacher = teacher if objective.distils else None
+        self._teacher = (None if teacher is None else teacher.eval().requires_grad_(False),)  # a tuple hides it from nn.Module
+        if "patch" in objective.losses:
+            self.patch_head = nn.Linear(student.config.vision_config.hidden_size, patch_classes)
+        if vat is not None:
+            assert teacher is not None
+            install(student)
+            install(teacher)
+
+    @property
+    def teacher(self) -> Llava | None:
+        """The teacher, if the stage has one."""
+        return self._teacher[0]
+
+    def forward(
+        self,
+        labels: Tensor,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses of a batch: ``ar``, ``kd`` (or ``patch``) summed over labels, ``vat`` over samples, ``vat_layers`` (L,) too.
+
+        ``input_ids``, ``labels`` (not shifted, -100 outside the answers) and ``attention_mask`` are (B, T),
+        ``pixel_values`` (I, 3, H, W); for objective ``vision`` only ``pixel_values`` and ``labels`` (I, V) are taken.
+        ``idle`` is a zero that keeps trained parameters without work in the graph: ranks must reduce the same gradients.
+        """
+        if "patch" in self.objective.losses:
+            assert pixel_values is not None
+            hidden = self.student.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+            logits = self.patch_head(hidden[self.student.config.vision_feature_layer])
+            return {"patch": F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")}
+        assert input_ids is not None
+        answers = labels[:, 1:] != IGNORE_INDEX
+        targets = labels[:, 1:][answers]
+        student_embeds, teacher_embeds = self._embeddings(input_ids, pixel_values)
+        losses: dict[str, Tensor] = {}
+        teacher_recorder = student_recorder = None
+        if self.vat is not None:
+            image_token = self.student.config.image_token_id
+            regions = self.vat.regions(input_ids, labels, attention_mask, visual_token_ids=image_token)
+            if regions.cols.shape[1] and regions.rows.shape[1]:
+                teacher_recorder = self.vat.teacher(regions, None)
+        teacher_hidden = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher_hidden = _hidden(self.teacher, teacher_embeds, teacher_recorder)[:, :-1][answers]
+        if self.vat is not None and teacher_recorder is not None:
+            student_recorder = self.vat.student(regions, teacher_recorder.targets, None)
+        hidden = _hidden(self.student, student_embeds, student_recorder)[:, :-1][answers]
+        head = self.student.lm_head
+        if teacher_hidden is None:
+            losses["ar"] = F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+        else:
+            assert self.teacher is not None
+            other = self.teacher.lm_head
+            result = linear_distillation(
+                hidden,
+                head.weight.to(hidden.dtype),
+                teacher_hidden,
+                other.weight.to(teacher_hidden.dtype),
+                targets,
+                divergence=self.kd.divergence,
+                temperature=self.kd.temperature,
+                student_bias=head.bias,
+                teacher_bias=other.bias,
+            )
+            losses["ar"], losses["kd"] = result.ce, result.kd
+        if self.vat is not None:
+            layers = torch.zeros(len(self.vat.matches), device=labels.device)
+            losses["vat"] = layers.sum()
+            if student_recorder is not None:
+                per_layer = torch.stack(list(student_recorder.losses().values())).sum(1)
+                losses["vat"] = per_layer.sum() if self.vat.config.layer_sum else per_layer.mean()
+                layers = per_layer.detach()
+            losses["vat_layers"] = layers
+        if pixel_values is None and "adapter" in self.objective.trained:
+            losses["idle"] = self._idle_adapter()
+        return losses
+
+    def _embeddings(self, input_ids: Tensor, pixel_values: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if is_llava(self.student):
+            return shared_embeddings(self.student, self.teacher, input_ids, pixel_values)
+        return self.student.get_input_embeddings()(input_ids), None
+
+    def _idle_adapter(self) -> Tensor:
+        adapter = self.student.model.multi_modal_projector
+        layer: Any = adapter.map if isinstance(adapter, TAFAdapter) else adapter
+        first = next(m for m in layer.modules() if isinstance(m, nn.Linear))
+        return 0.0 * layer(first.weight.new_zeros(1, first.in_features)).float().sum()
+
+
+def _hidden(model: PreTrainedModel, embeds: Tensor | None, recorder: Any) -> Tensor:
+    """(B, T, d) last hidden states of the language model."""
+    language = model.model.language_model if is_llava(model) else model.model
+    extra = {} if recorder is None else {KEYWORD: recorder}
+    return language(inputs_embeds=embeds, use_cache=False, **extra).last_hidden_state

@@ -1,0 +1,61 @@
+"""What each stage trains and by which losses: one table, and the function that freezes everything else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Losses of a stage (patch, ar, kd, vat) and the parts it trains (vision, language, adapter)."""
+
+    losses: tuple[str, ...]
+    trained: tuple[str, ...]
+
+    @property
+    def distils(self) -> bool:
+        """Whether a loss needs the teacher."""
+        return "kd" in self.losses or "vat" in self.losses
+
+
+# SPEC section 4. `adapter` is the light map alone where the teacher's adapter is fetched (TAF), the whole adapter elsewhere.
+OBJECTIVES = {
+    "vision": Objective(("patch",), ("vision",)),
+    "text": Objective(("ar",), ("language",)),
+    "pt": Objective(("ar",), ("adapter",)),
+    "dpt": Objective(("ar", "kd"), ("adapter",)),
+    "dft": Objective(("ar", "kd", "vat"), ("language", "adapter")),
+    "sft": Objective(("ar",), ("language", "adapter")),
+}
+
+
+def set_trained(student: nn.Module, objective: Objective) -> None:
+    """Let the objective's parts of a LLaVA (or causal language model) take gradients, and nothing else."""
+    import torch
+
+    from cdistill.models.llava import TAFAdapter
+
+    student.requires_grad_(False)
+    if "language" in objective.trained:
+        language = student.model.language_model if hasattr(student.model, "language_model") else student.model
+        language.requires_grad_(True)
+        student.lm_head.requires_grad_(True)
+    if "adapter" in objective.trained:
+        adapter = student.model.multi_modal_projector
+        (adapter.map if isinstance(adapter, TAFAdapter) else adapter).requires_grad_(True)
+    if "vision" in objective.trained:
+        # Layers above the one whose features are used never get a gradient; under ZeRO weight decay would still move them.
+        tower = student.model.vision_tower.requires_grad_(True)
+        size = student.config.vision_config.image_size
+        example = next(tower.parameters())
+        pixels = example.new_zeros(1, 3, size, size)
+        features = tower(pixels, output_hidden_states=True).hidden_states[student.config.vision_feature_layer]
+        parameters = list(tower.parameters())
+        for p, gradient in zip(
+            parameters, torch.autograd.grad(features.sum(), parameters, allow_unused=True), strict=True
+        ):
+            p.requires_grad_(gradient is not None)

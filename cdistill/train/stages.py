@@ -1,0 +1,330 @@
+"""Running a recipe: checks first, then one stage after the other, each from the result of the last one."""
+
+import logging
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.utils import logging as transformers_logging
+
+from cdistill.models.llava import Llava, shared_embeddings
+from cdistill.train import launch
+from cdistill.train.build import Models, build_models, count_parameters, load_student, vat_config
+from cdistill.train.config import Recipe, first_difference, recipe_from_dict, recipe_to_dict
+from cdistill.train.data import PATCH_CLASSES, stage_dataset
+from cdistill.train.model import DistillationModel
+from cdistill.train.objectives import OBJECTIVES, set_trained
+from cdistill.train.trainer import (
+    DistillTrainer,
+    RunLog,
+    checkpoint_step,
+    last_checkpoint,
+    training_arguments,
+)
+from cdistill.train.zero import deepspeed_config
+from cdistill.vat import VAT, installed
+from cdistill.vat.hook import KEYWORD
+
+RECIPE = "recipe.yaml"
+CHECKPOINTS = "checkpoints"
+LOSS_NAMES = {"patch": "patch cross-entropy", "ar": "AR", "kd": "KD", "vat": "VAT"}
+
+
+def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Path:
+    """See `cdistill.train.run`."""
+    output = Path(recipe.output)
+    if launch.launched():
+        launch.init_process_group()
+        _on_first_process(lambda: _prepare(recipe, output, resume))
+        return run_stages(recipe, output, resume=resume, callbacks=callbacks)
+    if recipe.processes > 1 and callbacks:
+        raise ValueError("callbacks need recipe.processes 1: the stages of this recipe run in processes of their own")
+    with _quiet():
+        models = _prepare(recipe, output, resume)
+    if recipe.processes > 1:
+        launch.start_processes(recipe.processes, output)
+        return stage_folders(recipe, output)[-1]
+    return run_stages(recipe, output, resume=resume, callbacks=callbacks, models=models)
+
+
+def run_stages(
+    recipe: Recipe,
+    output: Path,
+    *,
+    resume: bool,
+    callbacks: Sequence[TrainerCallback] = (),
+    models: Models | None = None,
+) -> Path:
+    """Run the unfinished stages of a recipe in a prepared output folder; returns the folder of the final model."""
+    folders = stage_folders(recipe, output)
+    with launch.environment(distributed=recipe.deepspeed != "off"), _quiet():
+        if recipe.deepspeed != "off":
+            launch.keep_deepspeed_from_compiling()
+        if launch.launched():
+            launch.init_process_group()
+        models = models or build_models(recipe)
+        for index, folder in enumerate(folders):
+            if folder.is_dir():
+                continue
+            if index:
+                models.student = load_student(folders[index - 1])
+            _run_stage(recipe, index, models, output, folder, callbacks)
+    return folders[-1]
+
+
+def stage_folders(recipe: Recipe, output: Path) -> list[Path]:
+    """Folders of the results of a recipe's stages, in order."""
+    return [output / f"{i}-{name}" for i, name in enumerate(recipe.stages, 1)]
+
+
+def read_recipe(output: Path) -> Recipe:
+    """The recipe of the run in an output folder. Raises ValueError if the file is not one."""
+    path = output / RECIPE
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"output: {path} is not a recipe")
+    return recipe_from_dict(content)
+
+
+def _prepare(recipe: Recipe, output: Path, resume: bool) -> Models:
+    """Check everything a run needs, then make its folder hold the recipe."""
+    _check_output(recipe, output, resume)
+    _check_batches(recipe)
+    precision_of(recipe)
+    models = build_models(recipe)
+    for index in range(len(recipe.stages)):
+        stage_dataset(recipe, index, models.tokenizer)
+    if resume:
+        for folder in stage_folders(recipe, output):
+            if folder.is_dir():
+                load_student(folder, "output")
+    output.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        part = output / f"{RECIPE}.part"
+        part.write_text(yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False), encoding="utf-8")
+        part.replace(output / RECIPE)
+    return models
+
+
+def _check_output(recipe: Recipe, output: Path, resume: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output {output} is not a folder")
+    if not output.is_dir() or not any(output.iterdir()):
+        if resume:
+            raise ValueError(f"output {output} holds no run to resume")
+        return
+    if not (output / RECIPE).is_file():
+        raise ValueError(f"output {output} is not empty and holds no run: choose another folder")
+    mine, theirs = recipe_to_dict(recipe), recipe_to_dict(read_recipe(output))
+    del mine["output"], theirs["output"]
+    key = first_difference(mine, theirs)
+    if key is not None:
+        raise ValueError(f"output {output} holds a different run: {key} differs; choose another folder")
+    if not resume:
+        raise ValueError(f"output {output} already holds a run of this recipe: continue it with --resume")
+
+
+def _check_batches(recipe: Recipe) -> None:
+    world = _world_size(recipe)
+    for name in dict.fromkeys(recipe.stages):
+        stage = recipe.stage[name]
+        if stage.global_batch_size % (world * (stage.micro_batch_size or 1)):
+            raise ValueError(
+                f"stage.{name}.global_batch_size must be a multiple of {world} processes x micro_batch_size "
+                f"{stage.micro_batch_size or 1}, got {stage.global_batch_size}"
+            )
+
+
+def _world_size(recipe: Recipe) -> int:
+    return dist.get_world_size() if dist.is_initialized() and launch.launched() else recipe.processes
+
+
+def precision_of(recipe: Recipe) -> str:
+    """The number format the recipe asks for on this machine. Raises ValueError for fp16 on CPU."""
+    if recipe.precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("precision fp16 needs a GPU; use fp32 or bf16 on CPU")
+    if recipe.precision != "auto":
+        return recipe.precision
+    if not torch.cuda.is_available():
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def _on_first_process(action: Any) -> None:
+    """Run something on rank 0 only; every rank raises the ValueError it may raise."""
+    message: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except ValueError as error:
+            message[0] = str(error)
+    dist.broadcast_object_list(message)
+    if message[0] is not None:
+        raise ValueError(message[0])
+
+
+def _run_stage(
+    recipe: Recipe, index: int, models: Models, output: Path, folder: Path, callbacks: Sequence[TrainerCallback]
+) -> None:
+    name = recipe.stages[index]
+    stage, objective = recipe.stage[name], OBJECTIVES[recipe.stage[name].objective]
+    student, teacher, precision = models.student, models.teacher if objective.distils else None, precision_of(recipe)
+    on_cpu = not torch.cuda.is_available()
+    world = dist.get_world_size() if launch.launched() else 1
+    micro = stage.micro_batch_size or stage.global_batch_size // world
+    torch.manual_seed(recipe.seed + index)
+    set_trained(student, objective)
+    if recipe.gradient_checkpointing and objective.trained != ("vision",):
+        _checkpoint_activations(student, reentrant=recipe.gradient_checkpointing == "reentrant")
+    trained, total = count_parameters(student)
+    zero = None
+    if recipe.deepspeed != "off":
+        zero = deepspeed_config(
+            int(recipe.deepspeed),
+            precision=precision,
+            micro_batch_size=micro,
+            accumulation=stage.global_batch_size // (world * micro),
+            world_size=world,
+            max_grad_norm=stage.max_grad_norm,
+            trained=trained,
+        )
+    checkpoints = output / CHECKPOINTS / folder.name
+    arguments = training_arguments(
+        checkpoints,
+        stage,
+        micro_batch_size=micro,
+        accumulation=stage.global_batch_size // (world * micro),
+        precision=precision,
+        deepspeed=zero,
+        logging_steps=recipe.logging_steps,
+        save_steps=recipe.save_steps,
+        seed=recipe.seed + index,
+        on_cpu=on_cpu,
+    )
+    if teacher is not None:
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        teacher.to(device=arguments.device, dtype=dtype)
+    dataset, collator = stage_dataset(recipe, index, models.tokenizer)
+    vat = None
+    if recipe.aligns(stage.objective):
+        assert teacher is not None
+        vat = _make_vat(recipe, student.to(arguments.device), teacher, DataLoader(dataset, micro, collate_fn=collator))
+    model = DistillationModel(
+        student, objective, teacher=teacher, kd=recipe.kd, vat=vat, patch_classes=PATCH_CLASSES
+    )
+    first = arguments.process_index == 0
+    log = RunLog(
+        output, folder.name, name, per_step=stage.global_batch_size, steps=stage.steps, layers=recipe.log_layers
+    )
+    trainer = DistillTrainer(
+        model,
+        arguments,
+        stage,
+        vat_weight=recipe.vat.weight,
+        train_dataset=dataset,
+        data_collator=collator,
+        callbacks=[log, *callbacks],
+    )
+    checkpoint = last_checkpoint(checkpoints)
+    start = 0 if checkpoint is None else checkpoint_step(checkpoint)
+    if first:
+        log.rewind(start)
+        losses = " + ".join(LOSS_NAMES[n] for n in objective.losses if n != "vat" or vat is not None)
+        print(
+            f"{folder.name}: {losses} on {stage.steps * stage.global_batch_size:,} samples "
+            f"({stage.steps:,} steps of {stage.global_batch_size}), {trained:,} of {total:,} parameters trained"
+            + (f", from step {start}" if start else ""),
+            flush=True,
+        )
+    began = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        log.close()
+    seconds = time.perf_counter() - began
+    part = folder.with_name(f"{folder.name}.part")
+    if first and part.exists():
+        shutil.rmtree(part)
+    trainer.save_student(part)
+    trainer.accelerator.wait_for_everyone()
+    if first:
+        models.tokenizer.save_pretrained(part)
+        part.replace(folder)
+        shutil.rmtree(output / CHECKPOINTS)
+        rate = (stage.steps - start) * stage.global_batch_size / seconds
+        print(f"{folder.name}: done in {seconds:.0f} s ({rate:,.0f} samples/s), loss {log.last['loss']:.4f} -> {folder}")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.free_memory()
+
+
+def _checkpoint_activations(student: PreTrainedModel, *, reentrant: bool) -> None:
+    language = getattr(student.model, "language_model", student.model)
+    options = {"use_reentrant": reentrant}
+    if hasattr(language, "activation_checkpointing_enable"):  # transformers 5.20 renamed it
+        language.activation_checkpointing_enable(options)
+    else:
+        language.gradient_checkpointing_enable(options)
+
+
+def _make_vat(recipe: Recipe, student: Llava, teacher: Llava, batches: DataLoader) -> VAT:
+    config = vat_config(recipe)
+    depths = (student.config.text_config.num_hidden_layers, teacher.config.text_config.num_hidden_layers)
+    if config.matching != "adaptive":
+        return VAT(config, *depths)
+    measured = VAT.measure(config, *depths)
+    device, dtype = teacher.device, teacher.dtype
+    wanted = math.ceil(recipe.vat.measure_samples / (batches.batch_size or 1))
+    probe = VAT(_with_group_matching(config), *depths)
+    with torch.no_grad(), installed(student), installed(teacher):
+        for _, batch in zip(range(wanted), batches, strict=False):
+            batch = {name: value.to(device) for name, value in batch.items()}
+            regions = probe.regions(
+                batch["input_ids"],
+                batch["labels"],
+                batch["attention_mask"],
+                visual_token_ids=student.config.image_token_id,
+            )
+            pixels = batch.get("pixel_values")
+            embeds = shared_embeddings(student, teacher, batch["input_ids"], pixels)
+            recorders = (measured.student(regions, None), measured.teacher(regions, None))
+            for model, inputs, recorder in zip((student, teacher), embeds, recorders, strict=True):
+                model.model.language_model(inputs_embeds=inputs, use_cache=False, **{KEYWORD: recorder})
+            measured.update(*recorders)
+    return VAT(config, *depths, distances=measured.matrix())
+
+
+def _with_group_matching(config: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(config, matching="group")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep DeepSpeed's, transformers' and accelerate's remarks off the console; errors stay."""
+    names = ("DeepSpeed", "transformers", "accelerate", "torch.distributed")
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        transformers_logging.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.enable_progress_bar()
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

@@ -1,0 +1,301 @@
+"""DistillTrainer: transformers.Trainer on a `DistillationModel`, with losses logged one by one and resumable stages."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from cdistill.data.builtin import IGNORE_INDEX
+from cdistill.train.config import StageConfig
+from cdistill.train.model import DistillationModel
+
+COMPLETE = "complete"  # marks a checkpoint that every process has finished writing
+WEIGHTS = "model.pt"
+LOSSES = ("patch", "ar", "kd", "vat", "vat_layers")
+
+
+class DistillTrainer(Trainer):
+    """Trains the student inside a `DistillationModel`.
+
+    Losses over labels are divided by the labels of the global batch, alignment by its samples, whatever the numbers of
+    processes and of accumulation steps. Samples come in the order of the dataset.
+    """
+
+    def __init__(
+        self,
+        model: DistillationModel,
+        args: TrainingArguments,
+        stage: StageConfig,
+        *,
+        vat_weight: float,
+        train_dataset: Dataset,
+        data_collator: Any,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        super().__init__(
+            model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, callbacks=callbacks
+        )
+        self.remove_callback(PrinterCallback)
+        self.stage, self.distillation = stage, model
+        self.weights = {"patch": 1.0, "ar": 1.0, "kd": model.kd.weight, "vat": vat_weight, "idle": 1.0}
+        # Both say that compute_loss has already divided by the whole global batch (the second since transformers 5.20).
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self._sums: dict[str, Tensor] = {}
+        self._logged_step = 0
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over the trained parameters; matrices decay, vectors (biases, norms) do not. No group is empty."""
+        if self.optimizer is None:
+            trained = [p for p in (self.model if model is None else model).parameters() if p.requires_grad]
+            if self.stage.weight_decay:
+                split = ([p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1])
+                decays = (self.stage.weight_decay, 0.0)
+                groups = [{"params": ps, "weight_decay": d} for ps, d in zip(split, decays, strict=True) if ps]
+            else:
+                groups = [{"params": trained, "weight_decay": 0.0}]
+            self.optimizer = torch.optim.AdamW(
+                groups, lr=self.stage.learning_rate, betas=self.stage.betas, fused=True
+            )
+        return self.optimizer
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor | None]:
+        """The micro-batches of one step and the number of labels in it over all processes."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        if not batches:
+            return batches, None
+        # Position 0 predicts nothing and is never labelled; the patches of objective vision are all labelled.
+        count = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in batches]).sum().to(device)
+        if self.args.world_size > 1:
+            count = self.accelerator.reduce(count, "sum")
+        return batches, count
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Weighted sum of the stage's losses; gradients are averaged over processes later, hence the factor."""
+        assert num_items_in_batch is not None
+        losses = model(**inputs)
+        world = self.args.world_size
+        total: Tensor | None = None
+        for name, value in losses.items():
+            mean = value * (world / (self.stage.global_batch_size if name.startswith("vat") else num_items_in_batch))
+            if name in self.weights:
+                total = mean * self.weights[name] if total is None else total + mean * self.weights[name]
+            if name in LOSSES:
+                self._sums[name] = self._sums[name] + mean.detach() if name in self._sums else mean.detach()
+        assert total is not None
+        return (total, losses) if return_outputs else total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of the single losses since the last logging step; Trainer's summary at the end is left out."""
+        if "loss" not in logs:
+            return
+        steps = self.state.global_step - self._logged_step
+        self._logged_step = self.state.global_step
+        for name, value in self._sums.items():
+            value = self.accelerator.reduce(value, "mean") if self.args.world_size > 1 else value
+            logs[name] = (value / steps).tolist()
+        self._sums.clear()
+        super().log(logs, start_time)
+
+    def save_student(self, folder: Path) -> None:
+        """Write the student by ``save_pretrained`` (safetensors). Every process must call it."""
+        self.save_model(str(folder))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        prefix = "student."
+        whole = self.distillation.state_dict() if state_dict is None else state_dict
+        student = {name.removeprefix(prefix): t for name, t in whole.items() if name.startswith(prefix)}
+        self.distillation.student.save_pretrained(output_dir or self.args.output_dir, state_dict=student)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and not self.is_deepspeed_enabled:
+            torch.save(self.distillation.state_dict(), folder / WEIGHTS)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            (folder / COMPLETE).touch()
+            for other in Path(self.args.output_dir).glob("checkpoint-*"):
+                if other != folder:
+                    shutil.rmtree(other)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        state = torch.load(Path(resume_from_checkpoint) / WEIGHTS, map_location="cpu", weights_only=True)
+        self.distillation.load_state_dict(state)
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Train, from a checkpoint of `last_checkpoint` if one is given."""
+        if resume_from_checkpoint is not None:
+            self._logged_step = checkpoint_step(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+
+def checkpoint_step(folder: Path) -> int:
+    """Step at which a checkpoint was written."""
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in a folder that every process has finished writing."""
+    complete = [path for path in folder.glob("checkpoint-*") if (path / COMPLETE).is_file()]
+    return max(complete, key=checkpoint_step, default=None)
+
+
+def training_arguments(
+    output: Path,
+    stage: StageConfig,
+    *,
+    micro_batch_size: int,
+    accumulation: int,
+    precision: str,
+    deepspeed: dict[str, Any] | None,
+    logging_steps: int,
+    save_steps: int,
+    seed: int,
+    on_cpu: bool,
+) -> TrainingArguments:
+    """What Trainer needs to know of a stage; everything it would print or report is switched off."""
+    warmup = -int(-stage.warmup_ratio * stage.steps // 1)
+    args = TrainingArguments(
+        output_dir=str(output),
+        max_steps=stage.steps,
+        num_train_epochs=1,
+        per_device_train_batch_size=micro_batch_size,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type=stage.schedule,
+        warmup_steps=warmup,
+        weight_decay=stage.weight_decay,
+        max_grad_norm=stage.max_grad_norm,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        deepspeed=deepspeed,
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu else None,
+        ddp_find_unused_parameters=False,
+        logging_steps=logging_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if save_steps else "no",
+        save_steps=save_steps or 500,
+        seed=seed,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=not on_cpu,
+        dataloader_drop_last=True,
+        label_names=["labels"],
+    )
+    assert args.device is not None  # reading it sets up the devices
+    args._n_gpu = min(args.n_gpu, 1)  # one GPU per process; Trainer would wrap the model in DataParallel otherwise
+    return args
+
+
+class RunLog(TrainerCallback):
+    """Progress bar, metrics.jsonl and TensorBoard of one stage, on the first process only.
+
+    Args:
+        output: the run's folder.
+        label: folder name of the stage, such as ``2-dft``.
+        stage: name of its section.
+        per_step: samples of a global batch.
+        layers: whether to log the alignment loss of every layer.
+    """
+
+    def __init__(self, output: Path, label: str, stage: str, *, per_step: int, steps: int, layers: bool) -> None:
+        self.output, self.label, self.stage = output, label, stage
+        self.per_step, self.steps, self.layers = per_step, steps, layers
+        self.last: dict[str, Any] = {}
+
+    def rewind(self, step: int) -> None:
+        """Drop what was logged of this stage after ``step``, the one that training goes on from."""
+        path = self.output / "metrics.jsonl"
+        if not path.is_file():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if not line.endswith("\n"):
+                continue  # cut off while it was written
+            entry = json.loads(line)
+            if entry["stage"] != self.stage or entry["step"] <= step:
+                kept.append(line)
+                if entry["stage"] == self.stage:
+                    self.last = entry
+        part = path.with_suffix(".part")
+        part.write_text("".join(kept), encoding="utf-8")
+        part.replace(path)
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the files."""
+        if not state.is_world_process_zero:
+            return
+        import time
+
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        self._clock = time.perf_counter
+        self._start = self._clock() - self.last.get("elapsed_s", 0.0)
+        self._last_step, self._last_time = state.global_step, self._clock()
+        self._metrics = (self.output / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(self.output / "tensorboard" / self.label), purge_step=state.global_step + 1)
+        self._bar = tqdm(total=self.steps, initial=state.global_step, desc=self.label, unit="step", mininterval=1.0)
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar; the last step is always logged."""
+        if state.is_world_process_zero:
+            self._bar.update()
+        if state.global_step == state.max_steps:
+            control.should_log = True
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Write one line of metrics."""
+        if not state.is_world_process_zero:
+            return
+        now, step = self._clock(), state.global_step
+        rate = (step - self._last_step) * self.per_step / max(now - self._last_time, 1e-9)
+        self._last_step, self._last_time = step, now
+        entry: dict[str, Any] = {"stage": self.stage, "step": step, "samples": step * self.per_step, "loss": logs["loss"]}
+        entry |= {name: logs.get(name) for name in ("ar", "kd", "vat")}
+        if self.layers and "vat_layers" in logs:
+            entry["vat_layers"] = logs["vat_layers"]
+        entry |= {"learning_rate": logs["learning_rate"], "samples_per_s": rate, "elapsed_s": now - self._start}
+        self._metrics.write(json.dumps(entry) + "\n")
+        self._metrics.flush()
+        for name, value in entry.items():
+            if isinstance(value, float):
+                self._board.add_scalar(name, value, step)
+        for i, value in enumerate(entry.get("vat_layers", ())):
+            self._board.add_scalar(f"vat_layers/{i}", value, step)
+        shown = {name: f"{entry[name]:.4f}" for name in ("loss", "ar", "kd", "vat") if entry[name] is not None}
+        self._bar.set_postfix(shown, refresh=False)
+        self.last = entry
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close what `on_train_begin` opened."""
+        self.close()
+
+    def close(self) -> None:
+        """Close bar and files; harmless when they are closed or were never opened."""
+        if hasattr(self, "_bar"):
+            self._bar.close()
+            self._metrics.close()
+            self._board.close()

@@ -1,0 +1,35 @@
+"""The DeepSpeed configuration: the one place that writes it."""
+
+from typing import Any
+
+BUCKET = 500_000_000
+
+
+def deepspeed_config(
+    stage: int, *, precision: str, micro_batch_size: int, accumulation: int, world_size: int, max_grad_norm: float, trained: int
+) -> dict[str, Any]:
+    """DeepSpeed's JSON for a ZeRO stage (0 to 3); ``trained`` is the number of trained parameters.
+
+    Any torch optimizer is allowed, so that nothing is compiled at run time. Buckets are no larger than the model, because
+    DeepSpeed allocates them whole.
+    """
+    bucket = max(1, min(BUCKET, trained))
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro_batch_size * accumulation * world_size,
+        "gradient_clipping": max_grad_norm,
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16", "initial_scale_power": 16},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "overlap_comm": False,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "steps_per_print": 10**12,
+        "wall_clock_breakdown": False,
+    }

@@ -1,0 +1,146 @@
+"""Which student layer is aligned with which teacher layers: layer spans and the three matchings of the paper."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+Matching: TypeAlias = Literal["group", "simple", "adaptive"]
+NamedSpan: TypeAlias = Literal["early", "intermediate", "later", "all", "official"]
+Role: TypeAlias = Literal["student", "teacher"]
+Span: TypeAlias = str | Sequence[int]
+
+MATCHINGS: tuple[str, ...] = get_args(Matching)
+NAMED_SPANS: tuple[str, ...] = get_args(NamedSpan)
+ROLES: tuple[str, ...] = get_args(Role)
+
+# The authors' code lists layers per model instead of computing them; no rounding of 30-70 % yields its choice.
+# Teacher spans cover every layer of the windows (starts 13..19 with g = 5 are layers 13..23).
+OFFICIAL_LAYERS: dict[str, dict[int, range]] = {
+    "student": {24: range(8, 15)},
+    "teacher": {24: range(8, 16), 28: range(9, 18), 32: range(11, 20), 40: range(13, 24)},
+}
+
+
+class LayerMatch(NamedTuple):
+    """One student layer and the teacher layers whose mean attention it is aligned with (0-based indices)."""
+
+    student: int
+    teachers: tuple[int, ...]
+
+
+def layer_range(num_layers: int, span: Span, *, role: Role = "student") -> tuple[int, ...]:
+    """Indices of the layers of a ``num_layers`` deep model that are aligned (paper sections 3.1 and 5.3).
+
+    ``span`` is one of
+
+    - ``"intermediate"`` (30-70 %, the paper's visual understanding layers): the ``round(0.4 * num_layers)`` layers in
+      the middle (halves round up; where they cannot be centred they lie one layer towards the input);
+    - ``"early"`` (< 30 %) and ``"later"`` (> 70 %): the layers before and after those; ``"all"``: every layer;
+    - ``"official"``: the layers the authors' code lists for its models (`OFFICIAL_LAYERS`); they depend on ``role``;
+    - ``"8-14"``: first and last layer, both included; or a strictly increasing sequence of indices.
+
+    Every named span holds at least one layer (early keeps the first, later the last layer of a one- or two-layer model)
+    and never shrinks with depth, so that a teacher at least as deep as the student can always be group matched.
+
+    Returns 0-based indices in increasing order. Raises ValueError for an unknown span or indices outside the model.
+    """
+    if num_layers < 1:
+        raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+    if role not in ROLES:
+        raise ValueError(f"role must be one of {', '.join(ROLES)}, got {role!r}")
+    if not isinstance(span, str):
+        return _explicit(num_layers, tuple(span))
+    if bounds := re.fullmatch(r"(\d+)-(\d+)", span):
+        first, last = map(int, bounds.groups())
+        if first > last:
+            raise ValueError(f"layer span {span!r} is empty: the first layer must not be after the last")
+        return _explicit(num_layers, tuple(range(first, last + 1)))
+    if span not in NAMED_SPANS:
+        raise ValueError(
+            f"layer span must be one of {', '.join(NAMED_SPANS)}, 'first-last' or a list of indices, got {span!r}"
+        )
+    if span == "official":
+        known = OFFICIAL_LAYERS[role]
+        if num_layers not in known:
+            depths = ", ".join(map(str, known))
+            raise ValueError(f"layer span 'official' knows {role}s of {depths} layers only, got {num_layers}")
+        return tuple(known[num_layers])
+    if span == "all":
+        return tuple(range(num_layers))
+    middle = max(1, (4 * num_layers + 5) // 10)
+    first = (num_layers - middle) // 2
+    if span == "early":
+        return tuple(range(max(first, 1)))
+    if span == "later":
+        return tuple(range(min(first + middle, num_layers - 1), num_layers))
+    return tuple(range(first, first + middle))
+
+
+def _explicit(num_layers: int, layers: tuple[int, ...]) -> tuple[int, ...]:
+    if not layers:
+        raise ValueError("layer span is an empty list; name at least one layer")
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in layers):
+        raise ValueError(f"layer indices must be integers, got {list(layers)}")
+    if list(layers) != sorted(set(layers)):
+        raise ValueError(f"layer indices must be strictly increasing, got {list(layers)}")
+    if layers[0] < 0 or layers[-1] >= num_layers:
+        raise ValueError(f"layer indices must lie in 0..{num_layers - 1}, got {list(layers)}")
+    return layers
+
+
+def match_layers(
+    student_layers: Sequence[int],
+    teacher_layers: Sequence[int],
+    *,
+    matching: Matching = "group",
+    distances: Any = None,
+) -> tuple[LayerMatch, ...]:
+    """Match n student layers with m >= n teacher layers, in order (paper section 4.1 and appendix F).
+
+    - ``group``: student layer i gets the window of g = m - n + 1 consecutive entries i..i+g-1 of ``teacher_layers``
+      (stride 1, so every teacher layer is used).
+    - ``simple``: one to one, uniformly sampled: entry ``floor((i + 1) * m / n) - 1``, which ends at the last layer
+      (5 student and 10 teacher layers give every second teacher layer).
+    - ``adaptive``: one to one by ``distances``, an (n, m) matrix of KL distances (nested sequence or tensor, see
+      `cdistill.vat.LayerDistances`). Greedy in student order: each picks the nearest teacher layer after the previous
+      pick that leaves at least one teacher layer for every student layer still to come; the earlier one wins a tie.
+
+    Returns one `LayerMatch` per student layer. Raises ValueError when m < n and when ``distances`` is missing, of the
+    wrong shape, not finite, or given for another matching.
+    """
+    n, m = len(student_layers), len(teacher_layers)
+    if matching not in MATCHINGS:
+        raise ValueError(f"matching must be one of {', '.join(MATCHINGS)}, got {matching!r}")
+    if n == 0:
+        raise ValueError("student_layers is empty; name at least one layer")
+    if m < n:
+        raise ValueError(f"{matching} matching needs at least as many teacher as student layers, got {m} for {n}")
+    if (distances is not None) != (matching == "adaptive"):
+        raise ValueError("distances belong to matching='adaptive', which needs them, and to no other matching")
+    if matching == "group":
+        g = m - n + 1
+        windows = [tuple(teacher_layers[i : i + g]) for i in range(n)]
+    elif matching == "simple":
+        windows = [(teacher_layers[(i + 1) * m // n - 1],) for i in range(n)]
+    else:
+        windows = [(teacher_layers[j],) for j in _greedy(_matrix(distances, n, m))]
+    return tuple(LayerMatch(s, w) for s, w in zip(student_layers, windows, strict=True))
+
+
+def _matrix(distances: Any, n: int, m: int) -> list[list[float]]:
+    rows = distances.tolist() if hasattr(distances, "tolist") else [list(row) for row in distances]
+    if len(rows) != n or any(not isinstance(row, list) or len(row) != m for row in rows):
+        raise ValueError(f"distances must be an ({n}, {m}) matrix: student layers by teacher layers")
+    if not all(math.isfinite(d) for row in rows for d in row):
+        raise ValueError("distances must be finite")
+    return rows
+
+
+def _greedy(distances: list[list[float]]) -> list[int]:
+    n, m = len(distances), len(distances[0])
+    picks: list[int] = []
+    for i, row in enumerate(distances):
+        allowed = range(picks[-1] + 1 if picks else 0, m - (n - 1 - i))
+        picks.append(min(allowed, key=row.__getitem__))
+    return picks

@@ -1,0 +1,114 @@
+"""Which query rows and visual key columns of the attention matrix are aligned, read off a batch of tokens."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+Rows: TypeAlias = Literal["answer", "text", "visual", "all"]
+ROWS: tuple[str, ...] = get_args(Rows)
+IGNORE_INDEX = -100
+VISUAL_TOKEN_TYPES = (1, 2)  # image and video in the mm_token_type_ids of transformers' processors
+
+
+class Regions(NamedTuple):
+    """Compared query positions and visual-token key positions of a batch; -1 at the end of a sample is padding."""
+
+    rows: Tensor  # (B, R) int32
+    cols: Tensor  # (B, V) int32
+
+
+def token_regions(
+    input_ids: Tensor | None,
+    labels: Tensor | None,
+    attention_mask: Tensor | None,
+    *,
+    visual_token_ids: int | Sequence[int] | None = None,
+    rows: Rows = "answer",
+    mm_token_type_ids: Tensor | None = None,
+) -> Regions:
+    """Positions of the rows and visual columns to align in every sample of a batch (paper section 4.1).
+
+    ``input_ids``, ``labels`` (-100 = ignored), ``attention_mask`` (non-zero = real token; None = all real) and
+    ``mm_token_type_ids`` are (B, T). Visual tokens (the columns) are the real tokens whose type is image or video where
+    ``mm_token_type_ids`` is given, otherwise those whose id is in ``visual_token_ids``. ``rows`` chooses the queries:
+
+    - ``answer``: positions whose label is not ignored (needs ``labels``);
+    - ``text``: every real token after the first visual token that is not visual itself;
+    - ``visual``: the visual tokens (the authors' code);
+    - ``all``: every real token from the first visual token on (section 4.1 takes all rows).
+
+    Positions before a sample's first visual token see no visual key and are never rows; a sample without visual tokens
+    has neither rows nor columns.
+
+    Returns `Regions`: rows (B, R) and cols (B, V), int32, increasing, padded with -1 at the end to the batch maximum,
+    which may be 0. Sizing the two results costs one device synchronisation. Raises ValueError for an unknown ``rows``,
+    a missing argument, or shapes that differ.
+    """
+    if rows not in ROWS:
+        raise ValueError(f"rows must be one of {', '.join(ROWS)}, got {rows!r}")
+    tokens = input_ids if mm_token_type_ids is None else mm_token_type_ids
+    if tokens is None:
+        raise ValueError("input_ids are needed to find the visual tokens where mm_token_type_ids is not given")
+    if tokens.ndim != 2:
+        raise ValueError(f"input_ids and mm_token_type_ids must be (B, T), got {tuple(tokens.shape)}")
+    given = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+    for name, value in given.items():
+        if value is not None and value.shape != tokens.shape:
+            raise ValueError(f"{name} must be {tuple(tokens.shape)} like the tokens, got {tuple(value.shape)}")
+
+    if mm_token_type_ids is not None:
+        visual = _is_in(mm_token_type_ids, VISUAL_TOKEN_TYPES)
+    elif visual_token_ids is None or (isinstance(visual_token_ids, Sequence) and not visual_token_ids):
+        raise ValueError("visual_token_ids must name at least one token id where mm_token_type_ids is not given")
+    else:
+        visual = _is_in(tokens, [visual_token_ids] if isinstance(visual_token_ids, int) else visual_token_ids)
+    real = torch.ones_like(visual) if attention_mask is None else attention_mask != 0
+    visual = visual & real
+    after_first = real & (visual.cumsum(1) > 0)
+
+    if rows == "visual":
+        chosen = visual
+    elif rows == "all":
+        chosen = after_first
+    elif rows == "text":
+        chosen = after_first & ~visual
+    elif labels is None:
+        raise ValueError("labels are needed for rows='answer'")
+    else:
+        chosen = after_first & (labels != IGNORE_INDEX)
+
+    both = torch.stack((chosen, visual))  # (2, B, T)
+    position = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)
+    hidden = tokens.shape[1]  # sorts behind every position
+    packed = torch.where(both, position, hidden).sort(dim=-1).values.to(torch.int32)
+    packed = packed.masked_fill(packed == hidden, -1)
+    widths = both.sum(-1).amax(-1).tolist() if tokens.shape[0] else [0, 0]
+    return Regions(packed[0, :, : widths[0]].contiguous(), packed[1, :, : widths[1]].contiguous())
+
+
+def _is_in(tokens: Tensor, ids: Sequence[int]) -> Tensor:
+    found = tokens == ids[0]
+    for token in ids[1:]:
+        found = found | (tokens == token)
+    return found
+
+
+def check_same_visual_tokens(teacher_cols: Tensor, student_cols: Tensor) -> None:
+    """Make sure that teacher and student see every image through the same number of visual tokens.
+
+    ``teacher_cols`` (B, V) and ``student_cols`` (B, V') are the columns of their `Regions`, -1 = padding. Costs one
+    device synchronisation. Raises ValueError naming the first sample that differs and both counts.
+    """
+    if teacher_cols.shape[0] != student_cols.shape[0]:
+        raise ValueError(
+            f"teacher and student batches differ: {teacher_cols.shape[0]} and {student_cols.shape[0]} samples"
+        )
+    counts = torch.stack(((teacher_cols >= 0).sum(1), (student_cols >= 0).sum(1).to(teacher_cols.device)))
+    for sample, (teacher, student) in enumerate(zip(*counts.tolist(), strict=True)):
+        if teacher != student:
+            raise ValueError(
+                f"sample {sample} has {teacher} visual tokens for the teacher and {student} for the student; "
+                "attention can be aligned between equal numbers only"
+            )

@@ -1,0 +1,107 @@
+"""How the kernels are launched: the tile table and the one place that calls Triton.
+
+Tiles are a frozen table, never autotuned: the interpreter runs one configuration only, and on Hopper a configuration may
+compile and still be wrong, so every entry has to be checked on its own before it may be chosen.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+INTERPRETER = 0
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and columns one step of a program covers, and the launch options they were chosen with."""
+
+    BM: int
+    BN: int
+    num_warps: int
+    num_stages: int
+
+
+# (kernel, bytes per element) -> padded head dimension -> tile. Every entry fits the 99 KiB of shared memory of sm_86, 89 and 120.
+TILES = {
+    ("row_lse", 2): {
+        16: Tile(64, 128, 4, 3),
+        32: Tile(64, 128, 4, 3),
+        64: Tile(64, 128, 4, 3),
+        128: Tile(64, 64, 4, 2),
+        256: Tile(64, 32, 4, 2),
+    },
+    ("row_lse", 4): {
+        16: Tile(32, 32, 4, 2),
+        32: Tile(32, 32, 4, 2),
+        64: Tile(32, 32, 4, 2),
+        128: Tile(16, 32, 4, 2),
+        256: Tile(16, 16, 4, 1),
+    },
+    ("slice_forward", 2): {
+        16: Tile(64, 128, 4, 3),
+        32: Tile(64, 128, 4, 3),
+        64: Tile(64, 128, 4, 3),
+        128: Tile(64, 128, 4, 2),
+        256: Tile(64, 64, 4, 1),
+    },
+    ("slice_forward", 4): {
+        16: Tile(32, 32, 4, 2),
+        32: Tile(32, 32, 4, 2),
+        64: Tile(32, 32, 4, 2),
+        128: Tile(16, 32, 4, 2),
+        256: Tile(16, 16, 4, 1),
+    },
+    ("backward", 2): {
+        16: Tile(64, 64, 4, 2),
+        32: Tile(64, 64, 4, 2),
+        64: Tile(64, 64, 4, 2),
+        128: Tile(64, 64, 4, 2),
+        256: Tile(32, 32, 4, 1),
+    },
+    ("backward", 4): {
+        16: Tile(32, 32, 4, 2),
+        32: Tile(32, 32, 4, 2),
+        64: Tile(32, 32, 4, 2),
+        128: Tile(16, 16, 4, 1),
+        256: Tile(16, 16, 4, 1),
+    },
+}
+
+# Device -> (kernel, bytes per element, padded head dimension) -> tile: exceptions to TILES with more shared memory.
+ARCHITECTURE_TILES: dict[int, dict[tuple[str, int, int], Tile]] = {}
+
+# Unequal on purpose: a tile edge used on the wrong axis then shows in the tests.
+INTERPRETER_TILE = Tile(16, 32, 1, 1)
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability as two digits (90 = Hopper), or INTERPRETER for CPU tensors."""
+    if device.type != "cuda":
+        return INTERPRETER
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The next power of two, at least the 16 that a tensor-core dot needs."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def attention_tile(kernel: str, q: torch.Tensor) -> Tile:
+    arch = architecture(q.device)
+    if arch == INTERPRETER:
+        return INTERPRETER_TILE
+    key = (kernel, q.element_size(), padded_head_dim(q.shape[-1]))
+    return ARCHITECTURE_TILES.get(arch, {}).get(key) or TILES[key[:2]][key[2]]
+
+
+def row_block(device: torch.device) -> int:
+    """Elements of a row that one step of the row kernels covers."""
+    return 64 if architecture(device) == INTERPRETER else 1024
+
+
+def launch(kernel, grid: tuple[int, ...], device: torch.device, **arguments) -> None:
+    """Run ``kernel`` on the device its tensors live on, which need not be the current one."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](**arguments)

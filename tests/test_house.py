@@ -1,0 +1,90 @@
+"""The layout's promises: a cheap import, one direction of imports, the kernels mount, an installable package."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "triton", "deepspeed", "transformers", "datasets", "matplotlib", "lmms_eval")
+
+# A room may import itself, the rooms it lists, and what those list.
+ALLOWED = {
+    "kernels": set(),
+    "ops": {"kernels"},
+    "vat": {"ops"},
+    "models": {"vat"},
+    "data": set(),
+    "train": {"models", "data"},
+    "eval": {"models", "data"},
+    "analysis": {"models", "data", "eval"},
+    "demo": {"train", "eval", "analysis"},
+    "cli": {"demo"},
+    "__main__": {"cli"},
+}
+
+
+def reachable(room: str) -> set[str]:
+    found = {room}
+    for below in ALLOWED[room]:
+        found |= reachable(below)
+    return found
+
+
+def imported_rooms(path: Path, package: str) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            assert node.level <= 1, f"{path}: relative import climbs out of its room"
+            if node.level == 0:
+                names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return {parts[1] for parts in (n.split(".") for n in names) if parts[0] == package and len(parts) > 1}
+
+
+def sources():
+    for path in sorted((ROOT / "cdistill").rglob("*.py")):
+        relative = path.relative_to(ROOT / "cdistill")
+        if relative.name != "__init__.py" or len(relative.parts) > 1:
+            yield relative.parts[0].removesuffix(".py"), path
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        yield "kernels", path
+
+
+@pytest.mark.parametrize(("room", "path"), [pytest.param(r, p, id=str(p.relative_to(ROOT))) for r, p in sources()])
+def test_imports_point_one_way(room, path):
+    rooms = imported_rooms(path, "cdistill") & (ALLOWED.keys() | {"train"})
+    assert rooms <= reachable(room), f"{path.relative_to(ROOT)} imports {rooms - reachable(room)} from above"
+
+
+def test_import_is_cheap():
+    code = f"import cdistill, sys; print([m for m in {HEAVY!r} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.strip() == "[]"
+
+
+def test_ops_import_neither_triton_nor_deepspeed_nor_transformers():
+    code = "import cdistill.ops, sys; print([m for m in ('deepspeed', 'transformers', 'matplotlib') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.strip() == "[]"
+
+
+def test_kernels_stays_a_folder_without_init():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("directory", [ROOT, ROOT / "tests", Path("/")])
+def test_kernels_are_mounted_from_any_directory(directory):
+    code = "import cdistill.kernels.attention_slice as m; print(m.__name__)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=directory)
+    assert out.stdout.strip() == "cdistill.kernels.attention_slice"
+
+
+def test_package_folder_called_kernels_is_not_shadowed():
+    code = "import importlib.util as u; s = u.find_spec('kernels'); print(s is None or s.origin is None)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.strip() == "True"

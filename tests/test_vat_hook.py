@@ -1,0 +1,578 @@
+"""The transformers hook and its recorders on tiny Llava models, against transformers' eager attention matrices."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AttentionInterface, Qwen2ForCausalLM
+from vat_models import (
+    IMAGE,
+    STUDENT_LAYERS,
+    TEACHER_LAYERS,
+    draw_batch,
+    inputs,
+    regions_of,
+    student_and_teacher,
+    tiny_llava,
+    vat_loss,
+)
+
+from cdistill.ops import attention_slice
+from cdistill.vat import (
+    VAT,
+    LayerMatch,
+    SliceRecorder,
+    StudentAlignment,
+    TeacherTargets,
+    VATConfig,
+    install,
+    installed,
+    layer_distances,
+    token_regions,
+    uninstall,
+)
+from cdistill.vat import recorders as recorders_module
+from cdistill.vat.hook import IMPLEMENTATION
+
+
+def eager_attentions(model, batch, dtype):
+    """Attention matrices (B,Hq,T,T) of every layer by transformers' eager implementation, which it is switched to."""
+    model.to(dtype)
+    model.config._attn_implementation = "eager"
+    batch = inputs(batch) | {"pixel_values": batch["pixel_values"].to(dtype)}
+    if dtype == torch.float64:  # transformers' own mask holds the float64 minimum, which is -inf in its fp32 softmax
+        length = batch["input_ids"].shape[1]
+        seen = torch.ones(length, length, dtype=torch.bool).tril() & batch["attention_mask"].bool()[:, None, None]
+        batch["attention_mask"] = torch.where(seen, 0.0, torch.finfo(torch.float32).min).double()
+    return model(**batch, output_attentions=True).attentions
+
+
+def distance(a, t, loss):
+    """Dissimilarity of two vectors or stacks of vectors over their last dimension."""
+    if loss == "cosine":
+        return 1 - torch.cosine_similarity(a, t, dim=-1)
+    if loss == "mse":
+        return (a - t).square().mean(-1)
+    a, t = a / a.sum(-1, keepdim=True), t / t.sum(-1, keepdim=True)
+    return (t * ((t + 1e-8).log() - (a + 1e-8).log())).sum(-1)
+
+
+def sample_loss(a, t, config):
+    """Loss of one sample's slices (R,V)."""
+    if a.numel() == 0:
+        return a.sum()
+    if config.reduction == "row":
+        return distance(a, t, config.loss).mean()
+    if config.reduction == "matrix":
+        return distance(a.flatten(), t.flatten(), config.loss)
+    keep = torch.ones_like(a)
+    if config.sink_filter:
+        keep = (a <= a.mean() + a.std()) & (t <= t.mean() + t.std())
+        keep = (keep * t != 0).to(a.dtype).detach()
+    count = keep.sum(0).clamp(min=1)
+    return distance((keep * a).sum(0) / count, (keep * t).sum(0) / count, config.loss)
+
+
+def eager_loss(student, teacher, batch, vat, dtype):
+    """The same L_vat from eager attention matrices, and its gradients; models are copied."""
+    student, teacher, config = copy.deepcopy(student), copy.deepcopy(teacher), vat.config
+    with torch.no_grad():
+        teacher_maps = eager_attentions(teacher, batch, dtype)
+    student_maps = eager_attentions(student, batch, dtype)
+    rows, cols = regions_of(batch, config.rows)
+    layers = []
+    for match in vat.matches:
+        losses = []
+        for b in range(len(rows)):
+            r, c = rows[b][rows[b] >= 0].long(), cols[b][cols[b] >= 0].long()
+            a = student_maps[match.student][b][:, r[:, None], c]
+            t = torch.stack([teacher_maps[j][b][:, r[:, None], c] for j in match.teachers]).mean(0)
+            pairs = [(a.mean(0), t.mean(0))] if config.heads == "mean" else list(zip(a, t, strict=True))
+            losses.append(torch.stack([sample_loss(x, y, config) for x, y in pairs]).mean())
+        layers.append(torch.stack(losses).mean())
+    loss = torch.stack(layers).sum() if config.layer_sum else torch.stack(layers).mean()
+    loss.backward()
+    return loss.detach(), gradients(student)
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+def assert_like_eager(ours, eager, truth, scale_of=None):
+    """|ours - f64| <= 2 * |eager - f64| + 1e-5 * scale, by the largest entry."""
+    scale = (truth if scale_of is None else scale_of).abs().max()
+    assert scale > 0
+    error, eager_error = (ours - truth).abs().max(), (eager - truth).abs().max()
+    assert error <= 2 * eager_error + 1e-5 * scale, (error, eager_error, scale)
+
+
+def check_against_eager(student, teacher, batch, config):
+    distances = None
+    if config.matching == "adaptive":
+        distances = torch.rand(2, 3, generator=torch.Generator().manual_seed(3))
+    vat = VAT(config, STUDENT_LAYERS, TEACHER_LAYERS, distances=distances, impl="torch")
+    truth, true_grads = eager_loss(student, teacher, batch, vat, torch.float64)
+    eager, eager_grads = eager_loss(student, teacher, batch, vat, torch.float32)
+    install(student)
+    install(teacher)
+    alignment = vat_loss(student, teacher, batch, vat)
+    loss = alignment.loss()
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.ndim == 0
+    assert_like_eager(loss.detach(), eager, truth)
+    grads = gradients(student)
+    last_aligned = max(match.student for match in vat.matches)
+    assert f"model.language_model.layers.{last_aligned}.self_attn.k_proj.weight" in grads
+    assert any("vision_tower" in name for name in grads)
+    assert grads.keys() == true_grads.keys()
+    for name, grad in grads.items():
+        # a key bias without rotary embedding has the exact gradient 0: its error is judged beside its weight's gradient
+        scale_of = true_grads[name.replace("k_proj.bias", "k_proj.weight")]
+        assert_like_eager(grad, eager_grads[name], true_grads[name], scale_of)
+    return alignment
+
+
+@pytest.mark.parametrize("matching", ["group", "simple", "adaptive"])
+@pytest.mark.parametrize("loss", ["cosine", "mse", "kl"])
+def test_losses_and_gradients_equal_eager(loss, matching):
+    check_against_eager(*student_and_teacher(), draw_batch(0), VATConfig(loss=loss, matching=matching))
+
+
+@pytest.mark.parametrize("rows", ["answer", "text", "visual", "all"])
+@pytest.mark.parametrize(("family", "padding"), [("qwen2", "left"), ("llama", "left"), ("llama", "right")])
+def test_families_rows_and_padding_equal_eager(family, padding, rows):
+    check_against_eager(*student_and_teacher(family), draw_batch(1, padding), VATConfig(rows=rows))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        VATConfig(reduction="matrix"),
+        VATConfig(reduction="column", loss="kl"),
+        VATConfig(reduction="column", sink_filter=True, rows="visual", layer_sum=True),
+        VATConfig(layers="all"),
+        VATConfig(heads="each"),
+    ],
+    ids=["matrix", "column", "official", "all", "each"],
+)
+def test_variants_equal_eager(config):
+    pair = student_and_teacher(teacher_heads=2 if config.heads == "each" else 4)
+    alignment = check_against_eager(*pair, draw_batch(2), config)
+    per_layer = alignment.per_layer()
+    assert not any(loss.requires_grad for loss in per_layer.values())
+    total = torch.stack(list(per_layer.values()))
+    torch.testing.assert_close(total.sum() if config.layer_sum else total.mean(), alignment.loss().detach())
+
+
+def test_samples_without_visual_tokens_count_zero():
+    student, teacher = student_and_teacher()
+    with installed(student), installed(teacher):
+        alignment = vat_loss(student, teacher, draw_batch(3), VAT(VATConfig(), 4, 7, impl="torch"))
+    for losses in alignment.losses().values():
+        assert losses.shape == (4,)
+        assert losses[1] == 0
+        assert (losses[[0, 2, 3]] > 0).all()
+
+
+def test_batch_without_visual_tokens_trains_on():
+    student, teacher = student_and_teacher()
+    batch = {name: value[1:2] for name, value in draw_batch(4).items() if name != "pixel_values"}
+    install(student)
+    install(teacher)
+    loss = vat_loss(student, teacher, batch, VAT(VATConfig(), 4, 7, impl="torch")).loss()
+    loss.backward()
+    assert loss == 0
+    assert gradients(student) == {}
+
+
+@pytest.mark.parametrize("padding", ["left", "right", None])
+def test_outputs_are_those_of_sdpa(padding):
+    student, _ = student_and_teacher()
+    batch = draw_batch(5, padding or "right")
+    if padding is None:
+        batch = {name: value[:1, :13] if name != "pixel_values" else value[:1] for name, value in batch.items()}
+        assert batch["attention_mask"].all()
+    regions = regions_of(batch)
+    plain = student(**batch)
+    install(student)
+    recorder = SliceRecorder(range(STUDENT_LAYERS), regions, key_mask=batch["attention_mask"], impl="torch")
+    for hooked in (student(**batch), student(**batch, cdistill_vat=recorder)):
+        assert torch.equal(hooked.logits, plain.logits)
+        assert torch.equal(hooked.loss, plain.loss)
+    uninstall(student)
+    assert torch.equal(student(**batch).logits, plain.logits)
+    if padding is not None:
+        without_mask = student(**(inputs(batch) | {"attention_mask": None}))
+        assert not torch.equal(without_mask.logits, plain.logits)
+
+
+def test_slices_are_eager_attention():
+    student, _ = student_and_teacher()
+    batch = draw_batch(6, "left")
+    regions = regions_of(batch, "all")
+    expected = eager_attentions(copy.deepcopy(student), batch, torch.float64)
+    install(student)
+    for heads in ("mean", "each"):
+        recorder = SliceRecorder([3, 1], regions, key_mask=batch["attention_mask"], heads=heads, impl="torch")
+        student(**inputs(batch), cdistill_vat=recorder)
+        assert list(recorder.slices) == [1, 3]
+        for layer, a in recorder.slices.items():
+            assert not a.requires_grad
+            for b in range(4):
+                r, c = (positions[b][positions[b] >= 0].long() for positions in regions)
+                full = expected[layer][b][:, r[:, None], c]
+                part = a[b][..., : len(r), : len(c)].double()
+                torch.testing.assert_close(part, full.mean(0) if heads == "mean" else full, rtol=1e-4, atol=1e-6)
+
+
+def test_autocast_does_not_round_the_recorded_queries():
+    student, _ = student_and_teacher()
+    install(student)
+    batch = draw_batch(19)
+    regions, mask = regions_of(batch), batch["attention_mask"].bool()
+    seen = []
+
+    class Watcher(SliceRecorder):
+        def record(self, layer, q, k, *, scale, causal):
+            seen.append((q, k))
+            super().record(layer, q, k, scale=scale, causal=causal)
+
+    recorder = Watcher([2], regions, key_mask=mask, impl="torch")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        student(**inputs(batch), cdistill_vat=recorder)
+    (q, k), *others = seen
+    assert not others
+    assert q.dtype == k.dtype == torch.float32
+    assert torch.equal(recorder.slices[2], attention_slice(q, k, *regions, key_mask=mask, impl="torch"))
+
+
+def test_adaptive_distances_over_batches():
+    student, teacher = student_and_teacher()
+    install(student)
+    install(teacher)
+    config = VATConfig(matching="adaptive")
+    with pytest.raises(ValueError, match="needs them"):
+        VAT(config, STUDENT_LAYERS, TEACHER_LAYERS)
+    distances = VAT.measure(config, STUDENT_LAYERS, TEACHER_LAYERS, impl="torch")
+    with pytest.raises(ValueError, match="at least one row"):
+        distances.matrix()
+    single = []
+    for seed in (0, 1):
+        batch = draw_batch(seed)
+        pair = []
+        for model, make in ((student, distances.student), (teacher, distances.teacher)):
+            recorder = make(regions_of(batch), batch["attention_mask"])
+            with torch.no_grad():
+                model(**inputs(batch), cdistill_vat=recorder)
+            pair.append(recorder)
+        distances.update(*pair)
+        single.append(layer_distances(*(list(recorder.slices.values()) for recorder in pair)))
+    torch.testing.assert_close(distances.matrix(), (single[0] + single[1]) / 2)  # both batches have equally many rows
+    matches = VAT(config, STUDENT_LAYERS, TEACHER_LAYERS, distances=distances.matrix()).matches
+    assert [match.student for match in matches] == [1, 2]
+
+
+def test_each_teacher_layer_is_computed_once_and_kept_per_window(monkeypatch):
+    _, teacher = student_and_teacher()
+    install(teacher)
+    batch = draw_batch(7)
+    calls = []
+    real_slice = recorders_module.attention_slice
+
+    def counting(*args, **kwargs):
+        calls.append(kwargs["heads"])
+        return real_slice(*args, **kwargs)
+
+    monkeypatch.setattr(recorders_module, "attention_slice", counting)
+    matches = [LayerMatch(i, tuple(range(i, i + 4))) for i in range(3)]
+    targets = TeacherTargets(matches, regions_of(batch), key_mask=batch["attention_mask"], impl="torch")
+    singles = SliceRecorder(range(6), regions_of(batch), key_mask=batch["attention_mask"], impl="torch")
+    teacher(**inputs(batch), cdistill_vat=targets)
+    assert len(calls) == 6
+    teacher(**inputs(batch), cdistill_vat=singles)
+    assert len({a.data_ptr() for a in targets.targets}) == len(targets.targets) == 3
+    for match, target in zip(matches, targets.targets, strict=True):
+        expected = torch.stack([singles.slices[t].double() for t in match.teachers]).mean(0)
+        torch.testing.assert_close(target.double(), expected, rtol=1e-6, atol=1e-7)
+    assert targets.targets[0] is targets.targets[0]  # asking twice does not divide twice
+
+
+def test_windows_may_begin_together_and_a_second_pass_counts_once():
+    _, teacher = student_and_teacher()
+    install(teacher)
+    batch = draw_batch(20)
+    regions, mask = regions_of(batch), batch["attention_mask"]
+    matches = [LayerMatch(0, (1, 2)), LayerMatch(1, (1, 3)), LayerMatch(2, (1,))]
+    targets = TeacherTargets(matches, regions, key_mask=mask, impl="torch")
+    singles = SliceRecorder([1, 2, 3], regions, key_mask=mask, impl="torch")
+    with torch.no_grad():
+        for recorder in (targets, singles, targets):
+            teacher(**inputs(batch), cdistill_vat=recorder)
+    a = singles.slices
+    for target, expected in zip(targets.targets, [(a[1] + a[2]) / 2, (a[1] + a[3]) / 2, a[1]], strict=True):
+        torch.testing.assert_close(target, expected, rtol=1e-6, atol=0)
+
+
+def test_teacher_in_inference_mode():
+    student, teacher = student_and_teacher()
+    install(student)
+    install(teacher)
+    batch = draw_batch(8)
+    vat = VAT(VATConfig(), STUDENT_LAYERS, TEACHER_LAYERS, impl="torch")
+    expected = vat_loss(student, teacher, batch, vat).loss()
+    targets = vat.teacher(regions_of(batch), batch["attention_mask"])
+    with torch.inference_mode():
+        teacher(**inputs(batch), cdistill_vat=targets)
+    alignment = vat.student(regions_of(batch), targets.targets, batch["attention_mask"])
+    student(**inputs(batch), cdistill_vat=alignment)
+    assert torch.equal(alignment.loss(), expected)
+    alignment.loss().backward()
+    assert gradients(student)
+
+
+def training_step(student, teacher, batch, checkpointing):
+    student.zero_grad()
+    student.train()
+    if checkpointing is None:
+        student.gradient_checkpointing_disable()
+    else:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+    vat = VAT(VATConfig(layers="all"), STUDENT_LAYERS, TEACHER_LAYERS, impl="torch")
+    targets = vat.teacher(regions_of(batch), batch["attention_mask"])
+    with torch.no_grad():
+        teacher(**inputs(batch), cdistill_vat=targets)
+    alignment = vat.student(regions_of(batch), targets.targets, batch["attention_mask"])
+    language_loss = student(**batch, cdistill_vat=alignment).loss
+    recorded = alignment.losses()
+    (language_loss + alignment.loss()).backward()
+    assert all(losses is recorded[layer] for layer, losses in alignment.losses().items())
+    return alignment, {name: grad.clone() for name, grad in gradients(student).items()}
+
+
+def test_checkpointing_changes_no_bit(monkeypatch):
+    student, teacher = student_and_teacher()
+    install(student)
+    install(teacher)
+    batch = draw_batch(9)
+    recorded = []
+    real_record = StudentAlignment.record
+
+    def counting(self, layer, *args, **kwargs):
+        recorded.append(layer)
+        real_record(self, layer, *args, **kwargs)
+
+    monkeypatch.setattr(StudentAlignment, "record", counting)
+    plain, plain_grads = training_step(student, teacher, batch, None)
+    assert sorted(recorded) == [0, 1, 2, 3]
+    recorded.clear()
+    checkpointed, grads = training_step(student, teacher, batch, False)
+    assert sorted(recorded) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert torch.equal(plain.loss(), checkpointed.loss())
+    assert grads.keys() == plain_grads.keys()
+    assert all(torch.equal(grads[name], plain_grads[name]) for name in grads)
+
+
+def test_reentrant_checkpointing_is_refused():
+    student, teacher = student_and_teacher()
+    install(student)
+    install(teacher)
+    student.enable_input_require_grads()
+    with pytest.raises(ValueError, match="'use_reentrant': False"):
+        training_step(student, teacher, draw_batch(10), True)
+
+
+def test_evaluation_without_gradient():
+    student, teacher = student_and_teacher()
+    install(student)
+    install(teacher)
+    batch, vat = draw_batch(11), VAT(VATConfig(), STUDENT_LAYERS, TEACHER_LAYERS, impl="torch")
+    with torch.no_grad():
+        evaluated = vat_loss(student, teacher, batch, vat).loss()
+    assert not evaluated.requires_grad
+    assert torch.equal(evaluated, vat_loss(student, teacher, batch, vat).loss())
+
+
+def test_generation_still_works():
+    student, _ = student_and_teacher()
+    batch = inputs(draw_batch(12, "left"))
+    options = {"max_new_tokens": 5, "do_sample": False, "min_new_tokens": 5}
+    expected = student.generate(**batch, **options)
+    install(student)
+    assert torch.equal(student.generate(**batch, **options), expected)
+
+
+def test_install_switches_the_text_model_only_and_twice_is_once():
+    student, _ = student_and_teacher()
+    before = student.config.vision_config._attn_implementation
+    for _ in range(2):
+        install(student)
+        assert student.config.text_config._attn_implementation == IMPLEMENTATION
+        assert student.config.vision_config._attn_implementation == before != IMPLEMENTATION
+    uninstall(student)
+    assert student.config.text_config._attn_implementation == "sdpa"
+    student.set_attn_implementation({"text_config": "eager"})
+    with installed(student):
+        assert student.config.text_config._attn_implementation == IMPLEMENTATION
+    assert student.config.text_config._attn_implementation == "eager"
+
+
+def test_vision_layers_are_not_recorded():
+    student, _ = student_and_teacher()
+    install(student)
+    student.set_attn_implementation(IMPLEMENTATION)  # as a plain string it reaches the vision tower too
+    assert student.config.vision_config._attn_implementation == IMPLEMENTATION
+    batch = draw_batch(13)
+    seen = []
+
+    class Watcher:
+        layers = frozenset(range(STUDENT_LAYERS))
+        key_mask = batch["attention_mask"].bool()
+
+        def record(self, layer, q, k, *, scale, causal):
+            seen.append((layer, q.shape, k.shape, scale, causal))
+
+    student(**inputs(batch), cdistill_vat=Watcher())
+    length = batch["input_ids"].shape[1]
+    q, k = torch.Size([4, 2, length, 16]), torch.Size([4, 1, length, 16])
+    assert seen == [(layer, q, k, 16**-0.5, True) for layer in range(STUDENT_LAYERS)]
+
+
+def test_plain_language_model():
+    config = tiny_llava(0, "qwen2", 2, 32, 2, 1).config.text_config
+    model = Qwen2ForCausalLM(config)
+    install(model)
+    ids = torch.tensor([[3, IMAGE, IMAGE, 4, 5]])
+    regions = token_regions(ids, ids, None, visual_token_ids=IMAGE)
+    recorder = SliceRecorder([0, 1], regions, key_mask=None, impl="torch")
+    model(input_ids=ids, cdistill_vat=recorder)
+    assert recorder.slices[1].shape == (1, 4, 2)
+
+
+class SquareMatrices(TorchDispatchMode):
+    """Counts floating tensors (B,H,T,T) with more than one head that any operation returns."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.length, self.count = length, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_iter(result):
+            if isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim >= 3:
+                square = x.shape[-2:] == (self.length, self.length)
+                self.count += square and x.shape[-3] > 1
+        return result
+
+
+def test_no_attention_matrix_exists():
+    student, teacher = student_and_teacher()
+    install(student)
+    install(teacher)
+    batch = draw_batch(14)
+    batch = {name: value[2:3] if name != "pixel_values" else value[1:3] for name, value in batch.items()}
+    vat = VAT(VATConfig(layers="all"), STUDENT_LAYERS, TEACHER_LAYERS, impl="torch")
+    with SquareMatrices(batch["input_ids"].shape[1]) as matrices:
+        vat_loss(student, teacher, batch, vat).loss().backward()
+    assert matrices.count == 0
+    uninstall(student, "eager")
+    with SquareMatrices(batch["input_ids"].shape[1]) as matrices:
+        student(**inputs(batch))
+    assert matrices.count > 0
+
+
+def test_missing_layers_are_named():
+    student, teacher = student_and_teacher()
+    batch = draw_batch(15)
+    regions, mask = regions_of(batch), batch["attention_mask"]
+    install(teacher)
+    targets = TeacherTargets([LayerMatch(0, (5, 6, 7))], regions, key_mask=mask, impl="torch")
+    with torch.no_grad():
+        teacher(**inputs(batch), cdistill_vat=targets)
+        student(**inputs(batch))
+    with pytest.raises(ValueError, match=r"layers \[7\] were not recorded"):
+        _ = targets.targets
+    alignment = StudentAlignment([LayerMatch(0, (1,))], regions, [torch.zeros(4, 5, 8)], key_mask=mask)
+    for result in (alignment.loss, alignment.losses, alignment.per_layer):
+        with pytest.raises(ValueError, match=r"layers \[0\] were not recorded"):
+            result()
+    with pytest.raises(ValueError, match="one tensor for each of the 1 matches, got 0"):
+        StudentAlignment([LayerMatch(0, (1,))], regions, [], key_mask=mask)
+
+
+def record_everything(model, batch, **forward):
+    recorder = SliceRecorder([1], regions_of(batch), key_mask=batch["attention_mask"], impl="torch")
+    model(**(inputs(batch) | forward), cdistill_vat=recorder)
+    return recorder
+
+
+def test_padding_of_recorder_and_model_must_agree():
+    student, _ = student_and_teacher()
+    install(student)
+    batch = draw_batch(16)
+    for given in (None, torch.ones_like(batch["attention_mask"])):
+        with pytest.raises(ValueError, match="key_mask of the recorder must be the attention_mask"):
+            record_everything(student, batch, attention_mask=given)
+    with pytest.raises(ValueError, match="must be a recorder"):
+        student(**inputs(batch), cdistill_vat="all")
+
+
+@pytest.mark.parametrize("window", [3, 64])
+def test_sliding_window(window):
+    """A window narrower than the sequence is refused; a wider one hides nothing and is plain causal attention."""
+    options = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1}
+    student, _ = student_and_teacher(**options)
+    assert student.config.text_config.layer_types[1] == "sliding_attention"
+    install(student)
+    batch = draw_batch(17, "left")
+    if window == 3:
+        with pytest.raises(ValueError, match="layer 1 uses a sliding window of 3"):
+            record_everything(student, batch)
+        recorder = SliceRecorder([0], regions_of(batch), key_mask=batch["attention_mask"], impl="torch")
+        student(**inputs(batch), cdistill_vat=recorder)  # layer 0 has no window; the others are not touched
+        assert recorder.slices[0].any()
+    else:
+        plain = tiny_llava(0, "qwen2", STUDENT_LAYERS, 32, 2, 1)
+        install(plain)
+        assert torch.equal(record_everything(student, batch).slices[1], record_everything(plain, batch).slices[1])
+
+
+def test_masks_other_than_causality_and_padding_are_refused():
+    student, _ = student_and_teacher()
+    install(student)
+    batch = draw_batch(18)
+    length = batch["input_ids"].shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril().expand(4, 1, -1, -1)
+    with pytest.raises(ValueError, match="layer 1 uses a mask other than causality and padding"):
+        record_everything(student, batch, attention_mask=causal)
+    packed = torch.cat((torch.arange(5), torch.arange(length - 5))).expand(4, -1)
+    with pytest.raises(ValueError, match="layer 1 uses a mask other than causality and padding"):
+        record_everything(student, batch, attention_mask=None, position_ids=packed, use_cache=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"softcap": 50.0}, "soft-capping"),
+        ({"s_aux": torch.zeros(2)}, "sinks"),
+        ({"position_bias": torch.zeros(1, 2, 4, 4)}, "position bias"),
+        ({"is_causal": False}, "bidirectional"),
+        ({"sliding_window": 3}, "sliding window of 3 of 4"),
+        ({"keys": 6}, r"cache \(4 queries, 6 keys\)"),
+    ],
+)
+def test_attention_that_is_not_plain_is_refused_in_recorded_layers_only(options, message):
+    install(tiny_llava(0, "qwen2", 1, 32, 2, 1))
+    attention = AttentionInterface()[IMPLEMENTATION]
+    q, k = torch.randn(1, 2, 4, 16), torch.randn(1, 2, options.pop("keys", 4), 16)
+    recorder = SliceRecorder(
+        [3], token_regions(torch.full((1, 4), IMAGE), None, None, visual_token_ids=IMAGE, rows="all"), key_mask=None
+    )
+    with pytest.raises(ValueError, match=f"layer 3 uses .*{message}"):
+        attention(SimpleNamespace(layer_idx=3), q, k, k, None, cdistill_vat=recorder, **options)
+    if "softcap" not in options:  # which SDPA itself refuses
+        attention(SimpleNamespace(layer_idx=2), q, k, k, None, cdistill_vat=recorder, **options)
