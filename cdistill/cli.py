@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cdistill import __version__
+from cdistill.train.launch import ProcessError
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.arguments(subparsers.add_parser(name, help=command.help, description=command.help))
-    options = parser.parse_intermixed_args(arguments) if False else parser.parse_args(arguments)
+    options, extra = parser.parse_known_args(arguments)
+    if any(argument.startswith("-") or not hasattr(options, "overrides") for argument in extra):
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    if extra:  # argparse gives up on key=value after an option
+        options.overrides += extra
     try:
         return COMMANDS[options.command].run(options)
     except ValueError as error:
         print(f"cdistill: error: {error}", file=sys.stderr)
         return 2
+    except ProcessError as error:
+        print(f"cdistill: error: {error}", file=sys.stderr)
+        return 1

@@ -467,6 +467,6 @@ struct SimdKernels {
     for (int64_t i = 0; i < n_rows; ++i)
       lse[(part.sample * p.heads + head) * p.n_rows + part.row_begin + i] = join_lanes(s.running_max + i * W, s.running_sum + i * W);
   }
-
+};
 
 }  // namespace cdistill

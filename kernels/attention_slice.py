@@ -419,7 +419,7 @@ def _gain(q: torch.Tensor, grad: torch.Tensor) -> torch.Tensor | None:
     """(B,) factors that bring the largest gradient of a sample to HEADROOM; only fp16 operands need them."""
     if q.dtype != torch.float16:
         return None
-    peak = torch.linalg.vector_norm(grad.flatten(1), ord=float("inf"), dim=1)
+    peak = torch.linalg.vector_norm(grad, ord=float("inf"), dim=tuple(range(1, grad.ndim)))
     return HEADROOM.value / peak.clamp(min=1e-30)
 
 

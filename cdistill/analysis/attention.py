@@ -26,7 +26,7 @@ def visual_understanding_layers(model: PreTrainedModel) -> tuple[int, ...]:
 
 
 def aligned_layers(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[LayerMatch, ...]:
-    """Group matching of the visual understanding layers: what the default alignment brings together (paper section 4.1)."""
+    """Group matching of the visual understanding layers, as the default alignment has it (paper section 4.1)."""
     return match_layers(visual_understanding_layers(student), visual_understanding_layers(teacher))
 
 
@@ -52,7 +52,7 @@ def answer_attention(model: PreTrainedModel, batch: dict[str, Tensor], layers: C
         layers: 0-based indices, all by default.
 
     Returns:
-        (L, B, V) fp32 on the CPU, layers in increasing order; sums over V are the shares of attention that visual tokens receive.
+        (L, B, V) fp32 on the CPU, layers in increasing order; a sum over V is the share of attention on the image.
     """
     device = next(model.parameters()).device
     chosen = range(depth(model)) if layers is None else layers

@@ -1,4 +1,4 @@
-"""Teacher, SFT student and distilled student side by side: means, spreads, the table and the machine-readable results."""
+"""Teacher, SFT student and distilled student side by side: means, spreads, the table, and results for machines."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Comparison:
     """Evaluations of the three models of a demo.
 
     Attributes:
-        teacher: what `cdistill.eval.builtin.evaluate` returned for the teacher.
-        students: the same for ``sft`` and ``compodistill``, one evaluation per training seed, in the order of ``seeds``.
+        teacher: what `cdistill.eval.builtin.evaluate` returned.
+        students: the same for ``sft`` and ``compodistill``, one evaluation per training seed, in their order.
         seeds: training seeds.
     """
 
@@ -102,7 +102,7 @@ class Comparison:
         return "\n".join(lines)
 
     def results(self) -> dict[str, Any]:
-        """Accuracies in 0..1: per model, family and sub-type the mean over seeds, then errors, spreads, margins and every seed."""
+        """Accuracies in 0..1, means over seeds, by model, family and sub-type; then errors, spreads, margins, seeds."""
 
         def cells(number: Any, model: str) -> dict[str, dict[str, float]]:
             return {f: {s: number(model, f, s) for s in [*self.subtypes(f), "avg"]} for f in FAMILIES}

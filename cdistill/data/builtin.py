@@ -45,13 +45,15 @@ class Mixture:
 
     Attributes:
         modality: ``image`` shows the scene as pixels, ``text`` writes it out before the first question.
-        caption: share of samples that are a caption of the scene instead of a conversation.
-        turns: questions per conversation.
+        caption: share of samples whose first turn asks for a caption.
+        sentences: sentences of a caption beyond the list of objects.
+        turns: questions per sample.
         subtypes: kinds of questions, drawn uniformly.
     """
 
     modality: str = "image"
     caption: float = 0.0
+    sentences: int = 6
     turns: int = 6
     subtypes: tuple[str, ...] = SUBTYPES
 
@@ -60,8 +62,10 @@ class Mixture:
             raise ValueError(f"modality must be image or text, got {self.modality!r}")
         if not 0.0 <= self.caption <= 1.0:
             raise ValueError(f"caption must lie between 0 and 1, got {self.caption}")
-        if self.turns < 1:
-            raise ValueError(f"turns must be at least 1, got {self.turns}")
+        if self.sentences < 0:
+            raise ValueError(f"sentences must not be negative, got {self.sentences}")
+        if self.turns < 0 or (self.turns == 0 and self.caption < 1.0):
+            raise ValueError(f"turns must be at least 1 (0 where every sample has a caption), got {self.turns}")
         unknown = set(self.subtypes) - set(SUBTYPES)
         if unknown or not self.subtypes:
             raise ValueError(f"subtypes must be some of {', '.join(SUBTYPES)}, got {', '.join(sorted(unknown)) or 'none'}")
@@ -111,11 +115,13 @@ class BuiltinDataset(Dataset):
         captioned = rng.random() < self.mixture.caption
         while True:
             scene = scenes.sample_scene(rng, held_out=self.held_out)
-            if captioned:
-                return scene, [("describe the scene", scenes.caption(scene, rng))]
             asked = [questions.ask_any(scene, self.mixture.subtypes, rng) for _ in range(self.mixture.turns)]
-            if None not in asked:
-                return scene, [(q.text, q.answer) for q in asked if q is not None]
+            if None in asked:
+                continue
+            turns = [(q.text, q.answer) for q in asked if q is not None]
+            if captioned:
+                turns.insert(0, ("describe the scene", scenes.caption(scene, rng, sentences=self.mixture.sentences)))
+            return scene, turns
 
     def _conversation(self, prefix: str, turns: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
         """The vicuna_v1 layout: ``USER: prefix question ASSISTANT: answer </s> USER: question ...``, labels on the answers."""

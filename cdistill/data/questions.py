@@ -66,8 +66,7 @@ def _count(scene: Scene, rng: random.Random) -> Question:
 def _location(scene: Scene, rng: random.Random) -> Question:
     thing = rng.choice(scene)
     places = tuple(f"r{r + 1} c{c + 1}" for r in range(GRID) for c in range(GRID))
-    answer = f"r{thing.row + 1} c{thing.column + 1}"
-    return Question("direct", "location", f"where is the {thing.name} ?", answer, places)
+    return Question("direct", "location", f"where is the {thing.name} ?", thing.place, places)
 
 
 def _relation(scene: Scene, rng: random.Random) -> Question:

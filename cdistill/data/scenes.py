@@ -42,6 +42,10 @@ class Thing:
     def name(self) -> str:
         return f"{self.colour} {self.shape}"
 
+    @property
+    def place(self) -> str:
+        return f"r{self.row + 1} c{self.column + 1}"
+
     def relates(self, relation: str, other: Thing) -> bool:
         """Whether ``self RELATION other`` is true; a shared row or column makes neither direction true."""
         return {
@@ -111,17 +115,25 @@ def patch_labels(scene: Scene) -> np.ndarray:
 
 
 def describe(scene: Scene) -> str:
-    """The objects written out in raster order with their places: the scene as text, and the body of every caption."""
-    return " ; ".join(f"{t.name} r{t.row + 1} c{t.column + 1}" for t in scene)
+    """The objects written out in raster order with their places: the scene as text, and the body of every caption.
+
+    The place comes first, so that the last word of an object has all of it behind it, as a visual token has.
+    """
+    return " ; ".join(f"{t.place} {t.name}" for t in scene)
 
 
-def caption(scene: Scene, rng: random.Random, *, statements: int = 2) -> str:
-    """`describe` followed by true statements about random pairs of objects."""
+def statement(scene: Scene, rng: random.Random) -> str:
+    """A true sentence about how two random objects lie to each other."""
+    a, b = rng.sample(scene, 2)
+    return f"{a.name} {rng.choice([r for r in RELATIONS if a.relates(r, b)])} {b.name}"
+
+
+def caption(scene: Scene, rng: random.Random, *, sentences: int) -> str:
+    """`describe`, then sentences that come back to its objects: what is where, where is what, how two lie to each other."""
     parts = [describe(scene)]
-    for _ in range(statements):
-        a, b = rng.sample(scene, 2)
-        true = [r for r in RELATIONS if a.relates(r, b)]
-        parts.append(f"{a.name} {rng.choice(true)} {b.name}")
+    for _ in range(sentences):
+        kind, thing = rng.randrange(3), rng.choice(scene)
+        parts.append((f"{thing.place} {thing.name}", f"{thing.name} {thing.place}", statement(scene, rng))[kind])
     return " . ".join(parts)
 
 

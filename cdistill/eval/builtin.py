@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cdistill.data import questions
 from cdistill.data.builtin import IGNORE_INDEX, SUBTYPES, BuiltinDataset, Collator, Mixture
@@ -26,7 +26,7 @@ def held_out_questions(
     n: int,
     seed: int = 0,
     modality: str = "image",
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> BuiltinDataset:
     """``n`` single questions of one kind, each about its own held-out scene; no two kinds share their scenes."""
     return BuiltinDataset(
@@ -51,10 +51,10 @@ def predict(
 ) -> list[tuple[list[int], list[int]]]:
     """Predicted and right answer tokens of every sample of a batch of single questions.
 
-    The right answer is fed to the model, whose most likely token is read off, over the whole vocabulary, at each position that
-    predicts an answer token: the prediction is the right answer if and only if greedy decoding starts with it. A wrong
-    prediction is what greedy decoding would say up to and including its first wrong token. ``batch`` holds ``input_ids``,
-    ``labels`` and ``attention_mask`` (B, T), and ``pixel_values`` (B, 3, H, W) where the questions are about images.
+    The right answer is fed to the model, whose most likely token over the whole vocabulary is read off at each position
+    that predicts an answer token: prediction and right answer are equal if and only if greedy decoding starts with the
+    right answer. ``batch`` holds ``input_ids``, ``labels`` and ``attention_mask`` (B, T), and ``pixel_values``
+    (B, 3, H, W) where the questions are about images.
     """
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
@@ -89,12 +89,12 @@ def evaluate(
     seed: int = 0,
     modality: str = "image",
     batch_size: int = 100,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> dict[str, Any]:
-    """Accuracy on held-out scenes, drawn fresh from ``seed``: ``n`` single questions of every recognition and compositional kind.
+    """Accuracy on held-out scenes, drawn fresh from ``seed``: ``n`` single questions of every kind.
 
     Args:
-        model: LLaVA for ``modality="image"``; any causal language model for ``modality="text"``, where the scene is written out.
+        model: LLaVA for ``modality="image"``; any causal language model for ``"text"``, where the scene is written out.
         n: questions per kind.
         seed: seed of scenes, questions and pixel noise.
         modality: ``image`` or ``text``.
@@ -102,8 +102,9 @@ def evaluate(
         tokenizer: the model's, if it is not the built-in one.
 
     Returns:
-        ``recognition`` and ``compositional``: accuracy in 0..1 by sub-type, and their mean under ``avg``; ``standard_error`` and
-        ``constant_answer`` (accuracy of the most frequent answer given every time): the same two tables; ``n`` and ``seed``.
+        ``recognition`` and ``compositional``: accuracy in 0..1 by sub-type, and their mean under ``avg``;
+        ``standard_error`` and ``constant_answer`` (score of giving the most frequent answer every time): the same two
+        tables; ``n`` and ``seed``.
 
     Raises:
         ValueError: n or batch_size is not positive, or the model cannot see images.

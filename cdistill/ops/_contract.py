@@ -126,7 +126,7 @@ def slice_arguments(
     """Validate the arguments that attention_slice and attention_alignment share.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype, device or value; the message names it and says what is allowed.
+        ValueError: an argument has a wrong shape, dtype, device or value; the message names it.
     """
     _require_queries_and_keys(q, k)
     require_choice("heads", heads, HEADS)

@@ -240,7 +240,7 @@ def _column_weights(a: Tensor, target: Tensor, valid: Tensor, n_rows: Tensor, si
 def _masked(
     a: Tensor, target: Tensor, row_valid: Tensor, col_valid: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """a and target with zeros outside the valid block, that block (N,R,V), and its row and column counts, at least 1."""
+    """a and target, zero outside the valid block; that block (N,R,V); its row and column counts, at least 1."""
     valid = row_valid[:, :, None] & col_valid[:, None]
     n_rows, n_cols = row_valid.sum(1).clamp(min=1), col_valid.sum(1).clamp(min=1)
     return a.masked_fill(~valid, 0.0), target.masked_fill(~valid, 0.0), valid, n_rows, n_cols

@@ -121,11 +121,11 @@ def attention_alignment(
     heads: str = "mean",
     impl: str | None = None,
 ) -> Tensor:
-    """Distance of the attention slice A = attention_slice(q, k, rows, cols) from a target slice, per sample (paper 3.2).
+    """Distance of A = attention_slice(q, k, rows, cols) from a target slice, per sample (paper 3.2).
 
     Args:
-        target: the teacher's slice (B,R,V), or (B,Hq,R,V) for heads="each", any floating dtype. It is a constant: it gets
-            no gradient. Its values at padding are ignored.
+        target: the teacher's slice (B,R,V), or (B,Hq,R,V) for heads="each", any floating dtype. It is a constant and
+            gets no gradient. Its values at padding are ignored.
         loss: "cosine" (1 - cos), "mse", or "kl" (target against student, both renormalised to sum one).
         reduction: what is compared: "row" each row, then the mean over rows; "matrix" the whole slice; "column" the
             mean over rows.

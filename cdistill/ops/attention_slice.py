@@ -138,8 +138,8 @@ def attention_slice(
         Differentiable once in q, k and lse; the gradient of padding is exactly zero.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype, device or value, or impl cannot run here. On CUDA the values of
-            rows and cols are checked by a device-side assertion instead, because reading them would synchronise.
+        ValueError: an argument has a wrong shape, dtype, device or value, or impl cannot run here. On CUDA the values
+            of rows and cols are checked by a device-side assertion instead, because reading them would synchronise.
     """
     arguments = slice_arguments(q, k, rows, cols, lse=lse, causal=causal, scale=scale, key_mask=key_mask, heads=heads)
     return _apply(*arguments, backend(impl, q))

@@ -1,9 +1,9 @@
 """Cross-entropy and distillation through the language-model heads, without the (N,V) logits of either model.
 
 Rows whose label is ignored are dropped first. The others are processed in chunks; a chunk's logits live only while its
-losses and its gradients are made, in the forward pass. ``ce`` and ``kd`` are two outputs with two upstream gradients, so
-their gradients are kept apart: two fp32 (n,Hs) tensors for the hidden states (n valid rows) and, only if the head is
-trained, two fp32 (V,Hs) tensors for it. The backward pass scales copies of them.
+losses and its gradients are made, in the forward pass. ``ce`` and ``kd`` are two outputs with two upstream gradients,
+so their gradients are kept apart: two fp32 (n,Hs) tensors for the hidden states (n valid rows) and, only if the head
+is trained, two fp32 (V,Hs) tensors for it. The backward pass scales copies of them.
 """
 
 import math
@@ -45,7 +45,7 @@ class _Options(NamedTuple):
 
 
 class _Gradients:
-    """fp32 gradients of one of the two losses in student_hidden, student_head and student_bias, filled chunk by chunk."""
+    """fp32 gradients of one of the two losses in student_hidden, student_head and student_bias."""
 
     def __init__(self, hidden: Tensor, head: Tensor, options: _Options):
         def zeros(needed: bool, *shape: int) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Eager oracles of the ops, written to be read: whole attention matrices, whole logits, one sample and one row at a time.
+"""Eager oracles of the ops, written to be read: whole attention matrices, whole logits, row after row.
 
 They keep the dtype of their inputs, so that tests call them in float64, and autograd differentiates them.
 """

@@ -18,18 +18,18 @@ __all__ = ["Recipe", "load_recipe", "run"]
 def run(recipe: Recipe, *, resume: bool = False, callbacks: "Sequence[TrainerCallback]" = ()) -> Path:
     """Run all stages of a recipe (SPEC section 4) and return the folder of the final model.
 
-    ``recipe.output`` receives recipe.yaml, one ``save_pretrained`` folder ``<i>-<stage>`` per finished stage (i counts from
-    1), metrics.jsonl and tensorboard/; checkpoints/ exists while a stage runs. A finished stage appears by a rename.
+    ``recipe.output`` receives recipe.yaml, one ``save_pretrained`` folder ``<i>-<stage>`` per finished stage (i counts
+    from 1; it appears by a rename), metrics.jsonl and tensorboard/; checkpoints/ exists while a stage runs.
 
     Args:
         recipe: see `load_recipe`.
-        resume: go on with the run in ``recipe.output``: finished stages are skipped, an unfinished one continues from its
-            last complete checkpoint, or from its start.
+        resume: go on with the run in ``recipe.output``: finished stages are skipped, an unfinished one continues from
+            its last complete checkpoint, or from its start.
         callbacks: transformers callbacks for every stage; they need ``recipe.processes`` 1 or a launcher.
 
     Raises:
-        ValueError: the recipe cannot be run, checked before anything is written: missing or corrupt checkpoints, models that
-            do not fit each other, an output folder that holds something else.
+        ValueError: the recipe cannot be run, checked before anything is written: missing or corrupt checkpoints, models
+            that do not fit each other, an output folder that holds something else.
     """
     from cdistill.train.stages import run as run_recipe
 

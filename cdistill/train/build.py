@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,7 +14,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -23,12 +22,15 @@ from cdistill.models.llava import Llava, TAFAdapter, check_pair, compose
 from cdistill.train.config import Recipe, StudentConfig, resolve_folder
 from cdistill.vat import VAT, VATConfig
 
+# A LLaVA or a causal language model; their attributes have too many types in transformers to be worth checking.
+Student: TypeAlias = Any
+
 
 @dataclass
 class Models:
-    """What a run trains and distils from; ``student`` is a LLaVA or, without a vision encoder, a causal language model."""
+    """What a run trains and distils from; without a vision encoder the student is a causal language model."""
 
-    student: PreTrainedModel
+    student: Student
     teacher: Llava | None
     tokenizer: PreTrainedTokenizerBase
 
@@ -51,7 +53,7 @@ def build_models(recipe: Recipe) -> Models:
     return Models(student, teacher, tokenizer)
 
 
-def check_objectives(recipe: Recipe, student: PreTrainedModel, teacher: Llava | None) -> None:
+def check_objectives(recipe: Recipe, student: Student, teacher: Llava | None) -> None:
     """Raise ValueError unless the models can be trained in every stage of the recipe, layer matching included."""
     for name in recipe.stages:
         stage = recipe.stage[name]
@@ -63,16 +65,26 @@ def check_objectives(recipe: Recipe, student: PreTrainedModel, teacher: Llava | 
         if recipe.aligns(stage.objective):
             assert teacher is not None
             config = vat_config(recipe)
-            depths = (student.config.text_config.num_hidden_layers, teacher.config.text_config.num_hidden_layers)
+            depths = depths_of(student, teacher)
             if depths[0] > depths[1]:
-                raise ValueError(f"teacher has {depths[1]} layers, fewer than the student's {depths[0]}: vat cannot match them")
+                raise ValueError(
+                    f"teacher has {depths[1]} layers, fewer than the student's {depths[0]}: vat cannot match them"
+                )
             if config.matching == "adaptive":
                 VAT.measure(config, *depths)
             else:
                 VAT(config, *depths)
-            heads = (student.config.text_config.num_attention_heads, teacher.config.text_config.num_attention_heads)
+            heads = [model.config.get_text_config().num_attention_heads for model in (student, teacher)]
             if config.heads == "each" and heads[0] != heads[1]:
-                raise ValueError(f"vat.heads each needs equal head counts, got {heads[0]} and {heads[1]} for the teacher")
+                raise ValueError(
+                    f"vat.heads each needs equal head counts, got {heads[0]} and {heads[1]} for the teacher"
+                )
+
+
+def depths_of(student: Student, teacher: Student) -> tuple[int, int]:
+    """Numbers of layers of the two language models."""
+    ours, theirs = (model.config.get_text_config().num_hidden_layers for model in (student, teacher))
+    return ours, theirs
 
 
 def vat_config(recipe: Recipe) -> VATConfig:
@@ -92,13 +104,16 @@ def vat_config(recipe: Recipe) -> VATConfig:
     )
 
 
-def is_llava(model: PreTrainedModel) -> bool:
+def is_llava(model: Student) -> bool:
     """Whether a model has a vision encoder and an adapter."""
     return hasattr(model.model, "multi_modal_projector")
 
 
-def load_student(folder: Path, key: str = "student.base") -> PreTrainedModel:
-    """LLaVA or causal language model of a folder made by ``save_pretrained``, fp32. Raises ValueError naming the file."""
+def load_student(folder: Path, key: str = "student.base") -> Student:
+    """LLaVA or causal language model in a folder made by ``save_pretrained``, fp32.
+
+    Raises ValueError naming the missing or corrupt file.
+    """
     config = _load_config(folder, key)
     auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     return _load(auto, folder, key)
@@ -106,8 +121,8 @@ def load_student(folder: Path, key: str = "student.base") -> PreTrainedModel:
 
 def _build_student(
     config: StudentConfig, teacher: Llava | None, teacher_tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    language: PreTrainedModel | None = None
+) -> tuple[Student, PreTrainedTokenizerBase]:
+    language: Student = None
     if config.base is not None:
         folder = resolve_folder(config.base, "student.base")
         language, tokenizer = load_student(folder), _load_tokenizer(folder, "student.base")
@@ -120,11 +135,10 @@ def _build_student(
         text = language.config
     else:
         tokenizer = teacher_tokenizer or build_tokenizer()
-        text = _fresh_config(config.text_config, "student.text_config", vocab_size=len(tokenizer), **_special(tokenizer))
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-
-    source = teacher
+        text = _fresh_config(
+            config.text_config, "student.text_config", vocab_size=len(tokenizer), **_special(tokenizer)
+        )
+    source: Student = teacher
     if not config.taf and config.vision is not None:
         source = _load_llava(resolve_folder(config.vision, "student.vision"), "student.vision")
     if config.vision_config is not None:
@@ -134,10 +148,12 @@ def _build_student(
         vision = source.config.vision_config
     else:
         return _with_vocabulary(language or AutoModelForCausalLM.from_config(text), tokenizer), tokenizer
-    student = compose(
+    if IMAGE_TOKEN not in tokenizer.get_vocab() and teacher is None:
+        tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]})
+    student: Student = compose(
         vision,
         text,
-        image_token_id=source.config.image_token_id if source else tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_id=int(source.config.image_token_id if source else tokenizer.get_vocab()[IMAGE_TOKEN]),
         image_seq_length=source.config.image_seq_length if source else (vision.image_size // vision.patch_size) ** 2,
         teacher=teacher if config.taf else None,
         taf_activation=config.taf_activation,
@@ -158,7 +174,7 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
     }
 
 
-def _with_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _with_vocabulary(model: Student, tokenizer: PreTrainedTokenizerBase) -> Student:
     if model.get_input_embeddings().weight.shape[0] < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer))
     return model
@@ -178,7 +194,9 @@ def _check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedTok
     for token, index in sorted(student.get_vocab().items(), key=lambda item: item[1]):
         if theirs.get(token) != index:
             other = f"{theirs[token]}" if token in theirs else "none"
-            raise ValueError(f"vocabularies differ: token {token!r} is {index} for the student, {other} for the teacher")
+            raise ValueError(
+                f"vocabularies differ: token {token!r} is {index} for the student, {other} for the teacher"
+            )
     extra = [token for token, index in theirs.items() if token not in student.get_vocab()]
     added = teacher.get_added_vocab()
     if any(token not in added for token in extra):
@@ -194,7 +212,7 @@ def _fresh_config(values: dict[str, Any] | None, key: str, **defaults: Any) -> P
     except ValueError:
         raise ValueError(f"{key}.model_type is not a model type of transformers: {kind!r}") from None
     if "vision_config" in config.sub_configs:
-        config = config.vision_config
+        config = config.vision_config  # type: ignore[attr-defined]
     unknown = [name for name in values if not hasattr(config, name)]
     if unknown:
         raise ValueError(f"{key}.{unknown[0]} is not a field of {type(config).__name__}")
@@ -227,7 +245,7 @@ def _weight_files(folder: Path, key: str) -> list[Path]:
     return [folder / shard for shard in shards]
 
 
-def _load(auto: Any, folder: Path, key: str) -> PreTrainedModel:
+def _load(auto: Any, folder: Path, key: str) -> Student:
     """``auto.from_pretrained`` on verified files."""
     for path in _weight_files(folder, key):
         if not path.is_file():
@@ -242,7 +260,9 @@ def _load(auto: Any, folder: Path, key: str) -> PreTrainedModel:
     )
     if info["missing_keys"] or info["mismatched_keys"]:
         wrong = sorted(info["missing_keys"]) or sorted(str(k) for k in info["mismatched_keys"])
-        raise ValueError(f"{key}: the weights in {folder} do not fit its config.json: {wrong[0]} is missing or misshapen")
+        raise ValueError(
+            f"{key}: the weights in {folder} do not fit its config.json: {wrong[0]} is missing or misshapen"
+        )
     return model
 
 

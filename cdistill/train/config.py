@@ -5,6 +5,7 @@ Importing this module imports neither torch nor transformers, so that listing re
 
 import dataclasses
 import os
+import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -151,9 +152,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One stage; ``objective`` defaults to the name of its section, ``micro_batch_size`` to one step without accumulation.
+    """One stage; ``objective`` defaults to the name of its section.
 
-    ``samples`` is rounded down to whole global batches.
+    ``samples`` is rounded down to whole global batches; without ``micro_batch_size`` gradients are not accumulated.
     """
 
     objective: str
@@ -173,14 +174,17 @@ class StageConfig:
         _choice("schedule", self.schedule, SCHEDULES)
         _at_least("global_batch_size", self.global_batch_size, 1)
         if self.samples < self.global_batch_size:
-            raise ValueError(f"samples must be at least global_batch_size ({self.global_batch_size}), got {self.samples}")
+            raise ValueError(
+                f"samples must be at least global_batch_size ({self.global_batch_size}), got {self.samples}"
+            )
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if self.micro_batch_size is not None and (
             self.micro_batch_size < 1 or self.global_batch_size % self.micro_batch_size
         ):
             raise ValueError(
-                f"micro_batch_size must divide global_batch_size ({self.global_batch_size}), got {self.micro_batch_size}"
+                f"micro_batch_size must divide global_batch_size ({self.global_batch_size}), "
+                f"got {self.micro_batch_size}"
             )
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio must lie between 0 and 1, got {self.warmup_ratio}")
@@ -205,12 +209,12 @@ class Recipe:
     """A whole run: models, losses and stages in order (SPEC section 4).
 
     Attributes:
-        processes: data-parallel processes started on this machine; under torchrun or the deepspeed launcher, which start
-            them themselves, it is ignored.
+        processes: data-parallel processes started on this machine; under torchrun or the deepspeed launcher, which
+            start them themselves, it is ignored.
         precision: ``auto`` is fp32 on CPU, bf16 on a GPU that has it, else fp16.
         deepspeed: ZeRO stage, or ``off``.
-        gradient_checkpointing: recompute the language model's layers in the backward pass; ``reentrant`` selects torch's
-            old variant, which visual attention alignment cannot work with.
+        gradient_checkpointing: recompute the language model's layers in the backward pass; ``reentrant`` selects
+            torch's old variant, which visual attention alignment cannot work with.
         save_steps: steps between checkpoints to resume from inside a stage, 0 for none.
         teacher: folder made by ``save_pretrained``, or ``builtin:NAME``.
         stages: names of sections of `stage`, in the order they run.
@@ -248,6 +252,8 @@ class Recipe:
         for name in self.stages:
             if name not in self.stage:
                 raise ValueError(f"stages must name sections of stage ({', '.join(self.stage)}), got {name!r}")
+            if self.stages.count(name) > 1:
+                raise ValueError(f"stages must not repeat {name!r}: give it a second section with the same objective")
         self._check_models()
 
     def _check_models(self) -> None:
@@ -264,15 +270,9 @@ class Recipe:
             if "vision" in objectives:
                 raise ValueError("stages must not train the vision encoder with student.taf: it is the teacher's")
         if self.gradient_checkpointing == "reentrant" and any(map(self.aligns, objectives)):
-            raise ValueError("gradient_checkpointing must not be reentrant with vat.enabled: it would drop the gradient")
-        ranks = range(self.processes)
-        for name in dict.fromkeys(self.stages):
-            stage = self.stage[name]
-            if stage.global_batch_size % (len(ranks) * (stage.micro_batch_size or 1)):
-                raise ValueError(
-                    f"stage.{name}.global_batch_size must be a multiple of processes x micro_batch_size, "
-                    f"got {stage.global_batch_size} for {self.processes} x {stage.micro_batch_size or 1}"
-                )
+            raise ValueError(
+                "gradient_checkpointing must not be reentrant with vat.enabled: it would drop the gradient"
+            )
 
     def aligns(self, objective: str) -> bool:
         """Whether visual attention is aligned under an objective of this recipe."""
@@ -441,7 +441,7 @@ def _matches(hint: Any, value: Any) -> bool:
         return isinstance(value, Mapping)
     if hint is float:
         if isinstance(value, str):  # YAML 1.1 reads 1e-3, without a point, as a string
-            return value.replace("e", "").replace("-", "").replace("+", "").replace(".", "").isdigit()
+            return re.fullmatch(r"[+-]?\d+(\.\d*)?e[+-]?\d+", value) is not None
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)

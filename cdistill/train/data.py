@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from cdistill.data import scenes
 from cdistill.data.builtin import SUBTYPES, BuiltinDataset, Collator, Mixture, build_tokenizer
@@ -45,7 +44,7 @@ def stage_seed(recipe: Recipe, index: int) -> int:
     return recipe.seed * 1000 + index if seed is None else seed
 
 
-def stage_dataset(recipe: Recipe, index: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Any]:
+def stage_dataset(recipe: Recipe, index: int, tokenizer: Any) -> tuple[Dataset, Any]:
     """Dataset and collator of the stage at a place in the recipe's list.
 
     Raises:
@@ -58,7 +57,9 @@ def stage_dataset(recipe: Recipe, index: int, tokenizer: PreTrainedTokenizerBase
     vocabulary = tokenizer.get_vocab()
     for word in build_tokenizer().get_vocab():
         if word not in vocabulary:
-            raise ValueError(f"stage.{recipe.stages[index]}.data needs the built-in tokenizer: there is no token {word!r}")
+            raise ValueError(
+                f"stage.{recipe.stages[index]}.data needs the built-in tokenizer: there is no token {word!r}"
+            )
     data = stage.data
     mixture = Mixture(
         modality=data.modality,

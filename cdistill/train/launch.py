@@ -27,12 +27,13 @@ def launched() -> bool:
 def environment(*, distributed: bool) -> Iterator[None]:
     """The environment variables of a run, restored afterwards.
 
-    Without a GPU DeepSpeed is told to use the CPU; ``distributed`` makes this process a world of its own where no launcher
-    has done so (DeepSpeed needs a process group even for one process).
+    Without a GPU DeepSpeed is told to use the CPU; ``distributed`` makes this process a world of its own where no
+    launcher has done so (DeepSpeed needs a process group even for one process).
     """
     import torch
 
-    values = {"TOKENIZERS_PARALLELISM": "false"}
+    # Without OMP_NUM_THREADS accelerate sets torch's threads to the number of physical cores.
+    values = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     if not torch.cuda.is_available():
         values["DS_ACCELERATOR"] = "cpu"
     if distributed and not launched():
@@ -48,7 +49,7 @@ def environment(*, distributed: bool) -> Iterator[None]:
 
 
 def keep_deepspeed_from_compiling() -> None:
-    """Leave DeepSpeed's shared-memory collectives for CPUs out: it would compile them at run time, which takes minutes."""
+    """Leave out DeepSpeed's shared-memory collectives for CPUs, which it would compile for minutes at run time."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

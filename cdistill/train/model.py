@@ -7,12 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from cdistill.data.builtin import IGNORE_INDEX
 from cdistill.models.llava import Llava, TAFAdapter, shared_embeddings
 from cdistill.ops import linear_distillation
-from cdistill.train.build import is_llava
+from cdistill.train.build import Student, is_llava
 from cdistill.train.config import KDConfig
 from cdistill.train.objectives import Objective
 from cdistill.vat import VAT, install
@@ -22,8 +21,8 @@ from cdistill.vat.hook import KEYWORD
 class DistillationModel(nn.Module):
     """The losses of one stage, as sums.
 
-    Batches are padded on the right, so causality alone hides the padding from every real token and neither model needs a
-    padding mask.
+    Batches are padded on the right, so causality alone hides the padding from every real token and neither model needs
+    a padding mask.
 
     Args:
         student: a LLaVA or a causal language model; the only thing registered as a submodule (beside the throw-away
@@ -36,7 +35,7 @@ class DistillationModel(nn.Module):
 
     def __init__(
         self,
-        student: PreTrainedModel,
+        student: Student,
         objective: Objective,
         *,
         teacher: Llava | None = None,
@@ -45,9 +44,12 @@ class DistillationModel(nn.Module):
         patch_classes: int = 0,
     ) -> None:
         super().__init__()
-        self.student, self.objective, self.kd, self.vat = student, objective, kd or KDConfig(), vat
+        self.student: Student = student
+        self.objective, self.kd, self.vat = objective, kd or KDConfig(), vat
         teacher = teacher if objective.distils else None
-        self._teacher = (None if teacher is None else teacher.eval().requires_grad_(False),)  # a tuple hides it from nn.Module
+        self._teacher = (
+            None if teacher is None else teacher.eval().requires_grad_(False),
+        )  # a tuple hides it from nn.Module
         if "patch" in objective.losses:
             self.patch_head = nn.Linear(student.config.vision_config.hidden_size, patch_classes)
         if vat is not None:
@@ -67,11 +69,11 @@ class DistillationModel(nn.Module):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses of a batch: ``ar``, ``kd`` (or ``patch``) summed over labels, ``vat`` over samples, ``vat_layers`` (L,) too.
+        """Losses of a batch: ``ar``, ``kd`` or ``patch`` summed over labels, ``vat``, ``vat_layers`` (L,) over samples.
 
         ``input_ids``, ``labels`` (not shifted, -100 outside the answers) and ``attention_mask`` are (B, T),
         ``pixel_values`` (I, 3, H, W); for objective ``vision`` only ``pixel_values`` and ``labels`` (I, V) are taken.
-        ``idle`` is a zero that keeps trained parameters without work in the graph: ranks must reduce the same gradients.
+        ``idle`` is a zero that keeps trained parameters without work in the graph: all ranks reduce the same gradients.
         """
         if "patch" in self.objective.losses:
             assert pixel_values is not None
@@ -138,7 +140,7 @@ class DistillationModel(nn.Module):
         return 0.0 * layer(first.weight.new_zeros(1, first.in_features)).float().sum()
 
 
-def _hidden(model: PreTrainedModel, embeds: Tensor | None, recorder: Any) -> Tensor:
+def _hidden(model: Student, embeds: Tensor | None, recorder: Any) -> Tensor:
     """(B, T, d) last hidden states of the language model."""
     language = model.model.language_model if is_llava(model) else model.model
     extra = {} if recorder is None else {KEYWORD: recorder}

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import nn
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -22,7 +19,7 @@ class Objective:
         return "kd" in self.losses or "vat" in self.losses
 
 
-# SPEC section 4. `adapter` is the light map alone where the teacher's adapter is fetched (TAF), the whole adapter elsewhere.
+# `adapter` is the light map alone where the teacher's adapter is fetched (TAF), the whole adapter elsewhere.
 OBJECTIVES = {
     "vision": Objective(("patch",), ("vision",)),
     "text": Objective(("ar",), ("language",)),
@@ -33,7 +30,7 @@ OBJECTIVES = {
 }
 
 
-def set_trained(student: nn.Module, objective: Objective) -> None:
+def set_trained(student: Any, objective: Objective) -> None:
     """Let the objective's parts of a LLaVA (or causal language model) take gradients, and nothing else."""
     import torch
 
@@ -48,7 +45,7 @@ def set_trained(student: nn.Module, objective: Objective) -> None:
         adapter = student.model.multi_modal_projector
         (adapter.map if isinstance(adapter, TAFAdapter) else adapter).requires_grad_(True)
     if "vision" in objective.trained:
-        # Layers above the one whose features are used never get a gradient; under ZeRO weight decay would still move them.
+        # Layers above the one whose features are used get no gradient, yet under ZeRO weight decay would move them.
         tower = student.model.vision_tower.requires_grad_(True)
         size = student.config.vision_config.image_size
         example = next(tower.parameters())

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from cdistill.models.llava import Llava, shared_embeddings
+from cdistill.models.llava import shared_embeddings
 from cdistill.train import launch
-from cdistill.train.build import Models, build_models, count_parameters, load_student, vat_config
+from cdistill.train.build import Models, Student, build_models, count_parameters, depths_of, load_student, vat_config
 from cdistill.train.config import Recipe, first_difference, recipe_from_dict, recipe_to_dict
 from cdistill.train.data import PATCH_CLASSES, stage_dataset
 from cdistill.train.model import DistillationModel
@@ -181,7 +182,8 @@ def _run_stage(
 ) -> None:
     name = recipe.stages[index]
     stage, objective = recipe.stage[name], OBJECTIVES[recipe.stage[name].objective]
-    student, teacher, precision = models.student, models.teacher if objective.distils else None, precision_of(recipe)
+    student, precision = models.student, precision_of(recipe)
+    teacher: Student = models.teacher if objective.distils else None
     on_cpu = not torch.cuda.is_available()
     world = dist.get_world_size() if launch.launched() else 1
     micro = stage.micro_batch_size or stage.global_batch_size // world
@@ -222,9 +224,7 @@ def _run_stage(
     if recipe.aligns(stage.objective):
         assert teacher is not None
         vat = _make_vat(recipe, student.to(arguments.device), teacher, DataLoader(dataset, micro, collate_fn=collator))
-    model = DistillationModel(
-        student, objective, teacher=teacher, kd=recipe.kd, vat=vat, patch_classes=PATCH_CLASSES
-    )
+    model = DistillationModel(student, objective, teacher=teacher, kd=recipe.kd, vat=vat, patch_classes=PATCH_CLASSES)
     first = arguments.process_index == 0
     log = RunLog(
         output, folder.name, name, per_step=stage.global_batch_size, steps=stage.steps, layers=recipe.log_layers
@@ -265,12 +265,14 @@ def _run_stage(
         part.replace(folder)
         shutil.rmtree(output / CHECKPOINTS)
         rate = (stage.steps - start) * stage.global_batch_size / seconds
-        print(f"{folder.name}: done in {seconds:.0f} s ({rate:,.0f} samples/s), loss {log.last['loss']:.4f} -> {folder}")
+        print(
+            f"{folder.name}: done in {seconds:.0f} s ({rate:,.0f} samples/s), loss {log.last['loss']:.4f} -> {folder}"
+        )
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
 
 
-def _checkpoint_activations(student: PreTrainedModel, *, reentrant: bool) -> None:
+def _checkpoint_activations(student: Student, *, reentrant: bool) -> None:
     language = getattr(student.model, "language_model", student.model)
     options = {"use_reentrant": reentrant}
     if hasattr(language, "activation_checkpointing_enable"):  # transformers 5.20 renamed it
@@ -279,18 +281,17 @@ def _checkpoint_activations(student: PreTrainedModel, *, reentrant: bool) -> Non
         language.gradient_checkpointing_enable(options)
 
 
-def _make_vat(recipe: Recipe, student: Llava, teacher: Llava, batches: DataLoader) -> VAT:
+def _make_vat(recipe: Recipe, student: Student, teacher: Student, batches: DataLoader) -> VAT:
     config = vat_config(recipe)
-    depths = (student.config.text_config.num_hidden_layers, teacher.config.text_config.num_hidden_layers)
+    depths = depths_of(student, teacher)
     if config.matching != "adaptive":
         return VAT(config, *depths)
     measured = VAT.measure(config, *depths)
-    device, dtype = teacher.device, teacher.dtype
     wanted = math.ceil(recipe.vat.measure_samples / (batches.batch_size or 1))
-    probe = VAT(_with_group_matching(config), *depths)
+    probe = VAT(replace(config, matching="group"), *depths)
     with torch.no_grad(), installed(student), installed(teacher):
         for _, batch in zip(range(wanted), batches, strict=False):
-            batch = {name: value.to(device) for name, value in batch.items()}
+            batch = {name: value.to(teacher.device) for name, value in batch.items()}
             regions = probe.regions(
                 batch["input_ids"],
                 batch["labels"],
@@ -304,12 +305,6 @@ def _make_vat(recipe: Recipe, student: Llava, teacher: Llava, batches: DataLoade
                 model.model.language_model(inputs_embeds=inputs, use_cache=False, **{KEYWORD: recorder})
             measured.update(*recorders)
     return VAT(config, *depths, distances=measured.matrix())
-
-
-def _with_group_matching(config: Any) -> Any:
-    from dataclasses import replace
-
-    return replace(config, matching="group")
 
 
 @contextmanager

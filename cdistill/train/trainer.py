@@ -13,6 +13,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from cdistill.data.builtin import IGNORE_INDEX
 from cdistill.train.config import StageConfig
+from cdistill.train.launch import launched
 from cdistill.train.model import DistillationModel
 
 COMPLETE = "complete"  # marks a checkpoint that every process has finished writing
@@ -51,21 +52,20 @@ class DistillTrainer(Trainer):
         self._logged_step = 0
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the trained parameters; matrices decay, vectors (biases, norms) do not. No group is empty."""
         if self.optimizer is None:
-            trained = [p for p in (self.model if model is None else model).parameters() if p.requires_grad]
+            trained = [p for p in self.distillation.parameters() if p.requires_grad]
             if self.stage.weight_decay:
                 split = ([p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1])
                 decays = (self.stage.weight_decay, 0.0)
                 groups = [{"params": ps, "weight_decay": d} for ps, d in zip(split, decays, strict=True) if ps]
             else:
                 groups = [{"params": trained, "weight_decay": 0.0}]
-            self.optimizer = torch.optim.AdamW(
-                groups, lr=self.stage.learning_rate, betas=self.stage.betas, fused=True
-            )
+            self.optimizer = torch.optim.AdamW(groups, lr=self.stage.learning_rate, betas=self.stage.betas, fused=True)
         return self.optimizer
 
     def get_batch_samples(
@@ -108,11 +108,12 @@ class DistillTrainer(Trainer):
             return
         steps = self.state.global_step - self._logged_step
         self._logged_step = self.state.global_step
+        means: dict[str, Any] = {}
         for name, value in self._sums.items():
             value = self.accelerator.reduce(value, "mean") if self.args.world_size > 1 else value
-            logs[name] = (value / steps).tolist()
+            means[name] = (value / steps).tolist()
         self._sums.clear()
-        super().log(logs, start_time)
+        super().log({**logs, **means}, start_time)
 
     def save_student(self, folder: Path) -> None:
         """Write the student by ``save_pretrained`` (safetensors). Every process must call it."""
@@ -121,20 +122,22 @@ class DistillTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
+        assert output_dir is not None
         prefix = "student."
         whole = self.distillation.state_dict() if state_dict is None else state_dict
         student = {name.removeprefix(prefix): t for name, t in whole.items() if name.startswith(prefix)}
-        self.distillation.student.save_pretrained(output_dir or self.args.output_dir, state_dict=student)
+        self.distillation.student.save_pretrained(output_dir, state_dict=student)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        parent = Path(str(self.args.output_dir))
+        folder = parent / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and not self.is_deepspeed_enabled:
             torch.save(self.distillation.state_dict(), folder / WEIGHTS)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             (folder / COMPLETE).touch()
-            for other in Path(self.args.output_dir).glob("checkpoint-*"):
+            for other in parent.glob("checkpoint-*"):
                 if other != folder:
                     shutil.rmtree(other)
 
@@ -190,7 +193,7 @@ def training_arguments(
         fp16=precision == "fp16",
         deepspeed=deepspeed,
         use_cpu=on_cpu,
-        ddp_backend="gloo" if on_cpu else None,
+        ddp_backend="gloo" if on_cpu and launched() else None,
         ddp_find_unused_parameters=False,
         logging_steps=logging_steps,
         logging_nan_inf_filter=False,
@@ -273,7 +276,12 @@ class RunLog(TrainerCallback):
         now, step = self._clock(), state.global_step
         rate = (step - self._last_step) * self.per_step / max(now - self._last_time, 1e-9)
         self._last_step, self._last_time = step, now
-        entry: dict[str, Any] = {"stage": self.stage, "step": step, "samples": step * self.per_step, "loss": logs["loss"]}
+        entry: dict[str, Any] = {
+            "stage": self.stage,
+            "step": step,
+            "samples": step * self.per_step,
+            "loss": logs["loss"],
+        }
         entry |= {name: logs.get(name) for name in ("ar", "kd", "vat")}
         if self.layers and "vat_layers" in logs:
             entry["vat_layers"] = logs["vat_layers"]

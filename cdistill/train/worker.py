@@ -1,4 +1,4 @@
-"""One of several processes that `cdistill.train.launch.start_processes` starts: ``python -m cdistill.train.worker OUTPUT``."""
+"""``python -m cdistill.train.worker OUTPUT``: one of the processes that `cdistill.train.launch` starts."""
 
 import sys
 from pathlib import Path

@@ -6,12 +6,19 @@ BUCKET = 500_000_000
 
 
 def deepspeed_config(
-    stage: int, *, precision: str, micro_batch_size: int, accumulation: int, world_size: int, max_grad_norm: float, trained: int
+    stage: int,
+    *,
+    precision: str,
+    micro_batch_size: int,
+    accumulation: int,
+    world_size: int,
+    max_grad_norm: float,
+    trained: int,
 ) -> dict[str, Any]:
     """DeepSpeed's JSON for a ZeRO stage (0 to 3); ``trained`` is the number of trained parameters.
 
-    Any torch optimizer is allowed, so that nothing is compiled at run time. Buckets are no larger than the model, because
-    DeepSpeed allocates them whole.
+    Any torch optimizer is allowed, so that nothing is compiled at run time. Buckets are no larger than the model,
+    because DeepSpeed allocates them whole.
     """
     bucket = max(1, min(BUCKET, trained))
     return {

@@ -1,0 +1,435 @@
+"""Alignment losses between attention slices and their targets, and the gradients.
+
+Everything is one program per row with a run-time loop over columns. `row` ends there. `matrix` needs the size of the whole slice
+first: row sizes, then a fixed-order sum. `column` reduces both slices to the (V,) means of their columns and is then `row` with
+one row per sample.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _launch
+
+KL_EPS = tl.constexpr(1e-8)
+ROWS_PER_PROGRAM = 32
+
+
+@triton.jit
+def load_pair(
+    p_a,  # (V,)
+    p_t,  # (V,)
+    p_col,  # (V,) bytes
+    o_v,  # (BV,)
+    V,
+):
+    m_v = tl.load(p_col + o_v, mask=o_v < V, other=0) != 0
+    return tl.load(p_a + o_v, mask=m_v, other=0.0), tl.load(p_t + o_v, mask=m_v, other=0.0), m_v
+
+
+@triton.jit
+def nonzero(x):
+    return tl.where(x != 0.0, x, 1.0)
+
+
+@triton.jit
+def row_size(p_a, p_t, p_col, V, LOSS: tl.constexpr, BV: tl.constexpr):
+    """What each of the two vectors is divided by before they are compared: L2 norm (cosine), sum (kl) or 1 (mse).
+
+    The norm is taken of x / max|x|, so that the squares of a faint row do not underflow.
+    """
+    o_v = tl.arange(0, BV)
+    size_a = 1.0
+    size_t = 1.0
+    if LOSS == "cosine":
+        b_a = tl.zeros((BV,), tl.float32)
+        b_t = tl.zeros((BV,), tl.float32)
+        for i_v in tl.range(0, V, BV):
+            b_xa, b_xt, _ = load_pair(p_a, p_t, p_col, i_v + o_v, V)
+            b_a = tl.maximum(b_a, tl.abs(b_xa))
+            b_t = tl.maximum(b_t, tl.abs(b_xt))
+        peak_a = tl.max(b_a, 0)
+        peak_t = tl.max(b_t, 0)
+        b_a = tl.zeros((BV,), tl.float32)
+        b_t = tl.zeros((BV,), tl.float32)
+        for i_v in tl.range(0, V, BV):
+            b_xa, b_xt, _ = load_pair(p_a, p_t, p_col, i_v + o_v, V)
+            b_xa /= nonzero(peak_a)
+            b_xt /= nonzero(peak_t)
+            b_a += b_xa * b_xa
+            b_t += b_xt * b_xt
+        size_a = peak_a * tl.sqrt(tl.sum(b_a, 0))
+        size_t = peak_t * tl.sqrt(tl.sum(b_t, 0))
+    elif LOSS == "kl":
+        b_a = tl.zeros((BV,), tl.float32)
+        b_t = tl.zeros((BV,), tl.float32)
+        for i_v in tl.range(0, V, BV):
+            b_xa, b_xt, _ = load_pair(p_a, p_t, p_col, i_v + o_v, V)
+            b_a += b_xa
+            b_t += b_xt
+        size_a = tl.sum(b_a, 0)
+        size_t = tl.sum(b_t, 0)
+    return size_a, size_t
+
+
+@triton.jit
+def row_sum(p_a, p_t, p_col, V, size_a, size_t, TERM: tl.constexpr, BV: tl.constexpr):
+    """Sum over one row of a term of s = a / size_a and t = t / size_t.
+
+    cosine: (s - t)^2 / 2, which is 1 - cos without its cancellation; mse: (s - t)^2; kl: t log((t + eps) / (s + eps));
+    slope: s (1 - t / (s + eps)), the part of the kl gradient that keeps the sum of s at one.
+    """
+    o_v = tl.arange(0, BV)
+    b_sum = tl.zeros((BV,), tl.float32)
+    for i_v in tl.range(0, V, BV):
+        b_a, b_t, _ = load_pair(p_a, p_t, p_col, i_v + o_v, V)
+        b_s = b_a / nonzero(size_a)
+        b_t = b_t / nonzero(size_t)
+        b_d = b_s - b_t
+        if TERM == "cosine":
+            b_sum += 0.5 * b_d * b_d
+        elif TERM == "mse":
+            b_sum += b_d * b_d
+        elif TERM == "kl":
+            b_sum += b_t * tl.log((b_t + KL_EPS) / (b_s + KL_EPS))
+        else:
+            b_sum += b_s * ((b_d + KL_EPS) / (b_s + KL_EPS))
+    return tl.sum(b_sum, 0)
+
+
+@triton.jit(do_not_specialize=["R", "V"])
+def row_size_kernel(
+    p_a,  # (N, R, V)
+    p_t,  # (N, R, V)
+    p_row,  # (N, R) bytes
+    p_col,  # (N, V) bytes
+    p_size,  # (2, N, R)
+    R,
+    V,
+    LOSS: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """size_r = |x_r| (cosine) or sum x_r (kl) of the valid columns of row r, for a and the target; zero for an invalid row."""
+    i_r, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_row = (i_n * R + i_r) * V
+    # An invalid row is a row without columns.
+    n_cols = tl.where(tl.load(p_row + i_n * R + i_r) != 0, V, 0)
+    size_a, size_t = row_size(p_a + o_row, p_t + o_row, p_col + i_n * V, n_cols, LOSS, BV)
+    tl.store(p_size + i_n * R + i_r, size_a)
+    tl.store(p_size + (tl.num_programs(1) + i_n) * R + i_r, size_t)
+
+
+@triton.jit(do_not_specialize=["R", "V"])
+def row_sum_kernel(
+    p_a,  # (N, R, V)
+    p_t,  # (N, R, V)
+    p_row,  # (N, R) bytes
+    p_col,  # (N, V) bytes
+    p_size,  # (2, N) of the whole slice, or None: every row has its own
+    p_sum,  # (N, R)
+    R,
+    V,
+    LOSS: tl.constexpr,
+    TERM: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """Loss of each row (p_size None), or each row's part of the loss of the slice; zero for an invalid row.
+
+    A zero vector has cosine 0 and KL 0. For a slice the caller sees to that.
+    """
+    i_r, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_row = (i_n * R + i_r) * V
+    n_cols = tl.where(tl.load(p_row + i_n * R + i_r) != 0, V, 0)
+    p_a += o_row
+    p_t += o_row
+    p_col += i_n * V
+    if p_size is None:
+        size_a, size_t = row_size(p_a, p_t, p_col, n_cols, LOSS, BV)
+    else:
+        size_a = tl.load(p_size + i_n)
+        size_t = tl.load(p_size + tl.num_programs(1) + i_n)
+    b_sum = row_sum(p_a, p_t, p_col, n_cols, size_a, size_t, TERM, BV)
+    if p_size is None:
+        degenerate = 0.0
+        if LOSS == "cosine":
+            degenerate = tl.where(n_cols > 0, 1.0, 0.0)
+        b_sum = tl.where((size_a != 0.0) & (size_t != 0.0), b_sum, degenerate)
+    tl.store(p_sum + i_n * R + i_r, b_sum)
+
+
+@triton.jit(do_not_specialize=["R", "V"])
+def gradient_kernel(
+    p_a,  # (N, R, V)
+    p_t,  # (N, R, V)
+    p_row,  # (N, R) bytes
+    p_col,  # (N, V) bytes
+    p_size,  # (2, N) of the whole slice, or None: every row has its own
+    p_sum,  # (N,) of the whole slice: 1 - cos (cosine) or slope (kl); None with p_size
+    p_weight,  # (N,) gradient of one vector's loss
+    p_grad,  # (N, R, V)
+    R,
+    V,
+    LOSS: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """d loss / d a, with s = a / size_a and t = t / size_t of the compared vectors:
+
+    cosine: ((s - t) - (1 - cos) s) / size_a; kl: (f - sum s f) / size_a with f = 1 - t / (s + eps); mse: 2 (s - t).
+    The differences are formed first: near agreement the textbook forms lose all digits.
+    """
+    i_r, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_row = (i_n * R + i_r) * V
+    row = tl.load(p_row + i_n * R + i_r) != 0
+    n_cols = tl.where(row, V, 0)
+    p_a += o_row
+    p_t += o_row
+    p_col += i_n * V
+    b_sum = 0.0
+    if p_size is None:
+        size_a, size_t = row_size(p_a, p_t, p_col, n_cols, LOSS, BV)
+        if LOSS == "cosine":
+            b_sum = row_sum(p_a, p_t, p_col, n_cols, size_a, size_t, "cosine", BV)
+        elif LOSS == "kl":
+            b_sum = row_sum(p_a, p_t, p_col, n_cols, size_a, size_t, "slope", BV)
+    else:
+        size_a = tl.load(p_size + i_n)
+        size_t = tl.load(p_size + tl.num_programs(1) + i_n)
+        b_sum = tl.load(p_sum + i_n)
+    weight = tl.load(p_weight + i_n) / nonzero(size_a)
+    alive = row & (size_a != 0.0) & (size_t != 0.0)
+
+    for i_v in tl.range(0, V, BV):
+        o_v = i_v + tl.arange(0, BV)
+        b_a, b_t, m_v = load_pair(p_a, p_t, p_col, o_v, V)
+        b_s = b_a / nonzero(size_a)
+        b_d = b_s - b_t / nonzero(size_t)
+        if LOSS == "cosine":
+            b_g = b_d - b_sum * b_s
+        elif LOSS == "kl":
+            b_g = (b_d + KL_EPS) / (b_s + KL_EPS) - b_sum
+        else:
+            b_g = 2.0 * b_d
+        tl.store(p_grad + o_row + o_v, tl.where(m_v & alive, b_g * weight, 0.0), mask=o_v < V)
+
+
+@triton.jit(do_not_specialize=["R", "V"])
+def squared_deviation_kernel(
+    p_a,  # (N, R, V)
+    p_t,  # (N, R, V)
+    p_row,  # (N, R) bytes
+    p_col,  # (N, V) bytes
+    p_mean,  # (2, N)
+    p_sum,  # (2, N, R)
+    R,
+    V,
+    BV: tl.constexpr,
+):
+    """sum_j (x_rj - mean)^2 over the valid columns of row r, for a and the target; zero for an invalid row."""
+    i_r, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n_samples = tl.num_programs(1)
+    o_row = (i_n * R + i_r) * V
+    n_cols = tl.where(tl.load(p_row + i_n * R + i_r) != 0, V, 0)
+    mean_a = tl.load(p_mean + i_n)
+    mean_t = tl.load(p_mean + n_samples + i_n)
+    b_a = tl.zeros((BV,), tl.float32)
+    b_t = tl.zeros((BV,), tl.float32)
+    for i_v in tl.range(0, n_cols, BV):
+        b_xa, b_xt, m_v = load_pair(p_a + o_row, p_t + o_row, p_col + i_n * V, i_v + tl.arange(0, BV), V)
+        b_xa = tl.where(m_v, b_xa - mean_a, 0.0)
+        b_xt = tl.where(m_v, b_xt - mean_t, 0.0)
+        b_a += b_xa * b_xa
+        b_t += b_xt * b_xt
+    tl.store(p_sum + i_n * R + i_r, tl.sum(b_a, 0))
+    tl.store(p_sum + (n_samples + i_n) * R + i_r, tl.sum(b_t, 0))
+
+
+@triton.jit
+def kept(b_a, b_t, m_v, p_limit, i_n, n_samples):
+    """M = [F * t != 0], F = [a <= mu_a + sigma_a] and [t <= mu_t + sigma_t]; all valid entries without the sink filter."""
+    if p_limit is not None:
+        m_v = m_v & (b_a <= tl.load(p_limit + i_n)) & (b_t <= tl.load(p_limit + n_samples + i_n)) & (b_t != 0.0)
+    return m_v
+
+
+@triton.jit(do_not_specialize=["R", "V", "stride_s"])
+def column_sum_kernel(
+    p_a,  # (N, R, V)
+    p_t,  # (N, R, V)
+    p_row,  # (N, R) bytes
+    p_col,  # (N, V) bytes
+    p_limit,  # (2, N) mu + sigma of a and the target, or None
+    p_sum,  # (3, N, C, V): sums of M a, M t and M over one of C chunks of rows
+    R,
+    V,
+    stride_s,
+    ROWS: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """sum_r M_rj a_rj, sum_r M_rj t_rj and sum_r M_rj over ROWS rows, for one block of columns; rows are added in order."""
+    i_v, i_c, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    o_v = i_v * BV + tl.arange(0, BV)
+    b_a = tl.zeros((BV,), tl.float32)
+    b_t = tl.zeros((BV,), tl.float32)
+    b_c = tl.zeros((BV,), tl.float32)
+    for i_r in tl.range(i_c * ROWS, tl.minimum(i_c * ROWS + ROWS, R)):
+        o_row = (i_n * R + i_r) * V
+        b_xa, b_xt, m_v = load_pair(p_a + o_row, p_t + o_row, p_col + i_n * V, o_v, V)
+        m_v = kept(b_xa, b_xt, m_v & (tl.load(p_row + i_n * R + i_r) != 0), p_limit, i_n, tl.num_programs(2))
+        b_a += tl.where(m_v, b_xa, 0.0)
+        b_t += tl.where(m_v, b_xt, 0.0)
+        b_c += m_v.to(tl.float32)
+    p_sum += (i_n * tl.num_programs(1) + i_c) * V
+    tl.store(p_sum + o_v, b_a, mask=o_v < V)
+    tl.store(p_sum + stride_s + o_v, b_t, mask=o_v < V)
+    tl.store(p_sum + 2 * tl.cast(stride_s, tl.int64) + o_v, b_c, mask=o_v < V)
+
+
+@triton.jit(do_not_specialize=["R", "V"])
+def column_gradient_kernel(
+    p_a,  # (N, R, V)
+    p_t,  # (N, R, V)
+    p_row,  # (N, R) bytes
+    p_col,  # (N, V) bytes
+    p_limit,  # (2, N) or None
+    p_du,  # (N, V) gradient of the column sums
+    p_grad,  # (N, R, V)
+    R,
+    V,
+    BV: tl.constexpr,
+):
+    """d loss / d a_rj = M_rj du_j; M, mu and sigma carry no gradient."""
+    i_r, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_row = (i_n * R + i_r) * V
+    row = tl.load(p_row + i_n * R + i_r) != 0
+    for i_v in tl.range(0, V, BV):
+        o_v = i_v + tl.arange(0, BV)
+        b_a, b_t, m_v = load_pair(p_a + o_row, p_t + o_row, p_col + i_n * V, o_v, V)
+        m_v = kept(b_a, b_t, m_v & row, p_limit, i_n, tl.num_programs(1))
+        b_du = tl.load(p_du + i_n * V + o_v, mask=m_v, other=0.0)
+        tl.store(p_grad + o_row + o_v, b_du, mask=o_v < V)
+
+
+def _common(a, target, row_valid, col_valid) -> dict:
+    return {
+        "device": a.device,
+        "p_a": a,
+        "p_t": target,
+        "p_row": row_valid.view(torch.uint8),
+        "p_col": col_valid.view(torch.uint8),
+        "R": a.shape[1],
+        "V": a.shape[2],
+        "BV": _launch.row_block(a.device),
+        "num_warps": 4,
+    }
+
+
+def _slice_size(common: dict, loss: str) -> torch.Tensor | None:
+    """(2,N) norms (cosine) or sums (kl) of whole slices; mse divides by nothing."""
+    N, R, _ = common["p_a"].shape
+    if loss == "mse":
+        return torch.ones(2, N, dtype=torch.float32, device=common["device"])
+    size = torch.empty(2, N, R, dtype=torch.float32, device=common["device"])
+    _launch.launch(row_size_kernel, (R, N), p_size=size, LOSS=loss, **common)
+    if loss == "kl":
+        return size.sum(-1)
+    peak = size.amax(-1)
+    return peak * (size / peak.clamp(min=torch.finfo(peak.dtype).tiny).unsqueeze(-1)).square().sum(-1).sqrt()
+
+
+def _row_sums(common: dict, loss: str, term: str, size: torch.Tensor | None) -> torch.Tensor:
+    N, R, _ = common["p_a"].shape
+    sums = torch.empty(N, R, dtype=torch.float32, device=common["device"])
+    _launch.launch(row_sum_kernel, (R, N), p_size=size, p_sum=sums, LOSS=loss, TERM=term, **common)
+    return sums.sum(-1)
+
+
+def _sink_limit(common: dict, entries: torch.Tensor) -> torch.Tensor:
+    """(2,N) mean + unbiased standard deviation over the valid entries of a and of the target."""
+    N, R, _ = common["p_a"].shape
+    mean = _slice_size(common, "kl") / entries.clamp(min=1)
+    squares = torch.empty(2, N, R, dtype=torch.float32, device=common["device"])
+    _launch.launch(squared_deviation_kernel, (R, N), p_mean=mean, p_sum=squares, **common)
+    return mean + (squares.sum(-1) / (entries - 1).clamp(min=1)).sqrt()
+
+
+def _column_means(common: dict, n_rows, n_cols, sink_filter: bool):
+    """(N,V) column means u of a and v of the target, the counts they were divided by, and the sink limit."""
+    N, R, V = common["p_a"].shape
+    limit = _sink_limit(common, n_rows * n_cols) if sink_filter else None
+    chunks = triton.cdiv(R, ROWS_PER_PROGRAM)
+    sums = torch.empty(3, N, chunks, V, dtype=torch.float32, device=common["device"])
+    _launch.launch(
+        column_sum_kernel,
+        (triton.cdiv(V, common["BV"]), chunks, N),
+        p_limit=limit,
+        p_sum=sums,
+        stride_s=sums.stride(0),
+        ROWS=ROWS_PER_PROGRAM,
+        **common,
+    )
+    total_a, total_t, count = sums.sum(2)
+    count = count.clamp(min=1)
+    return total_a / count, total_t / count, count, limit
+
+
+def alignment_loss(a, target, row_valid, col_valid, *, loss, reduction, sink_filter):
+    """Loss of every slice, (N,) fp32; a and target (N,R,V) fp32, row_valid (N,R) and col_valid (N,V) bool."""
+    if not a.numel():
+        return torch.zeros(a.shape[0], dtype=torch.float32, device=a.device)
+    n_rows, n_cols = row_valid.sum(-1), col_valid.sum(-1)
+    common = _common(a, target, row_valid, col_valid)
+    if reduction == "column":
+        u, v, _, _ = _column_means(common, n_rows, n_cols, sink_filter)
+        one_row = (n_rows > 0).unsqueeze(1)
+        return alignment_loss(
+            u.unsqueeze(1), v.unsqueeze(1), one_row, col_valid, loss=loss, reduction="row", sink_filter=False
+        )
+    size = _slice_size(common, loss) if reduction == "matrix" else None
+    total = _row_sums(common, loss, loss, size)
+    if loss == "mse":
+        total = total / (n_rows * n_cols).clamp(min=1)
+    elif reduction == "row":
+        total = total / n_rows.clamp(min=1)
+    else:
+        total = torch.where((size != 0).all(0), total, 1.0 if loss == "cosine" else 0.0)
+    return torch.where((n_rows > 0) & (n_cols > 0), total, 0.0)
+
+
+def alignment_grad(a, target, row_valid, col_valid, grad_out, *, loss, reduction, sink_filter):
+    """Gradient of ``alignment_loss`` with respect to a, times grad_out (N,); (N,R,V) fp32, zero at invalid rows and columns."""
+    if not a.numel():
+        return torch.zeros_like(a)
+    n_rows, n_cols = row_valid.sum(-1), col_valid.sum(-1)
+    common = _common(a, target, row_valid, col_valid)
+    N, R, _ = a.shape
+    grad = torch.empty_like(a)
+    if reduction == "column":
+        u, v, count, limit = _column_means(common, n_rows, n_cols, sink_filter)
+        one_row = (n_rows > 0).unsqueeze(1)
+        du = alignment_grad(
+            u.unsqueeze(1), v.unsqueeze(1), one_row, col_valid, grad_out, loss=loss, reduction="row", sink_filter=False
+        )
+        _launch.launch(
+            column_gradient_kernel, (R, N), p_limit=limit, p_du=du.squeeze(1) / count, p_grad=grad, **common
+        )
+        return grad
+    size = slice_sum = None
+    weight = grad_out
+    if reduction == "matrix":
+        size = _slice_size(common, loss)
+        slice_sum = _row_sums(common, loss, "slope" if loss == "kl" else loss, size)
+    elif loss != "mse":
+        weight = weight / n_rows.clamp(min=1)
+    if loss == "mse":
+        weight = weight / (n_rows * n_cols).clamp(min=1)
+    _launch.launch(
+        gradient_kernel,
+        (R, N),
+        p_size=size,
+        p_sum=slice_sum,
+        p_weight=weight.contiguous(),
+        p_grad=grad,
+        LOSS=loss,
+        **common,
+    )
+    return grad

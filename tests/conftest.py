@@ -1,0 +1,33 @@
+"""Shared by all tests: the triton interpreter where there is no GPU, two threads, and fixtures of the op tests."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch):
+    """Fill floating tensors of torch.empty, empty_like and new_empty with NaN, so that an unwritten entry shows."""
+
+    def poisoned(create):
+        def create_poisoned(*args, **kwargs):
+            tensor = create(*args, **kwargs)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+        return create_poisoned
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture(params=["torch", "cpp", "triton"])
+def impl(request):
+    """Each implementation of the attention ops."""
+    return request.param

@@ -1,0 +1,232 @@
+"""attention_alignment in every implementation against the float64 oracle, for every loss, reduction and head option."""
+
+import re
+
+import pytest
+import torch
+from op_cases import CASES, Case, assert_as_exact_as_eager, device_of, draw, moved, with_gradients
+
+from cdistill.ops import attention_alignment, attention_slice, reference
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+KINDS = [
+    {"loss": loss, "reduction": reduction, "sink_filter": sink_filter}
+    for loss in ("cosine", "mse", "kl")
+    for reduction, sink_filter in (("row", False), ("matrix", False), ("column", False), ("column", True))
+]
+KIND_NAMES = [f"{k['loss']}-{k['reduction']}{'-sink' * k['sink_filter']}" for k in KINDS]
+each_kind = pytest.mark.parametrize("kind", KINDS, ids=KIND_NAMES)
+
+
+def check(case, impl, kind, heads="mean", seed=0, inputs=None):
+    """Compare losses and gradients with the oracle; return ours: losses (B,), dq, dk."""
+    inputs = draw(case, seed) if inputs is None else inputs
+    target = inputs["target"] if heads == "each" else inputs["target"].mean(1)
+    options = case.options(inputs) | kind | {"heads": heads}
+    grad = torch.arange(1, case.batch + 1).float()
+
+    def oracle(q, k):
+        return reference.attention_alignment(q, k, target.to(q.dtype), inputs["rows"], inputs["cols"], **options)
+
+    leaves = [inputs["q"], inputs["k"]]
+    exact = with_gradients(oracle, [x.double() for x in leaves], grad)
+    eager = with_gradients(oracle, leaves, grad)
+    there = moved(inputs | {"target": target}, device_of(impl))
+    here = case.options(there) | kind | {"heads": heads, "impl": impl}
+
+    def op(q, k):
+        return attention_alignment(q, k, there["target"], there["rows"], there["cols"], **here)
+
+    ours = with_gradients(op, [there["q"], there["k"]], grad)
+    assert ours[0].dtype == torch.float32
+    assert_as_exact_as_eager(ours, eager, exact)
+    return ours
+
+
+@each_kind
+@pytest.mark.parametrize("heads", ["mean", "each"])
+def test_losses_and_gradients_match_float64(kind, heads, impl):
+    check(Case(masked="left", tokens=23, rows=9, cols=8), impl, kind, heads)
+
+
+@pytest.mark.parametrize("name", ["full-left", "many-tiles"])
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[5], KINDS[11]], ids=[KIND_NAMES[i] for i in (0, 5, 11)])
+def test_other_shapes_match_float64(name, kind, impl):
+    check(CASES[name], impl, kind)
+
+
+def test_half_precision_is_as_exact_as_eager_half_precision(impl):
+    dtypes = [torch.float16] if impl == "triton" and device_of(impl) == "cpu" else [torch.float16, torch.bfloat16]
+    for dtype in dtypes:
+        check(Case(dtype=dtype, padding=0), impl, KINDS[0], seed=2)
+
+
+@each_kind
+def test_rows_that_see_no_visual_key_count_as_padding(kind, impl):
+    case = Case(batch=1, tokens=12, rows=5, cols=3, padding=0)
+    inputs = draw(case)
+    inputs["cols"] = torch.tensor([[6, 5, 9]])
+    inputs["rows"] = torch.tensor([[2, 7, 4, 11, 5]])  # rows 2 and 4 come before every column
+    ours = check(case, impl, kind, inputs=inputs)
+    shorter = inputs | {"rows": torch.tensor([[7, 11, 5]]), "target": inputs["target"][:, :, [1, 3, 4]]}
+    fewer = check(Case(batch=1, tokens=12, rows=3, cols=3, padding=0), impl, kind, inputs=shorter)
+    for x, y in zip(ours, fewer, strict=True):
+        assert torch.allclose(x, y, rtol=1e-4, atol=1e-7)
+
+
+@each_kind
+def test_zero_target_vectors(kind, impl):
+    case = Case(batch=2, padding=0)
+    inputs = draw(case)
+    inputs["target"][0, :, 2] = 0.0
+    inputs["target"][0, :, :, 3] = 0.0
+    inputs["target"][1] = 0.0
+    losses, dq, dk = check(case, impl, kind, inputs=inputs)
+    if kind["loss"] != "mse":
+        assert losses[1] == (1.0 if kind["loss"] == "cosine" else 0.0)
+        assert not dq[1].any()
+        assert not dk[1].any()
+
+
+@each_kind
+def test_a_single_row_and_column(kind, impl):
+    check(Case(batch=1, q_heads=2, rows=1, cols=1, padding=0, causal=False), impl, kind, seed=5)
+
+
+@each_kind
+def test_samples_without_rows_or_columns_have_no_loss_and_no_gradient(kind, impl):
+    case = Case(batch=3, padding=0)
+    inputs = draw(case)
+    inputs["rows"][0] = -1
+    inputs["cols"][2] = -1
+    losses, dq, dk = check(case, impl, kind, inputs=inputs)
+    for b in (0, 2):
+        assert losses[b] == 0
+        assert not dq[b].any()
+        assert not dk[b].any()
+    assert losses[1] > 0
+
+
+@pytest.mark.parametrize("rows, cols", [(0, 3), (3, 0)])
+@pytest.mark.parametrize("heads", ["mean", "each"])
+def test_no_rows_or_no_columns_at_all(rows, cols, heads, impl):
+    q = torch.randn(2, 2, 5, 16, device=device_of(impl), requires_grad=True)
+    positions = [torch.arange(n, device=q.device).expand(2, -1) for n in (rows, cols)]
+    target = torch.zeros(2, *([2] if heads == "each" else []), rows, cols, device=q.device)
+    losses = attention_alignment(q, q, target, *positions, heads=heads, impl=impl)
+    losses.sum().backward()
+    assert losses.tolist() == [0.0, 0.0]
+    assert not q.grad.any()
+
+
+@each_kind
+def test_target_values_at_padding_are_ignored(kind, impl):
+    inputs = draw(Case())
+    padding = (inputs["rows"][:, :, None] < 0) | (inputs["cols"][:, None] < 0)
+    clean = check(Case(), impl, kind, inputs=inputs)
+    poisoned = moved(inputs | {"target": inputs["target"].mean(1).masked_fill(padding, torch.nan)}, device_of(impl))
+
+    def op(q, k):
+        return attention_alignment(q, k, poisoned["target"], poisoned["rows"], poisoned["cols"], impl=impl, **kind)
+
+    again = with_gradients(op, [poisoned["q"], poisoned["k"]], torch.tensor([1.0, 2.0]))
+    assert all(torch.equal(x, y) for x, y in zip(clean, again, strict=True))
+
+
+@each_kind
+def test_equal_slices_have_no_distance(kind, impl):
+    inputs = moved(draw(Case()), device_of(impl))
+    args = inputs["q"], inputs["k"]
+    a = attention_slice(*args, inputs["rows"], inputs["cols"], impl=impl)
+    losses = attention_alignment(*args, a, inputs["rows"], inputs["cols"], impl=impl, **kind)
+    assert losses.abs().max() < 1e-6
+
+
+def test_cosine_keeps_its_digits_near_one(impl):
+    """Near cos = 1 the difference 1 - cos would lose every digit in fp32; half the squared distance does not."""
+    inputs = draw(Case(padding=0, causal=False))
+    exact = reference.attention_slice(
+        inputs["q"].double(), inputs["k"].double(), inputs["rows"], inputs["cols"], causal=False
+    )
+    noise = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
+    target = (exact * (1 + 1e-3 * noise)).float()
+    expected = reference.attention_alignment(
+        inputs["q"].double(), inputs["k"].double(), target.double(), inputs["rows"], inputs["cols"], causal=False
+    )
+    there = moved(inputs | {"target": target}, device_of(impl))
+    args = (there[name] for name in ("q", "k", "target", "rows", "cols"))
+    losses = attention_alignment(*args, causal=False, impl=impl)
+    assert losses.max() < 2e-6
+    assert torch.allclose(losses.double().cpu(), expected, rtol=2e-3)
+
+
+def test_gradient_reaches_a_given_lse(impl):
+    inputs = moved(draw(Case()), device_of(impl))
+    lse = torch.full((2, 4, 37), 3.5)
+
+    def oracle(q, k, lse):
+        return reference.attention_alignment(q, k, target.to(q.dtype), inputs["rows"], inputs["cols"], lse=lse, loss="mse")
+
+    def op(q, k, lse):
+        return attention_alignment(q, k, target, inputs["rows"], inputs["cols"], lse=lse, loss="mse", impl=impl)
+
+    target = inputs["target"].mean(1)
+    leaves = [inputs["q"], inputs["k"], lse.to(device_of(impl))]
+    exact = with_gradients(oracle, [x.double() for x in leaves])
+    assert_as_exact_as_eager(with_gradients(op, leaves), with_gradients(oracle, leaves), exact)
+    assert exact[3].any()
+
+
+@each_kind
+def test_second_backward_is_identical_and_gradients_scale(kind, impl):
+    inputs = moved(draw(Case()), device_of(impl))
+    q, k = inputs["q"].requires_grad_(), inputs["k"].requires_grad_()
+    target = inputs["target"].mean(1).requires_grad_()
+    losses = attention_alignment(q, k, target, inputs["rows"], inputs["cols"], impl=impl, **kind).sum()
+    first = torch.autograd.grad(losses, (q, k), retain_graph=True)
+    second = torch.autograd.grad(losses, (q, k), retain_graph=True)
+    tripled = torch.autograd.grad(losses * 3, (q, k))
+    for x, y, z in zip(first, second, tripled, strict=True):
+        assert torch.equal(x, y)
+        assert torch.allclose(3 * x, z, rtol=1e-4, atol=1e-6 * float(z.abs().max()))
+    assert target.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_targets_of_other_dtypes(dtype, impl):
+    inputs = moved(draw(Case()), device_of(impl))
+    target = inputs["target"].mean(1).to(dtype)
+    args = inputs["q"], inputs["k"]
+    positions = inputs["rows"], inputs["cols"]
+    ours = attention_alignment(*args, target, *positions, impl=impl)
+    assert torch.equal(ours, attention_alignment(*args, target.float(), *positions, impl=impl))
+
+
+GOOD = [
+    torch.zeros(2, 4, 8, 16),
+    torch.zeros(2, 2, 8, 16),
+    torch.zeros(2, 2, 3),
+    torch.tensor([[1, 2], [3, -1]]),
+    torch.tensor([[0, 1, 2], [5, -1, -1]]),
+]
+BAD = [
+    ({"target": torch.zeros(2, 3, 2)}, "target must have shape (B, R, V) = (2, 2, 3)"),
+    ({"heads": "each"}, "target must have shape (B, Hq, R, V) = (2, 4, 2, 3)"),
+    ({"target": torch.zeros(2, 2, 3, dtype=torch.int64)}, "target must have a floating dtype"),
+    ({"target": torch.zeros(2, 2, 3, device="meta")}, "target must be on cpu"),
+    ({"target": None}, "target must be a tensor"),
+    ({"loss": "l1"}, "loss must be one of"),
+    ({"reduction": "mean"}, "reduction must be one of"),
+    ({"sink_filter": True}, "sink_filter needs reduction='column'"),
+    ({"sink_filter": 1}, "sink_filter must be True or False"),
+    ({"scale": "1"}, "scale must be None or a finite number"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD, ids=[f"{next(iter(c))}-{i}" for i, (c, _) in enumerate(BAD)])
+def test_bad_input_names_the_argument(change, message):
+    q, k, target, rows, cols = GOOD
+    options = {"impl": "torch"} | change
+    with pytest.raises(ValueError, match=re.escape(message)):
+        attention_alignment(q, k, options.pop("target", target), rows, cols, **options)

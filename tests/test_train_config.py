@@ -1,0 +1,186 @@
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from cdistill.cli import main
+from cdistill.train.config import (
+    first_difference,
+    load_recipe,
+    recipe_from_dict,
+    recipe_to_dict,
+    shipped_recipes,
+)
+from cdistill.train.objectives import OBJECTIVES
+
+RECIPE = {
+    "name": "r",
+    "output": "out",
+    "teacher": "t",
+    "student": {"base": "s", "taf": True},
+    "stages": ["dpt", "dft"],
+    "stage": {
+        "dpt": {"learning_rate": 1e-3, "samples": 640},
+        "dft": {"learning_rate": 1e-4, "samples": 640, "global_batch_size": 32},
+    },
+}
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(RECIPE))
+    return file
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_shipped_recipes_are_valid_and_described(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert shipped_recipes()[name]
+    assert recipe_from_dict(recipe_to_dict(recipe)) == recipe
+
+
+def test_objectives_are_those_of_the_paper():
+    assert {name: (o.losses, o.trained) for name, o in OBJECTIVES.items()} == {
+        "vision": (("patch",), ("vision",)),
+        "text": (("ar",), ("language",)),
+        "pt": (("ar",), ("adapter",)),
+        "dpt": (("ar", "kd"), ("adapter",)),
+        "dft": (("ar", "kd", "vat"), ("language", "adapter")),
+        "sft": (("ar",), ("language", "adapter")),
+    }
+
+
+@pytest.mark.parametrize("name", ["paper-qwen1.5-1.8b", "official"])
+def test_paper_recipes_hold_the_papers_hyper_parameters(name):
+    recipe = load_recipe(name)
+    assert recipe.stages == ("dpt", "dft", "sft") and recipe.deepspeed == 2 and recipe.student.taf
+    values = [(recipe.stage[s].global_batch_size, recipe.stage[s].learning_rate) for s in recipe.stages]
+    assert values == [(256, 1e-3), (128, 1e-4), (128, 1e-4)]
+    for stage in recipe.stage.values():
+        assert (stage.weight_decay, stage.schedule, stage.warmup_ratio) == (0.0, "cosine", 0.03)
+    assert (recipe.kd.weight, recipe.vat.weight, recipe.kd.temperature) == (1.0, 1.0, 1.0)
+    vat = recipe.vat
+    chosen = (vat.reduction, vat.rows, vat.layers, vat.sink_filter, vat.layer_sum)
+    official = ("column", "visual", "official", True, True)
+    assert chosen == (official if name == "official" else ("row", "answer", "intermediate", False, False))
+
+
+def test_overrides_reach_every_level_and_are_yaml(path):
+    recipe = load_recipe(
+        path,
+        [
+            "seed=3",
+            "vat.loss=mse",
+            "stage.dft.learning_rate=2e-5",
+            "stage.dpt.data.subtypes=[colour, count]",
+            "stages=[dft]",
+            "deepspeed=off",
+            "student.base=null",
+            "student.text_config.model_type=qwen2",
+        ],
+    )
+    assert recipe.seed == 3 and recipe.vat.loss == "mse" and recipe.stages == ("dft",) and recipe.deepspeed == "off"
+    assert recipe.stage["dft"].learning_rate == 2e-5 and recipe.stage["dft"].objective == "dft"
+    assert recipe.stage["dpt"].data.subtypes == ("colour", "count")
+    assert recipe.student.text_config == {"model_type": "qwen2"}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.seed = 4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sede=1", r"sede is not a known key; allowed: name, output"),
+        ("stage.dft.lr=1", r"stage\.dft\.lr is not a known key"),
+        ("vat.rows=question", r"vat\.rows must be one of answer, text, visual, all, got 'question'"),
+        ("vat.layers=middle", r"vat\.layers must be one of early"),
+        ("vat.sink_filter=true", r"vat\.sink_filter needs reduction column"),
+        ("vat.enabled=maybe", r"vat\.enabled must be true or false"),
+        ("kd.temperature=0", r"kd\.temperature must be above 0"),
+        ("kd.divergence=l2", r"kd\.divergence must be one of forward_kl, reverse_kl, jsd"),
+        ("seed=1.5", r"seed must be a whole number, got 1\.5"),
+        ("seed=true", r"seed must be a whole number, got True"),
+        ("deepspeed=4", r"deepspeed must be one of 0, 1, 2, 3, off"),
+        ("precision=int8", r"precision must be one of auto, fp32, bf16, fp16"),
+        ("stages=[]", r"stages must name at least one"),
+        ("stages=[dpt, dpt]", r"stages must not repeat 'dpt'"),
+        ("stages=[sft]", r"stages must name sections of stage \(dft, dpt\), got 'sft'"),
+        ("stage.dft.objective=rl", r"stage\.dft\.objective must be one of vision, text, pt"),
+        ("stage.dft.samples=3", r"stage\.dft\.samples must be at least global_batch_size \(32\), got 3"),
+        ("stage.dft.learning_rate=-1", r"stage\.dft\.learning_rate must be above 0"),
+        ("stage.dft.micro_batch_size=5", r"stage\.dft\.micro_batch_size must divide global_batch_size \(32\), got 5"),
+        ("stage.dft.betas=[0.9]", r"stage\.dft\.betas must be a list of 2"),
+        ("stage.dft.data.subtypes=[shade]", r"stage\.dft\.data\.subtypes must be some of colour"),
+        ("stage.dft.data.caption=2", r"stage\.dft\.data\.caption must lie between 0 and 1"),
+        ("stage.dpt.data.modality=text", r"stage\.dpt\.data\.modality must be image for objective dpt"),
+        ("teacher=null", r"teacher must be given for student\.taf"),
+        ("student.text_config={model_type: qwen2}", r"student\.base or text_config must be given, and not both"),
+        ("student.vision=elsewhere", r"student\.vision must be null or the teacher"),
+        ("student.taf_activation=relu", r"student\.taf_activation must be one of linear, gelu"),
+        ("gradient_checkpointing=reentrant", r"gradient_checkpointing must not be reentrant with vat\.enabled"),
+        ("name.deep=1", r"override 'name\.deep=1': name has no keys below it"),
+        ("seed", r"must have the form key=value"),
+        ("seed=[", r"is not valid YAML"),
+    ],
+)
+def test_bad_values_are_one_line_that_names_the_key(path, override, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load_recipe(path, [override])
+    assert "\n" not in str(error.value)
+
+
+def test_distilling_stages_need_a_teacher(path):
+    with pytest.raises(ValueError, match=r"teacher must be given for stage 'dpt', whose objective dpt distils"):
+        load_recipe(path, ["teacher=null", "student.taf=false"])
+
+
+def test_reentrant_checkpointing_is_allowed_without_alignment(path):
+    assert load_recipe(path, ["gradient_checkpointing=reentrant", "vat.enabled=false"]).gradient_checkpointing
+
+
+def test_unknown_and_broken_recipe_files(tmp_path):
+    with pytest.raises(ValueError, match="'nope' is neither a file nor one of builtin-student-base"):
+        load_recipe("nope")
+    (tmp_path / "a.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match="is not valid YAML"):
+        load_recipe(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("- 1")
+    with pytest.raises(ValueError, match="must be a mapping"):
+        load_recipe(tmp_path / "b.yaml")
+    (tmp_path / "c.yaml").write_text("name: c\n")
+    with pytest.raises(ValueError, match="output is missing"):
+        load_recipe(tmp_path / "c.yaml")
+
+
+def test_first_difference_names_the_key():
+    a = {"x": 1, "y": {"z": [1, 2]}}
+    assert first_difference(a, {"x": 1, "y": {"z": [1, 2]}}) is None
+    assert first_difference(a, {"x": 1, "y": {"z": [1, 3]}}) == "y.z"
+    assert first_difference(a, {"x": 1, "y": {"z": [1, 2]}, "w": 0}) == "w"
+
+
+def test_command_line_lists_recipes_and_tells_mistakes_in_one_line(capsys, path, tmp_path):
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == sorted(shipped_recipes())
+    assert main(["train", str(path), "--resume", "seed=x"]) == 2
+    assert capsys.readouterr().err == "cdistill: error: seed must be a whole number, got 'x'\n"
+    assert main(["train", str(path), f"output={tmp_path / 'o'}"]) == 2
+    assert capsys.readouterr().err == "cdistill: error: teacher: there is no folder 't'\n"
+    assert not (tmp_path / "o").exists()
+    with pytest.raises(SystemExit) as exit_code:
+        main(["train", str(path), "--fast"])
+    assert exit_code.value.code == 2
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, cdistill.cli, cdistill.train\n"
+        "heavy = {'torch', 'transformers', 'deepspeed', 'triton', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

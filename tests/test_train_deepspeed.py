@@ -1,0 +1,99 @@
+import json
+
+import pytest
+import torch
+from train_models import make_recipe, save_base, save_teacher
+from transformers import TrainerCallback
+
+from cdistill.train import run
+from cdistill.train.build import load_student
+from cdistill.train.zero import deepspeed_config
+
+LOSSES = ("loss", "ar", "kd", "vat")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_teacher(folder / "teacher")
+    save_base(folder / "base")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_process(models, tmp_path_factory):
+    """Losses and final weights of a run under ZeRO-2 in this process."""
+    output = tmp_path_factory.mktemp("one") / "run"
+    final = run(make_recipe(output, models, deepspeed=2, stages=["dpt", "dft"]))
+    return losses(output), weights(final)
+
+
+def losses(output):
+    entries = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [(e["stage"], e["step"], *(e[name] for name in LOSSES if e[name] is not None)) for e in entries]
+
+
+def weights(folder):
+    return {name: p.detach() for name, p in load_student(folder).named_parameters()}
+
+
+def assert_close(a, b):
+    for ours, theirs in zip(a[0], b[0], strict=True):
+        assert ours[:2] == theirs[:2]
+        assert ours[2:] == pytest.approx(theirs[2:], rel=2e-4)
+    assert a[1].keys() == b[1].keys()
+    for name, value in a[1].items():
+        if "k_proj.bias" not in name:  # its gradient is zero but for rounding, which Adam makes as large as any other
+            torch.testing.assert_close(value, b[1][name], rtol=1e-3, atol=2e-4)
+
+
+class Crash(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3 and "dft" in args.output_dir:
+            raise KeyboardInterrupt
+
+
+def test_zero_2_trains_like_plain_torch(models, one_process, tmp_path):
+    final = run(make_recipe(tmp_path / "run", models, deepspeed="off", stages=["dpt", "dft"]))
+    assert_close((losses(tmp_path / "run"), weights(final)), one_process)
+
+
+def test_two_processes_train_like_one(models, one_process, tmp_path):
+    final = run(make_recipe(tmp_path / "run", models, deepspeed=2, processes=2, stages=["dpt", "dft"]))
+    assert final == tmp_path / "run" / "2-dft"
+    assert_close((losses(tmp_path / "run"), weights(final)), one_process)
+
+
+def test_a_resumed_zero_2_run_ends_with_the_same_bits(models, one_process, tmp_path):
+    def recipe():
+        return make_recipe(tmp_path / "run", models, deepspeed=2, stages=["dpt", "dft"], save_steps=2)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe(), callbacks=[Crash()])
+    saved = next((tmp_path / "run" / "checkpoints" / "2-dft").iterdir())
+    assert saved.name == "checkpoint-2" and (saved / "complete").is_file()
+    assert not any("teacher" in name for name in _saved_names(saved) if "multi_modal_projector" not in name)
+    final = run(recipe(), resume=True)
+    assert losses(tmp_path / "run") == one_process[0]
+    result = weights(final)
+    assert all(torch.equal(value, result[name]) for name, value in one_process[1].items())
+
+
+def _saved_names(folder):
+    state = torch.load(next(folder.rglob("*model_states.pt")), weights_only=False)
+    return list(state["module"])
+
+
+def test_callbacks_cannot_cross_into_other_processes(models, tmp_path):
+    recipe = make_recipe(tmp_path / "run", models, processes=2)
+    with pytest.raises(ValueError, match="callbacks need recipe.processes 1"):
+        run(recipe, callbacks=[Crash()])
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_configuration_never_allocates_more_than_the_model_needs():
+    options = {"precision": "bf16", "micro_batch_size": 2, "accumulation": 4, "world_size": 8, "max_grad_norm": 1.0}
+    config = deepspeed_config(2, trained=1000, **options)
+    assert config["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert config["train_batch_size"] == 64 and config["zero_optimization"]["stage"] == 2
+    assert config["bf16"]["enabled"] and not config["fp16"]["enabled"]

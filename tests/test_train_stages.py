@@ -1,0 +1,478 @@
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from train_models import VISION, make_recipe, save_base, save_teacher, text_config
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, TrainerCallback
+
+from cdistill.data.builtin import BuiltinDataset, Collator, Mixture, build_tokenizer
+from cdistill.train import run
+from cdistill.train.build import build_models, load_student
+from cdistill.train.config import KDConfig
+from cdistill.train.model import DistillationModel
+from cdistill.train.objectives import OBJECTIVES
+from cdistill.train.stages import stage_folders
+from cdistill.vat import VAT, VATConfig
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_teacher(folder / "teacher")
+    save_base(folder / "base")
+    return folder
+
+
+def metrics(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    """Parameters under the model's own names: transformers saves a LLaVA's under others."""
+    return {name: p.detach() for name, p in load_student(folder).named_parameters()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Crash(TrainerCallback):
+    """Stops a run after a step as a power cut would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+class Start(TrainerCallback):
+    """Keeps the weights that every stage starts from."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.states.append({name: p.detach().clone() for name, p in model.student.named_parameters()})
+
+
+def part(name):
+    if "vision_tower" in name:
+        return "vision"
+    if "multi_modal_projector.teacher" in name:
+        return "fetched"
+    return "adapter" if "multi_modal_projector" in name else "language"
+
+
+@pytest.mark.parametrize(
+    ("objective", "taf", "trained"),
+    [
+        ("pt", True, {"adapter"}),
+        ("pt", False, {"adapter"}),
+        ("dpt", True, {"adapter"}),
+        ("dft", True, {"language", "adapter"}),
+        ("dft", False, {"language", "adapter"}),
+        ("sft", True, {"language", "adapter"}),
+        ("text", False, {"language"}),
+        ("vision", False, {"vision"}),
+    ],
+)
+def test_a_stage_trains_what_the_table_says_and_nothing_else(models, tmp_path, objective, taf, trained):
+    recipe = make_recipe(tmp_path / "run", models, stages=[objective], student__taf=taf)
+    if not taf and objective != "dft":
+        recipe = make_recipe(
+            tmp_path / "run",
+            models,
+            stages=[objective],
+            student__taf=False,
+            student__vision=str(models / "teacher"),
+            teacher=None,
+        )
+    start = Start()
+    final = run(recipe, callbacks=[start])
+    assert final == tmp_path / "run" / f"1-{objective}"
+    before, after = start.states[0], weights(final)
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    expected = {name for name in after if part(name) in trained}
+    if objective == "vision":  # features are those of the penultimate layer
+        expected = {n for n in expected if "layers.1." not in n and "post_layernorm" not in n}
+    assert changed == expected
+    reloaded = AutoModelForImageTextToText.from_pretrained(final)
+    assert reloaded.config.model_type == ("cdistill_taf_llava" if taf else "llava")
+    assert AutoTokenizer.from_pretrained(final).get_vocab() == build_tokenizer().get_vocab()
+
+
+def test_a_student_without_vision_is_saved_as_a_causal_language_model(models, tmp_path):
+    fresh = text_config().to_dict()
+    heads = ("num_attention_heads", "num_key_value_heads")
+    chosen = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", *heads)
+    recipe = make_recipe(
+        tmp_path / "run",
+        models,
+        teacher=None,
+        stages=["text"],
+        student={"text_config": {name: fresh[name] for name in chosen}},
+    )
+    final = run(recipe)
+    model = AutoModelForCausalLM.from_pretrained(final)
+    assert type(model).__name__ == "Qwen2ForCausalLM" and model.config.vocab_size == len(build_tokenizer())
+    losses = [entry["loss"] for entry in metrics(tmp_path / "run")]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+
+
+def eager(model, dtype):
+    clone = copy.deepcopy(model).to(dtype)
+    clone.set_attn_implementation("eager")
+    return clone
+
+
+def batch_of_three(seed):
+    """Samples of different lengths, one of them text only."""
+    tokenizer = build_tokenizer()
+    image = BuiltinDataset(Mixture(turns=2), size=2, seed=seed)
+    text = BuiltinDataset(Mixture(modality="text", turns=3), size=1, seed=seed)
+    return Collator(tokenizer.pad_token_id)([image[0], text[0], image[1]])
+
+
+def oracle(student, teacher, batch, dtype):
+    """Sums of the three losses from full logits and full attention matrices, layer by layer and token by token."""
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items() if k != "labels"}
+    results = [eager(m, dtype)(**inputs, output_attentions=True) for m in (student, teacher)]
+    ours, theirs = results
+    labels, zero = batch["labels"], torch.zeros((), dtype=dtype)
+    ar = F.cross_entropy(ours.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    kd, vat = zero.clone(), [zero.clone(), zero.clone()]
+    windows = [(0, 1, 2), (1, 2, 3)]
+    for b in range(len(labels)):
+        for t in range(1, labels.shape[1]):
+            if labels[b, t] != -100:
+                q, p = (r.logits[b, t - 1].log_softmax(-1) for r in (theirs, ours))
+                kd += (q.exp() * (q - p)).sum()
+        rows = [t for t in range(labels.shape[1]) if labels[b, t] != -100]
+        cols = (batch["input_ids"][b] == student.config.image_token_id).nonzero()[:, 0]
+        if len(cols) == 0:
+            continue
+        for i, window in enumerate(windows):
+            a = ours.attentions[i][b].mean(0)[rows][:, cols]
+            target = torch.stack([theirs.attentions[j][b].mean(0)[rows][:, cols] for j in window]).mean(0)
+            vat[i] = vat[i] + (1 - F.cosine_similarity(a, target, dim=1)).mean()
+    return {"ar": ar, "kd": kd, "vat": torch.stack(vat).mean(), "vat_layers": torch.stack(vat)}
+
+
+@pytest.mark.parametrize("taf", [True, False])
+def test_losses_are_those_of_full_logits_and_full_attention_matrices(models, tmp_path, taf):
+    built = build_models(make_recipe(tmp_path / "run", models, student__taf=taf))
+    student, teacher = built.student, built.teacher
+    vat = VAT(VATConfig(layers="all"), 2, 4)
+    model = DistillationModel(student, OBJECTIVES["dft"], teacher=teacher, kd=KDConfig(), vat=vat)
+    batch = batch_of_three(seed=11)
+    ours = model(**batch)
+    exact, rough = oracle(student, teacher, batch, torch.float64), oracle(student, teacher, batch, torch.float32)
+    assert set(ours) == {"ar", "kd", "vat", "vat_layers"}
+    for name, value in ours.items():
+        scale = exact[name].abs().max()
+        allowed = 2 * (rough[name].double() - exact[name]).abs().max() + 1e-5 * scale
+        assert (value.double() - exact[name]).abs().max() <= allowed, name
+        assert scale > 1e-4, f"{name} is too small to test anything"
+    ar = DistillationModel(student, OBJECTIVES["sft"])(**batch)["ar"]
+    torch.testing.assert_close(ar, ours["ar"], rtol=1e-5, atol=1e-4)
+
+
+def test_gradients_of_the_whole_objective_are_those_of_full_matrices(models, tmp_path):
+    built = build_models(make_recipe(tmp_path / "run", models))
+    student, teacher = built.student, built.teacher
+    batch = batch_of_three(seed=12)
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+    model = DistillationModel(
+        student, OBJECTIVES["dft"], teacher=teacher, vat=VAT(VATConfig(layers="all"), 2, 4)
+    )
+    losses = model(**batch)
+    sum(losses[name] for name in ("ar", "kd", "vat")).backward()
+    name = "model.multi_modal_projector.map.bias"
+    gradient = dict(student.named_parameters())[name].grad
+    step = 1e-5
+
+    def at(shift):
+        moved = eager(student, torch.float64)
+        with torch.no_grad():
+            dict(moved.named_parameters())[name][0] += shift
+        values = oracle(moved, teacher, inputs, torch.float64)
+        return sum(values[n] for n in ("ar", "kd", "vat"))
+
+    numeric = (at(step) - at(-step)) / (2 * step)
+    torch.testing.assert_close(gradient[0].double(), numeric.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_each_stage_starts_from_the_last_ones_result(models, tmp_path):
+    start = Start()
+    recipe = make_recipe(tmp_path / "run", models)
+    final = run(recipe, callbacks=[start])
+    folders = stage_folders(recipe, tmp_path / "run")
+    assert [f.name for f in folders] == ["1-dpt", "2-dft", "3-sft"] and final == folders[-1]
+    for folder, state in zip(folders, start.states[1:], strict=False):
+        result = weights(folder)
+        assert all(torch.equal(result[name], state[name]) for name in result)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    first, teacher = start.states[0], weights(models / "teacher")
+    base = weights(models / "base")
+    assert torch.equal(first["model.language_model.norm.weight"], base["model.norm.weight"])
+    fetched = "model.multi_modal_projector.teacher.0.weight"
+    theirs = next(t for n, t in teacher.items() if n.endswith("linear_1.weight"))
+    assert torch.equal(first[fetched], theirs) and torch.equal(weights(final)[fetched], theirs)
+
+
+def test_what_is_logged(models, tmp_path):
+    output = tmp_path / "run"
+    recipe = make_recipe(output, models, logging_steps=2, log_layers=True, kd__weight=0.5, vat__weight=3.0)
+    run(recipe)
+    entries = metrics(output)
+    # every second step, and always the last
+    assert [(e["stage"], e["step"], e["samples"]) for e in entries] == [
+        (stage, step, 4 * step) for stage in ("dpt", "dft", "sft") for step in (2, 3)
+    ]
+    for entry in entries:
+        assert set(entry) - {"vat_layers"} == {
+            *("stage", "step", "samples", "loss", "ar", "kd", "vat"),
+            *("learning_rate", "samples_per_s", "elapsed_s"),
+        }
+        used = OBJECTIVES[entry["stage"]].losses
+        assert [n for n in ("ar", "kd", "vat") if entry[n] is not None] == list(used)
+        total = entry["ar"] + 0.5 * (entry["kd"] or 0) + 3 * (entry["vat"] or 0)
+        assert entry["loss"] == pytest.approx(total, rel=1e-5)
+        if "vat" in used:
+            assert sum(entry["vat_layers"]) / 2 == pytest.approx(entry["vat"], rel=1e-5)
+        assert ("vat_layers" in entry) == ("vat" in used)
+    board = EventAccumulator(str(output / "tensorboard" / "2-dft")).Reload()
+    points = {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+    assert {"loss", "ar", "kd", "vat", "learning_rate", "vat_layers/0", "vat_layers/1"} <= set(points)
+    for name in ("loss", "vat"):
+        logged = [(e["step"], e[name]) for e in entries if e["stage"] == "dft"]
+        assert points[name] == [(step, pytest.approx(value, rel=1e-6)) for step, value in logged]
+
+
+def test_a_seed_decides_the_result_bit_for_bit(models, tmp_path):
+    runs = [run(make_recipe(tmp_path / str(i), models, seed=seed, stages=["dft"])) for i, seed in enumerate((5, 5, 6))]
+    assert same(weights(runs[0]), weights(runs[1]))
+    assert not same(weights(runs[0]), weights(runs[2]))
+
+
+def test_accumulation_does_not_change_the_mathematics(models, tmp_path):
+    whole = run(make_recipe(tmp_path / "a", models, stages=["dft"], stage__dft__micro_batch_size=4))
+    parts = run(make_recipe(tmp_path / "b", models, stages=["dft"], stage__dft__micro_batch_size=1))
+    for a, b in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b"), strict=True):
+        assert [a[n] for n in ("loss", "ar", "kd", "vat")] == pytest.approx(
+            [b[n] for n in ("loss", "ar", "kd", "vat")], rel=1e-4
+        )
+    for name, value in weights(whole).items():
+        if "k_proj.bias" not in name:  # its gradient is zero but for rounding, which Adam makes as large as any other
+            torch.testing.assert_close(value, weights(parts)[name], rtol=1e-3, atol=2e-4)
+
+
+def test_gradient_checkpointing_does_not_change_the_result(models, tmp_path):
+    plain = run(make_recipe(tmp_path / "a", models, stages=["dft"]))
+    less = run(make_recipe(tmp_path / "b", models, stages=["dft"], gradient_checkpointing=True))
+    assert same(weights(plain), weights(less))
+
+
+def test_a_batch_without_visual_tokens_has_no_alignment_and_trains_on(models, tmp_path):
+    recipe = make_recipe(tmp_path / "run", models, stages=["dft"], stage__dft__data={"modality": "text", "turns": 1})
+    start = Start()
+    final = run(recipe, callbacks=[start])
+    assert [e["vat"] for e in metrics(tmp_path / "run")] == [0.0] * 3
+    changed = {n for n, t in weights(final).items() if not torch.equal(t, start.states[0][n])}
+    assert changed and all(part(n) == "language" for n in changed)
+
+
+@pytest.mark.parametrize("changes", [{"vat__matching": "adaptive"}, {"vat__matching": "simple"}, {"vat__loss": "kl"}])
+def test_ablations_run(models, tmp_path, changes):
+    run(make_recipe(tmp_path / "run", models, stages=["dft"], vat__measure_samples=4, **changes))
+    values = [e["vat"] for e in metrics(tmp_path / "run")]
+    assert len(values) == 3 and all(0 < v < 100 for v in values)
+
+
+def test_a_resumed_run_ends_with_the_same_bits(models, tmp_path):
+    def recipe(name):
+        return make_recipe(tmp_path / name, models, save_steps=2, vat__loss="mse")
+
+    whole = run(recipe("whole"))
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe("cut"), callbacks=[Crash(3)])  # in the first stage, after the checkpoint at step 2
+    assert not (tmp_path / "cut" / "1-dpt").exists()
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "dp')  # cut off while it was written
+    start = Start()
+    final = run(recipe("cut"), resume=True, callbacks=[start])
+    assert same(weights(whole), weights(final))
+    for stage in ("1-dpt", "2-dft"):
+        assert same(weights(tmp_path / "whole" / stage), weights(tmp_path / "cut" / stage))
+
+    def logged(name):
+        return [(e["stage"], e["step"], e["loss"]) for e in metrics(tmp_path / name)]
+
+    assert logged("cut") == logged("whole")
+    shutil.rmtree(tmp_path / "cut" / "3-sft")
+    start = Start()
+    again = run(recipe("cut"), resume=True, callbacks=[start])
+    assert len(start.states) == 1, "finished stages are skipped"
+    assert same(weights(whole), weights(again))
+    assert logged("cut") == logged("whole")
+
+
+def tree(folder):
+    return {p.relative_to(folder): p.stat().st_mtime_ns for p in folder.rglob("*")} if folder.exists() else None
+
+
+def refused(recipe, output, message, **options):
+    """The run raises one line and leaves the output folder as it was."""
+    before = tree(output)
+    with pytest.raises(ValueError, match=message) as error:
+        run(recipe, **options)
+    assert "\n" not in str(error.value)
+    assert tree(output) == before
+
+
+def test_output_folders_that_hold_something(models, tmp_path):
+    output = tmp_path / "run"
+    refused(make_recipe(output, models), output, "holds no run to resume", resume=True)
+    run(make_recipe(output, models, stages=["dpt"]))
+    refused(make_recipe(output, models, stages=["dpt"]), output, "already holds a run of this recipe.*--resume")
+    other = make_recipe(output, models, stages=["dpt"], kd__weight=0.5)
+    for resume in (False, True):
+        refused(other, output, "holds a different run: kd.weight differs", resume=resume)
+    (output / "recipe.yaml").unlink()
+    refused(make_recipe(output, models), output, "is not empty and holds no run")
+
+
+def copy_of(models, folder):
+    shutil.copytree(models, folder)
+    return folder
+
+
+def corrupt_weights(folder):
+    path = folder / "teacher" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def drop_a_tensor(folder):
+    from safetensors.torch import save_file
+
+    path = folder / "base" / "model.safetensors"
+    state = load_file(path)
+    del state["model.norm.weight"]
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def other_words(folder):
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(folder / "base")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "teacher" / "model.safetensors").unlink(), r"teacher: .*model\.safetensors is missing"),
+        (lambda f: shutil.rmtree(f / "base"), r"student\.base: there is no folder"),
+        (corrupt_weights, r"teacher: .*model\.safetensors is corrupt"),
+        (lambda f: (f / "base" / "config.json").write_text("{"), r"student\.base: .*config\.json is corrupt"),
+        (lambda f: (f / "base" / "config.json").unlink(), r"student\.base: .*config\.json is missing"),
+        (lambda f: (f / "base" / "tokenizer_config.json").unlink(), r"student\.base: .*tokenizer_config\.json is missing"),
+        (drop_a_tensor, r"student\.base: the weights in .* do not fit"),
+        (other_words, r"vocabularies differ: token 'zebra' is \d+ for the student, none for the teacher"),
+        (lambda f: save_teacher(f / "teacher", num_hidden_layers=1), r"teacher has 1 layers, fewer than the student's 2"),
+    ],
+)
+def test_models_that_cannot_be_used(models, tmp_path, damage, message):
+    folder = copy_of(models, tmp_path / "models")
+    damage(folder)
+    refused(make_recipe(tmp_path / "run", folder), tmp_path / "run", message)
+
+
+def test_encoders_and_image_token_counts_that_differ(models, tmp_path):
+    def refuse(message):
+        recipe = make_recipe(
+            tmp_path / "run", models, student__taf=False, student__vision=str(tmp_path / "other"), stages=["dft"]
+        )
+        refused(recipe, tmp_path / "run", message)
+
+    save_teacher(tmp_path / "other", seed=9)
+    refuse("vision_tower differs")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"image_seq_length": 9}))
+    refuse("image_seq_length differs: student 9, teacher 36")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student__base": "builtin:nothing"}, r"student\.base: there is no folder 'builtin:nothing'; built-in:"),
+        ({"precision": "fp16"}, r"precision fp16 needs a GPU"),
+        ({"processes": 3}, r"stage\.dpt\.global_batch_size must be a multiple of 3 processes"),
+        ({"vat__heads": "each"}, r"vat\.heads each needs equal head counts, got 2 and 4"),
+        ({"vat__layers": "official"}, r"layer span 'official' knows"),
+        (
+            {"teacher": None, "student__taf": False, "stages": ["sft"]},
+            r"stage\.sft\.objective must be text for a student without a vision encoder",
+        ),
+        (
+            {"student": {"text_config": {"model_type": "nope"}}, "stages": ["text"]},
+            r"student\.text_config\.model_type is not a model type",
+        ),
+        (
+            {"student": {"text_config": {"model_type": "qwen2", "width": 3}}, "stages": ["text"]},
+            r"student\.text_config\.width is not a field of Qwen2Config",
+        ),
+    ],
+)
+def test_recipes_that_do_not_fit_models_or_machine(models, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(make_recipe(tmp_path / "run", models, **changes), tmp_path / "run", message)
+
+
+def test_data_needs_the_tokenizer_it_was_written_for(models, tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>")), unk_token="<unk>"
+    )
+    save_base(tmp_path / "base", tokenizer=tokenizer)
+    recipe = make_recipe(
+        tmp_path / "run", models, teacher=None, stages=["text"], student={"base": str(tmp_path / "base")}
+    )
+    refused(recipe, tmp_path / "run", r"stage\.text\.data needs the built-in tokenizer: there is no token")
+
+
+def test_vision_stage_learns_patches(models, tmp_path):
+    recipe = make_recipe(
+        tmp_path / "run",
+        models,
+        teacher=None,
+        stages=["vision"],
+        student={"base": str(models / "base"), "vision_config": VISION | {"model_type": "siglip_vision_model"}},
+        stage__vision__samples=320,
+        stage__vision__global_batch_size=16,
+        stage__vision__learning_rate=1e-2,
+    )
+    run(recipe)
+    losses = [e["loss"] for e in metrics(tmp_path / "run")]
+    assert losses[-1] < 0.5 * losses[0] and isinstance(losses[0], float)
+
+
+def test_idle_adapters_stay_in_the_graph(models, tmp_path):
+    built = build_models(make_recipe(tmp_path / "run", models))
+    model = DistillationModel(built.student, OBJECTIVES["sft"])
+    batch = batch_of_three(seed=3)
+    text = {name: batch[name][1:2] for name in ("input_ids", "labels", "attention_mask")}
+    losses: dict[str, Tensor] = model(**text)
+    assert losses["idle"].item() == 0
+    sum(losses.values()).backward()
+    assert torch.count_nonzero(built.student.model.multi_modal_projector.map.weight.grad) == 0
