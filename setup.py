@@ -3,8 +3,9 @@
 import platform
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
+from setuptools.errors import CCompilerError, ExecError, PlatformError
 
 ROOT = Path(__file__).parent
 
@@ -15,20 +16,23 @@ class OptionalBuildExt(build_ext):
     def run(self):
         try:
             super().run()
-        except Exception as error:  # distutils raises many unrelated types for "no compiler"
-            self.warn(f"cdistill._C was not built ({error}); CPU ops will use the torch implementation")
+        except (CCompilerError, ExecError, PlatformError) as error:
+            reason = " ".join(str(error).split())
+            self.warn(f"cdistill._C was not built ({reason}); CPU ops will use the torch implementation")
             self.extensions = []
 
 
+openmp = ["-fopenmp"] if platform.system() == "Linux" else []
 extension = Pybind11Extension(
     "cdistill._C",
     sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp")),
     depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.h")),
     cxx_std=17,
-    extra_compile_args=["-O3", "-fopenmp", "-fvisibility=hidden"] if platform.system() == "Linux" else ["-O3"],
-    extra_link_args=["-fopenmp"] if platform.system() == "Linux" else [],
+    extra_compile_args=["-O3", "-ffp-contract=fast", "-fvisibility=hidden", *openmp],
+    extra_link_args=openmp,
 )
 
+ParallelCompile("CDISTILL_BUILD_JOBS").install()
 setup(
     packages=[*find_packages(include=["cdistill", "cdistill.*"]), "cdistill.kernels"],
     package_dir={"cdistill.kernels": "kernels"},

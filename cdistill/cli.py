@@ -5,7 +5,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cdistill import __version__
+from cdistill import __version__, demo
+from cdistill.eval import command as evaluation
 from cdistill.train.launch import ProcessError
 
 
@@ -46,7 +47,9 @@ def _recipes(options: argparse.Namespace) -> int:
 
 
 COMMANDS = {
+    "demo": Command("distil the built-in student and compare it", demo.add_arguments, demo.main),
     "train": Command("train a recipe's stages", _train_arguments, _train),
+    "eval": Command("measure a model on the built-in task", evaluation.add_arguments, evaluation.main),
     "recipes": Command("list the shipped recipes", _recipes_arguments, _recipes),
 }
 

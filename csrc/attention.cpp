@@ -3,31 +3,19 @@
 #include <memory>
 
 #include "drivers.h"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
+#include "parallel.h"
 
 namespace cdistill {
 namespace {
 
 int64_t blocks(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
 
-// Calls work(index, scratch) for every index; the scratch memory is allocated before the threads start, so that
-// running out of it throws here.
+// Calls work(index, scratch) for every index. The scratch memory is allocated before the threads start, so that running
+// out of it throws here.
 template <class Work>
 void for_each_part(int64_t n, int threads, Work work) {
-  if (n == 0) return;
-  const int team = static_cast<int>(std::clamp<int64_t>(n, 1, std::max(threads, 1)));
-  std::unique_ptr<Scratch[]> scratch(new Scratch[team]);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(team)
-  for (int64_t index = 0; index < n; ++index) {
-#if defined(_OPENMP)
-    work(index, scratch[omp_get_thread_num()]);
-#else
-    work(index, scratch[0]);
-#endif
-  }
+  std::unique_ptr<Scratch[]> scratch(new Scratch[team_size(n, threads)]());
+  parallel_for(n, threads, [&](int64_t index, int thread) { work(index, scratch[thread]); });
 }
 
 }  // namespace
@@ -45,6 +33,7 @@ void slice_forward(const Kernels& kernels, const Problem& p, const float* lse, f
 void gradient(const Kernels& kernels, const Problem& p, const Gradient& g, int threads) {
   const int64_t owners = p.batch * p.kv_heads, group = p.heads / p.kv_heads;
   if (p.n_rows == 0 || p.n_cols == 0 || owners == 0) return;
+  threads = std::max(threads, 1);
   // One pass costs 3 GEMMs but has only `owners` parts; two passes cost 4 and cut finer. Both add in the same order.
   if (3 * blocks(owners, threads) * threads <= 4 * owners) {
     for_each_part(owners, threads, [&](int64_t index, Scratch& scratch) {

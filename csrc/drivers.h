@@ -9,4 +9,22 @@ void slice_forward(const Kernels&, const Problem&, const float* lse, float* out,
 void gradient(const Kernels&, const Problem&, const Gradient&, int threads);
 void row_lse(const Kernels&, const Problem&, float* lse, int threads);
 
+enum class Loss : int64_t { kCosine = 0, kMse = 1, kKl = 2 };
+enum class Reduction : int64_t { kRow = 0, kMatrix = 1, kColumn = 2 };
+
+// Distance of the slices a from target, both (samples, n_rows, n_cols), over valid rows and columns.
+struct Alignment {
+  const float* a;
+  const float* target;
+  const uint8_t* row_valid;  // (samples, n_rows)
+  const uint8_t* col_valid;  // (samples, n_cols)
+  int64_t samples, n_rows, n_cols;
+  Loss loss;
+  Reduction reduction;
+  bool sink_filter;
+};
+
+void alignment_loss(const Alignment&, float* losses, int threads);                           // (samples,)
+void alignment_grad(const Alignment&, const float* grad_out, float* grad, int threads);      // like a
+
 }  // namespace cdistill

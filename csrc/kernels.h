@@ -49,23 +49,20 @@ struct Part {
 };
 
 constexpr int64_t kRowTile = 48;    // rows of one score tile
-constexpr int64_t kColTile = 96;    // columns of one score tile; part borders are multiples of it
-constexpr int64_t kRowChunk = 288;  // most rows of a forward part: one accumulator stays in cache
+constexpr int64_t kColTile = 128;   // columns of one score tile; part borders are multiples of it
+constexpr int64_t kRowChunk = 288;  // most rows of a part that sums over heads or columns; a multiple of kRowTile
 constexpr int64_t kMaxDim = 256;
 constexpr int64_t kMaxLanes = 16;
 
-// Working memory of one thread.
+// Working memory of one thread; zeroed before use, because hidden parts of `tile` are read (and dropped) unwritten.
 struct alignas(64) Scratch {
-  float queries[kRowTile * kMaxDim];      // (row, d)
-  float keys[kColTile * kMaxDim];         // (col, d)
-  float keys_panel[kColTile * kMaxDim];   // panels of (d, PANEL columns)
-  float tile[kRowTile * kColTile];        // dS
-  float chunk[kRowChunk * kColTile];      // head sum of P
+  float queries[kRowTile * kMaxDim];  // (row, d)
+  float keys[kColTile * kMaxDim];     // (col, d)
+  float panels[kColTile * kMaxDim];   // (panel, d, col of the panel)
+  float tile[kRowTile * kColTile];    // scores, then dS
+  float sum[kRowChunk * kColTile];    // head sum of P
   float running_max[kRowChunk * kMaxLanes];
   float running_sum[kRowChunk * kMaxLanes];
-  float row_sum[kRowTile * kMaxLanes];
-  float lse[kRowTile];
-  float weight[kRowTile];
   int32_t key_position[kColTile];  // INT32_MAX where the key is hidden from every row
   int32_t row_limit[kRowTile];     // last position the row may see; -1 for padding
   float* row_target[kRowTile];

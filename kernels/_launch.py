@@ -1,7 +1,7 @@
 """How the kernels are launched: the tile table and the one place that calls Triton.
 
-Tiles are a frozen table, never autotuned: the interpreter runs one configuration only, and on Hopper a configuration may
-compile and still be wrong, so every entry has to be checked on its own before it may be chosen.
+Tiles are a frozen table, never autotuned: the interpreter runs one configuration only, and on Hopper a configuration
+may compile and still be wrong, so every entry has to be checked on its own before it may be chosen.
 """
 
 from contextlib import nullcontext
@@ -22,7 +22,8 @@ class Tile:
     num_stages: int
 
 
-# (kernel, bytes per element) -> padded head dimension -> tile. Every entry fits the 99 KiB of shared memory of sm_86, 89 and 120.
+# (kernel, bytes per element) -> padded head dimension -> tile. Every entry fits the 99 KiB of shared memory of sm_86,
+# sm_89 and sm_120, and none spills there.
 TILES = {
     ("row_lse", 2): {
         16: Tile(64, 128, 4, 3),
@@ -39,11 +40,11 @@ TILES = {
         256: Tile(16, 16, 4, 1),
     },
     ("slice_forward", 2): {
-        16: Tile(64, 128, 4, 3),
-        32: Tile(64, 128, 4, 3),
-        64: Tile(64, 128, 4, 3),
-        128: Tile(64, 128, 4, 2),
-        256: Tile(64, 64, 4, 1),
+        16: Tile(64, 128, 8, 3),
+        32: Tile(64, 128, 8, 3),
+        64: Tile(64, 128, 8, 3),
+        128: Tile(64, 128, 8, 2),
+        256: Tile(64, 64, 8, 1),
     },
     ("slice_forward", 4): {
         16: Tile(32, 32, 4, 2),
@@ -53,10 +54,10 @@ TILES = {
         256: Tile(16, 16, 4, 1),
     },
     ("backward", 2): {
-        16: Tile(64, 64, 4, 2),
-        32: Tile(64, 64, 4, 2),
-        64: Tile(64, 64, 4, 2),
-        128: Tile(64, 64, 4, 2),
+        16: Tile(64, 64, 8, 2),
+        32: Tile(64, 64, 8, 2),
+        64: Tile(64, 64, 8, 2),
+        128: Tile(64, 64, 8, 2),
         256: Tile(32, 32, 4, 1),
     },
     ("backward", 4): {
@@ -68,11 +69,17 @@ TILES = {
     },
 }
 
-# Device -> (kernel, bytes per element, padded head dimension) -> tile: exceptions to TILES with more shared memory.
-ARCHITECTURE_TILES: dict[int, dict[tuple[str, int, int], Tile]] = {}
+# The row kernels of the losses only stream: one row at a time keeps all multiprocessors busy.
+ROW_TILE = Tile(1, 1024, 4, 2)
+
+# Architecture -> (kernel, bytes per element, padded head dimension) -> tile, where it differs from TILES.
+ARCHITECTURE_TILES: dict[int, dict[tuple[str, int, int], Tile]] = {
+    90: {("slice_forward", 2, 64): Tile(64, 128, 4, 3), ("slice_forward", 2, 128): Tile(64, 128, 4, 2)},
+}
 
 # Unequal on purpose: a tile edge used on the wrong axis then shows in the tests.
 INTERPRETER_TILE = Tile(16, 32, 1, 1)
+INTERPRETER_ROW_TILE = Tile(16, 64, 1, 1)
 
 
 def architecture(device: torch.device) -> int:
@@ -96,9 +103,8 @@ def attention_tile(kernel: str, q: torch.Tensor) -> Tile:
     return ARCHITECTURE_TILES.get(arch, {}).get(key) or TILES[key[:2]][key[2]]
 
 
-def row_block(device: torch.device) -> int:
-    """Elements of a row that one step of the row kernels covers."""
-    return 64 if architecture(device) == INTERPRETER else 1024
+def row_tile(device: torch.device) -> Tile:
+    return INTERPRETER_ROW_TILE if architecture(device) == INTERPRETER else ROW_TILE
 
 
 def launch(kernel, grid: tuple[int, ...], device: torch.device, **arguments) -> None:

@@ -1,8 +1,8 @@
 """Device functions shared by the attention kernels.
 
-Conventions of all kernels: `p_` pointer, `b_` block value, `o_` offset, `m_` mask, `i_` program index; BM rows and BN columns per
-tile, head dimension D padded to BD. A position of -1 is absent: loading it gives zeros, storing to it does nothing, it is never
-visible. Logarithms are base 2 inside a kernel (`exp2` is one instruction), natural outside.
+Conventions of all kernels: `p_` pointer, `b_` block value, `o_` offset, `m_` mask, `i_` program index; BM rows and BN
+columns per tile, head dimension D padded to BD. A position of -1 is absent: loading it gives zeros, storing to it does
+nothing, it is never visible. Logarithms are base 2 inside a kernel (`exp2` is one instruction), natural outside.
 """
 
 import triton
@@ -28,9 +28,8 @@ def load_keys(
     o_n,  # (BN,)
     V,
 ):
-    if p_cols is None:
-        b_col = tl.where(o_n < V, o_n, -1)
-    else:
+    b_col = tl.where(o_n < V, o_n, -1)
+    if p_cols is not None:
         b_col = tl.load(p_cols + o_n, mask=o_n < V, other=-1)
     if p_mask is not None:
         b_col = tl.where(tl.load(p_mask + b_col, mask=b_col >= 0, other=0) != 0, b_col, -1)
@@ -43,10 +42,9 @@ def visible(
     b_col,  # (1, BN) or (BN, 1)
     CAUSAL: tl.constexpr,
 ):
+    m_seen = (b_col >= 0) & (b_row >= 0)
     if CAUSAL:
-        m_seen = (b_col >= 0) & (b_row >= b_col)
-    else:
-        m_seen = (b_col >= 0) & (b_row >= 0)
+        m_seen &= b_row >= b_col
     return m_seen
 
 
@@ -54,12 +52,13 @@ def visible(
 def load_vectors(
     p_x,  # (T, D) of one sample and head
     b_pos,  # (BP,)
-    stride_t,
+    stride_t,  # in units of UNIT elements
+    UNIT: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
 ):
     o_d = tl.arange(0, BD)
-    p_tile = p_x + b_pos[:, None].to(tl.int64) * stride_t + o_d[None, :]
+    p_tile = p_x + b_pos[:, None].to(tl.int64) * stride_t * UNIT + o_d[None, :]
     return tl.load(p_tile, mask=(b_pos >= 0)[:, None] & (o_d < D)[None, :], other=0.0)
 
 
@@ -102,6 +101,9 @@ def accumulate(
     b_weight,  # (BX, BY) fp32
     b_accT,  # (BD, BY)
 ):
-    """acc^T += x^T weight. Both operands pass through shared memory: a transposed dot result as the left operand would be fed from
-    registers on Hopper, where the bundled ptxas makes wrong code of it."""
+    """acc^T += x^T weight.
+
+    Both operands lie in shared memory: a transposed dot result as the left operand would be fed from registers on
+    Hopper, where the ptxas that Triton bundles makes wrong code of it.
+    """
     return tl.dot(tl.trans(b_x), b_weight.to(b_x.dtype), b_accT, input_precision="ieee")

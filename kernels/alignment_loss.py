@@ -1,8 +1,8 @@
 """Alignment losses between attention slices and their targets, and the gradients.
 
-Everything is one program per row with a run-time loop over columns. `row` ends there. `matrix` needs the size of the whole slice
-first: row sizes, then a fixed-order sum. `column` reduces both slices to the (V,) means of their columns and is then `row` with
-one row per sample.
+A program owns BR rows and loops over the columns at run time. `row` ends there. `matrix` needs the size of the whole
+slice first: row sizes, then a fixed-order sum. `column` reduces both slices to the (V,) means of their columns and is
+then `row` with one row per sample.
 """
 
 import torch
@@ -17,14 +17,30 @@ ROWS_PER_PROGRAM = 32
 
 @triton.jit
 def load_pair(
-    p_a,  # (V,)
-    p_t,  # (V,)
+    p_a,  # (BR, V) rows of one sample
+    p_t,  # (BR, V)
     p_col,  # (V,) bytes
+    m_row,  # (BR,)
     o_v,  # (BV,)
     V,
 ):
-    m_v = tl.load(p_col + o_v, mask=o_v < V, other=0) != 0
-    return tl.load(p_a + o_v, mask=m_v, other=0.0), tl.load(p_t + o_v, mask=m_v, other=0.0), m_v
+    """(BR, BV) values of a and of the target, zero where the row or the column is invalid, and where both are valid."""
+    m_pair = m_row[:, None] & (tl.load(p_col + o_v, mask=o_v < V, other=0) != 0)[None, :]
+    o_pair = tl.arange(0, m_row.shape[0])[:, None] * V + o_v[None, :]
+    return tl.load(p_a + o_pair, mask=m_pair, other=0.0), tl.load(p_t + o_pair, mask=m_pair, other=0.0), m_pair
+
+
+@triton.jit
+def store_rows(
+    p_x,  # (BR, V) rows of one sample
+    b_x,  # (BR, BV)
+    o_r,  # (BR,)
+    o_v,  # (BV,)
+    R,
+    V,
+):
+    p_tile = p_x + tl.arange(0, o_r.shape[0])[:, None] * V + o_v[None, :]
+    tl.store(p_tile, b_x, mask=(o_r < R)[:, None] & (o_v < V)[None, :])
 
 
 @triton.jit
@@ -33,58 +49,58 @@ def nonzero(x):
 
 
 @triton.jit
-def row_size(p_a, p_t, p_col, V, LOSS: tl.constexpr, BV: tl.constexpr):
-    """What each of the two vectors is divided by before they are compared: L2 norm (cosine), sum (kl) or 1 (mse).
+def row_size(p_a, p_t, p_col, m_row, V, LOSS: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr):
+    """(BR,) what each of the two vectors is divided by before they are compared: L2 norm (cosine), sum (kl) or 1 (mse).
 
     The norm is taken of x / max|x|, so that the squares of a faint row do not underflow.
     """
     o_v = tl.arange(0, BV)
-    size_a = 1.0
-    size_t = 1.0
+    size_a = tl.full((BR,), 1.0, tl.float32)
+    size_t = tl.full((BR,), 1.0, tl.float32)
     if LOSS == "cosine":
-        b_a = tl.zeros((BV,), tl.float32)
-        b_t = tl.zeros((BV,), tl.float32)
+        b_a = tl.zeros((BR, BV), tl.float32)
+        b_t = tl.zeros((BR, BV), tl.float32)
         for i_v in tl.range(0, V, BV):
-            b_xa, b_xt, _ = load_pair(p_a, p_t, p_col, i_v + o_v, V)
+            b_xa, b_xt, _ = load_pair(p_a, p_t, p_col, m_row, i_v + o_v, V)
             b_a = tl.maximum(b_a, tl.abs(b_xa))
             b_t = tl.maximum(b_t, tl.abs(b_xt))
-        peak_a = tl.max(b_a, 0)
-        peak_t = tl.max(b_t, 0)
-        b_a = tl.zeros((BV,), tl.float32)
-        b_t = tl.zeros((BV,), tl.float32)
+        peak_a = tl.max(b_a, 1)
+        peak_t = tl.max(b_t, 1)
+        b_a = tl.zeros((BR, BV), tl.float32)
+        b_t = tl.zeros((BR, BV), tl.float32)
         for i_v in tl.range(0, V, BV):
-            b_xa, b_xt, _ = load_pair(p_a, p_t, p_col, i_v + o_v, V)
-            b_xa /= nonzero(peak_a)
-            b_xt /= nonzero(peak_t)
+            b_xa, b_xt, _ = load_pair(p_a, p_t, p_col, m_row, i_v + o_v, V)
+            b_xa /= nonzero(peak_a)[:, None]
+            b_xt /= nonzero(peak_t)[:, None]
             b_a += b_xa * b_xa
             b_t += b_xt * b_xt
-        size_a = peak_a * tl.sqrt(tl.sum(b_a, 0))
-        size_t = peak_t * tl.sqrt(tl.sum(b_t, 0))
+        size_a = peak_a * tl.sqrt(tl.sum(b_a, 1))
+        size_t = peak_t * tl.sqrt(tl.sum(b_t, 1))
     elif LOSS == "kl":
-        b_a = tl.zeros((BV,), tl.float32)
-        b_t = tl.zeros((BV,), tl.float32)
+        b_a = tl.zeros((BR, BV), tl.float32)
+        b_t = tl.zeros((BR, BV), tl.float32)
         for i_v in tl.range(0, V, BV):
-            b_xa, b_xt, _ = load_pair(p_a, p_t, p_col, i_v + o_v, V)
+            b_xa, b_xt, _ = load_pair(p_a, p_t, p_col, m_row, i_v + o_v, V)
             b_a += b_xa
             b_t += b_xt
-        size_a = tl.sum(b_a, 0)
-        size_t = tl.sum(b_t, 0)
+        size_a = tl.sum(b_a, 1)
+        size_t = tl.sum(b_t, 1)
     return size_a, size_t
 
 
 @triton.jit
-def row_sum(p_a, p_t, p_col, V, size_a, size_t, TERM: tl.constexpr, BV: tl.constexpr):
-    """Sum over one row of a term of s = a / size_a and t = t / size_t.
+def row_sum(p_a, p_t, p_col, m_row, V, size_a, size_t, TERM: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr):
+    """(BR,) sums over the rows of a term of s = a / size_a and t = t / size_t.
 
     cosine: (s - t)^2 / 2, which is 1 - cos without its cancellation; mse: (s - t)^2; kl: t log((t + eps) / (s + eps));
     slope: s (1 - t / (s + eps)), the part of the kl gradient that keeps the sum of s at one.
     """
     o_v = tl.arange(0, BV)
-    b_sum = tl.zeros((BV,), tl.float32)
+    b_sum = tl.zeros((BR, BV), tl.float32)
     for i_v in tl.range(0, V, BV):
-        b_a, b_t, _ = load_pair(p_a, p_t, p_col, i_v + o_v, V)
-        b_s = b_a / nonzero(size_a)
-        b_t = b_t / nonzero(size_t)
+        b_a, b_t, _ = load_pair(p_a, p_t, p_col, m_row, i_v + o_v, V)
+        b_s = b_a / nonzero(size_a)[:, None]
+        b_t = b_t / nonzero(size_t)[:, None]
         b_d = b_s - b_t
         if TERM == "cosine":
             b_sum += 0.5 * b_d * b_d
@@ -94,7 +110,7 @@ def row_sum(p_a, p_t, p_col, V, size_a, size_t, TERM: tl.constexpr, BV: tl.const
             b_sum += b_t * tl.log((b_t + KL_EPS) / (b_s + KL_EPS))
         else:
             b_sum += b_s * ((b_d + KL_EPS) / (b_s + KL_EPS))
-    return tl.sum(b_sum, 0)
+    return tl.sum(b_sum, 1)
 
 
 @triton.jit(do_not_specialize=["R", "V"])
@@ -107,16 +123,19 @@ def row_size_kernel(
     R,
     V,
     LOSS: tl.constexpr,
+    BR: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """size_r = |x_r| (cosine) or sum x_r (kl) of the valid columns of row r, for a and the target; zero for an invalid row."""
+    """size_r = |x_r| (cosine) or sum_j x_rj (kl) over valid columns, for a and the target; zero for an invalid row."""
     i_r, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_row = (i_n * R + i_r) * V
-    # An invalid row is a row without columns.
-    n_cols = tl.where(tl.load(p_row + i_n * R + i_r) != 0, V, 0)
-    size_a, size_t = row_size(p_a + o_row, p_t + o_row, p_col + i_n * V, n_cols, LOSS, BV)
-    tl.store(p_size + i_n * R + i_r, size_a)
-    tl.store(p_size + (tl.num_programs(1) + i_n) * R + i_r, size_t)
+    o_r = i_r * BR + tl.arange(0, BR)
+    m_row = tl.load(p_row + i_n * R + o_r, mask=o_r < R, other=0) != 0
+    p_a += (i_n * R + i_r * BR) * V
+    p_t += (i_n * R + i_r * BR) * V
+    p_col += i_n * V
+    size_a, size_t = row_size(p_a, p_t, p_col, m_row, V, LOSS, BR, BV)
+    tl.store(p_size + i_n * R + o_r, size_a, mask=o_r < R)
+    tl.store(p_size + (tl.num_programs(1) + i_n) * R + o_r, size_t, mask=o_r < R)
 
 
 @triton.jit(do_not_specialize=["R", "V"])
@@ -131,6 +150,7 @@ def row_sum_kernel(
     V,
     LOSS: tl.constexpr,
     TERM: tl.constexpr,
+    BR: tl.constexpr,
     BV: tl.constexpr,
 ):
     """Loss of each row (p_size None), or each row's part of the loss of the slice; zero for an invalid row.
@@ -138,23 +158,20 @@ def row_sum_kernel(
     A zero vector has cosine 0 and KL 0. For a slice the caller sees to that.
     """
     i_r, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_row = (i_n * R + i_r) * V
-    n_cols = tl.where(tl.load(p_row + i_n * R + i_r) != 0, V, 0)
-    p_a += o_row
-    p_t += o_row
+    o_r = i_r * BR + tl.arange(0, BR)
+    m_row = tl.load(p_row + i_n * R + o_r, mask=o_r < R, other=0) != 0
+    p_a += (i_n * R + i_r * BR) * V
+    p_t += (i_n * R + i_r * BR) * V
     p_col += i_n * V
     if p_size is None:
-        size_a, size_t = row_size(p_a, p_t, p_col, n_cols, LOSS, BV)
+        size_a, size_t = row_size(p_a, p_t, p_col, m_row, V, LOSS, BR, BV)
     else:
-        size_a = tl.load(p_size + i_n)
-        size_t = tl.load(p_size + tl.num_programs(1) + i_n)
-    b_sum = row_sum(p_a, p_t, p_col, n_cols, size_a, size_t, TERM, BV)
+        size_a = tl.load(p_size + i_n + tl.zeros((BR,), tl.int32))
+        size_t = tl.load(p_size + tl.num_programs(1) + i_n + tl.zeros((BR,), tl.int32))
+    b_sum = row_sum(p_a, p_t, p_col, m_row, V, size_a, size_t, TERM, BR, BV)
     if p_size is None:
-        degenerate = 0.0
-        if LOSS == "cosine":
-            degenerate = tl.where(n_cols > 0, 1.0, 0.0)
-        b_sum = tl.where((size_a != 0.0) & (size_t != 0.0), b_sum, degenerate)
-    tl.store(p_sum + i_n * R + i_r, b_sum)
+        b_sum = tl.where((size_a != 0.0) & (size_t != 0.0), b_sum, 1.0 if LOSS == "cosine" else 0.0)
+    tl.store(p_sum + i_n * R + o_r, tl.where(m_row, b_sum, 0.0), mask=o_r < R)
 
 
 @triton.jit(do_not_specialize=["R", "V"])
@@ -170,6 +187,7 @@ def gradient_kernel(
     R,
     V,
     LOSS: tl.constexpr,
+    BR: tl.constexpr,
     BV: tl.constexpr,
 ):
     """d loss / d a, with s = a / size_a and t = t / size_t of the compared vectors:
@@ -178,38 +196,39 @@ def gradient_kernel(
     The differences are formed first: near agreement the textbook forms lose all digits.
     """
     i_r, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_row = (i_n * R + i_r) * V
-    row = tl.load(p_row + i_n * R + i_r) != 0
-    n_cols = tl.where(row, V, 0)
-    p_a += o_row
-    p_t += o_row
+    o_r = i_r * BR + tl.arange(0, BR)
+    m_row = tl.load(p_row + i_n * R + o_r, mask=o_r < R, other=0) != 0
+    p_a += (i_n * R + i_r * BR) * V
+    p_t += (i_n * R + i_r * BR) * V
     p_col += i_n * V
-    b_sum = 0.0
+    p_grad += (i_n * R + i_r * BR) * V
+    b_sum = tl.zeros((BR,), tl.float32)
     if p_size is None:
-        size_a, size_t = row_size(p_a, p_t, p_col, n_cols, LOSS, BV)
+        size_a, size_t = row_size(p_a, p_t, p_col, m_row, V, LOSS, BR, BV)
         if LOSS == "cosine":
-            b_sum = row_sum(p_a, p_t, p_col, n_cols, size_a, size_t, "cosine", BV)
+            b_sum = row_sum(p_a, p_t, p_col, m_row, V, size_a, size_t, "cosine", BR, BV)
         elif LOSS == "kl":
-            b_sum = row_sum(p_a, p_t, p_col, n_cols, size_a, size_t, "slope", BV)
+            b_sum = row_sum(p_a, p_t, p_col, m_row, V, size_a, size_t, "slope", BR, BV)
     else:
-        size_a = tl.load(p_size + i_n)
-        size_t = tl.load(p_size + tl.num_programs(1) + i_n)
-        b_sum = tl.load(p_sum + i_n)
-    weight = tl.load(p_weight + i_n) / nonzero(size_a)
-    alive = row & (size_a != 0.0) & (size_t != 0.0)
+        size_a = tl.load(p_size + i_n + tl.zeros((BR,), tl.int32))
+        size_t = tl.load(p_size + tl.num_programs(1) + i_n + tl.zeros((BR,), tl.int32))
+        b_sum += tl.load(p_sum + i_n)
+    b_weight = tl.load(p_weight + i_n) / nonzero(size_a)
+    m_alive = (size_a != 0.0) & (size_t != 0.0)
 
     for i_v in tl.range(0, V, BV):
         o_v = i_v + tl.arange(0, BV)
-        b_a, b_t, m_v = load_pair(p_a, p_t, p_col, o_v, V)
-        b_s = b_a / nonzero(size_a)
-        b_d = b_s - b_t / nonzero(size_t)
+        b_a, b_t, m_pair = load_pair(p_a, p_t, p_col, m_row, o_v, V)
+        b_s = b_a / nonzero(size_a)[:, None]
+        b_d = b_s - b_t / nonzero(size_t)[:, None]
         if LOSS == "cosine":
-            b_g = b_d - b_sum * b_s
+            b_g = b_d - b_sum[:, None] * b_s
         elif LOSS == "kl":
-            b_g = (b_d + KL_EPS) / (b_s + KL_EPS) - b_sum
+            b_g = (b_d + KL_EPS) / (b_s + KL_EPS) - b_sum[:, None]
         else:
             b_g = 2.0 * b_d
-        tl.store(p_grad + o_row + o_v, tl.where(m_v & alive, b_g * weight, 0.0), mask=o_v < V)
+        b_g = tl.where(m_pair & m_alive[:, None], b_g * b_weight[:, None], 0.0)
+        store_rows(p_grad, b_g, o_r, o_v, R, V)
 
 
 @triton.jit(do_not_specialize=["R", "V"])
@@ -222,33 +241,37 @@ def squared_deviation_kernel(
     p_sum,  # (2, N, R)
     R,
     V,
+    BR: tl.constexpr,
     BV: tl.constexpr,
 ):
     """sum_j (x_rj - mean)^2 over the valid columns of row r, for a and the target; zero for an invalid row."""
     i_r, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n_samples = tl.num_programs(1)
-    o_row = (i_n * R + i_r) * V
-    n_cols = tl.where(tl.load(p_row + i_n * R + i_r) != 0, V, 0)
+    o_r = i_r * BR + tl.arange(0, BR)
+    m_row = tl.load(p_row + i_n * R + o_r, mask=o_r < R, other=0) != 0
+    p_a += (i_n * R + i_r * BR) * V
+    p_t += (i_n * R + i_r * BR) * V
+    p_col += i_n * V
     mean_a = tl.load(p_mean + i_n)
     mean_t = tl.load(p_mean + n_samples + i_n)
-    b_a = tl.zeros((BV,), tl.float32)
-    b_t = tl.zeros((BV,), tl.float32)
-    for i_v in tl.range(0, n_cols, BV):
-        b_xa, b_xt, m_v = load_pair(p_a + o_row, p_t + o_row, p_col + i_n * V, i_v + tl.arange(0, BV), V)
-        b_xa = tl.where(m_v, b_xa - mean_a, 0.0)
-        b_xt = tl.where(m_v, b_xt - mean_t, 0.0)
+    b_a = tl.zeros((BR, BV), tl.float32)
+    b_t = tl.zeros((BR, BV), tl.float32)
+    for i_v in tl.range(0, V, BV):
+        b_xa, b_xt, m_pair = load_pair(p_a, p_t, p_col, m_row, i_v + tl.arange(0, BV), V)
+        b_xa = tl.where(m_pair, b_xa - mean_a, 0.0)
+        b_xt = tl.where(m_pair, b_xt - mean_t, 0.0)
         b_a += b_xa * b_xa
         b_t += b_xt * b_xt
-    tl.store(p_sum + i_n * R + i_r, tl.sum(b_a, 0))
-    tl.store(p_sum + (n_samples + i_n) * R + i_r, tl.sum(b_t, 0))
+    tl.store(p_sum + i_n * R + o_r, tl.sum(b_a, 1), mask=o_r < R)
+    tl.store(p_sum + (n_samples + i_n) * R + o_r, tl.sum(b_t, 1), mask=o_r < R)
 
 
 @triton.jit
-def kept(b_a, b_t, m_v, p_limit, i_n, n_samples):
-    """M = [F * t != 0], F = [a <= mu_a + sigma_a] and [t <= mu_t + sigma_t]; all valid entries without the sink filter."""
+def kept(b_a, b_t, m_pair, p_limit, i_n, n_samples):
+    """M = [F * t != 0], F = [a <= mu_a + sigma_a] and [t <= mu_t + sigma_t]; every valid entry without sink filter."""
     if p_limit is not None:
-        m_v = m_v & (b_a <= tl.load(p_limit + i_n)) & (b_t <= tl.load(p_limit + n_samples + i_n)) & (b_t != 0.0)
-    return m_v
+        m_pair &= (b_a <= tl.load(p_limit + i_n)) & (b_t <= tl.load(p_limit + n_samples + i_n)) & (b_t != 0.0)
+    return m_pair
 
 
 @triton.jit(do_not_specialize=["R", "V", "stride_s"])
@@ -263,25 +286,30 @@ def column_sum_kernel(
     V,
     stride_s,
     ROWS: tl.constexpr,
+    BR: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """sum_r M_rj a_rj, sum_r M_rj t_rj and sum_r M_rj over ROWS rows, for one block of columns; rows are added in order."""
+    """sum_r M_rj a_rj, sum_r M_rj t_rj and sum_r M_rj over ROWS rows, for one block of columns j."""
     i_v, i_c, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_v = i_v * BV + tl.arange(0, BV)
-    b_a = tl.zeros((BV,), tl.float32)
-    b_t = tl.zeros((BV,), tl.float32)
-    b_c = tl.zeros((BV,), tl.float32)
-    for i_r in tl.range(i_c * ROWS, tl.minimum(i_c * ROWS + ROWS, R)):
+    p_col += i_n * V
+    b_a = tl.zeros((BR, BV), tl.float32)
+    b_t = tl.zeros((BR, BV), tl.float32)
+    b_c = tl.zeros((BR, BV), tl.float32)
+    for i_r in tl.range(i_c * ROWS, tl.minimum(i_c * ROWS + ROWS, R), BR):
+        o_r = i_r + tl.arange(0, BR)
+        m_row = tl.load(p_row + i_n * R + o_r, mask=o_r < R, other=0) != 0
         o_row = (i_n * R + i_r) * V
-        b_xa, b_xt, m_v = load_pair(p_a + o_row, p_t + o_row, p_col + i_n * V, o_v, V)
-        m_v = kept(b_xa, b_xt, m_v & (tl.load(p_row + i_n * R + i_r) != 0), p_limit, i_n, tl.num_programs(2))
-        b_a += tl.where(m_v, b_xa, 0.0)
-        b_t += tl.where(m_v, b_xt, 0.0)
-        b_c += m_v.to(tl.float32)
+        b_xa, b_xt, m_pair = load_pair(p_a + o_row, p_t + o_row, p_col, m_row, o_v, V)
+        m_pair = kept(b_xa, b_xt, m_pair, p_limit, i_n, tl.num_programs(2))
+        b_a += tl.where(m_pair, b_xa, 0.0)
+        b_t += tl.where(m_pair, b_xt, 0.0)
+        b_c += m_pair.to(tl.float32)
     p_sum += (i_n * tl.num_programs(1) + i_c) * V
-    tl.store(p_sum + o_v, b_a, mask=o_v < V)
-    tl.store(p_sum + stride_s + o_v, b_t, mask=o_v < V)
-    tl.store(p_sum + 2 * tl.cast(stride_s, tl.int64) + o_v, b_c, mask=o_v < V)
+    stride_s = tl.cast(stride_s, tl.int64)
+    tl.store(p_sum + o_v, tl.sum(b_a, 0), mask=o_v < V)
+    tl.store(p_sum + stride_s + o_v, tl.sum(b_t, 0), mask=o_v < V)
+    tl.store(p_sum + 2 * stride_s + o_v, tl.sum(b_c, 0), mask=o_v < V)
 
 
 @triton.jit(do_not_specialize=["R", "V"])
@@ -295,21 +323,27 @@ def column_gradient_kernel(
     p_grad,  # (N, R, V)
     R,
     V,
+    BR: tl.constexpr,
     BV: tl.constexpr,
 ):
     """d loss / d a_rj = M_rj du_j; M, mu and sigma carry no gradient."""
     i_r, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_row = (i_n * R + i_r) * V
-    row = tl.load(p_row + i_n * R + i_r) != 0
+    o_r = i_r * BR + tl.arange(0, BR)
+    m_row = tl.load(p_row + i_n * R + o_r, mask=o_r < R, other=0) != 0
+    p_a += (i_n * R + i_r * BR) * V
+    p_t += (i_n * R + i_r * BR) * V
+    p_col += i_n * V
+    p_grad += (i_n * R + i_r * BR) * V
     for i_v in tl.range(0, V, BV):
         o_v = i_v + tl.arange(0, BV)
-        b_a, b_t, m_v = load_pair(p_a + o_row, p_t + o_row, p_col + i_n * V, o_v, V)
-        m_v = kept(b_a, b_t, m_v & row, p_limit, i_n, tl.num_programs(1))
-        b_du = tl.load(p_du + i_n * V + o_v, mask=m_v, other=0.0)
-        tl.store(p_grad + o_row + o_v, b_du, mask=o_v < V)
+        b_a, b_t, m_pair = load_pair(p_a, p_t, p_col, m_row, o_v, V)
+        m_pair = kept(b_a, b_t, m_pair, p_limit, i_n, tl.num_programs(1))
+        b_du = tl.load(p_du + i_n * V + o_v, mask=o_v < V, other=0.0)
+        store_rows(p_grad, tl.where(m_pair, b_du[None, :], 0.0), o_r, o_v, R, V)
 
 
 def _common(a, target, row_valid, col_valid) -> dict:
+    tile = _launch.row_tile(a.device)
     return {
         "device": a.device,
         "p_a": a,
@@ -318,9 +352,15 @@ def _common(a, target, row_valid, col_valid) -> dict:
         "p_col": col_valid.view(torch.uint8),
         "R": a.shape[1],
         "V": a.shape[2],
-        "BV": _launch.row_block(a.device),
-        "num_warps": 4,
+        "BR": tile.BM,
+        "BV": tile.BN,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
     }
+
+
+def _row_grid(common: dict) -> tuple[int, int]:
+    return triton.cdiv(common["R"], common["BR"]), common["p_a"].shape[0]
 
 
 def _slice_size(common: dict, loss: str) -> torch.Tensor | None:
@@ -329,7 +369,7 @@ def _slice_size(common: dict, loss: str) -> torch.Tensor | None:
     if loss == "mse":
         return torch.ones(2, N, dtype=torch.float32, device=common["device"])
     size = torch.empty(2, N, R, dtype=torch.float32, device=common["device"])
-    _launch.launch(row_size_kernel, (R, N), p_size=size, LOSS=loss, **common)
+    _launch.launch(row_size_kernel, _row_grid(common), p_size=size, LOSS=loss, **common)
     if loss == "kl":
         return size.sum(-1)
     peak = size.amax(-1)
@@ -339,7 +379,7 @@ def _slice_size(common: dict, loss: str) -> torch.Tensor | None:
 def _row_sums(common: dict, loss: str, term: str, size: torch.Tensor | None) -> torch.Tensor:
     N, R, _ = common["p_a"].shape
     sums = torch.empty(N, R, dtype=torch.float32, device=common["device"])
-    _launch.launch(row_sum_kernel, (R, N), p_size=size, p_sum=sums, LOSS=loss, TERM=term, **common)
+    _launch.launch(row_sum_kernel, _row_grid(common), p_size=size, p_sum=sums, LOSS=loss, TERM=term, **common)
     return sums.sum(-1)
 
 
@@ -348,7 +388,7 @@ def _sink_limit(common: dict, entries: torch.Tensor) -> torch.Tensor:
     N, R, _ = common["p_a"].shape
     mean = _slice_size(common, "kl") / entries.clamp(min=1)
     squares = torch.empty(2, N, R, dtype=torch.float32, device=common["device"])
-    _launch.launch(squared_deviation_kernel, (R, N), p_mean=mean, p_sum=squares, **common)
+    _launch.launch(squared_deviation_kernel, _row_grid(common), p_mean=mean, p_sum=squares, **common)
     return mean + (squares.sum(-1) / (entries - 1).clamp(min=1)).sqrt()
 
 
@@ -396,12 +436,11 @@ def alignment_loss(a, target, row_valid, col_valid, *, loss, reduction, sink_fil
 
 
 def alignment_grad(a, target, row_valid, col_valid, grad_out, *, loss, reduction, sink_filter):
-    """Gradient of ``alignment_loss`` with respect to a, times grad_out (N,); (N,R,V) fp32, zero at invalid rows and columns."""
+    """Gradient of ``alignment_loss`` in a, times grad_out (N,): (N,R,V) fp32, zero at invalid rows and columns."""
     if not a.numel():
         return torch.zeros_like(a)
     n_rows, n_cols = row_valid.sum(-1), col_valid.sum(-1)
     common = _common(a, target, row_valid, col_valid)
-    N, R, _ = a.shape
     grad = torch.empty_like(a)
     if reduction == "column":
         u, v, count, limit = _column_means(common, n_rows, n_cols, sink_filter)
@@ -410,7 +449,7 @@ def alignment_grad(a, target, row_valid, col_valid, grad_out, *, loss, reduction
             u.unsqueeze(1), v.unsqueeze(1), one_row, col_valid, grad_out, loss=loss, reduction="row", sink_filter=False
         )
         _launch.launch(
-            column_gradient_kernel, (R, N), p_limit=limit, p_du=du.squeeze(1) / count, p_grad=grad, **common
+            column_gradient_kernel, _row_grid(common), p_limit=limit, p_du=du.squeeze(1) / count, p_grad=grad, **common
         )
         return grad
     size = slice_sum = None
@@ -424,7 +463,7 @@ def alignment_grad(a, target, row_valid, col_valid, grad_out, *, loss, reduction
         weight = weight / (n_rows * n_cols).clamp(min=1)
     _launch.launch(
         gradient_kernel,
-        (R, N),
+        _row_grid(common),
         p_size=size,
         p_sum=slice_sum,
         p_weight=weight.contiguous(),

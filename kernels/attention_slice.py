@@ -1,7 +1,8 @@
 """Triton backend of the attention ops: softmax probabilities on chosen rows and columns, and their gradients.
 
-With the log-sum-exp of a row known, P = exp(scale*q.k - lse) needs no other key, so the slice is one dot and one exp per head. Nothing
-larger than a tile exists besides inputs and results, every result has one owner, and sums run in a fixed order.
+With the log-sum-exp of a row known, P = exp(scale*q.k - lse) needs no other key, so the slice is one dot and one exp
+per head. Nothing larger than a tile exists besides inputs and results, every result has one owner, and sums run in a
+fixed order.
 """
 
 import torch
@@ -25,12 +26,18 @@ from .alignment_loss import alignment_grad, alignment_loss
 
 __all__ = ["alignment_grad", "alignment_loss", "row_lse", "row_lse_backward", "slice_backward", "slice_forward"]
 
-# Probabilities and their gradients are multiplied by up to 2^14 before they become fp16 operands (largest value 65504) and divided
-# out in fp32 afterwards: probabilities of long rows and unscaled gradients lie below the smallest normal fp16 number.
+# Probabilities and their gradients are brought to at most 2^14 before they become fp16 operands (at most 65504) and
+# scaled back in fp32: probabilities of long rows and unscaled gradients lie below the smallest normal fp16 number.
 HEADROOM = tl.constexpr(16384.0)
 
+# Head dimensions are multiples of 8 and strides usually too: passed in units of 8, they let every load be 16 bytes wide.
+ALIGNMENT = 8
 
-@triton.jit(do_not_specialize=["R", "T"])
+# Values that change from batch to batch, by which Triton must not specialise; alignment is stated by UNIT instead.
+BATCH_DEPENDENT = ["R", "T", "stride_qb", "stride_qh", "stride_qt", "stride_kb", "stride_kh", "stride_kt"]
+
+
+@triton.jit(do_not_specialize=BATCH_DEPENDENT)
 def row_lse_kernel(
     p_q,  # (B, Hq, T, D)
     p_k,  # (B, Hkv, T, D)
@@ -49,6 +56,7 @@ def row_lse_kernel(
     group,
     scale,
     CAUSAL: tl.constexpr,
+    UNIT: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
     BM: tl.constexpr,
@@ -62,8 +70,8 @@ def row_lse_kernel(
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_m = i_m * BM + tl.arange(0, BM)
     b_row = load_rows(p_rows + i_b * R, o_m, R)
-    b_q = load_vectors(p_q + i_b * stride_qb + i_h * stride_qh, b_row, stride_qt, D, BD)
-    p_k += i_b * stride_kb + (i_h // group) * stride_kh
+    b_q = load_vectors(p_q + (i_b * stride_qb + i_h * stride_qh) * UNIT, b_row, stride_qt, UNIT, D, BD)
+    p_k += (i_b * stride_kb + (i_h // group) * stride_kh) * UNIT
     if p_mask is not None:
         p_mask += i_b * T
     b_last = tl.max(b_row, 0)
@@ -75,7 +83,7 @@ def row_lse_kernel(
     b_sum = tl.zeros((BM,), tl.float32)
     for i_n in tl.range(0, n_keys, BN):
         b_col = load_keys(None, p_mask, i_n + tl.arange(0, BN), T)
-        b_k = load_vectors(p_k, b_col, stride_kt, D, BD)
+        b_k = load_vectors(p_k, b_col, stride_kt, UNIT, D, BD)
         b_s = scores(b_q, b_k) * (scale * LOG2E)
         b_s = tl.where(visible(b_row[:, None], b_col[None, :], CAUSAL), b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
@@ -87,7 +95,7 @@ def row_lse_kernel(
     tl.store(p_lse + (i_b * Hq + i_h) * R + o_m, b_lse, mask=o_m < R)
 
 
-@triton.jit(do_not_specialize=["R", "T"])
+@triton.jit(do_not_specialize=BATCH_DEPENDENT)
 def row_lse_backward_dq_kernel(
     p_q,  # (B, Hq, T, D)
     p_k,  # (B, Hkv, T, D)
@@ -108,6 +116,7 @@ def row_lse_backward_dq_kernel(
     group,
     scale,
     CAUSAL: tl.constexpr,
+    UNIT: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
     BM: tl.constexpr,
@@ -120,9 +129,9 @@ def row_lse_backward_dq_kernel(
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_m = i_m * BM + tl.arange(0, BM)
     b_row = load_rows(p_rows + i_b * R, o_m, R)
-    b_q = load_vectors(p_q + i_b * stride_qb + i_h * stride_qh, b_row, stride_qt, D, BD)
+    b_q = load_vectors(p_q + (i_b * stride_qb + i_h * stride_qh) * UNIT, b_row, stride_qt, UNIT, D, BD)
     b_lse = load_lse(p_lse + (i_b * Hq + i_h) * R, o_m, R)
-    p_k += i_b * stride_kb + (i_h // group) * stride_kh
+    p_k += (i_b * stride_kb + (i_h // group) * stride_kh) * UNIT
     if p_mask is not None:
         p_mask += i_b * T
     b_last = tl.max(b_row, 0)
@@ -133,7 +142,7 @@ def row_lse_backward_dq_kernel(
     b_dqT = tl.zeros((BD, BM), tl.float32)
     for i_n in tl.range(0, n_keys, BN):
         b_col = load_keys(None, p_mask, i_n + tl.arange(0, BN), T)
-        b_k = load_vectors(p_k, b_col, stride_kt, D, BD)
+        b_k = load_vectors(p_k, b_col, stride_kt, UNIT, D, BD)
         b_pT = tl.exp2(scores(b_k, b_q) * (scale * LOG2E) - b_lse[None, :])
         b_pT = tl.where(visible(b_row[None, :], b_col[:, None], CAUSAL), b_pT, 0.0)
         b_dqT = accumulate(b_k, b_pT * HEADROOM, b_dqT)
@@ -141,7 +150,7 @@ def row_lse_backward_dq_kernel(
     add_vectors(p_dq + (i_b * Hq + i_h) * T * D, b_row, b_dqT * (b_dlse * (scale / HEADROOM))[None, :], D, BD)
 
 
-@triton.jit(do_not_specialize=["R", "T"])
+@triton.jit(do_not_specialize=BATCH_DEPENDENT)
 def row_lse_backward_dk_kernel(
     p_q,  # (B, Hq, T, D)
     p_k,  # (B, Hkv, T, D)
@@ -163,6 +172,7 @@ def row_lse_backward_dk_kernel(
     group,
     scale,
     CAUSAL: tl.constexpr,
+    UNIT: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
     BM: tl.constexpr,
@@ -176,7 +186,7 @@ def row_lse_backward_dk_kernel(
     if p_mask is not None:
         p_mask += i_b * T
     b_col = load_keys(None, p_mask, i_n * BN + tl.arange(0, BN), T)
-    b_k = load_vectors(p_k + i_b * stride_kb + i_kv * stride_kh, b_col, stride_kt, D, BD)
+    b_k = load_vectors(p_k + (i_b * stride_kb + i_kv * stride_kh) * UNIT, b_col, stride_kt, UNIT, D, BD)
     b_gain = 1.0
     if p_gain is not None:
         b_gain = tl.load(p_gain + i_b)
@@ -186,7 +196,7 @@ def row_lse_backward_dk_kernel(
         i_h = i_kv * group + i_step % group
         o_m = (i_step // group) * BM + tl.arange(0, BM)
         b_row = load_rows(p_rows + i_b * R, o_m, R)
-        b_q = load_vectors(p_q + i_b * stride_qb + i_h * stride_qh, b_row, stride_qt, D, BD)
+        b_q = load_vectors(p_q + (i_b * stride_qb + i_h * stride_qh) * UNIT, b_row, stride_qt, UNIT, D, BD)
         b_lse = load_lse(p_lse + (i_b * Hq + i_h) * R, o_m, R)
         b_dlse = tl.load(p_dlse + (i_b * Hq + i_h) * R + o_m, mask=b_row >= 0, other=0.0) * b_gain
         b_p = tl.exp2(scores(b_q, b_k) * (scale * LOG2E) - b_lse[:, None])
@@ -195,7 +205,7 @@ def row_lse_backward_dk_kernel(
     add_vectors(p_dk + (i_b * (Hq // group) + i_kv) * T * D, b_col, b_dkT * (scale / b_gain), D, BD)
 
 
-@triton.jit(do_not_specialize=["R", "V", "T"])
+@triton.jit(do_not_specialize=[*BATCH_DEPENDENT, "V"])
 def slice_forward_kernel(
     p_q,  # (B, Hq, T, D)
     p_k,  # (B, Hkv, T, D)
@@ -218,15 +228,16 @@ def slice_forward_kernel(
     group,
     scale,
     CAUSAL: tl.constexpr,
+    UNIT: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """A_ij = 1/heads * sum_h exp(scale*q_hi.k_hj - lse_hi) on one (BM, BN) tile of one sample, zero where i does not see j.
+    """A_ij = 1/heads * sum_h exp(scale*q_hi.k_hj - lse_hi) on one (BM, BN) tile, zero where row i does not see key j.
 
-    heads = Hq gives the mean over all heads, heads = 1 each head by itself. Heads are innermost, so the tile is stored once
-    and no head's probabilities leave the program. A tile without a visible entry skips the heads.
+    heads = Hq gives the mean over all heads, heads = 1 each head by itself. Heads are innermost, so the tile is stored
+    once and no head's probabilities leave the program. A tile without a visible entry skips the heads.
     """
     i_n, i_m, i_out = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_first = i_out * heads
@@ -238,19 +249,23 @@ def slice_forward_kernel(
         p_mask += i_b * T
     b_row = load_rows(p_rows + i_b * R, o_m, R)
     b_col = load_keys(p_cols + i_b * V, p_mask, o_n, V)
-    m_seen = visible(b_row[:, None], b_col[None, :], CAUSAL)
+    last = tl.max(b_row, 0)
+    if not CAUSAL:
+        last = tl.where(last >= 0, T, -1)
+    n_heads = tl.where(tl.min(tl.where(b_col >= 0, b_col, T), 0) <= tl.minimum(last, T - 1), heads, 0)
 
     b_acc = tl.zeros((BM, BN), tl.float32)
-    for i_h in tl.range(i_first, i_first + heads * tl.max(tl.max(m_seen.to(tl.int32), 1), 0)):
-        b_q = load_vectors(p_q + i_b * stride_qb + i_h * stride_qh, b_row, stride_qt, D, BD)
-        b_k = load_vectors(p_k + i_b * stride_kb + (i_h // group) * stride_kh, b_col, stride_kt, D, BD)
+    for i_h in tl.range(i_first, i_first + n_heads):
+        b_q = load_vectors(p_q + (i_b * stride_qb + i_h * stride_qh) * UNIT, b_row, stride_qt, UNIT, D, BD)
+        b_k = load_vectors(p_k + (i_b * stride_kb + (i_h // group) * stride_kh) * UNIT, b_col, stride_kt, UNIT, D, BD)
         b_lse = load_lse(p_lse + (i_b * Hq + i_h) * R, o_m, R)
         b_acc += tl.exp2(scores(b_q, b_k) * (scale * LOG2E) - b_lse[:, None])
-    p_tile = p_out + i_out * R * V + o_m[:, None].to(tl.int64) * V + o_n[None, :]
+    p_tile = p_out + (i_out * R + i_m * BM) * V + tl.arange(0, BM)[:, None] * V + o_n[None, :]
+    m_seen = visible(b_row[:, None], b_col[None, :], CAUSAL)
     tl.store(p_tile, tl.where(m_seen, b_acc / heads, 0.0), mask=(o_m < R)[:, None] & (o_n < V)[None, :])
 
 
-@triton.jit(do_not_specialize=["R", "V", "T", "stride_gb", "stride_gh", "stride_gr"])
+@triton.jit(do_not_specialize=[*BATCH_DEPENDENT, "V", "stride_gb", "stride_gh", "stride_gr"])
 def slice_backward_dq_kernel(
     p_q,  # (B, Hq, T, D)
     p_k,  # (B, Hkv, T, D)
@@ -280,12 +295,13 @@ def slice_backward_dq_kernel(
     group,
     scale,
     CAUSAL: tl.constexpr,
+    UNIT: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """dq_i += scale * sum_j dS_ij k_j and dlse_i = -sum_j dS_ij with dS = P*G/heads, for BM rows of one sample and head.
+    """dq_i += scale * sum_j dS_ij k_j, dlse_i = -sum_j dS_ij with dS = P*G/heads, for BM rows of one sample and head.
 
     P is recomputed: storing it per head is slower and bigger. Transposed throughout, dq^T += k^T dS^T with
     P^T = exp(scale*k.q^T - lse), so that no dot result is a left operand.
@@ -295,10 +311,10 @@ def slice_backward_dq_kernel(
     if p_mask is not None:
         p_mask += i_b * T
     b_row = load_rows(p_rows + i_b * R, o_m, R)
-    b_q = load_vectors(p_q + i_b * stride_qb + i_h * stride_qh, b_row, stride_qt, D, BD)
+    b_q = load_vectors(p_q + (i_b * stride_qb + i_h * stride_qh) * UNIT, b_row, stride_qt, UNIT, D, BD)
     b_lse = load_lse(p_lse + (i_b * Hq + i_h) * R, o_m, R)
-    p_k += i_b * stride_kb + (i_h // group) * stride_kh
-    p_grad += i_b * stride_gb + i_h * stride_gh
+    p_k += (i_b * stride_kb + (i_h // group) * stride_kh) * UNIT
+    p_grad += i_b * stride_gb + i_h * stride_gh + tl.cast(i_m * BM, tl.int64) * stride_gr
     b_gain = 1.0
     if p_gain is not None:
         b_gain = tl.load(p_gain + i_b)
@@ -308,11 +324,13 @@ def slice_backward_dq_kernel(
     for i_n in tl.range(0, V, BN):
         o_n = i_n + tl.arange(0, BN)
         b_col = load_keys(p_cols + i_b * V, p_mask, o_n, V)
-        b_k = load_vectors(p_k, b_col, stride_kt, D, BD)
-        p_tile = p_grad + o_m[None, :].to(tl.int64) * stride_gr + o_n[:, None].to(tl.int64) * stride_gv
-        b_gT = tl.load(p_tile, mask=(o_n < V)[:, None] & (o_m < R)[None, :], other=0.0) * b_gain
+        b_k = load_vectors(p_k, b_col, stride_kt, UNIT, D, BD)
+        p_tile = p_grad + tl.cast(i_n, tl.int64) * stride_gv
+        p_tile = p_tile + tl.arange(0, BM)[None, :] * stride_gr + tl.arange(0, BN)[:, None] * stride_gv
+        m_seen = visible(b_row[None, :], b_col[:, None], CAUSAL)
+        b_gT = tl.load(p_tile, mask=m_seen, other=0.0) * b_gain
         b_pT = tl.exp2(scores(b_k, b_q) * (scale * LOG2E) - b_lse[None, :])
-        b_dsT = tl.where(visible(b_row[None, :], b_col[:, None], CAUSAL), b_pT * b_gT, 0.0)
+        b_dsT = tl.where(m_seen, b_pT * b_gT, 0.0)
         b_dlse -= tl.sum(b_dsT, 0)
         b_dqT = accumulate(b_k, b_dsT, b_dqT)
     b_unit = 1.0 / (b_gain * heads)
@@ -320,7 +338,7 @@ def slice_backward_dq_kernel(
     add_vectors(p_dq + (i_b * Hq + i_h) * T * D, b_row, b_dqT * (scale * b_unit), D, BD)
 
 
-@triton.jit(do_not_specialize=["R", "V", "T", "stride_gb", "stride_gh", "stride_gr"])
+@triton.jit(do_not_specialize=[*BATCH_DEPENDENT, "V", "stride_gb", "stride_gh", "stride_gr"])
 def slice_backward_dk_kernel(
     p_q,  # (B, Hq, T, D)
     p_k,  # (B, Hkv, T, D)
@@ -349,12 +367,13 @@ def slice_backward_dk_kernel(
     group,
     scale,
     CAUSAL: tl.constexpr,
+    UNIT: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """dk_j += scale * sum_i dS_ij q_i with dS = P*G/heads, for the keys j of one column block of one sample and kv head.
+    """dk_j += scale * sum_i dS_ij q_i with dS = P*G/heads, for one block of columns j of one sample and kv head.
 
     The sum runs over all rows and, within a row block, over the query heads of the group: dk^T += q^T dS.
     """
@@ -363,7 +382,8 @@ def slice_backward_dk_kernel(
     if p_mask is not None:
         p_mask += i_b * T
     b_col = load_keys(p_cols + i_b * V, p_mask, o_n, V)
-    b_k = load_vectors(p_k + i_b * stride_kb + i_kv * stride_kh, b_col, stride_kt, D, BD)
+    b_k = load_vectors(p_k + (i_b * stride_kb + i_kv * stride_kh) * UNIT, b_col, stride_kt, UNIT, D, BD)
+    p_grad += i_b * stride_gb + tl.cast(i_n * BN, tl.int64) * stride_gv
     b_gain = 1.0
     if p_gain is not None:
         b_gain = tl.load(p_gain + i_b)
@@ -371,15 +391,17 @@ def slice_backward_dk_kernel(
     b_dkT = tl.zeros((BD, BN), tl.float32)
     for i_step in tl.range(0, tl.cdiv(R, BM) * group):
         i_h = i_kv * group + i_step % group
-        o_m = (i_step // group) * BM + tl.arange(0, BM)
+        i_m = (i_step // group) * BM
+        o_m = i_m + tl.arange(0, BM)
         b_row = load_rows(p_rows + i_b * R, o_m, R)
-        b_q = load_vectors(p_q + i_b * stride_qb + i_h * stride_qh, b_row, stride_qt, D, BD)
+        b_q = load_vectors(p_q + (i_b * stride_qb + i_h * stride_qh) * UNIT, b_row, stride_qt, UNIT, D, BD)
         b_lse = load_lse(p_lse + (i_b * Hq + i_h) * R, o_m, R)
-        p_tile = p_grad + i_b * stride_gb + i_h * stride_gh
-        p_tile = p_tile + o_m[:, None].to(tl.int64) * stride_gr + o_n[None, :].to(tl.int64) * stride_gv
-        b_g = tl.load(p_tile, mask=(o_m < R)[:, None] & (o_n < V)[None, :], other=0.0) * b_gain
+        p_tile = p_grad + i_h * stride_gh + tl.cast(i_m, tl.int64) * stride_gr
+        p_tile = p_tile + tl.arange(0, BM)[:, None] * stride_gr + tl.arange(0, BN)[None, :] * stride_gv
+        m_seen = visible(b_row[:, None], b_col[None, :], CAUSAL)
+        b_g = tl.load(p_tile, mask=m_seen, other=0.0) * b_gain
         b_p = tl.exp2(scores(b_q, b_k) * (scale * LOG2E) - b_lse[:, None])
-        b_ds = tl.where(visible(b_row[:, None], b_col[None, :], CAUSAL), b_p * b_g, 0.0)
+        b_ds = tl.where(m_seen, b_p * b_g, 0.0)
         b_dkT = accumulate(b_q, b_ds, b_dkT)
     add_vectors(p_dk + (i_b * (Hq // group) + i_kv) * T * D, b_col, b_dkT * (scale / (b_gain * heads)), D, BD)
 
@@ -388,24 +410,27 @@ def _common(kernel: str, q, k, rows, causal, scale, key_mask) -> dict:
     """The arguments every attention kernel takes."""
     tile = _launch.attention_tile(kernel, q)
     head_dim = q.shape[3]
+    strides = (*q.stride()[:3], *k.stride()[:3])
+    unit = 1 if any(stride % ALIGNMENT for stride in strides) else ALIGNMENT
     return {
         "device": q.device,
         "p_q": q,
         "p_k": k,
         "p_rows": rows,
         "p_mask": None if key_mask is None else key_mask.view(torch.uint8),
-        "stride_qb": q.stride(0),
-        "stride_qh": q.stride(1),
-        "stride_qt": q.stride(2),
-        "stride_kb": k.stride(0),
-        "stride_kh": k.stride(1),
-        "stride_kt": k.stride(2),
+        "stride_qb": strides[0] // unit,
+        "stride_qh": strides[1] // unit,
+        "stride_qt": strides[2] // unit,
+        "stride_kb": strides[3] // unit,
+        "stride_kh": strides[4] // unit,
+        "stride_kt": strides[5] // unit,
         "R": rows.shape[1],
         "T": q.shape[2],
         "Hq": q.shape[1],
         "group": q.shape[1] // k.shape[1],
         "scale": scale,
         "CAUSAL": causal,
+        "UNIT": unit,
         "D": head_dim,
         "BD": _launch.padded_head_dim(head_dim),
         "BM": tile.BM,

@@ -31,9 +31,9 @@ class Case:
 CASES = {
     "gqa": Case(),
     "full-left": Case(causal=False, masked="left", k_heads=1, width=40, scale=0.4, rows=5, tokens=19),
-    "transposed-right": Case(masked="right", q_heads=3, k_heads=3, width=24, transposed=True),
-    "causal-left": Case(masked="left", rows=20, cols=20, tokens=21, padding=3),
-    "many-tiles": Case(batch=1, q_heads=2, k_heads=1, tokens=150, rows=70, cols=133, padding=5),
+    "transposed-right": Case(masked="right", q_heads=2, k_heads=2, width=24, transposed=True),
+    "causal-left": Case(masked="left", q_heads=2, k_heads=1, rows=20, cols=20, tokens=21, padding=3),
+    "many-tiles": Case(batch=1, q_heads=1, k_heads=1, tokens=140, rows=66, cols=133, padding=5),
     "wide": Case(batch=1, q_heads=1, k_heads=1, tokens=9, rows=3, cols=5, width=256, padding=1),
 }
 

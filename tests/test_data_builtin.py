@@ -20,13 +20,12 @@ from cdistill.data.builtin import (
     IGNORE_INDEX,
     IMAGE_TOKEN,
     NUM_VISUAL_TOKENS,
-    SUBTYPES,
     USER,
     BuiltinDataset,
     Collator,
-    Mixture,
     build_tokenizer,
 )
+from cdistill.data.mixture import SUBTYPES, Mixture
 
 TOKENIZER = build_tokenizer()
 NUMBERS = ["zero", "one", "two", "three", "four", "five"]
@@ -58,8 +57,8 @@ def see(image: np.ndarray) -> list[tuple[int, int, str, str]]:
 
 def read(description: str) -> list[tuple[int, int, str, str]]:
     """Objects of a scene written out as text."""
-    found = re.findall(r"(\w+) (\w+) r(\d) c(\d)(?: ;|$)", description)
-    return [(int(r), int(c), colour, shape) for colour, shape, r, c in found]
+    found = re.findall(r"r(\d) c(\d) (\w+) (\w+)(?: ;|$)", description)
+    return [(int(r), int(c), colour, shape) for r, c, colour, shape in found]
 
 
 def holds(caption: str, objects: list[tuple[int, int, str, str]]) -> bool:
@@ -143,7 +142,7 @@ def test_images_and_conversations_of_the_dataset_agree():
 
 def test_text_scenes_and_conversations_agree():
     data = BuiltinDataset(Mixture(modality="text", turns=4), size=150, seed=4, tokenizer=TOKENIZER)
-    starts = r"(.*? r\d c\d) (what|is|how|where|which) (.*)"
+    starts = r"(.*?) (what|is|how|where|which) (.*)"
     for item in (data[i] for i in range(len(data))):
         assert "pixel_values" not in item
         asked = turns(item)
@@ -155,14 +154,54 @@ def test_text_scenes_and_conversations_agree():
 
 
 def test_captions_state_the_truth():
-    data = BuiltinDataset(Mixture(caption=1.0), size=150, seed=5, tokenizer=TOKENIZER)
+    data = BuiltinDataset(Mixture(caption=1.0, turns=0, sentences=5), size=150, seed=5, tokenizer=TOKENIZER)
+    forms = Counter()
     for item in (data[i] for i in range(len(data))):
         ((_, reply),) = turns(item)
-        description, *statements = reply.split(" . ")
+        description, *sentences = reply.split(" . ")
         objects = see(item["pixel_values"].numpy())
         assert read(description) == objects
-        assert statements
-        assert all(holds(statement, objects) for statement in statements)
+        assert len(sentences) == 5
+        for sentence in sentences:
+            if place := re.fullmatch(r"r(\d) c(\d) (\w+) (\w+)", sentence):
+                assert (int(place[1]), int(place[2]), place[3], place[4]) in objects
+            elif name := re.fullmatch(r"(\w+) (\w+) r(\d) c(\d)", sentence):
+                assert (int(name[3]), int(name[4]), name[1], name[2]) in objects
+            else:
+                assert holds(sentence, objects)
+            forms["place" if place else "name" if not place and name else "relation"] += 1
+    assert min(forms.values()) > 200
+
+
+def test_a_share_of_conversations_opens_with_a_caption():
+    data = BuiltinDataset(Mixture(caption=0.4, turns=2), size=300, seed=15, tokenizer=TOKENIZER)
+    lengths = Counter(len(turns(data[i])) for i in range(len(data)))
+    assert set(lengths) == {2, 3}
+    assert 80 < lengths[3] < 160
+
+
+def test_grounding_points_at_what_the_words_speak_of():
+    data = BuiltinDataset(Mixture(caption=0.5, turns=4), size=60, seed=16, tokenizer=TOKENIZER, grounding=True)
+    pointed = 0
+    for item in (data[i] for i in range(len(data))):
+        objects = see(item["pixel_values"].numpy())
+        words = TOKENIZER.convert_ids_to_tokens(item["input_ids"].tolist())
+        assert item["grounding"].shape == (len(words), NUM_VISUAL_TOKENS)
+        for before, word, target in zip(["", *words], words, item["grounding"], strict=False):
+            cells = {
+                (r - 1) * scenes.GRID + c - 1
+                for r, c, colour, shape in objects
+                if word == colour
+                or (word == shape and (before == colour or before not in scenes.COLOURS))
+                or (before, word) == (f"r{r}", f"c{c}")
+            }
+            assert set(target.nonzero().flatten().tolist()) == cells
+            assert target.sum().item() == pytest.approx(1.0 if cells else 0.0)
+            pointed += bool(cells)
+    assert pointed > 1000
+    batch = Collator(0)([data[0], BuiltinDataset(Mixture(modality="text"), size=1, seed=1, tokenizer=TOKENIZER)[0]])
+    assert batch["grounding"].shape == (*batch["input_ids"].shape, NUM_VISUAL_TOKENS)
+    assert not batch["grounding"][1].any()
 
 
 def test_noise_hides_no_patch_class():
@@ -172,7 +211,9 @@ def test_noise_hides_no_patch_class():
         scene = (scenes.Thing(2, 3, *kind),) if kind else ()
         expected = np.zeros(NUM_VISUAL_TOKENS)
         expected[2 * scenes.GRID + 3] = label
-        assert (scenes.patch_labels(scene) == expected).all()
+        kinds, rows, columns = scenes.patch_labels(scene).T
+        assert (kinds == expected).all()
+        assert (rows * scenes.GRID + columns == np.arange(NUM_VISUAL_TOKENS)).all()
         for _ in range(40):
             image = scenes.render(scene, rng)
             assert image.dtype == np.float32

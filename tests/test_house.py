@@ -68,7 +68,9 @@ def test_import_is_cheap():
 
 
 def test_ops_import_neither_triton_nor_deepspeed_nor_transformers():
-    code = "import cdistill.ops, sys; print([m for m in ('deepspeed', 'transformers', 'matplotlib') if m in sys.modules])"
+    code = (
+        "import cdistill.ops, sys; print([m for m in ('deepspeed', 'transformers', 'matplotlib') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"
 

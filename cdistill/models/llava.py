@@ -43,7 +43,9 @@ class TAFAdapter(nn.Module):
     def __init__(self, config: TAFLlavaConfig) -> None:
         super().__init__()
         if config.taf_activation not in TAF_ACTIVATIONS:
-            raise ValueError(f"taf_activation must be one of {', '.join(TAF_ACTIVATIONS)}, got {config.taf_activation!r}")
+            raise ValueError(
+                f"taf_activation must be one of {', '.join(TAF_ACTIVATIONS)}, got {config.taf_activation!r}"
+            )
         if config.teacher_hidden_size < 1:
             raise ValueError(f"teacher_hidden_size must be positive, got {config.teacher_hidden_size}")
         width, bias = config.teacher_hidden_size, config.multimodal_projector_bias

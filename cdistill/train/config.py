@@ -14,6 +14,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from cdistill.data.mixture import Mixture
 from cdistill.train.objectives import OBJECTIVES
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -24,7 +25,6 @@ ZERO_STAGES = (0, 1, 2, 3, "off")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 TAF_ACTIVATIONS = ("linear", "gelu")
-MODALITIES = ("image", "text")
 
 T = TypeVar("T")
 
@@ -122,32 +122,15 @@ class StudentConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """What a stage is trained on: the fields of `cdistill.data.builtin.Mixture`, and a seed.
+class DataConfig(Mixture):
+    """What a stage is trained on: a mixture of the built-in task's samples, and a seed.
 
     Attributes:
         seed: seed of the samples; None derives it from the recipe's seed and the place of the stage, so that the i-th
             stages of two recipes with the same seed and mixture see the same samples.
     """
 
-    modality: str = "image"
-    caption: float = 0.0
-    turns: int = 6
-    subtypes: tuple[str, ...] | None = None
     seed: int | None = None
-
-    def __post_init__(self) -> None:
-        _choice("modality", self.modality, MODALITIES)
-        if not 0 <= self.caption <= 1:
-            raise ValueError(f"caption must lie between 0 and 1, got {self.caption}")
-        _at_least("turns", self.turns, 1)
-        if self.subtypes is not None:
-            from cdistill.data.questions import COMPOSITIONAL, DIRECT
-
-            unknown = [name for name in self.subtypes if name not in DIRECT + COMPOSITIONAL]
-            if unknown or not self.subtypes:
-                allowed = ", ".join(DIRECT + COMPOSITIONAL)
-                raise ValueError(f"subtypes must be some of {allowed}, got {', '.join(unknown) or 'none'}")
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cdistill.data import scenes
-from cdistill.data.builtin import SUBTYPES, BuiltinDataset, Collator, Mixture, build_tokenizer
+from cdistill.data.builtin import BuiltinDataset, Collator, build_tokenizer
 from cdistill.train.config import Recipe
-
-PATCH_CLASSES = 1 + len(scenes.COLOURS) * len(scenes.SHAPES)
 
 
 class PatchDataset(Dataset):
-    """``size`` images with the class of every patch: ``pixel_values`` (3, H, W) fp32 and ``labels`` (V,) int64."""
+    """``size`` images with the labels of every patch: ``pixel_values`` (3, H, W) fp32 and ``labels`` (V, 3) int64."""
 
     def __init__(self, *, size: int, seed: int) -> None:
         self.size, self.seed = size, seed
@@ -34,7 +32,7 @@ class PatchDataset(Dataset):
 
 
 def collate_patches(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """(B, 3, H, W) images and (B, V) labels."""
+    """(B, 3, H, W) images and (B, V, 3) labels."""
     return {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
 
@@ -60,11 +58,6 @@ def stage_dataset(recipe: Recipe, index: int, tokenizer: Any) -> tuple[Dataset, 
             raise ValueError(
                 f"stage.{recipe.stages[index]}.data needs the built-in tokenizer: there is no token {word!r}"
             )
-    data = stage.data
-    mixture = Mixture(
-        modality=data.modality,
-        caption=data.caption,
-        turns=data.turns,
-        subtypes=SUBTYPES if data.subtypes is None else data.subtypes,
-    )
-    return BuiltinDataset(mixture, size=size, seed=seed, tokenizer=tokenizer), Collator(tokenizer.pad_token_id)
+    return BuiltinDataset(
+        stage.data, size=size, seed=seed, tokenizer=tokenizer, grounding=stage.objective == "ground"
+    ), Collator(tokenizer.pad_token_id)

@@ -39,13 +39,13 @@ def environment(*, distributed: bool) -> Iterator[None]:
     if distributed and not launched():
         values |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    added = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(added)
+    before = dict(os.environ)
+    os.environ.update({name: value for name, value in values.items() if name not in before})
     try:
         yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
+    finally:  # accelerate and DeepSpeed leave variables behind that would change the next run of this process
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def keep_deepspeed_from_compiling() -> None:

@@ -14,7 +14,7 @@ from cdistill.ops import linear_distillation
 from cdistill.train.build import Student, is_llava
 from cdistill.train.config import KDConfig
 from cdistill.train.objectives import Objective
-from cdistill.vat import VAT, install
+from cdistill.vat import VAT, LayerMatch, StudentAlignment, grounded_regions, install, layer_range
 from cdistill.vat.hook import KEYWORD
 
 
@@ -30,7 +30,7 @@ class DistillationModel(nn.Module):
         objective: which losses.
         teacher: needed by ``kd`` and ``vat``; put into eval mode.
         vat: alignment of the two, None to leave that loss out.
-        patch_classes: classes of the throw-away head.
+        patch_classes: classes of each label that the throw-away head of ``vision`` predicts.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class DistillationModel(nn.Module):
         teacher: Llava | None = None,
         kd: KDConfig | None = None,
         vat: VAT | None = None,
-        patch_classes: int = 0,
+        patch_classes: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.student: Student = student
@@ -51,11 +51,13 @@ class DistillationModel(nn.Module):
             None if teacher is None else teacher.eval().requires_grad_(False),
         )  # a tuple hides it from nn.Module
         if "patch" in objective.losses:
-            self.patch_head = nn.Linear(student.config.vision_config.hidden_size, patch_classes)
+            self.patch_head = nn.Linear(student.config.vision_config.hidden_size, sum(patch_classes))
+            self.patch_classes = list(patch_classes)
         if vat is not None:
             assert teacher is not None
-            install(student)
             install(teacher)
+        if vat is not None or "ground" in objective.losses:
+            install(student)
 
     @property
     def teacher(self) -> Llava | None:
@@ -68,24 +70,31 @@ class DistillationModel(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        grounding: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Losses of a batch: ``ar``, ``kd`` or ``patch`` summed over labels, ``vat``, ``vat_layers`` (L,) over samples.
 
         ``input_ids``, ``labels`` (not shifted, -100 outside the answers) and ``attention_mask`` are (B, T),
-        ``pixel_values`` (I, 3, H, W); for objective ``vision`` only ``pixel_values`` and ``labels`` (I, V) are taken.
+        ``pixel_values`` (I, 3, H, W); for objective ``vision`` only ``pixel_values`` and ``labels`` (I, V, 3) are taken.
+        Objective ``ground`` also takes ``grounding`` (B, T, V) and gives ``ground``, summed over samples.
         ``idle`` is a zero that keeps trained parameters without work in the graph: all ranks reduce the same gradients.
         """
         if "patch" in self.objective.losses:
             assert pixel_values is not None
             hidden = self.student.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
             logits = self.patch_head(hidden[self.student.config.vision_feature_layer])
-            return {"patch": F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")}
+            parts = zip(
+                logits.flatten(0, 1).float().split(self.patch_classes, 1), labels.flatten(0, 1).unbind(1), strict=True
+            )
+            return {"patch": sum(F.cross_entropy(part, label, reduction="sum") for part, label in parts)}
         assert input_ids is not None
         answers = labels[:, 1:] != IGNORE_INDEX
         targets = labels[:, 1:][answers]
         student_embeds, teacher_embeds = self._embeddings(input_ids, pixel_values)
         losses: dict[str, Tensor] = {}
         teacher_recorder = student_recorder = None
+        if "ground" in self.objective.losses:
+            student_recorder = self._grounding(input_ids, grounding)
         if self.vat is not None:
             image_token = self.student.config.image_token_id
             regions = self.vat.regions(input_ids, labels, attention_mask, visual_token_ids=image_token)
@@ -116,6 +125,9 @@ class DistillationModel(nn.Module):
                 teacher_bias=other.bias,
             )
             losses["ar"], losses["kd"] = result.ce, result.kd
+        if "ground" in self.objective.losses:
+            assert student_recorder is not None
+            losses["ground"] = torch.stack(list(student_recorder.losses().values())).mean(0).sum()
         if self.vat is not None:
             layers = torch.zeros(len(self.vat.matches), device=labels.device)
             losses["vat"] = layers.sum()
@@ -127,6 +139,14 @@ class DistillationModel(nn.Module):
         if pixel_values is None and "adapter" in self.objective.trained:
             losses["idle"] = self._idle_adapter()
         return losses
+
+    def _grounding(self, input_ids: Tensor, grounding: Tensor | None) -> StudentAlignment:
+        """Aligns the visual understanding layers with what the words speak of, as VAT does with a teacher."""
+        assert grounding is not None
+        depth = self.student.config.text_config.num_hidden_layers
+        matches = [LayerMatch(layer, (layer,)) for layer in layer_range(depth, "intermediate")]
+        regions, target = grounded_regions(input_ids, grounding, visual_token_ids=self.student.config.image_token_id)
+        return StudentAlignment(matches, regions, [target] * len(matches), key_mask=None)
 
     def _embeddings(self, input_ids: Tensor, pixel_values: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if is_llava(self.student):

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Objective:
-    """Losses of a stage (patch, ar, kd, vat) and the parts it trains (vision, language, adapter)."""
+    """Losses of a stage (patch, ar, ground, kd, vat) and the parts it trains (vision, language, adapter)."""
 
     losses: tuple[str, ...]
     trained: tuple[str, ...]
@@ -23,6 +23,7 @@ class Objective:
 OBJECTIVES = {
     "vision": Objective(("patch",), ("vision",)),
     "text": Objective(("ar",), ("language",)),
+    "ground": Objective(("ar", "ground"), ("language", "adapter")),
     "pt": Objective(("ar",), ("adapter",)),
     "dpt": Objective(("ar", "kd"), ("adapter",)),
     "dft": Objective(("ar", "kd", "vat"), ("language", "adapter")),

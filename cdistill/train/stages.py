@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
+from cdistill.data import scenes
 from cdistill.models.llava import shared_embeddings
 from cdistill.train import launch
 from cdistill.train.build import Models, Student, build_models, count_parameters, depths_of, load_student, vat_config
 from cdistill.train.config import Recipe, first_difference, recipe_from_dict, recipe_to_dict
-from cdistill.train.data import PATCH_CLASSES, stage_dataset
+from cdistill.train.data import stage_dataset
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES, set_trained
 from cdistill.train.trainer import (
@@ -38,7 +39,7 @@ from cdistill.vat.hook import KEYWORD
 
 RECIPE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
-LOSS_NAMES = {"patch": "patch cross-entropy", "ar": "AR", "kd": "KD", "vat": "VAT"}
+LOSS_NAMES = {"patch": "patch cross-entropy", "ar": "AR", "ground": "grounding", "kd": "KD", "vat": "VAT"}
 
 
 def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Path:
@@ -224,7 +225,9 @@ def _run_stage(
     if recipe.aligns(stage.objective):
         assert teacher is not None
         vat = _make_vat(recipe, student.to(arguments.device), teacher, DataLoader(dataset, micro, collate_fn=collator))
-    model = DistillationModel(student, objective, teacher=teacher, kd=recipe.kd, vat=vat, patch_classes=PATCH_CLASSES)
+    model = DistillationModel(
+        student, objective, teacher=teacher, kd=recipe.kd, vat=vat, patch_classes=scenes.PATCH_CLASSES
+    )
     first = arguments.process_index == 0
     log = RunLog(
         output, folder.name, name, per_step=stage.global_batch_size, steps=stage.steps, layers=recipe.log_layers

@@ -18,7 +18,8 @@ from cdistill.train.model import DistillationModel
 
 COMPLETE = "complete"  # marks a checkpoint that every process has finished writing
 WEIGHTS = "model.pt"
-LOSSES = ("patch", "ar", "kd", "vat", "vat_layers")
+LOSSES = ("patch", "ar", "ground", "kd", "vat", "vat_layers")
+PER_SAMPLE = ("ground", "vat", "vat_layers")  # the others are means over labels
 
 
 class DistillTrainer(Trainer):
@@ -44,7 +45,7 @@ class DistillTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.stage, self.distillation = stage, model
-        self.weights = {"patch": 1.0, "ar": 1.0, "kd": model.kd.weight, "vat": vat_weight, "idle": 1.0}
+        self.weights = {"patch": 1.0, "ar": 1.0, "ground": 1.0, "kd": model.kd.weight, "vat": vat_weight, "idle": 1.0}
         # Both say that compute_loss has already divided by the whole global batch (the second since transformers 5.20).
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -94,7 +95,7 @@ class DistillTrainer(Trainer):
         world = self.args.world_size
         total: Tensor | None = None
         for name, value in losses.items():
-            mean = value * (world / (self.stage.global_batch_size if name.startswith("vat") else num_items_in_batch))
+            mean = value * (world / (self.stage.global_batch_size if name in PER_SAMPLE else num_items_in_batch))
             if name in self.weights:
                 total = mean * self.weights[name] if total is None else total + mean * self.weights[name]
             if name in LOSSES:
@@ -283,6 +284,7 @@ class RunLog(TrainerCallback):
             "loss": logs["loss"],
         }
         entry |= {name: logs.get(name) for name in ("ar", "kd", "vat")}
+        entry |= {"ground": logs["ground"]} if "ground" in logs else {}
         if self.layers and "vat_layers" in logs:
             entry["vat_layers"] = logs["vat_layers"]
         entry |= {"learning_rate": logs["learning_rate"], "samples_per_s": rate, "elapsed_s": now - self._start}
@@ -293,7 +295,7 @@ class RunLog(TrainerCallback):
                 self._board.add_scalar(name, value, step)
         for i, value in enumerate(entry.get("vat_layers", ())):
             self._board.add_scalar(f"vat_layers/{i}", value, step)
-        shown = {name: f"{entry[name]:.4f}" for name in ("loss", "ar", "kd", "vat") if entry[name] is not None}
+        shown = {name: f"{entry[name]:.4f}" for name in ("loss", "ar", "ground", "kd", "vat") if entry.get(name) is not None}
         self._bar.set_postfix(shown, refresh=False)
         self.last = entry
 

@@ -8,7 +8,7 @@ from cdistill.vat.distances import LayerDistances, layer_distances
 from cdistill.vat.hook import install, installed, uninstall
 from cdistill.vat.matching import LayerMatch, layer_range, match_layers
 from cdistill.vat.recorders import Recorder, SliceRecorder, StudentAlignment, TeacherTargets
-from cdistill.vat.regions import Regions, check_same_visual_tokens, token_regions
+from cdistill.vat.regions import Regions, check_same_visual_tokens, grounded_regions, token_regions
 
 __all__ = [
     "VAT",
@@ -21,6 +21,7 @@ __all__ = [
     "TeacherTargets",
     "VATConfig",
     "check_same_visual_tokens",
+    "grounded_regions",
     "install",
     "installed",
     "layer_distances",

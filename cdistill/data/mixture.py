@@ -1,0 +1,42 @@
+"""What the samples of the built-in task are made of; light, so that recipes can be checked without importing torch."""
+
+from dataclasses import dataclass
+
+from cdistill.data.questions import COMPOSITIONAL, DIRECT
+
+SUBTYPES = (*DIRECT, *COMPOSITIONAL)
+MODALITIES = ("image", "text")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a training sample is made of.
+
+    Attributes:
+        modality: ``image`` shows the scene as pixels, ``text`` writes it out before the first question.
+        caption: share of samples whose first turn asks for a caption.
+        sentences: sentences of a caption beyond the list of objects.
+        turns: questions per sample.
+        subtypes: kinds of questions, drawn uniformly.
+    """
+
+    modality: str = "image"
+    caption: float = 0.0
+    sentences: int = 6
+    turns: int = 6
+    subtypes: tuple[str, ...] = SUBTYPES
+
+    def __post_init__(self) -> None:
+        if self.modality not in MODALITIES:
+            raise ValueError(f"modality must be {' or '.join(MODALITIES)}, got {self.modality!r}")
+        if not 0.0 <= self.caption <= 1.0:
+            raise ValueError(f"caption must lie between 0 and 1, got {self.caption}")
+        if self.sentences < 0:
+            raise ValueError(f"sentences must not be negative, got {self.sentences}")
+        if self.turns < 0 or (self.turns == 0 and self.caption < 1.0):
+            raise ValueError(f"turns must be at least 1 (0 where every sample has a caption), got {self.turns}")
+        unknown = set(self.subtypes) - set(SUBTYPES)
+        if unknown or not self.subtypes:
+            raise ValueError(
+                f"subtypes must be some of {', '.join(SUBTYPES)}, got {', '.join(sorted(unknown)) or 'none'}"
+            )

@@ -1,0 +1,180 @@
+"""The attention primitives in the C++ module cdistill._C, for CPU tensors.
+
+Threads: as many as torch uses; the results do not depend on their number. The environment variable CDISTILL_CPU_ISA
+(avx512, avx2 or portable) overrides the choice of instruction set; one the processor lacks raises ValueError.
+"""
+
+import torch
+from torch import Tensor
+
+from cdistill import _C
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_LOSSES = {"cosine": 0, "mse": 1, "kl": 2}
+_REDUCTIONS = {"row": 0, "matrix": 1, "column": 2}
+
+
+def _problem(
+    q: Tensor, k: Tensor, rows: Tensor, cols: Tensor | None, causal: bool, scale: float, key_mask: Tensor | None
+) -> "_C.Problem":
+    """The call's inputs by address; without cols, the columns are all keys."""
+    assert all(x.is_contiguous() for x in (rows, cols, key_mask) if x is not None)
+    batch, q_heads, tokens, width = q.shape
+    return _C.Problem(
+        q=q.data_ptr(),
+        q_strides=q.stride()[:3],
+        k=k.data_ptr(),
+        k_strides=k.stride()[:3],
+        dtype=_DTYPES[q.dtype],
+        batch=batch,
+        heads=q_heads,
+        kv_heads=k.shape[1],
+        tokens=tokens,
+        dim=width,
+        rows=rows.data_ptr(),
+        n_rows=rows.shape[1],
+        cols=0 if cols is None else cols.data_ptr(),
+        n_cols=tokens if cols is None else cols.shape[1],
+        key_mask=0 if key_mask is None else key_mask.data_ptr(),
+        causal=causal,
+        scale=scale,
+    )
+
+
+def row_lse(q: Tensor, k: Tensor, rows: Tensor, *, causal: bool, scale: float, key_mask: Tensor | None) -> Tensor:
+    """log sum exp(scale * q.k) over all visible keys, (B,Hq,R); +inf for padding and for rows that see no key."""
+    lse = torch.empty((*q.shape[:2], rows.shape[1]), dtype=torch.float32)
+    _C.row_lse(_problem(q, k, rows, None, causal, scale, key_mask), lse.data_ptr(), torch.get_num_threads())
+    return lse
+
+
+def row_lse_backward(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    rows: Tensor,
+    dlse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    key_mask: Tensor | None,
+) -> None:
+    """Add the gradient of ``row_lse``: dS_ij = P_ij * dlse_i over all visible keys j."""
+    assert all(x.is_contiguous() for x in (lse, dlse, dq, dk))
+    _C.row_lse_backward(
+        _problem(q, k, rows, None, causal, scale, key_mask),
+        lse.data_ptr(),
+        dlse.data_ptr(),
+        dq.data_ptr(),
+        dk.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def slice_forward(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    key_mask: Tensor | None,
+    each: bool,
+) -> Tensor:
+    """exp(scale * q.k - lse) at (rows, cols), zero where hidden: the head mean (B,R,V), or (B,Hq,R,V)."""
+    assert lse.is_contiguous()
+    heads = q.shape[1:2] if each else ()
+    a = torch.empty((q.shape[0], *heads, rows.shape[1], cols.shape[1]), dtype=torch.float32)
+    problem = _problem(q, k, rows, cols, causal, scale, key_mask)
+    _C.slice_forward(problem, lse.data_ptr(), a.data_ptr(), each, torch.get_num_threads())
+    return a
+
+
+def slice_backward(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    grad: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    key_mask: Tensor | None,
+    each: bool,
+) -> Tensor:
+    """Add the gradient of ``slice_forward``, dS = P * G, to dq and dk; return dlse_i = -sum_j dS_ij, (B,Hq,R)."""
+    assert all(x.is_contiguous() for x in (lse, grad, dq, dk))
+    dlse = torch.zeros_like(lse)
+    _C.slice_backward(
+        _problem(q, k, rows, cols, causal, scale, key_mask),
+        lse.data_ptr(),
+        grad.data_ptr(),
+        dq.data_ptr(),
+        dk.data_ptr(),
+        dlse.data_ptr(),
+        each,
+        torch.get_num_threads(),
+    )
+    return dlse
+
+
+def _alignment(
+    a: Tensor, target: Tensor, row_valid: Tensor, col_valid: Tensor, loss: str, reduction: str, sink_filter: bool
+) -> "_C.Alignment":
+    assert all(x.is_contiguous() for x in (a, target, row_valid, col_valid))
+    samples, n_rows, n_cols = a.shape
+    return _C.Alignment(
+        a=a.data_ptr(),
+        target=target.data_ptr(),
+        row_valid=row_valid.data_ptr(),
+        col_valid=col_valid.data_ptr(),
+        samples=samples,
+        n_rows=n_rows,
+        n_cols=n_cols,
+        loss=_LOSSES[loss],
+        reduction=_REDUCTIONS[reduction],
+        sink_filter=sink_filter,
+    )
+
+
+def alignment_loss(
+    a: Tensor,
+    target: Tensor,
+    row_valid: Tensor,
+    col_valid: Tensor,
+    *,
+    loss: str,
+    reduction: str,
+    sink_filter: bool,
+) -> Tensor:
+    """Distance of a from target (N,R,V) over valid rows and columns, (N,); 0 for a sample without either."""
+    alignment = _alignment(a, target, row_valid, col_valid, loss, reduction, sink_filter)
+    losses = torch.empty(a.shape[0], dtype=torch.float32)
+    _C.alignment_loss(alignment, losses.data_ptr(), torch.get_num_threads())
+    return losses
+
+
+def alignment_grad(
+    a: Tensor,
+    target: Tensor,
+    row_valid: Tensor,
+    col_valid: Tensor,
+    grad_out: Tensor,
+    *,
+    loss: str,
+    reduction: str,
+    sink_filter: bool,
+) -> Tensor:
+    """Gradient of sum(grad_out * alignment_loss) in a, (N,R,V); zero outside the valid rows and columns."""
+    assert grad_out.is_contiguous() and grad_out.dtype == torch.float32
+    alignment = _alignment(a, target, row_valid, col_valid, loss, reduction, sink_filter)
+    grad = torch.empty_like(a)
+    _C.alignment_grad(alignment, grad_out.data_ptr(), grad.data_ptr(), torch.get_num_threads())
+    return grad

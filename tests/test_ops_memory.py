@@ -1,0 +1,145 @@
+"""Peak memory of the CPU ops: it grows neither with T*T nor with Hq*R*V, measured so that the eager oracle fails."""
+
+import os
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from op_cases import Case, draw
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from cdistill.ops import attention_alignment, reference
+
+MB = 2**20
+
+# Peak resident memory of a forward and backward pass, in MB, at sizes where a (T,T) matrix of one head takes 64 MB
+# ("tokens") or the slices of all heads 64 MB ("heads"); the (R,V) slice itself takes 0.1 MB or 1 MB.
+PEAK_OF_A_PROCESS = """
+import sys
+from dataclasses import replace
+import torch
+from op_cases import Case, draw
+from cdistill.ops import attention_alignment, reference
+
+SIZES = {
+    "tokens": Case(batch=1, q_heads=1, k_heads=1, tokens=4096, rows=64, cols=512),
+    "heads": Case(batch=1, q_heads=64, k_heads=8, tokens=520, rows=512, cols=512),
+}
+torch.set_num_threads(2)
+impl = sys.argv[1]
+
+def run(inputs):
+    op = reference.attention_alignment if impl == "reference" else attention_alignment
+    options = {} if impl == "reference" else {"impl": impl}
+    tensors = (inputs[name] for name in ("q", "k", "target", "rows", "cols"))
+    op(*tensors, reduction="matrix", **options).sum().backward()
+
+def resident(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
+
+for case in (Case(batch=1), *SIZES.values()):
+    inputs = draw(replace(case, q_heads=1, k_heads=1))
+    inputs["target"] = inputs["target"][:, 0].clone()
+    for name, heads in (("q", case.q_heads), ("k", case.k_heads)):
+        inputs[name] = torch.randn(1, heads, case.tokens, case.width, requires_grad=True)
+    with open("/proc/self/clear_refs", "w") as clear_refs:
+        clear_refs.write("5")  # forget the peak so far
+    before = resident("VmRSS")
+    run(inputs)
+    growth = resident("VmHWM") - before
+    if case in SIZES.values():
+        print(growth)
+"""
+
+
+def process_growth(impl):
+    """Growth of the resident memory over one pass in a fresh process, in MB, at the sizes "tokens" and "heads"."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
+        "MALLOC_MMAP_THRESHOLD_": "65536",  # freed tensors go back to the system, so that later ones are seen
+    }
+    command = [sys.executable, "-c", PEAK_OF_A_PROCESS, impl]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    return [float(line) for line in done.stdout.split()]
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_a_process_needs_far_less_than_the_matrices(impl):
+    assert max(process_growth(impl)) < 32
+
+
+def test_the_measurement_sees_the_matrices_of_the_oracle():
+    assert min(process_growth("reference")) > 128
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors made inside this context that are alive, now and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.live, self.peak = set(), 0, 0
+
+    def _freed(self, key, size):
+        self.known.discard(key)
+        self.live -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        inputs = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for x in tree_iter(result):
+            storage = x.untyped_storage() if isinstance(x, torch.Tensor) else None
+            if storage is not None and storage._cdata not in inputs | self.known:
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+
+def live_peak(case, impl, kind):
+    """Peak bytes of tensors during forward and backward beside inputs, target and the two returned gradients."""
+    inputs = draw(Case(**{**case.__dict__, "q_heads": 1, "k_heads": 1}))
+    q = torch.randn(case.batch, case.q_heads, case.tokens, case.width, requires_grad=True)
+    k = torch.randn(case.batch, case.k_heads, case.tokens, case.width, requires_grad=True)
+    target = inputs["target"][:, 0].clone()
+    with LiveBytes() as bytes_:
+        if impl == "reference":
+            losses = reference.attention_alignment(q, k, target, inputs["rows"], inputs["cols"], **kind)
+        else:
+            losses = attention_alignment(q, k, target, inputs["rows"], inputs["cols"], impl=impl, **kind)
+        losses.sum().backward()
+    return bytes_.peak - 4 * (q.numel() + k.numel())
+
+
+KINDS = [
+    {"loss": "cosine", "reduction": "row"},
+    {"loss": "kl", "reduction": "matrix"},
+    {"loss": "mse", "reduction": "column", "sink_filter": True},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["row", "matrix", "sink"])
+def test_tensors_alive_are_a_few_slices_however_many_heads(kind, monkeypatch):
+    monkeypatch.setattr("cdistill.ops._torch.BLOCK_BYTES", 2**16)
+    case = Case(batch=2, q_heads=32, k_heads=4, tokens=160, rows=128, cols=128, padding=0)
+    slice_bytes = 4 * case.batch * case.rows * case.cols
+    assert live_peak(case, "torch", kind) < 12 * slice_bytes
+    assert live_peak(case, "reference", kind) > case.q_heads * slice_bytes
+
+
+def test_cpp_alignment_needs_less_than_three_slices():
+    case = Case(batch=1, q_heads=32, k_heads=4, tokens=300, rows=256, cols=256, padding=0)
+    slice_bytes = 4 * case.batch * case.rows * case.cols
+    assert live_peak(case, "cpp", KINDS[0]) < 3 * slice_bytes
+
+
+def test_every_token_as_a_row_makes_no_square_matrix(monkeypatch):
+    monkeypatch.setattr("cdistill.ops._torch.BLOCK_BYTES", 2**16)
+    case = Case(batch=1, q_heads=1, k_heads=1, tokens=1024, rows=1024, cols=16, padding=0)
+    assert live_peak(case, "torch", KINDS[1]) < MB
+    assert live_peak(case, "reference", KINDS[1]) > 4 * MB
