@@ -1,4 +1,4 @@
-"""Build of the C++ module and the mapping of ``kernels/`` to ``cdistill.kernels``; everything else is in pyproject.toml."""
+"""Build of the C++ module and mapping of ``kernels/`` to ``cdistill.kernels``; the rest is in pyproject.toml."""
 
 import platform
 from pathlib import Path

@@ -120,10 +120,12 @@ def compile_one(launch: tuple, arch: int) -> dict:
             [CUOBJDUMP, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
         )
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups()
-    variant = [str(v) for n, v in constants.items() if n in ("LOSS", "TERM")] + ["whole"] * ("p_size" in signature)
+    variant = [str(v) for n, v in constants.items() if n in ("LOSS", "TERM")]
+    if args.get("p_size") is not None:
+        variant.append("slice")
     return {
         "kernel": kernel.__name__,
-        "variant": "/".join(variant) if "LOSS" in args else "",
+        "variant": "/".join(variant),
         "arch": arch,
         "registers": int(registers),
         "spill_bytes": int(stack),

@@ -117,7 +117,7 @@ def demo(*, seeds: int, output: Path, n: int = QUESTIONS, overrides: Sequence[st
         raise ValueError(f"teacher of recipe {recipes[DISTILLED].name} must be given: there is nothing to distil")
 
     from cdistill.eval.builtin import evaluate
-    from cdistill.eval.load import load_for_evaluation
+    from cdistill.models.load import load_for_evaluation
     from cdistill.train.build import build_models
 
     for recipe in recipes.values():  # the second run would find a mistake only after the first one has been trained

@@ -1,7 +1,8 @@
 // Alignment losses of attention slices and their gradients, in double.
 //
-// Every loss compares pairs of vectors x (student) and y (teacher): each row, the flattened slice, or the (weighted) column means.
-// A pair is read in segments: rows of valid columns, copied to double. Three passes go over the segments, each reduced in a fixed order:
+// Every loss compares pairs of vectors x (student) and y (teacher): each row, the flattened slice, or the (weighted)
+// column means. A pair is read in segments: rows of valid columns, copied to double. Three passes go over the segments,
+// each reduced in a fixed order:
 //   totals    cosine <x,x>, <y,y>; kl sum x, sum y
 //   distance  the loss, and what the gradient needs of the whole pair
 //   gradient  elementwise
@@ -61,7 +62,8 @@ Pair normalised(Loss loss, const Totals& totals, double length) {
   return {loss, factor(totals.x), factor(totals.y), length};
 }
 
-// The loss of a segment. For cosine half the squared distance of the normalised vectors, which is exact as cos approaches 1.
+// The loss of a segment. For cosine half the squared distance of the normalised vectors, which is exact as cos
+// approaches 1.
 double distance(const Pair& pair, const double* x, const double* y, int64_t n) {
   double sum = 0;
   switch (pair.loss) {
@@ -161,7 +163,8 @@ class Sample {
 // Runs the passes over one sample; each thread owns one buffer for a pair of rows.
 class Passes {
  public:
-  Passes(const Alignment& all, int threads) : all_(all), threads_(threads), buffers_(2 * std::max(threads, 1) * all.n_cols) {}
+  Passes(const Alignment& all, int threads)
+      : all_(all), threads_(threads), buffers_(2 * std::max(threads, 1) * all.n_cols) {}
 
   // Calls work(row, x, y) for the valid rows, in parallel.
   template <class Work>
@@ -184,7 +187,8 @@ class Passes {
     return total;
   }
 
-  // The means u, v over rows and, with the sink filter, the limits of student and teacher and how many rows each column keeps.
+  // The means u, v over rows and, with the sink filter, the limits of student and teacher and how many rows each column
+  // keeps.
   struct ColumnMeans {
     std::vector<double> u, v, count;
     Totals limit;
@@ -248,7 +252,8 @@ class Passes {
 
 Pair matrix_pair(const Alignment& all, const Sample& sample, Passes& passes) {
   const int64_t n = sample.n_cols();
-  const Totals totals = passes.sum_rows<Totals>(sample, [&](double* x, double* y) { return totals_of(all.loss, x, y, n); });
+  const auto segment = [&](double* x, double* y) { return totals_of(all.loss, x, y, n); };
+  const Totals totals = passes.sum_rows<Totals>(sample, segment);
   return normalised(all.loss, totals, static_cast<double>(sample.n_rows()) * static_cast<double>(n));
 }
 
@@ -283,7 +288,8 @@ void sample_gradient(const Alignment& all, const Sample& sample, Passes& passes,
     case Reduction::kMatrix: {
       const Pair pair = matrix_pair(all, sample, passes);
       if (pair.degenerate()) return;
-      const double common = passes.sum_rows<double>(sample, [&](double* x, double* y) { return common_part(pair, x, y, n); });
+      const auto segment = [&](double* x, double* y) { return common_part(pair, x, y, n); };
+      const double common = passes.sum_rows<double>(sample, segment);
       passes.for_each_row(sample, [&](int64_t row, double* x, double* y) {
         for (int64_t j = 0; j < n; ++j) x[j] = factor * entry_gradient(pair, common, x[j], y[j]);
         sample.write(row, x, grad);

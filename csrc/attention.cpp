@@ -45,7 +45,8 @@ void gradient(const Kernels& kernels, const Problem& p, const Gradient& g, int t
   const int64_t col_parts = blocks(p.n_cols, kColTile), row_parts = blocks(p.n_rows, kRowChunk);
   for_each_part(owners * col_parts, threads, [&](int64_t index, Scratch& scratch) {
     const int64_t owner = index / col_parts, col = index % col_parts * kColTile;
-    const Part part{owner / p.kv_heads, owner % p.kv_heads, 0, group, 0, p.n_rows, col, std::min(col + kColTile, p.n_cols)};
+    const Part part{owner / p.kv_heads, owner % p.kv_heads, 0, group, 0, p.n_rows,
+                    col, std::min(col + kColTile, p.n_cols)};
     kernels.gradient(p, part, g, false, true, scratch);
   });
   for_each_part(p.batch * p.heads * row_parts, threads, [&](int64_t index, Scratch& scratch) {

@@ -24,7 +24,7 @@ struct Alignment {
   bool sink_filter;
 };
 
-void alignment_loss(const Alignment&, float* losses, int threads);                           // (samples,)
-void alignment_grad(const Alignment&, const float* grad_out, float* grad, int threads);      // like a
+void alignment_loss(const Alignment&, float* losses, int threads);  // (samples,)
+void alignment_grad(const Alignment&, const float* grad_out, float* grad, int threads);  // like a
 
 }  // namespace cdistill

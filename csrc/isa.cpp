@@ -14,8 +14,9 @@ const Kernels& select_kernels() {
   };
   const Choice choices[] = {
 #if defined(__x86_64__)
-      {&kAvx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                     __builtin_cpu_supports("avx512bw")},
+      {&kAvx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("fma")},
       {&kAvx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
       {&kPortable, true},
@@ -27,7 +28,8 @@ const Kernels& select_kernels() {
     if (!wanted || std::string(wanted) == choice.kernels->name) return *choice.kernels;
     supported += (supported.empty() ? "" : ", ") + std::string(choice.kernels->name);
   }
-  throw std::invalid_argument("CDISTILL_CPU_ISA=" + std::string(wanted) + " is not one of those this processor supports: " + supported);
+  throw std::invalid_argument("CDISTILL_CPU_ISA=" + std::string(wanted) +
+                              " is not one of those this processor supports: " + supported);
 }
 
 }  // namespace cdistill

@@ -1,5 +1,5 @@
-// Python module cdistill._C. Tensors arrive as addresses with shapes and strides, checked by cdistill/ops/_cpp.py; nothing of torch is
-// linked. Every call releases the GIL.
+// Python module cdistill._C. Tensors arrive as addresses with shapes and strides, checked by cdistill/ops/_cpp.py;
+// nothing of torch is linked. Every call releases the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -23,9 +23,9 @@ Operand operand(uintptr_t address, int64_t dtype, const Strides& strides) {
   return {pointer<const void>(address), static_cast<DType>(dtype), strides[0], strides[1], strides[2]};
 }
 
-Problem make_problem(uintptr_t q, const Strides& q_strides, uintptr_t k, const Strides& k_strides, int64_t dtype, int64_t batch, int64_t heads,
-                     int64_t kv_heads, int64_t tokens, int64_t dim, uintptr_t rows, int64_t n_rows, uintptr_t cols, int64_t n_cols,
-                     uintptr_t key_mask, bool causal, float scale) {
+Problem make_problem(uintptr_t q, const Strides& q_strides, uintptr_t k, const Strides& k_strides, int64_t dtype,
+                     int64_t batch, int64_t heads, int64_t kv_heads, int64_t tokens, int64_t dim, uintptr_t rows,
+                     int64_t n_rows, uintptr_t cols, int64_t n_cols, uintptr_t key_mask, bool causal, float scale) {
   Problem p{};
   p.q = operand(q, dtype, q_strides);
   p.k = operand(k, dtype, k_strides);
@@ -44,7 +44,8 @@ Problem make_problem(uintptr_t q, const Strides& q_strides, uintptr_t k, const S
   return p;
 }
 
-void slice_backward(const Problem& p, uintptr_t lse, uintptr_t grad, uintptr_t dq, uintptr_t dk, uintptr_t dlse, bool each, int threads) {
+void slice_backward(const Problem& p, uintptr_t lse, uintptr_t grad, uintptr_t dq, uintptr_t dk, uintptr_t dlse,
+                    bool each, int threads) {
   Gradient g{};
   g.lse = pointer<const float>(lse);
   g.weight = pointer<const float>(grad);
@@ -70,10 +71,18 @@ void row_lse_backward(const Problem& p, uintptr_t lse, uintptr_t dlse, uintptr_t
   gradient(select_kernels(), p, g, threads);
 }
 
-Alignment make_alignment(uintptr_t a, uintptr_t target, uintptr_t row_valid, uintptr_t col_valid, int64_t samples, int64_t n_rows, int64_t n_cols,
-                         int64_t loss, int64_t reduction, bool sink_filter) {
-  return {pointer<const float>(a), pointer<const float>(target), pointer<const uint8_t>(row_valid), pointer<const uint8_t>(col_valid),
-          samples, n_rows, n_cols, static_cast<Loss>(loss), static_cast<Reduction>(reduction), sink_filter};
+Alignment make_alignment(uintptr_t a, uintptr_t target, uintptr_t row_valid, uintptr_t col_valid, int64_t samples,
+                         int64_t n_rows, int64_t n_cols, int64_t loss, int64_t reduction, bool sink_filter) {
+  return {pointer<const float>(a),
+          pointer<const float>(target),
+          pointer<const uint8_t>(row_valid),
+          pointer<const uint8_t>(col_valid),
+          samples,
+          n_rows,
+          n_cols,
+          static_cast<Loss>(loss),
+          static_cast<Reduction>(reduction),
+          sink_filter};
 }
 
 }  // namespace
@@ -88,8 +97,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return select_kernels().name; }, "Name of the instruction set in use: avx512, avx2 or portable.");
 
   py::class_<Problem>(m, "Problem", "Queries, keys and positions that a call works on.")
-      .def(py::init(&make_problem), py::kw_only(), "q"_a, "q_strides"_a, "k"_a, "k_strides"_a, "dtype"_a, "batch"_a, "heads"_a, "kv_heads"_a,
-           "tokens"_a, "dim"_a, "rows"_a, "n_rows"_a, "cols"_a, "n_cols"_a, "key_mask"_a, "causal"_a, "scale"_a);
+      .def(py::init(&make_problem), py::kw_only(), "q"_a, "q_strides"_a, "k"_a, "k_strides"_a, "dtype"_a, "batch"_a,
+           "heads"_a, "kv_heads"_a, "tokens"_a, "dim"_a, "rows"_a, "n_rows"_a, "cols"_a, "n_cols"_a, "key_mask"_a,
+           "causal"_a, "scale"_a);
   m.def(
       "row_lse",
       [](const Problem& p, uintptr_t lse, int threads) { row_lse(select_kernels(), p, pointer<float>(lse), threads); },
@@ -101,11 +111,12 @@ PYBIND11_MODULE(_C, m) {
         slice_forward(select_kernels(), p, pointer<const float>(lse), pointer<float>(out), each, threads);
       },
       "problem"_a, "lse"_a, "out"_a, "each"_a, "threads"_a, Unlocked());
-  m.def("slice_backward", &slice_backward, "problem"_a, "lse"_a, "grad"_a, "dq"_a, "dk"_a, "dlse"_a, "each"_a, "threads"_a, Unlocked());
+  m.def("slice_backward", &slice_backward, "problem"_a, "lse"_a, "grad"_a, "dq"_a, "dk"_a, "dlse"_a, "each"_a,
+        "threads"_a, Unlocked());
 
   py::class_<Alignment>(m, "Alignment", "Slices whose distance a call computes.")
-      .def(py::init(&make_alignment), py::kw_only(), "a"_a, "target"_a, "row_valid"_a, "col_valid"_a, "samples"_a, "n_rows"_a, "n_cols"_a,
-           "loss"_a, "reduction"_a, "sink_filter"_a);
+      .def(py::init(&make_alignment), py::kw_only(), "a"_a, "target"_a, "row_valid"_a, "col_valid"_a, "samples"_a,
+           "n_rows"_a, "n_cols"_a, "loss"_a, "reduction"_a, "sink_filter"_a);
   m.def(
       "alignment_loss",
       [](const Alignment& x, uintptr_t losses, int threads) { alignment_loss(x, pointer<float>(losses), threads); },

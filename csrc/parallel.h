@@ -10,7 +10,9 @@
 
 namespace cdistill {
 
-inline int team_size(int64_t n, int threads) { return static_cast<int>(std::clamp<int64_t>(threads, 1, std::max<int64_t>(n, 1))); }
+inline int team_size(int64_t n, int threads) {
+  return static_cast<int>(std::clamp<int64_t>(threads, 1, std::max<int64_t>(n, 1)));
+}
 
 // Calls work(index, thread) for index < n, thread < team_size(n, threads). The work must not throw.
 template <class Work>

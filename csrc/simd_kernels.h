@@ -1,16 +1,17 @@
-// The attention kernels, written once in the compiler's vector types. Include it only from isa_*.cpp, after the target pragma and
-// the constants kLanes, kRegisterRows, kRegisterVectors: everything here is compiled for that instruction set, so it has internal
-// linkage and calls no inline function of another header.
+// The attention kernels, written once in the compiler's vector types. Include it only from isa_*.cpp, after the target
+// pragma and the constants kLanes, kRegisterRows, kRegisterVectors: everything here is compiled for that instruction
+// set, so it has internal linkage and calls no inline function of another header.
 //
-// A part of the work is walked in tiles of kRowTile x kColTile. Per column tile the keys are packed twice, as rows (col, d) and as
-// panels (d, kPanel); per tile the queries are packed as rows (row, d). Then
+// A part of the work is walked in tiles of kRowTile x kColTile. Per column tile the keys are packed twice, as rows
+// (col, d) and as panels (d, kPanel); per tile the queries are packed as rows (row, d). Then
 //   S = Q K^T          sum over d    of query[row, d] * panel[d, cols]
 //   dq += dS K         sum over cols of dS[row, col]  * key[col, dims]
 //   dk += dS^T Q       sum over rows of dS[row, col]  * query[row, dims]
-// are one register microkernel, `multiply`. S and dS exist for one tile, in the first-level cache. Every element of dq and dk is summed
-// in the same order however the work is cut into parts.
+// are one register microkernel, `multiply`. S and dS exist for one tile, in the first-level cache. Every element of dq
+// and dk is summed in the same order however the work is cut into parts.
 //
-// A key is visible to a row iff key_position <= row_limit, which covers causality, the key mask and both kinds of padding.
+// A key is visible to a row iff key_position <= row_limit, which covers causality, the key mask and both kinds of
+// padding.
 #pragma once
 
 #include <cstdint>
@@ -62,7 +63,8 @@ inline float lane_sum(Vec v) {
 
 // e^x to about 1 ulp; 0 below the smallest normal number, inf on overflow, NaN for NaN.
 inline Vec exp(Vec x) {
-  const float shift = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low mantissa bits
+  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low mantissa bits
+  const float shift = 12582912.f;
   const Vec shifted = x * 1.44269504f + shift;
   const Vec n = shifted - shift;
   Vec f = x - n * 0.693359375f;
@@ -81,8 +83,8 @@ inline Vec exp(Vec x) {
 
 // acc[i][j] = sum_k a[i * a_row + k * a_step] * b[k * b_step + j * kLanes ..]
 template <int N>
-inline __attribute__((always_inline)) void multiply(Vec (&acc)[kRegisterRows][N], const float* a, int64_t a_row, int64_t a_step,
-                                                    const float* b, int64_t b_step, int64_t depth) {
+inline __attribute__((always_inline)) void multiply(Vec (&acc)[kRegisterRows][N], const float* a, int64_t a_row,
+                                                    int64_t a_step, const float* b, int64_t b_step, int64_t depth) {
 #pragma GCC unroll 8
   for (int i = 0; i < kRegisterRows; ++i)
 #pragma GCC unroll 8
@@ -98,7 +100,7 @@ inline __attribute__((always_inline)) void multiply(Vec (&acc)[kRegisterRows][N]
   }
 }
 
-// ---- packing --------------------------------------------------------------------------------------------------------------
+// ---- packing --------------------------------------------------------------------------------------------------------
 
 inline Vec widen_half(BitVec h) {
   const BitVec sign = (h & 0x8000u) << 16, rest = (h & 0x7fffu) << 13;
@@ -215,7 +217,7 @@ void pack_queries(const Problem& p, int64_t sample, int64_t head, const Rows& r,
   }
 }
 
-// ---- one tile -------------------------------------------------------------------------------------------------------------
+// ---- one tile -------------------------------------------------------------------------------------------------------
 
 inline IntVec visible(const Scratch& s, int64_t row, int64_t col) {
   return load_as<IntVec>(s.key_position + col) <= s.row_limit[row];
@@ -237,7 +239,8 @@ void compute_scores(const Problem& p, const Rows& r, const Columns& c, Scratch& 
     }
 }
 
-void add_probabilities(const Problem& p, const Rows& r, const Columns& c, const float* lse, float* sum, const Scratch& s) {
+void add_probabilities(const Problem& p, const Rows& r, const Columns& c, const float* lse, float* sum,
+                       const Scratch& s) {
   for (int64_t i = 0; i < r.n; ++i)
     for (int64_t j = 0; j < c.n; j += kLanes) {
       const Vec probability = exp(load(s.tile + i * kColTile + j) * p.scale - lse[i]);
@@ -246,10 +249,11 @@ void add_probabilities(const Problem& p, const Rows& r, const Columns& c, const 
     }
 }
 
-// dS = P * weight * factor in place of the scores, and `dlse` minus the row sums of P * weight * weight_factor, if it is not null.
+// dS = P * weight * factor in place of the scores, and `dlse` minus the row sums of P * weight * weight_factor, if it
+// is not null.
 template <bool kRowWeight>
-void scores_to_gradient(const Problem& p, const Gradient& g, const Rows& r, const Columns& c, const float* lse, const float* weight,
-                        float* dlse, Scratch& s) {
+void scores_to_gradient(const Problem& p, const Gradient& g, const Rows& r, const Columns& c, const float* lse,
+                        const float* weight, float* dlse, Scratch& s) {
   const float factor = p.scale * g.weight_factor;
   for (int64_t i = 0; i < r.n; ++i) {
     float* row = s.tile + i * kColTile;
@@ -288,9 +292,10 @@ void update_lse(const Problem& p, const Rows& r, const Columns& c, float* runnin
   }
 }
 
-// ---- forward --------------------------------------------------------------------------------------------------------------
+// ---- forward --------------------------------------------------------------------------------------------------------
 
-void store_sum(const Problem& p, const Part& part, int64_t matrix, const Columns& c, float factor, float* out, const Scratch& s) {
+void store_sum(const Problem& p, const Part& part, int64_t matrix, const Columns& c, float factor, float* out,
+               const Scratch& s) {
   for (int64_t i = part.row_begin; i < part.row_end; ++i) {
     const float* sum = s.sum + (i - part.row_begin) * kColTile;
     float* to = out + (matrix * p.n_rows + i) * p.n_cols + c.begin;
@@ -311,7 +316,8 @@ void slice_forward_part(const Problem& p, const Part& part, const float* lse, fl
         if (c.first_position > r.last_limit) continue;
         pack_queries(p, part.sample, head, r, s);
         compute_scores(p, r, c, s);
-        add_probabilities(p, r, c, lse + (part.sample * p.heads + head) * p.n_rows + row, s.sum + (row - part.row_begin) * kColTile, s);
+        add_probabilities(p, r, c, lse + (part.sample * p.heads + head) * p.n_rows + row,
+                          s.sum + (row - part.row_begin) * kColTile, s);
       }
       if (each) {
         store_sum(p, part, part.sample * p.heads + head, c, 1.f, out, s);
@@ -322,12 +328,13 @@ void slice_forward_part(const Problem& p, const Part& part, const float* lse, fl
   }
 }
 
-// ---- gradient -------------------------------------------------------------------------------------------------------------
+// ---- gradient -------------------------------------------------------------------------------------------------------
 
-// target[i] += sum_k a[i * a_row + k * a_step] * b[k, :] in the dimensions from d on, for the i < n whose target is not null.
+// target[i] += sum_k a[i * a_row + k * a_step] * b[k, :] in the dimensions from d on, for the i < n whose target is not
+// null.
 template <int N>
-void accumulate_dims(float* const* target, int64_t n, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t depth,
-                     int64_t dim, int64_t d) {
+void accumulate_dims(float* const* target, int64_t n, const float* a, int64_t a_row, int64_t a_step, const float* b,
+                     int64_t depth, int64_t dim, int64_t d) {
   for (int64_t i = 0; i < n; i += kRegisterRows) {
     Vec acc[kRegisterRows][N];
     multiply(acc, a + i * a_row, a_row, a_step, b + d, round_up(dim, kLanes), depth);
@@ -345,14 +352,16 @@ void accumulate_dims(float* const* target, int64_t n, const float* a, int64_t a_
   }
 }
 
-void accumulate(float* const* target, int64_t n, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t depth, int64_t dim) {
+void accumulate(float* const* target, int64_t n, const float* a, int64_t a_row, int64_t a_step, const float* b,
+                int64_t depth, int64_t dim) {
   int64_t d = 0;
-  for (; d + kPanel <= dim; d += kPanel) accumulate_dims<kRegisterVectors>(target, n, a, a_row, a_step, b, depth, dim, d);
+  for (; d + kPanel <= dim; d += kPanel)
+    accumulate_dims<kRegisterVectors>(target, n, a, a_row, a_step, b, depth, dim, d);
   for (; d < dim; d += kLanes) accumulate_dims<1>(target, n, a, a_row, a_step, b, depth, dim, d);
 }
 
-void tile_gradient(const Problem& p, const Part& part, const Gradient& g, int64_t head, const Rows& r, const Columns& c, bool want_dq,
-                   bool want_dk, Scratch& s) {
+void tile_gradient(const Problem& p, const Part& part, const Gradient& g, int64_t head, const Rows& r,
+                   const Columns& c, bool want_dq, bool want_dk, Scratch& s) {
   pack_queries(p, part.sample, head, r, s);
   compute_scores(p, r, c, s);
   const int64_t first_row = (part.sample * p.heads + head) * p.n_rows + r.begin;
@@ -377,7 +386,8 @@ void gradient_part(const Problem& p, const Part& part, const Gradient& g, bool w
     const Columns c = locate_columns(p, part.sample, col, part.col_end, s);
     if (c.first_position == kNever) continue;
     pack_keys(p, part.sample, part.kv_head, c, s);
-    for (int64_t j = 0; j < c.n; ++j) s.col_target[j] = s.key_position[j] == kNever ? nullptr : dk + s.key_position[j] * p.dim;
+    for (int64_t j = 0; j < c.n; ++j)
+      s.col_target[j] = s.key_position[j] == kNever ? nullptr : dk + s.key_position[j] * p.dim;
     for (int64_t head = part.kv_head * group + part.group_begin; head < part.kv_head * group + part.group_end; ++head)
       for (int64_t row = part.row_begin; row < part.row_end; row += kRowTile) {
         const Rows r = locate_rows(p, part.sample, row, part.row_end, s);
@@ -386,7 +396,7 @@ void gradient_part(const Problem& p, const Part& part, const Gradient& g, bool w
   }
 }
 
-// ---- log-sum-exp ----------------------------------------------------------------------------------------------------------
+// ---- log-sum-exp ----------------------------------------------------------------------------------------------------
 
 float join_lanes(const float* max, const float* sum) {
   float top = kLowest;
@@ -419,8 +429,8 @@ void row_lse_part(const Problem& p, const Part& part, float* lse, Scratch& s) {
       update_lse(p, r, c, s.running_max + lane, s.running_sum + lane, s);
     }
   }
-  for (int64_t i = 0; i < n_rows; ++i)
-    lse[(part.sample * p.heads + head) * p.n_rows + part.row_begin + i] = join_lanes(s.running_max + i * kLanes, s.running_sum + i * kLanes);
+  lse += (part.sample * p.heads + head) * p.n_rows + part.row_begin;
+  for (int64_t i = 0; i < n_rows; ++i) lse[i] = join_lanes(s.running_max + i * kLanes, s.running_sum + i * kLanes);
 }
 
 }  // namespace

@@ -36,7 +36,7 @@ TILES = {
         16: Tile(32, 32, 4, 2),
         32: Tile(32, 32, 4, 2),
         64: Tile(32, 32, 4, 2),
-        128: Tile(16, 32, 4, 2),
+        128: Tile(16, 16, 4, 2),
         256: Tile(16, 16, 4, 1),
     },
     ("slice_forward", 2): {
@@ -57,8 +57,8 @@ TILES = {
         16: Tile(64, 64, 8, 2),
         32: Tile(64, 64, 8, 2),
         64: Tile(64, 64, 8, 2),
-        128: Tile(64, 64, 8, 2),
-        256: Tile(32, 32, 4, 1),
+        128: Tile(32, 64, 8, 2),
+        256: Tile(32, 32, 8, 1),
     },
     ("backward", 4): {
         16: Tile(32, 32, 4, 2),
@@ -74,7 +74,12 @@ ROW_TILE = Tile(1, 1024, 4, 2)
 
 # Architecture -> (kernel, bytes per element, padded head dimension) -> tile, where it differs from TILES.
 ARCHITECTURE_TILES: dict[int, dict[tuple[str, int, int], Tile]] = {
-    90: {("slice_forward", 2, 64): Tile(64, 128, 4, 3), ("slice_forward", 2, 128): Tile(64, 128, 4, 2)},
+    90: {
+        ("slice_forward", 2, 64): Tile(64, 128, 4, 3),
+        ("slice_forward", 2, 128): Tile(64, 128, 4, 2),
+        ("backward", 2, 128): Tile(64, 64, 8, 2),
+    },
+    100: {("backward", 2, 128): Tile(64, 64, 8, 2)},
 }
 
 # Unequal on purpose: a tile edge used on the wrong axis then shows in the tests.

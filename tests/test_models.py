@@ -167,7 +167,7 @@ def test_bad_pairs_are_refused(generator):
         student.model.multi_modal_projector.fetch(wide.model.multi_modal_projector)
     with pytest.raises(ValueError, match="taf_activation"):
         build(Qwen2Config, 32, 2, 2, teacher, taf_activation="relu")
-    ids, pixels = batch(generator)
+    ids, _ = batch(generator)
     with pytest.raises(ValueError, match="image tokens"):
         merge_visual_tokens(student, ids, torch.zeros(1, TOKENS, 32))
     with pytest.raises(ValueError, match="image tokens"):

@@ -5,8 +5,8 @@ import torch
 from train_models import make_recipe, save_base, save_teacher
 from transformers import TrainerCallback
 
+from cdistill.models.load import load_model
 from cdistill.train import run
-from cdistill.train.build import load_student
 from cdistill.train.zero import deepspeed_config
 
 LOSSES = ("loss", "ar", "kd", "vat")
@@ -34,7 +34,7 @@ def losses(output):
 
 
 def weights(folder):
-    return {name: p.detach() for name, p in load_student(folder).named_parameters()}
+    return {name: p.detach() for name, p in load_model(folder).named_parameters()}
 
 
 def assert_close(a, b):

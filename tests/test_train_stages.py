@@ -11,9 +11,11 @@ from torch import Tensor
 from train_models import VISION, make_recipe, save_base, save_teacher, text_config
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, TrainerCallback
 
-from cdistill.data.builtin import BuiltinDataset, Collator, Mixture, build_tokenizer
+from cdistill.data.builtin import BuiltinDataset, Collator, build_tokenizer
+from cdistill.data.mixture import Mixture
+from cdistill.models.load import load_model
 from cdistill.train import run
-from cdistill.train.build import build_models, load_student
+from cdistill.train.build import build_models
 from cdistill.train.config import KDConfig
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES
@@ -35,7 +37,7 @@ def metrics(output):
 
 def weights(folder):
     """Parameters under the model's own names: transformers saves a LLaVA's under others."""
-    return {name: p.detach() for name, p in load_student(folder).named_parameters()}
+    return {name: p.detach() for name, p in load_model(folder).named_parameters()}
 
 
 def same(a, b):

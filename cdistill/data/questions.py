@@ -126,7 +126,8 @@ def _add_att(scene: Scene, rng: random.Random) -> tuple[str, str]:
     a, b = rng.sample(scene, 2)
     right, wrong = [a.name, b.shape], [a.shape, _absent(scene, rng, shape=b.shape)]
     if rng.random() < 0.5:  # else the place of the adjective would give the answer away
-        right.reverse(), wrong.reverse()
+        right.reverse()
+        wrong.reverse()
     return " and ".join(right), " and ".join(wrong)
 
 

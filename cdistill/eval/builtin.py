@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cdistill.data import questions
-from cdistill.data.builtin import IGNORE_INDEX, SUBTYPES, BuiltinDataset, Collator, Mixture
+from cdistill.data.builtin import IGNORE_INDEX, BuiltinDataset, Collator
+from cdistill.data.mixture import SUBTYPES, Mixture
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "recognition": questions.RECOGNITION,

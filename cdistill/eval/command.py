@@ -20,8 +20,7 @@ def main(options: argparse.Namespace) -> int:
     from transformers import PreTrainedTokenizerFast
 
     from cdistill.eval.builtin import FAMILIES, evaluate
-    from cdistill.eval.load import load_for_evaluation
-    from cdistill.train.config import resolve_folder
+    from cdistill.models.load import load_for_evaluation, resolve_folder
 
     folder = resolve_folder(options.model, "model")
     model = load_for_evaluation(options.model, "model")

@@ -49,13 +49,15 @@ class TAFAdapter(nn.Module):
         if config.teacher_hidden_size < 1:
             raise ValueError(f"teacher_hidden_size must be positive, got {config.teacher_hidden_size}")
         width, bias = config.teacher_hidden_size, config.multimodal_projector_bias
+        vision: Any = config.vision_config
+        text: Any = config.text_config
         self.teacher = nn.Sequential(
-            nn.Linear(config.vision_config.hidden_size, width, bias=bias),
+            nn.Linear(vision.hidden_size, width, bias=bias),
             ACT2FN[config.projector_hidden_act],
             nn.Linear(width, width, bias=bias),
         )
         self.act = nn.GELU() if config.taf_activation == "gelu" else nn.Identity()
-        self.map = nn.Linear(width, config.text_config.hidden_size)
+        self.map = nn.Linear(width, text.hidden_size)
 
     def fetch(self, teacher_adapter: LlavaMultiModalProjector) -> None:
         """Copy the teacher's trained adapter into P_T.
@@ -63,7 +65,11 @@ class TAFAdapter(nn.Module):
         Raises:
             ValueError: the teacher's adapter has other widths than this model was built for.
         """
-        for mine, theirs in ((self.teacher[0], teacher_adapter.linear_1), (self.teacher[2], teacher_adapter.linear_2)):
+        pairs: list[tuple[Any, Any]] = [
+            (self.teacher[0], teacher_adapter.linear_1),
+            (self.teacher[2], teacher_adapter.linear_2),
+        ]
+        for mine, theirs in pairs:
             if mine.weight.shape != theirs.weight.shape:
                 raise ValueError(
                     f"teacher adapter is {tuple(theirs.weight.shape)}, this student was built for {tuple(mine.weight.shape)}"
@@ -102,7 +108,7 @@ def compose(
     *,
     image_token_id: int,
     image_seq_length: int,
-    teacher: Llava | None = None,
+    teacher: Any = None,
     taf_activation: str = "linear",
 ) -> Llava:
     """A randomly initialised LLaVA of a vision encoder and a causal language model; with ``teacher``, a TAF student of it.

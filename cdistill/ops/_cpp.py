@@ -7,7 +7,7 @@ Threads: as many as torch uses; the results do not depend on their number. The e
 import torch
 from torch import Tensor
 
-from cdistill import _C
+import cdistill._C as _C
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _LOSSES = {"cosine": 0, "mse": 1, "kl": 2}

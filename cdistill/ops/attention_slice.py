@@ -31,10 +31,11 @@ def slice_with_lse(impl: Backend, arguments: SliceArguments) -> tuple[Tensor, Te
         heads = (q_heads,) if each else ()
         empty = q.new_zeros((batch, *heads, rows.shape[1], cols.shape[1]), dtype=torch.float32)
         return empty, q.new_full((batch, q_heads, rows.shape[1]), torch.inf, dtype=torch.float32)
-    if lse is None:
-        row_lse = impl.row_lse(q, k, rows, causal=causal, scale=scale, key_mask=key_mask)
-    else:
-        row_lse = _gather_lse(arguments)
+    row_lse = (
+        impl.row_lse(q, k, rows, causal=causal, scale=scale, key_mask=key_mask)
+        if lse is None
+        else _gather_lse(arguments)
+    )
     return (
         impl.slice_forward(q, k, row_lse, rows, cols, causal=causal, scale=scale, key_mask=key_mask, each=each),
         row_lse,

@@ -165,5 +165,5 @@ def linear_distillation(
         kd = F.kl_div(q, p, reduction="sum", log_target=True)
     else:
         m = torch.stack([p, q]).logsumexp(0) - math.log(2)
-        kd = sum(F.kl_div(m, x, reduction="sum", log_target=True) for x in (p, q)) / 2
+        kd = torch.stack([F.kl_div(m, x, reduction="sum", log_target=True) for x in (p, q)]).mean()
     return LinearDistillation(ce, kd, valid.sum())

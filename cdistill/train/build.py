@@ -1,36 +1,24 @@
 """The models of a run, built and checked before anything is written."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from cdistill.data.builtin import IMAGE_TOKEN, build_tokenizer
 from cdistill.models.llava import Llava, TAFAdapter, check_pair, compose
-from cdistill.train.config import Recipe, StudentConfig, resolve_folder
+from cdistill.models.load import Model, is_llava, load_llava, load_model, load_tokenizer, resolve_folder
+from cdistill.train.config import Recipe, StudentConfig
 from cdistill.vat import VAT, VATConfig
-
-# A LLaVA or a causal language model; their attributes have too many types in transformers to be worth checking.
-Student: TypeAlias = Any
 
 
 @dataclass
 class Models:
     """What a run trains and distils from; without a vision encoder the student is a causal language model."""
 
-    student: Student
+    student: Model
     teacher: Llava | None
     tokenizer: PreTrainedTokenizerBase
 
@@ -44,7 +32,7 @@ def build_models(recipe: Recipe) -> Models:
     if recipe.needs_teacher:
         assert recipe.teacher is not None
         folder = resolve_folder(recipe.teacher, "teacher")
-        teacher, teacher_tokenizer = _load_llava(folder, "teacher"), _load_tokenizer(folder, "teacher")
+        teacher, teacher_tokenizer = load_llava(folder, "teacher"), load_tokenizer(folder, "teacher")
     torch.manual_seed(recipe.seed)
     student, tokenizer = _build_student(recipe.student, teacher, teacher_tokenizer)
     if teacher is not None:
@@ -53,7 +41,7 @@ def build_models(recipe: Recipe) -> Models:
     return Models(student, teacher, tokenizer)
 
 
-def check_objectives(recipe: Recipe, student: Student, teacher: Llava | None) -> None:
+def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> None:
     """Raise ValueError unless the models can be trained in every stage of the recipe, layer matching included."""
     for name in recipe.stages:
         stage = recipe.stage[name]
@@ -81,7 +69,7 @@ def check_objectives(recipe: Recipe, student: Student, teacher: Llava | None) ->
                 )
 
 
-def depths_of(student: Student, teacher: Student) -> tuple[int, int]:
+def depths_of(student: Model, teacher: Model) -> tuple[int, int]:
     """Numbers of layers of the two language models."""
     ours, theirs = (model.config.get_text_config().num_hidden_layers for model in (student, teacher))
     return ours, theirs
@@ -104,28 +92,13 @@ def vat_config(recipe: Recipe) -> VATConfig:
     )
 
 
-def is_llava(model: Student) -> bool:
-    """Whether a model has a vision encoder and an adapter."""
-    return hasattr(model.model, "multi_modal_projector")
-
-
-def load_student(folder: Path, key: str = "student.base") -> Student:
-    """LLaVA or causal language model in a folder made by ``save_pretrained``, fp32.
-
-    Raises ValueError naming the missing or corrupt file.
-    """
-    config = _load_config(folder, key)
-    auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    return _load(auto, folder, key)
-
-
 def _build_student(
     config: StudentConfig, teacher: Llava | None, teacher_tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[Student, PreTrainedTokenizerBase]:
-    language: Student = None
+) -> tuple[Model, PreTrainedTokenizerBase]:
+    language: Model = None
     if config.base is not None:
         folder = resolve_folder(config.base, "student.base")
-        language, tokenizer = load_student(folder), _load_tokenizer(folder, "student.base")
+        language, tokenizer = load_model(folder), load_tokenizer(folder, "student.base")
         if teacher_tokenizer is not None:
             _check_vocabularies(tokenizer, teacher_tokenizer)
             tokenizer = teacher_tokenizer  # the same, and it knows the image token
@@ -138,9 +111,9 @@ def _build_student(
         text = _fresh_config(
             config.text_config, "student.text_config", vocab_size=len(tokenizer), **_special(tokenizer)
         )
-    source: Student = teacher
+    source: Model = teacher
     if not config.taf and config.vision is not None:
-        source = _load_llava(resolve_folder(config.vision, "student.vision"), "student.vision")
+        source = load_llava(resolve_folder(config.vision, "student.vision"), "student.vision")
     if config.vision_config is not None:
         vision = _fresh_config(config.vision_config, "student.vision_config")
         source = None
@@ -150,7 +123,7 @@ def _build_student(
         return _with_vocabulary(language or AutoModelForCausalLM.from_config(text), tokenizer), tokenizer
     if IMAGE_TOKEN not in tokenizer.get_vocab() and teacher is None:
         tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]})
-    student: Student = compose(
+    student: Model = compose(
         vision,
         text,
         image_token_id=int(source.config.image_token_id if source else tokenizer.get_vocab()[IMAGE_TOKEN]),
@@ -174,7 +147,7 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
     }
 
 
-def _with_vocabulary(model: Student, tokenizer: PreTrainedTokenizerBase) -> Student:
+def _with_vocabulary(model: Model, tokenizer: PreTrainedTokenizerBase) -> Model:
     if model.get_input_embeddings().weight.shape[0] < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer))
     return model
@@ -217,65 +190,6 @@ def _fresh_config(values: dict[str, Any] | None, key: str, **defaults: Any) -> P
     if unknown:
         raise ValueError(f"{key}.{unknown[0]} is not a field of {type(config).__name__}")
     return type(config)(**values)
-
-
-def _load_config(folder: Path, key: str) -> PretrainedConfig:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{key}: {path} is missing")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{key}: {path} is corrupt ({error})") from None
-    if not isinstance(values, dict) or "model_type" not in values:
-        raise ValueError(f"{key}: {path} is corrupt (no model_type)")
-    return AutoConfig.from_pretrained(folder)
-
-
-def _weight_files(folder: Path, key: str) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise ValueError(f"{key}: {single} is missing")
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{key}: {index} is corrupt ({error!r})") from None
-    return [folder / shard for shard in shards]
-
-
-def _load(auto: Any, folder: Path, key: str) -> Student:
-    """``auto.from_pretrained`` on verified files."""
-    for path in _weight_files(folder, key):
-        if not path.is_file():
-            raise ValueError(f"{key}: {path} is missing")
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{key}: {path} is corrupt ({error})") from None
-    model, info = auto.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True, output_loading_info=True
-    )
-    if info["missing_keys"] or info["mismatched_keys"]:
-        wrong = sorted(info["missing_keys"]) or sorted(str(k) for k in info["mismatched_keys"])
-        raise ValueError(
-            f"{key}: the weights in {folder} do not fit its config.json: {wrong[0]} is missing or misshapen"
-        )
-    return model
-
-
-def _load_llava(folder: Path, key: str) -> Llava:
-    if not hasattr(_load_config(folder, key), "vision_config"):
-        raise ValueError(f"{key}: {folder} holds no LLaVA but a {_load_config(folder, key).model_type} model")
-    return _load(AutoModelForImageTextToText, folder, key)
-
-
-def _load_tokenizer(folder: Path, key: str) -> PreTrainedTokenizerBase:
-    if not (folder / "tokenizer_config.json").is_file():
-        raise ValueError(f"{key}: {folder / 'tokenizer_config.json'} is missing")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

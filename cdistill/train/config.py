@@ -18,8 +18,6 @@ from cdistill.data.mixture import Mixture
 from cdistill.train.objectives import OBJECTIVES
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-ASSETS = Path(__file__).parent.parent / "assets"
-BUILTIN = "builtin:"
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ZERO_STAGES = (0, 1, 2, 3, "off")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
@@ -334,16 +332,6 @@ def first_difference(a: Any, b: Any, key: str = "") -> str | None:
                 return found
         return None
     return None if a == b else key
-
-
-def resolve_folder(reference: str, key: str) -> Path:
-    """Folder of a checkpoint: a path, or ``builtin:NAME`` for package data. Raises ValueError naming ``key``."""
-    builtin = reference.startswith(BUILTIN)
-    folder = ASSETS / reference.removeprefix(BUILTIN) if builtin else Path(reference)
-    if not folder.is_dir():
-        known = ", ".join(sorted(f"{BUILTIN}{p.name}" for p in ASSETS.glob("*") if p.is_dir())) or "none"
-        raise ValueError(f"{key}: there is no folder {reference!r}" + (f"; built-in: {known}" if builtin else ""))
-    return folder
 
 
 def _one_line(error: Exception) -> str:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from cdistill.data.builtin import IGNORE_INDEX
 from cdistill.models.llava import Llava, TAFAdapter, shared_embeddings
+from cdistill.models.load import Model, is_llava
 from cdistill.ops import linear_distillation
-from cdistill.train.build import Student, is_llava
 from cdistill.train.config import KDConfig
 from cdistill.train.objectives import Objective
 from cdistill.vat import VAT, LayerMatch, StudentAlignment, grounded_regions, install, layer_range
@@ -35,7 +35,7 @@ class DistillationModel(nn.Module):
 
     def __init__(
         self,
-        student: Student,
+        student: Model,
         objective: Objective,
         *,
         teacher: Llava | None = None,
@@ -44,7 +44,7 @@ class DistillationModel(nn.Module):
         patch_classes: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
-        self.student: Student = student
+        self.student: Model = student
         self.objective, self.kd, self.vat = objective, kd or KDConfig(), vat
         teacher = teacher if objective.distils else None
         self._teacher = (
@@ -83,10 +83,9 @@ class DistillationModel(nn.Module):
             assert pixel_values is not None
             hidden = self.student.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
             logits = self.patch_head(hidden[self.student.config.vision_feature_layer])
-            parts = zip(
-                logits.flatten(0, 1).float().split(self.patch_classes, 1), labels.flatten(0, 1).unbind(1), strict=True
-            )
-            return {"patch": sum(F.cross_entropy(part, label, reduction="sum") for part, label in parts)}
+            parts = logits.flatten(0, 1).float().split(self.patch_classes, 1)
+            patch = [F.cross_entropy(p, y, reduction="sum") for p, y in zip(parts, labels.flatten(0, 1).T, strict=True)]
+            return {"patch": torch.stack(patch).sum()}
         assert input_ids is not None
         answers = labels[:, 1:] != IGNORE_INDEX
         targets = labels[:, 1:][answers]
@@ -160,7 +159,7 @@ class DistillationModel(nn.Module):
         return 0.0 * layer(first.weight.new_zeros(1, first.in_features)).float().sum()
 
 
-def _hidden(model: Student, embeds: Tensor | None, recorder: Any) -> Tensor:
+def _hidden(model: Model, embeds: Tensor | None, recorder: Any) -> Tensor:
     """(B, T, d) last hidden states of the language model."""
     language = model.model.language_model if is_llava(model) else model.model
     extra = {} if recorder is None else {KEYWORD: recorder}

@@ -20,8 +20,9 @@ from transformers.utils import logging as transformers_logging
 
 from cdistill.data import scenes
 from cdistill.models.llava import shared_embeddings
+from cdistill.models.load import Model, load_model
 from cdistill.train import launch
-from cdistill.train.build import Models, Student, build_models, count_parameters, depths_of, load_student, vat_config
+from cdistill.train.build import Models, build_models, count_parameters, depths_of, vat_config
 from cdistill.train.config import Recipe, first_difference, recipe_from_dict, recipe_to_dict
 from cdistill.train.data import stage_dataset
 from cdistill.train.model import DistillationModel
@@ -79,7 +80,7 @@ def run_stages(
             if folder.is_dir():
                 continue
             if index:
-                models.student = load_student(folders[index - 1])
+                models.student = load_model(folders[index - 1])
             _run_stage(recipe, index, models, output, folder, callbacks)
     return folders[-1]
 
@@ -112,7 +113,7 @@ def _prepare(recipe: Recipe, output: Path, resume: bool) -> Models:
     if resume:
         for folder in stage_folders(recipe, output):
             if folder.is_dir():
-                load_student(folder, "output")
+                load_model(folder, "output")
     output.mkdir(parents=True, exist_ok=True)
     if not resume:
         part = output / f"{RECIPE}.part"
@@ -184,7 +185,7 @@ def _run_stage(
     name = recipe.stages[index]
     stage, objective = recipe.stage[name], OBJECTIVES[recipe.stage[name].objective]
     student, precision = models.student, precision_of(recipe)
-    teacher: Student = models.teacher if objective.distils else None
+    teacher: Model = models.teacher if objective.distils else None
     on_cpu = not torch.cuda.is_available()
     world = dist.get_world_size() if launch.launched() else 1
     micro = stage.micro_batch_size or stage.global_batch_size // world
@@ -275,7 +276,7 @@ def _run_stage(
     trainer.accelerator.free_memory()
 
 
-def _checkpoint_activations(student: Student, *, reentrant: bool) -> None:
+def _checkpoint_activations(student: Model, *, reentrant: bool) -> None:
     language = getattr(student.model, "language_model", student.model)
     options = {"use_reentrant": reentrant}
     if hasattr(language, "activation_checkpointing_enable"):  # transformers 5.20 renamed it
@@ -284,7 +285,7 @@ def _checkpoint_activations(student: Student, *, reentrant: bool) -> None:
         language.gradient_checkpointing_enable(options)
 
 
-def _make_vat(recipe: Recipe, student: Student, teacher: Student, batches: DataLoader) -> VAT:
+def _make_vat(recipe: Recipe, student: Model, teacher: Model, batches: DataLoader) -> VAT:
     config = vat_config(recipe)
     depths = depths_of(student, teacher)
     if config.matching != "adaptive":

@@ -295,7 +295,9 @@ class RunLog(TrainerCallback):
                 self._board.add_scalar(name, value, step)
         for i, value in enumerate(entry.get("vat_layers", ())):
             self._board.add_scalar(f"vat_layers/{i}", value, step)
-        shown = {name: f"{entry[name]:.4f}" for name in ("loss", "ar", "ground", "kd", "vat") if entry.get(name) is not None}
+        shown = {
+            name: f"{entry[name]:.4f}" for name in ("loss", "ar", "ground", "kd", "vat") if entry.get(name) is not None
+        }
         self._bar.set_postfix(shown, refresh=False)
         self.last = entry
 

@@ -1,0 +1,115 @@
+"""Loading models and tokenizers from folders made by ``save_pretrained``, with errors that name the file."""
+
+import json
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from cdistill.models.llava import Llava
+
+ASSETS = Path(__file__).parent.parent / "assets"
+BUILTIN = "builtin:"
+
+# A LLaVA or a causal language model; their attributes have too many types in transformers to be worth checking.
+Model: TypeAlias = Any
+
+
+def resolve_folder(reference: str, key: str) -> Path:
+    """Folder of a checkpoint: a path, or ``builtin:NAME`` for package data. Raises ValueError naming ``key``."""
+    builtin = reference.startswith(BUILTIN)
+    folder = ASSETS / reference.removeprefix(BUILTIN) if builtin else Path(reference)
+    if not folder.is_dir():
+        known = ", ".join(sorted(f"{BUILTIN}{p.name}" for p in ASSETS.glob("*") if p.is_dir())) or "none"
+        raise ValueError(f"{key}: there is no folder {reference!r}" + (f"; built-in: {known}" if builtin else ""))
+    return folder
+
+
+def is_llava(model: Model) -> bool:
+    """Whether a model has a vision encoder and an adapter."""
+    return hasattr(model.model, "multi_modal_projector")
+
+
+def load_model(folder: str | Path, key: str = "student.base") -> Model:
+    """LLaVA or causal language model in a folder made by ``save_pretrained``, fp32.
+
+    Raises ValueError naming the missing or corrupt file.
+    """
+    folder = Path(folder)
+    config = _load_config(folder, key)
+    auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    return _load(auto, folder, key)
+
+
+def load_for_evaluation(reference: str, key: str) -> Model:
+    """Model of a folder or ``builtin:NAME`` in eval mode, on a GPU if any. Raises ValueError naming ``key``."""
+    model = load_model(resolve_folder(reference, key), key)
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _load_config(folder: Path, key: str) -> PretrainedConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{key}: {path} is missing")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{key}: {path} is corrupt ({error})") from None
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise ValueError(f"{key}: {path} is corrupt (no model_type)")
+    return AutoConfig.from_pretrained(folder)
+
+
+def _weight_files(folder: Path, key: str) -> list[Path]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise ValueError(f"{key}: {single} is missing")
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{key}: {index} is corrupt ({error!r})") from None
+    return [folder / shard for shard in shards]
+
+
+def _load(auto: Any, folder: Path, key: str) -> Model:
+    """``auto.from_pretrained`` on verified files."""
+    for path in _weight_files(folder, key):
+        if not path.is_file():
+            raise ValueError(f"{key}: {path} is missing")
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{key}: {path} is corrupt ({error})") from None
+    model, info = auto.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True, output_loading_info=True
+    )
+    if info["missing_keys"] or info["mismatched_keys"]:
+        wrong = sorted(info["missing_keys"]) or sorted(str(k) for k in info["mismatched_keys"])
+        raise ValueError(
+            f"{key}: the weights in {folder} do not fit its config.json: {wrong[0]} is missing or misshapen"
+        )
+    return model
+
+
+def load_llava(folder: Path, key: str) -> Llava:
+    if not hasattr(_load_config(folder, key), "vision_config"):
+        raise ValueError(f"{key}: {folder} holds no LLaVA but a {_load_config(folder, key).model_type} model")
+    return _load(AutoModelForImageTextToText, folder, key)
+
+
+def load_tokenizer(folder: Path, key: str) -> PreTrainedTokenizerBase:
+    if not (folder / "tokenizer_config.json").is_file():
+        raise ValueError(f"{key}: {folder / 'tokenizer_config.json'} is missing")
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
