@@ -180,6 +180,19 @@ def test_a_share_of_conversations_opens_with_a_caption():
     assert 80 < lengths[3] < 160
 
 
+def fits(words: list[str], row: int, column: int, colour: str, shape: str) -> bool:
+    """Whether the phrase at the end of the words (its longest run of properties, none twice) is true of an object."""
+    properties = {"colour": colour, "shape": shape, "r": f"r{row}", "c": f"c{column}"}
+    names = {**dict.fromkeys(scenes.COLOURS, "colour"), **dict.fromkeys(scenes.SHAPES, "shape")}
+    phrase: dict[str, str] = {}
+    for word in reversed(words):
+        kind = names.get(word) or (word[0] if re.fullmatch(r"[rc]\d", word) else None)
+        if kind is None or kind in phrase:
+            break
+        phrase[kind] = word
+    return bool(phrase) and all(properties[kind] == word for kind, word in phrase.items())
+
+
 def test_grounding_points_at_what_the_words_speak_of():
     data = BuiltinDataset(Mixture(caption=0.5, turns=4), size=60, seed=16, tokenizer=TOKENIZER, grounding=True)
     pointed = 0
@@ -187,14 +200,8 @@ def test_grounding_points_at_what_the_words_speak_of():
         objects = see(item["pixel_values"].numpy())
         words = TOKENIZER.convert_ids_to_tokens(item["input_ids"].tolist())
         assert item["grounding"].shape == (len(words), NUM_VISUAL_TOKENS)
-        for before, word, target in zip(["", *words], words, item["grounding"], strict=False):
-            cells = {
-                (r - 1) * scenes.GRID + c - 1
-                for r, c, colour, shape in objects
-                if word == colour
-                or (word == shape and (before == colour or before not in scenes.COLOURS))
-                or (before, word) == (f"r{r}", f"c{c}")
-            }
+        for end, target in enumerate(item["grounding"], 1):
+            cells = {(r - 1) * scenes.GRID + c - 1 for r, c, *kind in objects if fits(words[:end], r, c, *kind)}
             assert set(target.nonzero().flatten().tolist()) == cells
             assert target.sum().item() == pytest.approx(1.0 if cells else 0.0)
             pointed += bool(cells)

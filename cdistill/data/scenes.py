@@ -28,6 +28,12 @@ _RGB = {
     "purple": (160, 60, 200),
     "white": (235, 235, 235),
 }
+_KINDS_OF_WORDS = {
+    **dict.fromkeys(COLOURS, "colour"),
+    **dict.fromkeys(SHAPES, "shape"),
+    **{f"r{i + 1}": "row" for i in range(GRID)},
+    **{f"c{i + 1}": "column" for i in range(GRID)},
+}
 
 
 @dataclass(frozen=True, order=True)
@@ -148,20 +154,20 @@ def caption(scene: Scene, rng: random.Random, *, sentences: int) -> str:
 def grounding(scene: Scene, words: Sequence[str]) -> np.ndarray:
     """Which cells every word speaks of, (len(words), GRID * GRID) float32: equal shares of its row, or all zero.
 
-    A shape after a colour speaks of the objects that are both, either alone of those that have it, a column after a row of
-    the object there. Words that speak of nothing in the scene, and all others, have a zero row.
+    A word for a colour, shape, row or column speaks of the objects that fit the phrase it ends, as in ``red``, ``red ring``,
+    ``red ring r1 c6``; any other word ends the phrase and speaks of nothing.
     """
     target = np.zeros((len(words), GRID * GRID), dtype=np.float32)
+    meant, said = list(scene), set[str]()
     for i, word in enumerate(words):
-        before = words[i - 1] if i else ""
-        if word in SHAPES:
-            meant = [t for t in scene if t.shape == word and (before not in COLOURS or t.colour == before)]
-        elif word in COLOURS:
-            meant = [t for t in scene if t.colour == word]
-        else:
-            meant = [t for t in scene if t.place == f"{before} {word}"]
-        for thing in meant:
-            target[i, thing.row * GRID + thing.column] = 1.0 / len(meant)
+        kind = _KINDS_OF_WORDS.get(word)
+        if kind is None or kind in said:
+            meant, said = list(scene), set()
+        if kind is not None:
+            meant = [t for t in meant if word in (t.colour, t.shape, *t.place.split())]
+            said.add(kind)
+            for thing in meant:
+                target[i, thing.row * GRID + thing.column] = 1.0 / len(meant)
     return target
 
 
