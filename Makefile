@@ -11,7 +11,7 @@ demo: setup
 	$(BIN)/cdistill demo
 
 test: setup lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks
