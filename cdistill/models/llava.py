@@ -169,7 +169,7 @@ def shared_embeddings(
 ) -> tuple[Tensor, Tensor | None]:
     """Input embeddings of student (B, T, d_S) and teacher (B, T, d_T) from one pass of vision encoder and teacher adapter.
 
-    Student and teacher share one frozen encoder (`check_shared_encoder`); with TAF they share P_T too.
+    Student and teacher share one frozen encoder (`check_pair`); with TAF they share P_T too.
     """
     if pixel_values is None:
         teacher_embeds = merge_visual_tokens(teacher, input_ids, None) if teacher is not None else None
