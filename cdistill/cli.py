@@ -1,6 +1,7 @@
 """The ``cdistill`` command: one function per subcommand, in one table; heavy imports happen inside the functions."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     if extra:  # argparse gives up on key=value after an option
         options.overrides += extra
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars for loading weights
     try:
         return COMMANDS[options.command].run(options)
     except ValueError as error:

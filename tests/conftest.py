@@ -31,3 +31,14 @@ def poisoned_empty(monkeypatch):
 def impl(request):
     """Each implementation of the attention ops."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """A folder that holds a tiny teacher and a tiny base of the built-in task."""
+    from builtin_models import save_base, save_teacher
+
+    folder = tmp_path_factory.mktemp("models")
+    save_teacher(folder / "teacher")
+    save_base(folder / "base")
+    return folder

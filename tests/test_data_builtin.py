@@ -26,6 +26,7 @@ from cdistill.data.builtin import (
     build_tokenizer,
 )
 from cdistill.data.mixture import SUBTYPES, Mixture
+from cdistill.data.render import patch_labels, render
 
 TOKENIZER = build_tokenizer()
 NUMBERS = ["zero", "one", "two", "three", "four", "five"]
@@ -41,7 +42,7 @@ def templates() -> tuple[list[tuple[str, str] | None], np.ndarray]:
     """The 37 kinds of patches, None for background, and their pixels (37, 192) with the noise averaged away."""
     rng = np.random.default_rng(1)
     kinds: list[tuple[str, str] | None] = [None, *itertools.product(scenes.COLOURS, scenes.SHAPES)]
-    drawn = [[scenes.render((scenes.Thing(0, 0, *k),) if k else (), rng) for _ in range(32)] for k in kinds]
+    drawn = [[render((scenes.Thing(0, 0, *k),) if k else (), rng) for _ in range(32)] for k in kinds]
     return kinds, np.stack([patches(np.mean(images, axis=0))[0] for images in drawn])
 
 
@@ -205,10 +206,32 @@ def test_grounding_points_at_what_the_words_speak_of():
             assert set(target.nonzero().flatten().tolist()) == cells
             assert target.sum().item() == pytest.approx(1.0 if cells else 0.0)
             pointed += bool(cells)
+        assert [words[i] for i in item["places"].tolist()] == [IMAGE_TOKEN] * NUM_VISUAL_TOKENS
     assert pointed > 1000
-    batch = Collator(0)([data[0], BuiltinDataset(Mixture(modality="text"), size=1, seed=1, tokenizer=TOKENIZER)[0]])
-    assert batch["grounding"].shape == (*batch["input_ids"].shape, NUM_VISUAL_TOKENS)
-    assert not batch["grounding"][1].any()
+
+
+def test_grounding_of_text_points_at_the_objects_as_they_are_written_out():
+    mixture = Mixture(modality="text", caption=0.5, turns=4)
+    data = BuiltinDataset(mixture, size=60, seed=17, tokenizer=TOKENIZER, grounding=True)
+    items = [data[i] for i in range(len(data))]
+    for item in items:
+        words = TOKENIZER.convert_ids_to_tokens(item["input_ids"].tolist())
+        places = item["places"].tolist()
+        written = [words[i - 3 : i + 1] for i in places]
+        assert [words[0], *" ; ".join(map(" ".join, written)).split()] == words[: places[-1] + 1]
+        assert words[places[-1] + 1] in ("what", "is", "how", "where", "which", "describe")
+        for end, target in enumerate(item["grounding"], 1):
+            meant = [fits(words[:end], int(r[1]), int(c[1]), *kind) for r, c, *kind in written]
+            expected = [float(m) / max(1, sum(meant)) if end > places[-1] + 1 else 0.0 for m in meant]
+            assert target.tolist() == pytest.approx(expected)
+    batch = Collator(0)(items[:8])
+    widest = max(len(item["places"]) for item in items[:8])
+    assert batch["grounding"].shape == (*batch["input_ids"].shape, widest)
+    for b, item in enumerate(items[:8]):
+        tokens, count = item["grounding"].shape
+        assert torch.equal(batch["grounding"][b, :tokens, :count], item["grounding"])
+        assert not batch["grounding"][b, tokens:].any() and not batch["grounding"][b, :, count:].any()
+        assert batch["places"][b].tolist() == item["places"].tolist() + [-1] * (widest - count)
 
 
 def test_noise_hides_no_patch_class():
@@ -218,11 +241,11 @@ def test_noise_hides_no_patch_class():
         scene = (scenes.Thing(2, 3, *kind),) if kind else ()
         expected = np.zeros(NUM_VISUAL_TOKENS)
         expected[2 * scenes.GRID + 3] = label
-        kinds, rows, columns = scenes.patch_labels(scene).T
+        kinds, rows, columns = patch_labels(scene).T
         assert (kinds == expected).all()
         assert (rows * scenes.GRID + columns == np.arange(NUM_VISUAL_TOKENS)).all()
         for _ in range(40):
-            image = scenes.render(scene, rng)
+            image = render(scene, rng)
             assert image.dtype == np.float32
             assert np.abs(image).max() <= 1.0
             assert see(image) == ([(3, 4, *kind)] if kind else [])

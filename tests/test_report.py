@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig
+from builtin_models import llava, text_config
+from transformers import Qwen2ForCausalLM
 
 from cdistill import demo
 from cdistill.analysis import charts
@@ -24,53 +25,31 @@ from cdistill.analysis.attention import (
 )
 from cdistill.analysis.comparison import DISTILLED, FAMILIES, NAMES, SFT, TEACHER, Comparison
 from cdistill.analysis.report import Example, Report
-from cdistill.data.builtin import IMAGE_TOKEN, NUM_VISUAL_TOKENS, Collator, build_tokenizer
+from cdistill.data.builtin import Collator, build_tokenizer
 from cdistill.data.questions import COMPOSITIONAL, RECOGNITION
 from cdistill.eval.builtin import held_out_questions, predict
-from cdistill.models import compose
 from cdistill.train import load_recipe
 
 TOKENIZER = build_tokenizer()
 SUBTYPES = {"recognition": RECOGNITION, "compositional": COMPOSITIONAL}
 
 
-def text_config(layers, width=64):
-    return Qwen2Config(
-        vocab_size=len(TOKENIZER),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 16,
-        num_key_value_heads=width // 32,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-        pad_token_id=TOKENIZER.pad_token_id,
-        eos_token_id=TOKENIZER.eos_token_id,
-        bos_token_id=None,
-    )
-
-
-def llava(layers, teacher=None):
-    vision = SiglipVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=48,
-        patch_size=8,
-        vision_use_head=False,
-    )
-    image = TOKENIZER.convert_tokens_to_ids(IMAGE_TOKEN)
-    return compose(
-        vision, text_config(layers), image_token_id=image, image_seq_length=NUM_VISUAL_TOKENS, teacher=teacher
-    ).eval()
+def shape(layers, width=64):
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_attention_heads": width // 16,
+        "num_key_value_heads": width // 32,
+        "initializer_range": 0.3,
+    }
 
 
 @pytest.fixture(scope="module")
 def models():
     torch.manual_seed(0)
-    teacher = llava(6)
-    return {TEACHER: teacher, SFT: llava(3), DISTILLED: llava(3, teacher)}
+    teacher = llava(**shape(6))
+    return {TEACHER: teacher, SFT: llava(**shape(3)), DISTILLED: llava(**shape(3), teacher=teacher)}
 
 
 def questions(n=4):
@@ -357,7 +336,7 @@ def tiny_recipes(tmp_path_factory):
     """Recipes of the demo's shape whose models are random and whose stages take two steps."""
     folder = tmp_path_factory.mktemp("recipes")
     torch.manual_seed(1)
-    for name, model in (("teacher", llava(4)), ("base", Qwen2ForCausalLM(text_config(2, 32)))):
+    for name, model in (("teacher", llava(**shape(4))), ("base", Qwen2ForCausalLM(text_config(**shape(2, 32))))):
         model.save_pretrained(folder / name)
         TOKENIZER.save_pretrained(folder / name)
     common = {"seed": 4, "output": str(folder / "unused"), "deepspeed": "off", "logging_steps": 1}

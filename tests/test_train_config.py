@@ -181,7 +181,7 @@ def test_command_line_lists_recipes_and_tells_mistakes_in_one_line(capsys, path,
 def test_help_imports_nothing_heavy():
     code = (
         "import sys, cdistill.cli, cdistill.train\n"
-        "heavy = {'torch', 'transformers', 'deepspeed', 'triton'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'deepspeed', 'triton'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 import yaml
-from train_models import make_recipe, save_base, save_teacher
+from builtin_models import make_recipe
 from transformers import TrainerCallback
 
 from cdistill.models.load import load_model
@@ -14,14 +14,6 @@ from cdistill.train.config import recipe_to_dict
 from cdistill.train.zero import deepspeed_config
 
 LOSSES = ("loss", "ar", "kd", "vat")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    save_teacher(folder / "teacher")
-    save_base(folder / "base")
-    return folder
 
 
 @pytest.fixture(scope="module")

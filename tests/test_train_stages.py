@@ -5,10 +5,10 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from builtin_models import VISION, make_recipe, save_base, save_teacher, text_config
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
-from train_models import VISION, make_recipe, save_base, save_teacher, text_config
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, TrainerCallback
 
 from cdistill.data.builtin import BuiltinDataset, Collator, build_tokenizer
@@ -21,14 +21,6 @@ from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.stages import stage_folders
 from cdistill.vat import VAT, VATConfig
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    save_teacher(folder / "teacher")
-    save_base(folder / "base")
-    return folder
 
 
 def metrics(output):
@@ -203,6 +195,33 @@ def test_gradients_of_the_whole_objective_are_those_of_full_matrices(models, tmp
         (expected,) = torch.autograd.grad(exact[loss], exact_student.get_parameter(name), retain_graph=True)
         scale = expected.abs().max()
         assert scale > 1e-4 and (gradient - expected).abs().max() <= 1e-4 * scale, loss
+
+
+def test_grounding_is_the_distance_between_full_attention_and_what_words_speak_of(models):
+    student = load_model(models / "teacher")
+    tokenizer = build_tokenizer()
+    data = BuiltinDataset(Mixture(caption=0.5, turns=2), size=3, seed=13, grounding=True)
+    batch = Collator(tokenizer.pad_token_id)([data[0], data[1], data[2]])
+    name = "model.language_model.layers.1.self_attn.q_proj.weight"
+    ours = DistillationModel(student, OBJECTIVES["ground"])(**batch)["ground"]
+    (gradient,) = torch.autograd.grad(ours, student.get_parameter(name))
+    truth = eager(student, torch.float64)
+    attentions = truth(
+        batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        pixel_values=batch["pixel_values"].double(),
+        output_attentions=True,
+    ).attentions
+    exact = torch.zeros((), dtype=torch.float64)
+    for b, ids in enumerate(batch["input_ids"]):
+        cols = (ids == student.config.image_token_id).nonzero()[:, 0]
+        rows = [t for t in range(len(ids)) if batch["grounding"][b, t].any()]
+        for layer in (1, 2):  # the middle of four layers
+            a, target = attentions[layer][b].mean(0)[rows][:, cols], batch["grounding"][b, rows].double()
+            exact = exact + (1 - F.cosine_similarity(a, target, dim=1)).mean() / 2
+    (expected,) = torch.autograd.grad(exact, truth.get_parameter(name))
+    assert ours.item() == pytest.approx(exact.item(), rel=1e-5) and exact > 0.1
+    assert expected.abs().max() > 1e-4 and (gradient - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def test_each_stage_starts_from_the_last_ones_result(models, tmp_path):
@@ -420,7 +439,7 @@ def test_encoders_and_image_token_counts_that_differ(models, tmp_path):
         ({"vat__layers": "official"}, r"layer span 'official' knows"),
         (
             {"teacher": None, "student__taf": False, "stages": ["sft"]},
-            r"stage\.sft\.objective must be text for a student without a vision encoder",
+            r"stage\.sft\.objective must be text or ground, .* a student without a vision encoder",
         ),
         (
             {"student": {"text_config": {"model_type": "nope"}}, "stages": ["text"]},

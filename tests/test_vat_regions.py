@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cdistill.vat import check_same_visual_tokens, token_regions
+from cdistill.vat import check_same_visual_tokens, grounded_regions, token_regions
 
 IMAGE, VIDEO = 60, 61
 
@@ -119,3 +119,20 @@ def test_same_visual_tokens():
         check_same_visual_tokens(teacher, torch.tensor([[5, 6, 7], [1, 2, -1]], dtype=torch.int32))
     with pytest.raises(ValueError, match="2 and 1 samples"):
         check_same_visual_tokens(teacher, torch.tensor([[5, 6, 7]], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("seed", [31, 32])
+def test_grounded_regions_hold_the_tokens_that_ask_for_something(seed):
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.arange(1, 5).repeat(5, 1)
+    places[4] = -1
+    grounding = torch.rand(5, 19, 4, generator=generator)
+    grounding[torch.rand(5, 19, generator=generator) < 0.6] = 0
+    grounding[3:] = 0
+    regions, targets = grounded_regions(grounding, places)
+    asking = [[t for t in range(19) if grounding[b, t].any()] for b in range(5)]
+    assert unpad(regions.rows) == asking
+    assert unpad(regions.cols) == [[1, 2, 3, 4]] * 4 + [[]]
+    for b, rows in enumerate(asking):
+        assert torch.equal(targets[b, : len(rows)], grounding[b, rows])
+        assert not targets[b, len(rows) :].any()

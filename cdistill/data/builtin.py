@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from cdistill.data import questions, scenes
+from cdistill.data import questions, render, scenes
 from cdistill.data.mixture import Mixture
 
 IGNORE_INDEX = -100
@@ -41,9 +41,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 class BuiltinDataset(Dataset):
     """``size`` conversations or captions about scenes of the training split (or the held-out one).
 
-    Each item is a dict of ``input_ids`` and ``labels`` (T,) int64 tensors, labels not shifted and -100 outside the answers, and
-    ``pixel_values`` (3, IMAGE_SIZE, IMAGE_SIZE) fp32 for image samples; with ``grounding`` also
-    ``grounding`` (T, V) fp32, what every word speaks of (`scenes.grounding`).
+    Each item is a dict of ``input_ids`` and ``labels`` (T,) int64 tensors, labels not shifted and -100 outside the answers,
+    and ``pixel_values`` (3, IMAGE_SIZE, IMAGE_SIZE) fp32 for image samples. With ``grounding`` also ``grounding`` (T, V)
+    fp32, which of V places every word speaks of (`render.grounding`), and their positions ``places`` (V,) int64: the
+    image's tokens or, for text samples, the last words of the objects that the scene is written out as.
     """
 
     def __init__(
@@ -77,12 +78,20 @@ class BuiltinDataset(Dataset):
         prefix = scenes.describe(scene) if text_only else " ".join([IMAGE_TOKEN] * NUM_VISUAL_TOKENS)
         item = self._conversation(prefix, turns)
         if not text_only:
-            pixels = scenes.render(scene, np.random.default_rng(rng.getrandbits(64)))
+            pixels = render.render(scene, np.random.default_rng(rng.getrandbits(64)))
             item["pixel_values"] = torch.from_numpy(pixels)
-            if self.grounding:
-                words = [self._words[i] for i in item["input_ids"].tolist()]
-                item["grounding"] = torch.from_numpy(scenes.grounding(scene, words))
-        return item
+        return item | self._grounding(scene, item["input_ids"]) if self.grounding else item
+
+    def _grounding(self, scene: scenes.Scene, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        words = [self._words[i] for i in input_ids.tolist()]
+        cells = torch.from_numpy(render.grounding(scene, words))
+        if self.mixture.modality == "image":
+            places = [i for i, word in enumerate(words) if word == IMAGE_TOKEN]
+            return {"grounding": cells, "places": torch.tensor(places)}
+        each = len(scenes.describe(scene[:1]).split())
+        places = [1 + i * (each + 1) + each - 1 for i in range(len(scene))]  # after USER:, with ; between the objects
+        cells[: places[-1] + 1] = 0.0  # the scene itself
+        return {"grounding": cells[:, [t.row * scenes.GRID + t.column for t in scene]], "places": torch.tensor(places)}
 
     def _scene_and_turns(self, rng: random.Random) -> tuple[scenes.Scene, list[tuple[str, str]]]:
         """A scene and what is said about it; scenes that allow none of the wanted questions are passed over."""
@@ -113,7 +122,7 @@ class Collator:
     """Pads a list of items on the right to the longest and stacks the images: what a model's forward takes.
 
     Adds ``attention_mask`` (B, T) int64. ``pixel_values`` is (I, 3, H, W) over the samples that have an image, absent if none
-    has; ``grounding``, likewise, is (B, T, V) with zeros for the samples without.
+    has; ``grounding`` is (B, T, V), padded with zeros, and ``places`` (B, V), padded with -1.
     """
 
     def __init__(self, pad_token_id: int) -> None:
@@ -131,9 +140,12 @@ class Collator:
         images = [item["pixel_values"] for item in items if "pixel_values" in item]
         if images:
             batch["pixel_values"] = torch.stack(images)
-        if any("grounding" in item for item in items):
-            batch["grounding"] = torch.zeros((len(items), length, NUM_VISUAL_TOKENS))
+        if "grounding" in items[0]:
+            width = max(len(item["places"]) for item in items)
+            batch["grounding"] = torch.zeros((len(items), length, width))
+            batch["places"] = torch.full((len(items), width), -1)
             for i, item in enumerate(items):
-                if "grounding" in item:
-                    batch["grounding"][i, : len(item["grounding"])] = item["grounding"]
+                tokens, places = item["grounding"].shape
+                batch["grounding"][i, :tokens, :places] = item["grounding"]
+                batch["places"][i, :places] = item["places"]
         return batch

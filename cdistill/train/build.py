@@ -45,10 +45,10 @@ def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> N
     """Raise ValueError unless the models can be trained in every stage of the recipe, layer matching included."""
     for name in recipe.stages:
         stage = recipe.stage[name]
-        if not is_llava(student) and stage.objective != "text":
+        if not is_llava(student) and (stage.objective not in ("text", "ground") or stage.data.modality != "text"):
             raise ValueError(
-                f"stage.{name}.objective must be text for a student without a vision encoder "
-                f"(student.vision, student.vision_config), got {stage.objective}"
+                f"stage.{name}.objective must be text or ground, with data.modality text, for a student without a vision "
+                f"encoder (student.vision, student.vision_config), got {stage.objective}"
             )
         if recipe.aligns(stage.objective):
             assert teacher is not None

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cdistill.data import scenes
 from cdistill.data.builtin import BuiltinDataset, Collator, build_tokenizer
+from cdistill.data.render import patch_labels, render
+from cdistill.data.scenes import sample_scene
 from cdistill.train.config import Recipe
 
 
@@ -26,9 +27,9 @@ class PatchDataset(Dataset):
         if not 0 <= index < self.size:
             raise IndexError(index)
         rng = random.Random(f"{self.seed}/{index}/patch")
-        scene = scenes.sample_scene(rng)
-        pixels = scenes.render(scene, np.random.default_rng(rng.getrandbits(64)))
-        return {"pixel_values": torch.from_numpy(pixels), "labels": torch.from_numpy(scenes.patch_labels(scene))}
+        scene = sample_scene(rng)
+        pixels = render(scene, np.random.default_rng(rng.getrandbits(64)))
+        return {"pixel_values": torch.from_numpy(pixels), "labels": torch.from_numpy(patch_labels(scene))}
 
 
 def collate_patches(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -71,12 +71,13 @@ class DistillationModel(nn.Module):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         grounding: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Losses of a batch: ``ar``, ``kd`` or ``patch`` summed over labels, ``vat``, ``vat_layers`` (L,) over samples.
 
         ``input_ids``, ``labels`` (not shifted, -100 outside the answers) and ``attention_mask`` are (B, T),
         ``pixel_values`` (I, 3, H, W); for objective ``vision`` only ``pixel_values`` and ``labels`` (I, V, 3) are taken.
-        Objective ``ground`` also takes ``grounding`` (B, T, V) and gives ``ground``, summed over samples.
+        Objective ``ground`` also takes ``grounding`` (B, T, V) and ``places`` (B, V) and gives ``ground``, summed over samples.
         ``idle`` is a zero that keeps trained parameters without work in the graph: all ranks reduce the same gradients.
         """
         if "patch" in self.objective.losses:
@@ -93,7 +94,7 @@ class DistillationModel(nn.Module):
         losses: dict[str, Tensor] = {}
         teacher_recorder = student_recorder = None
         if "ground" in self.objective.losses:
-            student_recorder = self._grounding(input_ids, grounding)
+            student_recorder = self._grounding(grounding, places)
         if self.vat is not None:
             image_token = self.student.config.image_token_id
             regions = self.vat.regions(input_ids, labels, attention_mask, visual_token_ids=image_token)
@@ -135,16 +136,16 @@ class DistillationModel(nn.Module):
                 losses["vat"] = per_layer.sum() if self.vat.config.layer_sum else per_layer.mean()
                 layers = per_layer.detach()
             losses["vat_layers"] = layers
-        if pixel_values is None and "adapter" in self.objective.trained:
+        if pixel_values is None and "adapter" in self.objective.trained and is_llava(self.student):
             losses["idle"] = self._idle_adapter()
         return losses
 
-    def _grounding(self, input_ids: Tensor, grounding: Tensor | None) -> StudentAlignment:
+    def _grounding(self, grounding: Tensor | None, places: Tensor | None) -> StudentAlignment:
         """Aligns the visual understanding layers with what the words speak of, as VAT does with a teacher."""
-        assert grounding is not None
-        depth = self.student.config.text_config.num_hidden_layers
+        assert grounding is not None and places is not None
+        depth = self.student.config.get_text_config().num_hidden_layers
         matches = [LayerMatch(layer, (layer,)) for layer in layer_range(depth, "intermediate")]
-        regions, target = grounded_regions(input_ids, grounding, visual_token_ids=self.student.config.image_token_id)
+        regions, target = grounded_regions(grounding, places)
         return StudentAlignment(matches, regions, [target] * len(matches), key_mask=None)
 
     def _embeddings(self, input_ids: Tensor, pixel_values: Tensor | None) -> tuple[Tensor, Tensor | None]:

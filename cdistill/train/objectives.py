@@ -42,7 +42,7 @@ def set_trained(student: Any, objective: Objective) -> None:
         language = student.model.language_model if hasattr(student.model, "language_model") else student.model
         language.requires_grad_(True)
         student.lm_head.requires_grad_(True)
-    if "adapter" in objective.trained:
+    if "adapter" in objective.trained and hasattr(student.model, "multi_modal_projector"):
         adapter = student.model.multi_modal_projector
         (adapter.map if isinstance(adapter, TAFAdapter) else adapter).requires_grad_(True)
     if "vision" in objective.trained:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from cdistill.data import scenes
+from cdistill.data.render import PATCH_CLASSES
 from cdistill.models.llava import shared_embeddings
 from cdistill.models.load import Model, load_model
 from cdistill.train import launch
@@ -226,9 +226,7 @@ def _run_stage(
     if recipe.aligns(stage.objective):
         assert teacher is not None
         vat = _make_vat(recipe, student.to(arguments.device), teacher, DataLoader(dataset, micro, collate_fn=collator))
-    model = DistillationModel(
-        student, objective, teacher=teacher, kd=recipe.kd, vat=vat, patch_classes=scenes.PATCH_CLASSES
-    )
+    model = DistillationModel(student, objective, teacher=teacher, kd=recipe.kd, vat=vat, patch_classes=PATCH_CLASSES)
     first = arguments.process_index == 0
     log = RunLog(
         output, folder.name, name, per_step=stage.global_batch_size, steps=stage.steps, layers=recipe.log_layers
@@ -318,12 +316,14 @@ def _quiet() -> Iterator[None]:
     before = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
+    bars = transformers_logging.is_progress_bar_enabled()
     try:
         transformers_logging.disable_progress_bar()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        transformers_logging.enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()
         for name, level in before.items():
             logging.getLogger(name).setLevel(level)

@@ -114,16 +114,13 @@ def check_same_visual_tokens(teacher_cols: Tensor, student_cols: Tensor) -> None
             )
 
 
-def grounded_regions(
-    input_ids: Tensor, grounding: Tensor, *, visual_token_ids: int | Sequence[int]
-) -> tuple[Regions, Tensor]:
-    """Rows and columns for aligning attention with given words-to-visual-tokens targets instead of a teacher's.
+def grounded_regions(grounding: Tensor, places: Tensor) -> tuple[Regions, Tensor]:
+    """Rows and columns for aligning attention with given targets instead of a teacher's.
 
     Args:
-        input_ids: (B,T) integer.
-        grounding: (B,T,V) floating point: what share of its visual attention every token should pay to the sample's V
-            visual tokens, in their order; a zero row asks for nothing.
-        visual_token_ids: as for `token_regions`.
+        grounding: (B,T,V) floating point: what share of its attention to the V places every token should pay to each of
+            them; a zero row asks for nothing.
+        places: (B,V) integer positions, -1 = padding.
 
     Returns:
         Regions of the tokens that ask for something, and their targets (B,R,V), zero at padding.
@@ -134,7 +131,4 @@ def grounded_regions(
     picked = asks.gather(1, order)
     rows = torch.where(picked, order, -1).int()
     targets = grounding.gather(1, order[:, :, None].expand(-1, -1, grounding.shape[2])) * picked[:, :, None]
-    cols = token_regions(input_ids, input_ids, None, visual_token_ids=visual_token_ids, rows="visual").cols
-    if cols.shape[1] != grounding.shape[2]:
-        raise ValueError(f"grounding speaks of {grounding.shape[2]} visual tokens, input_ids hold {cols.shape[1]}")
-    return Regions(rows, cols), targets
+    return Regions(rows, places.int()), targets

@@ -1,13 +1,13 @@
-"""Tiny models and recipes for the tests of the trainer."""
+"""Tiny models and recipes of the built-in task."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, SiglipVisionConfig
+from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
 from cdistill.data.builtin import IMAGE_TOKEN, NUM_VISUAL_TOKENS, build_tokenizer
-from cdistill.models.llava import compose
+from cdistill.models.llava import Llava, compose
 from cdistill.train.config import Recipe, recipe_from_dict
 
 VISION = {
@@ -40,18 +40,25 @@ def text_config(**changes: Any) -> Qwen2Config:
     return Qwen2Config(**(values | changes))
 
 
+def llava(
+    *, vision: dict[str, Any] | None = None, teacher: Llava | None = None, **changes: Any
+) -> LlavaForConditionalGeneration:
+    """A random LLaVA in eval mode, 2 layers and width 32 unless changed; with ``teacher`` it fetches that one's adapter."""
+    return compose(
+        SiglipVisionConfig(**(VISION | (vision or {}))),
+        text_config(**changes),
+        image_token_id=build_tokenizer().convert_tokens_to_ids(IMAGE_TOKEN),
+        image_seq_length=NUM_VISUAL_TOKENS,
+        teacher=teacher,
+    ).eval()
+
+
 def save_teacher(folder: Path, *, vision: dict[str, Any] | None = None, seed: int = 1, **changes: Any) -> Path:
     """A random LLaVA of 4 layers and width 64 with its tokenizer."""
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer()
-    teacher = compose(
-        SiglipVisionConfig(**(VISION | (vision or {}))),
-        text_config(**({"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4} | changes)),
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        image_seq_length=NUM_VISUAL_TOKENS,
-    )
-    teacher.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    shape = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    llava(vision=vision, **(shape | changes)).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
     return folder
 
 
