@@ -61,7 +61,7 @@ code { background: #eff2f5; border-radius: 4px; padding: 1px 5px; font-size: .9e
   main { padding: 18px 10px 40px; } section { padding: 16px 14px; }
   .cards { grid-template-columns: 1fr 1fr; } .maps { grid-template-columns: 1fr 1fr; }
   h1 { font-size: 1.5rem; } .card b { font-size: 1.6rem; } .card b small { display: block; }
-  th, td { padding: 4px 5px; font-size: .84rem; white-space: normal; } td small { display: block; }
+  th, td { padding: 4px 3px; font-size: .8rem; white-space: normal; } td small { display: block; }
   th:nth-child(5), td:nth-child(5) { display: none; }
 }
 """
