@@ -10,6 +10,9 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(2)
 
+with torch.device("cpu"):  # torch notes its constructors when it is first in such a context: these, not poisoned ones
+    torch.empty(0)
+
 
 @pytest.fixture
 def poisoned_empty(monkeypatch):

@@ -478,7 +478,7 @@ def test_vision_stage_learns_patches(models, tmp_path):
         teacher=None,
         stages=["vision"],
         student={"base": str(models / "base"), "vision_config": VISION | {"model_type": "siglip_vision_model"}},
-        stage__vision__samples=320,
+        stage__vision__samples=640,
         stage__vision__global_batch_size=16,
         stage__vision__learning_rate=1e-2,
     )

@@ -33,8 +33,7 @@ def build_models(recipe: Recipe) -> Models:
         assert recipe.teacher is not None
         folder = resolve_folder(recipe.teacher, "teacher")
         teacher, teacher_tokenizer = load_llava(folder, "teacher"), load_tokenizer(folder, "teacher")
-    torch.manual_seed(recipe.seed)
-    student, tokenizer = _build_student(recipe.student, teacher, teacher_tokenizer)
+    student, tokenizer = _build_student(recipe.student, recipe.seed, teacher, teacher_tokenizer)
     if teacher is not None:
         check_pair(student, teacher)
     check_objectives(recipe, student, teacher)
@@ -93,7 +92,7 @@ def vat_config(recipe: Recipe) -> VATConfig:
 
 
 def _build_student(
-    config: StudentConfig, teacher: Llava | None, teacher_tokenizer: PreTrainedTokenizerBase | None
+    config: StudentConfig, seed: int, teacher: Llava | None, teacher_tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[Model, PreTrainedTokenizerBase]:
     language: Model = None
     if config.base is not None:
@@ -114,6 +113,7 @@ def _build_student(
     source: Model = teacher
     if not config.taf and config.vision is not None:
         source = load_llava(resolve_folder(config.vision, "student.vision"), "student.vision")
+    torch.manual_seed(seed)  # after loading, which may or may not draw random numbers
     if config.vision_config is not None:
         vision = _fresh_config(config.vision_config, "student.vision_config")
         source = None
