@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 RECIPES = {SFT: "demo-sft", DISTILLED: "demo-compodistill"}
 QUESTIONS = 500  # per sub-type
-EVALUATION_SEED = 0
+EVALUATION_SEED = 1  # tuning read the questions of seed 0
 LOOKED_THROUGH = 60  # questions per compositional sub-type from which the report takes its examples
 SIMILARITY_QUESTIONS = 20  # per sub-type
 EXAMPLES = {(False, True): 2, (True, False): 1, (True, True): 1, (False, False): 1}  # (SFT right, CompoDistill right)

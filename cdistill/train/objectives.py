@@ -36,13 +36,14 @@ def set_trained(student: Any, objective: Objective) -> None:
     import torch
 
     from cdistill.models.llava import TAFAdapter
+    from cdistill.models.load import is_llava
 
     student.requires_grad_(False)
     if "language" in objective.trained:
         language = student.model.language_model if hasattr(student.model, "language_model") else student.model
         language.requires_grad_(True)
         student.lm_head.requires_grad_(True)
-    if "adapter" in objective.trained and hasattr(student.model, "multi_modal_projector"):
+    if "adapter" in objective.trained and is_llava(student):
         adapter = student.model.multi_modal_projector
         (adapter.map if isinstance(adapter, TAFAdapter) else adapter).requires_grad_(True)
     if "vision" in objective.trained:
