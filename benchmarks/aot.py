@@ -5,6 +5,9 @@ what they would launch.
 """
 
 import argparse
+import ast
+import csv
+import hashlib
 import itertools
 import json
 import os
@@ -18,52 +21,91 @@ from unittest import mock
 
 import torch
 import triton
-from cdistill.kernels import _launch, attention_slice
+from cdistill.kernels import _launch, backend, flash_attention
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-ARCHITECTURES = (80, 89, 90, 100, 120)
-SHARED_MEMORY = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+# Compute capability -> shared memory in bytes that a program may take, and that a multiprocessor has.
+SHARED_MEMORY = {
+    80: (166912, 167936),
+    86: (101376, 102400),
+    89: (101376, 102400),
+    90: (232448, 233472),
+    100: (232448, 233472),
+    120: (101376, 102400),
+}
+ARCHITECTURES = _launch.ARCHITECTURES
+THREADS_PER_MULTIPROCESSOR = {80: 2048, 90: 2048, 100: 2048}  # others: 1536
+REGISTERS_PER_MULTIPROCESSOR = 65536
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.uint8: "*u8",
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def recorded(call, arch: int) -> list[tuple]:
+def fingerprint() -> str:
+    """Hash of the code of the kernels and their launchers, without comments and docstrings."""
+    code = hashlib.sha256()
+    for path in sorted((Path(__file__).parent.parent / "kernels").glob("*.py")):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+        code.update(f"{path.name}\n{ast.unparse(tree)}\n".encode())
+    return code.hexdigest()[:16]
+
+
+def recorded(call, arch: int, multiprocessors: int = 1) -> list[tuple]:
     """The (kernel, arguments) that ``call`` would launch on ``arch``."""
     launches: list[tuple] = []
-    record = mock.patch.object(_launch, "launch", lambda kernel, grid, device, **args: launches.append((kernel, args)))
-    with record, mock.patch.object(_launch, "architecture", lambda device: arch):
+    with (
+        mock.patch.object(_launch, "launch", lambda kernel, grid, device, **args: launches.append((kernel, args))),
+        mock.patch.object(_launch, "architecture", lambda device: arch),
+        mock.patch.object(_launch, "multiprocessors", lambda device: multiprocessors),
+    ):
         call()
     return launches
 
 
 def attention_launches(arch: int, head_dim: int, dtype: torch.dtype) -> list[tuple]:
-    """One launch of every attention kernel: grouped heads, causal, no key mask, head mean."""
-    B, Hq, Hkv, T, R, V = 2, 8, 2, 4096, 256, 2880
+    """One launch of every attention kernel: with grouped heads and one head each, causal, without and with key mask."""
+    B, Hq, T, R, V = 2, 8, 4096, 256, 2880
+    few = Hq * head_dim - 8  # columns for which the backward pass keeps no dq
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    q, k = empty(B, Hq, T, head_dim, dtype=dtype), empty(B, Hkv, T, head_dim, dtype=dtype)
-    rows, cols = empty(B, R, dtype=torch.int32), empty(B, V, dtype=torch.int32)
-    lse, grad = empty(B, Hq, R), empty(B, R, V)
-    dq, dk = empty(B, Hq, T, head_dim), empty(B, Hkv, T, head_dim)
-    options = {"causal": True, "scale": head_dim**-0.5, "key_mask": None}
+    def call(kv_heads, key_mask):
+        q, k = empty(B, Hq, T, head_dim, dtype=dtype), empty(B, kv_heads, T, head_dim, dtype=dtype)
+        rows, cols = empty(B, R, dtype=torch.int64), empty(B, V, dtype=torch.int64)
+        lse, grad = empty(B, Hq, T), empty(B, R, V, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+        options = {"causal": True, "scale": head_dim**-0.5, "key_mask": key_mask}
+        gradients = empty(B, Hq, T, head_dim, dtype=dtype), empty(B, kv_heads, T, head_dim, dtype=dtype)
+        backend.row_lse(q, k, rows, **options)
+        backend.row_lse_backward(q, k, lse, rows, lse, **options)
+        backend.row_lse_backward(q, k, lse, rows, lse, **options, into=gradients)
+        backend.slice_forward(q, k, lse, rows, cols, **options, each=False)
+        backend.slice_forward(q, k, lse, rows, cols, **options, each=True)
+        backend.slice_accumulate(q, k, lse, rows, cols, empty(9, B, R, V, dtype=dtype), [0, 8], **options, each=False)
+        for V1 in (V, few):
+            part = cols[:, :V1], grad[..., :V1]
+            backend.slice_backward(q, k, lse, rows, *part, lambda _: gradients, **options, each=False)
+        target = empty(B, Hq, R, V)
+        _, kept = backend.head_cosine(q, k, lse, rows, cols, target, **options)
+        backend.head_cosine_backward(q, k, kept, rows, cols, target, lse[..., :R], lambda _: gradients, **options)
+        saved, _ = backend.fold_dlse(q, q, lse, rows)
+        backend.unfold_dlse(q, saved, rows)
+        out, lse = flash_attention.flash_forward(q, k, k, **options)
+        flash_attention.flash_backward(out, lse, q, k, k, out, lse, **options)
 
-    def call():
-        attention_slice.row_lse(q, k, rows, **options)
-        attention_slice.slice_forward(q, k, lse, rows, cols, **options, each=False)
-        attention_slice.slice_backward(q, k, lse, rows, cols, grad, dq, dk, **options, each=False)
-        attention_slice.row_lse_backward(q, k, lse, rows, lse, dq, dk, **options)
-
-    return recorded(call, arch)
+    mask = empty(B, T, dtype=torch.bool)
+    return recorded(lambda: call(2, None), arch) + recorded(lambda: call(Hq, mask), arch, multiprocessors=1 << 20)
 
 
 def loss_launches(arch: int) -> list[tuple]:
@@ -74,8 +116,11 @@ def loss_launches(arch: int) -> list[tuple]:
     def call():
         for loss, reduction in itertools.product(("cosine", "mse", "kl"), ("row", "matrix", "column")):
             options = {"loss": loss, "reduction": reduction, "sink_filter": reduction == "column" and loss == "cosine"}
-            attention_slice.alignment_loss(a, a, *valid, **options)
-            attention_slice.alignment_grad(a, a, *valid, a[:, 0, 0], **options)
+            backend.alignment_loss(a, a, *valid, **options)
+            for dtype in (torch.float32, torch.bfloat16):
+                backend.alignment_grad(a, a, *valid, a[:, 0, 0], **options, dtype=dtype)
+        positions = torch.empty(2, 2880, dtype=torch.int64, device="meta")
+        backend.regions(positions[:, :256], positions, valid[0], causal=True, tokens=4096)
 
     return recorded(call, arch)
 
@@ -107,6 +152,41 @@ def register_wgmma(ptx: str) -> int:
     return sum("{" in o for o in operands)
 
 
+def transposed_register_operands(ttgir: str) -> int:
+    """Hopper dots whose left operand is a transposed tensor in registers, of which the bundled ptxas makes wrong code."""
+    made = {}
+    for line in ttgir.splitlines():
+        if match := re.match(r"\s*(%[\w#:]+) = \"?([\w.]+)\"?(.*)", line):
+            made[match[1].split(":")[0]] = match[2], re.findall(r"%[\w]+", match[3])
+
+    def transposed(name: str) -> bool:
+        op, operands = made.get(name, ("", []))
+        if op == "tt.trans":
+            return True
+        same_place = op.startswith(("arith.", "math.", "tt.fp_to_fp", "ttg.convert_layout", "ttg.local_"))
+        return same_place and any(transposed(operand) for operand in operands)
+
+    lefts = re.findall(r"ttng\.warp_group_dot (%\w+),.*? : tensor<", ttgir)
+    return sum(transposed(left) for left in lefts)
+
+
+def variant(signature: dict, constants: dict) -> str:
+    """What tells launches of one kernel apart, beyond tile and head dimension."""
+    words = [str(constants[name]) for name in ("LOSS", "TERM") if name in constants]
+    words += [name.lower() for name in ("ADD", "EACH", "NEGATIVE") if constants.get(name) is True]
+    words += [f"{name.lower()} {constants[name]}" for name in ("GROUP", "SPLIT") if constants.get(name, 1) != 1]
+    optional = {
+        "p_mask": "key mask",
+        "p_size": "slice",
+        "p_limit": "sink filter",
+        "p_cosine": "cosine",
+        "windows": "windows",
+    }
+    words += [text for name, text in optional.items() if signature.get(name, "constexpr") != "constexpr"]
+    left_out = {"p_dq": "dlse alone", "p_dlse": "dq alone"}
+    return ", ".join(words + [text for name, text in left_out.items() if constants.get(name, "") is None])
+
+
 def compile_one(launch: tuple, arch: int) -> dict:
     kernel, args = launch
     signature, constants, attributes = specialised(kernel, args)
@@ -120,18 +200,26 @@ def compile_one(launch: tuple, arch: int) -> dict:
             [CUOBJDUMP, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
         )
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups()
-    variant = [str(v) for n, v in constants.items() if n in ("LOSS", "TERM")]
-    if args.get("p_size") is not None:
-        variant.append("slice")
+    shared, limits = compiled.metadata.shared, SHARED_MEMORY[arch]
+    threads = 32 * options["num_warps"]
     return {
         "kernel": kernel.__name__,
-        "variant": "/".join(variant),
+        "variant": variant(signature, constants),
         "arch": arch,
+        "tile": "x".join(str(args[name]) for name in ("BM", "BN", "BR", "BV") if name in constants),
+        "num_warps": options["num_warps"],
+        "num_stages": options["num_stages"],
         "registers": int(registers),
         "spill_bytes": int(stack),
-        "shared": compiled.metadata.shared,
-        "shared_limit": SHARED_MEMORY[arch],
+        "shared": shared,
+        "shared_limit": limits[0],
+        "ctas_per_multiprocessor": min(
+            REGISTERS_PER_MULTIPROCESSOR // (threads * -(-int(registers) // 8) * 8),
+            THREADS_PER_MULTIPROCESSOR.get(arch, 1536) // threads,
+            limits[1] // (shared + 1024),  # the system keeps 1 KiB of every program
+        ),
         "register_wgmma": register_wgmma(compiled.asm["ptx"]),
+        "transposed_operands": transposed_register_operands(compiled.asm["ttgir"]),
     }
 
 
@@ -152,12 +240,23 @@ def compile_all(job: tuple) -> list[dict]:
 
 
 def jobs(quick: bool) -> list[tuple]:
+    """All cells of the grid; a head dimension shares its tiles with the next power of 2, bf16 with fp16."""
     if quick:
-        wanted: list[tuple] = [("bf16", arch, d) for arch in ARCHITECTURES for d in (64, 128)]
-        wanted += [("fp16", 89, 72), ("fp32", 80, 24)]
-        return [*wanted, ("losses", 90)]
-    wanted = list(itertools.product(DTYPES, ARCHITECTURES, (16, 24, 40, 64, 72, 128, 256)))
+        wanted: list[tuple] = [("bf16", arch, d) for arch, d in ((80, 64), (86, 128), (89, 64), (90, 128), (100, 128))]
+        return [*wanted, ("bf16", 120, 64), ("fp16", 89, 72), ("fp32", 80, 24), ("losses", 90)]
+    wanted = [(dtype, arch, d) for dtype in DTYPES for arch in ARCHITECTURES for d in (16, 32, 64, 128, 256)]
+    wanted += [("bf16", arch, d) for arch in ARCHITECTURES for d in (24, 40, 72, 96, 192)]
     return wanted + [("losses", arch) for arch in ARCHITECTURES]
+
+
+def problem(row: dict) -> str:
+    """Why a configuration must not be in the tile table; empty if it may."""
+    problems = {
+        "spills": row["spill_bytes"],
+        "shared memory": row["shared"] > row["shared_limit"],
+        "transposed register operand": row["transposed_operands"],
+    }
+    return ", ".join(name for name, found in problems.items() if found)
 
 
 def main() -> None:
@@ -166,6 +265,7 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs=3, action="append", metavar=("DTYPE", "ARCH", "HEAD_DIM"), help="one cell of it"
     )
+    parser.add_argument("--output", type=Path, help="write the rows as CSV to this file, too")
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
@@ -175,16 +275,27 @@ def main() -> None:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor(2) as pool:
             results = list(itertools.chain.from_iterable(pool.map(compile_all, wanted)))
+    for r in results:
+        r["problem"] = problem(r)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        with options.output.open("w", newline="") as file:
+            file.write(f"# triton {triton.__version__}, kernels {fingerprint()}\n")
+            table = csv.DictWriter(file, list(results[0]), lineterminator="\n")
+            table.writeheader()
+            table.writerows(results)
     if options.json:
         json.dump(results, sys.stdout)
         return
-    print(f"triton {triton.__version__}")
+    print(f"triton {triton.__version__}, {len(results)} configurations")
     for r in results:
         print(
             f"sm_{r['arch']:<4} {r['kernel']:<28} {r['variant']:<20} {r['dtype']} D={r['head_dim']:<4} "
-            f"registers {r['registers']:<4} spill {r['spill_bytes']:<5} shared {r['shared']:<7} of {r['shared_limit']} "
-            f"register wgmma {r['register_wgmma']}"
+            f"{r['tile']:<8} {r['num_warps']} warps  registers {r['registers']:<4} spill {r['spill_bytes']:<5} "
+            f"shared {r['shared']:<7} CTAs {r['ctas_per_multiprocessor']} register wgmma {r['register_wgmma']} {r['problem']}"
         )
+    if any(r["problem"] for r in results):
+        sys.exit("configurations with a problem must not be in the tile table")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: what a result must say about where it was measured."""
+"""Shared by the benchmarks: what a result must say about where it was measured, and what needs a GPU."""
 
 import os
 import platform
@@ -13,6 +13,11 @@ def _processor() -> str:
             return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (FileNotFoundError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU: nothing was measured")
 
 
 @pytest.fixture

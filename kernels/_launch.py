@@ -4,12 +4,32 @@ Tiles are a frozen table, never autotuned: the interpreter runs one configuratio
 may compile and still be wrong, so every entry has to be checked on its own before it may be chosen.
 """
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
+from ._primitives import HEADROOM
+
 INTERPRETER = 0
+
+# Compute capabilities, as two digits, for which every entry of the tile table has been compiled.
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+
+# Architectures whose matrix instructions read both operands from shared memory.
+SHARED_MEMORY_DOTS = (INTERPRETER, 90, 100)
+
+# Head dimensions are multiples of 8 and strides usually too: passed in units of 8, they let every load be 16 bytes wide.
+ALIGNMENT = 8
+
+# Values that change from batch to batch, by which Triton must not specialise; alignment is stated by UNIT instead.
+BATCH_DEPENDENT = [
+    *("R", "V", "T"),
+    *(f"stride_{x}{axis}" for x in ("q", "k", "dq", "dk") for axis in "bht"),
+    *(f"stride_g{axis}" for axis in "bhr"),
+]
 
 
 @dataclass(frozen=True)
@@ -41,7 +61,7 @@ TILES = {
     },
     ("slice_forward", 2): {
         16: Tile(64, 128, 8, 3),
-        32: Tile(64, 128, 8, 3),
+        32: Tile(64, 128, 8, 2),
         64: Tile(64, 128, 8, 3),
         128: Tile(64, 128, 8, 2),
         256: Tile(64, 64, 8, 1),
@@ -50,17 +70,157 @@ TILES = {
         16: Tile(32, 32, 4, 2),
         32: Tile(32, 32, 4, 2),
         64: Tile(32, 32, 4, 2),
+        128: Tile(16, 16, 4, 1),
+        256: Tile(16, 16, 4, 1),
+    },
+    ("slice_accumulate", 2): {
+        16: Tile(64, 128, 8, 3),
+        32: Tile(64, 128, 8, 3),
+        64: Tile(64, 128, 8, 3),
+        128: Tile(64, 128, 8, 2),
+        256: Tile(64, 64, 8, 1),
+    },
+    ("slice_accumulate", 4): {
+        16: Tile(32, 32, 4, 2),
+        32: Tile(32, 32, 4, 2),
+        64: Tile(32, 32, 4, 2),
         128: Tile(16, 32, 4, 2),
         256: Tile(16, 16, 4, 1),
     },
-    ("backward", 2): {
+    ("slice_rows", 2): {
+        16: Tile(64, 64, 8, 2),
+        32: Tile(64, 32, 8, 2),
+        64: Tile(64, 64, 8, 2),
+        128: Tile(32, 64, 8, 2),
+        256: Tile(32, 32, 8, 1),
+    },
+    ("slice_rows", 4): {
+        16: Tile(32, 32, 4, 2),
+        32: Tile(32, 32, 4, 2),
+        64: Tile(32, 32, 8, 2),
+        128: Tile(16, 16, 8, 1),
+        256: Tile(16, 16, 8, 1),
+    },
+    ("slice_cols", 2): {
         16: Tile(64, 64, 8, 2),
         32: Tile(64, 64, 8, 2),
         64: Tile(64, 64, 8, 2),
         128: Tile(32, 64, 8, 2),
         256: Tile(32, 32, 8, 1),
     },
-    ("backward", 4): {
+    ("slice_cols", 4): {
+        16: Tile(32, 32, 4, 2),
+        32: Tile(32, 32, 4, 2),
+        64: Tile(32, 32, 8, 2),
+        128: Tile(16, 16, 4, 1),
+        256: Tile(16, 16, 8, 1),
+    },
+    ("head_cosine", 2): {
+        16: Tile(64, 64, 8, 2),
+        32: Tile(64, 64, 8, 2),
+        64: Tile(64, 64, 8, 2),
+        128: Tile(64, 64, 8, 2),
+        256: Tile(32, 32, 4, 1),
+    },
+    ("head_cosine", 4): {
+        16: Tile(32, 32, 4, 2),
+        32: Tile(32, 32, 4, 2),
+        64: Tile(32, 32, 4, 2),
+        128: Tile(16, 16, 4, 1),
+        256: Tile(16, 16, 8, 1),
+    },
+    ("cosine_rows", 2): {
+        16: Tile(32, 64, 4, 2),
+        32: Tile(32, 64, 8, 2),
+        64: Tile(32, 64, 8, 2),
+        128: Tile(32, 32, 8, 2),
+        256: Tile(32, 32, 8, 1),
+    },
+    ("cosine_rows", 4): {
+        16: Tile(32, 32, 4, 2),
+        32: Tile(32, 32, 4, 2),
+        64: Tile(32, 32, 4, 2),
+        128: Tile(16, 32, 8, 1),
+        256: Tile(16, 16, 8, 1),
+    },
+    ("cosine_cols", 2): {
+        16: Tile(32, 64, 8, 2),
+        32: Tile(32, 64, 8, 2),
+        64: Tile(32, 64, 8, 2),
+        128: Tile(32, 64, 8, 2),
+        256: Tile(32, 32, 8, 1),
+    },
+    ("cosine_cols", 4): {
+        16: Tile(32, 32, 4, 2),
+        32: Tile(32, 32, 4, 2),
+        64: Tile(32, 32, 8, 2),
+        128: Tile(16, 16, 4, 1),
+        256: Tile(16, 16, 8, 1),
+    },
+    ("row_lse_backward", 2): {
+        16: Tile(64, 64, 8, 2),
+        32: Tile(64, 32, 8, 2),
+        64: Tile(64, 64, 8, 2),
+        128: Tile(32, 64, 8, 2),
+        256: Tile(32, 32, 8, 1),
+    },
+    ("row_lse_backward", 4): {
+        16: Tile(32, 32, 4, 2),
+        32: Tile(32, 32, 8, 2),
+        64: Tile(32, 32, 8, 2),
+        128: Tile(16, 16, 4, 1),
+        256: Tile(16, 16, 8, 1),
+    },
+    ("flash_forward", 2): {
+        16: Tile(128, 64, 4, 3),
+        32: Tile(128, 64, 4, 3),
+        64: Tile(128, 64, 8, 3),
+        128: Tile(128, 64, 8, 2),
+        256: Tile(64, 32, 8, 2),
+    },
+    ("flash_forward", 4): {
+        16: Tile(32, 32, 4, 2),
+        32: Tile(32, 32, 8, 2),
+        64: Tile(32, 32, 4, 2),
+        128: Tile(16, 32, 4, 2),
+        256: Tile(16, 16, 4, 1),
+    },
+    ("flash_rows", 2): {
+        16: Tile(128, 0, 4, 1),
+        32: Tile(128, 0, 4, 1),
+        64: Tile(64, 0, 4, 1),
+        128: Tile(32, 0, 4, 1),
+        256: Tile(16, 0, 4, 1),
+    },
+    ("flash_rows", 4): {
+        16: Tile(128, 0, 8, 1),
+        32: Tile(128, 0, 8, 1),
+        64: Tile(64, 0, 8, 1),
+        128: Tile(32, 0, 8, 1),
+        256: Tile(16, 0, 8, 1),
+    },
+    ("flash_dkdv", 2): {
+        16: Tile(64, 64, 4, 2),
+        32: Tile(64, 64, 8, 2),
+        64: Tile(32, 64, 4, 2),
+        128: Tile(32, 64, 8, 2),
+        256: Tile(32, 32, 8, 1),
+    },
+    ("flash_dkdv", 4): {
+        16: Tile(32, 32, 4, 2),
+        32: Tile(32, 32, 4, 2),
+        64: Tile(16, 32, 4, 2),
+        128: Tile(16, 16, 4, 1),
+        256: Tile(16, 16, 8, 1),
+    },
+    ("flash_dq", 2): {
+        16: Tile(64, 64, 4, 2),
+        32: Tile(64, 64, 4, 2),
+        64: Tile(64, 64, 4, 2),
+        128: Tile(64, 32, 8, 2),
+        256: Tile(32, 16, 8, 1),
+    },
+    ("flash_dq", 4): {
         16: Tile(32, 32, 4, 2),
         32: Tile(32, 32, 4, 2),
         64: Tile(32, 32, 4, 2),
@@ -74,12 +234,33 @@ ROW_TILE = Tile(1, 1024, 4, 2)
 
 # Architecture -> (kernel, bytes per element, padded head dimension) -> tile, where it differs from TILES.
 ARCHITECTURE_TILES: dict[int, dict[tuple[str, int, int], Tile]] = {
+    80: {("head_cosine", 4, 64): Tile(32, 32, 8, 2)},
+    86: {("slice_rows", 4, 256): Tile(32, 16, 16, 1), ("slice_cols", 2, 256): Tile(32, 32, 4, 1)},
+    89: {("slice_rows", 4, 256): Tile(32, 16, 16, 1), ("slice_cols", 2, 256): Tile(32, 32, 4, 1)},
     90: {
-        ("slice_forward", 2, 64): Tile(64, 128, 4, 3),
-        ("slice_forward", 2, 128): Tile(64, 128, 4, 2),
-        ("backward", 2, 128): Tile(64, 64, 8, 2),
+        ("slice_forward", 2, 64): Tile(128, 128, 8, 3),
+        ("slice_forward", 2, 128): Tile(128, 128, 8, 2),
+        ("slice_rows", 2, 64): Tile(128, 64, 8, 3),
+        ("slice_rows", 2, 128): Tile(128, 64, 8, 2),
+        ("slice_cols", 2, 64): Tile(64, 128, 8, 3),
+        ("slice_cols", 2, 128): Tile(64, 128, 8, 2),
+        ("row_lse_backward", 2, 128): Tile(64, 64, 8, 2),
+        ("flash_dkdv", 2, 64): Tile(64, 64, 4, 2),
     },
-    100: {("backward", 2, 128): Tile(64, 64, 8, 2)},
+    100: {
+        ("slice_rows", 2, 64): Tile(64, 32, 8, 2),
+        ("slice_rows", 4, 32): Tile(16, 32, 4, 2),
+        ("slice_cols", 2, 128): Tile(64, 64, 8, 2),
+        ("row_lse_backward", 2, 128): Tile(64, 64, 4, 2),
+        ("flash_dkdv", 2, 64): Tile(64, 64, 8, 2),
+    },
+    120: {
+        ("slice_rows", 2, 16): Tile(32, 64, 8, 2),
+        ("slice_rows", 2, 64): Tile(64, 32, 8, 2),
+        ("slice_rows", 2, 128): Tile(64, 32, 8, 2),
+        ("row_lse_backward", 2, 128): Tile(64, 32, 4, 2),
+        ("row_lse_backward", 2, 256): Tile(16, 32, 8, 1),
+    },
 }
 
 # Unequal on purpose: a tile edge used on the wrong axis then shows in the tests.
@@ -88,11 +269,17 @@ INTERPRETER_ROW_TILE = Tile(16, 64, 1, 1)
 
 
 def architecture(device: torch.device) -> int:
-    """Compute capability as two digits (90 = Hopper), or INTERPRETER for CPU tensors."""
+    """The last of ARCHITECTURES up to the device's compute capability (90 = Hopper), or INTERPRETER for CPU tensors."""
     if device.type != "cuda":
         return INTERPRETER
     major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return max(known for known in ARCHITECTURES if known <= 10 * major + minor)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 for CPU tensors."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -112,7 +299,58 @@ def row_tile(device: torch.device) -> Tile:
     return INTERPRETER_ROW_TILE if architecture(device) == INTERPRETER else ROW_TILE
 
 
+def common_unit(strides: Iterable[int]) -> int:
+    """The unit in elements in which these strides can be passed."""
+    return 1 if any(stride % ALIGNMENT for stride in strides) else ALIGNMENT
+
+
+def attention_arguments(kernel, q, k, rows, causal, scale, key_mask, **gradients) -> dict:
+    """The launch arguments all attention kernels share; ``gradients`` are dq, dk with unit stride on D, or None."""
+    tile = attention_tile(kernel, q)
+    head_dim = q.shape[3]
+    strides = {
+        f"stride_{name}{axis}": 0 if x is None else x.stride(i)
+        for name, x in {"q": q, "k": k, **gradients}.items()
+        for i, axis in enumerate("bht")
+    }
+    unit = common_unit(strides.values())
+    return {
+        "device": q.device,
+        "p_q": q,
+        "p_k": k,
+        "p_rows": rows,
+        "p_mask": None if key_mask is None else key_mask.view(torch.uint8),
+        **{f"p_{name}": x for name, x in gradients.items()},
+        **{name: stride // unit for name, stride in strides.items()},
+        "R": rows.shape[1],
+        "T": q.shape[2],
+        "Hq": q.shape[1],
+        "scale": scale,
+        "GROUP": q.shape[1] // k.shape[1],
+        "CAUSAL": causal,
+        "UNIT": unit,
+        "D": head_dim,
+        "BD": padded_head_dim(head_dim),
+        "BM": tile.BM,
+        "BN": tile.BN,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def fp16_gain(q: torch.Tensor, grad: torch.Tensor) -> torch.Tensor | None:
+    """(B,) factors that bring the largest gradient of a sample to HEADROOM; only fp16 operands need them."""
+    if q.dtype != torch.float16:
+        return None
+    peak = torch.linalg.vector_norm(grad, ord=float("inf"), dim=tuple(range(1, grad.ndim)))
+    return HEADROOM.value / peak.clamp(min=1e-30)
+
+
 def launch(kernel, grid: tuple[int, ...], device: torch.device, **arguments) -> None:
-    """Run ``kernel`` on the device its tensors live on, which need not be the current one."""
+    """Run ``kernel`` on the device its tensors live on, which need not be the current one.
+
+    Arguments that the kernel does not take are left out.
+    """
+    arguments = {n: x for n, x in arguments.items() if n in kernel.arg_names or n in ("num_warps", "num_stages")}
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](**arguments)

@@ -31,16 +31,22 @@ def load_pair(
 
 
 @triton.jit
+def padded(V):
+    """Row stride of gradients: a multiple of 8, so that the kernels after this one can load 16 bytes at a time."""
+    return (V + 7) // 8 * 8
+
+
+@triton.jit
 def store_rows(
-    p_x,  # (BR, V) rows of one sample
+    p_x,  # (BR, V) rows of one sample, a multiple of 8 apart
     b_x,  # (BR, BV)
     o_r,  # (BR,)
     o_v,  # (BV,)
     R,
     V,
 ):
-    p_tile = p_x + tl.arange(0, o_r.shape[0])[:, None] * V + o_v[None, :]
-    tl.store(p_tile, b_x, mask=(o_r < R)[:, None] & (o_v < V)[None, :])
+    p_tile = p_x + tl.arange(0, o_r.shape[0])[:, None] * padded(V) + o_v[None, :]
+    tl.store(p_tile, b_x.to(p_x.dtype.element_ty), mask=(o_r < R)[:, None] & (o_v < V)[None, :])
 
 
 @triton.jit
@@ -183,7 +189,7 @@ def gradient_kernel(
     p_size,  # (2, N) of the whole slice, or None: every row has its own
     p_sum,  # (N,) of the whole slice: 1 - cos (cosine) or slope (kl); None with p_size
     p_weight,  # (N,) gradient of one vector's loss
-    p_grad,  # (N, R, V)
+    p_grad,  # (N, R, V), rows padded
     R,
     V,
     LOSS: tl.constexpr,
@@ -201,7 +207,7 @@ def gradient_kernel(
     p_a += (i_n * R + i_r * BR) * V
     p_t += (i_n * R + i_r * BR) * V
     p_col += i_n * V
-    p_grad += (i_n * R + i_r * BR) * V
+    p_grad += (i_n * R + i_r * BR) * padded(V)
     b_sum = tl.zeros((BR,), tl.float32)
     if p_size is None:
         size_a, size_t = row_size(p_a, p_t, p_col, m_row, V, LOSS, BR, BV)
@@ -320,7 +326,7 @@ def column_gradient_kernel(
     p_col,  # (N, V) bytes
     p_limit,  # (2, N) or None
     p_du,  # (N, V) gradient of the column sums
-    p_grad,  # (N, R, V)
+    p_grad,  # (N, R, V), rows padded
     R,
     V,
     BR: tl.constexpr,
@@ -333,7 +339,7 @@ def column_gradient_kernel(
     p_a += (i_n * R + i_r * BR) * V
     p_t += (i_n * R + i_r * BR) * V
     p_col += i_n * V
-    p_grad += (i_n * R + i_r * BR) * V
+    p_grad += (i_n * R + i_r * BR) * padded(V)
     for i_v in tl.range(0, V, BV):
         o_v = i_v + tl.arange(0, BV)
         b_a, b_t, m_pair = load_pair(p_a, p_t, p_col, m_row, o_v, V)
@@ -435,13 +441,19 @@ def alignment_loss(a, target, row_valid, col_valid, *, loss, reduction, sink_fil
     return torch.where((n_rows > 0) & (n_cols > 0), total, 0.0)
 
 
-def alignment_grad(a, target, row_valid, col_valid, grad_out, *, loss, reduction, sink_filter):
-    """Gradient of ``alignment_loss`` in a, times grad_out (N,): (N,R,V) fp32, zero at invalid rows and columns."""
+def alignment_grad(a, target, row_valid, col_valid, grad_out, *, loss, reduction, sink_filter, dtype=torch.float32):
+    """Gradient of ``alignment_loss`` in a, times grad_out (N,): (N,R,V), zero at invalid rows and columns.
+
+    With ``dtype`` bf16 it is rounded to that, as it would be for the product with bf16 queries and keys anyway; fp16
+    could not hold it, so anything else gives fp32.
+    """
     if not a.numel():
         return torch.zeros_like(a)
     n_rows, n_cols = row_valid.sum(-1), col_valid.sum(-1)
     common = _common(a, target, row_valid, col_valid)
-    grad = torch.empty_like(a)
+    (N, R, V), row = a.shape, triton.cdiv(a.shape[2], 8) * 8
+    dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    grad = torch.empty(N, R, row, dtype=dtype, device=a.device)[:, :, :V]
     if reduction == "column":
         u, v, count, limit = _column_means(common, n_rows, n_cols, sink_filter)
         one_row = (n_rows > 0).unsqueeze(1)

@@ -60,6 +60,54 @@ def test_losses_of_each_head_match_float64(kind, impl):
     check(replace(SMALL, masked="right", tokens=23, rows=9, cols=8), impl, kind, heads="each")
 
 
+@pytest.mark.parametrize("case", ["full-left", "causal-left", "many-tiles", "wide"])
+def test_row_cosine_of_each_head_matches_float64(case, impl):
+    check(CASES[case], impl, KINDS[0], heads="each")
+
+
+@pytest.mark.parametrize("ascending", [False, True])
+def test_row_cosine_of_each_head_where_columns_grow(ascending, impl):
+    """Slices and targets of which a later part is larger by orders of magnitude, in the same order or in reverse."""
+    inputs = draw(Case(batch=1, q_heads=2, k_heads=1, tokens=120, rows=5, cols=100, padding=0, causal=False))
+    inputs["cols"] = inputs["cols"].sort(1).values
+    ramp = torch.logspace(-3, 0, 120)
+    inputs["k"] = inputs["k"] * 0.1
+    inputs["q"][..., 0], inputs["k"][..., 0] = 4.0, ramp.log()
+    inputs["target"] *= ramp[: inputs["cols"].shape[1]] if ascending else ramp[: inputs["cols"].shape[1]].flip(0)
+    check(Case(batch=1, causal=False), impl, KINDS[0], heads="each", inputs=inputs)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0**-80])
+def test_row_cosine_of_each_head_of_faint_rows(factor, impl):
+    """Row cosine does not depend on the size of a or of the target, down to squares that fp32 cannot hold.
+
+    The tolerance is what rounding lse to fp32 does to a difference of 1e-3 between a and the target.
+    """
+    inputs = draw(replace(SMALL, rows=4, cols=9, padding=1, tokens=40))
+    a = attention_slice(inputs["q"], inputs["k"], inputs["rows"], inputs["cols"], heads="each", impl="torch")
+    target = a * (1 + 1e-3 * torch.randn(a.shape, generator=torch.Generator().manual_seed(2)))
+    lse = torch.full((2, 2, 40), 3.0)
+
+    def oracle(q, k, lse):
+        x = (q, k, target.to(q.dtype), inputs["rows"], inputs["cols"])
+        return reference.attention_alignment(*x, lse=lse, heads="each")
+
+    grad = torch.ones(2)
+    exact = with_gradients(oracle, [x.double() for x in (inputs["q"], inputs["k"], lse)], grad)
+    faint = lse - torch.log(torch.tensor(factor))
+    there = moved(inputs | {"target": target * factor, "lse": faint}, device_of(impl))
+
+    def op(q, k, lse):
+        return attention_alignment(
+            q, k, *(there[n] for n in ("target", "rows", "cols")), lse=lse, heads="each", impl=impl
+        )
+
+    losses, dq, dk, _ = with_gradients(op, [there[n] for n in ("q", "k", "lse")], grad)
+    torch.testing.assert_close(losses.double().cpu(), exact[0], rtol=2e-2, atol=0)
+    for got, want in ((dq, exact[1]), (dk, exact[2])):
+        assert (got.double().cpu() - want).abs().max() <= 2e-2 * want.abs().max()
+
+
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[3]], ids=[KIND_NAMES[0], KIND_NAMES[3]])
 def test_slices_of_many_tiles_match_float64(kind, impl):
     check(CASES["many-tiles"], impl, kind)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cdistill.kernels import attention_slice as backend
+from cdistill.kernels import _launch, backend
 
-from cdistill.ops import reference
+from cdistill.ops import attention_alignment, attention_with_alignment, reference
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,8 +48,13 @@ def row_lse_of(q, k, rows, causal, scale, key_mask):
     if key_mask is not None:
         seen = seen & key_mask[:, None, None]
     s = (q @ k.transpose(-1, -2) * scale).masked_fill(~seen, -torch.inf)
-    lse = s.logsumexp(-1).gather(-1, rows.clamp(min=0).long()[:, None].expand(-1, q.shape[1], -1))
+    lse = at_rows(s.logsumexp(-1), rows)
     return torch.where((rows >= 0)[:, None] & (lse > -torch.inf), lse, torch.inf)
+
+
+def at_rows(x, rows):
+    """x (B,Hq,T) at the rows: (B,Hq,R)."""
+    return x.gather(-1, rows.clamp(min=0).long()[:, None].expand(-1, x.shape[1], -1))
 
 
 def eager(q, k, rows, cols, key_mask, dtype, *, causal, each, grad):
@@ -63,9 +68,11 @@ def ours(q, k, rows, cols, key_mask, *, causal, each, grad):
     options = {"causal": causal, "scale": q.shape[3] ** -0.5, "key_mask": key_mask}
     lse = backend.row_lse(q, k, rows, **options)
     a = backend.slice_forward(q, k, lse, rows, cols, **options, each=each)
-    dq, dk = q.new_zeros(q.shape, dtype=torch.float32), k.new_zeros(k.shape, dtype=torch.float32)
-    dlse = backend.slice_backward(q, k, lse, rows, cols, grad, dq, dk, **options, each=each)
-    backend.row_lse_backward(q, k, lse, rows, dlse, dq, dk, **options)
+
+    def base(dlse):
+        return backend.row_lse_backward(q, k, lse, rows, dlse, **options)
+
+    dq, dk, _ = backend.slice_backward(q, k, lse, rows, cols, grad, base, **options, each=each)
     return a, dq, dk
 
 
@@ -88,7 +95,6 @@ def test_slice_and_gradients_match_float64(D, Hkv, causal, each, dtype, poisoned
     exact = eager(q, k, rows, cols, key_mask, torch.float64, **options)
     rounded = eager(q, k, rows, cols, key_mask, dtype, **options)
     for got, want, same in zip(ours(q, k, rows, cols, key_mask, **options), exact, rounded, strict=True):
-        assert got.dtype == torch.float32
         assert_close(got, want, same)
 
 
@@ -108,7 +114,8 @@ def test_row_lse_of_every_kind_of_row():
     q, k, rows, _, key_mask = draw(3)
     key_mask[0, : int(rows[0, 0]) + 1] = False
     for causal in (True, False):
-        got = backend.row_lse(q, k, rows, causal=causal, scale=0.3, key_mask=key_mask)
+        got = at_rows(backend.row_lse(q, k, rows, causal=causal, scale=0.3, key_mask=key_mask), rows)
+        got = torch.where((rows >= 0)[:, None], got, torch.inf)
         want = row_lse_of(q.double(), k.double(), rows, causal, 0.3, key_mask)
         assert torch.equal(got == torch.inf, want == torch.inf)
         assert causal == bool((got[0, :, 0] == torch.inf).all())
@@ -118,10 +125,19 @@ def test_row_lse_of_every_kind_of_row():
 def test_fp16_keeps_gradients_far_outside_its_range():
     q, k, rows, cols, key_mask = draw(4, Hq=1, D=16, dtype=torch.float16)
     grad = normal(5, 2, 19, 41)
-    plain = ours(q, k, rows, cols, key_mask, causal=True, each=False, grad=grad)
+    options = {"causal": True, "scale": 0.25, "key_mask": key_mask}
+    lse = backend.row_lse(q, k, rows, **options)
+
+    def wide(grad):
+        """dk and dlse in fp32, so that only what happens inside the kernel is rounded to fp16."""
+        zeros = torch.zeros(q.shape, device=DEVICE), torch.zeros(k.shape, device=DEVICE)
+        _, dk, dlse = backend.slice_backward(q, k, lse, rows, cols, grad, lambda _: zeros, **options, each=False)
+        dk_of_lse = backend.row_lse_backward(q, k, lse, rows, dlse, **options, into=tuple(map(torch.zeros_like, zeros)))
+        return dk, dlse, *dk_of_lse
+
+    plain = wide(grad)
     for factor in (2.0**-40, 2.0**20):
-        scaled = ours(q, k, rows, cols, key_mask, causal=True, each=False, grad=grad * factor)
-        for got, want in zip(scaled[1:], plain[1:], strict=True):
+        for got, want in zip(wide(grad * factor), plain, strict=True):
             torch.testing.assert_close(got, want * factor, rtol=1e-3, atol=1e-3 * float(want.abs().max()) * factor)
 
 
@@ -131,17 +147,45 @@ def test_gradients_add_to_what_is_there_and_any_grad_strides_do():
     lse = backend.row_lse(q, k, rows, **options)
     grad = normal(7, 2, 41, 19).transpose(1, 2)
     results = []
-    for base, g in ((0.0, grad.contiguous()), (3.0, grad)):
-        dq, dk = torch.full((2, 2, 50, 24), base, device=DEVICE), torch.full((2, 1, 50, 24), base, device=DEVICE)
-        dlse = backend.slice_backward(q, k, lse, rows, cols, g, dq, dk, **options, each=False)
-        results.append((dq - base, dk - base, dlse))
-    for one, two in zip(*results, strict=True):
+    for start, g in ((0.0, grad.contiguous()), (3.0, grad)):
+        base = (torch.full((2, 50, 2, 24), start, device=DEVICE).transpose(1, 2), torch.full_like(k, start))
+        dq, dk, dlse = backend.slice_backward(q, k, lse, rows, cols, g, lambda _, x=base: x, **options, each=False)
+        assert dq is base[0] and dk is base[1]
+        results.append((dq - start, dk - start, dlse))
+    new = backend.slice_backward(q, k, lse, rows, cols, grad, None, **options, each=False)
+    for one, two, three in zip(*results, new, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+        torch.testing.assert_close(one, three, rtol=0, atol=1e-6)
+    into = (torch.full_like(q, 3.0), torch.full_like(k, 3.0))
+    backend.row_lse_backward(q, k, lse, rows, new[2], **options, into=into)
+    for got, want in zip(into, backend.row_lse_backward(q, k, lse, rows, new[2], **options), strict=True):
+        torch.testing.assert_close(got - 3, want, rtol=0, atol=1e-6)
     ones = torch.ones((), device=DEVICE).expand(2, 19, 41)
-    dq, dk = torch.zeros(2, 2, 50, 24, device=DEVICE), torch.zeros(2, 1, 50, 24, device=DEVICE)
-    dlse = backend.slice_backward(q, k, lse, rows, cols, ones, dq, dk, **options, each=False)
+    _, _, dlse = backend.slice_backward(q, k, lse, rows, cols, ones, None, **options, each=False)
     a = backend.slice_forward(q, k, lse, rows, cols, **options, each=True)
-    torch.testing.assert_close(dlse, -a.sum(-1) / 2)
+    torch.testing.assert_close(
+        at_rows(dlse, rows)[rows.expand(2, 2, 19) >= 0], (-a.sum(-1) / 2)[rows.expand(2, 2, 19) >= 0]
+    )
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the benchmarks check it on a GPU, with memory that is there")
+@pytest.mark.parametrize("strides", [(16, 2**26 + 8), (2**31 + 8, 16), (2**31 + 3, 19)], ids=["token", "head", "odd"])
+def test_offsets_beyond_32_bits(strides):
+    """Vectors and gradients further apart than 2^31 elements; only the pages they lie on are ever touched."""
+    T, D, dtype = 40, 16, torch.float16
+    store = torch.empty(strides[0] + T * strides[1] + D, dtype=dtype)
+    q = store.as_strided((1, 2, T, D), (0, *strides, 1)).copy_(normal(20, 1, 2, T, D))
+    k = q[:, 1:] if strides[0] > 2**31 else q[:, :1]
+    rows, cols = torch.tensor([[39, 37, 33]]), torch.arange(35)[None]
+    options = {"causal": True, "each": True, "grad": normal(22, 1, 2, 3, 35)}
+    exact = eager(q, k, rows, cols, None, torch.float64, **options)
+    rounded = eager(q, k, rows, cols, None, dtype, **options)
+    far = ours(q, k, rows, cols, None, **options)
+    for got, want, same in zip(far, exact, rounded, strict=True):
+        assert_close(got, want, same)
+    grad = torch.empty(2**31 + 200).as_strided((1, 2, 3, 35), (0, 2**31 + 8, 40, 1)).copy_(options["grad"])
+    for got, want in zip(ours(q, k, rows, cols, None, **(options | {"grad": grad})), far, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_hidden_vectors_are_never_read():
@@ -205,6 +249,42 @@ def test_cosine_of_faint_and_of_nearly_equal_rows():
             torch.testing.assert_close(got[0].double(), want, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("target_dtype", [torch.float32, torch.bfloat16], ids=["fp32-target", "bf16-target"])
+def test_row_cosine_of_each_head_never_makes_a_slice(dtype, target_dtype, monkeypatch, poisoned_empty):
+    """For both ways the loss can be had: alone, and with attention."""
+
+    def made(*arguments, **options):
+        raise AssertionError("a slice was made")
+
+    for name in ("slice_forward", "alignment_loss", "alignment_grad", "slice_backward"):
+        monkeypatch.setattr(backend, name, made)
+    q, k, rows, cols, key_mask = draw(21, D=40, dtype=dtype)
+    v = torch.randn(k.shape, generator=torch.Generator().manual_seed(22)).to(k)
+    target = torch.rand(2, 2, 19, 41, generator=torch.Generator().manual_seed(23)).to(DEVICE, target_dtype)
+
+    def results(dtype, function, **options):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        losses = function(leaves, target if dtype == q.dtype else target.to(dtype), **options)
+        grads = torch.autograd.grad(losses, leaves[:2], torch.tensor([2e-9, 3.0], device=DEVICE).to(losses.dtype))
+        return losses.detach(), *grads
+
+    def oracle(leaves, target):
+        return reference.attention_alignment(*leaves[:2], target, rows, cols, key_mask=key_mask, heads="each")
+
+    def alone(leaves, target):
+        return attention_alignment(*leaves[:2], target, rows, cols, key_mask=key_mask, heads="each", impl="triton")
+
+    def together(leaves, target):
+        options = {"key_mask": key_mask, "heads": "each", "impl": "triton", "engine": "triton"}
+        return attention_with_alignment(*leaves, target, rows, cols, **options)[1]
+
+    same, exact = results(dtype, oracle), results(torch.float64, oracle)
+    for function in (alone, together):
+        for got, want, eager_same in zip(results(dtype, function), exact, same, strict=True):
+            assert_close(got, want, eager_same)
+
+
 @pytest.mark.parametrize(("R", "V"), [(0, 5), (5, 0)])
 def test_nothing_to_compare(R, V):
     q, k, _, _, _ = draw(12)
@@ -220,8 +300,16 @@ def test_nothing_to_compare(R, V):
     assert backend.alignment_grad(a, a, *valid, torch.ones(2, device=DEVICE), **options).shape == (2, R, V)
 
 
+@pytest.mark.parametrize(
+    ("capability", "used"), [((8, 0), 80), ((8, 7), 86), ((9, 0), 90), ((10, 3), 100), ((11, 0), 100), ((12, 1), 120)]
+)
+def test_tiles_of_a_gpu_between_the_known_ones(capability, used, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert _launch.architecture(torch.device("cuda")) == used
+
+
 def test_the_mounted_package_imports_from_anywhere(tmp_path):
-    code = "import cdistill.kernels.attention_slice as m; print(m.alignment_loss.__module__)"
+    code = "import cdistill.kernels.backend as m; print(m.alignment_loss.__module__)"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "cdistill.kernels.alignment_loss", done.stderr

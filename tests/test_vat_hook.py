@@ -157,8 +157,10 @@ def test_families_rows_and_padding_equal_eager(family, padding, rows):
         VATConfig(reduction="column", sink_filter=True, rows="visual", layer_sum=True),
         VATConfig(layers="all"),
         VATConfig(heads="each"),
+        VATConfig(engine="torch_flash", layers="all"),
+        VATConfig(engine="triton"),
     ],
-    ids=["matrix", "column", "official", "all", "each"],
+    ids=["matrix", "column", "official", "all", "each", "torch_flash", "triton"],
 )
 def test_variants_equal_eager(config):
     pair = student_and_teacher(teacher_heads=2 if config.heads == "each" else 4)
@@ -238,9 +240,9 @@ def test_autocast_does_not_round_the_recorded_queries():
     seen = []
 
     class Watcher(SliceRecorder):
-        def record(self, layer, q, k, *, scale, causal):
+        def record(self, layer, q, k, v, *, scale, causal):
             seen.append((q, k))
-            super().record(layer, q, k, scale=scale, causal=causal)
+            super().record(layer, q, k, v, scale=scale, causal=causal)
 
     recorder = Watcher([2], regions, key_mask=mask, impl="torch")
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -282,13 +284,13 @@ def test_each_teacher_layer_is_computed_once_and_kept_per_window(monkeypatch):
     install(teacher)
     batch = draw_batch(7)
     calls = []
-    real_slice = recorders_module.attention_slice
+    accumulate = recorders_module.attention_slice_accumulate
 
     def counting(*args, **kwargs):
         calls.append(kwargs["heads"])
-        return real_slice(*args, **kwargs)
+        accumulate(*args, **kwargs)
 
-    monkeypatch.setattr(recorders_module, "attention_slice", counting)
+    monkeypatch.setattr(recorders_module, "attention_slice_accumulate", counting)
     matches = [LayerMatch(i, tuple(range(i, i + 4))) for i in range(3)]
     targets = TeacherTargets(matches, regions_of(batch), key_mask=batch["attention_mask"], impl="torch")
     singles = SliceRecorder(range(6), regions_of(batch), key_mask=batch["attention_mask"], impl="torch")
@@ -335,14 +337,14 @@ def test_teacher_in_inference_mode():
     assert gradients(student)
 
 
-def training_step(student, teacher, batch, checkpointing):
+def training_step(student, teacher, batch, checkpointing, engine="sdpa"):
     student.zero_grad()
     student.train()
     if checkpointing is None:
         student.gradient_checkpointing_disable()
     else:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
-    vat = VAT(VATConfig(layers="all"), STUDENT_LAYERS, TEACHER_LAYERS, impl="torch")
+    vat = VAT(VATConfig(layers="all", engine=engine), STUDENT_LAYERS, TEACHER_LAYERS, impl="torch")
     targets = vat.teacher(regions_of(batch), batch["attention_mask"])
     with torch.no_grad():
         teacher(**inputs(batch), cdistill_vat=targets)
@@ -354,7 +356,8 @@ def training_step(student, teacher, batch, checkpointing):
     return alignment, {name: grad.clone() for name, grad in gradients(student).items()}
 
 
-def test_checkpointing_changes_no_bit(monkeypatch):
+@pytest.mark.parametrize("engine", ["sdpa", "torch_flash"])
+def test_checkpointing_changes_no_bit(engine, monkeypatch):
     student, teacher = student_and_teacher()
     install(student)
     install(teacher)
@@ -364,17 +367,51 @@ def test_checkpointing_changes_no_bit(monkeypatch):
 
     def counting(self, layer, *args, **kwargs):
         recorded.append(layer)
-        real_record(self, layer, *args, **kwargs)
+        return real_record(self, layer, *args, **kwargs)
 
     monkeypatch.setattr(StudentAlignment, "record", counting)
-    plain, plain_grads = training_step(student, teacher, batch, None)
+    plain, plain_grads = training_step(student, teacher, batch, None, engine)
     assert sorted(recorded) == [0, 1, 2, 3]
     recorded.clear()
-    checkpointed, grads = training_step(student, teacher, batch, False)
+    checkpointed, grads = training_step(student, teacher, batch, False, engine)
     assert sorted(recorded) == [0, 0, 1, 1, 2, 2, 3, 3]
     assert torch.equal(plain.loss(), checkpointed.loss())
     assert grads.keys() == plain_grads.keys()
     assert all(torch.equal(grads[name], plain_grads[name]) for name in grads)
+
+
+@pytest.mark.parametrize("engine", ["torch_flash", "triton"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_engines_train_as_sdpa_does(padding, engine):
+    """Language model loss and alignment together, so that gradients of the output and of the losses meet."""
+    student, teacher = student_and_teacher()
+    install(student)
+    install(teacher)
+    batch = draw_batch(20, padding)
+    beside, wanted = training_step(student, teacher, batch, None)
+    inside, found = training_step(student, teacher, batch, None, engine)
+    torch.testing.assert_close(inside.loss(), beside.loss())
+    assert found.keys() == wanted.keys()
+    for name, grad in found.items():
+        scale = wanted[name.replace("k_proj.bias", "k_proj.weight")].abs().max()
+        assert (grad - wanted[name]).abs().max() <= 1e-5 * scale, name
+
+
+def test_engines_under_autocast_and_their_limits():
+    student, teacher = student_and_teacher()
+    install(student)
+    install(teacher)
+    batch = draw_batch(21)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        beside, inside = (training_step(student, teacher, batch, None, e)[0].loss() for e in ("sdpa", "torch_flash"))
+        torch.testing.assert_close(inside, beside, rtol=0.05, atol=0)
+    with pytest.raises(ValueError, match="engine='torch_cudnn' needs CUDA tensors"):
+        training_step(student, teacher, batch, None, "torch_cudnn")
+    student.config.text_config.attention_dropout = 0.1
+    for layer in student.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    with pytest.raises(ValueError, match="attention dropout"):
+        training_step(student, teacher, batch, None, "torch_flash")
 
 
 def test_reentrant_checkpointing_is_refused():
@@ -433,7 +470,7 @@ def test_vision_layers_are_not_recorded():
         layers = frozenset(range(STUDENT_LAYERS))
         key_mask = batch["attention_mask"].bool()
 
-        def record(self, layer, q, k, *, scale, causal):
+        def record(self, layer, q, k, v, *, scale, causal):
             seen.append((layer, q.shape, k.shape, scale, causal))
 
     student(**inputs(batch), cdistill_vat=Watcher())

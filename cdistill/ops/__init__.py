@@ -4,7 +4,17 @@ Importing this package imports torch, and neither triton nor the C++ module: a b
 """
 
 from cdistill.ops.attention_alignment import attention_alignment
-from cdistill.ops.attention_slice import attention_slice
+from cdistill.ops.attention_slice import attention_slice, attention_slice_accumulate
+from cdistill.ops.attention_with_alignment import attention_with_alignment
+from cdistill.ops.flash_attention import flash_attention
 from cdistill.ops.linear_distillation import LinearDistillation, linear_distillation
 
-__all__ = ["LinearDistillation", "attention_alignment", "attention_slice", "linear_distillation"]
+__all__ = [
+    "LinearDistillation",
+    "attention_alignment",
+    "attention_slice",
+    "attention_slice_accumulate",
+    "attention_with_alignment",
+    "flash_attention",
+    "linear_distillation",
+]

@@ -1,7 +1,8 @@
 """What the public attention ops accept: one check per argument, each error naming the argument and what is allowed."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +19,27 @@ class SliceArguments(NamedTuple):
     q: Tensor  # (B,Hq,T,D)
     k: Tensor  # (B,Hkv,T,D)
     lse: Tensor | None  # (B,Hq,T) fp32
-    rows: Tensor  # (B,R) int32
-    cols: Tensor  # (B,V) int32
-    key_mask: Tensor | None  # (B,T) bool
+    rows: Tensor  # (B,R) int32 or int64, contiguous
+    cols: Tensor  # (B,V) likewise
+    key_mask: Tensor | None  # (B,T) bool, contiguous
     causal: bool
     scale: float
     each: bool
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that all of `Backend`'s primitives take."""
+        return {"causal": self.causal, "scale": self.scale, "key_mask": self.key_mask}
+
+    @property
+    def slice_shape(self) -> tuple[int, ...]:
+        """(B,R,V), or (B,Hq,R,V) for each."""
+        heads = self.q.shape[: 2 if self.each else 1]
+        return *heads, self.rows.shape[1], self.cols.shape[1]
+
+    @property
+    def empty(self) -> bool:
+        return 0 in self.slice_shape
 
 
 def require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -92,23 +108,119 @@ def _require_queries_and_keys(q: Tensor, k: Tensor) -> None:
 
 
 def _positions(name: str, positions: Tensor, q: Tensor) -> Tensor:
-    """Check row or column positions and return them as contiguous int32."""
+    """Check the form of row or column positions and return them contiguous; `require_positions` checks their values."""
     require_tensor(name, positions)
-    batch, _, tokens, _ = q.shape
+    batch = q.shape[0]
     if positions.dim() != 2 or positions.shape[0] != batch:
         raise ValueError(f"{name} must have shape (B, count) with B = {batch}, got {tuple(positions.shape)}")
     if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
         raise ValueError(f"{name} must have an integer dtype, got {positions.dtype}")
     require_device(name, positions, q.device)
-    if positions.numel():
-        require_values(
-            ((positions >= -1) & (positions < tokens)).all(),
-            f"{name} must hold positions from 0 to T-1 = {tokens - 1}, or -1 for padding",
+    if positions.dtype not in (torch.int32, torch.int64):
+        positions = positions.int()
+    return positions.contiguous()
+
+
+def require_positions(allowed: Tensor, rows: Tensor, cols: Tensor, tokens: int) -> None:
+    """Raise ValueError unless ``allowed`` (0-dim bool), which says that both hold distinct positions or -1."""
+    if allowed.device.type != "cpu":
+        message = f"rows and cols must hold distinct positions from 0 to T-1 = {tokens - 1}, or -1 for padding"
+        torch._assert_async(allowed, message)
+    elif not allowed:
+        for name, positions in (("rows", rows), ("cols", cols)):
+            if ((positions < -1) | (positions >= tokens)).any():
+                raise ValueError(f"{name} must hold positions from 0 to T-1 = {tokens - 1}, or -1 for padding")
+        name = "rows" if has_repeats(rows) else "cols"
+        raise ValueError(f"{name} must hold distinct positions within a sample")
+
+
+def has_repeats(positions: Tensor) -> Tensor:
+    """Whether a sample of positions (B,N) holds one of them, other than padding, twice: () bool."""
+    ordered = positions.sort(dim=1).values
+    return ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()
+
+
+def _key_mask(key_mask: Tensor, q: Tensor) -> Tensor:
+    batch, _, tokens, _ = q.shape
+    require_tensor("key_mask", key_mask)
+    if key_mask.dim() > 2:
+        raise ValueError(
+            f"key_mask must have shape (B, T) = {(batch, tokens)}, got {tuple(key_mask.shape)}: "
+            "keys can be hidden as padding or by causal=True, not for some rows only"
         )
-        ordered = positions.sort(dim=1).values
-        repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-        require_values(~repeated.any(), f"{name} must hold distinct positions within a sample")
-    return positions.to(torch.int32).contiguous()
+    require_shape("key_mask", key_mask, (batch, tokens), "B, T")
+    if key_mask.dtype != torch.bool:
+        raise ValueError(f"key_mask must be bool (True = real key), got {key_mask.dtype}")
+    require_device("key_mask", key_mask, q.device)
+    return key_mask.contiguous()
+
+
+def _scale(scale: float | None, width: int) -> float:
+    if scale is None:
+        return 1.0 / math.sqrt(width)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"scale must be None or a finite number, got {scale!r}")
+    return float(scale)
+
+
+def require_attention_values(v: Tensor, k: Tensor) -> None:
+    """Raise ValueError unless v fits the validated keys."""
+    require_shape("v", v, tuple(k.shape), "B, Hkv, T, D")
+    if v.dtype != k.dtype:
+        raise ValueError(f"v must have the dtype of q, {k.dtype}, got {v.dtype}")
+    require_device("v", v, k.device)
+    if v.stride(-1) != 1:
+        raise ValueError(f"v must have unit stride on its last dimension, got strides {v.stride()}")
+
+
+def attention_options(
+    q: Tensor, k: Tensor, *, causal: bool, scale: float | None, key_mask: Tensor | None
+) -> tuple[Tensor | None, float]:
+    """Validate what every attention op takes; returns key_mask contiguous, and scale as a number.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device or value; the message names it.
+    """
+    _require_queries_and_keys(q, k)
+    require_bool("causal", causal)
+    return None if key_mask is None else _key_mask(key_mask, q), _scale(scale, q.shape[-1])
+
+
+def require_target(target: Tensor, q: Tensor, rows: Tensor, cols: Tensor, heads: str) -> None:
+    """Raise ValueError unless target is a slice (B,R,V), or (B,Hq,R,V) for heads="each"."""
+    require_tensor("target", target)
+    shape = (rows.shape[1], cols.shape[1])
+    if heads == "each":
+        require_shape("target", target, (*q.shape[:2], *shape), "B, Hq, R, V")
+    else:
+        require_shape("target", target, (q.shape[0], *shape), "B, R, V")
+    if not target.is_floating_point():
+        raise ValueError(f"target must have a floating dtype, got {target.dtype}")
+    require_device("target", target, q.device)
+
+
+def require_sums(sums: Tensor, windows: Sequence[int], arguments: SliceArguments) -> None:
+    """Raise ValueError unless sums is a stack of slices and windows are distinct indices into it."""
+    q, rows, cols = arguments.q, arguments.rows, arguments.cols
+    require_tensor("sums", sums)
+    heads = tuple(q.shape[:2]) if arguments.each else tuple(q.shape[:1])
+    axes = "W, B, Hq, R, V" if arguments.each else "W, B, R, V"
+    count = sums.shape[0] if sums.dim() else 0
+    require_shape("sums", sums, (count, *heads, rows.shape[1], cols.shape[1]), axes)
+    require_device("sums", sums, q.device)
+    if sums.dtype not in DTYPES or not sums.is_contiguous():
+        raise ValueError(f"sums must be contiguous float16, bfloat16 or float32, got {sums.dtype}")
+    if sorted(set(windows)) != sorted(windows) or any(not 0 <= w < count for w in windows):
+        raise ValueError(f"windows must hold distinct indices from 0 to {count - 1}, got {list(windows)}")
+
+
+def require_loss(loss: str, reduction: str, sink_filter: bool) -> None:
+    """Raise ValueError unless these name an alignment loss."""
+    require_choice("loss", loss, LOSSES)
+    require_choice("reduction", reduction, REDUCTIONS)
+    require_bool("sink_filter", sink_filter)
+    if sink_filter and reduction != "column":
+        raise ValueError(f"sink_filter needs reduction='column', got reduction={reduction!r}")
 
 
 def slice_arguments(
@@ -128,25 +240,14 @@ def slice_arguments(
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value; the message names it.
     """
-    _require_queries_and_keys(q, k)
+    key_mask, scale = attention_options(q, k, causal=causal, scale=scale, key_mask=key_mask)
     require_choice("heads", heads, HEADS)
-    require_bool("causal", causal)
-    batch, q_heads, tokens, width = q.shape
     if lse is not None:
-        require_shape("lse", lse, (batch, q_heads, tokens), "B, Hq, T")
+        require_shape("lse", lse, tuple(q.shape[:3]), "B, Hq, T")
         if lse.dtype != torch.float32:
             raise ValueError(f"lse must be float32, got {lse.dtype}")
         require_device("lse", lse, q.device)
-    if key_mask is not None:
-        require_shape("key_mask", key_mask, (batch, tokens), "B, T")
-        if key_mask.dtype != torch.bool:
-            raise ValueError(f"key_mask must be bool (True = real key), got {key_mask.dtype}")
-        require_device("key_mask", key_mask, q.device)
-        key_mask = key_mask.contiguous()
-    if scale is None:
-        scale = 1.0 / math.sqrt(width)
-    elif isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise ValueError(f"scale must be None or a finite number, got {scale!r}")
+        lse = lse.contiguous()
     return SliceArguments(
         q=q,
         k=k,
@@ -155,6 +256,12 @@ def slice_arguments(
         cols=_positions("cols", cols, q),
         key_mask=key_mask,
         causal=causal,
-        scale=float(scale),
+        scale=scale,
         each=heads == "each",
     )
+
+
+def laid_out_like(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` (shape of ``like``) with the strides of torch.empty_like(like), which is what torch.compile is told."""
+    strides = torch.empty_like(like, device="meta").stride()
+    return x if x.stride() == strides else torch.empty_like(like, dtype=x.dtype).copy_(x)

@@ -4,10 +4,29 @@ Threads: as many as torch uses; the results do not depend on their number. The e
 (avx512, avx2 or portable) overrides the choice of instruction set; one the processor lacks raises ValueError.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 import cdistill._C as _C
+from cdistill.ops._rows import at_rows, fold_dlse, lse_at_rows, regions, to_rows, unfold_dlse
+
+__all__ = [
+    "FUSES_HEAD_COSINE",
+    "alignment_grad",
+    "alignment_loss",
+    "fold_dlse",
+    "regions",
+    "row_lse",
+    "row_lse_backward",
+    "slice_accumulate",
+    "slice_backward",
+    "slice_forward",
+    "unfold_dlse",
+]
+
+FUSES_HEAD_COSINE = False
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _LOSSES = {"cosine": 0, "mse": 1, "kl": 2}
@@ -17,7 +36,7 @@ _REDUCTIONS = {"row": 0, "matrix": 1, "column": 2}
 def _problem(
     q: Tensor, k: Tensor, rows: Tensor, cols: Tensor | None, causal: bool, scale: float, key_mask: Tensor | None
 ) -> "_C.Problem":
-    """The call's inputs by address; without cols, the columns are all keys."""
+    """The call's inputs by address; without cols, the columns are all keys. rows and cols int32."""
     assert all(x.is_contiguous() for x in (rows, cols, key_mask) if x is not None)
     batch, q_heads, tokens, width = q.shape
     return _C.Problem(
@@ -41,11 +60,16 @@ def _problem(
     )
 
 
+def _fp32_gradients(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.zeros(q.shape, dtype=torch.float32), torch.zeros(k.shape, dtype=torch.float32)
+
+
 def row_lse(q: Tensor, k: Tensor, rows: Tensor, *, causal: bool, scale: float, key_mask: Tensor | None) -> Tensor:
-    """log sum exp(scale * q.k) over all visible keys, (B,Hq,R); +inf for padding and for rows that see no key."""
+    """log sum exp(scale * q.k) over all visible keys, (B,Hq,T), written at the rows; +inf for a row without keys."""
+    rows = rows.int()
     lse = torch.empty((*q.shape[:2], rows.shape[1]), dtype=torch.float32)
     _C.row_lse(_problem(q, k, rows, None, causal, scale, key_mask), lse.data_ptr(), torch.get_num_threads())
-    return lse
+    return to_rows(lse, rows, q.shape[2])
 
 
 def row_lse_backward(
@@ -54,15 +78,17 @@ def row_lse_backward(
     lse: Tensor,
     rows: Tensor,
     dlse: Tensor,
-    dq: Tensor,
-    dk: Tensor,
     *,
     causal: bool,
     scale: float,
     key_mask: Tensor | None,
-) -> None:
-    """Add the gradient of ``row_lse``: dS_ij = P_ij * dlse_i over all visible keys j."""
-    assert all(x.is_contiguous() for x in (lse, dlse, dq, dk))
+    into: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of ``row_lse``: dS_ij = P_ij * dlse_i over all visible keys j."""
+    rows = rows.int()
+    lse = lse_at_rows(lse, rows, causal=causal, key_mask=key_mask)
+    dlse = at_rows(dlse, rows)
+    dq, dk = _fp32_gradients(q, k)
     _C.row_lse_backward(
         _problem(q, k, rows, None, causal, scale, key_mask),
         lse.data_ptr(),
@@ -71,6 +97,7 @@ def row_lse_backward(
         dk.data_ptr(),
         torch.get_num_threads(),
     )
+    return (dq, dk) if into is None else (into[0].add_(dq), into[1].add_(dk))
 
 
 def slice_forward(
@@ -86,12 +113,33 @@ def slice_forward(
     each: bool,
 ) -> Tensor:
     """exp(scale * q.k - lse) at (rows, cols), zero where hidden: the head mean (B,R,V), or (B,Hq,R,V)."""
-    assert lse.is_contiguous()
+    rows, cols = rows.int(), cols.int()
+    lse = lse_at_rows(lse, rows, causal=causal, key_mask=key_mask)
     heads = q.shape[1:2] if each else ()
     a = torch.empty((q.shape[0], *heads, rows.shape[1], cols.shape[1]), dtype=torch.float32)
     problem = _problem(q, k, rows, cols, causal, scale, key_mask)
     _C.slice_forward(problem, lse.data_ptr(), a.data_ptr(), each, torch.get_num_threads())
     return a
+
+
+def slice_accumulate(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    sums: Tensor,
+    windows: list[int],
+    *,
+    causal: bool,
+    scale: float,
+    key_mask: Tensor | None,
+    each: bool,
+) -> None:
+    """Add ``slice_forward`` to sums[w] for every w in ``windows``."""
+    a = slice_forward(q, k, lse, rows, cols, causal=causal, scale=scale, key_mask=key_mask, each=each)
+    for w in windows:
+        sums[w] += a
 
 
 def slice_backward(
@@ -101,16 +149,17 @@ def slice_backward(
     rows: Tensor,
     cols: Tensor,
     grad: Tensor,
-    dq: Tensor,
-    dk: Tensor,
+    base: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
     *,
     causal: bool,
     scale: float,
     key_mask: Tensor | None,
     each: bool,
-) -> Tensor:
-    """Add the gradient of ``slice_forward``, dS = P * G, to dq and dk; return dlse_i = -sum_j dS_ij, (B,Hq,R)."""
-    assert all(x.is_contiguous() for x in (lse, grad, dq, dk))
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of ``slice_forward``, dS = P * G, added to that of ``base(dlse)``; dlse_i = -sum_j dS_ij, (B,Hq,T)."""
+    rows, cols, grad = rows.int(), cols.int(), grad.contiguous()
+    lse = lse_at_rows(lse, rows, causal=causal, key_mask=key_mask)
+    dq, dk = _fp32_gradients(q, k)
     dlse = torch.zeros_like(lse)
     _C.slice_backward(
         _problem(q, k, rows, cols, causal, scale, key_mask),
@@ -122,7 +171,11 @@ def slice_backward(
         each,
         torch.get_num_threads(),
     )
-    return dlse
+    dlse = to_rows(dlse, rows, q.shape[2])
+    if base is None:
+        return dq, dk, dlse
+    base_q, base_k = base(dlse)
+    return base_q.add_(dq), base_k.add_(dk), dlse
 
 
 def _alignment(
@@ -171,8 +224,9 @@ def alignment_grad(
     loss: str,
     reduction: str,
     sink_filter: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient of sum(grad_out * alignment_loss) in a, (N,R,V); zero outside the valid rows and columns."""
+    """Gradient of sum(grad_out * alignment_loss) in a, (N,R,V) fp32; zero outside the valid rows and columns."""
     assert grad_out.is_contiguous() and grad_out.dtype == torch.float32
     alignment = _alignment(a, target, row_valid, col_valid, loss, reduction, sink_filter)
     grad = torch.empty_like(a)

@@ -3,9 +3,10 @@
 import importlib
 import os
 import warnings
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from importlib.util import find_spec
-from typing import Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,23 +14,32 @@ from torch import Tensor
 _MODULES = {
     "torch": "cdistill.ops._torch",
     "cpp": "cdistill.ops._cpp",
-    "triton": "cdistill.kernels.attention_slice",
+    "triton": "cdistill.kernels.backend",
 }
 IMPLS = tuple(_MODULES)
 
+T = TypeVar("T")
+
 
 class Backend(Protocol):
-    """The six primitives of a backend; arguments come validated, every result is fp32.
+    """The primitives of a backend; arguments come validated, every result is fp32 unless it says otherwise.
 
-    q (B,Hq,T,D), k (B,Hkv,T,D) with unit stride on D; rows (B,R), cols (B,V) int32 contiguous, -1 = padding; key_mask
-    (B,T) bool or None; lse (B,Hq,R), +inf where a row is padding or sees no key. dq and dk are fp32 contiguous buffers
-    that are added to. N below is B, or B*Hq for ``heads="each"``.
+    q (B,Hq,T,D), k (B,Hkv,T,D) with unit stride on D; rows (B,R), cols (B,V) int32 or int64, contiguous, -1 = padding;
+    key_mask (B,T) bool, contiguous, or None. lse and dlse (B,Hq,T) are read at the rows only; a row that sees no key may
+    have any lse. Gradients of q and k come in fp32 or in q's dtype. N below is B, or B*Hq for ``each``.
     """
+
+    FUSES_HEAD_COSINE: bool  # whether it has the two primitives at the end
+
+    def regions(
+        self, rows: Tensor, cols: Tensor, key_mask: Tensor | None, *, causal: bool, tokens: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows (B,R) that see one of their columns, columns (B,V) that are not padding, and () bool: all allowed."""
 
     def row_lse(
         self, q: Tensor, k: Tensor, rows: Tensor, *, causal: bool, scale: float, key_mask: Tensor | None
     ) -> Tensor:
-        """log sum exp(scale * q.k) over all keys a row sees: (B,Hq,R)."""
+        """log sum exp(scale * q.k) over all keys a row sees, +inf where there is none: (B,Hq,T), only rows written."""
 
     def row_lse_backward(
         self,
@@ -38,14 +48,22 @@ class Backend(Protocol):
         lse: Tensor,
         rows: Tensor,
         dlse: Tensor,
-        dq: Tensor,
-        dk: Tensor,
         *,
         causal: bool,
         scale: float,
         key_mask: Tensor | None,
-    ) -> None:
-        """Add the gradient of ``row_lse`` to dq and dk."""
+        into: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Gradient of ``row_lse`` in q and k, new, or added to ``into`` in place."""
+
+    def fold_dlse(self, out: Tensor, dout: Tensor, dlse: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Change out (B,Hq,T,D) at the rows so that sum(dout * out) falls by dlse (B,Hq,T), for `unfold_dlse` to undo.
+
+        Returns what stood there (B,Hq,R,D), and the part of dlse (B,Hq,T) for rows where dout is too small to carry it.
+        """
+
+    def unfold_dlse(self, out: Tensor, saved: Tensor, rows: Tensor) -> None:
+        """Undo `fold_dlse`, bit for bit."""
 
     def slice_forward(
         self,
@@ -62,6 +80,23 @@ class Backend(Protocol):
     ) -> Tensor:
         """exp(scale * q.k - lse) at (rows, cols): (B,R,V) head mean, or (B,Hq,R,V)."""
 
+    def slice_accumulate(
+        self,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor,
+        rows: Tensor,
+        cols: Tensor,
+        sums: Tensor,
+        windows: list[int],
+        *,
+        causal: bool,
+        scale: float,
+        key_mask: Tensor | None,
+        each: bool,
+    ) -> None:
+        """Add ``slice_forward`` to sums[w] for every w in ``windows``."""
+
     def slice_backward(
         self,
         q: Tensor,
@@ -70,15 +105,17 @@ class Backend(Protocol):
         rows: Tensor,
         cols: Tensor,
         grad: Tensor,
-        dq: Tensor,
-        dk: Tensor,
+        base: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
         *,
         causal: bool,
         scale: float,
         key_mask: Tensor | None,
         each: bool,
-    ) -> Tensor:
-        """Add the gradient of ``slice_forward`` to dq and dk; return that of lse, (B,Hq,R)."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradient of ``slice_forward`` in q, k and lse (B,Hq,T), zero outside the rows.
+
+        ``base(dlse)`` gives the gradients of q and k to which those of the slice are added; None stands for zero.
+        """
 
     def alignment_loss(
         self,
@@ -104,8 +141,56 @@ class Backend(Protocol):
         loss: str,
         reduction: str,
         sink_filter: bool,
+        dtype: torch.dtype,
     ) -> Tensor:
-        """Gradient of sum(grad_out * alignment_loss) in a: (N,R,V)."""
+        """Gradient of sum(grad_out * alignment_loss) in a: (N,R,V), rounded to ``dtype`` where that saves memory."""
+
+    def head_cosine(
+        self,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor,
+        rows: Tensor,
+        cols: Tensor,
+        target: Tensor,
+        *,
+        causal: bool,
+        scale: float,
+        key_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """1 - cos of the rows of every head's slice with target (B,Hq,R,V): (B,Hq,R), anything where rows are -1.
+
+        Also what the gradient needs of them, (3,B,Hq,R). The slice itself never exists.
+        """
+
+    def head_cosine_backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        kept: Tensor,
+        rows: Tensor,
+        cols: Tensor,
+        target: Tensor,
+        grad: Tensor,
+        base: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
+        *,
+        causal: bool,
+        scale: float,
+        key_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradient of ``head_cosine`` for grad (B,Hq,R), zero where rows are -1; results as of ``slice_backward``."""
+
+
+def without_autocast(op: Callable[..., T]) -> Callable[..., T]:
+    """The implementation of an op, computing in the dtypes of its arguments also where torch.autocast is on."""
+
+    @wraps(op)
+    def implementation(*arguments: Any) -> T:
+        device = next(x.device for x in arguments if isinstance(x, Tensor))
+        with torch.autocast(device.type, enabled=False):
+            return op(*arguments)
+
+    return implementation
 
 
 @cache
@@ -137,6 +222,10 @@ def _choose(q: Tensor) -> str:
     return "torch"
 
 
+def _capability(device: torch.device) -> str:
+    return ".".join(map(str, torch.cuda.get_device_capability(device)))
+
+
 def _require(impl: str, q: Tensor) -> None:
     """Raise ValueError, saying why, unless ``impl`` can run on q's device and dtype."""
     if impl == "cpp":
@@ -152,6 +241,11 @@ def _require(impl: str, q: Tensor) -> None:
         if not q.is_cuda and not (interpreted and q.device.type == "cpu"):
             raise ValueError(
                 f"impl='triton' needs CUDA tensors (or CPU tensors and TRITON_INTERPRET=1), q is on {q.device}"
+            )
+        if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
+            raise ValueError(
+                "impl='triton' needs compute capability 8.0 or higher, "
+                f"{torch.cuda.get_device_name(q.device)} has {_capability(q.device)}"
             )
         if interpreted and q.dtype == torch.bfloat16:
             raise ValueError(

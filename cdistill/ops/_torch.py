@@ -4,10 +4,28 @@ No (rows, T) block of scores exceeds BLOCK_BYTES, the (B,R,V) slice is the only 
 primitives, and there is none per head unless the result has one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+
+from cdistill.ops._rows import at_rows, fold_dlse, lse_at_rows, regions, to_rows, unfold_dlse
+
+__all__ = [
+    "FUSES_HEAD_COSINE",
+    "alignment_grad",
+    "alignment_loss",
+    "fold_dlse",
+    "regions",
+    "row_lse",
+    "row_lse_backward",
+    "slice_accumulate",
+    "slice_backward",
+    "slice_forward",
+    "unfold_dlse",
+]
+
+FUSES_HEAD_COSINE = False
 
 BLOCK_BYTES = 16 * 2**20
 KL_EPS = 1e-8
@@ -43,12 +61,16 @@ def _hidden(rows: Tensor, keys: Tensor, causal: bool, key_mask: Tensor | None) -
     return visible.logical_not_()
 
 
+def _fp32_zeros(x: Tensor) -> Tensor:
+    return torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+
+
 def _all_keys(q: Tensor) -> Tensor:
     return torch.arange(q.shape[2], dtype=torch.int32, device=q.device).expand(q.shape[0], -1)
 
 
 def row_lse(q: Tensor, k: Tensor, rows: Tensor, *, causal: bool, scale: float, key_mask: Tensor | None) -> Tensor:
-    """log sum exp(scale * q.k) over all visible keys, (B,Hq,R); +inf for padding and for rows that see no key."""
+    """log sum exp(scale * q.k) over all visible keys, (B,Hq,T), written at the rows; +inf for a row without keys."""
     batch, q_heads, tokens, _ = q.shape
     group = q_heads // k.shape[1]
     keys = _all_keys(q)
@@ -60,7 +82,7 @@ def row_lse(q: Tensor, k: Tensor, rows: Tensor, *, causal: bool, scale: float, k
             scores.masked_fill_(hidden, -torch.inf)
             top = scores.amax(2, keepdim=True).nan_to_num_(neginf=0.0)
             lse[:, h, block] = scores.sub_(top).exp_().sum(2).log_().add_(top[:, :, 0])
-    return lse.masked_fill_(lse == -torch.inf, torch.inf)
+    return to_rows(lse.masked_fill_(lse == -torch.inf, torch.inf), rows, tokens)
 
 
 def row_lse_backward(
@@ -69,17 +91,18 @@ def row_lse_backward(
     lse: Tensor,
     rows: Tensor,
     dlse: Tensor,
-    dq: Tensor,
-    dk: Tensor,
     *,
     causal: bool,
     scale: float,
     key_mask: Tensor | None,
-) -> None:
-    """Add the gradient of ``row_lse``: dS_ij = P_ij * dlse_i over all visible keys j."""
+    into: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of ``row_lse``: dS_ij = P_ij * dlse_i over all visible keys j."""
     batch, q_heads, tokens, _ = q.shape
     group = q_heads // k.shape[1]
     keys = _all_keys(q)
+    lse, dlse = lse_at_rows(lse, rows, causal=causal, key_mask=key_mask), at_rows(dlse, rows)
+    dq, dk = _fp32_zeros(q), _fp32_zeros(k)
     for block in _row_blocks(batch, rows.shape[1], tokens):
         hidden = _hidden(rows[:, block], keys, causal, key_mask)
         for h in range(q_heads):
@@ -89,6 +112,7 @@ def row_lse_backward(
             ds.masked_fill_(hidden, 0.0)
             _scatter_add(dq[:, h], rows[:, block], (ds @ k_all).mul_(scale))
             dk[:, h // group] += ds.mT @ q_rows
+    return (dq, dk) if into is None else (into[0].add_(dq), into[1].add_(dk))
 
 
 def slice_forward(
@@ -107,6 +131,7 @@ def slice_forward(
     batch, q_heads, _, _ = q.shape
     group = q_heads // k.shape[1]
     shape = (batch, q_heads) if each else (batch,)
+    lse = lse_at_rows(lse, rows, causal=causal, key_mask=key_mask)
     a = torch.zeros((*shape, rows.shape[1], cols.shape[1]), dtype=torch.float32, device=q.device)
     for block in _row_blocks(batch, rows.shape[1], cols.shape[1]):
         hidden = _hidden(rows[:, block], cols, causal, key_mask)
@@ -124,6 +149,26 @@ def slice_forward(
     return a if each else a.div_(q_heads)
 
 
+def slice_accumulate(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    sums: Tensor,
+    windows: list[int],
+    *,
+    causal: bool,
+    scale: float,
+    key_mask: Tensor | None,
+    each: bool,
+) -> None:
+    """Add ``slice_forward`` to sums[w] for every w in ``windows``."""
+    a = slice_forward(q, k, lse, rows, cols, causal=causal, scale=scale, key_mask=key_mask, each=each)
+    for w in windows:
+        sums[w] += a
+
+
 def slice_backward(
     q: Tensor,
     k: Tensor,
@@ -131,17 +176,18 @@ def slice_backward(
     rows: Tensor,
     cols: Tensor,
     grad: Tensor,
-    dq: Tensor,
-    dk: Tensor,
+    base: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
     *,
     causal: bool,
     scale: float,
     key_mask: Tensor | None,
     each: bool,
-) -> Tensor:
-    """Add the gradient of ``slice_forward``, dS = P * G, to dq and dk; return dlse_i = -sum_j dS_ij, (B,Hq,R)."""
-    batch, q_heads, _, _ = q.shape
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of ``slice_forward``, dS = P * G, added to that of ``base(dlse)``; dlse_i = -sum_j dS_ij, (B,Hq,T)."""
+    batch, q_heads, tokens, _ = q.shape
     group = q_heads // k.shape[1]
+    lse = lse_at_rows(lse, rows, causal=causal, key_mask=key_mask)
+    dq, dk = _fp32_zeros(q), _fp32_zeros(k)
     dlse = torch.empty((batch, q_heads, rows.shape[1]), dtype=torch.float32, device=q.device)
     for block in _row_blocks(batch, rows.shape[1], cols.shape[1]):
         hidden = _hidden(rows[:, block], cols, causal, key_mask)
@@ -158,7 +204,11 @@ def slice_backward(
             dk_cols.baddbmm_(ds.mT, q_rows)
             if (h + 1) % group == 0:
                 _scatter_add(dk[:, h // group], cols, dk_cols)
-    return dlse
+    dlse = to_rows(dlse, rows, tokens)
+    if base is None:
+        return dq, dk, dlse
+    base_q, base_k = base(dlse)
+    return base_q.add_(dq), base_k.add_(dk), dlse
 
 
 # Every loss compares K vectors of length L per sample: x and y (N,K,L), K = R for "row", else 1. A distance returns the
@@ -166,10 +216,15 @@ def slice_backward(
 
 
 def _normalise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x / |x| and |x| (N,K,1), with |x| = inf for a zero vector so that dividing by it gives zero."""
-    norm = torch.linalg.vector_norm(x, dim=2, keepdim=True)
+    """x / |x| and |x| (N,K,1), with |x| = inf for a zero vector so that dividing by it gives zero.
+
+    The norm is taken of x / max|x|, so that the squares of a faint vector do not underflow.
+    """
+    peak = torch.linalg.vector_norm(x, ord=torch.inf, dim=2, keepdim=True)
+    unit = x / peak.masked_fill_(peak == 0, 1.0)
+    norm = torch.linalg.vector_norm(unit, dim=2, keepdim=True)
     norm.masked_fill_(norm == 0, torch.inf)
-    return x / norm, norm
+    return unit.div_(norm), norm * peak
 
 
 def _cosine(x: Tensor, y: Tensor, length: Tensor) -> Tensor:
@@ -280,8 +335,9 @@ def alignment_grad(
     loss: str,
     reduction: str,
     sink_filter: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient of sum(grad_out * alignment_loss) in a, (N,R,V); zero outside the valid rows and columns."""
+    """Gradient of sum(grad_out * alignment_loss) in a, (N,R,V) fp32; zero outside the valid rows and columns."""
     _, distance_grad = _DISTANCES[loss]
     a, target, valid, n_rows, n_cols = _masked(a, target, row_valid, col_valid)
     if reduction == "row":

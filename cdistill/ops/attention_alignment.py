@@ -4,104 +4,171 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from cdistill.ops._contract import (
-    LOSSES,
-    REDUCTIONS,
-    SliceArguments,
-    require_bool,
-    require_choice,
-    require_device,
-    require_shape,
-    require_tensor,
-    slice_arguments,
+from cdistill.ops._contract import SliceArguments, require_loss, require_target, slice_arguments
+from cdistill.ops._dispatch import Backend, backend, without_autocast
+from cdistill.ops.attention_slice import (
+    Base,
+    Gradients,
+    checked_regions,
+    empty_own_lse,
+    empty_slice_gradients,
+    slice_forward,
+    slice_gradients,
+    with_lse,
 )
-from cdistill.ops._dispatch import Backend, backend
-from cdistill.ops.attention_slice import slice_gradients, slice_with_lse
 
 
-class _LossOptions(NamedTuple):
+class Alignment(NamedTuple):
+    """What a slice is compared with, and how."""
+
+    target: Tensor  # (B,R,V) or (B,Hq,R,V), any floating dtype
+    row_valid: Tensor  # (B,R) bool
+    col_valid: Tensor  # (B,V) bool
     loss: str
     reduction: str
     sink_filter: bool
 
+    def kept_shape(self, impl: Backend, arguments: SliceArguments) -> tuple[int, ...]:
+        """Shape of what the forward pass keeps for the backward: the slice, or three numbers for each of its rows."""
+        return (3, *arguments.slice_shape[:-1]) if self._by_rows(impl, arguments) else arguments.slice_shape
 
-def _valid(arguments: SliceArguments) -> tuple[Tensor, Tensor]:
-    """Rows (B,R) that see at least one of their columns, and columns (B,V) that are not padding."""
-    _, _, _, rows, cols, key_mask, causal, _, _ = arguments
-    col_valid = cols >= 0
-    usable = col_valid if key_mask is None else col_valid & key_mask.gather(1, cols.clamp(min=0).long())
-    if cols.shape[1] == 0:
-        return torch.zeros_like(rows, dtype=torch.bool), col_valid
-    nothing = torch.iinfo(cols.dtype).max
-    first = torch.where(usable, cols, nothing).amin(1, keepdim=True)
-    sees_column = first <= rows if causal else (first < nothing).expand_as(rows)
-    return (rows >= 0) & sees_column, col_valid
+    def forward(self, impl: Backend, arguments: SliceArguments) -> tuple[Tensor, Tensor]:
+        """Losses (B,), the mean over heads where there is a slice per head; and what `backward` needs."""
+        q, k, lse, rows, cols, *_ = arguments
+        batch = q.shape[0]
+        if arguments.empty:
+            return q.new_zeros(batch, dtype=torch.float32), q.new_zeros(self.kept_shape(impl, arguments)).float()
+        if self._by_rows(impl, arguments):
+            assert lse is not None
+            losses, kept = impl.head_cosine(q, k, lse, rows, cols, self.target, **arguments.options)
+            return torch.where(self.row_valid[:, None], losses, 0.0).sum((1, 2)) * self._row_weight(arguments), kept
+        a = slice_forward(impl, arguments)
+        losses = impl.alignment_loss(*self._slices(a), **self._options())
+        return losses.view(batch, -1).mean(1), a
 
+    def backward(
+        self, impl: Backend, arguments: SliceArguments, kept: Tensor, grad: Tensor, base: Base | None
+    ) -> Gradients:
+        """Gradients of q, k and lse at a fixed lse, added to those of ``base`` as `Backend.slice_backward` does."""
+        q, k, lse, rows, cols, *_ = arguments
+        assert lse is not None
+        if self._by_rows(impl, arguments):
+            grad = (grad * self._row_weight(arguments))[:, None, None] * self.row_valid[:, None]
+            grad = grad.expand(-1, q.shape[1], -1)
+            return impl.head_cosine_backward(q, k, kept, rows, cols, self.target, grad, base, **arguments.options)
+        slices = q.shape[1] if arguments.each else 1
+        grad = (grad / slices).repeat_interleave(slices)
+        da = impl.alignment_grad(*self._slices(kept), grad, **self._options(), dtype=q.dtype)
+        da = da.unflatten(0, kept.shape[:-2])
+        return impl.slice_backward(q, k, lse, rows, cols, da, base, **arguments.options, each=arguments.each)
 
-def _per_head(tensor: Tensor, q_heads: int) -> Tensor:
-    """Repeat (B,...) for every head: (B*Hq,...)."""
-    return tensor.repeat_interleave(q_heads, 0)
+    def _by_rows(self, impl: Backend, arguments: SliceArguments) -> bool:
+        """Whether the losses are those of the rows of every head, which ``impl`` computes without any slice."""
+        return impl.FUSES_HEAD_COSINE and arguments.each and (self.loss, self.reduction) == ("cosine", "row")
 
+    def _row_weight(self, arguments: SliceArguments) -> Tensor:
+        """(B,) what each row of each head counts."""
+        return 1.0 / (arguments.q.shape[1] * self.row_valid.sum(1).clamp(min=1))
 
-class _AttentionAlignment(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        lse: Tensor | None,
-        rows: Tensor,
-        cols: Tensor,
-        key_mask: Tensor | None,
-        causal: bool,
-        scale: float,
-        each: bool,
-        target: Tensor,
-        options: _LossOptions,
-        impl: Backend,
-    ) -> Tensor:
-        arguments = SliceArguments(q, k, lse, rows, cols, key_mask, causal, scale, each)
-        a, row_lse = slice_with_lse(impl, arguments)
-        ctx.save_for_backward(q, k, lse, rows, cols, key_mask, row_lse, a, target)
-        ctx.options = (causal, scale, each)
-        ctx.loss_options = options
-        ctx.impl = impl
-        if a.numel() == 0:
-            return q.new_zeros(q.shape[0], dtype=torch.float32)
-        losses = impl.alignment_loss(*_loss_inputs(arguments, a, target), **options._asdict())
-        return losses.view(q.shape[0], -1).mean(1) if each else losses
+    def _slices(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Slices and targets with one per sample, or per sample and head, and what is valid: (N,R,V) twice, (N,R), (N,V)."""
+        target = self.target.to(torch.float32).contiguous()
+        row_valid, col_valid = self.row_valid, self.col_valid
+        if a.dim() == 4:
+            row_valid, col_valid = (x.repeat_interleave(a.shape[1], 0) for x in (row_valid, col_valid))
+        return a.flatten(0, -3), target.flatten(0, -3), row_valid, col_valid
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, row_lse, a, target = ctx.saved_tensors
-        arguments = SliceArguments(*tensors, *ctx.options)
-        if a.numel():
-            if arguments.each:
-                q_heads = arguments.q.shape[1]
-                grad = _per_head(grad / q_heads, q_heads)
-            inputs = _loss_inputs(arguments, a, target)
-            da = ctx.impl.alignment_grad(*inputs, grad.contiguous(), **ctx.loss_options._asdict()).view_as(a)
-        else:
-            da = a
-        return (*slice_gradients(ctx.impl, arguments, row_lse, da, ctx.needs_input_grad), *(None,) * 9)
+    def _options(self) -> dict[str, Any]:
+        return {"loss": self.loss, "reduction": self.reduction, "sink_filter": self.sink_filter}
 
 
-def _loss_inputs(arguments: SliceArguments, a: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The first four arguments of a backend's alignment_loss and alignment_grad."""
-    row_valid, col_valid = _valid(arguments)
-    target = target.to(torch.float32).contiguous()
-    if arguments.each:
-        q_heads = arguments.q.shape[1]
-        row_valid, col_valid = _per_head(row_valid, q_heads), _per_head(col_valid, q_heads)
-    return a.flatten(0, -3), target.flatten(0, -3), row_valid, col_valid
+@torch.library.custom_op("cdistill::attention_alignment", mutates_args=())
+@without_autocast
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    rows: Tensor,
+    cols: Tensor,
+    key_mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    each: bool,
+    target: Tensor,
+    loss: str,
+    reduction: str,
+    sink_filter: bool,
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    arguments = SliceArguments(q, k, lse, rows, cols, key_mask, causal, scale, each)
+    chosen = backend(impl, q)
+    row_valid, col_valid = checked_regions(chosen, arguments)
+    complete, own_lse = with_lse(chosen, arguments)
+    alignment = Alignment(target, row_valid, col_valid, loss, reduction, sink_filter)
+    return *alignment.forward(chosen, complete), row_valid, col_valid, own_lse
 
 
-@torch._disable_dynamo  # it would unroll the loops of the torch backend and cannot see through the other two
-def _apply(*inputs: Any) -> Tensor:
-    return _AttentionAlignment.apply(*inputs)
+@_forward.register_fake
+def _(q, k, lse, rows, cols, key_mask, causal, scale, each, target, loss, reduction, sink_filter, impl):
+    arguments = SliceArguments(q, k, lse, rows, cols, key_mask, causal, scale, each)
+    row_valid, col_valid = (x.new_empty(x.shape, dtype=torch.bool) for x in (rows, cols))
+    alignment = Alignment(target, row_valid, col_valid, loss, reduction, sink_filter)
+    kept = target.new_empty(alignment.kept_shape(backend(impl, q), arguments), dtype=torch.float32)
+    return kept.new_empty(q.shape[0]), kept, row_valid, col_valid, empty_own_lse(arguments)
+
+
+@torch.library.custom_op("cdistill::attention_alignment_backward", mutates_args=())
+@without_autocast
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    rows: Tensor,
+    cols: Tensor,
+    key_mask: Tensor | None,
+    target: Tensor,
+    kept: Tensor,
+    row_valid: Tensor,
+    col_valid: Tensor,
+    own_lse: Tensor,
+    causal: bool,
+    scale: float,
+    each: bool,
+    loss: str,
+    reduction: str,
+    sink_filter: bool,
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = SliceArguments(q, k, lse, rows, cols, key_mask, causal, scale, each)
+    chosen = backend(impl, q)
+    alignment = Alignment(target, row_valid, col_valid, loss, reduction, sink_filter)
+    return slice_gradients(chosen, arguments, own_lse, lambda x, base: alignment.backward(chosen, x, kept, grad, base))
+
+
+@_backward.register_fake
+def _(grad, q, k, lse, *_):
+    return empty_slice_gradients(q, k, lse)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, causal, scale, each, target, loss, reduction, sink_filter, impl = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, target, *output[1:])
+    ctx.options = (causal, scale, each, loss, reduction, sink_filter, impl)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 14
+    saved = ctx.saved_tensors  # read once: gradient checkpointing allows no second time
+    dq, dk, dlse = torch.ops.cdistill.attention_alignment_backward(grad, *saved, *ctx.options)
+    return dq, dk, None if saved[2] is None else dlse, *(None,) * 11
+
+
+torch.library.register_autograd("cdistill::attention_alignment", _differentiate, setup_context=_save)
 
 
 def attention_alignment(
@@ -142,19 +209,7 @@ def attention_alignment(
         ValueError: as attention_slice, or target, loss, reduction or sink_filter is not one of the above.
     """
     arguments = slice_arguments(q, k, rows, cols, lse=lse, causal=causal, scale=scale, key_mask=key_mask, heads=heads)
-    require_choice("loss", loss, LOSSES)
-    require_choice("reduction", reduction, REDUCTIONS)
-    require_bool("sink_filter", sink_filter)
-    if sink_filter and reduction != "column":
-        raise ValueError(f"sink_filter needs reduction='column', got reduction={reduction!r}")
-    require_tensor("target", target)
-    shape = (rows.shape[1], cols.shape[1])
-    if arguments.each:
-        require_shape("target", target, (*q.shape[:2], *shape), "B, Hq, R, V")
-    else:
-        require_shape("target", target, (q.shape[0], *shape), "B, R, V")
-    if not target.is_floating_point():
-        raise ValueError(f"target must have a floating dtype, got {target.dtype}")
-    require_device("target", target, q.device)
-    options = _LossOptions(loss, reduction, sink_filter)
-    return _apply(*arguments, target.detach(), options, backend(impl, q))
+    require_loss(loss, reduction, sink_filter)
+    require_target(target, q, rows, cols, heads)
+    options = (target.detach(), loss, reduction, sink_filter, impl)
+    return torch.ops.cdistill.attention_alignment(*arguments, *options)[0]

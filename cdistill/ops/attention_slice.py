@@ -1,109 +1,160 @@
 """The visual attention slice A = P[rows, cols] of a causal (or full) softmax attention, without the T x T matrix."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from cdistill.ops._contract import SliceArguments, slice_arguments
-from cdistill.ops._dispatch import Backend, backend
+from cdistill.ops._contract import SliceArguments, laid_out_like, require_positions, require_sums, slice_arguments
+from cdistill.ops._dispatch import Backend, backend, without_autocast
 
 
-def _gather_lse(arguments: SliceArguments) -> Tensor:
-    """Caller's lse (B,Hq,T) at the rows, (B,Hq,R); +inf where a row is padding or sees no key, so that P is 0 there."""
-    lse, rows, key_mask = arguments.lse, arguments.rows, arguments.key_mask
+def checked_regions(impl: Backend, arguments: SliceArguments) -> tuple[Tensor, Tensor]:
+    """Rows (B,R) that see one of their columns and columns (B,V) that are not padding; raises for bad positions."""
+    rows, cols, tokens = arguments.rows, arguments.cols, arguments.q.shape[2]
+    row_valid, col_valid, allowed = impl.regions(rows, cols, arguments.key_mask, causal=arguments.causal, tokens=tokens)
+    require_positions(allowed, rows, cols, tokens)
+    return row_valid, col_valid
+
+
+def with_lse(impl: Backend, arguments: SliceArguments) -> tuple[SliceArguments, Tensor]:
+    """The arguments with an lse (B,Hq,T), and the one that was made for that: empty if one was given or none is needed."""
+    own_lse = arguments.q.new_empty(0, dtype=torch.float32)
+    if arguments.lse is None and not arguments.empty:
+        own_lse = impl.row_lse(arguments.q, arguments.k, arguments.rows, **arguments.options)
+        arguments = arguments._replace(lse=own_lse)
+    return arguments, own_lse
+
+
+def slice_forward(impl: Backend, arguments: SliceArguments) -> Tensor:
+    """Slice (B,R,V) or (B,Hq,R,V) from an lse."""
+    q, k, lse, rows, cols, *_ = arguments
+    if arguments.empty:
+        return q.new_zeros(arguments.slice_shape, dtype=torch.float32)
     assert lse is not None
-    index = rows.clamp(min=0).long()
-    sees_key = rows >= 0
-    if key_mask is not None:
-        keys_seen = key_mask.cumsum(1) if arguments.causal else key_mask.sum(1, keepdim=True).expand_as(key_mask)
-        sees_key = sees_key & (keys_seen.gather(1, index) > 0)
-    picked = lse.gather(2, index[:, None].expand(-1, lse.shape[1], -1))
-    return picked.masked_fill_(~sees_key[:, None], torch.inf)
+    return impl.slice_forward(q, k, lse, rows, cols, **arguments.options, each=arguments.each)
 
 
-def slice_with_lse(impl: Backend, arguments: SliceArguments) -> tuple[Tensor, Tensor]:
-    """Slice (B,R,V) or (B,Hq,R,V) and the row LSE (B,Hq,R) its backward needs."""
-    q, k, lse, rows, cols, key_mask, causal, scale, each = arguments
-    batch, q_heads, _, _ = q.shape
-    if 0 in (batch, rows.shape[1], cols.shape[1]):
-        heads = (q_heads,) if each else ()
-        empty = q.new_zeros((batch, *heads, rows.shape[1], cols.shape[1]), dtype=torch.float32)
-        return empty, q.new_full((batch, q_heads, rows.shape[1]), torch.inf, dtype=torch.float32)
-    row_lse = (
-        impl.row_lse(q, k, rows, causal=causal, scale=scale, key_mask=key_mask)
-        if lse is None
-        else _gather_lse(arguments)
-    )
-    return (
-        impl.slice_forward(q, k, row_lse, rows, cols, causal=causal, scale=scale, key_mask=key_mask, each=each),
-        row_lse,
-    )
+Base = Callable[[Tensor], tuple[Tensor, Tensor]]
+Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 def slice_gradients(
-    impl: Backend, arguments: SliceArguments, row_lse: Tensor, grad: Tensor, needs_input_grad: tuple[bool, ...]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of q, k and lse for the gradient of the slice; None for those that are not needed.
+    impl: Backend,
+    arguments: SliceArguments,
+    own_lse: Tensor,
+    differentiate: Callable[[SliceArguments, Base | None], Gradients],
+) -> Gradients:
+    """Gradients of q, k and lse (empty if none was given), where ``differentiate`` gives those at a fixed lse.
 
     Without a caller's lse the softmax denominator belongs to the op, so its gradient reaches all visible keys here.
     """
-    q, k, lse, rows, cols, key_mask, causal, scale, each = arguments
-    needs_q, needs_k, needs_lse = needs_input_grad[:3]
-    dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
-    if grad.numel():
-        dlse = impl.slice_backward(
-            q, k, row_lse, rows, cols, grad, dq, dk, causal=causal, scale=scale, key_mask=key_mask, each=each
-        )
+    q, k, lse, rows = arguments[:4]
+    no_lse = q.new_empty(0, dtype=torch.float32)
+    if arguments.empty:
+        return torch.zeros_like(q), torch.zeros_like(k), no_lse if lse is None else torch.zeros_like(lse)
+
+    def through_denominator(dlse: Tensor) -> tuple[Tensor, Tensor]:
+        return impl.row_lse_backward(q, k, own_lse, rows, dlse, **arguments.options)
+
+    if lse is None:
+        dq, dk, dlse = differentiate(arguments._replace(lse=own_lse), through_denominator)
     else:
-        dlse = torch.zeros_like(row_lse)
-    if lse is None and grad.numel():
-        impl.row_lse_backward(q, k, row_lse, rows, dlse, dq, dk, causal=causal, scale=scale, key_mask=key_mask)
-    dlse_all = None
-    if needs_lse:
-        assert lse is not None
-        index = rows.clamp(min=0).long()[:, None].expand_as(dlse)
-        dlse_all = torch.zeros(lse.shape, dtype=torch.float32, device=q.device).scatter_add_(2, index, dlse)
-    return dq.to(q.dtype) if needs_q else None, dk.to(k.dtype) if needs_k else None, dlse_all
+        dq, dk, dlse = differentiate(arguments, None)
+    dq, dk = laid_out_like(dq.to(q.dtype), q), laid_out_like(dk.to(k.dtype), k)
+    return dq, dk, no_lse if lse is None else dlse
 
 
-class _AttentionSlice(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        lse: Tensor | None,
-        rows: Tensor,
-        cols: Tensor,
-        key_mask: Tensor | None,
-        causal: bool,
-        scale: float,
-        each: bool,
-        impl: Backend,
-    ) -> Tensor:
-        a, row_lse = slice_with_lse(impl, SliceArguments(q, k, lse, rows, cols, key_mask, causal, scale, each))
-        ctx.save_for_backward(q, k, lse, rows, cols, key_mask, row_lse)
-        ctx.options = (causal, scale, each)
-        ctx.impl = impl
-        return a
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, row_lse = ctx.saved_tensors
-        arguments = SliceArguments(*tensors, *ctx.options)
-        return (
-            *slice_gradients(ctx.impl, arguments, row_lse, grad.contiguous(), ctx.needs_input_grad),
-            *(None,) * 7,
-        )
+def empty_own_lse(arguments: SliceArguments) -> Tensor:
+    """A tensor of the shape and dtype of the second result of `with_lse`."""
+    made = arguments.lse is None and not arguments.empty
+    return arguments.q.new_empty(arguments.q.shape[:3] if made else 0, dtype=torch.float32)
 
 
-@torch._disable_dynamo  # it would unroll the loops of the torch backend and cannot see through the other two
-def _apply(*inputs: Any) -> Tensor:
-    return _AttentionSlice.apply(*inputs)
+def empty_slice_gradients(q: Tensor, k: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors of the shapes and dtypes that `slice_gradients` returns."""
+    dlse = q.new_empty(0, dtype=torch.float32) if lse is None else torch.empty_like(lse)
+    return torch.empty_like(q), torch.empty_like(k), dlse
+
+
+@torch.library.custom_op("cdistill::attention_slice", mutates_args=())
+@without_autocast
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    rows: Tensor,
+    cols: Tensor,
+    key_mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    each: bool,
+    impl: str | None,
+) -> tuple[Tensor, Tensor]:
+    arguments = SliceArguments(q, k, lse, rows, cols, key_mask, causal, scale, each)
+    chosen = backend(impl, q)
+    checked_regions(chosen, arguments)
+    complete, own_lse = with_lse(chosen, arguments)
+    return slice_forward(chosen, complete), own_lse
+
+
+@_forward.register_fake
+def _(q, k, lse, rows, cols, key_mask, causal, scale, each, impl):
+    arguments = SliceArguments(q, k, lse, rows, cols, key_mask, causal, scale, each)
+    return q.new_empty(arguments.slice_shape, dtype=torch.float32), empty_own_lse(arguments)
+
+
+@torch.library.custom_op("cdistill::attention_slice_backward", mutates_args=())
+@without_autocast
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    own_lse: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    key_mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    each: bool,
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = SliceArguments(q, k, lse, rows, cols, key_mask, causal, scale, each)
+    chosen = backend(impl, q)
+
+    def differentiate(x: SliceArguments, base: Base | None) -> Gradients:
+        assert x.lse is not None
+        return chosen.slice_backward(q, k, x.lse, rows, cols, grad, base, **x.options, each=each)
+
+    return slice_gradients(chosen, arguments, own_lse, differentiate)
+
+
+@_backward.register_fake
+def _(grad, q, k, lse, own_lse, rows, cols, key_mask, causal, scale, each, impl):
+    return empty_slice_gradients(q, k, lse)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, causal, scale, each, impl = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.options = (causal, scale, each, impl)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 10
+    q, k, lse, rows, cols, key_mask, own_lse = ctx.saved_tensors
+    dq, dk, dlse = torch.ops.cdistill.attention_slice_backward(
+        grad, q, k, lse, own_lse, rows, cols, key_mask, *ctx.options
+    )
+    return dq, dk, None if lse is None else dlse, *(None,) * 7
+
+
+torch.library.register_autograd("cdistill::attention_slice", _differentiate, setup_context=_save)
 
 
 def attention_slice(
@@ -143,4 +194,67 @@ def attention_slice(
             of rows and cols are checked by a device-side assertion instead, because reading them would synchronise.
     """
     arguments = slice_arguments(q, k, rows, cols, lse=lse, causal=causal, scale=scale, key_mask=key_mask, heads=heads)
-    return _apply(*arguments, backend(impl, q))
+    return torch.ops.cdistill.attention_slice(*arguments, impl)[0]
+
+
+@torch.library.custom_op("cdistill::attention_slice_accumulate", mutates_args=("sums",))
+@without_autocast
+def _accumulate(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    rows: Tensor,
+    cols: Tensor,
+    key_mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    each: bool,
+    sums: Tensor,
+    windows: Sequence[int],
+    impl: str | None,
+) -> None:
+    arguments = SliceArguments(q, k, lse, rows, cols, key_mask, causal, scale, each)
+    chosen = backend(impl, q)
+    checked_regions(chosen, arguments)
+    if sums.numel() and windows:
+        lse = with_lse(chosen, arguments)[0].lse
+        assert lse is not None
+        chosen.slice_accumulate(q, k, lse, rows, cols, sums, list(windows), **arguments.options, each=each)
+
+
+@_accumulate.register_fake
+def _(q, k, lse, rows, cols, key_mask, causal, scale, each, sums, windows, impl):
+    return None
+
+
+@torch.no_grad()
+def attention_slice_accumulate(
+    q: Tensor,
+    k: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    sums: Tensor,
+    windows: Sequence[int],
+    *,
+    lse: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    heads: str = "mean",
+    impl: str | None = None,
+) -> None:
+    """Add a layer's slice to the sums of the windows it belongs to (teacher side of VAT, paper section 4.1, equation 2).
+
+    The slice itself is never stored by ``impl="triton"``: one launch adds it to all its windows.
+
+    Args:
+        sums: (W,B,R,V), or (W,B,Hq,R,V) for heads="each", fp16, bf16 or fp32, contiguous; changed in place.
+        windows: indices into ``sums``, each at most once.
+        q, k, rows, cols, lse, causal, scale, key_mask, heads, impl: as in attention_slice. No gradient is kept.
+
+    Raises:
+        ValueError: as attention_slice, or sums or windows do not fit.
+    """
+    arguments = slice_arguments(q, k, rows, cols, lse=lse, causal=causal, scale=scale, key_mask=key_mask, heads=heads)
+    require_sums(sums, windows, arguments)
+    torch.ops.cdistill.attention_slice_accumulate(*arguments, sums, list(windows), impl)

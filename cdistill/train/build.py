@@ -86,6 +86,7 @@ def vat_config(recipe: Recipe) -> VATConfig:
         teacher_layers=options.teacher_layers,
         rows=options.rows,  # type: ignore[arg-type]
         heads=options.heads,
+        engine=options.engine,
         sink_filter=options.sink_filter,
         layer_sum=options.layer_sum,
     )

@@ -68,6 +68,7 @@ class VATOptions:
     teacher_layers: str | tuple[int, ...] | None = None
     rows: str = "answer"
     heads: str = "mean"
+    engine: str = "sdpa"
     sink_filter: bool = False
     layer_sum: bool = False
     weight: float = 1.0
@@ -82,6 +83,8 @@ class VATOptions:
         _choice("layers", self.layers, ("early", "intermediate", "later", "all", "official"))
         _choice("rows", self.rows, ("answer", "text", "visual", "all"))
         _choice("heads", self.heads, ("mean", "each"))
+        libraries = ("torch_flash", "torch_cudnn", "flash_attn_2", "flash_attn_3", "flash_attn_4")
+        _choice("engine", self.engine, ("sdpa", "auto", "triton", *libraries))
         if self.sink_filter and self.reduction != "column":
             raise ValueError(f"sink_filter needs reduction column, got {self.reduction!r}")
 

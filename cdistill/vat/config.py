@@ -14,6 +14,7 @@ from cdistill.vat.regions import ROWS, Regions, Rows, token_regions
 LOSSES = ("cosine", "mse", "kl")
 REDUCTIONS = ("row", "matrix", "column")
 HEADS = ("mean", "each")
+ENGINES = ("sdpa", "auto", "triton", "torch_flash", "torch_cudnn", "flash_attn_2", "flash_attn_3", "flash_attn_4")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class VATConfig:
       ``rows``: answer, text, visual, all; ``heads``: mean over heads, or each head by itself (equal head counts only);
     - ``layers``: span of both models' layers; ``student_layers`` and ``teacher_layers`` override it for one side
       (everything `layer_range` takes: a name, "first-last", a list of indices);
+    - ``engine``: "sdpa", transformers' own attention beside the alignment; "auto" or an engine of
+      `cdistill.ops.attention_with_alignment`, which makes both in one forward and one backward pass;
     - ``sink_filter``: with ``reduction="column"``, leave attention sinks out; ``layer_sum``: sum over layers, not mean.
 
     Raises ValueError naming the field and what it allows.
@@ -37,6 +40,7 @@ class VATConfig:
     teacher_layers: str | Sequence[int] | None = None
     rows: Rows = "answer"
     heads: str = "mean"
+    engine: str = "sdpa"
     sink_filter: bool = False
     layer_sum: bool = False
 
@@ -48,6 +52,7 @@ class VATConfig:
             "layers": NAMED_SPANS,
             "rows": ROWS,
             "heads": HEADS,
+            "engine": ENGINES,
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
@@ -149,4 +154,5 @@ class VAT:
             heads=config.heads,
             layer_sum=config.layer_sum,
             impl=self._impl,
+            engine=config.engine,
         )

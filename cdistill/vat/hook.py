@@ -1,5 +1,7 @@
 """The transformers hook: SDPA makes a layer's output, and a recorder passed to the model sees its queries and keys.
 
+A recorder may make the output itself, where alignment and attention share their passes.
+
 Attention function and mask function are registered under one name, because transformers silently drops the padding mask
 of a batch when an attention implementation has no mask function. The recorder travels as a keyword of the model's
 forward pass, so the hook itself keeps no state::
@@ -42,7 +44,7 @@ _UNSUPPORTED = {
 
 
 def install(model: "PreTrainedModel") -> None:
-    """Switch the text model of ``model`` to the hook; outputs stay those of SDPA, bit for bit.
+    """Switch the text model of ``model`` to the hook; outputs stay those of SDPA, bit for bit, unless a recorder makes them.
 
     ``model`` is a Llava-like transformers model or a plain causal language model. A vision tower keeps its own
     attention. Installing twice is harmless, and the implementation is not part of a saved model. Raises ValueError for
@@ -112,9 +114,11 @@ def _attention(sdpa: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[
             if layer in recorder.layers:
                 _require_plain_causal(layer, module, query, key, attention_mask, kwargs)
                 _require_same_padding(recorder.key_mask, getattr(attention_mask, _PADDING, None))
-                # rotary embeddings leave autocast's queries and keys in fp32, and the op is not to round them again
-                with torch.autocast(query.device.type, enabled=False):
-                    recorder.record(layer, query, key, scale=kwargs.get("scaling"), causal=True)
+                out = recorder.record(layer, query, key, value, scale=kwargs.get("scaling"), causal=True)
+                if out is not None:
+                    if kwargs.get("dropout"):
+                        raise ValueError(f"layer {layer} uses attention dropout, which needs vat.engine sdpa")
+                    return out.transpose(1, 2).contiguous(), None
         return sdpa(module, query, key, value, attention_mask, **kwargs)
 
     return attention

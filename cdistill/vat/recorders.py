@@ -5,12 +5,12 @@ no attention matrix exists at any time.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from cdistill.ops import attention_alignment, attention_slice
+from cdistill.ops import attention_alignment, attention_slice, attention_slice_accumulate, attention_with_alignment
 from cdistill.vat.matching import LayerMatch
 from cdistill.vat.regions import Regions
 
@@ -22,8 +22,13 @@ class Recorder(Protocol):
     layers: frozenset[int]
     key_mask: Tensor | None  # (B, T) bool; the hook checks that it is the padding the model saw
 
-    def record(self, layer: int, q: Tensor, k: Tensor, *, scale: float | None, causal: bool) -> None:
-        """Use q (B,Hq,T,D) and k (B,Hkv,T,D) of one layer, positions already encoded."""
+    def record(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, causal: bool
+    ) -> Tensor | None:
+        """Use q (B,Hq,T,D), k and v (B,Hkv,T,D) of one layer, positions already encoded.
+
+        Returns the layer's attention (B,Hq,T,D) if it was made with that; None if SDPA is to make it.
+        """
 
 
 def _key_mask(key_mask: Tensor | None) -> Tensor | None:
@@ -42,8 +47,8 @@ class TeacherTargets:
     """Teacher side of the alignment: the mean slice of every student layer's window (paper section 4.1, equation 2).
 
     Each teacher layer's slice is computed once, without gradient, and added into the buffers of the windows it belongs
-    to, so that memory grows with the number of student layers, not with the teacher's depth. A layer recorded twice
-    counts once.
+    to (by ``triton`` in one launch that never stores the slice itself), so that memory grows with the number of student
+    layers, not with the teacher's depth. A layer recorded twice counts once.
 
     ``matches`` come from `match_layers`; ``regions`` are the teacher's rows and columns; ``key_mask`` (B,T), non-zero =
     real key, is the padding mask given to the model (None = no padding); ``heads`` and ``impl`` as in
@@ -64,34 +69,33 @@ class TeacherTargets:
         self.key_mask = _key_mask(key_mask)
         self._regions, self._heads, self._impl = regions, heads, impl
         self._recorded: set[int] = set()
-        self._sums: dict[int, Tensor] = {}
+        self._sums: Tensor | None = None  # (windows,B,R,V), or (windows,B,Hq,R,V)
         self._means: list[Tensor] | None = None
 
     @torch.inference_mode(False)  # the student's graph will hold the result
     @torch.no_grad()
-    def record(self, layer: int, q: Tensor, k: Tensor, *, scale: float | None, causal: bool) -> None:
+    def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, causal: bool) -> None:
         """Add one teacher layer's slice to its windows."""
         if layer in self._recorded:
             return
-        a = attention_slice(
+        rows, cols = self._regions
+        if self._sums is None:
+            heads = q.shape[:2] if self._heads == "each" else q.shape[:1]
+            shape = (len(self.matches), *heads, rows.shape[1], cols.shape[1])
+            self._sums = torch.zeros(shape, dtype=torch.float32, device=q.device)
+        attention_slice_accumulate(
             q,
             k,
-            *self._regions,
+            rows,
+            cols,
+            self._sums,
+            [i for i, match in enumerate(self.matches) if layer in match.teachers],
             causal=causal,
             scale=scale,
             key_mask=self.key_mask,
             heads=self._heads,
             impl=self._impl,
         )
-        unowned = True
-        for i, match in enumerate(self.matches):
-            if layer not in match.teachers:
-                continue
-            if i in self._sums:
-                self._sums[i] += a
-            else:  # the first window that starts here may keep the slice itself
-                self._sums[i] = a if unowned else a.clone()
-                unowned = False
         self._recorded.add(layer)
 
     @property
@@ -102,7 +106,8 @@ class TeacherTargets:
         """
         if self._means is None:
             _require_all(self.layers, self._recorded)
-            self._means = [self._sums[i].div_(len(match.teachers)) for i, match in enumerate(self.matches)]
+            sums = () if self._sums is None else self._sums.unbind()
+            self._means = [x.div_(len(match.teachers)) for x, match in zip(sums, self.matches, strict=True)]
         return self._means
 
 
@@ -112,7 +117,8 @@ class StudentAlignment:
     ``targets`` are `TeacherTargets.targets`; ``regions`` are the student's rows and columns, as many as the teacher's
     in every sample; ``key_mask`` as for `TeacherTargets`; ``loss``, ``reduction``, ``sink_filter``, ``heads`` and
     ``impl`` as in `cdistill.ops.attention_alignment`. ``layer_sum`` sums over layers (the authors' code) where the
-    paper takes the mean.
+    paper takes the mean. ``engine`` "sdpa" leaves the layers' attention to SDPA, bit for bit; "auto", or an engine of
+    `cdistill.ops.attention_with_alignment` by name, makes both in one forward and one backward pass.
 
     Safe under non-reentrant gradient checkpointing: the recomputation runs the same ops and the first recording stays.
     A recorder made while gradients are enabled refuses to record without them, which is what reentrant checkpointing
@@ -132,6 +138,7 @@ class StudentAlignment:
         heads: str = "mean",
         layer_sum: bool = False,
         impl: str | None = None,
+        engine: str = "sdpa",
     ):
         if len(targets) != len(matches):
             raise ValueError(f"targets must hold one tensor for each of the {len(matches)} matches, got {len(targets)}")
@@ -140,33 +147,41 @@ class StudentAlignment:
         self.key_mask = _key_mask(key_mask)
         self._regions = regions
         self._loss, self._reduction, self._sink_filter = loss, reduction, sink_filter
-        self._heads, self._layer_sum, self._impl = heads, layer_sum, impl
+        self._heads, self._layer_sum, self._impl, self._engine = heads, layer_sum, impl, engine
         self._needs_grad = torch.is_grad_enabled()
         self._losses: dict[int, Tensor] = {}
 
-    def record(self, layer: int, q: Tensor, k: Tensor, *, scale: float | None, causal: bool) -> None:
-        """Compute one student layer's alignment loss, (B,)."""
+    def record(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, causal: bool
+    ) -> Tensor | None:
+        """Compute one student layer's alignment loss, (B,), and with an engine its attention."""
         if self._needs_grad and not torch.is_grad_enabled():
             raise ValueError(
                 f"the alignment loss of layer {layer} would lose its gradient: the layer runs without gradients, as "
                 "under reentrant gradient checkpointing; set gradient_checkpointing_kwargs={'use_reentrant': False} "
                 "(to evaluate only, make the recorder inside torch.no_grad())"
             )
-        losses = attention_alignment(
-            q,
-            k,
-            self._targets[layer],
-            *self._regions,
-            loss=self._loss,
-            reduction=self._reduction,
-            sink_filter=self._sink_filter,
-            causal=causal,
-            scale=scale,
-            key_mask=self.key_mask,
-            heads=self._heads,
-            impl=self._impl,
-        )
+        compared = (self._targets[layer], *self._regions)
+        options: dict[str, Any] = {
+            "loss": self._loss,
+            "reduction": self._reduction,
+            "sink_filter": self._sink_filter,
+            "causal": causal,
+            "scale": scale,
+            "key_mask": self.key_mask,
+            "heads": self._heads,
+            "impl": self._impl,
+        }
+        out = None
+        if self._engine == "sdpa":
+            losses = attention_alignment(q, k, *compared, **options)
+        else:
+            # under autocast, rotary embeddings leave q and k in fp32
+            q, k = q.to(v.dtype), k.to(v.dtype)
+            engine = None if self._engine == "auto" else self._engine
+            out, losses = attention_with_alignment(q, k, v, *compared, **options, engine=engine)
         self._losses.setdefault(layer, losses)
+        return out
 
     def losses(self) -> dict[int, Tensor]:
         """Per-sample loss (B,) fp32 of every matched student layer, with gradient; 0 for samples without visual tokens.
@@ -207,7 +222,7 @@ class SliceRecorder:
         self._slices: dict[int, Tensor] = {}
 
     @torch.no_grad()
-    def record(self, layer: int, q: Tensor, k: Tensor, *, scale: float | None, causal: bool) -> None:
+    def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, causal: bool) -> None:
         """Keep one layer's slice."""
         if layer not in self._slices:
             self._slices[layer] = attention_slice(

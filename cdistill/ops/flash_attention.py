@@ -1,0 +1,106 @@
+"""Flash attention that also returns its log-sum-exp, differentiable in both."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdistill.ops._contract import attention_options, laid_out_like, require_attention_values
+from cdistill.ops._dispatch import without_autocast
+from cdistill.ops._engines import Attention, engine
+
+_ENGINES = {None: None, "triton": "triton", "torch": "torch_flash"}
+
+
+@torch.library.custom_op("cdistill::flash_attention", mutates_args=())
+@without_autocast
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causal: bool, scale: float, engine_name: str
+) -> tuple[Tensor, Tensor]:
+    x = Attention(q, k, v, key_mask, causal, scale)
+    out, lse = engine(engine_name, x).forward(x)
+    return laid_out_like(out, q), lse
+
+
+@_forward.register_fake
+def _(q, k, v, key_mask, causal, scale, engine_name):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("cdistill::flash_attention_backward", mutates_args=())
+@without_autocast
+def _backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+    engine_name: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = Attention(q, k, v, key_mask, causal, scale)
+    dlse = None if dlse is None else dlse.contiguous()
+    dq, dk, dv = engine(engine_name, x).backward(x, out, lse, dout, dlse, None)
+    return laid_out_like(dq, q), laid_out_like(dk, k), laid_out_like(dv, v)
+
+
+@_backward.register_fake
+def _(dout, dlse, q, k, v, *_):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, causal, scale, engine_name = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output)
+    ctx.options = (causal, scale, engine_name)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None and dlse is None:
+        return (None,) * 7
+    grads = torch.ops.cdistill.flash_attention_backward(dout, dlse, *ctx.saved_tensors, *ctx.options)
+    return *grads, *(None,) * 4
+
+
+torch.library.register_autograd("cdistill::flash_attention", _differentiate, setup_context=_save)
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale * q k^T) v and the log-sum-exp of its rows, without the T x T matrix.
+
+    Args:
+        q: queries (B,Hq,T,D), fp16, bf16 or fp32, unit stride on D, D a multiple of 8 from 16 to 256.
+        k, v: keys and values (B,Hkv,T,D) of the same dtype; Hkv divides Hq (grouped-query attention).
+        causal: key j is visible to row i only if j <= i.
+        scale: factor of the scores, 1/sqrt(D) by default.
+        key_mask: (B,T) bool, True = real key; padding on either side is skipped block by block.
+        impl: "triton" (own kernels), "torch" (torch's own flash attention; on CUDA fp16 and bf16 without key_mask), or
+            None: "triton" on CUDA, "torch" on the CPU.
+
+    Returns:
+        out (B,Hq,T,D) in q's dtype, and lse (B,Hq,T) fp32, natural logarithm. A row that sees no key has out 0, lse -inf
+        and no gradient. Differentiable once in q, k and v through both results; "triton" is deterministic.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device or value, or impl cannot run here.
+    """
+    key_mask, scale = attention_options(q, k, causal=causal, scale=scale, key_mask=key_mask)
+    require_attention_values(v, k)
+    if impl not in _ENGINES:
+        raise ValueError(f"impl must be None, 'triton' or 'torch' (there is no C++ flash attention), got {impl!r}")
+    name = _ENGINES[impl] or ("triton" if q.is_cuda else "torch_flash")
+    return torch.ops.cdistill.flash_attention(q, k, v, key_mask, causal, scale, name)

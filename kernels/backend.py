@@ -1,0 +1,26 @@
+"""The primitives of the attention ops that run in Triton, in one place for whoever dispatches to them."""
+
+from .alignment_loss import alignment_grad, alignment_loss
+from .attention_slice import slice_accumulate, slice_backward, slice_forward
+from .head_cosine import head_cosine, head_cosine_backward
+from .lse_gradient import fold_dlse, unfold_dlse
+from .regions import regions
+from .row_lse import row_lse, row_lse_backward
+
+__all__ = [
+    "FUSES_HEAD_COSINE",
+    "alignment_grad",
+    "alignment_loss",
+    "fold_dlse",
+    "head_cosine",
+    "head_cosine_backward",
+    "regions",
+    "row_lse",
+    "row_lse_backward",
+    "slice_accumulate",
+    "slice_backward",
+    "slice_forward",
+    "unfold_dlse",
+]
+
+FUSES_HEAD_COSINE = True

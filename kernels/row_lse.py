@@ -1,0 +1,238 @@
+"""Log-sum-exp of chosen rows over all keys, and its gradient: for slices whose attention gave no LSE.
+
+A row costs one pass over its visible keys, whatever the number of rows; no result is larger than q and k.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _launch
+from ._launch import BATCH_DEPENDENT, attention_arguments, fp16_gain
+from ._primitives import (
+    HEADROOM,
+    LN2,
+    LOG2E,
+    accumulate,
+    load_keys,
+    load_lse,
+    load_rows,
+    load_vectors,
+    scores,
+    store_vectors,
+    visible,
+)
+
+
+@triton.jit(do_not_specialize=BATCH_DEPENDENT)
+def row_lse_kernel(
+    p_q,  # (B, Hq, T, D)
+    p_k,  # (B, Hkv, T, D)
+    p_rows,  # (B, R)
+    p_mask,  # (B, T) or None
+    p_lse,  # (B, Hq, T)
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    R,
+    T,
+    Hq,
+    scale,
+    GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    UNIT: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """lse_i = log sum_j exp(scale*q_i.k_j) over all visible keys j, for BM rows of one sample and head.
+
+    Online: with the running maximum m and l = sum_j 2^(s_j - m), a block of keys gives m' = max(m, max s),
+    l' = l*2^(m - m') + sum 2^(s - m'); finally lse = ln 2 * (m + log2 l). A row that saw no key gets +inf.
+    """
+    i_m, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    b_row = load_rows(p_rows + i_b * R, i_m * BM + tl.arange(0, BM), R)
+    b_q = load_vectors(p_q + (i_b * stride_qb + i_h * stride_qh) * UNIT, b_row, stride_qt, UNIT, D, BD)
+    p_k += (i_b * stride_kb + (i_h // GROUP) * stride_kh) * UNIT
+    if p_mask is not None:
+        p_mask += i_b * T
+    b_last = tl.max(b_row, 0)
+    n_keys = b_last + 1
+    if not CAUSAL:
+        n_keys = tl.where(b_last >= 0, T, 0)
+
+    b_max = tl.full((BM,), float("-inf"), tl.float32)
+    b_sum = tl.zeros((BM,), tl.float32)
+    for i_n in tl.range(0, n_keys, BN):
+        b_col = load_keys(None, p_mask, i_n + tl.arange(0, BN), T)
+        b_k = load_vectors(p_k, b_col, stride_kt, UNIT, D, BD)
+        b_s = scores(b_q, b_k) * (scale * LOG2E)
+        b_s = tl.where(visible(b_row[:, None], b_col[None, :], CAUSAL), b_s, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_sum = b_sum * tl.exp2(b_max - b_safe) + tl.sum(tl.exp2(b_s - b_safe[:, None]), 1)
+        b_max = b_new
+    m_seen = b_max > float("-inf")
+    b_lse = tl.where(m_seen, (b_max + tl.log2(tl.where(m_seen, b_sum, 1.0))) * LN2, float("inf"))
+    tl.store(p_lse + (i_b * Hq + i_h) * T + b_row, b_lse, mask=b_row >= 0)
+
+
+@triton.jit(do_not_specialize=BATCH_DEPENDENT)
+def row_lse_backward_dq_kernel(
+    p_q,  # (B, Hq, T, D)
+    p_k,  # (B, Hkv, T, D)
+    p_lse,  # (B, Hq, T)
+    p_rows,  # (B, R)
+    p_mask,  # (B, T) or None
+    p_dlse,  # (B, Hq, T)
+    p_dq,  # (B, Hq, T, D)
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_dqb,
+    stride_dqh,
+    stride_dqt,
+    R,
+    T,
+    Hq,
+    scale,
+    ADD: tl.constexpr,
+    GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    UNIT: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """dq_i = scale * dlse_i * sum_j P_ij k_j over all visible keys j, for BM rows of one sample and head.
+
+    dlse_i leaves the sum, so the loop is dq^T += k^T P^T with P^T = exp(scale*k.q^T - lse). A block of rows whose
+    dlse is zero reads no key.
+    """
+    i_m, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    b_row = load_rows(p_rows + i_b * R, i_m * BM + tl.arange(0, BM), R)
+    o_head = (i_b * Hq + i_h) * T
+    b_dlse = tl.load(p_dlse + o_head + b_row, mask=b_row >= 0, other=0.0)
+    b_q = load_vectors(p_q + (i_b * stride_qb + i_h * stride_qh) * UNIT, b_row, stride_qt, UNIT, D, BD)
+    b_lse = load_lse(p_lse + o_head, b_row)
+    p_k += (i_b * stride_kb + (i_h // GROUP) * stride_kh) * UNIT
+    if p_mask is not None:
+        p_mask += i_b * T
+    b_last = tl.max(tl.where(b_dlse != 0.0, b_row, -1), 0)
+    n_keys = b_last + 1
+    if not CAUSAL:
+        n_keys = tl.where(b_last >= 0, T, 0)
+
+    b_dqT = tl.zeros((BD, BM), tl.float32)
+    for i_n in tl.range(0, n_keys, BN):
+        b_col = load_keys(None, p_mask, i_n + tl.arange(0, BN), T)
+        b_k = load_vectors(p_k, b_col, stride_kt, UNIT, D, BD)
+        b_pT = tl.exp2(scores(b_k, b_q) * (scale * LOG2E) - b_lse[None, :])
+        b_pT = tl.where(visible(b_row[None, :], b_col[:, None], CAUSAL), b_pT, 0.0)
+        b_dqT = accumulate(b_k, b_pT * HEADROOM, b_dqT)
+    b_dqT *= (b_dlse * (scale / HEADROOM))[None, :]
+    store_vectors(p_dq + (i_b * stride_dqb + i_h * stride_dqh) * UNIT, b_row, b_dqT, stride_dqt, ADD, UNIT, D, BD)
+
+
+@triton.jit(do_not_specialize=BATCH_DEPENDENT)
+def row_lse_backward_dk_kernel(
+    p_q,  # (B, Hq, T, D)
+    p_k,  # (B, Hkv, T, D)
+    p_lse,  # (B, Hq, T)
+    p_rows,  # (B, R)
+    p_mask,  # (B, T) or None
+    p_dlse,  # (B, Hq, T)
+    p_gain,  # (B,) or None
+    p_dk,  # (B, Hkv, T, D)
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_dkb,
+    stride_dkh,
+    stride_dkt,
+    R,
+    T,
+    Hq,
+    scale,
+    ADD: tl.constexpr,
+    GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    UNIT: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """dk_j = scale * sum_i dS_ij q_i with dS_ij = P_ij dlse_i, for the keys j of one block of one sample and kv head.
+
+    The sum runs over all rows and, within a row block, over the query heads of the group: dk^T += q^T dS. With
+    ADD, where most dlse are zero, a kv head without any other is skipped.
+    """
+    i_n, i_kv, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    if p_mask is not None:
+        p_mask += i_b * T
+    b_col = load_keys(None, p_mask, i_n * BN + tl.arange(0, BN), T)
+    b_k = load_vectors(p_k + (i_b * stride_kb + i_kv * stride_kh) * UNIT, b_col, stride_kt, UNIT, D, BD)
+    b_gain = 1.0
+    if p_gain is not None:
+        b_gain = tl.load(p_gain + i_b)
+
+    n_steps = tl.cdiv(R, BM) * GROUP
+    if ADD:
+        b_any = tl.zeros((BM,), tl.float32)
+        for i_step in tl.range(0, n_steps):
+            b_row = load_rows(p_rows + i_b * R, (i_step // GROUP) * BM + tl.arange(0, BM), R)
+            o_head = (i_b * Hq + i_kv * GROUP + i_step % GROUP) * T
+            b_any += tl.abs(tl.load(p_dlse + o_head + b_row, mask=b_row >= 0, other=0.0))
+        n_steps = tl.where(tl.sum(b_any, 0) > 0.0, n_steps, 0)
+
+    b_dkT = tl.zeros((BD, BN), tl.float32)
+    for i_step in tl.range(0, n_steps):
+        i_h = i_kv * GROUP + i_step % GROUP
+        o_head = (i_b * Hq + i_h) * T
+        b_row = load_rows(p_rows + i_b * R, (i_step // GROUP) * BM + tl.arange(0, BM), R)
+        b_dlse = tl.load(p_dlse + o_head + b_row, mask=b_row >= 0, other=0.0) * b_gain
+        b_q = load_vectors(p_q + (i_b * stride_qb + i_h * stride_qh) * UNIT, b_row, stride_qt, UNIT, D, BD)
+        b_p = tl.exp2(scores(b_q, b_k) * (scale * LOG2E) - load_lse(p_lse + o_head, b_row)[:, None])
+        b_ds = tl.where(visible(b_row[:, None], b_col[None, :], CAUSAL), b_p * b_dlse[:, None], 0.0)
+        b_dkT = accumulate(b_q, b_ds, b_dkT)
+    b_dkT *= scale / b_gain
+    store_vectors(p_dk + (i_b * stride_dkb + i_kv * stride_dkh) * UNIT, b_col, b_dkT, stride_dkt, ADD, UNIT, D, BD)
+
+
+def row_lse(q, k, rows, *, causal, scale, key_mask):
+    """Log-sum-exp over all visible keys, (B,Hq,T) fp32: 0 outside the rows, +inf for a row that sees no key."""
+    B, Hq, T, _ = q.shape
+    lse = torch.zeros(B, Hq, T, dtype=torch.float32, device=q.device)
+    if rows.numel():
+        common = attention_arguments("row_lse", q, k, rows, causal, scale, key_mask)
+        grid = (triton.cdiv(rows.shape[1], common["BM"]), Hq, B)
+        _launch.launch(row_lse_kernel, grid, p_lse=lse, **common)
+    return lse
+
+
+def row_lse_backward(q, k, lse, rows, dlse, *, causal, scale, key_mask, into=None):
+    """Gradient of ``row_lse``, dq (B,Hq,T,D) and dk (B,Hkv,T,D) in fp32; ``into`` = (dq, dk) to add it to.
+
+    dlse (B,Hq,T) is read at the rows only. fp32, because the slice's own gradient nearly cancels it.
+    """
+    dq, dk = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k)] if into is None else into
+    if rows.numel():
+        B, Hq, T, _ = q.shape
+        common = attention_arguments("row_lse_backward", q, k, rows, causal, scale, key_mask, dq=dq, dk=dk)
+        common.update(p_lse=lse, p_dlse=dlse, ADD=into is not None)
+        _launch.launch(row_lse_backward_dq_kernel, (triton.cdiv(rows.shape[1], common["BM"]), Hq, B), **common)
+        grid = (triton.cdiv(T, common["BN"]), k.shape[1], B)
+        _launch.launch(row_lse_backward_dk_kernel, grid, p_gain=fp16_gain(q, dlse), **common)
+    return dq, dk

@@ -1,0 +1,186 @@
+"""The GPU benchmark rehearsed on the CPU at tiny sizes, with Triton's interpreter: that it runs, and what it refuses."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from cdistill.kernels import _launch
+from cdistill.kernels._launch import Tile
+from torch.nn.attention.flex_attention import create_block_mask
+
+from benchmarks import _contenders, _exactness, bench_gpu_attention, report
+from benchmarks._contenders import Contender, Shape, draw
+from benchmarks._exactness import Config, attention_by_definition, results_of, rows_alone, worst
+from benchmarks._measure import ResultsFile, rates
+
+CPU = torch.device("cpu")
+TINY = Shape("T4096", 1, 2, 1, 30, 16, 3, 9)
+SECONDS = 0.01  # of a timing
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the benchmark itself runs")
+
+
+def with_definition(losses_from_lse, detached):
+    """The loss from an LSE that carries its gradient, or does not."""
+
+    def run(q, k, v, target, rows, cols):
+        out, lse = attention_by_definition(q.float(), k.float(), v.float(), True, None)
+        return out.to(q.dtype), losses_from_lse(q, k, target, rows, cols, lse.detach() if detached else lse)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_rivals_compute_what_we_compute(dtype):
+    p = draw(Shape("", 2, 4, 2, 200, 16, 30, 90), dtype, CPU)
+    exact, same = (rows_alone(p, x)[1] for x in (torch.float64, dtype))
+    runs = {
+        "eager": _contenders.eager,
+        "sdpa": _contenders.sdpa_einsum,
+        "lse": with_definition(_contenders.losses_from_lse, False),
+        "ours": _contenders.ours(None),
+    }
+    for name, run in runs.items():
+        ratio, result = worst(results_of(run, p), same, exact)
+        assert ratio <= 1, (name, result)
+    ratio, result = worst(results_of(with_definition(_contenders.losses_from_lse, True), p), same, exact)
+    assert ratio > 10 and result in ("dq", "dk")
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_with_causal_blocks():
+    made = _contenders.causal_blocks(384, CPU)
+    wanted = create_block_mask(lambda b, h, i, j: i >= j, None, None, 384, 384, device="cpu")
+    assert torch.equal(made.to_dense(), wanted.to_dense())
+    assert torch.equal(made.full_kv_num_blocks, wanted.full_kv_num_blocks)
+    assert torch.equal(made.q_num_blocks, wanted.q_num_blocks)
+    p = draw(Shape("", 1, 4, 2, 384, 16, 30, 90), torch.float32, CPU)
+    inputs = [x.detach() for x in p.inputs]
+    out, losses = _contenders.flex_einsum(*inputs)
+    plain, _ = _contenders.flex_plain(*inputs)
+    wanted_out, wanted_losses = _contenders.eager(*inputs)
+    torch.testing.assert_close(out, wanted_out)
+    torch.testing.assert_close(plain, wanted_out)
+    torch.testing.assert_close(losses, wanted_losses)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        partial(_exactness.check_config, Config("fp32", 16, 2, 1, ("left", "right"), tokens=24, rows=17, cols=18)),
+        partial(_exactness.check_config, Config("fp16", 24, 2, 2, ("",), causal=False, tokens=24, rows=7, cols=11)),
+        partial(_exactness.check_losses, config=Config("fp32", 16, 2, 1, tokens=24, rows=7, cols=11)),
+        partial(_exactness.check_repeats, shape=TINY, dtype="fp32"),
+        partial(_exactness.check_slice_offsets, tokens=130, heads=1, dtype="fp16"),
+        partial(_exactness.check_flash_offsets, shape=Shape("", 2, 1, 1, 20, 16, 1, 1), dtype="fp16"),
+    ],
+    ids=["gqa-masked", "mha-full", "losses", "repeats", "slice-offsets", "flash-offsets"],
+)
+def test_checks_pass(check):
+    check(CPU)
+
+
+def test_a_wrong_result_is_reported_by_its_part(monkeypatch):
+    def wrong(*arguments, **options):
+        out, lse = attention_by_definition(*arguments, options["causal"], options["key_mask"])
+        return out + 1e-3, lse
+
+    monkeypatch.setattr(_exactness, "flash_attention", wrong)
+    config = Config("fp32", 16, 2, 1, ("",), tokens=24, rows=7, cols=11)
+    with pytest.raises(_exactness.InexactError) as raised:
+        _exactness.check_config(config, CPU)
+    assert list(raised.value.parts) == ["flash"]
+    assert _exactness.excess(torch.tensor([torch.nan]), torch.ones(1), torch.ones(1)) == float("inf")
+
+
+@pytest.mark.parametrize(
+    "kernel", ["slice_forward", "slice_rows", "slice_cols", "flash_forward", "flash_dkdv", "flash_dq"]
+)
+def test_other_tiles_are_checked_and_timed(kernel):
+    key, tile = (kernel, 4, 16), Tile(32, 16, 1, 1)
+    _exactness.check_tile(CPU, key, tile, "fp32", Config("fp32", 16, 1, 1, tokens=24, rows=17, cols=18))
+    failed = {_exactness.tile_name(key, Tile(64, 16, 1, 1)): "too far from float64"}
+    tiles = [tile, Tile(64, 16, 1, 1)]
+    rows = bench_gpu_attention.timed_tiles(key, tiles, TINY, "fp32", CPU, failed=failed, seconds=SECONDS)
+    assert [row["in_table"] for row in rows] == [True, False, False]
+    assert ["ms" in row for row in rows] == [True, True, False]
+
+
+def test_other_tiles_belong_to_kernels_of_the_table():
+    assert {key[:2] for key in _exactness.CANDIDATES} <= _launch.TILES.keys()
+    assert {c.width for c in _exactness.CONFIGS} >= {width for tiles in _launch.TILES.values() for width in tiles}
+    assert len({str(c) for c in _exactness.CONFIGS}) == len(_exactness.CONFIGS)
+
+
+def test_no_failed_check_is_timed():
+    failed = {"ours/triton": "dq: error 7.00 times what is allowed", "flash": "crashed"}
+    options = {"failed": failed, "seconds": 60, "pass_seconds": SECONDS}
+    rows, problems = bench_gpu_attention.measured(TINY, "fp32", CPU, **options)
+    found = {row["contender"]: row for row in rows}
+    assert not problems
+    assert "7.00" in found["ours/triton"]["skipped"] and "both_ms" not in found["ours/triton"]
+    assert "crashed" in found["flash_attention (own)"]["skipped"]
+    assert "both_ms" in found["ours"] and "CUDA" in found["ours/torch_cudnn"]["skipped"]
+    rows, _ = bench_gpu_attention.measured(TINY, "fp32", CPU, failed={"": "crashed"}, seconds=0.0)
+    assert all("skipped" in row for row in rows)
+
+
+def test_what_is_inexact_at_the_timed_shape_fails():
+    def wrong(q, k, v, *_):
+        return q * k.repeat_interleave(2, 1) + v[:, :1], None
+
+    def broken(*_):
+        raise RuntimeError("no kernel\nat all")
+
+    found = [
+        Contender("a", wrong, frozenset({"flash"}), plain=True),
+        Contender("b", broken, frozenset({"flash"})),
+        Contender("c", broken),
+    ]
+    rows, problems = bench_gpu_attention.compared(found, draw(TINY, torch.float32, CPU), {}, float("inf"))
+    assert all("skipped" in row for row in rows.values())
+    assert rows["c"]["skipped"] == "RuntimeError: no kernel"
+    assert [line[:3] for line in problems] == ["a: ", "b: "]
+
+
+def test_rehearsal_writes_results_and_a_report(tmp_path):
+    file = ResultsFile(tmp_path, CPU)
+    file.add("rates", rates(CPU, size=64, copied=2**16, seconds=SECONDS))
+    file.add("checks", {"passed": 3, "failed": {"bf16-d64-mha": {"flash": "no mask, dq: error 3.00"}}})
+    rows, problems = bench_gpu_attention.measured(TINY, "fp16", CPU, seconds=60, pass_seconds=SECONDS)
+    assert not problems
+    file.add("rows", [{**row, "size": str(TINY)} for row in rows])
+    ceilings = file.data["rates"]
+    file.add("slices", bench_gpu_attention.slice_passes(TINY, "fp32", CPU, ceilings, seconds=SECONDS))
+    file.add("tiles", bench_gpu_attention.timed_tiles(("flash_dq", 4, 16), [], TINY, "fp32", CPU, seconds=SECONDS))
+    data = json.loads(file.path.read_text())
+    assert data["versions"]["torch"] == torch.__version__ and data["gpu"] == "none"
+    assert {row["contender"] for row in data["rows"] if "both_ms" in row} >= {"ours", "ours/triton", "eager"}
+
+    said = []
+    report.report(tmp_path, said.append)
+    assert "| ours/triton |" in said[0] and "1 failed" in said[0] and "B1 H2/1 R3 V9 T30 D16" in said[0]
+    assert file.path.with_suffix(".png").read_bytes()[1:4] == b"PNG"
+
+
+def test_report_without_results_says_so(tmp_path):
+    said = []
+    report.report(tmp_path, said.append)
+    assert said == [report.NOTHING]
+
+
+def test_targets_are_judged_by_figures():
+    def timed(both_ms, percent, **more):
+        return {"both_ms": both_ms, "overhead_percent_over_best_plain": percent, **more}
+
+    rows = {
+        "ours": timed(1.08, 8.0, extra_mb=40.0),
+        report.COMPILED_STACK: timed(1.14, 14.0),
+        "flash_attention (own)": timed(1.5, 50.0),
+        "flex (plain)": timed(1.6, 60.0),
+    }
+    (shape,) = (s for s in _contenders.SHAPES if s.name == "T4096")
+    lines = report.targets({"T4096": rows}, {"T4096": shape})
+    assert [line[4] for line in lines] == ["pass", "not measured", "MISS", "pass", "MISS", "not measured"]
+    assert shape.slice_bytes * 3 / 1e6 == pytest.approx(35.4, abs=0.1)

@@ -1,0 +1,153 @@
+"""The ops as torch sees them: registered operators that torch.compile takes whole and opcheck accepts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from op_cases import Case, device_of, draw, moved
+
+from cdistill.ops import (
+    attention_alignment,
+    attention_slice,
+    attention_slice_accumulate,
+    attention_with_alignment,
+    flash_attention,
+)
+
+CASE = Case(tokens=13, width=16, rows=4, cols=5, padding=1)
+IMPLS = ("torch", "cpp", "triton")
+ENGINES = {"torch": "torch_flash", "cpp": "torch_flash", "triton": "triton"}
+
+
+def inputs_of(impl, case=CASE):
+    if device_of(impl) == "cuda":
+        case = replace(case, dtype=torch.float16)
+    inputs = draw(case)
+    inputs["v"] = torch.randn(inputs["k"].shape, generator=torch.Generator().manual_seed(1)).to(case.dtype)
+    inputs["target"] = inputs["target"].mean(1)
+    inputs["lse"] = torch.randn(inputs["q"].shape[:3], generator=torch.Generator().manual_seed(2)) + 3
+    inputs = moved(inputs, device_of(impl))
+    for name in ("q", "k", "v", "lse"):
+        inputs[name].requires_grad_()
+    return inputs
+
+
+def calls(impl):
+    """Every public op as a function of the drawn inputs."""
+    positions = ("rows", "cols")
+    options = {"impl": impl}
+    flash = {"impl": "torch" if impl == "cpp" else impl}
+    joint = {"impl": impl, "engine": ENGINES[impl]}
+    return {
+        "slice": lambda x: attention_slice(x["q"], x["k"], *(x[p] for p in positions), **options),
+        "slice-lse": lambda x: attention_slice(x["q"], x["k"], *(x[p] for p in positions), lse=x["lse"], **options),
+        "alignment": lambda x: attention_alignment(x["q"], x["k"], x["target"], *(x[p] for p in positions), **options),
+        "flash": lambda x: sum(y.float().square().sum() for y in flash_attention(x["q"], x["k"], x["v"], **flash)),
+        "joint": lambda x: sum(
+            y.float().square().sum()
+            for y in attention_with_alignment(x["q"], x["k"], x["v"], x["target"], *(x[p] for p in positions), **joint)
+        ),
+    }
+
+
+def gradients(function, inputs):
+    leaves = [inputs[name] for name in ("q", "k", "v", "lse")]
+    result = function(inputs)
+    return [result.detach(), *torch.autograd.grad(result.sum(), leaves, allow_unused=True, materialize_grads=True)]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ["slice", "slice-lse", "alignment", "flash", "joint"])
+def test_compiles_without_a_graph_break(name, impl):
+    inputs = inputs_of(impl)
+    function = calls(impl)[name]
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for got, want in zip(gradients(compiled, inputs), gradients(function, inputs), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ["slice", "alignment", "flash", "joint"])
+def test_autocast_rounds_nothing(name, impl):
+    inputs = inputs_of(impl)
+    with torch.autocast(device_of(impl), dtype=torch.bfloat16):
+        results = gradients(calls(impl)[name], inputs)
+    for got, want in zip(results, gradients(calls(impl)[name], inputs), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_results_lie_in_memory_as_the_compiler_was_told(impl, transposed):
+    """Inductor checks the strides of every result, also of the gradients."""
+    inputs = inputs_of(impl, replace(CASE, transposed=transposed))
+
+    def function(x):
+        return sum(call({**x, "q": 2 * x["q"]}).float().sum() for call in calls(impl).values())
+
+    compiled = torch.compile(function, fullgraph=True)
+    for got, want in zip(gradients(compiled, inputs), gradients(function, inputs), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_opcheck(impl):
+    x = inputs_of(impl)
+    ops = torch.ops.cdistill
+    attention = (x["rows"], x["cols"], x["key_mask"])
+    loss = (x["target"], "cosine", "row", False, impl)
+    engine = ENGINES[impl]
+    for lse in (None, x["lse"]):
+        torch.library.opcheck(ops.attention_slice, (x["q"], x["k"], lse, *attention, True, 0.3, False, impl))
+        torch.library.opcheck(ops.attention_alignment, (x["q"], x["k"], lse, *attention, True, 0.3, False, *loss))
+    torch.library.opcheck(ops.flash_attention, (x["q"], x["k"], x["v"], None, True, 0.3, engine))
+    joint = (True, 0.3, False, "cosine", "row", False, impl, engine)
+    torch.library.opcheck(ops.attention_with_alignment, (x["q"], x["k"], x["v"], *attention, x["target"], *joint))
+    q, k = x["q"].detach(), x["k"].detach()
+    sums = torch.zeros(3, *x["target"].shape, device=q.device)
+    accumulate = (q, k, None, *attention, True, 0.3, False, sums, [0, 2], impl)
+    torch.library.opcheck(ops.attention_slice_accumulate, accumulate)
+
+
+def test_bad_positions_raise_from_compiled_code():
+    inputs = inputs_of("cpp")
+    inputs["rows"] = inputs["rows"] + CASE.tokens
+    compiled = torch.compile(calls("cpp")["slice"], backend="aot_eager", fullgraph=True)
+    with pytest.raises(ValueError, match="rows must hold positions"):
+        compiled(inputs)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("heads", ["mean", "each"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_slices_accumulate_in_their_windows(dtype, heads, impl):
+    inputs = inputs_of(impl, replace(CASE, masked="left", tokens=40, rows=18, cols=35, padding=3))
+    arguments = [inputs[name] for name in ("q", "k", "rows", "cols")]
+    options = {"key_mask": inputs["key_mask"], "heads": heads, "impl": impl}
+    a = attention_slice(*arguments, **options).detach()
+    start = torch.rand(70, *a.shape, generator=torch.Generator().manual_seed(5)).to(a.device, dtype)
+    sums = start.clone()
+    windows = [0, 3, 61, 62, 69]  # more than the bits of one launch
+    attention_slice_accumulate(*arguments, sums, windows, **options)
+    attention_slice_accumulate(*arguments, sums, [], **options)
+    for w in range(len(sums)):
+        want = start[w] + a if w in windows else start[w].float()
+        torch.testing.assert_close(sums[w].float(), want.to(dtype).float(), rtol=0, atol=torch.finfo(dtype).eps)
+        assert w in windows or torch.equal(sums[w], start[w])
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "windows", "message"),
+    [
+        ((2, 2, 4, 6), torch.float32, [0], "sums must have shape (W, B, R, V) = (2, 2, 4, 5)"),
+        ((2, 2, 4, 5), torch.float64, [0], "sums must be contiguous float16, bfloat16 or float32"),
+        ((2, 2, 4, 5), torch.float32, [2], "windows must hold distinct indices from 0 to 1"),
+        ((2, 2, 4, 5), torch.float32, [1, 1], "windows must hold distinct indices"),
+    ],
+)
+def test_bad_window_sums(shape, dtype, windows, message):
+    inputs = inputs_of("torch")
+    arguments = [inputs[name] for name in ("q", "k", "rows", "cols")]
+    with pytest.raises(ValueError) as error:
+        attention_slice_accumulate(*arguments, torch.zeros(shape, dtype=dtype), windows)
+    assert message in str(error.value)
