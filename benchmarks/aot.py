@@ -173,7 +173,7 @@ def transposed_register_operands(ttgir: str) -> int:
 def variant(signature: dict, constants: dict) -> str:
     """What tells launches of one kernel apart, beyond tile and head dimension."""
     words = [str(constants[name]) for name in ("LOSS", "TERM") if name in constants]
-    words += [name.lower() for name in ("ADD", "EACH", "NEGATIVE") if constants.get(name) is True]
+    words += [name.lower() for name in ("ADD", "EACH") if constants.get(name) is True]
     words += [f"{name.lower()} {constants[name]}" for name in ("GROUP", "SPLIT") if constants.get(name, 1) != 1]
     optional = {
         "p_mask": "key mask",

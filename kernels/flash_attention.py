@@ -148,8 +148,7 @@ def flash_forward_kernel(
     stride_outt,
     T,
     Hq,
-    scale,  # > 0
-    NEGATIVE: tl.constexpr,  # whether it stands for -scale
+    scale,  # > 0: the running maximum of s*scale is then that of s
     GROUP: tl.constexpr,
     CAUSAL: tl.constexpr,
     UNIT: tl.constexpr,
@@ -177,8 +176,6 @@ def flash_forward_kernel(
     p_k += (i_b * stride_kb + (i_h // GROUP) * stride_kh) * UNIT
     p_v += (i_b * stride_vb + (i_h // GROUP) * stride_vh) * UNIT
     b_q = load_block(p_q + (i_b * stride_qb + i_h * stride_qh) * UNIT, i_m, T, stride_qt, UNIT, D, BM, BD)
-    if NEGATIVE:
-        b_q = -b_q
 
     b_max = tl.full((BM,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BM,), tl.float32)
@@ -496,15 +493,14 @@ def _launch_blocks(kernel, name: str, owner: str, tensors: dict, **arguments) ->
 def flash_forward(q, k, v, *, causal, scale, key_mask):
     """Attention and its log-sum-exp: out (B,Hq,T,D) in q's dtype and layout, lse (B,Hq,T) fp32, natural.
 
-    q (B,Hq,T,D), k and v (B,Hkv,T,D) with unit stride on D; key_mask (B,T) contiguous bool, True = real key, or None.
-    A query that sees no key gets out 0 and lse -inf.
+    q (B,Hq,T,D), k and v (B,Hkv,T,D) with unit stride on D; scale > 0; key_mask (B,T) contiguous bool, True = real key,
+    or None. A query that sees no key gets out 0 and lse -inf.
     """
     Hq = q.shape[1]
     out, lse = _like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if out.numel():
         arguments = {"p_lse": lse, "Hq": Hq, "GROUP": Hq // k.shape[1], "CAUSAL": causal, **_key_bounds(key_mask)}
-        # The running maximum of s*scale is that of s only for a positive scale; 0 would turn a hidden -inf into NaN.
-        arguments.update(scale=max(abs(scale), 1e-30), NEGATIVE=scale < 0)
+        arguments["scale"] = float(scale)
         tensors = {"q": q, "k": k, "v": v, "out": out}
         _launch_blocks(flash_forward_kernel, "flash_forward", "out", tensors, **arguments)
     return out, lse

@@ -49,7 +49,7 @@ def fold_kernel(
     b_dout = load_vectors(p_dout, b_row, stride_kt, UNIT, D, BD).to(tl.float32)
     b_dlse = tl.load(p_dlse + o_head + b_row, mask=b_row >= 0, other=0.0)
     b_squares = tl.sum(b_dout * b_dout, 1)
-    m_folded = (tl.abs(b_dlse) <= MOST_FOLDED * tl.sqrt(b_squares)) & (b_squares > 1e-30)
+    m_folded = (tl.abs(b_dlse) <= tl.sqrt(b_squares) * MOST_FOLDED) & (b_squares > 1e-30)
     b_factor = tl.where(m_folded, b_dlse / tl.where(m_folded, b_squares, 1.0), 0.0)
     p_saved += (i_b * Hq + i_h) * R * D
     store_vectors(p_saved, o_row, tl.trans(b_out), D // UNIT, False, UNIT, D, BD)

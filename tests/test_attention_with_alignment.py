@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks._contenders import SHAPES
 from benchmarks._contenders import draw as draw_shape
 from cdistill.ops import attention_alignment, attention_with_alignment, flash_attention, reference
+from cdistill.ops._dispatch import backend
 from cdistill.ops._engines import ENGINES
 
 CUDA = torch.cuda.is_available()
@@ -144,6 +145,27 @@ def test_second_backward_gives_identical_gradients_and_leaves_the_output_alone(i
         out, losses = ours(inputs, SMALL, {}, impl, engine)(*leaves)
         (once,) = torch.autograd.grad(losses.sum(), leaves[:1], create_graph=True)
         once.sum().backward()
+
+
+@pytest.mark.parametrize(("impl", "engine"), PAIRS)
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales_that_are_not_positive(scale, impl, engine):
+    case = replace(SMALL, scale=scale, dtype=torch.float16 if CUDA else torch.float32)
+    assert_matches_float64(case, {}, impl, engine)
+
+
+@pytest.mark.skipif(CUDA, reason="spies on CPU backends")
+@pytest.mark.parametrize("impl", ["torch", "cpp", "triton"])
+def test_an_explicit_impl_does_all_that_the_engine_lacks(impl, monkeypatch):
+    used = []
+    for name in ("torch", "cpp", "triton"):
+        module = backend(name, torch.zeros(1))
+        for primitive in ("fold_dlse", "unfold_dlse", "row_lse_backward", "slice_backward"):
+            function = getattr(module, primitive)
+            monkeypatch.setattr(module, primitive, lambda *a, n=name, f=function, **o: used.append(n) or f(*a, **o))
+    inputs = inputs_of(SMALL)
+    through(ours(inputs, SMALL, {}, impl, "torch_flash"), inputs, torch.float32)
+    assert set(used) == {impl}
 
 
 @pytest.mark.parametrize(("impl", "engine"), PAIRS)

@@ -12,6 +12,7 @@ import torch
 from op_cases import assert_as_exact_as_eager
 
 from cdistill.ops import _engines
+from cdistill.ops._dispatch import backend
 from cdistill.ops._engines import ENGINES, Attention, engine
 
 
@@ -127,7 +128,7 @@ def test_adapters_of_the_flash_attn_packages(package, causal, monkeypatch):
 
         out, lse = chosen.forward(x)
         before = out.clone()
-        grads = chosen.backward(x, out, lse, *upstream, None)
+        grads = chosen.backward(x, out, lse, *upstream, None, backend(None, x.q))
         assert torch.equal(out, before)
         assert_as_exact_as_eager([out, lse, *grads], gradients(torch.float32), gradients(torch.float64))
 
@@ -185,6 +186,14 @@ def test_deterministic_algorithms_rule_cudnn_out(monkeypatch):
         assert engine(None, problem()).name == "triton"
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", ["flash_attn_2", "flash_attn_4"])
+def test_a_package_that_cannot_be_imported_is_named(name, tmp_path, monkeypatch):
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn/__init__.py").write_text("raise ImportError('undefined symbol: of another torch')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "cannot be imported (undefined symbol: of another torch)" in ENGINES[name].missing()
 
 
 def test_refusals_say_why(monkeypatch):

@@ -8,6 +8,7 @@ import torch
 from op_cases import CASES, Case, assert_as_exact_as_eager, device_of, draw, moved
 
 from cdistill.ops import flash_attention, reference
+from cdistill.ops._engines import ENGINES
 
 IMPLS = ("torch", "triton")
 SMALL = Case(tokens=21, width=16)
@@ -120,6 +121,54 @@ def test_the_output_is_as_it_was_after_the_backward_pass(impl):
     torch.autograd.backward((out, lse), (inputs["dout"], inputs["dlse"]))
     after = out, lse, inputs["dout"], inputs["dlse"]
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales_that_are_not_positive(scale, impl):
+    case = replace(SMALL, scale=scale, masked="right")
+    inputs = inputs_of(case, impl)
+    exact, lives = eager(inputs, case, torch.float64, ("out", "lse"))
+    rounded, _ = eager(inputs, case, torch.float32, ("out", "lse"))
+    found = ours(inputs, case, ("out", "lse"), impl)
+    found[1] = found[1].masked_fill(~lives, 0.0)
+    assert_as_exact_as_eager(found, [x.cpu() for x in rounded], [x.cpu() for x in exact])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_gradient_that_is_the_output_itself(impl):
+    """As of a loss out * out / 2 whose backward returns what it saved."""
+    inputs = inputs_of(SMALL, impl)
+    leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v")]
+    results = flash_attention(*leaves, impl=impl)
+    for dout in (results[0].detach(), results[0].detach().transpose(1, 2).clone().transpose(1, 2)):
+        inputs[dout.data_ptr() == results[0].data_ptr()] = torch.autograd.grad(
+            results, leaves, (dout, inputs["dlse"]), retain_graph=True
+        )
+    for alone, aliased in zip(inputs[False], inputs[True], strict=True):
+        torch.testing.assert_close(aliased, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_output_survives_a_backward_pass_that_fails(monkeypatch):
+    inputs = inputs_of(SMALL, "torch")
+    leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v")]
+    out, lse = flash_attention(*leaves, impl="torch")
+    before = out.detach().clone()
+
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(ENGINES["torch_flash"], "plain_backward", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.autograd.backward((out, lse), (inputs["dout"], inputs["dlse"]))
+    assert torch.equal(out, before)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a backend that cannot run")
+def test_errors_name_impl():
+    inputs = [x.bfloat16() for x in (GOOD["q"], GOOD["k"], GOOD["v"])]
+    with pytest.raises(ValueError, match="impl='triton' cannot run: cannot compute in bfloat16"):
+        flash_attention(*inputs, impl="triton")
 
 
 def test_expanded_gradients():

@@ -208,9 +208,11 @@ def require_sums(sums: Tensor, windows: Sequence[int], arguments: SliceArguments
     count = sums.shape[0] if sums.dim() else 0
     require_shape("sums", sums, (count, *heads, rows.shape[1], cols.shape[1]), axes)
     require_device("sums", sums, q.device)
-    if sums.dtype not in DTYPES or not sums.is_contiguous():
-        raise ValueError(f"sums must be contiguous float16, bfloat16 or float32, got {sums.dtype}")
-    if sorted(set(windows)) != sorted(windows) or any(not 0 <= w < count for w in windows):
+    if sums.dtype not in DTYPES:
+        raise ValueError(f"sums must be float16, bfloat16 or float32, got {sums.dtype}")
+    if not sums.is_contiguous():
+        raise ValueError(f"sums must be contiguous, got strides {sums.stride()}")
+    if any(type(w) is not int or not 0 <= w < count for w in windows) or len(set(windows)) != len(windows):
         raise ValueError(f"windows must hold distinct indices from 0 to {count - 1}, got {list(windows)}")
 
 
@@ -259,6 +261,13 @@ def slice_arguments(
         scale=scale,
         each=heads == "each",
     )
+
+
+def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """q and scale of the same scores with scale > 0, as the flash attention kernels need it."""
+    if scale > 0:
+        return q, scale
+    return (-q, -scale) if scale < 0 else (q * 0.0, 1.0)
 
 
 def laid_out_like(x: Tensor, like: Tensor) -> Tensor:

@@ -11,13 +11,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from cdistill.ops._dispatch import backend
+from cdistill.ops._dispatch import Backend, backend
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 class Attention(NamedTuple):
-    """One attention problem: q (B,Hq,T,D), k and v (B,Hkv,T,D), unit stride on D; key_mask (B,T) bool or None."""
+    """One attention problem: q (B,Hq,T,D), k and v (B,Hkv,T,D), unit stride on D; key_mask (B,T) bool or None; scale > 0."""
 
     q: Tensor
     k: Tensor
@@ -51,23 +51,36 @@ class Engine:
         raise NotImplementedError
 
     def backward(
-        self, x: Attention, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None, rows: Tensor | None
+        self,
+        x: Attention,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor | None,
+        dlse: Tensor | None,
+        rows: Tensor | None,
+        impl: Backend,
     ) -> Gradients:
-        """Gradients of q, k and v, new; ``rows`` (B,R), -1 = padding, are those where dlse may differ from zero."""
+        """Gradients of q, k and v, new; ``rows`` (B,R), -1 = padding, are those where dlse may differ from zero.
+
+        ``impl`` does what the engine lacks.
+        """
         if dlse is None:
             if dout is None:
                 return torch.zeros_like(x.q), torch.zeros_like(x.k), torch.zeros_like(x.v)
             return self.plain_backward(x, out, lse, _dense(dout))
-        impl = backend(None, x.q)
         if rows is None:
             rows = torch.arange(x.q.shape[2], device=x.q.device).expand(x.q.shape[0], -1).contiguous()
         if dout is None:
             dq, dk = impl.row_lse_backward(x.q, x.k, lse, rows, dlse, **x.options)
             return dq.to(x.q.dtype), dk.to(x.k.dtype), torch.zeros_like(x.v)
         dout = _dense(dout)
+        if dout.untyped_storage().data_ptr() == out.untyped_storage().data_ptr():
+            dout = dout.clone()
         saved, rest = impl.fold_dlse(out, dout, dlse, rows)
-        dq, dk, dv = self.plain_backward(x, out, lse, dout)
-        impl.unfold_dlse(out, saved, rows)
+        try:
+            dq, dk, dv = self.plain_backward(x, out, lse, dout)
+        finally:
+            impl.unfold_dlse(out, saved, rows)
         impl.row_lse_backward(x.q, x.k, lse, rows, rest, **x.options, into=(dq, dk))
         return dq, dk, dv
 
@@ -117,7 +130,14 @@ class Triton(Engine):
         return flash_forward(x.q, x.k, x.v, **x.options)
 
     def backward(
-        self, x: Attention, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None, rows: Tensor | None
+        self,
+        x: Attention,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor | None,
+        dlse: Tensor | None,
+        rows: Tensor | None,
+        impl: Backend,
     ) -> Gradients:
         from cdistill.kernels.flash_attention import flash_backward
 
@@ -191,6 +211,8 @@ class TorchCudnn(Engine):
     def refusal(self, x: Attention) -> str | None:
         if x.q.device.type == "cuda" and not torch.backends.cudnn.is_available():
             return "needs cuDNN, which this torch was built without"
+        if x.q.shape[2] == 1:
+            return "needs more than one token"
         return _refuse(x, width=128, capability=(8, 0))
 
     def forward(self, x: Attention) -> tuple[Tensor, Tensor]:
@@ -218,6 +240,8 @@ class _FlashAttnPackage(Engine):
             found = find_spec(self.module) is not None
         except ModuleNotFoundError:
             found = False
+        except (ImportError, OSError) as error:  # built for another torch or CUDA
+            return f"the package of {self.module} cannot be imported ({error})"
         return None if found else f"the module {self.module} is not installed: {self.install}"
 
     def _module(self) -> Any:
@@ -314,7 +338,14 @@ class FlashAttn4(_FlashAttnPackage):
         return out.transpose(1, 2), lse.contiguous()
 
     def backward(
-        self, x: Attention, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None, rows: Tensor | None
+        self,
+        x: Attention,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor | None,
+        dlse: Tensor | None,
+        rows: Tensor | None,
+        impl: Backend,
     ) -> Gradients:
         q, k, v, out, dout = self._tokens_first(
             x.q, x.k, x.v, out, torch.zeros_like(out) if dout is None else _dense(dout)

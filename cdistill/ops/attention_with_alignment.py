@@ -14,6 +14,7 @@ from torch import Tensor
 from cdistill.ops._contract import (
     SliceArguments,
     laid_out_like,
+    positive_scale,
     require_attention_values,
     require_loss,
     require_target,
@@ -94,16 +95,16 @@ def _backward(
     x = Attention(q, k, v, key_mask, causal, scale)
     attention = engine(engine_name, x)
     arguments = SliceArguments(q, k, lse, rows, cols, key_mask, causal, scale, each)
+    chosen = backend(impl, q)
     dv: Tensor | None = None
     if dloss is None or arguments.empty:
-        dq, dk, dv = attention.backward(x, out, lse, dout, None, None)
+        dq, dk, dv = attention.backward(x, out, lse, dout, None, None, chosen)
         return laid_out_like(dq, q), laid_out_like(dk, k), laid_out_like(dv, v)
-    chosen = backend(impl, q)
     alignment = Alignment(target, row_valid, col_valid, loss, reduction, sink_filter)
 
     def through_attention(dlse: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal dv
-        dq, dk, dv = attention.backward(x, out, lse, dout, dlse, rows)
+        dq, dk, dv = attention.backward(x, out, lse, dout, dlse, rows, chosen)
         return dq, dk
 
     dq, dk, _ = alignment.backward(chosen, arguments, kept, dloss, through_attention)
@@ -162,7 +163,8 @@ def attention_with_alignment(
         causal, scale, key_mask: as in flash_attention.
         impl: who computes the slice: "torch", "cpp", "triton", or None to choose by device.
         engine: who computes attention: "triton" (own kernels), "torch_flash", "torch_cudnn", "flash_attn_2",
-            "flash_attn_3", "flash_attn_4", or None for the fastest one that is there. Only "triton", and "torch_flash" on
+            "flash_attn_3", "flash_attn_4", or None for the fastest one that is there (a deterministic one only if
+            torch.use_deterministic_algorithms is on). Only "triton", and "torch_flash" on
             the CPU, take a key_mask.
 
     Returns:
@@ -177,6 +179,7 @@ def attention_with_alignment(
     require_loss(loss, reduction, sink_filter)
     require_target(target, q, rows, cols, heads)
     q, k, _, rows, cols, key_mask, causal, scale, each = arguments
+    q, scale = positive_scale(q, scale)
     out, losses, *_ = torch.ops.cdistill.attention_with_alignment(
         *(q, k, v, rows, cols, key_mask, target.detach()),
         *(causal, scale, each, loss, reduction, sink_filter, impl, engine),

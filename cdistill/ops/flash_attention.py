@@ -5,25 +5,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdistill.ops._contract import attention_options, laid_out_like, require_attention_values
-from cdistill.ops._dispatch import without_autocast
-from cdistill.ops._engines import Attention, engine
+from cdistill.ops._contract import attention_options, laid_out_like, positive_scale, require_attention_values
+from cdistill.ops._dispatch import backend, without_autocast
+from cdistill.ops._engines import ENGINES, Attention, Engine
 
-_ENGINES = {None: None, "triton": "triton", "torch": "torch_flash"}
+_IMPLS = {"triton": "triton", "torch": "torch_flash"}
+
+
+def _engine(impl: str | None, x: Attention) -> Engine:
+    """The engine behind ``impl``, or the first that can run here; raises ValueError saying why it cannot."""
+    names = [impl] if impl is not None else ["triton", "torch"] if x.q.is_cuda else ["torch"]
+    reasons = []
+    for name in names:
+        chosen = ENGINES[_IMPLS[name]]
+        reason = chosen.missing() or chosen.refusal(x)
+        if reason is None:
+            return chosen
+        reasons.append(f"impl={name!r} cannot run: {reason}")
+    raise ValueError("; ".join(reasons))
 
 
 @torch.library.custom_op("cdistill::flash_attention", mutates_args=())
 @without_autocast
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causal: bool, scale: float, engine_name: str
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causal: bool, scale: float, impl: str | None
 ) -> tuple[Tensor, Tensor]:
     x = Attention(q, k, v, key_mask, causal, scale)
-    out, lse = engine(engine_name, x).forward(x)
+    out, lse = _engine(impl, x).forward(x)
     return laid_out_like(out, q), lse
 
 
 @_forward.register_fake
-def _(q, k, v, key_mask, causal, scale, engine_name):
+def _(q, k, v, key_mask, causal, scale, impl):
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -40,11 +53,11 @@ def _backward(
     lse: Tensor,
     causal: bool,
     scale: float,
-    engine_name: str,
+    impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = Attention(q, k, v, key_mask, causal, scale)
     dlse = None if dlse is None else dlse.contiguous()
-    dq, dk, dv = engine(engine_name, x).backward(x, out, lse, dout, dlse, None)
+    dq, dk, dv = _engine(impl, x).backward(x, out, lse, dout, dlse, None, backend(impl, q))
     return laid_out_like(dq, q), laid_out_like(dk, k), laid_out_like(dv, v)
 
 
@@ -54,10 +67,10 @@ def _(dout, dlse, q, k, v, *_):
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, causal, scale, engine_name = inputs
+    *tensors, causal, scale, impl = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
-    ctx.options = (causal, scale, engine_name)
+    ctx.options = (causal, scale, impl)
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -89,7 +102,7 @@ def flash_attention(
         scale: factor of the scores, 1/sqrt(D) by default.
         key_mask: (B,T) bool, True = real key; padding on either side is skipped block by block.
         impl: "triton" (own kernels), "torch" (torch's own flash attention; on CUDA fp16 and bf16 without key_mask), or
-            None: "triton" on CUDA, "torch" on the CPU.
+            None: "triton" on CUDA where it can run, else "torch".
 
     Returns:
         out (B,Hq,T,D) in q's dtype, and lse (B,Hq,T) fp32, natural logarithm. A row that sees no key has out 0, lse -inf
@@ -100,7 +113,7 @@ def flash_attention(
     """
     key_mask, scale = attention_options(q, k, causal=causal, scale=scale, key_mask=key_mask)
     require_attention_values(v, k)
-    if impl not in _ENGINES:
+    if impl is not None and impl not in _IMPLS:
         raise ValueError(f"impl must be None, 'triton' or 'torch' (there is no C++ flash attention), got {impl!r}")
-    name = _ENGINES[impl] or ("triton" if q.is_cuda else "torch_flash")
-    return torch.ops.cdistill.flash_attention(q, k, v, key_mask, causal, scale, name)
+    q, scale = positive_scale(q, scale)
+    return torch.ops.cdistill.flash_attention(q, k, v, key_mask, causal, scale, impl)
