@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._launch import ALIGNMENT
 from ._primitives import HEADROOM, LN2, LOG2E, load_keys, scores, visible
 
 __all__ = ["flash_backward", "flash_forward"]
@@ -481,7 +480,7 @@ def _launch_blocks(kernel, name: str, owner: str, tensors: dict, **arguments) ->
         for x, tensor in tensors.items()
         for i, axis in enumerate("bht")
     }
-    unit = 1 if any(stride % ALIGNMENT for stride in strides.values()) else ALIGNMENT
+    unit = _launch.common_unit(strides.values())
     arguments.update({f"p_{x}": tensor for x, tensor in tensors.items()})
     arguments.update({x: stride // unit for x, stride in strides.items()})
     arguments.update(T=T, UNIT=unit, D=D, BD=_launch.padded_head_dim(D), BM=tile.BM, BN=tile.BN)

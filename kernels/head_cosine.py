@@ -10,12 +10,8 @@ import triton.language as tl
 from . import _launch
 from ._launch import BATCH_DEPENDENT, attention_arguments, fp16_gain
 from ._primitives import LN2, LOG2E, load_keys, load_lse, load_rows, load_vectors, scores, visible
+from .alignment_loss import nonzero
 from .attention_slice import through_slice
-
-
-@triton.jit
-def nonzero(x):
-    return tl.where(x != 0.0, x, 1.0)
 
 
 @triton.jit(do_not_specialize=BATCH_DEPENDENT)

@@ -13,6 +13,7 @@ from vat_models import (
     STUDENT_LAYERS,
     TEACHER_LAYERS,
     draw_batch,
+    gradients,
     inputs,
     regions_of,
     student_and_teacher,
@@ -96,10 +97,6 @@ def eager_loss(student, teacher, batch, vat, dtype):
     loss = torch.stack(layers).sum() if config.layer_sum else torch.stack(layers).mean()
     loss.backward()
     return loss.detach(), gradients(student)
-
-
-def gradients(model):
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 
 
 def assert_like_eager(ours, eager, truth, scale_of=None):
@@ -335,103 +332,6 @@ def test_teacher_in_inference_mode():
     assert torch.equal(alignment.loss(), expected)
     alignment.loss().backward()
     assert gradients(student)
-
-
-def training_step(student, teacher, batch, checkpointing, engine="sdpa"):
-    student.zero_grad()
-    student.train()
-    if checkpointing is None:
-        student.gradient_checkpointing_disable()
-    else:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
-    vat = VAT(VATConfig(layers="all", engine=engine), STUDENT_LAYERS, TEACHER_LAYERS, impl="torch")
-    targets = vat.teacher(regions_of(batch), batch["attention_mask"])
-    with torch.no_grad():
-        teacher(**inputs(batch), cdistill_vat=targets)
-    alignment = vat.student(regions_of(batch), targets.targets, batch["attention_mask"])
-    language_loss = student(**batch, cdistill_vat=alignment).loss
-    recorded = alignment.losses()
-    (language_loss + alignment.loss()).backward()
-    assert all(losses is recorded[layer] for layer, losses in alignment.losses().items())
-    return alignment, {name: grad.clone() for name, grad in gradients(student).items()}
-
-
-@pytest.mark.parametrize("engine", ["sdpa", "torch_flash"])
-def test_checkpointing_changes_no_bit(engine, monkeypatch):
-    student, teacher = student_and_teacher()
-    install(student)
-    install(teacher)
-    batch = draw_batch(9)
-    recorded = []
-    real_record = StudentAlignment.record
-
-    def counting(self, layer, *args, **kwargs):
-        recorded.append(layer)
-        return real_record(self, layer, *args, **kwargs)
-
-    monkeypatch.setattr(StudentAlignment, "record", counting)
-    plain, plain_grads = training_step(student, teacher, batch, None, engine)
-    assert sorted(recorded) == [0, 1, 2, 3]
-    recorded.clear()
-    checkpointed, grads = training_step(student, teacher, batch, False, engine)
-    assert sorted(recorded) == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert torch.equal(plain.loss(), checkpointed.loss())
-    assert grads.keys() == plain_grads.keys()
-    assert all(torch.equal(grads[name], plain_grads[name]) for name in grads)
-
-
-@pytest.mark.parametrize("engine", ["torch_flash", "triton"])
-@pytest.mark.parametrize("padding", ["left", "right"])
-def test_engines_train_as_sdpa_does(padding, engine):
-    """Language model loss and alignment together, so that gradients of the output and of the losses meet."""
-    student, teacher = student_and_teacher()
-    install(student)
-    install(teacher)
-    batch = draw_batch(20, padding)
-    beside, wanted = training_step(student, teacher, batch, None)
-    inside, found = training_step(student, teacher, batch, None, engine)
-    torch.testing.assert_close(inside.loss(), beside.loss())
-    assert found.keys() == wanted.keys()
-    for name, grad in found.items():
-        scale = wanted[name.replace("k_proj.bias", "k_proj.weight")].abs().max()
-        assert (grad - wanted[name]).abs().max() <= 1e-5 * scale, name
-
-
-def test_engines_under_autocast_and_their_limits():
-    student, teacher = student_and_teacher()
-    install(student)
-    install(teacher)
-    batch = draw_batch(21)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        beside, inside = (training_step(student, teacher, batch, None, e)[0].loss() for e in ("sdpa", "torch_flash"))
-        torch.testing.assert_close(inside, beside, rtol=0.05, atol=0)
-    with pytest.raises(ValueError, match="engine='torch_cudnn' needs CUDA tensors"):
-        training_step(student, teacher, batch, None, "torch_cudnn")
-    student.config.text_config.attention_dropout = 0.1
-    for layer in student.model.language_model.layers:
-        layer.self_attn.attention_dropout = 0.1
-    with pytest.raises(ValueError, match="attention dropout"):
-        training_step(student, teacher, batch, None, "torch_flash")
-
-
-def test_reentrant_checkpointing_is_refused():
-    student, teacher = student_and_teacher()
-    install(student)
-    install(teacher)
-    student.enable_input_require_grads()
-    with pytest.raises(ValueError, match="'use_reentrant': False"):
-        training_step(student, teacher, draw_batch(10), True)
-
-
-def test_evaluation_without_gradient():
-    student, teacher = student_and_teacher()
-    install(student)
-    install(teacher)
-    batch, vat = draw_batch(11), VAT(VATConfig(), STUDENT_LAYERS, TEACHER_LAYERS, impl="torch")
-    with torch.no_grad():
-        evaluated = vat_loss(student, teacher, batch, vat).loss()
-    assert not evaluated.requires_grad
-    assert torch.equal(evaluated, vat_loss(student, teacher, batch, vat).loss())
 
 
 def test_generation_still_works():

@@ -94,3 +94,8 @@ def vat_loss(student, teacher, batch, vat):
     alignment = vat.student(regions, targets.targets, batch["attention_mask"])
     student(**inputs(batch), cdistill_vat=alignment)
     return alignment
+
+
+def gradients(model):
+    """Gradients that are not zero, by parameter."""
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}

@@ -201,13 +201,11 @@ def require_target(target: Tensor, q: Tensor, rows: Tensor, cols: Tensor, heads:
 
 def require_sums(sums: Tensor, windows: Sequence[int], arguments: SliceArguments) -> None:
     """Raise ValueError unless sums is a stack of slices and windows are distinct indices into it."""
-    q, rows, cols = arguments.q, arguments.rows, arguments.cols
     require_tensor("sums", sums)
-    heads = tuple(q.shape[:2]) if arguments.each else tuple(q.shape[:1])
     axes = "W, B, Hq, R, V" if arguments.each else "W, B, R, V"
     count = sums.shape[0] if sums.dim() else 0
-    require_shape("sums", sums, (count, *heads, rows.shape[1], cols.shape[1]), axes)
-    require_device("sums", sums, q.device)
+    require_shape("sums", sums, (count, *arguments.slice_shape), axes)
+    require_device("sums", sums, arguments.q.device)
     if sums.dtype not in DTYPES:
         raise ValueError(f"sums must be float16, bfloat16 or float32, got {sums.dtype}")
     if not sums.is_contiguous():

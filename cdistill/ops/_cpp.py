@@ -85,6 +85,8 @@ def row_lse_backward(
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of ``row_lse``: dS_ij = P_ij * dlse_i over all visible keys j."""
+    if into is not None and not dlse.any():  # all of it was folded
+        return into
     rows = rows.int()
     lse = lse_at_rows(lse, rows, causal=causal, key_mask=key_mask)
     dlse = at_rows(dlse, rows)

@@ -5,6 +5,7 @@ folded into ``out`` (`Backend.fold_dlse`). To add an engine, write one class and
 """
 
 import importlib
+from abc import ABC, abstractmethod
 from importlib.util import find_spec
 from typing import Any, ClassVar, NamedTuple
 
@@ -32,7 +33,7 @@ class Attention(NamedTuple):
         return {"causal": self.causal, "scale": self.scale, "key_mask": self.key_mask}
 
 
-class Engine:
+class Engine(ABC):
     """How to reach one implementation of flash attention; ``deterministic``: it is, or is where torch asks for it."""
 
     name: str
@@ -42,14 +43,15 @@ class Engine:
         """What is not installed, and how to install it; None if nothing."""
         return None
 
+    @abstractmethod
     def refusal(self, x: Attention) -> str | None:
         """Why this problem cannot be computed; None if it can."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, x: Attention) -> tuple[Tensor, Tensor]:
         """out (B,Hq,T,D), and lse (B,Hq,T) fp32, natural, contiguous; a row that sees no key has out 0 and lse -inf."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(
         self,
         x: Attention,
@@ -64,6 +66,25 @@ class Engine:
 
         ``impl`` does what the engine lacks.
         """
+
+
+class FoldingEngine(Engine):
+    """An engine whose backward pass takes no dlse: it gets it folded into ``out``, which is put back afterwards."""
+
+    @abstractmethod
+    def plain_backward(self, x: Attention, out: Tensor, lse: Tensor, dout: Tensor) -> Gradients:
+        """Gradients of q, k and v for that of ``out`` alone."""
+
+    def backward(
+        self,
+        x: Attention,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor | None,
+        dlse: Tensor | None,
+        rows: Tensor | None,
+        impl: Backend,
+    ) -> Gradients:
         if dlse is None:
             if dout is None:
                 return torch.zeros_like(x.q), torch.zeros_like(x.k), torch.zeros_like(x.v)
@@ -83,10 +104,6 @@ class Engine:
             impl.unfold_dlse(out, saved, rows)
         impl.row_lse_backward(x.q, x.k, lse, rows, rest, **x.options, into=(dq, dk))
         return dq, dk, dv
-
-    def plain_backward(self, x: Attention, out: Tensor, lse: Tensor, dout: Tensor) -> Gradients:
-        """Gradients of q, k and v for that of ``out`` alone."""
-        raise NotImplementedError
 
 
 def _dense(dout: Tensor) -> Tensor:
@@ -146,7 +163,7 @@ class Triton(Engine):
         return flash_backward(dout, dlse, x.q, x.k, x.v, out, lse, **x.options)
 
 
-class TorchFlash(Engine):
+class TorchFlash(FoldingEngine):
     """torch's own flash attention: FlashAttention-2 on CUDA, and on the CPU one that takes key masks."""
 
     name = "torch_flash"
@@ -202,7 +219,7 @@ class TorchFlash(Engine):
         return (keys_seen > 0)[:, None]
 
 
-class TorchCudnn(Engine):
+class TorchCudnn(FoldingEngine):
     """cuDNN's attention as torch ships it."""
 
     name = "torch_cudnn"
@@ -252,7 +269,7 @@ class _FlashAttnPackage(Engine):
         return [x.transpose(1, 2) for x in tensors]
 
 
-class FlashAttn2(_FlashAttnPackage):
+class FlashAttn2(_FlashAttnPackage, FoldingEngine):
     """FlashAttention-2, the package flash-attn."""
 
     name = "flash_attn_2"
@@ -293,7 +310,7 @@ class FlashAttn2(_FlashAttnPackage):
         return dq, dk, dv
 
 
-class FlashAttn3(_FlashAttnPackage):
+class FlashAttn3(_FlashAttnPackage, FoldingEngine):
     """FlashAttention-3 for Hopper."""
 
     name = "flash_attn_3"
