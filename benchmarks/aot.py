@@ -109,7 +109,7 @@ def attention_launches(arch: int, head_dim: int, dtype: torch.dtype) -> list[tup
 
 
 def loss_launches(arch: int) -> list[tuple]:
-    """Every loss kernel in every variant, once."""
+    """Every kernel of the alignment losses in every variant, once."""
     a = torch.empty(2, 256, 2880, device="meta")
     valid = [torch.empty(2, n, dtype=torch.bool, device="meta") for n in (256, 2880)]
 
@@ -121,6 +121,26 @@ def loss_launches(arch: int) -> list[tuple]:
                 backend.alignment_grad(a, a, *valid, a[:, 0, 0], **options, dtype=dtype)
         positions = torch.empty(2, 2880, dtype=torch.int64, device="meta")
         backend.regions(positions[:, :256], positions, valid[0], causal=True, tokens=4096)
+
+    return recorded(call, arch)
+
+
+def vocabulary_launches(arch: int, dtype: torch.dtype) -> list[tuple]:
+    """Both kernels of the losses over the vocabulary in every variant, once."""
+    c, V, K = 64, 151936, 64
+    labels = torch.empty(c, dtype=torch.int64, device="meta")
+    values, losses = torch.empty(c, K, device="meta"), torch.empty(2, c, device="meta")
+    top = values, torch.empty(c, K, dtype=torch.int64, device="meta"), losses[0]
+
+    def call():
+        logits = torch.empty(c, V, dtype=dtype, device="meta")
+        variants = itertools.product(("forward_kl", "reverse_kl", "jsd"), (1.0, 2.0), (True, False))
+        for divergence, temperature, gradient in variants:
+            options = {"divergence": divergence, "temperature": temperature, "beta": 0.5, "gradient": gradient}
+            for teacher, stored in ((logits, None), (None, top)):
+                backend.vocabulary_losses(
+                    logits, teacher, stored, labels, *losses, **options, ce_weight=1.0, kd_weight=1.0
+                )
 
     return recorded(call, arch)
 
@@ -172,8 +192,8 @@ def transposed_register_operands(ttgir: str) -> int:
 
 def variant(signature: dict, constants: dict) -> str:
     """What tells launches of one kernel apart, beyond tile and head dimension."""
-    words = [str(constants[name]) for name in ("LOSS", "TERM") if name in constants]
-    words += [name.lower() for name in ("ADD", "EACH") if constants.get(name) is True]
+    words = [str(constants[name]) for name in ("LOSS", "TERM", "DIVERGENCE") if name in constants]
+    words += [name.lower() for name in ("ADD", "EACH", "SCALED", "GRADIENT") if constants.get(name) is True]
     words += [f"{name.lower()} {constants[name]}" for name in ("GROUP", "SPLIT") if constants.get(name, 1) != 1]
     optional = {
         "p_mask": "key mask",
@@ -227,15 +247,17 @@ def compile_all(job: tuple) -> list[dict]:
     """Compile one job: ("losses", arch) or (dtype name, arch, head dim)."""
     dtype, arch, *head_dim = job
     if dtype == "losses":
-        launches, label = loss_launches(arch), {"dtype": "fp32", "head_dim": 0}
+        cells = [("fp32", 0, loss_launches(arch))]
+        cells += [(name, 0, vocabulary_launches(arch, of)) for name, of in DTYPES.items()]
     else:
-        launches, label = attention_launches(arch, *head_dim, DTYPES[dtype]), {"dtype": dtype, "head_dim": head_dim[0]}
+        cells = [(dtype, *head_dim, attention_launches(arch, *head_dim, DTYPES[dtype]))]
     rows: dict[tuple, dict] = {}
-    for kernel, args in launches:
-        signature, constants, _ = specialised(kernel, args)
-        key = (kernel.__name__, str(signature), str(constants))
-        if key not in rows:
-            rows[key] = {**compile_one((kernel, args), arch), **label}
+    for name, width, launches in cells:
+        for kernel, args in launches:
+            signature, constants, _ = specialised(kernel, args)
+            key = (kernel.__name__, str(signature), str(constants))
+            if key not in rows:
+                rows[key] = {**compile_one((kernel, args), arch), "dtype": name, "head_dim": width}
     return list(rows.values())
 
 

@@ -8,6 +8,7 @@ namespace cdistill {
 void slice_forward(const Kernels&, const Problem&, const float* lse, float* out, bool each, int threads);
 void gradient(const Kernels&, const Problem&, const Gradient&, int threads);
 void row_lse(const Kernels&, const Problem&, float* lse, int threads);
+void vocabulary_rows(const Kernels&, const VocabularyRows&, int threads);
 
 enum class Loss : int64_t { kCosine = 0, kMse = 1, kKl = 2 };
 enum class Reduction : int64_t { kRow = 0, kMatrix = 1, kColumn = 2 };

@@ -20,9 +20,10 @@ constexpr int kLanes = 8, kRegisterRows = 6, kRegisterVectors = 2;
 }  // namespace cdistill
 
 #include "simd_kernels.h"
+#include "simd_vocabulary.h"
 
 namespace cdistill {
-const Kernels kAvx2 = {"avx2", slice_forward_part, gradient_part, row_lse_part};
+const Kernels kAvx2 = {"avx2", slice_forward_part, gradient_part, row_lse_part, vocabulary_row};
 }  // namespace cdistill
 
 #if defined(__clang__)

@@ -11,7 +11,8 @@ constexpr int kLanes = 4, kRegisterRows = 4, kRegisterVectors = 2;
 }  // namespace cdistill
 
 #include "simd_kernels.h"
+#include "simd_vocabulary.h"
 
 namespace cdistill {
-const Kernels kPortable = {"portable", slice_forward_part, gradient_part, row_lse_part};
+const Kernels kPortable = {"portable", slice_forward_part, gradient_part, row_lse_part, vocabulary_row};
 }  // namespace cdistill

@@ -69,6 +69,28 @@ struct alignas(64) Scratch {
   float* col_target[kColTile];
 };
 
+enum class Divergence : int64_t { kForwardKl = 0, kReverseKl = 1, kJsd = 2 };
+
+// Rows of logits whose cross-entropy and divergence one call computes. Rows are padded: vectors of kMaxLanes may be read,
+// and written in `student`, up to the strides, which are multiples of that.
+struct VocabularyRows {
+  void* student;        // (n_rows, vocab) logits; with `gradient`, that of ce_weight * ce + kd_weight * kd after
+  const void* teacher;  // likewise, only read; null for a top-k teacher
+  DType dtype;          // float32 or bfloat16
+  int64_t student_stride, teacher_stride, n_rows, vocab;
+  const int64_t* labels;      // (n_rows,)
+  int64_t n_top;              // 0 for a teacher with logits
+  const float* top_values;    // (n_rows, n_top) log-probabilities
+  const int64_t* top_indices;
+  const float* top_tail;      // (n_rows,) log-probability of all other tokens
+  float* top_logits;          // (n_rows, n_top), working memory
+  Divergence divergence;
+  float temperature, beta, ce_weight, kd_weight;
+  bool gradient;
+  float* ce;  // (n_rows,)
+  float* kd;
+};
+
 struct Kernels {
   const char* name;
   // out (B, n_rows, n_cols) mean over heads, or (B, H, n_rows, n_cols) with `each`.
@@ -76,6 +98,7 @@ struct Kernels {
   void (*gradient)(const Problem&, const Part&, const Gradient&, bool want_dq, bool want_dk, Scratch&);
   // One query head (group_end == group_begin + 1), all columns; lse (B, H, n_rows).
   void (*row_lse)(const Problem&, const Part&, float* lse, Scratch&);
+  void (*vocabulary_row)(const VocabularyRows&, int64_t row);
 };
 
 extern const Kernels kPortable;

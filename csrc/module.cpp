@@ -85,6 +85,36 @@ Alignment make_alignment(uintptr_t a, uintptr_t target, uintptr_t row_valid, uin
           sink_filter};
 }
 
+VocabularyRows make_vocabulary_rows(uintptr_t student, int64_t student_stride, uintptr_t teacher, int64_t teacher_stride,
+                                    int64_t dtype, int64_t n_rows, int64_t vocab, uintptr_t labels,
+                                    int64_t n_top, uintptr_t top_values, uintptr_t top_indices, uintptr_t top_tail,
+                                    uintptr_t top_logits, int64_t divergence, float temperature, float beta,
+                                    float ce_weight, float kd_weight, bool gradient, uintptr_t ce, uintptr_t kd) {
+  VocabularyRows x{};
+  x.student = pointer<void>(student);
+  x.teacher = pointer<const void>(teacher);
+  x.dtype = static_cast<DType>(dtype);
+  x.student_stride = student_stride;
+  x.teacher_stride = teacher_stride;
+  x.n_rows = n_rows;
+  x.vocab = vocab;
+  x.labels = pointer<const int64_t>(labels);
+  x.n_top = n_top;
+  x.top_values = pointer<const float>(top_values);
+  x.top_indices = pointer<const int64_t>(top_indices);
+  x.top_tail = pointer<const float>(top_tail);
+  x.top_logits = pointer<float>(top_logits);
+  x.divergence = static_cast<Divergence>(divergence);
+  x.temperature = temperature;
+  x.beta = beta;
+  x.ce_weight = ce_weight;
+  x.kd_weight = kd_weight;
+  x.gradient = gradient;
+  x.ce = pointer<float>(ce);
+  x.kd = pointer<float>(kd);
+  return x;
+}
+
 }  // namespace
 }  // namespace cdistill
 
@@ -127,4 +157,13 @@ PYBIND11_MODULE(_C, m) {
         alignment_grad(x, pointer<const float>(grad_out), pointer<float>(grad), threads);
       },
       "alignment"_a, "grad_out"_a, "grad"_a, "threads"_a, Unlocked());
+
+  py::class_<VocabularyRows>(m, "VocabularyRows", "Rows of logits whose cross-entropy and divergence a call computes.")
+      .def(py::init(&make_vocabulary_rows), py::kw_only(), "student"_a, "student_stride"_a, "teacher"_a,
+           "teacher_stride"_a, "dtype"_a, "n_rows"_a, "vocab"_a, "labels"_a, "n_top"_a, "top_values"_a,
+           "top_indices"_a, "top_tail"_a, "top_logits"_a, "divergence"_a, "temperature"_a, "beta"_a, "ce_weight"_a,
+           "kd_weight"_a, "gradient"_a, "ce"_a, "kd"_a);
+  m.def(
+      "vocabulary_rows", [](const VocabularyRows& x, int threads) { vocabulary_rows(select_kernels(), x, threads); },
+      "rows"_a, "threads"_a, Unlocked());
 }

@@ -18,68 +18,15 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "simd_vectors.h"
 
 namespace cdistill {
 namespace {
 
-typedef float Vec __attribute__((vector_size(4 * kLanes)));
-typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t BitVec __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
-typedef float Quad __attribute__((vector_size(16)));
-
 constexpr int kPanel = kRegisterVectors * kLanes;
 static_assert(kRowTile % kRegisterRows == 0 && kColTile % kPanel == 0, "register tiles must fill a tile");
 static_assert(kLanes <= kMaxLanes, "scratch memory is laid out for kMaxLanes");
-constexpr float kLowest = -3.402823466e38f;
-constexpr float kInfinity = __builtin_inff();
 constexpr int32_t kNever = INT32_MAX;
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-template <class V>
-inline V load_as(const void* p) {
-  V v;
-  memcpy(&v, p, sizeof(v));
-  return v;
-}
-inline Vec load(const float* p) { return load_as<Vec>(p); }
-inline void store(float* p, Vec v) { memcpy(p, &v, sizeof(v)); }
-
-// The first n lanes, at most all of them; zero in the others.
-inline Vec load_first(const float* p, int64_t n) {
-  if (n >= kLanes) return load(p);
-  Vec v = {};
-  if (n > 0) memcpy(&v, p, n * sizeof(float));
-  return v;
-}
-
-inline float lane_sum(Vec v) {
-  float sum = 0.f;
-  for (int lane = 0; lane < kLanes; ++lane) sum += v[lane];
-  return sum;
-}
-
-// e^x to about 1 ulp; 0 below the smallest normal number, inf on overflow, NaN for NaN.
-inline Vec exp(Vec x) {
-  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low mantissa bits
-  const float shift = 12582912.f;
-  const Vec shifted = x * 1.44269504f + shift;
-  const Vec n = shifted - shift;
-  Vec f = x - n * 0.693359375f;
-  f = f - n * -2.12194440e-4f;
-  Vec p = f * 0.0013814539f + 0.008368745f;
-  p = p * f + 0.04166839f;
-  p = p * f + 0.16666521f;
-  p = p * f + 0.49999994f;
-  p = p * f + 1.f;
-  p = p * f + 1.f;
-  // p * 2^n by adding n to the exponent of p, which stays in range between the two limits.
-  const Vec power = (Vec)((BitVec)p + ((BitVec)shifted << 23));
-  const Vec finite = x < -87.33654f ? Vec{} : power;
-  return x < 88.72283f ? finite : x + kInfinity;
-}
 
 // acc[i][j] = sum_k a[i * a_row + k * a_step] * b[k * b_step + j * kLanes ..]
 template <int N>

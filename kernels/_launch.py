@@ -232,6 +232,11 @@ TILES = {
 # The row kernels of the losses only stream: one row at a time keeps all multiprocessors busy.
 ROW_TILE = Tile(1, 1024, 4, 2)
 
+# Of one row of logits: 8 elements, 16 bytes of bf16, per thread; 2 where a temperature makes for a second softmax, because
+# 4 spill on sm_80.
+VOCABULARY_TILE = Tile(1, 1024, 4, 1)
+SCALED_VOCABULARY_TILE = Tile(1, 512, 8, 1)
+
 # Architecture -> (kernel, bytes per element, padded head dimension) -> tile, where it differs from TILES.
 ARCHITECTURE_TILES: dict[int, dict[tuple[str, int, int], Tile]] = {
     80: {("head_cosine", 4, 64): Tile(32, 32, 8, 2)},
@@ -297,6 +302,12 @@ def attention_tile(kernel: str, q: torch.Tensor) -> Tile:
 
 def row_tile(device: torch.device) -> Tile:
     return INTERPRETER_ROW_TILE if architecture(device) == INTERPRETER else ROW_TILE
+
+
+def vocabulary_tile(device: torch.device, scaled: bool) -> Tile:
+    if architecture(device) == INTERPRETER:
+        return INTERPRETER_ROW_TILE
+    return SCALED_VOCABULARY_TILE if scaled else VOCABULARY_TILE
 
 
 def common_unit(strides: Iterable[int]) -> int:

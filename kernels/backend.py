@@ -1,4 +1,4 @@
-"""The primitives of the attention ops that run in Triton, in one place for whoever dispatches to them."""
+"""The primitives of the ops that run in Triton, in one place for whoever dispatches to them."""
 
 from .alignment_loss import alignment_grad, alignment_loss
 from .attention_slice import slice_accumulate, slice_backward, slice_forward
@@ -6,6 +6,7 @@ from .head_cosine import head_cosine, head_cosine_backward
 from .lse_gradient import fold_dlse, unfold_dlse
 from .regions import regions
 from .row_lse import row_lse, row_lse_backward
+from .vocabulary_losses import vocabulary_losses
 
 __all__ = [
     "FUSES_HEAD_COSINE",
@@ -21,6 +22,7 @@ __all__ = [
     "slice_backward",
     "slice_forward",
     "unfold_dlse",
+    "vocabulary_losses",
 ]
 
 FUSES_HEAD_COSINE = True

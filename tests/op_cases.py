@@ -1,8 +1,10 @@
 """Inputs for the attention op tests, and the rule by which results are compared with float64."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 @dataclass(frozen=True)
@@ -96,3 +98,21 @@ def assert_as_exact_as_eager(ours, eager, exact):
         assert x.shape == z.shape
         error, allowed = (x - z).abs(), 2 * (y - z).abs().max() + 1e-5 * z.abs().max()
         assert error.max() <= allowed, f"result {index}: error {error.max():.3e}, allowed {allowed:.3e}"
+
+
+def _memory_events(step):
+    """Bytes that torch's CPU allocator hands out (or, below 0, takes back) during a step, in order."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+
+
+def allocations(step):
+    """Sizes in bytes of the tensors that are made on the CPU during a step, also inside registered ops."""
+    return [n for n in _memory_events(step) if n > 0]
+
+
+def peak_memory(step):
+    """Bytes that torch's CPU allocator holds at most at one time during a step."""
+    return max(accumulate(_memory_events(step)))

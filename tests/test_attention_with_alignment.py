@@ -2,13 +2,11 @@
 
 import re
 from dataclasses import replace
-from itertools import accumulate
 
 import pytest
 import torch
 from cdistill.kernels import _launch
-from op_cases import CASES, Case, assert_as_exact_as_eager, draw
-from torch.profiler import ProfilerActivity, profile
+from op_cases import CASES, Case, assert_as_exact_as_eager, draw, peak_memory
 
 from benchmarks._contenders import SHAPES
 from benchmarks._contenders import draw as draw_shape
@@ -233,14 +231,6 @@ def test_an_engine_that_is_not_installed_says_what_is_missing(name, monkeypatch)
     monkeypatch.setattr(_engines, "find_spec", lambda module: None)
     with pytest.raises(ValueError, match=f"engine='{name}' cannot run: the module {engine.module} is not installed: "):
         attention_with_alignment(*GOOD.values(), engine=name)
-
-
-def peak_memory(step):
-    """Bytes that torch's CPU allocator holds at most at one time during a step."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 @pytest.mark.skipif(CUDA, reason="on a GPU the benchmark measures it")

@@ -37,6 +37,7 @@ LOSSES = {
     "claim_kernel",
     "check_kernel",
 }
+VOCABULARY = {"vocabulary_kernel", "top_vocabulary_kernel"}
 
 
 def run(*command):
@@ -53,10 +54,11 @@ def compiled():
 
 
 def test_every_kernel_compiles_for_every_architecture(compiled):
-    found = {(r["kernel"], r["arch"]) for r in compiled if r["dtype"] == "bf16"}
+    found = {(r["kernel"], r["arch"]) for r in compiled if r["dtype"] == "bf16" and r["head_dim"]}
     assert found == {(kernel, arch) for kernel in ATTENTION for arch in (80, 86, 89, 90, 100, 120)}
-    assert {r["kernel"] for r in compiled if not r["head_dim"]} == LOSSES
-    for dtype in ("fp16", "fp32"):
+    for dtype in ("bf16", "fp16", "fp32"):
+        alone = {r["kernel"] for r in compiled if r["dtype"] == dtype and not r["head_dim"]}
+        assert alone == (LOSSES | VOCABULARY if dtype == "fp32" else VOCABULARY)
         assert {r["kernel"] for r in compiled if r["dtype"] == dtype and r["head_dim"]} == ATTENTION
 
 
@@ -74,8 +76,10 @@ def test_the_kept_table_is_of_these_kernels_and_whole():
         table = list(csv.DictReader(file))
     cells = {(r["dtype"], r["arch"], r["head_dim"]) for r in table}
     jobs = json.loads(run("-c", "import json; from benchmarks import aot; print(json.dumps(aot.jobs(quick=False)))"))
-    assert cells == {("fp32", str(arch), "0") if t == "losses" else (t, str(arch), str(d[0])) for t, arch, *d in jobs}
-    assert {r["kernel"] for r in table} == ATTENTION | LOSSES
+    whole = {(t, str(arch), str(d[0])) for t, arch, *d in jobs if t != "losses"}
+    whole |= {(t, str(arch), "0") for t in ("bf16", "fp16", "fp32") for losses, arch, *_ in jobs if losses == "losses"}
+    assert cells == whole
+    assert {r["kernel"] for r in table} == ATTENTION | LOSSES | VOCABULARY
     assert [r for r in table if r["problem"]] == []
 
 

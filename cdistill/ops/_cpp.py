@@ -1,4 +1,4 @@
-"""The attention primitives in the C++ module cdistill._C, for CPU tensors.
+"""The primitives of the ops in the C++ module cdistill._C, for CPU tensors.
 
 Threads: as many as torch uses; the results do not depend on their number. The environment variable CDISTILL_CPU_ISA
 (avx512, avx2 or portable) overrides the choice of instruction set; one the processor lacks raises ValueError.
@@ -24,6 +24,7 @@ __all__ = [
     "slice_backward",
     "slice_forward",
     "unfold_dlse",
+    "vocabulary_losses",
 ]
 
 FUSES_HEAD_COSINE = False
@@ -31,6 +32,7 @@ FUSES_HEAD_COSINE = False
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _LOSSES = {"cosine": 0, "mse": 1, "kl": 2}
 _REDUCTIONS = {"row": 0, "matrix": 1, "column": 2}
+_DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 
 
 def _problem(
@@ -234,3 +236,53 @@ def alignment_grad(
     grad = torch.empty_like(a)
     _C.alignment_grad(alignment, grad_out.data_ptr(), grad.data_ptr(), torch.get_num_threads())
     return grad
+
+
+def vocabulary_losses(
+    student: Tensor,
+    teacher: Tensor | None,
+    top: tuple[Tensor, Tensor, Tensor] | None,
+    labels: Tensor,
+    ce: Tensor,
+    kd: Tensor,
+    *,
+    divergence: str,
+    temperature: float,
+    beta: float,
+    ce_weight: float,
+    kd_weight: float,
+    gradient: bool,
+) -> None:
+    """Cross-entropy and divergence of rows of logits, and their gradient in place of student's logits."""
+    values, indices, tail = (None, None, None) if top is None else top
+    working = None if values is None else torch.empty_like(values)
+    contiguous = (labels, ce, kd, values, indices, tail)
+    assert all(x.is_contiguous() for x in contiguous if x is not None)
+
+    def address(x: Tensor | None) -> int:
+        return 0 if x is None else x.data_ptr()
+
+    rows = _C.VocabularyRows(
+        student=student.data_ptr(),
+        student_stride=student.stride(0),
+        teacher=address(teacher),
+        teacher_stride=0 if teacher is None else teacher.stride(0),
+        dtype=_DTYPES[student.dtype],
+        n_rows=student.shape[0],
+        vocab=student.shape[1],
+        labels=labels.data_ptr(),
+        n_top=0 if values is None else values.shape[1],
+        top_values=address(values),
+        top_indices=address(indices),
+        top_tail=address(tail),
+        top_logits=address(working),
+        divergence=_DIVERGENCES[divergence],
+        temperature=temperature,
+        beta=beta,
+        ce_weight=ce_weight,
+        kd_weight=kd_weight,
+        gradient=gradient,
+        ce=ce.data_ptr(),
+        kd=kd.data_ptr(),
+    )
+    _C.vocabulary_rows(rows, torch.get_num_threads())

@@ -180,6 +180,30 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient of ``head_cosine`` for grad (B,Hq,R), zero where rows are -1; results as of ``slice_backward``."""
 
+    def vocabulary_losses(
+        self,
+        student: Tensor,
+        teacher: Tensor | None,
+        top: tuple[Tensor, Tensor, Tensor] | None,
+        labels: Tensor,
+        ce: Tensor,
+        kd: Tensor,
+        *,
+        divergence: str,
+        temperature: float,
+        beta: float,
+        ce_weight: float,
+        kd_weight: float,
+        gradient: bool,
+    ) -> None:
+        """Write cross-entropy and divergence of rows of logits into ce and kd (c,) fp32.
+
+        student and teacher (c,V) fp32, fp16 (not on the CPU) or bf16, their rows padded to multiples of 64 elements;
+        instead of a teacher, log-probabilities (c,K) of its top tokens, their indices, and the log-probability (c,) of
+        all others. ``gradient`` turns student into that of ce_weight * ce + kd_weight * kd; without it student
+        may hold anything afterwards.
+        """
+
 
 def without_autocast(op: Callable[..., T]) -> Callable[..., T]:
     """The implementation of an op, computing in the dtypes of its arguments also where torch.autocast is on."""
@@ -208,13 +232,13 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def _choose(q: Tensor) -> str:
+def _choose(x: Tensor) -> str:
     """The implementation for this device, with one line per process when it is not the fast one."""
-    if q.is_cuda:
+    if x.is_cuda:
         if find_spec("triton") is not None:
             return "triton"
         _warn_once("cdistill: triton is not installed, CUDA ops use the torch implementation")
-    elif q.device.type == "cpu":
+    elif x.device.type == "cpu":
         reason = _why_no_cpp()
         if reason is None:
             return "cpp"
@@ -226,11 +250,11 @@ def _capability(device: torch.device) -> str:
     return ".".join(map(str, torch.cuda.get_device_capability(device)))
 
 
-def _require(impl: str, q: Tensor) -> None:
-    """Raise ValueError, saying why, unless ``impl`` can run on q's device and dtype."""
+def _require(impl: str, x: Tensor, name: str) -> None:
+    """Raise ValueError, saying why, unless ``impl`` can run on x's device and dtype."""
     if impl == "cpp":
-        if q.device.type != "cpu":
-            raise ValueError(f"impl='cpp' needs CPU tensors, q is on {q.device}")
+        if x.device.type != "cpu":
+            raise ValueError(f"impl='cpp' needs CPU tensors, {name} is on {x.device}")
         reason = _why_no_cpp()
         if reason is not None:
             raise ValueError(f"impl='cpp' needs the C++ module cdistill._C, which is not available ({reason})")
@@ -238,30 +262,30 @@ def _require(impl: str, q: Tensor) -> None:
         if find_spec("triton") is None:
             raise ValueError("impl='triton' needs the package triton, which is not installed")
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        if not q.is_cuda and not (interpreted and q.device.type == "cpu"):
+        if not x.is_cuda and not (interpreted and x.device.type == "cpu"):
             raise ValueError(
-                f"impl='triton' needs CUDA tensors (or CPU tensors and TRITON_INTERPRET=1), q is on {q.device}"
+                f"impl='triton' needs CUDA tensors (or CPU tensors and TRITON_INTERPRET=1), {name} is on {x.device}"
             )
-        if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
+        if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
             raise ValueError(
                 "impl='triton' needs compute capability 8.0 or higher, "
-                f"{torch.cuda.get_device_name(q.device)} has {_capability(q.device)}"
+                f"{torch.cuda.get_device_name(x.device)} has {_capability(x.device)}"
             )
-        if interpreted and q.dtype == torch.bfloat16:
+        if interpreted and x.dtype == torch.bfloat16:
             raise ValueError(
-                "impl='triton' cannot compute in bfloat16 under TRITON_INTERPRET=1, q must be fp32 or fp16"
+                f"impl='triton' cannot compute in bfloat16 under TRITON_INTERPRET=1, {name} must be fp32 or fp16"
             )
 
 
-def backend(impl: str | None, q: Tensor) -> Backend:
-    """The backend module for ``impl``, or for q's device if it is None.
+def backend(impl: str | None, x: Tensor, name: str = "q") -> Backend:
+    """The backend module for ``impl``, or for x's device if it is None; ``name`` is x's in messages.
 
     Raises:
         ValueError: impl is unknown, or cannot run here; the message says why.
     """
     if impl is None:
-        impl = _choose(q)
+        impl = _choose(x)
     elif impl not in IMPLS:
         raise ValueError(f"impl must be None or one of {IMPLS}, got {impl!r}")
-    _require(impl, q)
+    _require(impl, x, name)
     return cast(Backend, importlib.import_module(_MODULES[impl]))

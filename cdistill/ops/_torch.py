@@ -1,9 +1,10 @@
-"""The attention primitives in eager torch: one head and one block of rows at a time, in place, on any device.
+"""The primitives of the ops in eager torch: one head and one block of rows at a time, in place, on any device.
 
 No (rows, T) block of scores exceeds BLOCK_BYTES, the (B,R,V) slice is the only buffer of its size in the slice
 primitives, and there is none per head unless the result has one.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -23,11 +24,13 @@ __all__ = [
     "slice_backward",
     "slice_forward",
     "unfold_dlse",
+    "vocabulary_losses",
 ]
 
 FUSES_HEAD_COSINE = False
 
 BLOCK_BYTES = 16 * 2**20
+LOGITS_BYTES = 4 * 2**20  # of a block of logits in fp32, of which several exist at a time
 KL_EPS = 1e-8
 
 
@@ -351,3 +354,70 @@ def alignment_grad(
         grad = distance_grad(u, v, n_cols).mul_(grad_out[:, None, None]) * weights
         grad = grad.expand_as(a).contiguous()
     return grad.masked_fill_(~valid, 0.0)
+
+
+def _compare(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> tuple[Tensor, Tensor]:
+    """Divergence of each row (c,), and the gradient of p in its logits (c,V), both of log-probabilities (c,V)."""
+    p, q = log_p.exp(), log_q.exp()
+    if divergence == "forward_kl":
+        return (q * (log_q - log_p)).sum(1), p.sub_(q)
+    if divergence == "reverse_kl":
+        r = log_p - log_q
+        value = mean = (p * r).sum(1)
+    else:
+        log_m = torch.logaddexp(log_p + math.log(1 - beta), log_q + math.log(beta))
+        r = (log_p - log_m).mul_(1 - beta)
+        mean = (p * r).sum(1)
+        value = mean + beta * (q * (log_q - log_m)).sum(1)
+    return value, p.mul_(r.sub_(mean[:, None]))
+
+
+def _compare_with_top(
+    log_p: Tensor, values: Tensor, indices: Tensor, tail: Tensor, divergence: str, beta: float
+) -> tuple[Tensor, Tensor]:
+    """As `_compare`, where the teacher's tokens outside its top-k (c,K) are one outcome for both."""
+    others = log_p.scatter(1, indices, -torch.inf)
+    others_log_p = others.logsumexp(1, keepdim=True)
+    log_p = torch.cat([log_p.gather(1, indices), others_log_p], 1)
+    value, slope = _compare(log_p, torch.cat([values, tail[:, None]], 1), divergence, beta)
+    if divergence == "forward_kl":
+        dlogits = others.exp() - (others - (others_log_p - tail[:, None])).exp()
+    else:
+        dlogits = others.sub_(others_log_p).exp_().mul_(slope[:, -1:])
+    return value, dlogits.scatter_(1, indices, slope[:, :-1])
+
+
+def vocabulary_losses(
+    student: Tensor,
+    teacher: Tensor | None,
+    top: tuple[Tensor, Tensor, Tensor] | None,
+    labels: Tensor,
+    ce: Tensor,
+    kd: Tensor,
+    *,
+    divergence: str,
+    temperature: float,
+    beta: float,
+    ce_weight: float,
+    kd_weight: float,
+    gradient: bool,
+) -> None:
+    """Cross-entropy and divergence of rows of logits, and their gradient in place of student's logits."""
+    rows, vocab_size = student.shape
+    step = max(1, LOGITS_BYTES // (4 * vocab_size))
+    for part in (slice(start, start + step) for start in range(0, rows, step)):
+        s, label = student[part].float(), labels[part, None]
+        log_p = (s / temperature).log_softmax(1)
+        if top is not None:
+            values, indices, tail = (x[part] for x in top)
+            kd[part], slope = _compare_with_top(log_p, values, indices, tail, divergence, beta)
+        else:
+            assert teacher is not None
+            log_q = teacher[part].float().div(temperature).log_softmax(1)
+            kd[part], slope = _compare(log_p, log_q, divergence, beta)
+        log_p = s.log_softmax(1)
+        ce[part] = -log_p.gather(1, label)[:, 0]
+        if gradient:
+            dlogits = log_p.exp_()
+            dlogits.scatter_add_(1, label, dlogits.new_full((), -1.0).expand(label.shape))
+            student[part] = dlogits.mul_(ce_weight).add_(slope, alpha=kd_weight / temperature)

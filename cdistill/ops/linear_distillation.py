@@ -1,9 +1,8 @@
 """Cross-entropy and distillation through the language-model heads, without the (N,V) logits of either model.
 
-Rows whose label is ignored are dropped first. The others are processed in chunks; a chunk's logits live only while its
-losses and its gradients are made, in the forward pass. ``ce`` and ``kd`` are two outputs with two upstream gradients,
-so their gradients are kept apart: two fp32 (n,Hs) tensors for the hidden states (n valid rows) and, only if the head
-is trained, two fp32 (V,Hs) tensors for it. The backward pass scales copies of them.
+``ce`` and ``kd`` are two outputs with two upstream gradients, but their gradients in hidden states and head are made
+together, in the forward pass, for the ratio of ``loss_weights``: one fp32 (V,Hs) tensor, not two. The backward pass
+scales it. If it finds another ratio there it makes the gradients anew.
 """
 
 import math
@@ -11,19 +10,28 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cdistill.ops._contract import (
     DTYPES,
+    laid_out_like,
     require_choice,
     require_device,
     require_shape,
     require_tensor,
-    require_values,
 )
+from cdistill.ops._dispatch import backend, without_autocast
+from cdistill.ops._vocabulary import Inputs, Options, Wanted, empty_results, losses_and_gradients
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+SAME_RATIO = 1e-5  # relative: upstream gradients are rounded
+
+_INPUTS = (
+    "Tensor student_hidden, Tensor student_head, Tensor? student_bias, Tensor? teacher_hidden, Tensor? teacher_head, "
+    "Tensor? teacher_bias, Tensor? top_values, Tensor? top_indices, Tensor labels"
+)
+_OPTIONS = "str divergence, float temperature, float beta, int ignore_index, SymInt vocab_size, SymInt chunk_size"
+_SETTINGS = f"{_INPUTS}, {_OPTIONS}, float ce_weight, float kd_weight, str? impl"
+_INPUT_COUNT = len(Inputs._fields)
 
 
 class LinearDistillation(NamedTuple):
@@ -34,128 +42,119 @@ class LinearDistillation(NamedTuple):
     tokens: Tensor  # () int64
 
 
-class _Options(NamedTuple):
-    divergence: str
-    temperature: float
-    vocab_size: int
-    chunk_size: int
-    needs_hidden: bool
-    needs_head: bool
-    needs_bias: bool
+def _split(settings: tuple[Any, ...]) -> tuple[Inputs, Options, tuple[float, float], str | None]:
+    """The arguments that ``_SETTINGS`` names."""
+    *options, ce_weight, kd_weight, impl = settings[_INPUT_COUNT:]
+    return Inputs(*settings[:_INPUT_COUNT]), Options(*options), (ce_weight, kd_weight), impl
 
 
-class _Gradients:
-    """fp32 gradients of one of the two losses in student_hidden, student_head and student_bias."""
-
-    def __init__(self, hidden: Tensor, head: Tensor, options: _Options):
-        def zeros(needed: bool, *shape: int) -> Tensor | None:
-            return torch.zeros(shape, dtype=torch.float32, device=hidden.device) if needed else None
-
-        self.hidden = zeros(options.needs_hidden, *hidden.shape)
-        self.head = zeros(options.needs_head, *head.shape)
-        self.bias = zeros(options.needs_bias, head.shape[0])
-
-    def add(self, rows: slice, dlogits: Tensor, hidden: Tensor, head: Tensor) -> None:
-        """Add a chunk: dlogits (c,vocab_size) fp32, hidden (c,Hs), head (vocab_size,Hs)."""
-        vocab_size = dlogits.shape[1]
-        if self.bias is not None:
-            self.bias[:vocab_size] += dlogits.sum(0)
-        dlogits = dlogits.to(head.dtype)
-        if self.hidden is not None:
-            self.hidden[rows] = _matmul(dlogits, head)
-        if self.head is not None:
-            self.head[:vocab_size] += _matmul(dlogits.mT, hidden)
+def _is_made(gradient: Tensor) -> bool:
+    """Whether this is a gradient ((N,Hs), (Vs,Hs) or (Vs,)) and not the empty vector in place of an unwanted one."""
+    return gradient.dim() == 2 or gradient.numel() > 0
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b accumulated and returned in fp32; CPUs have no such product of half-precision matrices, so they upcast."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+def _made_anew(inputs: Inputs, options: Options, wanted: Wanted, impl: str | None, dce: float, dkd: float):
+    """The gradients of dce * ce + dkd * kd."""
+    for name in ("student_head", "teacher_head"):
+        head = getattr(inputs, name)
+        if head is not None and not head.numel():
+            raise RuntimeError(
+                f"{name} is empty in the backward pass (ZeRO-3 has partitioned it), and ce and kd were differentiated "
+                "in another ratio than loss_weights says: pass the weights with which the two losses are added"
+            )
+    chosen = backend(impl, inputs.student_hidden, "student_hidden")
+    return losses_and_gradients(chosen, inputs, options, wanted, dce, dkd)[3:]
 
 
-def _divergence(student: Tensor, teacher: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Sum of the rows' divergences (a scalar), and its gradient in the student logits; both logits (c,V) fp32."""
-    log_p, log_q = student.log_softmax(1), teacher.log_softmax(1)
-    p = log_p.exp()
-    if name == "forward_kl":
-        q = log_q.exp()
-        return (q * (log_q - log_p)).sum(), p.sub_(q)
-    if name == "reverse_kl":
-        log_ratio = log_p - log_q
+def _gradients(
+    dce: Tensor | None, dkd: Tensor | None, made: tuple[Tensor, ...], settings: tuple[Any, ...], overwrite: bool
+) -> list[Tensor]:
+    """Gradients of the student's tensors from those ``made`` for the loss weights; empty where none was made.
+
+    With ``overwrite`` they may be the tensors of ``made``.
+    """
+    inputs, options, weights, impl = _split(settings)
+    zero = inputs.student_hidden.new_zeros((), dtype=torch.float32)
+    # The host decides what to do, so this waits for a CUDA device, at the very start of the backward pass.
+    upstream = torch.stack([zero if x is None else x for x in (dce, dkd)]).tolist()
+    leading = 0 if abs(weights[0]) >= abs(weights[1]) else 1
+    factor = upstream[leading] / weights[leading]
+    other = factor * weights[1 - leading]
+    if abs(upstream[1 - leading] - other) > SAME_RATIO * max(abs(other), abs(upstream[leading])):
+        wanted = Wanted(*map(_is_made, made))
+        made, factor, overwrite = _made_anew(inputs, options, wanted, impl, *upstream), 1.0, True
+
+    def finished(gradient: Tensor, like: Tensor | None) -> Tensor:
+        if like is None or not _is_made(gradient):
+            return gradient.new_empty(0)
+        if overwrite and gradient.dtype == like.dtype:
+            return gradient.mul_(factor)
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=like.dtype))
+
+    return [finished(x, like) for x, like in zip(made, inputs[:3], strict=True)]
+
+
+@torch.library.custom_op(
+    "cdistill::linear_distillation",
+    mutates_args=(),
+    schema=f"({_SETTINGS}, bool hidden, bool head, bool bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+@without_autocast
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, options, weights, impl = _split(arguments[:-3])
+    chosen = backend(impl, inputs.student_hidden, "student_hidden")
+    return losses_and_gradients(chosen, inputs, options, Wanted(*arguments[-3:]), *weights)
+
+
+@_forward.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    return empty_results(Inputs(*arguments[:_INPUT_COUNT]), Wanted(*arguments[-3:]))
+
+
+@torch.library.custom_op(
+    "cdistill::linear_distillation_backward",
+    mutates_args=(),
+    schema=f"(Tensor? dce, Tensor? dkd, Tensor hidden, Tensor head, Tensor bias, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+)
+@without_autocast
+def _backward(dce: Tensor | None, dkd: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    made, settings = arguments[:3], arguments[3:]
+    gradients = _gradients(dce, dkd, made, settings, overwrite=False)
+    leaves = settings[:3]
+    return tuple(laid_out_like(x, y) if _is_made(x) else x for x, y in zip(gradients, leaves, strict=True))
+
+
+@_backward.register_fake
+def _(dce: Tensor | None, dkd: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    made, leaves = arguments[:3], arguments[3:6]
+    return tuple(torch.empty_like(y) if _is_made(x) else x.new_empty(0) for x, y in zip(made, leaves, strict=True))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[3:], *inputs[:_INPUT_COUNT])
+    ctx.settings = inputs[_INPUT_COUNT:-3]
+
+
+def _differentiate(ctx: Any, dce: Tensor | None, dkd: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    rest = (None,) * (_INPUT_COUNT + len(ctx.settings))
+    if dce is None and dkd is None:
+        return None, None, None, *rest
+    saved = ctx.saved_tensors
+    made, settings = saved[:3], (*saved[3:], *ctx.settings)
+    if type(made[0]) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph():
+        # No other backward pass will read what was saved, so it may become the result: a second (V,Hs) is saved.
+        gradients = without_autocast(_gradients)(dce, dkd, made, settings, True)
     else:
-        log_m = torch.logaddexp(log_p, log_q).sub_(math.log(2.0))
-        log_ratio = (log_p - log_m).mul_(0.5)
-    per_row = (p * log_ratio).sum(1, keepdim=True)
-    value = per_row.sum()
-    if name == "jsd":
-        value = value + 0.5 * (log_q.exp() * (log_q - log_m)).sum()
-    return value, p.mul_(log_ratio.sub_(per_row))
+        gradients = torch.ops.cdistill.linear_distillation_backward(dce, dkd, *made, *settings)
+    return *(x if _is_made(x) else None for x in gradients), *rest
 
 
-class _LinearDistillation(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student_hidden: Tensor,
-        student_head: Tensor,
-        student_bias: Tensor | None,
-        teacher_hidden: Tensor,
-        teacher_head: Tensor,
-        teacher_bias: Tensor | None,
-        labels: Tensor,
-        options: _Options,
-    ) -> tuple[Tensor, Tensor]:
-        of_ce = _Gradients(student_hidden, student_head, options)
-        of_kd = _Gradients(student_hidden, student_head, options)
-        ce = student_hidden.new_zeros((), dtype=torch.float32)
-        kd = student_hidden.new_zeros((), dtype=torch.float32)
-        vocab_size, temperature = options.vocab_size, options.temperature
-        s_head, t_head = student_head[:vocab_size], teacher_head[:vocab_size]
-
-        for start in range(0, len(labels), options.chunk_size):
-            rows = slice(start, min(start + options.chunk_size, len(labels)))
-            student = _matmul(student_hidden[rows], s_head.mT)
-            teacher = _matmul(teacher_hidden[rows], t_head.mT)
-            if student_bias is not None:
-                student += student_bias[:vocab_size]
-            if teacher_bias is not None:
-                teacher += teacher_bias[:vocab_size]
-
-            value, dlogits = _divergence(student / temperature, teacher.div_(temperature), options.divergence)
-            kd += value
-            of_kd.add(rows, dlogits.div_(temperature), student_hidden[rows], s_head)
-
-            label = labels[rows, None]
-            log_p = student.log_softmax(1)
-            ce -= log_p.gather(1, label).sum()
-            dlogits = log_p.exp_()
-            dlogits.scatter_add_(1, label, dlogits.new_full((), -1.0).expand(label.shape))
-            of_ce.add(rows, dlogits, student_hidden[rows], s_head)
-
-        ctx.save_for_backward(of_ce.hidden, of_ce.head, of_ce.bias, of_kd.hidden, of_kd.head, of_kd.bias)
-        ctx.dtypes = (student_hidden.dtype, student_head.dtype, None if student_bias is None else student_bias.dtype)
-        ctx.set_materialize_grads(False)
-        return ce, kd
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_ce: Tensor | None, grad_kd: Tensor | None) -> tuple[Tensor | None, ...]:
-        def scaled(of_ce: Tensor | None, of_kd: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-            if of_ce is None or of_kd is None:
-                return None
-            if grad_ce is None:
-                return None if grad_kd is None else (of_kd * grad_kd).to(dtype)
-            total = of_ce * grad_ce
-            return (total if grad_kd is None else total.addcmul_(of_kd, grad_kd)).to(dtype)
-
-        saved = ctx.saved_tensors
-        return (*map(scaled, saved[:3], saved[3:], ctx.dtypes), *(None,) * 5)
+torch.library.register_autograd("cdistill::linear_distillation", _differentiate, setup_context=_save)
 
 
-def _require_side(side: str, hidden: Tensor, head: Tensor, bias: Tensor | None, rows: int) -> None:
+def _require_side(side: str, hidden: Any, head: Any, bias: Tensor | None, rows: int) -> None:
     """Check hidden states, head and bias of the student or the teacher."""
     for name, tensor in ((f"{side}_hidden", hidden), (f"{side}_head", head)):
         require_tensor(name, tensor)
@@ -173,20 +172,60 @@ def _require_side(side: str, hidden: Tensor, head: Tensor, bias: Tensor | None, 
             raise ValueError(f"{side}_bias must have a floating dtype, got {bias.dtype}")
 
 
+def _require_topk(topk: Any, rows: int) -> tuple[Tensor, Tensor]:
+    """Check ``teacher_topk`` and return its values and its indices as int64."""
+    if not isinstance(topk, tuple | list) or len(topk) != 2:
+        raise ValueError(f"teacher_topk must be a pair (values, indices), got {type(topk).__name__}")
+    values, indices = topk
+    for name, tensor in (("values", values), ("indices", indices)):
+        require_tensor(f"teacher_topk {name}", tensor)
+    if values.dim() != 2 or len(values) != rows or not values.shape[1]:
+        raise ValueError(f"teacher_topk values must have shape (N, K) with N = {rows}, got {tuple(values.shape)}")
+    require_shape("teacher_topk indices", indices, tuple(values.shape), "N, K")
+    if not values.is_floating_point():
+        raise ValueError(f"teacher_topk values must have a floating dtype, got {values.dtype}")
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise ValueError(f"teacher_topk indices must have an integer dtype, got {indices.dtype}")
+    return values.detach(), indices.long()
+
+
+def _require_number(name: str, value: Any, low: float, high: float, text: str) -> float:
+    """Raise ValueError unless low < value < high, which ``text`` says in words."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
+        raise ValueError(f"{name} must be {text}, got {value!r}")
+    return float(value)
+
+
+def _vocab_size(vocab_size: int | None, heads: list[Tensor], topk: Tensor | None) -> int:
+    shared = min(head.shape[0] for head in heads)
+    if vocab_size is None:
+        vocab_size = shared
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 1 <= vocab_size <= shared:
+        raise ValueError(f"vocab_size must be from 1 to {shared}, the smaller of the two heads, got {vocab_size!r}")
+    if topk is not None and topk.shape[1] >= vocab_size:
+        raise ValueError(
+            f"teacher_topk must hold fewer than vocab_size = {vocab_size} tokens a row, got {topk.shape[1]}"
+        )
+    return vocab_size
+
+
 def linear_distillation(
     student_hidden: Tensor,
     student_head: Tensor,
-    teacher_hidden: Tensor,
-    teacher_head: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | None,
     labels: Tensor,
     *,
     divergence: str = "forward_kl",
     temperature: float = 1.0,
+    beta: float = 0.5,
     ignore_index: int = -100,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    teacher_topk: tuple[Tensor, Tensor] | None = None,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
+    loss_weights: tuple[float, float] = (1.0, 1.0),
     impl: str | None = None,
 ) -> LinearDistillation:
     """Cross-entropy and teacher-student divergence over the vocabulary, from hidden states (paper 3.1, L_ar and L_kd).
@@ -194,84 +233,86 @@ def linear_distillation(
     Args:
         student_hidden: (N,Hs) fp16, bf16 or fp32, already shifted against labels.
         student_head: (Vs,Hs), the weight of the student's output layer, same dtype.
-        teacher_hidden, teacher_head: (N,Ht) and (Vt,Ht); the teacher gets no gradient.
+        teacher_hidden, teacher_head: (N,Ht) and (Vt,Ht); the teacher gets no gradient. None with ``teacher_topk``.
         labels: (N,) int64 token ids below vocab_size, or ignore_index.
-        divergence: "forward_kl" (teacher || student), "reverse_kl", or "jsd" (beta 0.5), of the softmax of
-            logits / temperature, not multiplied by temperature squared.
+        divergence: of the softmax of logits / temperature, not multiplied by temperature squared, with student p and
+            teacher q: "forward_kl" KL(q||p), "reverse_kl" KL(p||q), or "jsd", beta KL(q||m) + (1 - beta) KL(p||m) with
+            m = beta q + (1 - beta) p.
+        temperature: above 0.
+        beta: of "jsd", between 0 and 1.
+        ignore_index: rows with this label are dropped before anything is computed.
         student_bias, teacher_bias: (Vs,) and (Vt,).
+        teacher_topk: (values, indices), both (N,K), of a teacher that ran earlier: natural log-probabilities at this
+            temperature and the distinct tokens they belong to. All other tokens are one more outcome, for both models,
+            with the probability that is left (at least 2^-24).
         vocab_size: columns of both heads that are real tokens, min(Vs,Vt) by default; the others are masked with -inf
             in both losses.
-        chunk_size: rows per chunk; by default as many as keep one (rows, vocab_size) fp32 buffer at 32 MB on CPU and
-            256 MB elsewhere, a handful of which exist at a time.
-        impl: None or "torch".
+        chunk_size: rows per chunk; by default as many as keep the logits of a chunk, both models', at 64 MB on the CPU,
+            and on CUDA at 512 MB or the size of the head's fp32 gradient, if that is wanted and larger.
+        loss_weights: the weights with which ce and kd will be added. Any ratio of the two in the backward pass gives the
+            right gradient, but only this one without computing everything a second time.
+        impl: "torch", "cpp", "triton", or None to choose by device.
 
     Returns:
         LinearDistillation(ce, kd, tokens): sums over the rows that are not ignored, fp32, in nats, and their number,
         int64. Both sums are differentiable once in student_hidden, student_head and student_bias; without any valid
-        row they are 0 with gradient 0.
+        row they are 0 with gradient 0. inf and NaN in the inputs of a valid row reach the losses. Beside the gradients,
+        fp32 for the head, the op holds the logits of one chunk.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype, device or value. On CUDA labels outside the vocabulary trip a
-            device-side assertion instead, because reading them would synchronise.
+        ValueError: an argument has a wrong shape, dtype, device or value, or impl cannot run here. On CUDA labels and
+            indices outside the vocabulary trip a device-side assertion instead, because reading them would synchronise.
     """
-    if impl not in (None, "torch"):
-        raise ValueError(f"impl must be None or 'torch' for linear_distillation, got {impl!r}")
     require_choice("divergence", divergence, DIVERGENCES)
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number above 0, got {temperature!r}")
+    temperature = _require_number("temperature", temperature, 0, math.inf, "a finite number above 0")
+    beta = _require_number("beta", beta, 0, 1, "a number between 0 and 1")
     require_tensor("labels", labels)
     if labels.dim() != 1 or labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64 of shape (N,), got {labels.dtype} of shape {tuple(labels.shape)}")
     _require_side("student", student_hidden, student_head, student_bias, len(labels))
-    _require_side("teacher", teacher_hidden, teacher_head, teacher_bias, len(labels))
+    heads = [student_head]
+    top_values = top_indices = None
+    if teacher_topk is None:
+        _require_side("teacher", teacher_hidden, teacher_head, teacher_bias, len(labels))
+        assert teacher_hidden is not None and teacher_head is not None
+        heads.append(teacher_head)
+    elif any(x is not None for x in (teacher_hidden, teacher_head, teacher_bias)):
+        raise ValueError("teacher_hidden, teacher_head and teacher_bias must be None with teacher_topk")
+    else:
+        top_values, top_indices = _require_topk(teacher_topk, len(labels))
     for name, tensor in (
         ("student_head", student_head),
         ("student_bias", student_bias),
         ("teacher_hidden", teacher_hidden),
         ("teacher_head", teacher_head),
         ("teacher_bias", teacher_bias),
+        ("teacher_topk values", top_values),
+        ("teacher_topk indices", top_indices),
         ("labels", labels),
     ):
         if tensor is not None:
             require_device(name, tensor, student_hidden.device)
-    shared_vocab = min(student_head.shape[0], teacher_head.shape[0])
-    if vocab_size is None:
-        vocab_size = shared_vocab
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 1 <= vocab_size <= shared_vocab:
-        raise ValueError(
-            f"vocab_size must be from 1 to {shared_vocab}, the smaller of the two heads, got {vocab_size!r}"
-        )
-    if chunk_size is None:
-        budget = CHUNK_BYTES.get(student_hidden.device.type, CHUNK_BYTES["cuda"])
-        chunk_size = max(1, budget // (4 * vocab_size))
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size must be None or a whole number above 0, got {chunk_size!r}")
-    valid = labels != ignore_index
-    require_values(
-        (~valid | ((labels >= 0) & (labels < vocab_size))).all(),
-        f"labels must be from 0 to vocab_size-1 = {vocab_size - 1}, or ignore_index = {ignore_index}",
+    if not isinstance(loss_weights, tuple | list) or len(loss_weights) != 2 or not any(loss_weights):
+        raise ValueError(f"loss_weights must be two numbers that are not both 0, got {loss_weights!r}")
+    weights = [_require_number("loss_weights", w, -math.inf, math.inf, "two finite numbers") for w in loss_weights]
+    student = (student_hidden, student_head, student_bias)
+    teacher = (x if x is None else x.detach() for x in (teacher_hidden, teacher_head, teacher_bias))
+    ce, kd, tokens, *_ = torch.ops.cdistill.linear_distillation(
+        *student,
+        *teacher,
+        top_values,
+        top_indices,
+        labels,
+        divergence,
+        temperature,
+        beta,
+        ignore_index,
+        _vocab_size(vocab_size, heads, top_values),
+        chunk_size or 0,
+        *weights,
+        impl,
+        *(torch.is_grad_enabled() and x is not None and x.requires_grad for x in student),
     )
-
-    # How many rows are left decides the sizes of the GEMMs, so this is the one place that waits for a CUDA device.
-    index = valid.nonzero()[:, 0]
-    grad = torch.is_grad_enabled()
-    options = _Options(
-        divergence=divergence,
-        temperature=float(temperature),
-        vocab_size=vocab_size,
-        chunk_size=chunk_size,
-        needs_hidden=grad and student_hidden.requires_grad,
-        needs_head=grad and student_head.requires_grad,
-        needs_bias=grad and student_bias is not None and student_bias.requires_grad,
-    )
-    ce, kd = _LinearDistillation.apply(
-        student_hidden[index],
-        student_head,
-        student_bias,
-        teacher_hidden.detach()[index],
-        teacher_head.detach(),
-        None if teacher_bias is None else teacher_bias.detach(),
-        labels[index],
-        options,
-    )
-    return LinearDistillation(ce, kd, valid.sum())
+    return LinearDistillation(ce, kd, tokens)

@@ -134,36 +134,56 @@ def attention_alignment(
     return torch.stack(losses)
 
 
+def _divergence(p: Tensor, q: Tensor, divergence: str, beta: float) -> Tensor:
+    """Sum over rows of the divergence of log-probabilities, student p and teacher q."""
+    if divergence == "forward_kl":
+        return F.kl_div(p, q, reduction="sum", log_target=True)
+    if divergence == "reverse_kl":
+        return F.kl_div(q, p, reduction="sum", log_target=True)
+    m = torch.stack([q + math.log(beta), p + math.log(1 - beta)]).logsumexp(0)
+    from_q, from_p = (F.kl_div(m, x, reduction="sum", log_target=True) for x in (q, p))
+    return beta * from_q + (1 - beta) * from_p
+
+
+def _with_others(log_p: Tensor, indices: Tensor) -> Tensor:
+    """Log-probabilities of the tokens in indices (N,K) and of all others together: (N,K+1)."""
+    rest = torch.ones_like(log_p).scatter(1, indices, 0.0)
+    others = (log_p.exp() * rest).sum(1, keepdim=True).log()
+    return torch.cat([log_p.gather(1, indices), others], 1)
+
+
 def linear_distillation(
     student_hidden: Tensor,
     student_head: Tensor,
-    teacher_hidden: Tensor,
-    teacher_head: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | None,
     labels: Tensor,
     *,
     divergence: str = "forward_kl",
     temperature: float = 1.0,
+    beta: float = 0.5,
     ignore_index: int = -100,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    teacher_topk: tuple[Tensor, Tensor] | None = None,
     vocab_size: int | None = None,
 ) -> LinearDistillation:
     """Oracle of ``cdistill.ops.linear_distillation``: whole (N,V) logits, padding columns cut off."""
-    vocab_size = min(student_head.shape[0], teacher_head.shape[0]) if vocab_size is None else vocab_size
+    if vocab_size is None:
+        vocab_size = min(len(head) for head in (student_head, teacher_head) if head is not None)
     student = F.linear(student_hidden, student_head, student_bias)[:, :vocab_size]
-    with torch.no_grad():
-        teacher = F.linear(teacher_hidden, teacher_head, teacher_bias)[:, :vocab_size]
     if student.dtype in (torch.float16, torch.bfloat16):
-        student, teacher = student.float(), teacher.float()
+        student = student.float()
     valid = labels != ignore_index
     ce = F.cross_entropy(student, labels, ignore_index=ignore_index, reduction="sum")
     p = F.log_softmax(student[valid] / temperature, dim=-1)
-    q = F.log_softmax(teacher[valid] / temperature, dim=-1)
-    if divergence == "forward_kl":
-        kd = F.kl_div(p, q, reduction="sum", log_target=True)
-    elif divergence == "reverse_kl":
-        kd = F.kl_div(q, p, reduction="sum", log_target=True)
+    if teacher_topk is not None:
+        values, indices = teacher_topk[0][valid].to(p.dtype), teacher_topk[1][valid]
+        rest = 1 - values.exp().sum(1, keepdim=True)
+        p, q = _with_others(p, indices), torch.cat([values, rest.log()], 1)
     else:
-        m = torch.stack([p, q]).logsumexp(0) - math.log(2)
-        kd = torch.stack([F.kl_div(m, x, reduction="sum", log_target=True) for x in (p, q)]).mean()
-    return LinearDistillation(ce, kd, valid.sum())
+        assert teacher_hidden is not None and teacher_head is not None
+        with torch.no_grad():
+            teacher = F.linear(teacher_hidden, teacher_head, teacher_bias)[:, :vocab_size]
+        q = F.log_softmax(teacher[valid].to(p.dtype) / temperature, dim=-1)
+    return LinearDistillation(ce, _divergence(p, q, divergence, beta), valid.sum())

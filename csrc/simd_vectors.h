@@ -1,0 +1,88 @@
+// Vectors of kLanes floats in the compiler's vector types, and their elementary functions. Include it only from
+// isa_*.cpp, after the target pragma and the constant kLanes: everything here is compiled for that instruction set, so
+// it has internal linkage and calls no inline function of another header.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace cdistill {
+namespace {
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t BitVec __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
+typedef float Quad __attribute__((vector_size(16)));
+
+constexpr float kLowest = -3.402823466e38f;
+constexpr float kInfinity = __builtin_inff();
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+template <class V>
+inline V load_as(const void* p) {
+  V v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline Vec load(const float* p) { return load_as<Vec>(p); }
+inline void store(float* p, Vec v) { memcpy(p, &v, sizeof(v)); }
+
+// The first n lanes, at most all of them; zero in the others.
+inline Vec load_first(const float* p, int64_t n) {
+  if (n >= kLanes) return load(p);
+  Vec v = {};
+  if (n > 0) memcpy(&v, p, n * sizeof(float));
+  return v;
+}
+
+inline float lane_sum(Vec v) {
+  float sum = 0.f;
+  for (int lane = 0; lane < kLanes; ++lane) sum += v[lane];
+  return sum;
+}
+
+// e^x to about 1 ulp; 0 below the smallest normal number, inf on overflow, NaN for NaN.
+inline Vec exp(Vec x) {
+  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low mantissa bits
+  const float shift = 12582912.f;
+  const Vec shifted = x * 1.44269504f + shift;
+  const Vec n = shifted - shift;
+  Vec f = x - n * 0.693359375f;
+  f = f - n * -2.12194440e-4f;
+  Vec p = f * 0.0013814539f + 0.008368745f;
+  p = p * f + 0.04166839f;
+  p = p * f + 0.16666521f;
+  p = p * f + 0.49999994f;
+  p = p * f + 1.f;
+  p = p * f + 1.f;
+  // p * 2^n by adding n to the exponent of p, which stays in range between the two limits.
+  const Vec power = (Vec)((BitVec)p + ((BitVec)shifted << 23));
+  const Vec finite = x < -87.33654f ? Vec{} : power;
+  return x < 88.72283f ? finite : x + kInfinity;
+}
+
+// Natural logarithm of normal positive numbers to about 1 ulp; inf for inf, NaN for NaN.
+inline Vec log(Vec x) {
+  const BitVec shifted = (BitVec)x - 0x3f3504f3u;  // sqrt(1/2): the mantissa then lies from there to sqrt(2)
+  const Vec exponent = __builtin_convertvector((IntVec)shifted >> 23, Vec);
+  const Vec f = (Vec)((shifted & 0x007fffffu) + 0x3f3504f3u) - 1.f;
+  Vec p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const Vec square = f * f;
+  const Vec low = p * f * square + exponent * -2.12194440e-4f - square * 0.5f;
+  return x < kInfinity ? f + low + exponent * 0.693359375f : x;
+}
+
+}  // namespace
+}  // namespace cdistill
