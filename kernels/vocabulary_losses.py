@@ -19,11 +19,11 @@ from ._primitives import LN2, LOG2E
 
 
 @triton.jit
-def load_logits(p_x, i_v, V, KEEP: tl.constexpr, BV: tl.constexpr):
-    """The next BV logits in fp32, -inf beyond the end; KEEP: they will be read again."""
+def load_logits(p_x, i_v, V, other, KEEP: tl.constexpr, BV: tl.constexpr):
+    """The next BV logits in fp32, ``other`` beyond the end; KEEP: they will be read again."""
     o_v = i_v + tl.arange(0, BV)
     policy: tl.constexpr = "evict_last" if KEEP else "evict_first"
-    return tl.load(p_x + o_v, mask=o_v < V, other=-float("inf"), eviction_policy=policy).to(tl.float32)
+    return tl.load(p_x + o_v, mask=o_v < V, other=other, eviction_policy=policy).to(tl.float32)
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def softmax_sums(p_x, V, factor, SCALED: tl.constexpr, BV: tl.constexpr):
     b_sum = tl.zeros((BV,), tl.float32)
     b_sum_1 = tl.zeros((BV,), tl.float32)
     for i_v in tl.range(0, V, BV):
-        b_x = load_logits(p_x, i_v, V, True, BV)
+        b_x = load_logits(p_x, i_v, V, -float("inf"), True, BV)
         b_new = tl.maximum(b_top, b_x)
         b_base = tl.where(b_new == -float("inf"), 0.0, b_new)
         b_sum = b_sum * tl.exp2((b_top - b_base) * factor) + tl.exp2((b_x - b_base) * factor)
@@ -75,9 +75,9 @@ def compare(b_log_p, b_log_q, b_p, b_q, beta, DIVERGENCE: tl.constexpr):
 def compare_logits(p_student, p_teacher, i_v, V, top_p, log_sum_p, top_q, log_sum_q, factor, beta,
                    KEEP: tl.constexpr, DIVERGENCE: tl.constexpr, BV: tl.constexpr):  # fmt: skip
     """The next BV of s - max s, p, q, terms of the divergence and r."""
-    b_s = load_logits(p_student, i_v, V, KEEP, BV) - top_p
+    b_s = load_logits(p_student, i_v, V, top_p, KEEP, BV) - top_p
     b_log_p = b_s * factor - log_sum_p
-    b_log_q = (load_logits(p_teacher, i_v, V, KEEP, BV) - top_q) * factor - log_sum_q
+    b_log_q = (load_logits(p_teacher, i_v, V, top_q, KEEP, BV) - top_q) * factor - log_sum_q
     b_p, b_q = tl.exp2(b_log_p), tl.exp2(b_log_q)
     b_term, b_r = compare(b_log_p, b_log_q, b_p, b_q, beta, DIVERGENCE)
     m_v = i_v + tl.arange(0, BV) < V
@@ -215,7 +215,7 @@ def top_vocabulary_kernel(
     if GRADIENT:
         kd_weight = kd_weight / temperature
         for i_v in tl.range(0, V, BV):
-            b_x = load_logits(p_student, i_v, V, False, BV) - top
+            b_x = load_logits(p_student, i_v, V, top, False, BV) - top
             b_px = tl.exp2(b_x * factor - log_sum)
             if DIVERGENCE == "forward_kl":
                 b_slope = b_px - tl.exp2(b_x * factor - (tail_sum - tail_log_q))

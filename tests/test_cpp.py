@@ -9,7 +9,7 @@ import torch
 from op_cases import CASES, Case, assert_as_exact_as_eager, draw, with_gradients
 
 from cdistill import _C
-from cdistill.ops import attention_alignment, attention_slice, reference
+from cdistill.ops import _cpp, _torch, attention_alignment, attention_slice, reference
 
 ROOT = Path(__file__).parent.parent
 ISAS = ("avx512", "avx2", "portable")
@@ -117,6 +117,47 @@ def test_the_number_of_threads_does_not_change_a_bit(isa, k_heads, set_threads):
     assert all(x.any() for x in one)
     for threads in (2, 3):
         assert all(torch.equal(x, y) for x, y in zip(one, results(threads), strict=True))
+
+
+def vocabulary_results(module, vocab, dtype, divergence, temperature, top):
+    """Losses of 9 rows of logits and their gradient, from one backend; logits from -40 to 40."""
+    generator = torch.Generator().manual_seed(vocab)
+    stride = -(-vocab // 64) * 64
+    student, teacher = (10 * torch.randn(2, 9, stride, generator=generator)).to(dtype)[:, :, :vocab]
+    labels = torch.randint(vocab, (9,), generator=generator)
+    stored = None
+    if top:
+        values, indices = teacher.float().log_softmax(1).topk(top)
+        stored = values, indices, (1 - values.double().exp().sum(1)).clamp(min=1e-7).log().float()
+    losses = torch.empty(2, 9)
+    options = {"divergence": divergence, "temperature": temperature, "beta": 0.3}
+    options |= {"ce_weight": 0.7, "kd_weight": -1.3, "gradient": True}
+    module.vocabulary_losses(student, None if top else teacher, stored, labels, *losses, **options)
+    return losses, student
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [1, 5, 16, 531, 2048, 5003])
+def test_rows_of_logits_on_every_instruction_set(isa, vocab, dtype):
+    """Vocabularies below a vector, of whole vectors, and beyond the length that is summed at once."""
+    for divergence in ("forward_kl", "reverse_kl", "jsd"):
+        for temperature, top in ((1.0, 0), (2.0, 0), (1.0, 3), (0.5, 3)):
+            if top < vocab:
+                case = (vocab, dtype, divergence, temperature, top)
+                losses, gradient = vocabulary_results(_cpp, *case)
+                expected, expected_gradient = vocabulary_results(_torch, *case)
+                torch.testing.assert_close(losses, expected, rtol=1e-5, atol=2e-5)
+                rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (2**-7, 2**-9)
+                torch.testing.assert_close(gradient, expected_gradient, rtol=rtol, atol=atol)
+
+
+def test_the_number_of_threads_does_not_change_a_bit_of_rows_of_logits(set_threads):
+    results = []
+    for threads in (1, 2, 5):
+        set_threads(threads)
+        results.append(vocabulary_results(_cpp, 5003, torch.float32, "jsd", 2.0, 0))
+    for losses, gradient in results[1:]:
+        assert torch.equal(losses, results[0][0]) and torch.equal(gradient, results[0][1])
 
 
 def test_a_sample_alone_and_in_a_batch_give_the_same(isa):

@@ -3,12 +3,14 @@
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from op_cases import allocations, assert_as_exact_as_eager, device_of, moved
 
 from cdistill.ops import LinearDistillation, linear_distillation, reference
+from cdistill.ops._dispatch import warn_once
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -118,6 +120,21 @@ def test_every_dtype_is_as_exact_as_eager(impl, dtype, divergence, temperature):
 @pytest.mark.parametrize("loss_weights", [(1.0, 1.0), (2.0, 0.0), (0.0, 1.0), (-1, 2.5)])
 def test_any_ratio_of_the_losses_gives_the_right_gradients(impl, weights, loss_weights):
     check(impl, draw(seed=7), weights=weights, loss_weights=loss_weights, divergence="reverse_kl")
+
+
+def test_another_ratio_is_told_once():
+    warn_once.cache_clear()
+    for weights, loss_weights, told in (
+        ((1, 1), (2, 2), 0),
+        ((1, 0.3), (1, 0.3), 0),
+        ((1, 1), (1, 2), 1),
+        ((1, 0), (1, 1), 0),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            values_and_gradients("cpp", draw(), weights, loss_weights=loss_weights)
+        messages = [str(w.message) for w in caught if "another ratio than that of loss_weights" in str(w.message)]
+        assert len(messages) == told
 
 
 @pytest.mark.parametrize("name", ["ce", "kd"])

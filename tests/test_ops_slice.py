@@ -254,7 +254,7 @@ def test_bfloat16_is_refused_on_the_triton_interpreter(monkeypatch):
 
 def test_without_the_cpp_module_the_default_warns_once_and_an_explicit_choice_raises(monkeypatch):
     monkeypatch.setattr(_dispatch, "_why_no_cpp", lambda: "not built")
-    _dispatch._warn_once.cache_clear()
+    _dispatch.warn_once.cache_clear()
     with pytest.warns(UserWarning, match="CPU ops use the torch implementation"):
         attention_slice(*GOOD.values())
     with warnings.catch_warnings():

@@ -12,6 +12,7 @@ from cdistill.ops import (
     attention_slice_accumulate,
     attention_with_alignment,
     flash_attention,
+    linear_distillation,
 )
 
 CASE = Case(tokens=13, width=16, rows=4, cols=5, padding=1)
@@ -109,6 +110,76 @@ def test_opcheck(impl):
     sums = torch.zeros(3, *x["target"].shape, device=q.device)
     accumulate = (q, k, None, *attention, True, 0.3, False, sums, [0, 2], impl)
     torch.library.opcheck(ops.attention_slice_accumulate, accumulate)
+
+
+def heads(impl, transposed=False, k=0):
+    """Arguments of linear_distillation: (13,8) and (29,8) student, (13,12) and (31,12) teacher or its top-k, labels."""
+    generator = torch.Generator().manual_seed(4)
+
+    def normal(*shape):
+        x = torch.randn(*shape[::-1], generator=generator).T if transposed else torch.randn(*shape, generator=generator)
+        return x.to(device_of(impl))
+
+    labels = torch.randint(29, (13,), generator=generator).to(device_of(impl))
+    labels[3:6] = -100
+    student = [normal(13, 8).requires_grad_(), normal(29, 8).requires_grad_(), normal(29).requires_grad_()]
+    if not k:
+        return student, [normal(13, 12), normal(31, 12), normal(31)], None, labels
+    values, indices = normal(13, 29).log_softmax(1).topk(k)
+    return student, [None, None, None], (values, indices), labels
+
+
+def vocabulary_losses(impl, student, teacher, topk, labels):
+    result = linear_distillation(
+        *student[:2],
+        *teacher[:2],
+        labels,
+        student_bias=student[2],
+        teacher_bias=teacher[2],
+        teacher_topk=topk,
+        divergence="jsd",
+        loss_weights=(1.0, 2.0),
+        impl=impl,
+    )
+    return result.ce + 2 * result.kd
+
+
+def vocabulary_gradients(function, impl, student, *others, retain_graph=False):
+    loss = function(impl, student, *others)
+    return [loss.detach(), *torch.autograd.grad(loss, student, retain_graph=retain_graph)]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("k", [0, 5])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_linear_distillation_compiles_without_a_graph_break(impl, k, transposed):
+    torch._dynamo.reset()
+    arguments = heads(impl, transposed, k)
+    compiled = torch.compile(vocabulary_losses, fullgraph=True)
+    want = vocabulary_gradients(vocabulary_losses, impl, *arguments)
+    for got, x in zip(vocabulary_gradients(compiled, impl, *arguments), want, strict=True):
+        torch.testing.assert_close(got, x)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_does_not_round_linear_distillation(impl):
+    arguments = heads(impl)
+    want = vocabulary_gradients(vocabulary_losses, impl, *arguments)
+    for retain_graph in (False, True):
+        with torch.autocast(device_of(impl), dtype=torch.bfloat16):
+            results = vocabulary_gradients(vocabulary_losses, impl, *arguments, retain_graph=retain_graph)
+        assert all(torch.equal(got, x) for got, x in zip(results, want, strict=True))
+
+
+@pytest.mark.parametrize("k", [0, 5])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_opcheck_of_linear_distillation(impl, k):
+    student, teacher, topk, labels = heads(impl, k=k)
+    options = ("jsd", 1.5, 0.4, -100, 29, 4, 1.0, 2.0, impl)
+    for wanted in ((True, True, True), (True, False, False), (False, False, False)):
+        leaves = [x if w else x.detach() for x, w in zip(student, wanted, strict=True)]
+        arguments = (*leaves, *teacher, *(topk or (None, None)), labels, *options, *wanted)
+        torch.library.opcheck(torch.ops.cdistill.linear_distillation, arguments)
 
 
 def test_bad_positions_raise_from_compiled_code():

@@ -55,9 +55,9 @@ def test_zero_2_trains_like_plain_torch(models, one_process, tmp_path):
 
 
 def test_fresh_processes_train_like_this_one(models, one_process, tmp_path):
-    for processes in (1, 2):
-        output = tmp_path / f"run{processes}"
-        recipe = make_recipe(output, models, deepspeed=2, processes=processes, stages=["dpt", "dft"])
+    for processes, zero in ((1, 2), (2, 2), (2, 3)):
+        output = tmp_path / f"run{processes}{zero}"
+        recipe = make_recipe(output, models, deepspeed=zero, processes=processes, stages=["dpt", "dft"])
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_to_dict(recipe)))
         command = [sys.executable, "-m", "cdistill", "train", str(tmp_path / "recipe.yaml")]
         subprocess.run(command, check=True, capture_output=True)

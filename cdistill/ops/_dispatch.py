@@ -228,7 +228,8 @@ def _why_no_cpp() -> str | None:
 
 
 @cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """One line per process for what is chosen on the caller's behalf."""
     warnings.warn(message, stacklevel=2)
 
 
@@ -237,12 +238,12 @@ def _choose(x: Tensor) -> str:
     if x.is_cuda:
         if find_spec("triton") is not None:
             return "triton"
-        _warn_once("cdistill: triton is not installed, CUDA ops use the torch implementation")
+        warn_once("cdistill: triton is not installed, CUDA ops use the torch implementation")
     elif x.device.type == "cpu":
         reason = _why_no_cpp()
         if reason is None:
             return "cpp"
-        _warn_once(f"cdistill: cdistill._C is not available ({reason}), CPU ops use the torch implementation")
+        warn_once(f"cdistill: cdistill._C is not available ({reason}), CPU ops use the torch implementation")
     return "torch"
 
 

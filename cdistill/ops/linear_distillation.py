@@ -19,7 +19,7 @@ from cdistill.ops._contract import (
     require_shape,
     require_tensor,
 )
-from cdistill.ops._dispatch import backend, without_autocast
+from cdistill.ops._dispatch import backend, warn_once, without_autocast
 from cdistill.ops._vocabulary import Inputs, Options, Wanted, empty_results, losses_and_gradients
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -62,6 +62,10 @@ def _made_anew(inputs: Inputs, options: Options, wanted: Wanted, impl: str | Non
                 f"{name} is empty in the backward pass (ZeRO-3 has partitioned it), and ce and kd were differentiated "
                 "in another ratio than loss_weights says: pass the weights with which the two losses are added"
             )
+    warn_once(
+        "cdistill: ce and kd of linear_distillation were differentiated in another ratio than that of loss_weights, so that "
+        "everything is computed a second time in the backward pass"
+    )
     chosen = backend(impl, inputs.student_hidden, "student_hidden")
     return losses_and_gradients(chosen, inputs, options, wanted, dce, dkd)[3:]
 
@@ -257,7 +261,7 @@ def linear_distillation(
         LinearDistillation(ce, kd, tokens): sums over the rows that are not ignored, fp32, in nats, and their number,
         int64. Both sums are differentiable once in student_hidden, student_head and student_bias; without any valid
         row they are 0 with gradient 0. inf and NaN in the inputs of a valid row reach the losses. Beside the gradients,
-        fp32 for the head, the op holds the logits of one chunk.
+        fp32 for the head, the op holds the logits of one chunk. On CUDA each pass waits for the device once.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value, or impl cannot run here. On CUDA labels and

@@ -39,16 +39,19 @@ def _at_least(name: str, value: float, least: float) -> None:
 
 @dataclass(frozen=True)
 class KDConfig:
-    """Distillation over the vocabulary (paper section 3.1)."""
+    """Distillation over the vocabulary (paper section 3.1), by `cdistill.ops.linear_distillation`."""
 
     divergence: str = "forward_kl"
     temperature: float = 1.0
+    beta: float = 0.5
     weight: float = 1.0
 
     def __post_init__(self) -> None:
         _choice("divergence", self.divergence, DIVERGENCES)
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if not 0 < self.beta < 1:
+            raise ValueError(f"beta must be between 0 and 1, got {self.beta}")
         _at_least("weight", self.weight, 0)
 
 

@@ -18,6 +18,51 @@ from cdistill.vat import VAT, LayerMatch, StudentAlignment, grounded_regions, in
 from cdistill.vat.hook import KEYWORD
 
 
+class VocabularyLosses(nn.Module):
+    """Cross-entropy and divergence from the hidden states of labelled tokens and the heads of both models.
+
+    A module of its own, because ZeRO-3 gathers a parameter around the module that reads it: here once before all chunks,
+    and not for the whole forward pass.
+    """
+
+    def __init__(self, kd: KDConfig) -> None:
+        super().__init__()
+        self.kd = kd
+
+    def forward(
+        self, hidden: Tensor, head: nn.Linear, teacher_hidden: Tensor, teacher_head: nn.Linear, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Sums of L_ar and L_kd over labels (N,), of hidden (N,Hs) and teacher_hidden (N,Ht)."""
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):  # as for any linear layer; norms leave fp32 behind
+            dtype = torch.get_autocast_dtype(device)
+            hidden, teacher_hidden = hidden.to(dtype), teacher_hidden.to(dtype)
+        result = linear_distillation(
+            hidden,
+            head.weight.to(hidden.dtype),
+            teacher_hidden,
+            teacher_head.weight.to(teacher_hidden.dtype),
+            labels,
+            divergence=self.kd.divergence,
+            temperature=self.kd.temperature,
+            beta=self.kd.beta,
+            student_bias=head.bias,
+            teacher_bias=teacher_head.bias,
+            loss_weights=(1.0, self.kd.weight),
+        )
+        return result.ce, result.kd
+
+
+def _require_plain_head(model: Model, side: str) -> None:
+    """Raise ValueError unless the head is its weight and bias: `linear_distillation` would leave out what is more."""
+    head = model.lm_head
+    if type(head) is not nn.Linear:
+        raise ValueError(
+            f"the {side}'s lm_head must be a torch.nn.Linear for the KD loss, got {type(head).__module__}."
+            f"{type(head).__qualname__}: leave lm_head out of LoRA's target_modules and out of quantisation"
+        )
+
+
 class DistillationModel(nn.Module):
     """The losses of one stage, as sums.
 
@@ -31,6 +76,9 @@ class DistillationModel(nn.Module):
         teacher: needed by ``kd`` and ``vat``; put into eval mode.
         vat: alignment of the two, None to leave that loss out.
         patch_classes: classes of each label that the throw-away head of ``vision`` predicts.
+
+    Raises:
+        ValueError: ``kd`` with a head that is more than a linear layer, such as one with LoRA.
     """
 
     def __init__(
@@ -50,6 +98,10 @@ class DistillationModel(nn.Module):
         self._teacher = (
             None if teacher is None else teacher.eval().requires_grad_(False),
         )  # a tuple hides it from nn.Module
+        if "kd" in objective.losses:
+            _require_plain_head(student, "student")
+            _require_plain_head(teacher, "teacher")
+            self.vocabulary_losses = VocabularyLosses(self.kd)
         if "patch" in objective.losses:
             self.patch_head = nn.Linear(student.config.vision_config.hidden_size, sum(patch_classes))
             self.patch_classes = list(patch_classes)
@@ -112,19 +164,8 @@ class DistillationModel(nn.Module):
             losses["ar"] = F.cross_entropy(head(hidden).float(), targets, reduction="sum")
         else:
             assert self.teacher is not None
-            other = self.teacher.lm_head
-            result = linear_distillation(
-                hidden,
-                head.weight.to(hidden.dtype),
-                teacher_hidden,
-                other.weight.to(teacher_hidden.dtype),
-                targets,
-                divergence=self.kd.divergence,
-                temperature=self.kd.temperature,
-                student_bias=head.bias,
-                teacher_bias=other.bias,
-            )
-            losses["ar"], losses["kd"] = result.ce, result.kd
+            sums = self.vocabulary_losses(hidden, head, teacher_hidden, self.teacher.lm_head, targets)
+            losses["ar"], losses["kd"] = sums
         if "ground" in self.objective.losses:
             assert student_recorder is not None
             losses["ground"] = torch.stack(list(student_recorder.losses().values())).mean(0).sum()

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import yaml
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 from cdistill.data.render import PATCH_CLASSES
@@ -81,7 +82,10 @@ def run_stages(
                 continue
             if index:
                 models.student = load_model(folders[index - 1])
-            _run_stage(recipe, index, models, output, folder, callbacks)
+            try:
+                _run_stage(recipe, index, models, output, folder, callbacks)
+            finally:
+                unset_hf_deepspeed_config()  # else transformers loads the next models in this process as ZeRO-3's shards
     return folders[-1]
 
 
