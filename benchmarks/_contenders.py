@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from benchmarks._measure import Way
 from cdistill.ops import attention_with_alignment, flash_attention
 from cdistill.ops._engines import ENGINES, Attention, engine
 
@@ -106,15 +107,12 @@ Run = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
-class Contender:
+class Contender(Way):
     """A way to compute ``run(q, k, v, target, rows, cols) -> (out, losses or None)`` under autograd.
 
-    ``parts`` are the checks it stands on: empty for what is not ours. ``plain``: attention alone, the floor.
+    ``plain``: attention alone, the floor.
     """
 
-    name: str
-    run: Run
-    parts: frozenset[str] = frozenset()
     plain: bool = False
     drops_gradient: bool = False
 

@@ -8,7 +8,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -63,6 +63,15 @@ def excess(got: Tensor, same: Tensor, exact: Tensor) -> float:
 def worst(got: Results, same: Results, exact: Results) -> tuple[float, str]:
     """The largest excess of the results both have, and its name."""
     return max((excess(x, same[name], exact[name]), name) for name, x in got.items())
+
+
+def fault(ours: Callable[[], Results], same: Results, exact: Results) -> str | None:
+    """What is wrong with these results; None if nothing is."""
+    try:
+        ratio, name = worst(ours(), same, exact)
+    except Exception as error:
+        return one_line(error)
+    return f"{name}: error {ratio:.2f} times what is allowed" if ratio > 1 else None
 
 
 def rows_alone(p: Problem, dtype: torch.dtype) -> tuple[Results, Results]:
@@ -294,13 +303,8 @@ def check_config(config: Config, device: torch.device) -> None:
         judge(part, mask, partial(results, x, dtype, True, **arguments), same, exact)
 
     def judge(part: str, mask: str, ours: Callable[[], Results], same: Results, exact: Results) -> None:
-        try:
-            ratio, name = worst(ours(), same, exact)
-        except Exception as error:
-            inexact[part] = f"{mask or 'no'} mask, {one_line(error)}"
-        else:
-            if ratio > 1:
-                inexact[part] = f"{mask or 'no'} mask, {name}: error {ratio:.2f} times what is allowed"
+        if found := fault(ours, same, exact):
+            inexact[part] = f"{mask or 'no'} mask, {found}"
 
     for mask in config.masks:
         x = draw_config(config, mask, device)
@@ -328,9 +332,8 @@ def check_losses(device: torch.device, config: Config = Config("fp32", 64)) -> N
     for loss, reduction, sink_filter in (("kl", "matrix", False), ("mse", "column", False), ("cosine", "column", True)):
         options = {"loss": loss, "reduction": reduction, "sink_filter": sink_filter}
         exact, same = (alignment_results(x, d, False, **options) for d in (torch.float64, torch.float32))
-        ratio, name = worst(alignment_results(x, torch.float32, True, **options), same, exact)
-        if ratio > 1:
-            inexact[f"{loss} {reduction}"] = f"{name}: error {ratio:.2f} times what is allowed"
+        if found := fault(partial(alignment_results, x, torch.float32, True, **options), same, exact):
+            inexact[f"{loss} {reduction}"] = found
     if inexact:
         raise InexactError(inexact)
 
@@ -392,9 +395,9 @@ for last in (63, 64):
 """
 
 
-def check_bad_position(device: torch.device) -> None:
-    """A column beyond T stops the process by a device-side assertion."""
-    done = subprocess.run([sys.executable, "-c", BAD_POSITION], cwd=ROOT, capture_output=True, text=True)
+def check_assertion(device: torch.device, script: str) -> None:
+    """The script accepts 63, and at 64 a device-side assertion stops its process."""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["accepted", "63"], done.stdout
     assert done.returncode != 0 and "device-side assert" in done.stderr, done.stderr[-500:]
 
@@ -506,7 +509,7 @@ CHECKS: dict[str, Check] = {
     "losses": check_losses,
     "repeats": check_repeats,
     "cuda-graph": check_graph,
-    "bad-position": check_bad_position,
+    "bad-position": partial(check_assertion, script=BAD_POSITION),
 }
 ALONE: dict[str, Check] = {"slice-offsets": check_slice_offsets, "flash-offsets": check_flash_offsets}  # 20 to 40 GB
 TILE_CHECKS: dict[str, Check] = {
@@ -517,12 +520,12 @@ TILE_CHECKS: dict[str, Check] = {
 PREPARATIONS: dict[str, Check] = {
     f"compile-{shape.name}".replace(" ", "-"): partial(compile_for, shape) for shape in SHAPES if shape.rivals
 }
-ALL = {**PREPARATIONS, **CHECKS, **TILE_CHECKS, **ALONE}
+TOGETHER = {**PREPARATIONS, **CHECKS, **TILE_CHECKS}
 
 
-def run_apart(name: str) -> dict[str, str]:
-    """Run one check in a fresh process: the parts that failed, each with what was found; empty if it passed."""
-    command = [sys.executable, "-m", "benchmarks._exactness", name]
+def run_apart(name: str, module: str = "benchmarks._exactness") -> dict[str, str]:
+    """Run one check of a module in a fresh process: the parts that failed, each with what was found; or nothing."""
+    command = [sys.executable, "-m", module, name]
     env = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=CHECK_SECONDS)
@@ -534,17 +537,20 @@ def run_apart(name: str) -> dict[str, str]:
     return {part: found for _, part, found in lines} or {"": done.stderr.strip()[-1500:] or f"exit {done.returncode}"}
 
 
-def run_all(names: list[str], workers: int) -> dict[str, dict[str, str]]:
-    """Results of checks by name, those that need much memory one by one at the end."""
-    together = [name for name in names if name not in ALONE]
-    with ThreadPoolExecutor(workers) as pool:
-        found = dict(zip(together, pool.map(run_apart, together), strict=True))
-    return found | {name: run_apart(name) for name in names if name in ALONE}
+def run_all(
+    together: Iterable[str], alone: Iterable[str], module: str = "benchmarks._exactness"
+) -> dict[str, dict[str, str]]:
+    """Results of a module's checks by name; those that need much memory run one by one at the end."""
+    run, together = partial(run_apart, module=module), list(together)
+    with ThreadPoolExecutor(max(1, min(14, (os.cpu_count() or 2) - 2))) as pool:
+        found = dict(zip(together, pool.map(run, together), strict=True))
+    return found | {name: run(name) for name in alone}
 
 
-def main(name: str) -> int:
+def main(check: Check) -> int:
+    """Exit code of a process that runs one check; what failed goes to standard output, for `run_apart`."""
     try:
-        ALL[name](torch.device("cuda"))
+        check(torch.device("cuda"))
     except InexactError as error:
         for part, found in error.parts.items():
             print(f"\t{part}\t{found}")
@@ -553,4 +559,4 @@ def main(name: str) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1]))
+    raise SystemExit(main((TOGETHER | ALONE)[sys.argv[1]]))

@@ -1,4 +1,4 @@
-"""How the GPU benchmark measures: device time by events, peak memory, the two ceilings of the GPU, and the results file."""
+"""How the GPU benchmarks measure: device time by events, peak memory, the two ceilings of the GPU, and the results file."""
 
 import json
 import os
@@ -7,7 +7,8 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -21,6 +22,9 @@ ROOT = Path(__file__).parent.parent
 CYCLES_PER_MS = 2_000_000  # of a GPU at its highest clock
 MOST_REPEATS, FEWEST_REPEATS = 60, 2
 LONGEST_WAIT_MS = 20.0
+NO_FAILURES: Mapping[str, str] = {}
+
+Row = dict[str, Any]  # of one contender
 
 
 def one_line(error: Exception) -> str:
@@ -117,6 +121,80 @@ def peak_bytes(forward: Forward, backward: Backward, device: torch.device) -> in
     return torch.cuda.max_memory_allocated(device) - before
 
 
+@dataclass(frozen=True)
+class Way:
+    """One of several ways to compute the same; ``parts`` are the checks it stands on: empty for what is not ours."""
+
+    name: str
+    run: Callable[..., Any]
+    parts: frozenset[str] = frozenset()
+
+
+def judged(
+    found: Iterable[Way],
+    error_of: Callable[[Any], tuple[float, str]],
+    failed: Mapping[str, str] = NO_FAILURES,
+    deadline: float = float("inf"),
+) -> tuple[dict[str, Row], list[str]]:
+    """Rows of all ways with how exact they are, or why they are not timed; and what must fail the test.
+
+    ``error_of`` gives the largest error over what is allowed, and the result that has it.
+    """
+    rows: dict[str, Row] = {}
+    problems = []
+    for way in found:
+        row = rows[way.name] = {}
+        if broken := [part for part in failed if way.parts and part in {"", *way.parts}]:
+            row["skipped"] = f"its check failed: {broken[0]} {failed[broken[0]]}"
+            continue
+        if time.monotonic() > deadline:
+            row["skipped"] = "out of time"
+            continue
+        try:
+            ratio, name = error_of(way)
+        except Exception as error:
+            row["skipped"] = one_line(error)
+            problems += [f"{way.name}: {row['skipped']}"] if way.parts else []
+            continue
+        row["error_over_allowed"] = ratio
+        if ratio > 1 and way.parts:
+            row["skipped"] = f"inexact at this shape: {name}"
+            problems.append(f"{way.name}: {name}, error {ratio:.2f} times what is allowed")
+    return rows, problems
+
+
+def timings(found: list[Sample], again: list[Sample]) -> dict[str, float]:
+    """Medians over two passes; spread is by how much their medians differ."""
+    all_of, first, second = medians(found + again), medians(found), medians(again or found)
+    values = {f"{name}_ms": value for name, value in all_of._asdict().items()}
+    spread = 100 * abs(first.both - second.both) / all_of.both if again else None
+    return values | {"spread_percent": spread, "repeats": len(found) + len(again)}
+
+
+def add_times(
+    rows: dict[str, Row],
+    steps_of: Callable[[Any], tuple[Forward, Backward]],
+    found: Iterable[Way],
+    device: torch.device,
+    deadline: float,
+    pass_seconds: float,
+) -> None:
+    """Time and peak memory of what `judged` let pass, in two passes, the second in reverse order."""
+    ready = {way.name: steps_of(way) for way in found if "skipped" not in rows[way.name]}
+    peaks = {name: peak_bytes(*steps, device) for name, steps in ready.items()}
+    taken: dict[str, list[list[Sample]]] = {name: [] for name in ready}
+    for name in [*ready, *reversed(ready)]:
+        if time.monotonic() < deadline:
+            taken[name].append(samples(*ready[name], device, pass_seconds))
+    for name, passes in taken.items():
+        if not passes:
+            rows[name]["skipped"] = "out of time"
+            continue
+        peak = peaks[name]
+        rows[name].update(timings(*passes, *[[]] * (2 - len(passes))))
+        rows[name]["peak_mb"] = None if peak is None else peak / 1e6
+
+
 def rates(device: torch.device, size: int = 8192, copied: int = 2**32, seconds: float = 0.3) -> dict[str, float]:
     """The ceilings of this GPU now: a bf16 product of random square matrices, and a copy counting reads and writes."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -135,7 +213,7 @@ def _output(*command: str) -> str | None:
         return None
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -147,7 +225,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     cuda = device.type == "cuda"
     changes = _output("git", "status", "--porcelain", "--untracked-files=no")
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None
-    packages = ("triton", "flash-attn", "flash-attn-3", "flash-attn-4")
+    packages = ("triton", "flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel")
     return {
         "gpu": torch.cuda.get_device_name(device) if cuda else "none",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -159,7 +237,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version() if cuda else None,
             "driver": driver.splitlines()[0] if driver else None,
-            **{name: _version(name) for name in packages if _version(name)},
+            **{name: version(name) for name in packages if version(name)},
         },
     }
 
@@ -174,11 +252,11 @@ def slug(name: str) -> str:
 
 
 class ResultsFile:
-    """attention.json of one GPU, written anew whenever something is added, so that a cut-off run leaves its results."""
+    """NAME.json of one GPU, written anew whenever something is added, so that a cut-off run leaves its results."""
 
-    def __init__(self, folder: Path, device: torch.device):
+    def __init__(self, folder: Path, device: torch.device, name: str = "attention"):
         self.data: dict[str, Any] = environment(device)
-        self.path = folder / slug(self.data["gpu"]) / "attention.json"
+        self.path = folder / slug(self.data["gpu"]) / f"{name}.json"
 
     def add(self, section: str, found: Any) -> None:
         """Put ``found`` into a section; lists grow."""

@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 import triton
-from cdistill.kernels import _launch, backend, flash_attention
+from cdistill.kernels import _launch, backend, flash_attention, vocabulary_losses
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -127,17 +127,19 @@ def loss_launches(arch: int) -> list[tuple]:
 
 def vocabulary_launches(arch: int, dtype: torch.dtype) -> list[tuple]:
     """Both kernels of the losses over the vocabulary in every variant, once."""
-    c, V, K = 64, 151936, 64
+    c, V = 64, 151936
     labels = torch.empty(c, dtype=torch.int64, device="meta")
-    values, losses = torch.empty(c, K, device="meta"), torch.empty(2, c, device="meta")
-    top = values, torch.empty(c, K, dtype=torch.int64, device="meta"), losses[0]
+    losses = torch.empty(2, c, device="meta")
+
+    def top(k: int) -> tuple:
+        return torch.empty(c, k, device="meta"), torch.empty(c, k, dtype=torch.int64, device="meta"), losses[0]
 
     def call():
         logits = torch.empty(c, V, dtype=dtype, device="meta")
         variants = itertools.product(("forward_kl", "reverse_kl", "jsd"), (1.0, 2.0), (True, False))
         for divergence, temperature, gradient in variants:
             options = {"divergence": divergence, "temperature": temperature, "beta": 0.5, "gradient": gradient}
-            for teacher, stored in ((logits, None), (None, top)):
+            for teacher, stored in ((logits, None), (None, top(64)), (None, top(vocabulary_losses.MOST_TOP))):
                 backend.vocabulary_losses(
                     logits, teacher, stored, labels, *losses, **options, ce_weight=1.0, kd_weight=1.0
                 )
@@ -194,7 +196,7 @@ def variant(signature: dict, constants: dict) -> str:
     """What tells launches of one kernel apart, beyond tile and head dimension."""
     words = [str(constants[name]) for name in ("LOSS", "TERM", "DIVERGENCE") if name in constants]
     words += [name.lower() for name in ("ADD", "EACH", "SCALED", "GRADIENT") if constants.get(name) is True]
-    words += [f"{name.lower()} {constants[name]}" for name in ("GROUP", "SPLIT") if constants.get(name, 1) != 1]
+    words += [f"{name.lower()} {constants[name]}" for name in ("GROUP", "SPLIT", "BK") if constants.get(name, 1) != 1]
     optional = {
         "p_mask": "key mask",
         "p_size": "slice",

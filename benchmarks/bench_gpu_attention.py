@@ -1,12 +1,12 @@
 """Attention with its alignment loss on a GPU: checked against float64, then timed against what a user has without us.
 
-`pytest benchmarks/ -m gpu`, about 6 minutes. Every launch configuration is checked first, in processes of their own; what
-fails is not timed. Then, in this process, every contender of every shape is compared with float64 at that shape and timed:
-forward, backward (each after a fresh forward: compiled functions free what they saved), both, and peak memory. Results go
-to benchmarks/results/<gpu>/attention.json, or to the folder CDISTILL_RESULTS; `python -m benchmarks.report` reads them.
+`pytest benchmarks/bench_gpu_attention.py`, about 6 minutes. Every launch configuration is checked first, in processes of
+their own; what fails is not timed. Then, in this process, every contender of every shape is compared with float64 at that
+shape and timed: forward, backward (each after a fresh forward: compiled functions free what they saved), both, and peak
+memory. Results go to benchmarks/results/<gpu>/attention.json, or to the folder CDISTILL_RESULTS; `python -m
+benchmarks.report` reads them.
 """
 
-import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -20,13 +20,14 @@ from benchmarks import _exactness
 from benchmarks._contenders import DTYPES, PLAIN, SHAPES, Contender, Problem, Shape, contenders, draw, own_flash
 from benchmarks._exactness import CANDIDATES, results_of, rows_alone, tile_in_use, tile_name, worst
 from benchmarks._measure import (
+    NO_FAILURES,
     Backward,
     Forward,
     ResultsFile,
-    Sample,
+    Row,
+    add_times,
+    judged,
     medians,
-    one_line,
-    peak_bytes,
     rates,
     results_folder,
     samples,
@@ -41,7 +42,6 @@ SHAPE_SECONDS = 90.0
 PASS_SECONDS = 0.25  # of one contender; there are two passes, the second in reverse order
 TILE_SECONDS = 0.15
 TILE_SHAPES = {128: "T4096", 64: "T4096 D64"}
-NO_FAILURES: Mapping[str, str] = {}
 
 
 def steps(run, p: Problem) -> tuple[Forward, Backward]:
@@ -57,39 +57,15 @@ def steps(run, p: Problem) -> tuple[Forward, Backward]:
 
 def compared(
     found: list[Contender], p: Problem, failed: Mapping[str, str], deadline: float
-) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Rows of all contenders with how exact they are, or why they are not timed; and what must fail the test."""
+) -> tuple[dict[str, Row], list[str]]:
+    """`judged` by float64 at this shape."""
     exact, same = (rows_alone(p, dtype) for dtype in (torch.float64, p.q.dtype))
-    rows: dict[str, dict[str, Any]] = {}
-    problems = []
-    for c in found:
-        row = rows[c.name] = {}
-        if broken := [part for part in failed if c.parts and part in {"", *c.parts}]:
-            row["skipped"] = f"its check failed: {broken[0]} {failed[broken[0]]}"
-            continue
-        if time.monotonic() > deadline:
-            row["skipped"] = "out of time"
-            continue
-        try:
-            aligned = 0 if c.plain else 1
-            ratio, name = worst(results_of(c.run, p), same[aligned], exact[aligned])
-        except Exception as error:
-            row["skipped"] = one_line(error)
-            problems += [f"{c.name}: {row['skipped']}"] if c.parts else []
-            continue
-        row["error_over_allowed"] = ratio
-        if ratio > 1 and c.parts:
-            row["skipped"] = f"inexact at this shape: {name}"
-            problems.append(f"{c.name}: {name}, error {ratio:.2f} times what is allowed")
-    return rows, problems
 
+    def error_of(c: Contender) -> tuple[float, str]:
+        aligned = 0 if c.plain else 1
+        return worst(results_of(c.run, p), same[aligned], exact[aligned])
 
-def timings(found: list[Sample], again: list[Sample]) -> dict[str, float]:
-    """Medians over two passes; spread is by how much their medians differ."""
-    all_of, first, second = medians(found + again), medians(found), medians(again or found)
-    values = {f"{name}_ms": value for name, value in all_of._asdict().items()}
-    spread = 100 * abs(first.both - second.both) / all_of.both if again else None
-    return values | {"spread_percent": spread, "repeats": len(found) + len(again)}
+    return judged(found, error_of, failed, deadline)
 
 
 def measured(
@@ -107,22 +83,15 @@ def measured(
     p = draw(shape, DTYPES[dtype], device)
     found, left_out = contenders(shape, p)
     rows, problems = compared(found, p, failed, deadline)
-    ready = [c for c in found if "skipped" not in rows[c.name]]
-    peaks = {c.name: peak_bytes(*steps(c.run, p), device) for c in ready}
-    taken: dict[str, list[list[Sample]]] = {c.name: [] for c in ready}
-    for c in [*ready, *reversed(ready)]:
-        if time.monotonic() < deadline:
-            taken[c.name].append(samples(*steps(c.run, p), device, pass_seconds))
-    plain_peaks = [x for name, x in peaks.items() if name.startswith("sdpa/") and x is not None]
-    for c in ready:
-        if not taken[c.name]:
-            rows[c.name]["skipped"] = "out of time"
+    add_times(rows, lambda c: steps(c.run, p), found, device, deadline, pass_seconds)
+    peaks = {name: row["peak_mb"] for name, row in rows.items() if row.get("peak_mb") is not None}
+    plain_peaks = [peak for name, peak in peaks.items() if name.startswith("sdpa/")]
+    for c in found:
+        row, peak = rows[c.name], peaks.get(c.name)
+        if "skipped" in row:
             continue
-        row, peak = rows[c.name], peaks[c.name]
-        row.update(timings(*taken[c.name], *[[]] * (2 - len(taken[c.name]))))
         row["tflops"] = shape.attention_flops / row["both_ms"] / 1e9
-        row["peak_mb"] = None if peak is None else peak / 1e6
-        row["extra_mb"] = None if peak is None or not plain_peaks else (peak - min(plain_peaks)) / 1e6
+        row["extra_mb"] = None if peak is None or not plain_peaks else peak - min(plain_peaks)
         if c.drops_gradient:
             row["wrong_gradients"] = True
     floor = min((row["both_ms"] for name, row in rows.items() if name in PLAIN and "both_ms" in row), default=None)
@@ -213,19 +182,9 @@ def timed_tiles(
 
 
 @pytest.fixture(scope="module")
-def device() -> torch.device:
-    return torch.device("cuda")
-
-
-@pytest.fixture(scope="module")
-def deadline() -> float:
-    return time.monotonic() + SECONDS
-
-
-@pytest.fixture(scope="module")
 def checked(device, deadline) -> dict[str, dict[str, str]]:
     """Every check's result, by its name: what failed."""
-    return _exactness.run_all(list(_exactness.ALL), workers=max(1, min(14, (os.cpu_count() or 2) - 2)))
+    return _exactness.run_all(_exactness.TOGETHER, _exactness.ALONE)
 
 
 @pytest.fixture(scope="module")

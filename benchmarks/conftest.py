@@ -2,6 +2,7 @@
 
 import os
 import platform
+import time
 
 import pytest
 import torch
@@ -18,6 +19,17 @@ def _processor() -> str:
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU: nothing was measured")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def deadline(request) -> float:
+    """When a module's SECONDS are over."""
+    return time.monotonic() + request.module.SECONDS
 
 
 @pytest.fixture

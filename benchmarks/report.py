@@ -1,78 +1,37 @@
-"""Tables and plots of the GPU benchmark's results: `python -m benchmarks.report [FOLDER]`.
+"""Tables and plots of the GPU benchmarks' results: `python -m benchmarks.report [FOLDER]`.
 
-FOLDER holds <gpu>/attention.json; by default benchmarks/results, or what CDISTILL_RESULTS says. Markdown goes to standard
-output, a picture per GPU beside its JSON. Nothing is computed that was not measured.
+FOLDER holds <gpu>/attention.json and <gpu>/distillation.json; by default benchmarks/results, or what CDISTILL_RESULTS says.
+Markdown goes to standard output, a picture of attention per GPU beside its JSON. Nothing is computed that was not measured.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import _report_distillation
 from benchmarks._contenders import COMPILED_STACK, SHAPES, Shape
 from benchmarks._measure import results_folder
+from benchmarks._tables import Rows, both, by_shape, mark, number, opening, shape_table, table, verdict
 
-Rows = dict[str, dict[str, Any]]  # of one shape, by contender
 NOTHING = "no GPU results yet: run pytest benchmarks/ -m gpu on a machine with one"
 
-
-def table(header: list[str], lines: Iterable[list[str]]) -> str:
-    """A markdown table, numbers to the right."""
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """Three significant digits, no exponent; a dash for what was not measured."""
-    if value is None:
-        return "-"
-    return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
-
-
-def by_shape(data: dict[str, Any]) -> dict[str, Rows]:
-    found: dict[str, Rows] = {}
-    for row in data.get("rows", []):
-        found.setdefault(row["shape"], {})[row["contender"]] = row
-    return found
-
-
-def shape_table(rows: Rows) -> str:
-    """What each contender takes at one shape, fastest first; then who was left out, and why."""
-    columns = {
-        "forward ms": "forward_ms",
-        "backward ms": "backward_ms",
-        "both ms": "both_ms",
-        "± %": "spread_percent",
-        "over plain %": "overhead_percent_over_best_plain",
-        "TFLOP/s": "tflops",
-        "peak MB": "peak_mb",
-        "extra MB": "extra_mb",
-        "host ms": "host_ms",
-    }
-    timed = sorted((row for row in rows.values() if "both_ms" in row), key=lambda row: row["both_ms"])
-    lines = [[mark(row), *(number(row.get(key)) for key in columns.values())] for row in timed]
-    left_out = [f"- {name}: {row['skipped']}" for name, row in rows.items() if "skipped" in row]
-    return "\n\n".join([table(["", *columns], lines), *(["Not timed:\n\n" + "\n".join(left_out)] if left_out else [])])
-
-
-def mark(row: dict[str, Any]) -> str:
-    """The contender's name; with a star if it is further from float64 than eager attention allows."""
-    return row["contender"] + (" *" if row.get("error_over_allowed", 0.0) > 1 else "")
+COLUMNS = {
+    "forward ms": "forward_ms",
+    "backward ms": "backward_ms",
+    "both ms": "both_ms",
+    "± %": "spread_percent",
+    "over plain %": "overhead_percent_over_best_plain",
+    "TFLOP/s": "tflops",
+    "peak MB": "peak_mb",
+    "extra MB": "extra_mb",
+    "host ms": "host_ms",
+}
 
 
 def overhead(rows: Rows, contender: str) -> float | None:
     return rows.get(contender, {}).get("overhead_percent_over_best_plain")
-
-
-def both(rows: Rows, contender: str) -> float | None:
-    return rows.get(contender, {}).get("both_ms")
-
-
-def verdict(value: float | None, limit: float | None) -> str:
-    if value is None or limit is None:
-        return "not measured"
-    return "pass" if value <= limit else "MISS"
 
 
 def targets(shapes: dict[str, Rows], sizes: dict[str, Shape]) -> list[list[str]]:
@@ -125,28 +84,15 @@ def tiles_table(data: dict[str, Any]) -> str:
 
 
 def markdown(data: dict[str, Any]) -> str:
-    """The whole report of one GPU."""
+    """The report of attention on one GPU."""
     sizes = {shape.name: shape for shape in SHAPES}
     shapes = by_shape(data)
-    versions = ", ".join(f"{name} {value}" for name, value in data["versions"].items() if value)
-    changed = " with uncommitted changes" if data.get("uncommitted_changes") else ""
-    parts = [f"# {data['gpu']}", f"{data['date']}, commit {data['commit'] or 'unknown'}{changed}; {versions}."]
-    if "rates" in data:
-        rates = data["rates"]
-        parts.append(
-            f"Measured in the same process: {number(rates['matmul_tflops'])} TFLOP/s in a bf16 product of 8192 x 8192 "
-            f"matrices, {number(rates['copy_tb_per_s'])} TB/s in a copy."
-        )
-    if "checks" in data:
-        checks = data["checks"]
-        parts.append(f"Checks against float64: {checks['passed']} passed, {len(checks['failed'])} failed.")
-        failed = [f"- {name}: {part} {found}" for name, p in checks["failed"].items() for part, found in p.items()]
-        parts += ["\n".join(failed)] if failed else []
+    parts = opening(data, data["gpu"])
     parts.append("## Targets")
     parts.append(table(["", "shape", "measured", "limit", ""], targets(shapes, sizes)))
     for name, rows in shapes.items():
         first = next(iter(rows.values()))
-        parts += [f"## {name}: {first.get('size', '')}, {first['dtype']}", shape_table(rows)]
+        parts += [f"## {name}: {first.get('size', '')}, {first['dtype']}", shape_table(rows, COLUMNS)]
     parts.append(
         "± is by how much two passes over all contenders differed; 'over plain' is the time beyond the fastest plain "
         "attention; 'extra' is peak memory beyond the thriftiest SDPA's; 'host' is the time to issue the work, which the "
@@ -199,18 +145,21 @@ def plot(data: dict[str, Any], path: Path) -> None:
 
 
 def report(folder: Path, say: Callable[[str], None] = print) -> None:
-    files = sorted(folder.glob("*/attention.json"))
+    files = sorted(file for name in ("attention", "distillation") for file in folder.glob(f"*/{name}.json"))
     if not files:
         say(NOTHING)
     for file in files:
         data = json.loads(file.read_text())
-        say(markdown(data) + "\n")
-        plot(data, file.with_suffix(".png"))
+        if file.stem == "distillation":
+            say(_report_distillation.markdown(data) + "\n")
+        else:
+            say(markdown(data) + "\n")
+            plot(data, file.with_suffix(".png"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Tables and plots of the GPU benchmark's results.")
-    parser.add_argument("folder", nargs="?", type=Path, default=results_folder(), help="where <gpu>/attention.json lie")
+    parser = argparse.ArgumentParser(description="Tables and plots of the GPU benchmarks' results.")
+    parser.add_argument("folder", nargs="?", type=Path, default=results_folder(), help="where <gpu>/*.json lie")
     report(parser.parse_args().folder)
 
 

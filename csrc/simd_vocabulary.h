@@ -74,19 +74,29 @@ inline __attribute__((always_inline)) void sweep(int64_t n, Body body, Flush flu
   }
 }
 
+struct Peak {
+  float value;
+  int32_t index;
+};
+
 template <class T>
-float maximum(const T* logits, int64_t n) {
+Peak maximum(const T* logits, int64_t n) {
   Vec most = Vec{} + kLowest;
+  IntVec at = {}, index;
+  for (int lane = 0; lane < kLanes; ++lane) index[lane] = lane;
   sweep(
       n,
       [&](int64_t j, IntVec valid) __attribute__((always_inline)) {
         const Vec x = load_logits(logits + j);
-        most = valid & (x > most) ? x : most;
+        const IntVec larger = valid & (x > most);
+        most = larger ? x : most;
+        at = larger ? index + static_cast<int32_t>(j) : at;
       },
       [] {});
-  float top = kLowest;
-  for (int i = 0; i < kLanes; ++i) top = most[i] > top ? most[i] : top;
-  return top;
+  Peak peak{kLowest, 0};
+  for (int lane = 0; lane < kLanes; ++lane)
+    if (most[lane] > peak.value) peak = {most[lane], at[lane]};
+  return peak;
 }
 
 // log sum_j exp(factor * (logits_j - top)).
@@ -103,20 +113,49 @@ double log_sum_exp(const T* logits, int64_t n, float top, float factor) {
   return __builtin_log(total.sum);
 }
 
-// r of the formula above, and what an element adds to the divergence.
-template <Divergence kDivergence>
-inline void compare(const VocabularyRows& x, Vec log_p, Vec log_q, Vec p, Vec q, Vec& r, Vec& term) {
+// A vector of both models' probabilities.
+struct Pair {
+  Vec student;  // logits from their maximum
+  Vec p, q, log_p, log_q;
+  Vec log_ratio;  // log q - log p, of which large parts of both have cancelled before it is rounded
+};
+
+// Maxima of both rows, and the logarithms of their sums from there.
+struct Softmaxes {
+  float top_p, top_q, lse_p, lse_q, lse_difference, factor;
+
+  template <class T>
+  inline __attribute__((always_inline)) Pair at(const T* student, const T* teacher, int64_t j) const {
+    Pair x;
+    x.student = load_logits(student + j) - top_p;
+    const Vec t = load_logits(teacher + j) - top_q;
+    x.log_p = x.student * factor - lse_p;
+    x.log_q = t * factor - lse_q;
+    x.log_ratio = (t - x.student) * factor - lse_difference;
+    x.p = exp(x.log_p);
+    x.q = exp(x.log_q);
+    return x;
+  }
+};
+
+// A vector of both models, r of the formula above without its factor 1 - beta, and what elements add to the divergence.
+// Not inlined: compilers contract multiply-adds as the surroundings suggest, and r - mean needs the same bits in all sweeps.
+template <class T, Divergence kDivergence>
+__attribute__((noinline)) void compare(const VocabularyRows& x, const Softmaxes& both, const T* student,
+                                       const T* teacher, int64_t j, Pair& at, Vec& r, Vec& term) {
+  at = both.at(student, teacher, j);
+  const Vec p = at.p, q = at.q;
   if (kDivergence == Divergence::kForwardKl) {
     r = Vec{};
-    term = q * (log_q - log_p);
+    term = q * at.log_ratio;
   } else if (kDivergence == Divergence::kReverseKl) {
-    r = log_p - log_q;
+    r = -at.log_ratio;
     term = p * r;
   } else {
     const Vec mixture = q * x.beta + p * (1.f - x.beta), smallest = Vec{} + 1.17549435e-38f;
     const Vec log_m = log(mixture < smallest ? smallest : mixture);
-    r = (log_p - log_m) * (1.f - x.beta);
-    term = p * r + q * (log_q - log_m) * x.beta;
+    r = at.log_p - log_m;
+    term = p * r * (1.f - x.beta) + q * (at.log_q - log_m) * x.beta;
   }
 }
 
@@ -128,52 +167,64 @@ void dense_row(const VocabularyRows& x, int64_t i) {
   const float factor = 1.f / x.temperature, label_logit = load_one(student + label);
   const bool scaled = x.temperature != 1.f;
 
-  const float top_p = maximum(student, x.vocab), top_q = maximum(teacher, x.vocab);
+  const Peak peak = maximum(student, x.vocab);
+  const float top_p = peak.value, top_q = maximum(teacher, x.vocab).value;
   const double log_sum = log_sum_exp(student, x.vocab, top_p, factor);
   const double log_sum_1 = scaled ? log_sum_exp(student, x.vocab, top_p, 1.f) : log_sum;
-  const float lse_p = static_cast<float>(log_sum), lse_1 = static_cast<float>(log_sum_1);
-  const float lse_q = static_cast<float>(log_sum_exp(teacher, x.vocab, top_q, factor));
+  const double log_sum_q = log_sum_exp(teacher, x.vocab, top_q, factor);
+  const float lse_1 = static_cast<float>(log_sum_1);
+  const Softmaxes both{top_p,
+                       top_q,
+                       static_cast<float>(log_sum),
+                       static_cast<float>(log_sum_q),
+                       static_cast<float>(log_sum_q - log_sum),
+                       factor};
   x.ce[i] = static_cast<float>(static_cast<double>(top_p) - label_logit + log_sum_1);
 
-  float mean = 0.f;
+  float origin = 0.f, mean = 0.f;  // r and its mean from that of the likeliest token: of a certain student they all but cancel
   if (kDivergence != Divergence::kForwardKl) {
-    Total value, slope;
+    const int32_t lane = peak.index % kLanes;
+    Pair at;
+    Vec r, term;
+    compare<T, kDivergence>(x, both, student, teacher, peak.index - lane, at, r, term);
+    origin = r[lane];
+    Total value, slope, total;
     sweep(
         x.vocab,
         [&](int64_t j, IntVec valid) __attribute__((always_inline)) {
-          const Vec log_p = (load_logits(student + j) - top_p) * factor - lse_p, log_q = (load_logits(teacher + j) - top_q) * factor - lse_q;
-          const Vec p = exp(log_p), q = exp(log_q);
+          Pair at;
           Vec r, term;
-          compare<kDivergence>(x, log_p, log_q, p, q, r, term);
+          compare<T, kDivergence>(x, both, student, teacher, j, at, r, term);
           value.lanes += valid ? term : Vec{};
-          slope.lanes += valid ? p * r : Vec{};
+          slope.lanes += valid ? at.p * (r - origin) : Vec{};
+          total.lanes += valid ? at.p : Vec{};
         },
         [&] {
           value.flush();
           slope.flush();
+          total.flush();
         });
-    mean = static_cast<float>(slope.sum);
+    mean = static_cast<float>(slope.sum / total.sum);
     x.kd[i] = static_cast<float>(value.sum);
     if (!x.gradient) return;
   }
 
-  const float kd_weight = x.kd_weight * factor;
+  const float kd_weight = x.kd_weight * factor * (kDivergence == Divergence::kJsd ? 1.f - x.beta : 1.f);
   IntVec index;
   for (int lane = 0; lane < kLanes; ++lane) index[lane] = lane;
   Total value;
   sweep(
       x.vocab,
       [&](int64_t j, IntVec valid) __attribute__((always_inline)) {
-        const Vec s = load_logits(student + j) - top_p, log_p = s * factor - lse_p;
-        const Vec log_q = (load_logits(teacher + j) - top_q) * factor - lse_q;
-        const Vec p = exp(log_p), q = exp(log_q);
+        Pair at;
         Vec r, term;
-        compare<kDivergence>(x, log_p, log_q, p, q, r, term);
+        compare<T, kDivergence>(x, both, student, teacher, j, at, r, term);
         value.lanes += valid ? term : Vec{};
-        const Vec slope = kDivergence == Divergence::kForwardKl ? p - q : p * (r - mean);
-        const Vec p_1 = scaled ? exp(s - lse_1) : p;
+        const Vec slope = kDivergence == Divergence::kForwardKl ? at.p - at.q : at.p * (r - origin - mean);
+        const Vec p_1 = scaled ? exp(at.student - lse_1) : at.p;
         const Vec hit = index + static_cast<int32_t>(j) == label ? Vec{} + x.ce_weight : Vec{};
-        if (x.gradient) store_logits(student + j, p_1 * x.ce_weight - hit + slope * kd_weight);
+        const Vec of_ce = p_1 * x.ce_weight - hit;
+        if (x.gradient) store_logits(student + j, kd_weight == 0.f ? of_ce : of_ce + slope * kd_weight);
       },
       [&] { value.flush(); });
   if (kDivergence == Divergence::kForwardKl) x.kd[i] = static_cast<float>(value.sum);
@@ -218,7 +269,7 @@ void top_row(const VocabularyRows& x, int64_t i) {
   }
   for (int64_t k = 0; k < x.n_top; ++k) store_one(student + indices[k], -kInfinity);
 
-  const float tail_max = maximum(student, x.vocab), top = tail_max > top_max ? tail_max : top_max;
+  const float tail_max = maximum(student, x.vocab).value, top = tail_max > top_max ? tail_max : top_max;
   auto tail_log_sum = [&](float by) {
     return (static_cast<double>(tail_max) - top) * by + log_sum_exp(student, x.vocab, tail_max, by);
   };
@@ -259,7 +310,8 @@ void top_row(const VocabularyRows& x, int64_t i) {
         const Vec slope = p * tail_slope - (forward ? exp(s * factor - tail_share) : Vec{});
         const Vec p_1 = scaled ? exp(s - lse_ce) : p;
         const Vec hit = index + static_cast<int32_t>(j) == label ? Vec{} + x.ce_weight : Vec{};
-        store_logits(student + j, p_1 * x.ce_weight - hit + slope * kd_weight);
+        const Vec of_ce = p_1 * x.ce_weight - hit;
+        store_logits(student + j, kd_weight == 0.f ? of_ce : of_ce + slope * kd_weight);
       },
       [] {});
   for (int64_t k = 0; k < x.n_top; ++k) {
@@ -268,7 +320,8 @@ void top_row(const VocabularyRows& x, int64_t i) {
     compare_bucket(x, log_p, log_q[k], r, term);
     const double slope = forward ? p - __builtin_exp(static_cast<double>(log_q[k])) : p * (r - mean);
     const double hit = indices[k] == label ? 1. : 0.;
-    const double d = (__builtin_exp(static_cast<double>(logit[k]) - top - lse_1) - hit) * x.ce_weight + slope * kd_weight;
+    double d = (__builtin_exp(static_cast<double>(logit[k]) - top - lse_1) - hit) * x.ce_weight;
+    if (kd_weight != 0.f) d += slope * kd_weight;
     store_one(student + indices[k], static_cast<float>(d));
   }
 }

@@ -233,7 +233,7 @@ TILES = {
 ROW_TILE = Tile(1, 1024, 4, 2)
 
 # Of one row of logits: 8 elements, 16 bytes of bf16, per thread; 2 where a temperature makes for a second softmax, because
-# 4 spill on sm_80.
+# 8 spill on sm_120.
 VOCABULARY_TILE = Tile(1, 1024, 4, 1)
 SCALED_VOCABULARY_TILE = Tile(1, 512, 8, 1)
 

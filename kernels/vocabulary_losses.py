@@ -17,18 +17,25 @@ import triton.language as tl
 from . import _launch
 from ._primitives import LN2, LOG2E
 
+# A bound of which the compiler knows that it is a multiple of 16 keeps accesses 16 bytes wide; rows are padded that far.
+WIDE = tl.constexpr(16)
+
+# Of stored tokens of a teacher, which one block holds; more would spill.
+MOST_TOP = 1024
+
 
 @triton.jit
 def load_logits(p_x, i_v, V, other, KEEP: tl.constexpr, BV: tl.constexpr):
     """The next BV logits in fp32, ``other`` beyond the end; KEEP: they will be read again."""
     o_v = i_v + tl.arange(0, BV)
     policy: tl.constexpr = "evict_last" if KEEP else "evict_first"
-    return tl.load(p_x + o_v, mask=o_v < V, other=other, eviction_policy=policy).to(tl.float32)
+    b_x = tl.load(p_x + o_v, mask=o_v < tl.cdiv(V, WIDE) * WIDE, other=0.0, eviction_policy=policy)
+    return tl.where(o_v < V, b_x.to(tl.float32), other)
 
 
 @triton.jit
 def softmax_sums(p_x, V, factor, SCALED: tl.constexpr, BV: tl.constexpr):
-    """Maximum of a row, and log2 sum_j of 2^(factor (x_j - maximum)) and of e^(x_j - maximum)."""
+    """Maximum of a row, sum_j 2^(factor (x_j - maximum)), and log2 sum_j e^(x_j - maximum)."""
     b_top = tl.full((BV,), -float("inf"), tl.float32)
     b_sum = tl.zeros((BV,), tl.float32)
     b_sum_1 = tl.zeros((BV,), tl.float32)
@@ -41,11 +48,11 @@ def softmax_sums(p_x, V, factor, SCALED: tl.constexpr, BV: tl.constexpr):
             b_sum_1 = b_sum_1 * tl.exp2((b_top - b_base) * LOG2E) + tl.exp2((b_x - b_base) * LOG2E)
         b_top = b_new
     top = tl.max(b_top, 0)
-    log_sum = tl.log2(tl.sum(b_sum * tl.exp2((b_top - top) * factor), 0))
-    log_sum_1 = log_sum
+    b_total = tl.sum(b_sum * tl.exp2((b_top - top) * factor), 0)
+    log_sum_1 = tl.log2(b_total)
     if SCALED:
         log_sum_1 = tl.log2(tl.sum(b_sum_1 * tl.exp2((b_top - top) * LOG2E), 0))
-    return top, log_sum, log_sum_1
+    return top, b_total, log_sum_1
 
 
 @triton.jit
@@ -55,13 +62,13 @@ def log2_add(a, b):
 
 
 @triton.jit
-def compare(b_log_p, b_log_q, b_p, b_q, beta, DIVERGENCE: tl.constexpr):
-    """What an outcome adds to the divergence, and r; both in bits."""
+def compare(b_log_p, b_log_q, b_log_ratio, b_p, b_q, beta, DIVERGENCE: tl.constexpr):
+    """What an outcome adds to the divergence, and r; both in bits. b_log_ratio is log2 q/p."""
     if DIVERGENCE == "forward_kl":
         b_r = tl.zeros_like(b_p)
-        b_term = b_q * (b_log_q - b_log_p)
+        b_term = b_q * b_log_ratio
     elif DIVERGENCE == "reverse_kl":
-        b_r = b_log_p - b_log_q
+        b_r = -b_log_ratio
         b_term = b_p * b_r
     else:
         b_m = beta * b_q + (1.0 - beta) * b_p
@@ -72,14 +79,16 @@ def compare(b_log_p, b_log_q, b_p, b_q, beta, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def compare_logits(p_student, p_teacher, i_v, V, top_p, log_sum_p, top_q, log_sum_q, factor, beta,
+def compare_logits(p_student, p_teacher, i_v, V, top_p, sum_p, top_q, sum_q, factor, beta,
                    KEEP: tl.constexpr, DIVERGENCE: tl.constexpr, BV: tl.constexpr):  # fmt: skip
     """The next BV of s - max s, p, q, terms of the divergence and r."""
     b_s = load_logits(p_student, i_v, V, top_p, KEEP, BV) - top_p
-    b_log_p = b_s * factor - log_sum_p
-    b_log_q = (load_logits(p_teacher, i_v, V, top_q, KEEP, BV) - top_q) * factor - log_sum_q
+    b_t = load_logits(p_teacher, i_v, V, top_q, KEEP, BV) - top_q
+    b_log_p = b_s * factor - tl.log2(sum_p)
+    b_log_q = b_t * factor - tl.log2(sum_q)
+    b_log_ratio = (b_t - b_s) * factor - tl.log2(sum_q / sum_p)  # large parts of both cancel before they are rounded
     b_p, b_q = tl.exp2(b_log_p), tl.exp2(b_log_q)
-    b_term, b_r = compare(b_log_p, b_log_q, b_p, b_q, beta, DIVERGENCE)
+    b_term, b_r = compare(b_log_p, b_log_q, b_log_ratio, b_p, b_q, beta, DIVERGENCE)
     m_v = i_v + tl.arange(0, BV) < V
     return b_s, b_p, b_q, tl.where(m_v, b_term, 0.0), tl.where(m_v, b_r, 0.0)
 
@@ -91,8 +100,9 @@ def store_gradient(p_student, b_s, b_p, b_slope, i_v, label, log_sum_1, ce_weigh
     b_p1 = b_p
     if SCALED:
         b_p1 = tl.exp2(b_s * LOG2E - log_sum_1)
-    b_d = ce_weight * b_p1 - tl.where(o_v == label, ce_weight, 0.0) + kd_weight * b_slope
-    tl.store(p_student + o_v, b_d.to(p_student.dtype.element_ty), mask=o_v < V)
+    b_d = ce_weight * b_p1 - tl.where(o_v == label, ce_weight, 0.0)
+    b_d += tl.where(kd_weight == 0.0, 0.0, kd_weight * b_slope)
+    tl.store(p_student + o_v, b_d.to(p_student.dtype.element_ty), mask=o_v < tl.cdiv(V, WIDE) * WIDE)
 
 
 @triton.jit(do_not_specialize=["V"])
@@ -121,8 +131,8 @@ def vocabulary_kernel(
     label_logit = tl.load(p_student + label).to(tl.float32)
     factor = 1.0 / temperature * LOG2E
 
-    top_p, log_sum_p, log_sum_1 = softmax_sums(p_student, V, factor, SCALED, BV)
-    top_q, log_sum_q, _ = softmax_sums(p_teacher, V, factor, False, BV)
+    top_p, sum_p, log_sum_1 = softmax_sums(p_student, V, factor, SCALED, BV)
+    top_q, sum_q, _ = softmax_sums(p_teacher, V, factor, False, BV)
     tl.store(p_ce + i_n, top_p - label_logit + log_sum_1 * LN2)
 
     kd_weight = kd_weight / temperature
@@ -131,7 +141,7 @@ def vocabulary_kernel(
     if DIVERGENCE != "forward_kl":
         for i_v in tl.range(0, V, BV):
             b_s, b_p, b_q, b_term, b_r = compare_logits(
-                p_student, p_teacher, i_v, V, top_p, log_sum_p, top_q, log_sum_q, factor, beta, True, DIVERGENCE, BV
+                p_student, p_teacher, i_v, V, top_p, sum_p, top_q, sum_q, factor, beta, True, DIVERGENCE, BV
             )
             b_kd += b_term
             b_mean += b_p * b_r
@@ -139,7 +149,7 @@ def vocabulary_kernel(
     if GRADIENT or DIVERGENCE == "forward_kl":
         for i_v in tl.range(0, V, BV):
             b_s, b_p, b_q, b_term, b_r = compare_logits(
-                p_student, p_teacher, i_v, V, top_p, log_sum_p, top_q, log_sum_q, factor, beta, False, DIVERGENCE, BV
+                p_student, p_teacher, i_v, V, top_p, sum_p, top_q, sum_q, factor, beta, False, DIVERGENCE, BV
             )
             if DIVERGENCE == "forward_kl":
                 b_kd += b_term
@@ -189,11 +199,11 @@ def top_vocabulary_kernel(
     b_hidden = tl.full((BK,), -float("inf"), tl.float32)
     tl.store(p_student + b_index, b_hidden.to(p_student.dtype.element_ty), mask=m_k)
     tl.debug_barrier()
-    tail_top, tail_sum, tail_sum_1 = softmax_sums(p_student, V, factor, SCALED, BV)
+    tail_top, tail_total, tail_sum_1 = softmax_sums(p_student, V, factor, SCALED, BV)
     top_top = tl.max(b_logit, 0)
     top = tl.maximum(tail_top, top_top)
     b_shift = b_logit - top_top
-    tail_sum += (tail_top - top) * factor
+    tail_sum = tl.log2(tail_total) + (tail_top - top) * factor
     log_sum = log2_add(tail_sum, (top_top - top) * factor + tl.log2(tl.sum(tl.exp2(b_shift * factor), 0)))
     log_sum_1 = log_sum
     if SCALED:
@@ -205,10 +215,10 @@ def top_vocabulary_kernel(
     b_log_p = tl.where(m_k, b_s * factor - log_sum, 0.0)
     b_log_q = tl.where(m_k, b_log_q, 0.0)
     b_p, b_q = tl.exp2(b_log_p), tl.exp2(b_log_q)
-    b_term, b_r = compare(b_log_p, b_log_q, b_p, b_q, beta, DIVERGENCE)
+    b_term, b_r = compare(b_log_p, b_log_q, b_log_q - b_log_p, b_p, b_q, beta, DIVERGENCE)
     tail_log_p = tail_sum - log_sum
     tail_p, tail_q = tl.exp2(tail_log_p), tl.exp2(tail_log_q)
-    tail_term, tail_r = compare(tail_log_p, tail_log_q, tail_p, tail_q, beta, DIVERGENCE)
+    tail_term, tail_r = compare(tail_log_p, tail_log_q, tail_log_q - tail_log_p, tail_p, tail_q, beta, DIVERGENCE)
     mean = tl.sum(tl.where(m_k, b_p * b_r, 0.0), 0) + tail_p * tail_r
     tl.store(p_kd + i_n, (tl.sum(tl.where(m_k, b_term, 0.0), 0) + tail_term) * LN2)
 
@@ -224,7 +234,8 @@ def top_vocabulary_kernel(
             store_gradient(p_student, b_x, b_px, b_slope, i_v, label, log_sum_1, ce_weight, kd_weight, V, SCALED, BV)
         b_slope = b_p - b_q if DIVERGENCE == "forward_kl" else b_p * (b_r - mean) * LN2
         b_p1 = tl.exp2(b_s * LOG2E - log_sum_1)
-        b_d = ce_weight * b_p1 - tl.where(b_index == label, ce_weight, 0.0) + kd_weight * b_slope
+        b_d = ce_weight * b_p1 - tl.where(b_index == label, ce_weight, 0.0)
+        b_d += tl.where(kd_weight == 0.0, 0.0, kd_weight * b_slope)
         tl.debug_barrier()
         tl.store(p_student + b_index, b_d.to(p_student.dtype.element_ty), mask=m_k)
 
@@ -232,7 +243,10 @@ def top_vocabulary_kernel(
 def vocabulary_losses(
     student, teacher, top, labels, ce, kd, *, divergence, temperature, beta, ce_weight, kd_weight, gradient
 ) -> None:
-    """Write ce and kd (N,) of logits (N,V), and their gradient in place of student's; top = (values, indices, tail)."""
+    """Write ce and kd (N,) of logits (N,V), and their gradient in place of student's; top = (values, indices, tail).
+
+    Rows must be padded to multiples of 16 elements; what lies there is overwritten, too.
+    """
     scaled = temperature != 1.0
     tile = _launch.vocabulary_tile(student.device, scaled)
     common = {
@@ -260,5 +274,7 @@ def vocabulary_losses(
         return
     values, indices, tail = top
     K = values.shape[1]
+    if K > MOST_TOP:
+        raise ValueError(f"teacher_topk must hold at most {MOST_TOP} tokens a row for impl='triton', got {K}")
     width = triton.next_power_of_2(K)
     _launch.launch(top_vocabulary_kernel, grid, p_value=values, p_index=indices, p_tail=tail, K=K, BK=width, **common)

@@ -1,6 +1,8 @@
-"""The GPU benchmark rehearsed on the CPU at tiny sizes, with Triton's interpreter: that it runs, and what it refuses."""
+"""The GPU benchmarks rehearsed on the CPU at tiny sizes, with Triton's interpreter: that they run, and what they refuse."""
 
 import json
+import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,13 +11,25 @@ from cdistill.kernels import _launch
 from cdistill.kernels._launch import Tile
 from torch.nn.attention.flex_attention import create_block_mask
 
-from benchmarks import _contenders, _exactness, bench_gpu_attention, report
+from benchmarks import (
+    _contenders,
+    _distillation,
+    _exactness,
+    _exactness_distillation,
+    _report_distillation,
+    bench_gpu_attention,
+    bench_gpu_distillation,
+    report,
+)
 from benchmarks._contenders import Contender, Shape, draw
+from benchmarks._distillation import CHUNKED, FUSED, OURS, SIZES, Size
 from benchmarks._exactness import Config, attention_by_definition, results_of, rows_alone, worst
-from benchmarks._measure import ResultsFile, rates
+from benchmarks._measure import ResultsFile, judged, rates
+from cdistill.ops import reference
 
 CPU = torch.device("cpu")
 TINY = Shape("T4096", 1, 2, 1, 30, 16, 3, 9)
+TINY_HEADS = Size("trained", 37, 24, 40, 301, ignored=9)
 SECONDS = 0.01  # of a timing
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the benchmark itself runs")
@@ -184,3 +198,147 @@ def test_targets_are_judged_by_figures():
     lines = report.targets({"T4096": rows}, {"T4096": shape})
     assert [line[4] for line in lines] == ["pass", "not measured", "MISS", "pass", "MISS", "not measured"]
     assert shape.slice_bytes * 3 / 1e6 == pytest.approx(35.4, abs=0.1)
+
+
+def errors_of(size, divergence, dtype=torch.float32, **options):
+    """By contender: its largest error over what is allowed, and the result that has it."""
+    p = _distillation.draw(size, dtype, CPU)
+    found, _ = _distillation.contenders(size, divergence, CPU, compiling=False)
+    return {c.name: _exactness_distillation.errors(p, divergence, **options)(c) for c in found}
+
+
+@pytest.mark.parametrize("divergence", _distillation.DIVERGENCES)
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_contenders_of_distillation_compute_what_we_compute(divergence, trained):
+    size = replace(TINY_HEADS, trained=trained)
+    errors = errors_of(size, divergence)
+    assert len(errors) == (5 if divergence == "jsd" else 3)
+    assert all(ratio <= 1 for ratio, _ in errors.values()), errors
+    p = _distillation.draw(size, torch.float32, CPU)
+    assert len(p.leaves) == 1 + trained and (p.labels == -100).sum() == 9
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_liger_fused_computes_what_we_compute():
+    p = _distillation.draw(TINY_HEADS, torch.float32, CPU)
+    fused = _distillation.Contender(FUSED, _distillation.liger_fused(), alone=True)
+    ratio, result = _exactness_distillation.errors(p, "jsd")(fused)
+    assert ratio <= 1, result
+
+
+def test_definition_by_rows_is_the_oracle():
+    p = _distillation.draw(TINY_HEADS, torch.float32, CPU)
+    whole = reference.linear_distillation(*p, divergence="jsd")
+    wanted = (whole.ce + whole.kd) / (2 * whole.tokens)
+    got = _exactness_distillation.by_rows(p, torch.float32, "jsd", alone=False, rows=5)
+    grads = torch.autograd.grad(wanted, p.leaves)
+    for x, y in zip(got.values(), (wanted.detach(), *grads), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_floor_and_memory_of_distillation():
+    trained, frozen, half = (next(s for s in SIZES if s.name == name) for name in ("trained", "frozen", "half ignored"))
+    M, V, Hs, Ht = 4096, 151936, 2048, 2560
+    assert trained.flops == half.flops == 6 * M * V * Hs + 2 * M * V * Ht
+    assert frozen.flops == 4 * M * V * Hs + 2 * M * V * Ht
+    assert trained.promised_bytes == 2 * 4 * V * Hs and frozen.promised_bytes == 2**29
+    assert str(frozen) == "M4096 H2048/2560 V151936, head frozen" and str(half).endswith(", 4096 ignored")
+
+
+def test_who_is_left_out_of_distillation(monkeypatch):
+    def left_out(size, divergence):
+        return _distillation.contenders(size, divergence, CPU, compiling=False)[1]
+
+    assert "JSD only" in left_out(TINY_HEADS, "forward_kl")[CHUNKED]
+    assert "this length" in left_out(replace(TINY_HEADS, rivals=False), "jsd")["eager"]
+    monkeypatch.setattr(_distillation, "free_memory", lambda device: 1e5)
+    on_gpu = {c.name for c in _distillation.contenders(TINY_HEADS, "jsd", torch.device("cuda"))[0]}
+    assert on_gpu == {OURS, f"{OURS}, no cross-entropy", CHUNKED, FUSED, _distillation.COMPILED}
+    monkeypatch.setitem(sys.modules, "liger_kernel.chunked_loss", None)
+    reasons = left_out(TINY_HEADS, "jsd")
+    assert "liger_kernel" in reasons[CHUNKED] and "liger_kernel" in reasons[FUSED] and "GB" in reasons["eager"]
+
+
+CONFIGS = {config.kind: config for config in _exactness_distillation.CONFIGS if config.dtype == "fp16"}
+SMALL_VOCAB = {"rows": 21, "widths": (24, 40), "vocab": (67, 71), "chunk_size": 8}
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        partial(_exactness_distillation.check_config, replace(CONFIGS["plain"], **SMALL_VOCAB)),
+        partial(_exactness_distillation.check_config, replace(CONFIGS["biased"], **SMALL_VOCAB, vocab_size=65)),
+        partial(_exactness_distillation.check_config, replace(CONFIGS["top-k"], **SMALL_VOCAB, topk=5)),
+        partial(_exactness_distillation.check_config, replace(CONFIGS["frozen"], **SMALL_VOCAB, dtype="fp32")),
+        partial(_exactness_distillation.check_repeats, size=TINY_HEADS, dtype="fp16"),
+        partial(_exactness_distillation.check_offsets, size=Size("", 32, 16, 24, 65), dtype="fp16"),
+    ],
+    ids=["plain", "biased", "top-k", "frozen", "repeats", "offsets"],
+)
+def test_checks_of_distillation_pass(check):
+    check(CPU)
+
+
+def test_a_wrong_divergence_is_reported_by_its_name(monkeypatch):
+    def wrong(*tensors, loss_weights, chunk_size, impl, **options):
+        result = reference.linear_distillation(*tensors, **options)
+        return result._replace(kd=result.kd * (1.01 if options["divergence"] == "jsd" else 1))
+
+    monkeypatch.setattr(_exactness_distillation, "linear_distillation", wrong)
+    with pytest.raises(_exactness.InexactError) as raised:
+        _exactness_distillation.check_config(replace(CONFIGS["plain"], **SMALL_VOCAB), CPU)
+    assert list(raised.value.parts) == ["jsd"]
+
+
+def distilled(divergence, **options):
+    options = {"seconds": 60, "pass_seconds": SECONDS, "compiling": False, **options}
+    return bench_gpu_distillation.measured(TINY_HEADS, divergence, "fp32", CPU, 0.1, **options)
+
+
+def test_no_failed_divergence_is_timed(monkeypatch):
+    rows, problems = distilled("jsd", failed={"jsd": "dhead: error 7.00 times what is allowed"})
+    found = {row["contender"]: row for row in rows}
+    assert not problems
+    assert "7.00" in found[OURS]["skipped"] and found["eager"]["times_ours"] is None
+    rows, _ = distilled("jsd", failed={"forward_kl": "crashed"}, seconds=0.0)
+    assert all("skipped" in row for row in rows)
+
+    def wrong(*problem):
+        return _distillation.eager(*problem, divergence="jsd") * 1.01
+
+    p = _distillation.draw(TINY_HEADS, torch.float32, CPU)
+    ours = _distillation.Contender(OURS, wrong, frozenset({"jsd"}))
+    rows, problems = judged([ours], _exactness_distillation.errors(p, "jsd"))
+    assert "inexact" in rows[OURS]["skipped"] and problems[0].startswith(OURS)
+
+
+def test_rehearsal_of_distillation_writes_results_and_a_report(tmp_path):
+    file = ResultsFile(tmp_path, CPU, "distillation")
+    file.add("rates", rates(CPU, size=64, copied=2**16, seconds=SECONDS))
+    file.add("checks", {"passed": 3, "failed": {"bf16-plain": {"jsd": "dhead: error 3.00"}}})
+    for divergence in _distillation.DIVERGENCES:
+        rows, problems = distilled(divergence)
+        assert not problems
+        file.add("rows", rows)
+    data = json.loads(file.path.read_text())
+    own = next(row for row in data["rows"] if row["contender"] == OURS)
+    assert own["floor_percent"] == pytest.approx(100 * TINY_HEADS.flops / 1e8 / own["both_ms"])
+    assert own["times_ours"] == 1.0
+
+    said = []
+    report.report(tmp_path, said.append)
+    assert f"| {CHUNKED} |" in said[0] and "1 failed" in said[0] and str(TINY_HEADS) in said[0]
+    assert f"- {FUSED}: needs CUDA tensors" in said[0]
+
+
+def test_targets_of_distillation_are_judged_by_figures():
+    def timed(both_ms, peak_mb):
+        return {OURS: {"both_ms": both_ms, "floor_ms": 20.0, "peak_mb": peak_mb}}
+
+    shapes = {"trained, jsd": timed(23.0, 2600.0), "long, jsd": timed(90.0, 2650.0), "frozen, jsd": timed(24.0, 600.0)}
+    found = {(line[0][:11], line[1]): line[4] for line in _report_distillation.targets(shapes)}
+    assert found["forward and", "trained, jsd"] == found["peak memory", "trained, jsd"] == "pass"
+    assert found["forward and", "frozen, jsd"] == found["peak memory", "frozen, jsd"] == "MISS"
+    assert found["forward and", "trained, forward_kl"] == "not measured"
+    last = _report_distillation.targets(shapes)[-1]
+    assert last[1] == "long, jsd" and last[2] == "50" and last[4] == "pass"

@@ -102,6 +102,8 @@ def test_overrides_reach_every_level_and_are_yaml(path):
         ("vat.sink_filter=true", r"vat\.sink_filter needs reduction column"),
         ("vat.enabled=maybe", r"vat\.enabled must be true or false"),
         ("kd.temperature=0", r"kd\.temperature must be above 0"),
+        ("kd.temperature=.inf", r"kd\.temperature must be above 0 and finite"),
+        ("kd.weight=.inf", r"kd\.weight must be at least 0 and finite"),
         ("kd.beta=1", r"kd\.beta must be between 0 and 1"),
         ("kd.divergence=l2", r"kd\.divergence must be one of forward_kl, reverse_kl, jsd"),
         ("seed=1.5", r"seed must be a whole number, got 1\.5"),

@@ -202,6 +202,14 @@ def test_logits_have_the_precision_of_training(models, tmp_path, monkeypatch, ze
     assert dtypes == [torch.bfloat16] * 6
 
 
+@pytest.mark.parametrize("name", ["final_logit_softcapping", "logit_scale", "logits_scaling"])
+def test_logits_that_are_changed_after_the_head_are_refused(models, tmp_path, name):
+    built = build_models(make_recipe(tmp_path / "run", models))
+    setattr(built.teacher.config.get_text_config(), name, 30.0)
+    with pytest.raises(ValueError, match=f"the teacher's {name} 30.0 is not supported"):
+        DistillationModel(built.student, OBJECTIVES["dpt"], teacher=built.teacher)
+
+
 class LoraLinear(nn.Module):
     """The outside of peft's LoRA layer: ``weight`` is the base layer's alone."""
 

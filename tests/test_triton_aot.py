@@ -83,6 +83,27 @@ def test_the_kept_table_is_of_these_kernels_and_whole():
     assert [r for r in table if r["problem"]] == []
 
 
+WIDTH_OF_ACCESSES = """
+import re, torch, triton
+from benchmarks import aot
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+kernel, args = aot.vocabulary_launches(90, torch.bfloat16)[0]
+signature, constants, attributes = aot.specialised(kernel, args)
+source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+options = {"num_warps": args["num_warps"], "num_stages": args["num_stages"]}
+ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+print(len(re.findall(r"(?:ld|st)\\.global[^;]*v4\\.b32", ptx)), len(re.findall(r"(?:ld|st)\\.global[^;]*\\.b16", ptx)))
+"""
+
+
+def test_rows_of_logits_are_read_and_written_16_bytes_at_a_time():
+    """Four loops' loads and the gradient's store; by 2 bytes only the label's logit. Vocabularies end anywhere."""
+    wide, narrow = map(int, run("-c", WIDTH_OF_ACCESSES).split())
+    assert (wide, narrow) == (5, 1)
+
+
 def test_slices_on_hopper_take_both_operands_from_shared_memory(compiled):
     slices = [r for r in compiled if r["arch"] == 90 and r["kernel"].startswith(("slice", "row_lse"))]
     assert slices and not any(r["register_wgmma"] for r in slices)

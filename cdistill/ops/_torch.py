@@ -357,7 +357,7 @@ def alignment_grad(
 
 
 def _compare(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> tuple[Tensor, Tensor]:
-    """Divergence of each row (c,), and the gradient of p in its logits (c,V), both of log-probabilities (c,V)."""
+    """Divergence of each row (c,) of log-probabilities (c,V), and its gradient in the student's logits (c,V)."""
     p, q = log_p.exp(), log_q.exp()
     if divergence == "forward_kl":
         return (q * (log_q - log_p)).sum(1), p.sub_(q)
@@ -420,4 +420,5 @@ def vocabulary_losses(
         if gradient:
             dlogits = log_p.exp_()
             dlogits.scatter_add_(1, label, dlogits.new_full((), -1.0).expand(label.shape))
-            student[part] = dlogits.mul_(ce_weight).add_(slope, alpha=kd_weight / temperature)
+            dlogits.mul_(ce_weight)
+            student[part] = dlogits.add_(slope, alpha=kd_weight / temperature) if kd_weight else dlogits

@@ -17,7 +17,9 @@ from cdistill.ops._dispatch import Backend
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of both buffers together
 ROW_UNIT = 64  # elements by which the rows of a buffer are aligned, more than any vector a kernel reads
 BLOCK = 4096  # vocabulary entries of a head that are converted at a time, where a product needs another dtype
-FP16_GAIN = 1024.0  # brings gradients of logits into the range of fp16; they may grow 64 times as large as the weights
+# Bring gradients of logits into the range of fp16; those of reverse KL grow with the logarithm of p/q.
+FP16_GAIN = {"forward_kl": 16384.0, "reverse_kl": 64.0, "jsd": 1024.0}
+MOST_PROBABILITY = 1.01  # of a teacher's top-k together, rounded as they may be stored
 SMALLEST_TAIL = 2.0**-24  # what 1 - sum(p) of fp32 probabilities can tell from 0
 
 
@@ -87,9 +89,13 @@ def empty_results(inputs: Inputs, wanted: Wanted) -> Results:
     )
 
 
-def _buffer_dtype(hidden: Tensor) -> torch.dtype:
-    """Logits are kept in the dtype of the models, as these make them; CPUs have no products of fp16 worth the name."""
-    return torch.float32 if hidden.dtype == torch.float16 and not hidden.is_cuda else hidden.dtype
+def _buffer_dtype(student: Tensor, teacher: Tensor | None) -> torch.dtype:
+    """Logits are kept in the dtype of the models, as these make them, or one that holds both models'.
+
+    CPUs have no products of fp16 worth the name.
+    """
+    dtype = student.dtype if teacher is None else torch.promote_types(student.dtype, teacher.dtype)
+    return torch.float32 if dtype == torch.float16 and not student.is_cuda else dtype
 
 
 def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -161,11 +167,15 @@ def _require_values(inputs: Inputs, options: Options, valid: Tensor, rows: Tenso
         (~valid | ((labels >= 0) & (labels < vocab_size))).all(),
         f"labels must be from 0 to vocab_size-1 = {vocab_size - 1}, or ignore_index = {options.ignore_index}",
     )
-    if top is not None:
+    if top is not None and inputs.top_values is not None:
         top = top[rows].sort(dim=1).values
         require_values(
             ((top >= 0) & (top < vocab_size)).all() & (top[:, 1:] != top[:, :-1]).all(),
             f"teacher_topk indices must be distinct in a row and from 0 to vocab_size-1 = {vocab_size - 1}",
+        )
+        require_values(
+            ~(inputs.top_values[rows].double().exp().sum(1) > MOST_PROBABILITY).any(),
+            "teacher_topk values must be log-probabilities: those of a row sum to more than 1",
         )
 
 
@@ -189,15 +199,15 @@ def losses_and_gradients(
     V = options.vocab_size
     hidden, student_head = inputs.student_hidden, inputs.student_head[:V]
     student_bias, teacher_bias = (x if x is None else x[:V] for x in (inputs.student_bias, inputs.teacher_bias))
-    stride, dtype = math.ceil(V / ROW_UNIT) * ROW_UNIT, _buffer_dtype(hidden)
+    stride, dtype = math.ceil(V / ROW_UNIT) * ROW_UNIT, _buffer_dtype(hidden, inputs.teacher_hidden)
     buffers = 1 if inputs.teacher_hidden is None else 2
     chunk = options.chunk_size or _chunk_rows(len(rows), buffers * stride * dtype.itemsize, inputs, wanted)
     buffer = hidden.new_empty(buffers, min(chunk, len(rows)), stride, dtype=dtype)[:, :, :V]
-    losses = hidden.new_empty(2, len(rows), dtype=torch.float32)
+    ce, kd = (hidden.new_empty(len(rows), dtype=torch.float32) for _ in range(2))
 
     # Weights reach the kernel scaled by a power of 2, so that gradients of logits fit their dtype.
     scale = 2.0 ** math.frexp(max(abs(ce_weight), abs(kd_weight) / options.temperature))[1]
-    scale /= FP16_GAIN if dtype == torch.float16 else 1.0
+    scale /= FP16_GAIN[options.divergence] if dtype == torch.float16 else 1.0
     settings: dict[str, Any] = {
         "divergence": options.divergence,
         "temperature": options.temperature,
@@ -216,11 +226,13 @@ def losses_and_gradients(
             teacher = buffer[1, : len(index)]
             _logits(inputs.teacher_hidden[index], inputs.teacher_head[:V], teacher_bias, teacher)
         top = _top_teacher(inputs, index)
-        backend.vocabulary_losses(student, teacher, top, inputs.labels[index], *losses[:, part], **settings)
+        backend.vocabulary_losses(student, teacher, top, inputs.labels[index], ce[part], kd[part], **settings)
         if wanted.hidden:
             results.hidden[index] = (_hidden_gradient(student, student_head) * scale).to(results.hidden.dtype)
         if wanted.head:
             _add_head_gradient(results.head[:V], student, student_hidden, scale)
         if wanted.bias:
-            results.bias[:V].add_(student.sum(0, dtype=torch.float32), alpha=scale)
-    return results._replace(ce=losses[0].sum(), kd=losses[1].sum())
+            for first in range(0, V, BLOCK):  # a sum in another dtype copies what it sums on CPUs
+                block = slice(first, min(first + BLOCK, V))
+                results.bias[block].add_(student[:, block].sum(0, dtype=torch.float32), alpha=scale)
+    return results._replace(ce=ce.sum(), kd=kd.sum())

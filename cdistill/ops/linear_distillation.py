@@ -5,7 +5,6 @@ together, in the forward pass, for the ratio of ``loss_weights``: one fp32 (V,Hs
 scales it. If it finds another ratio there it makes the gradients anew.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +19,11 @@ from cdistill.ops._contract import (
     require_tensor,
 )
 from cdistill.ops._dispatch import backend, warn_once, without_autocast
-from cdistill.ops._vocabulary import Inputs, Options, Wanted, empty_results, losses_and_gradients
+from cdistill.ops._vocabulary import BLOCK, Inputs, Options, Wanted, empty_results, losses_and_gradients
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 SAME_RATIO = 1e-5  # relative: upstream gradients are rounded
+TINY, HUGE = 2.0**-100, 2.0**100  # of numbers that kernels take and divide by in fp32
 
 _INPUTS = (
     "Tensor student_hidden, Tensor student_head, Tensor? student_bias, Tensor? teacher_hidden, Tensor? teacher_head, "
@@ -91,9 +91,13 @@ def _gradients(
     def finished(gradient: Tensor, like: Tensor | None) -> Tensor:
         if like is None or not _is_made(gradient):
             return gradient.new_empty(0)
-        if overwrite and gradient.dtype == like.dtype:
-            return gradient.mul_(factor)
-        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=like.dtype))
+        if overwrite:
+            return gradient.mul_(factor).to(like.dtype)
+        result = torch.empty_like(gradient, dtype=like.dtype)
+        for start in range(0, len(gradient), BLOCK):  # CPUs would hold another fp32 tensor of the whole meanwhile
+            part = slice(start, start + BLOCK)
+            result[part] = gradient[part] * factor
+        return result
 
     return [finished(x, like) for x, like in zip(made, inputs[:3], strict=True)]
 
@@ -102,6 +106,7 @@ def _gradients(
     "cdistill::linear_distillation",
     mutates_args=(),
     schema=f"({_SETTINGS}, bool hidden, bool head, bool bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 @without_autocast
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -119,13 +124,16 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     "cdistill::linear_distillation_backward",
     mutates_args=(),
     schema=f"(Tensor? dce, Tensor? dkd, Tensor hidden, Tensor head, Tensor bias, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 @without_autocast
 def _backward(dce: Tensor | None, dkd: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     made, settings = arguments[:3], arguments[3:]
     gradients = _gradients(dce, dkd, made, settings, overwrite=False)
     leaves = settings[:3]
-    return tuple(laid_out_like(x, y) if _is_made(x) else x for x, y in zip(gradients, leaves, strict=True))
+    return tuple(
+        laid_out_like(x, y) if _is_made(x) and x.shape == y.shape else x for x, y in zip(gradients, leaves, strict=True)
+    )
 
 
 @_backward.register_fake
@@ -137,7 +145,10 @@ def _(dce: Tensor | None, dkd: Tensor | None, *arguments: Any) -> tuple[Tensor, 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[3:], *inputs[:_INPUT_COUNT])
+    # Only another ratio will need the inputs. Those made in inference mode, such as a teacher's, autograd does not save.
+    ctx.inference = [x if x is not None and x.is_inference() else None for x in inputs[:_INPUT_COUNT]]
+    saved = [x if y is None else None for x, y in zip(inputs[:_INPUT_COUNT], ctx.inference, strict=True)]
+    ctx.save_for_backward(*output[3:], *saved)
     ctx.settings = inputs[_INPUT_COUNT:-3]
 
 
@@ -146,8 +157,10 @@ def _differentiate(ctx: Any, dce: Tensor | None, dkd: Tensor | None, *_: None) -
     if dce is None and dkd is None:
         return None, None, None, *rest
     saved = ctx.saved_tensors
-    made, settings = saved[:3], (*saved[3:], *ctx.settings)
-    if type(made[0]) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph():
+    inputs = (x if y is None else y for x, y in zip(saved[3:], ctx.inference, strict=True))
+    made, settings = saved[:3], (*inputs, *ctx.settings)
+    keep = torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
+    if type(made[0]) is Tensor and not keep:
         # No other backward pass will read what was saved, so it may become the result: a second (V,Hs) is saved.
         gradients = without_autocast(_gradients)(dce, dkd, made, settings, True)
     else:
@@ -237,7 +250,8 @@ def linear_distillation(
     Args:
         student_hidden: (N,Hs) fp16, bf16 or fp32, already shifted against labels.
         student_head: (Vs,Hs), the weight of the student's output layer, same dtype.
-        teacher_hidden, teacher_head: (N,Ht) and (Vt,Ht); the teacher gets no gradient. None with ``teacher_topk``.
+        teacher_hidden, teacher_head: (N,Ht) and (Vt,Ht), also of another dtype than the student's, at the price of
+            logits in one that holds both; the teacher gets no gradient. None with ``teacher_topk``.
         labels: (N,) int64 token ids below vocab_size, or ignore_index.
         divergence: of the softmax of logits / temperature, not multiplied by temperature squared, with student p and
             teacher q: "forward_kl" KL(q||p), "reverse_kl" KL(p||q), or "jsd", beta KL(q||m) + (1 - beta) KL(p||m) with
@@ -248,7 +262,7 @@ def linear_distillation(
         student_bias, teacher_bias: (Vs,) and (Vt,).
         teacher_topk: (values, indices), both (N,K), of a teacher that ran earlier: natural log-probabilities at this
             temperature and the distinct tokens they belong to. All other tokens are one more outcome, for both models,
-            with the probability that is left (at least 2^-24).
+            with the probability that is left (at least 2^-24). "triton" takes up to 1,024 of them.
         vocab_size: columns of both heads that are real tokens, min(Vs,Vt) by default; the others are masked with -inf
             in both losses.
         chunk_size: rows per chunk; by default as many as keep the logits of a chunk, both models', at 64 MB on the CPU,
@@ -260,16 +274,19 @@ def linear_distillation(
     Returns:
         LinearDistillation(ce, kd, tokens): sums over the rows that are not ignored, fp32, in nats, and their number,
         int64. Both sums are differentiable once in student_hidden, student_head and student_bias; without any valid
-        row they are 0 with gradient 0. inf and NaN in the inputs of a valid row reach the losses. Beside the gradients,
-        fp32 for the head, the op holds the logits of one chunk. On CUDA each pass waits for the device once.
+        row they are 0 with gradient 0. inf and NaN in the inputs of a valid row reach the losses. Beside the gradients (of a
+        head in half precision also in fp32) the op holds the logits of one chunk. On CUDA each pass waits for the device
+        once.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value, or impl cannot run here. On CUDA labels and
             indices outside the vocabulary trip a device-side assertion instead, because reading them would synchronise.
     """
     require_choice("divergence", divergence, DIVERGENCES)
-    temperature = _require_number("temperature", temperature, 0, math.inf, "a finite number above 0")
+    temperature = _require_number("temperature", temperature, TINY, HUGE, "a finite number above 0")
     beta = _require_number("beta", beta, 0, 1, "a number between 0 and 1")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int) or abs(ignore_index) >= 2**63:
+        raise ValueError(f"ignore_index must be a whole number, got {ignore_index!r}")
     require_tensor("labels", labels)
     if labels.dim() != 1 or labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64 of shape (N,), got {labels.dtype} of shape {tuple(labels.shape)}")
@@ -300,7 +317,7 @@ def linear_distillation(
         raise ValueError(f"chunk_size must be None or a whole number above 0, got {chunk_size!r}")
     if not isinstance(loss_weights, tuple | list) or len(loss_weights) != 2 or not any(loss_weights):
         raise ValueError(f"loss_weights must be two numbers that are not both 0, got {loss_weights!r}")
-    weights = [_require_number("loss_weights", w, -math.inf, math.inf, "two finite numbers") for w in loss_weights]
+    weights = [_require_number("loss_weights", w, -HUGE, HUGE, "two finite numbers") for w in loss_weights]
     student = (student_hidden, student_head, student_bias)
     teacher = (x if x is None else x.detach() for x in (teacher_hidden, teacher_head, teacher_bias))
     ce, kd, tokens, *_ = torch.ops.cdistill.linear_distillation(
@@ -314,7 +331,7 @@ def linear_distillation(
         beta,
         ignore_index,
         _vocab_size(vocab_size, heads, top_values),
-        chunk_size or 0,
+        min(chunk_size or 0, max(len(labels), 1)),
         *weights,
         impl,
         *(torch.is_grad_enabled() and x is not None and x.requires_grad for x in student),

@@ -48,11 +48,12 @@ class KDConfig:
 
     def __post_init__(self) -> None:
         _choice("divergence", self.divergence, DIVERGENCES)
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be above 0 and finite, got {self.temperature}")
         if not 0 < self.beta < 1:
             raise ValueError(f"beta must be between 0 and 1, got {self.beta}")
-        _at_least("weight", self.weight, 0)
+        if not 0 <= self.weight < float("inf"):
+            raise ValueError(f"weight must be at least 0 and finite, got {self.weight}")
 
 
 @dataclass(frozen=True)

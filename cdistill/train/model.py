@@ -53,9 +53,16 @@ class VocabularyLosses(nn.Module):
         return result.ce, result.kd
 
 
+# What some families do to logits after the head (Gemma, Cohere, Granite).
+AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
 def _require_plain_head(model: Model, side: str) -> None:
     """Raise ValueError unless the head is its weight and bias: `linear_distillation` would leave out what is more."""
-    head = model.lm_head
+    head, config = model.lm_head, model.config.get_text_config()
+    for name in AFTER_THE_HEAD:
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise ValueError(f"the {side}'s {name} {getattr(config, name)} is not supported by the KD loss")
     if type(head) is not nn.Linear:
         raise ValueError(
             f"the {side}'s lm_head must be a torch.nn.Linear for the KD loss, got {type(head).__module__}."
@@ -78,7 +85,7 @@ class DistillationModel(nn.Module):
         patch_classes: classes of each label that the throw-away head of ``vision`` predicts.
 
     Raises:
-        ValueError: ``kd`` with a head that is more than a linear layer, such as one with LoRA.
+        ValueError: ``kd`` with a head that is more than a linear layer, such as one with LoRA or soft-capped logits.
     """
 
     def __init__(
