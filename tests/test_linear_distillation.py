@@ -1,104 +1,28 @@
-"""linear_distillation against float64 logits: losses, gradients, chunks, vocabularies, top-k teachers, bad input."""
+"""linear_distillation against float64 logits: losses and gradients, chunks, vocabularies, dtypes, top-k teachers."""
 
-import re
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
-from op_cases import allocations, assert_as_exact_as_eager, device_of, moved
+from op_cases import device_of
+from vocabulary_cases import (
+    DIVERGENCES,
+    IMPL_DTYPES,
+    LEAVES,
+    call,
+    check,
+    doubled,
+    draw,
+    gradients_of,
+    run,
+    values_and_gradients,
+    with_topk,
+)
 
-from cdistill.ops import LinearDistillation, linear_distillation, reference
+from cdistill.ops import LinearDistillation, reference
 from cdistill.ops._dispatch import backend, warn_once
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
-
-LEAVES = ("student_hidden", "student_head", "student_bias")
-DIVERGENCES = ["forward_kl", "reverse_kl", "jsd"]
-DTYPES = {
-    "torch": [torch.float32, torch.float16, torch.bfloat16],
-    "cpp": [torch.float32, torch.float16, torch.bfloat16],
-    "triton": [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available(),
-}
-IMPL_DTYPES = [(impl, dtype) for impl, dtypes in DTYPES.items() for dtype in dtypes]
-
-
-def draw(n=13, vocab=(29, 31), width=(8, 12), dtype=torch.float32, ignored=0.4, seed=0):
-    """Arguments by name; the shares of rows that are ignored are random."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    labels = torch.randint(min(vocab), (n,), generator=generator)
-    labels[torch.rand(n, generator=generator) < ignored] = -100
-    return {
-        "student_hidden": normal(n, width[0]),
-        "student_head": normal(vocab[0], width[0]),
-        "teacher_hidden": normal(n, width[1]),
-        "teacher_head": normal(vocab[1], width[1]),
-        "labels": labels,
-        "student_bias": normal(vocab[0]),
-        "teacher_bias": normal(vocab[1]),
-    }
-
-
-def with_topk(inputs, k, temperature=1.0):
-    """The same student; of the teacher, log-probabilities and indices of its k most probable tokens."""
-    vocab = len(inputs["student_head"])
-    logits = inputs["teacher_hidden"].double() @ inputs["teacher_head"].double().T + inputs["teacher_bias"].double()
-    values, indices = (logits[:, :vocab] / temperature).log_softmax(1).topk(k)
-    order = torch.randperm(k, generator=torch.Generator().manual_seed(k))  # stored in no order
-    without = dict.fromkeys(("teacher_hidden", "teacher_head", "teacher_bias"))
-    return inputs | without | {"teacher_topk": (values[:, order].float(), indices[:, order])}
-
-
-def call(function, inputs, **options):
-    """function on the inputs, its tensors positional where the contract says so."""
-    inputs = dict(inputs)
-    tensors = [inputs.pop(name) for name in list(inputs)[:5]]
-    return function(*tensors, **inputs, **options)
-
-
-def run(impl, inputs, **options):
-    """The op on the device where this implementation is tested."""
-    inputs = dict(inputs)
-    topk = inputs.pop("teacher_topk", None)
-    device = device_of(impl)
-    if topk is not None:
-        options["teacher_topk"] = tuple(x.to(device) for x in topk)
-    return call(linear_distillation, moved(inputs, device), impl=impl, **options)
-
-
-def gradients_of(function, inputs, weights, leaves=LEAVES):
-    """ce, kd and the gradients of weights[0] * ce + weights[1] * kd."""
-    inputs = inputs | {name: inputs[name].detach().requires_grad_() for name in leaves}
-    result = function(inputs)
-    (weights[0] * result.ce + weights[1] * result.kd).backward()
-    return [result.ce.detach(), result.kd.detach(), *(inputs[name].grad for name in leaves)]
-
-
-def values_and_gradients(impl, inputs, weights=(1.0, 1.0), leaves=LEAVES, **options):
-    return gradients_of(lambda x: run(impl, x, **options), inputs, weights, leaves)
-
-
-def doubled(inputs):
-    return {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in inputs.items()}
-
-
-def check(impl, inputs, leaves=LEAVES, weights=(0.7, -1.3), chunk_size=4, loss_weights=None, **options):
-    def oracle(x):
-        return call(reference.linear_distillation, x, **options)
-
-    exact = gradients_of(oracle, doubled(inputs), weights, leaves)
-    eager = gradients_of(oracle, inputs, weights, leaves)
-    options |= {"chunk_size": chunk_size, "loss_weights": loss_weights or weights}
-    ours = values_and_gradients(impl, inputs, weights, leaves, **options)
-    assert [x.dtype for x in ours[:2]] == [torch.float32] * 2
-    assert [x.dtype for x in ours[2:]] == [inputs[name].dtype for name in leaves]
-    assert_as_exact_as_eager(ours, eager, exact)
-    return ours
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -156,16 +80,6 @@ def test_generalised_jensen_shannon(impl, beta):
 @pytest.mark.parametrize("chunk_size", [1, 5, 1000, None])
 def test_chunks_do_not_change_the_result(impl, chunk_size):
     check(impl, draw(n=21), chunk_size=chunk_size)
-
-
-def test_chunks_are_as_large_as_the_budget(impl, monkeypatch):
-    inputs = draw(n=21, ignored=0.0)
-    whole = run(impl, inputs)
-    for rows in (1, 6):
-        budget = dict.fromkeys(("cpu", "cuda"), rows * 2 * 64 * 4)
-        monkeypatch.setattr("cdistill.ops._vocabulary.CHUNK_BYTES", budget)
-        torch.testing.assert_close(run(impl, inputs).kd, whole.kd)
-        assert max(allocations(lambda: run(impl, inputs))) == rows * 2 * 64 * 4
 
 
 def test_non_contiguous_inputs_and_large_logits(impl):
@@ -469,168 +383,3 @@ def test_top_k_tokens_that_hold_all_probability(impl, divergence):
     inputs["teacher_topk"] = (values.log_softmax(1), indices)
     inputs["student_bias"][indices] += 300.0
     assert all(x.isfinite().all() for x in values_and_gradients(impl, inputs, divergence=divergence))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the CPU's allocator hands out")
-def test_no_logits_of_all_rows_and_no_head_gradient_when_frozen(impl):
-    inputs = draw(n=32, vocab=(512, 512), ignored=0.0)
-
-    def largest(function, leaves):
-        function(inputs)  # what only a first call allocates
-        return max(allocations(lambda: gradients_of(function, inputs, (1.0, 1.0), leaves))) / 4
-
-    def chunked(chunk_size):
-        return lambda x: run(impl, x, chunk_size=chunk_size)
-
-    logits, head = 2 * 4 * 512, 512 * 8
-    assert largest(chunked(4), LEAVES[:1]) == logits == head
-    assert largest(chunked(3), LEAVES[:1]) == 0.75 * logits
-    assert largest(chunked(3), LEAVES) == head
-    assert largest(lambda x: call(reference.linear_distillation, x), LEAVES[:1]) == 32 * 512
-
-
-# Growth of the resident memory in MB over a forward and backward pass of a 151,936-token vocabulary.
-GROWTH = """
-import sys
-import torch
-from cdistill.ops import linear_distillation, reference
-
-impl, dtype, rows, trained = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True"
-torch.set_num_threads(2)
-
-def resident(field):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
-
-def growth(rows, vocab):
-    width = int(sys.argv[5])
-    hidden, head, teacher_hidden, teacher_head = (
-        torch.randn(n, w).to(dtype) for n, w in ((rows, width), (vocab, width), (rows, 64), (vocab, 64))
-    )
-    bias = torch.zeros(vocab, dtype=dtype).requires_grad_()
-    hidden.requires_grad_(), head.requires_grad_(trained)
-    labels = torch.randint(vocab, (rows,))
-    with open("/proc/self/clear_refs", "w") as clear_refs:
-        clear_refs.write("5")  # forget the peak so far
-    before = resident("VmRSS")
-    op = reference.linear_distillation if impl == "reference" else linear_distillation
-    options = {} if impl == "reference" else {"impl": impl}
-    result = op(hidden, head, teacher_hidden, teacher_head, labels, student_bias=bias, **options)
-    ((result.ce + result.kd) / rows).backward()
-    return resident("VmHWM") - before
-
-growth(4, 1000)
-print(growth(rows, 151936))
-"""
-BUFFERS_MB = 64
-
-
-def growth(impl, dtype, rows, trained, width, monkeypatch):
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # freed tensors go back to the system
-    name = str(dtype).removeprefix("torch.")
-    command = [sys.executable, "-c", GROWTH, impl, name, str(rows), str(trained), str(width)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_is_the_heads_gradient_and_two_buffers_whatever_the_rows(dtype, monkeypatch):
-    """The bias is trained, too. In bf16 the head's gradient exists in fp32 and, once the buffers are gone, in bf16."""
-    for rows in (128, 512):
-        assert growth("cpp", dtype, rows, False, 64, monkeypatch) < BUFFERS_MB + 12
-        wide = 151936 * 192 * 4 / 2**20  # wider than both buffers: a second one would show
-        own = wide / 2 if dtype == torch.bfloat16 else 0.0
-        assert growth("cpp", dtype, rows, True, 192, monkeypatch) < wide + max(BUFFERS_MB, own) + 12
-
-
-def test_the_measurement_of_memory_sees_the_logits_of_the_oracle(monkeypatch):
-    assert growth("reference", torch.float32, 256, True, 64, monkeypatch) > 4 * 256 * 151936 * 4 / 2**20
-
-
-BAD = [
-    ({"temperature": 0.0}, "temperature must be a finite number above 0"),
-    ({"temperature": -1}, "temperature must be"),
-    ({"temperature": float("inf")}, "temperature must be"),
-    ({"temperature": float("nan")}, "temperature must be"),
-    ({"temperature": 1e-39}, "temperature must be"),
-    ({"beta": 0.0}, "beta must be a number between 0 and 1"),
-    ({"beta": 1}, "beta must be"),
-    ({"divergence": "kl"}, "divergence must be one of"),
-    ({"impl": "cuda"}, "impl must be None or one of ('torch', 'cpp', 'triton')"),
-    ({"chunk_size": 0}, "chunk_size must be"),
-    ({"ignore_index": None}, "ignore_index must be a whole number"),
-    ({"loss_weights": (0.0, 0)}, "loss_weights must be two numbers that are not both 0"),
-    ({"loss_weights": (1.0,)}, "loss_weights must be two numbers"),
-    ({"loss_weights": (1.0, float("nan"))}, "loss_weights must be two finite numbers"),
-    ({"loss_weights": (1e308, 1)}, "loss_weights must be two finite numbers"),
-    ({"ignore_index": 2**70}, "ignore_index must be a whole number"),
-    ({"vocab_size": 30}, "vocab_size must be from 1 to 29"),
-    ({"vocab_size": 0}, "vocab_size must be from 1 to 29"),
-    ({"labels": torch.full((13,), 29)}, "labels must be from 0 to vocab_size-1 = 28"),
-    ({"labels": torch.full((13,), -1)}, "labels must be from 0"),
-    ({"labels": torch.zeros(13)}, "labels must be int64"),
-    ({"labels": torch.zeros(12, dtype=torch.int64)}, "student_hidden must have shape (N, H) = (12, 8)"),
-    ({"teacher_hidden": torch.zeros(12, 12)}, "teacher_hidden must have shape (N, H) = (13, 12)"),
-    ({"student_head": torch.zeros(29, 9)}, "student_head must have shape (V, H) = (29, 8)"),
-    ({"student_head": torch.zeros(29, 8).half()}, "student_head must have the dtype of student_hidden"),
-    ({"teacher_head": torch.zeros(31)}, "teacher_head must have 2 dimensions"),
-    ({"student_hidden": torch.zeros(13, 8).double()}, "student_hidden must be float16, bfloat16 or float32"),
-    ({"student_bias": torch.zeros(31)}, "student_bias must have shape (V) = (29,)"),
-    ({"teacher_bias": torch.zeros(31, dtype=torch.int64)}, "teacher_bias must have a floating dtype"),
-    ({"teacher_hidden": torch.zeros(13, 12, device="meta")}, "teacher_hidden must be on cpu"),
-    ({"teacher_head": None}, "teacher_head must be a tensor"),
-    ({"teacher_topk": (torch.zeros(13, 3), torch.zeros(13, 3).long())}, "must be None with teacher_topk"),
-]
-VALUES, INDICES = torch.full((13, 3), -2.0), torch.arange(3).expand(13, 3)
-BAD_TOPK = [
-    (VALUES, "teacher_topk must be a pair (values, indices)"),
-    ((VALUES[0], INDICES[0]), "teacher_topk values must have shape (N, K) with N = 13"),
-    ((VALUES[:12], INDICES[:12]), "teacher_topk values must have shape (N, K) with N = 13"),
-    ((VALUES, INDICES[:, :2]), "teacher_topk indices must have shape (N, K) = (13, 3)"),
-    ((VALUES.long(), INDICES), "teacher_topk values must have a floating dtype"),
-    ((VALUES, INDICES.float()), "teacher_topk indices must have an integer dtype"),
-    ((VALUES, INDICES + 27), "teacher_topk indices must be distinct in a row and from 0 to vocab_size-1 = 28"),
-    ((VALUES, INDICES - 1), "teacher_topk indices must be distinct"),
-    ((VALUES, INDICES // 2), "teacher_topk indices must be distinct"),
-    ((VALUES + 2, INDICES), "teacher_topk values must be log-probabilities"),
-    ((torch.zeros(13, 29), torch.arange(29).expand(13, 29)), "teacher_topk must hold fewer than vocab_size = 29"),
-]
-
-
-@pytest.mark.parametrize("change, message", BAD, ids=[f"{next(iter(c))}-{i}" for i, (c, _) in enumerate(BAD)])
-def test_bad_input_names_the_argument(change, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        call(linear_distillation, draw() | change)
-
-
-@pytest.mark.parametrize("topk, message", BAD_TOPK, ids=[str(i) for i in range(len(BAD_TOPK))])
-def test_bad_top_k_teachers(topk, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        call(linear_distillation, with_topk(draw(), 3) | {"teacher_topk": topk})
-
-
-def test_more_tokens_than_the_triton_kernel_holds():
-    inputs = with_topk(draw(vocab=(1100, 1100)), 1030)
-    with pytest.raises(
-        ValueError, match="teacher_topk must hold at most 1024 tokens a row for impl='triton', got 1030"
-    ):
-        run("triton", inputs)
-
-
-@pytest.mark.parametrize("retain_graph", [False, True])
-@pytest.mark.parametrize("loss_weights", [(1.0, 2.0), (1.0, 1.0)])
-def test_a_head_that_is_gone_by_the_backward_pass(loss_weights, retain_graph):
-    """As ZeRO-3 leaves it: the ratio of loss_weights needs no head any more, another one says what to do."""
-    leaves = [draw()[name].requires_grad_() for name in LEAVES[:2]]
-    result = call(linear_distillation, draw() | dict(zip(LEAVES, leaves, strict=False)), loss_weights=loss_weights)
-    kept = result.ce + 2 * result.kd
-    gradients = []
-    leaves[1].register_hook(lambda gradient: gradients.append(gradient.clone()))
-    whole, leaves[1].data = leaves[1].data, torch.empty(0)
-    if loss_weights == (1.0, 1.0):
-        with pytest.raises(RuntimeError, match="pass the weights with which the two losses"):
-            torch.autograd.grad(kept, leaves, retain_graph=retain_graph)
-        return
-    dhidden, dhead = torch.autograd.grad(kept, leaves, retain_graph=retain_graph)
-    leaves[1].data = whole
-    expected = values_and_gradients("cpp", draw(), (1.0, 2.0), LEAVES[:2], loss_weights=(1, 2))[2:]
-    torch.testing.assert_close([dhidden, dhead], list(expected))

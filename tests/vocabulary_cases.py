@@ -1,0 +1,92 @@
+"""Inputs for the tests of linear_distillation, the op where it is tested, and the comparison with float64."""
+
+import torch
+from op_cases import assert_as_exact_as_eager, device_of, moved
+
+from cdistill.ops import linear_distillation, reference
+
+LEAVES = ("student_hidden", "student_head", "student_bias")
+DIVERGENCES = ["forward_kl", "reverse_kl", "jsd"]
+DTYPES = {
+    "torch": [torch.float32, torch.float16, torch.bfloat16],
+    "cpp": [torch.float32, torch.float16, torch.bfloat16],
+    "triton": [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available(),
+}
+IMPL_DTYPES = [(impl, dtype) for impl, dtypes in DTYPES.items() for dtype in dtypes]
+
+
+def draw(n=13, vocab=(29, 31), width=(8, 12), dtype=torch.float32, ignored=0.4, seed=0):
+    """Arguments by name; the shares of rows that are ignored are random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    labels = torch.randint(min(vocab), (n,), generator=generator)
+    labels[torch.rand(n, generator=generator) < ignored] = -100
+    return {
+        "student_hidden": normal(n, width[0]),
+        "student_head": normal(vocab[0], width[0]),
+        "teacher_hidden": normal(n, width[1]),
+        "teacher_head": normal(vocab[1], width[1]),
+        "labels": labels,
+        "student_bias": normal(vocab[0]),
+        "teacher_bias": normal(vocab[1]),
+    }
+
+
+def with_topk(inputs, k, temperature=1.0):
+    """The same student; of the teacher, log-probabilities and indices of its k most probable tokens."""
+    vocab = len(inputs["student_head"])
+    logits = inputs["teacher_hidden"].double() @ inputs["teacher_head"].double().T + inputs["teacher_bias"].double()
+    values, indices = (logits[:, :vocab] / temperature).log_softmax(1).topk(k)
+    order = torch.randperm(k, generator=torch.Generator().manual_seed(k))  # stored in no order
+    without = dict.fromkeys(("teacher_hidden", "teacher_head", "teacher_bias"))
+    return inputs | without | {"teacher_topk": (values[:, order].float(), indices[:, order])}
+
+
+def call(function, inputs, **options):
+    """function on the inputs, its tensors positional where the contract says so."""
+    inputs = dict(inputs)
+    tensors = [inputs.pop(name) for name in list(inputs)[:5]]
+    return function(*tensors, **inputs, **options)
+
+
+def run(impl, inputs, **options):
+    """The op on the device where this implementation is tested."""
+    inputs = dict(inputs)
+    topk = inputs.pop("teacher_topk", None)
+    device = device_of(impl)
+    if topk is not None:
+        options["teacher_topk"] = tuple(x.to(device) for x in topk)
+    return call(linear_distillation, moved(inputs, device), impl=impl, **options)
+
+
+def gradients_of(function, inputs, weights, leaves=LEAVES):
+    """ce, kd and the gradients of weights[0] * ce + weights[1] * kd."""
+    inputs = inputs | {name: inputs[name].detach().requires_grad_() for name in leaves}
+    result = function(inputs)
+    (weights[0] * result.ce + weights[1] * result.kd).backward()
+    return [result.ce.detach(), result.kd.detach(), *(inputs[name].grad for name in leaves)]
+
+
+def values_and_gradients(impl, inputs, weights=(1.0, 1.0), leaves=LEAVES, **options):
+    return gradients_of(lambda x: run(impl, x, **options), inputs, weights, leaves)
+
+
+def doubled(inputs):
+    return {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in inputs.items()}
+
+
+def check(impl, inputs, leaves=LEAVES, weights=(0.7, -1.3), chunk_size=4, loss_weights=None, **options):
+    def oracle(x):
+        return call(reference.linear_distillation, x, **options)
+
+    exact = gradients_of(oracle, doubled(inputs), weights, leaves)
+    eager = gradients_of(oracle, inputs, weights, leaves)
+    options |= {"chunk_size": chunk_size, "loss_weights": loss_weights or weights}
+    ours = values_and_gradients(impl, inputs, weights, leaves, **options)
+    assert [x.dtype for x in ours[:2]] == [torch.float32] * 2
+    assert [x.dtype for x in ours[2:]] == [inputs[name].dtype for name in leaves]
+    assert_as_exact_as_eager(ours, eager, exact)
+    return ours
