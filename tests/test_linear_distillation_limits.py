@@ -14,6 +14,7 @@ from cdistill.ops import linear_distillation, reference
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the CPU's allocator hands out")
 def test_chunks_are_as_large_as_the_budget(impl, monkeypatch):
     inputs = draw(n=21, ignored=0.0)
     whole = run(impl, inputs)
