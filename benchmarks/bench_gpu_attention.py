@@ -238,8 +238,7 @@ def test_time_of_the_slice_passes(shape, device, checked, results, benchmark):
 
 @pytest.mark.parametrize("key", CANDIDATES, ids=lambda k: f"{k[0]}-d{k[2]}")
 def test_time_of_other_tiles(key, device, checked, results, deadline):
-    if time.monotonic() > deadline:
-        pytest.skip("out of time")
+    assert time.monotonic() < deadline, "out of time: not measured"
     shape = next(s for s in SHAPES if s.name == TILE_SHAPES[key[2]])
     failed = {name: "; ".join(parts.values()) for name, parts in checked.items() if parts}
     rows = timed_tiles(key, CANDIDATES[key], shape, "bf16", device, failed=failed)

@@ -51,6 +51,12 @@ inline void store_one(T* p, float x) {
   *p = rounded[0];
 }
 
+inline IntVec lane_numbers() {
+  IntVec lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane;
+}
+
 struct Total {
   Vec lanes = {};
   double sum = 0;
@@ -63,8 +69,7 @@ struct Total {
 // body(j, valid) for vectors of n elements; valid is 0 in lanes beyond n. flush() after every kSweep elements.
 template <class Body, class Flush>
 inline __attribute__((always_inline)) void sweep(int64_t n, Body body, Flush flush) {
-  IntVec lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const IntVec lane = lane_numbers();
   for (int64_t begin = 0; begin < n; begin += kSweep) {
     const int64_t end = smaller(begin + kSweep, n);
     int64_t j = begin;
@@ -82,8 +87,8 @@ struct Peak {
 template <class T>
 Peak maximum(const T* logits, int64_t n) {
   Vec most = Vec{} + kLowest;
-  IntVec at = {}, index;
-  for (int lane = 0; lane < kLanes; ++lane) index[lane] = lane;
+  IntVec at = {};
+  const IntVec index = lane_numbers();
   sweep(
       n,
       [&](int64_t j, IntVec valid) __attribute__((always_inline)) {
@@ -210,8 +215,7 @@ void dense_row(const VocabularyRows& x, int64_t i) {
   }
 
   const float kd_weight = x.kd_weight * factor * (kDivergence == Divergence::kJsd ? 1.f - x.beta : 1.f);
-  IntVec index;
-  for (int lane = 0; lane < kLanes; ++lane) index[lane] = lane;
+  const IntVec index = lane_numbers();
   Total value;
   sweep(
       x.vocab,
@@ -301,8 +305,7 @@ void top_row(const VocabularyRows& x, int64_t i) {
   const float kd_weight = x.kd_weight * factor, lse_ce = static_cast<float>(lse_1);
   const float lse = static_cast<float>(lse_p), tail_slope = forward ? 1.f : static_cast<float>(tail_r - mean);
   const float tail_share = static_cast<float>(lse_tail - tail_log_q);  // exp(s / T - it): the tail's q, spread as p
-  IntVec index;
-  for (int lane = 0; lane < kLanes; ++lane) index[lane] = lane;
+  const IntVec index = lane_numbers();
   sweep(
       x.vocab,
       [&](int64_t j, IntVec) __attribute__((always_inline)) {

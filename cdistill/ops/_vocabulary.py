@@ -152,31 +152,25 @@ def _chunk_rows(rows: int, row_bytes: int, inputs: Inputs, wanted: Wanted) -> in
     return max(math.ceil(rows / chunks / unit), 1) * unit
 
 
-def _top_teacher(inputs: Inputs, rows: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Log-probabilities (n,K) fp32 and indices (n,K) of the teacher's top-k, and log-probability (n,) of the others."""
+def _top_teacher(inputs: Inputs, rows: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Log-probabilities (n,K) fp32 and indices (n,K) of the teacher's top-k, and log-probability (n,) of the others.
+
+    Raises ValueError for values that are none, and for indices outside the vocabulary or twice in a row.
+    """
     if inputs.top_values is None or inputs.top_indices is None:
         return None
-    values = inputs.top_values[rows].float()
-    tail = 1.0 - values.double().exp().sum(1)
-    return values, inputs.top_indices[rows], tail.clamp(min=SMALLEST_TAIL).log().float()
-
-
-def _require_values(inputs: Inputs, options: Options, valid: Tensor, rows: Tensor) -> None:
-    labels, vocab_size, top = inputs.labels, options.vocab_size, inputs.top_indices
+    values, indices = inputs.top_values[rows].float(), inputs.top_indices[rows]
+    ordered = indices.sort(dim=1).values
     require_values(
-        (~valid | ((labels >= 0) & (labels < vocab_size))).all(),
-        f"labels must be from 0 to vocab_size-1 = {vocab_size - 1}, or ignore_index = {options.ignore_index}",
+        ((ordered >= 0) & (ordered < vocab_size)).all() & (ordered[:, 1:] != ordered[:, :-1]).all(),
+        f"teacher_topk indices must be distinct in a row and from 0 to vocab_size-1 = {vocab_size - 1}",
     )
-    if top is not None and inputs.top_values is not None:
-        top = top[rows].sort(dim=1).values
-        require_values(
-            ((top >= 0) & (top < vocab_size)).all() & (top[:, 1:] != top[:, :-1]).all(),
-            f"teacher_topk indices must be distinct in a row and from 0 to vocab_size-1 = {vocab_size - 1}",
-        )
-        require_values(
-            ~(inputs.top_values[rows].double().exp().sum(1) > MOST_PROBABILITY).any(),
-            "teacher_topk values must be log-probabilities: those of a row sum to more than 1",
-        )
+    total = values.double().exp().sum(1)
+    require_values(
+        ~(total > MOST_PROBABILITY).any(),
+        "teacher_topk values must be log-probabilities: those of a row sum to more than 1",
+    )
+    return values, indices, (1.0 - total).clamp(min=SMALLEST_TAIL).log().float()
 
 
 def losses_and_gradients(
@@ -189,14 +183,18 @@ def losses_and_gradients(
 ) -> Results:
     """Sums of both losses over the valid rows, and the gradients of ce_weight * ce + kd_weight * kd."""
     valid = inputs.labels != options.ignore_index
-    # How many rows are left decides the sizes of the products: the one place that waits for a CUDA device.
+    # How many rows are left decides the sizes of the products: the one place here that waits for a CUDA device.
     rows = valid.nonzero()[:, 0]
-    _require_values(inputs, options, valid, rows)
+    V = options.vocab_size
+    require_values(
+        (~valid | ((inputs.labels >= 0) & (inputs.labels < V))).all(),
+        f"labels must be from 0 to vocab_size-1 = {V - 1}, or ignore_index = {options.ignore_index}",
+    )
+    top = _top_teacher(inputs, rows, V)
 
     results = empty_results(inputs, wanted)._replace(tokens=valid.sum())
     for gradient in results[3:]:
         gradient.zero_()
-    V = options.vocab_size
     hidden, student_head = inputs.student_hidden, inputs.student_head[:V]
     student_bias, teacher_bias = (x if x is None else x[:V] for x in (inputs.student_bias, inputs.teacher_bias))
     stride, dtype = math.ceil(V / ROW_UNIT) * ROW_UNIT, _buffer_dtype(hidden, inputs.teacher_hidden)
@@ -225,8 +223,8 @@ def losses_and_gradients(
         if inputs.teacher_hidden is not None and inputs.teacher_head is not None:
             teacher = buffer[1, : len(index)]
             _logits(inputs.teacher_hidden[index], inputs.teacher_head[:V], teacher_bias, teacher)
-        top = _top_teacher(inputs, index)
-        backend.vocabulary_losses(student, teacher, top, inputs.labels[index], ce[part], kd[part], **settings)
+        stored = None if top is None else (top[0][part], top[1][part], top[2][part])
+        backend.vocabulary_losses(student, teacher, stored, inputs.labels[index], ce[part], kd[part], **settings)
         if wanted.hidden:
             results.hidden[index] = (_hidden_gradient(student, student_head) * scale).to(results.hidden.dtype)
         if wanted.head:

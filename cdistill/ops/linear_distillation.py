@@ -161,7 +161,7 @@ def _differentiate(ctx: Any, dce: Tensor | None, dkd: Tensor | None, *_: None) -
     made, settings = saved[:3], (*inputs, *ctx.settings)
     keep = torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
     if type(made[0]) is Tensor and not keep:
-        # No other backward pass will read what was saved, so it may become the result: a second (V,Hs) is saved.
+        # No other backward pass will read what was kept, so it may become the result, instead of a second (V,Hs).
         gradients = without_autocast(_gradients)(dce, dkd, made, settings, True)
     else:
         gradients = torch.ops.cdistill.linear_distillation_backward(dce, dkd, *made, *settings)
