@@ -5,9 +5,11 @@
 
 namespace cdistill {
 
-void slice_forward(const Kernels&, const Problem&, const float* lse, float* out, bool each, int threads);
-void gradient(const Kernels&, const Problem&, const Gradient&, int threads);
-void row_lse(const Kernels&, const Problem&, float* lse, int threads);
+// The keys of a problem are the columns of its slice (n_keys == n_cols), whatever else a call visits.
+void slice_forward(const Kernels&, Problem, const float* lse, float* out, bool each, int threads);
+void slice_forward_with_lse(const Kernels&, Problem, float* lse, float* out, bool each, int threads);
+void row_lse(const Kernels&, Problem, float* lse, int threads);  // of all keys
+void gradient(const Kernels&, Problem, Gradient, int threads);
 void vocabulary_rows(const Kernels&, const VocabularyRows&, int threads);
 
 enum class Loss : int64_t { kCosine = 0, kMse = 1, kKl = 2 };

@@ -12,11 +12,15 @@ const Kernels& select_kernels() {
     const Kernels* kernels;
     bool supported;
   };
+#if defined(__x86_64__)
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("fma");
+#endif
   const Choice choices[] = {
 #if defined(__x86_64__)
-      {&kAvx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-                     __builtin_cpu_supports("fma")},
+      {&kAvx512Bf16, avx512 && __builtin_cpu_supports("avx512bf16")},
+      {&kAvx512, avx512},
       {&kAvx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
       {&kPortable, true},

@@ -16,14 +16,17 @@
 namespace cdistill {
 namespace {
 constexpr int kLanes = 8, kRegisterRows = 6, kRegisterVectors = 2;
+constexpr bool kDotPairs = false;
 }  // namespace
 }  // namespace cdistill
 
-#include "simd_kernels.h"
+#include "simd_attention.h"
 #include "simd_vocabulary.h"
 
 namespace cdistill {
-const Kernels kAvx2 = {"avx2", slice_forward_part, gradient_part, row_lse_part, vocabulary_row};
+const Kernels kAvx2 = {
+    "avx2",  kDotPairs,     slice_forward, slice_forward_with_lse, gradient, row_lse,
+    has_subnormal, vocabulary_row};
 }  // namespace cdistill
 
 #if defined(__clang__)

@@ -7,12 +7,15 @@
 namespace cdistill {
 namespace {
 constexpr int kLanes = 4, kRegisterRows = 4, kRegisterVectors = 2;
+constexpr bool kDotPairs = false;
 }  // namespace
 }  // namespace cdistill
 
-#include "simd_kernels.h"
+#include "simd_attention.h"
 #include "simd_vocabulary.h"
 
 namespace cdistill {
-const Kernels kPortable = {"portable", slice_forward_part, gradient_part, row_lse_part, vocabulary_row};
+const Kernels kPortable = {
+    "portable",  kDotPairs,     slice_forward, slice_forward_with_lse, gradient, row_lse,
+    has_subnormal, vocabulary_row};
 }  // namespace cdistill

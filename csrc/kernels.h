@@ -15,58 +15,84 @@ struct Operand {
   int64_t stride_batch, stride_head, stride_token;
 };
 
-// What one call works on: P = exp(scale * q k^T - lse) at (rows, cols). Without `cols`, column j is key j.
+// A gradient (B, H, T, D) with unit stride on D that is added to; in fp32, or rounded once per element.
+struct Result {
+  void* data;
+  DType dtype;
+  int64_t stride_batch, stride_head, stride_token;
+};
+
+// What one call works on: P = exp(scale * q k^T - lse) of the rows with the keys. The first n_cols keys are the columns of
+// the slice; others take part in the softmax denominator alone. Without `keys`, key j is token j.
 struct Problem {
   Operand q, k;
   int64_t batch, heads, kv_heads, tokens, dim;
-  int64_t n_rows, n_cols;
+  int64_t n_rows, n_cols, n_keys;
   const int32_t* rows;      // (B, n_rows) positions, -1 = padding
-  const int32_t* cols;      // (B, n_cols) positions, -1 = padding, or null
+  const int32_t* keys;      // (B, n_keys) positions, -1 = padding, or null
   const uint8_t* key_mask;  // (B, T), 0 = hidden, or null
   bool causal;
   float scale;
+  bool dot_pairs;  // products of bf16 pairs with fp32 sums instead of fp32 products
 };
 
-// Gradient of the probabilities: dS = P * weight * factor, then dq += dS k and dk += dS^T q.
-// The weight is a matrix (B, [H,] n_rows, n_cols), or with `row_weight` one number per (B, H, n_rows).
+// What becomes of dlse_i = -factor * sum_j P_ij * weight_ij, the gradient of the rows' log-sum-exp.
+enum class Denominator {
+  kApart,  // it is a result
+  kGiven,  // it is an argument
+  kOwn,    // it is a result, and its own part of the gradient is added as if it were given
+};
+
+// Gradient of the probabilities: dS_ij = scale * P_ij * (weight_ij * factor + dlse_i), weight only in the slice and dlse
+// only if it is given or own; then dq += dS k and dk += dS^T q.
 struct Gradient {
-  const float* lse;  // (B, H, n_rows)
-  const float* weight;
+  const float* lse;     // (B, H, n_rows)
+  const float* weight;  // (B, [H,] n_rows, n_cols), or null
   int64_t weight_stride_batch, weight_stride_head;
-  bool row_weight;
-  float weight_factor;  // 1 / heads for the head mean
-  float* dq;            // (B, H, T, D)
-  float* dk;            // (B, Hkv, T, D)
-  float* dlse;          // (B, H, n_rows) or null
+  float factor;  // 1 / heads for the head mean
+  Denominator denominator;
+  float* dlse;     // (B, H, n_rows); may be null if apart
+  Result dq, dk;   // (B, H, T, D), (B, Hkv, T, D); either may be without data
 };
 
-// A part of one (sample, kv head): query heads [group_begin, group_end) of its group, rows and columns from..to.
+// A part of one (sample, kv head): query heads [group_begin, group_end) of its group, rows and keys from..to.
 struct Part {
   int64_t sample, kv_head;
   int64_t group_begin, group_end;
   int64_t row_begin, row_end;
-  int64_t col_begin, col_end;
+  int64_t key_begin, key_end;
 };
 
 constexpr int64_t kRowTile = 48;    // rows of one score tile
-constexpr int64_t kColTile = 128;   // columns of one score tile; part borders are multiples of it
-constexpr int64_t kRowChunk = 288;  // most rows of a part that sums over heads or columns; a multiple of kRowTile
-constexpr int64_t kMaxDim = 256;
+constexpr int64_t kKeyTile = 128;   // keys of one score tile; part borders are multiples of it
+constexpr int64_t kRowChunk = 288;  // most rows of a part that sums over heads or keys; a multiple of kRowTile
+constexpr int64_t kRowUnit = 12;    // a multiple of the rows of every register tile
 constexpr int64_t kMaxLanes = 16;
 
-// Working memory of one thread; zeroed before use, because hidden parts of `tile` are read (and dropped) unwritten.
-struct alignas(64) Scratch {
-  float queries[kRowTile * kMaxDim];  // (row, d)
-  float keys[kColTile * kMaxDim];     // (col, d)
-  float panels[kColTile * kMaxDim];   // (panel, d, col of the panel)
-  float tile[kRowTile * kColTile];    // scores, then dS
-  float sum[kRowChunk * kColTile];    // head sum of P
-  float running_max[kRowChunk * kMaxLanes];
-  float running_sum[kRowChunk * kMaxLanes];
-  int32_t key_position[kColTile];  // INT32_MAX where the key is hidden from every row
+// Working memory of one thread. A pitch is the head dim in whole vectors of kMaxLanes; a unit is four bytes, an fp32
+// number or a pair of bf16 numbers.
+struct Scratch {
+  float* zeros;         // (pitch), the query of padding
+  float* queries;       // (row, d) of a row tile as fp32, or pairs of rows (row / 2, d)
+  float* keys;          // (key, d) of a key tile as fp32, or pairs of keys (key / 2, d)
+  float* panels;        // (panel, unit of d, key of the panel)
+  float* tile;          // (kRowTile, kKeyTile): scores, then probabilities, then dS
+  float* tile_pairs;    // dS in pairs along the keys (row, key / 2)
+  float* tile_columns;  // dS in pairs of rows (row / 2, key)
+  float* sum;           // (kRowChunk, kKeyTile), head sum of P
+  float* running_max;   // (kRowChunk, kMaxLanes)
+  float* running_sum;
+  float* spill;         // (chunk_rows, spill_pitch): scores or probabilities of one head, in whole tiles
+  int64_t spill_pitch;
+  int64_t chunk_rows;              // of one head that are worked on together where `spill` or `dq` is used
+  float* dq;                       // (chunk_rows, pitch), or null if results are fp32 and summed in place
+  float* dk;                       // (keys of the part, pitch), likewise
+  int32_t key_position[kKeyTile];  // INT32_MAX where the key is hidden from every row
   int32_t row_limit[kRowTile];     // last position the row may see; -1 for padding
+  const char* query[kRowTile];     // units along d
+  float row_lse[kRowTile];         // +inf beyond the rows
   float* row_target[kRowTile];
-  float* col_target[kColTile];
+  float* key_target[kKeyTile];
 };
 
 enum class Divergence : int64_t { kForwardKl = 0, kReverseKl = 1, kJsd = 2 };
@@ -93,11 +119,16 @@ struct VocabularyRows {
 
 struct Kernels {
   const char* name;
-  // out (B, n_rows, n_cols) mean over heads, or (B, H, n_rows, n_cols) with `each`.
+  bool dot_pairs;  // whether the processor multiplies pairs of bf16 numbers
+  // From a given lse: out (B, n_rows, n_cols) mean over heads, or (B, H, n_rows, n_cols) with `each`.
   void (*slice_forward)(const Problem&, const Part&, const float* lse, float* out, bool each, Scratch&);
+  // The same, and lse (B, H, n_rows) over all keys, of which the slice's come first and fill whole tiles.
+  void (*slice_forward_with_lse)(const Problem&, const Part&, float* lse, float* out, bool each, Scratch&);
   void (*gradient)(const Problem&, const Part&, const Gradient&, bool want_dq, bool want_dk, Scratch&);
-  // One query head (group_end == group_begin + 1), all columns; lse (B, H, n_rows).
+  // One query head (group_end == group_begin + 1), all keys; lse (B, H, n_rows).
   void (*row_lse)(const Problem&, const Part&, float* lse, Scratch&);
+  // Whether a bf16 vector holds a number below the normal ones, which dot products of pairs would take for zero.
+  bool (*has_subnormal)(const uint16_t* x, int64_t n);
   void (*vocabulary_row)(const VocabularyRows&, int64_t row);
 };
 
@@ -105,6 +136,7 @@ extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Bf16;
 #endif
 
 // The kernels named by the environment variable CDISTILL_CPU_ISA, by default the widest this processor runs.

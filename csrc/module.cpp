@@ -6,6 +6,7 @@
 #include <array>
 
 #include "drivers.h"
+#include "memory.h"
 
 namespace py = pybind11;
 
@@ -35,39 +36,41 @@ Problem make_problem(uintptr_t q, const Strides& q_strides, uintptr_t k, const S
   p.tokens = tokens;
   p.dim = dim;
   p.n_rows = n_rows;
-  p.n_cols = n_cols;
+  p.n_cols = p.n_keys = n_cols;
   p.rows = pointer<const int32_t>(rows);
-  p.cols = pointer<const int32_t>(cols);
+  p.keys = pointer<const int32_t>(cols);
   p.key_mask = pointer<const uint8_t>(key_mask);
   p.causal = causal;
   p.scale = scale;
   return p;
 }
 
-void slice_backward(const Problem& p, uintptr_t lse, uintptr_t grad, uintptr_t dq, uintptr_t dk, uintptr_t dlse,
-                    bool each, int threads) {
+Result make_result(uintptr_t address, int64_t dtype, const Strides& strides) {
+  return {pointer<void>(address), static_cast<DType>(dtype), strides[0], strides[1], strides[2]};
+}
+
+void slice_backward(const Problem& p, uintptr_t lse, uintptr_t grad, bool each, const Result& dq, const Result& dk,
+                    uintptr_t dlse, bool denominator, int threads) {
   Gradient g{};
   g.lse = pointer<const float>(lse);
   g.weight = pointer<const float>(grad);
   g.weight_stride_head = each ? p.n_rows * p.n_cols : 0;
   g.weight_stride_batch = (each ? p.heads : 1) * p.n_rows * p.n_cols;
-  g.weight_factor = each ? 1.f : 1.f / static_cast<float>(p.heads);
-  g.dq = pointer<float>(dq);
-  g.dk = pointer<float>(dk);
+  g.factor = each ? 1.f : 1.f / static_cast<float>(p.heads);
+  g.denominator = denominator ? Denominator::kOwn : Denominator::kApart;
+  g.dq = dq;
+  g.dk = dk;
   g.dlse = pointer<float>(dlse);
   gradient(select_kernels(), p, g, threads);
 }
 
-void row_lse_backward(const Problem& p, uintptr_t lse, uintptr_t dlse, uintptr_t dq, uintptr_t dk, int threads) {
+void row_lse_backward(Problem p, uintptr_t lse, uintptr_t dlse, const Result& dq, const Result& dk, int threads) {
   Gradient g{};
   g.lse = pointer<const float>(lse);
-  g.weight = pointer<const float>(dlse);
-  g.weight_stride_head = p.n_rows;
-  g.weight_stride_batch = p.heads * p.n_rows;
-  g.row_weight = true;
-  g.weight_factor = 1.f;
-  g.dq = pointer<float>(dq);
-  g.dk = pointer<float>(dk);
+  g.denominator = Denominator::kGiven;
+  g.dlse = pointer<float>(dlse);
+  g.dq = dq;
+  g.dk = dk;
   gradient(select_kernels(), p, g, threads);
 }
 
@@ -124,7 +127,12 @@ PYBIND11_MODULE(_C, m) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
 
   m.doc() = "CPU kernels of cdistill; addresses, shapes and strides in elements come in.";
-  m.def("isa", [] { return select_kernels().name; }, "Name of the instruction set in use: avx512, avx2 or portable.");
+  m.def("isa", [] { return select_kernels().name; }, "Name of the instruction set in use: avx512_bf16, avx512, avx2 or portable.");
+
+  m.def(
+      "fill_with_zeros",
+      [](uintptr_t address, int64_t bytes, int threads) { fill_with_zeros(pointer<void>(address), bytes, threads); },
+      "address"_a, "bytes"_a, "threads"_a, Unlocked());
 
   py::class_<Problem>(m, "Problem", "Queries, keys and positions that a call works on.")
       .def(py::init(&make_problem), py::kw_only(), "q"_a, "q_strides"_a, "k"_a, "k_strides"_a, "dtype"_a, "batch"_a,
@@ -134,6 +142,9 @@ PYBIND11_MODULE(_C, m) {
       "row_lse",
       [](const Problem& p, uintptr_t lse, int threads) { row_lse(select_kernels(), p, pointer<float>(lse), threads); },
       "problem"_a, "lse"_a, "threads"_a, Unlocked());
+  py::class_<Result>(m, "Result", "A gradient that is added to; without a tensor, one that is not wanted.")
+      .def(py::init<>())
+      .def(py::init(&make_result), py::kw_only(), "address"_a, "dtype"_a, "strides"_a);
   m.def("row_lse_backward", &row_lse_backward, "problem"_a, "lse"_a, "dlse"_a, "dq"_a, "dk"_a, "threads"_a, Unlocked());
   m.def(
       "slice_forward",
@@ -141,8 +152,14 @@ PYBIND11_MODULE(_C, m) {
         slice_forward(select_kernels(), p, pointer<const float>(lse), pointer<float>(out), each, threads);
       },
       "problem"_a, "lse"_a, "out"_a, "each"_a, "threads"_a, Unlocked());
-  m.def("slice_backward", &slice_backward, "problem"_a, "lse"_a, "grad"_a, "dq"_a, "dk"_a, "dlse"_a, "each"_a,
-        "threads"_a, Unlocked());
+  m.def(
+      "slice_forward_with_lse",
+      [](const Problem& p, uintptr_t lse, uintptr_t out, bool each, int threads) {
+        slice_forward_with_lse(select_kernels(), p, pointer<float>(lse), pointer<float>(out), each, threads);
+      },
+      "problem"_a, "lse"_a, "out"_a, "each"_a, "threads"_a, Unlocked());
+  m.def("slice_backward", &slice_backward, "problem"_a, "lse"_a, "grad"_a, "each"_a, "dq"_a, "dk"_a, "dlse"_a,
+        "denominator"_a, "threads"_a, Unlocked());
 
   py::class_<Alignment>(m, "Alignment", "Slices whose distance a call computes.")
       .def(py::init(&make_alignment), py::kw_only(), "a"_a, "target"_a, "row_valid"_a, "col_valid"_a, "samples"_a,

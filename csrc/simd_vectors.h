@@ -17,6 +17,9 @@ typedef uint32_t BitVec __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
 typedef float Quad __attribute__((vector_size(16)));
 
+// sum + the dot products of pairs of bf16 numbers in a and b; defined where kDotPairs.
+[[maybe_unused]] Vec dot_pairs(Vec sum, Vec a, Vec b);
+
 constexpr float kLowest = -3.402823466e38f;
 constexpr float kInfinity = __builtin_inff();
 
@@ -40,10 +43,39 @@ inline Vec load_first(const float* p, int64_t n) {
   return v;
 }
 
+inline void store_first(float* p, Vec v, int64_t n) {
+  if (n >= kLanes) store(p, v);
+  else if (n > 0) memcpy(p, &v, n * sizeof(float));
+}
+
 inline float lane_sum(Vec v) {
   float sum = 0.f;
   for (int lane = 0; lane < kLanes; ++lane) sum += v[lane];
   return sum;
+}
+
+// fp16 bits in the low half of every lane to fp32.
+inline Vec widen_half(BitVec h) {
+  const BitVec sign = (h & 0x8000u) << 16, rest = (h & 0x7fffu) << 13;
+  const BitVec finite = (BitVec)((Vec)rest * 0x1p112f);
+  return (Vec)(sign | ((h & 0x7c00u) == 0x7c00u ? rest | 0x7f800000u : finite));
+}
+
+// fp32 to fp16 bits, to nearest even.
+inline BitVec narrow_half(Vec x) {
+  const BitVec bits = (BitVec)x, sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
+  // 0.5 has the spacing of fp16's subnormal numbers: adding it rounds to one of them.
+  const BitVec subnormal = (BitVec)((Vec)rest + 0.5f) - 0x3f000000u;
+  const BitVec normal = (rest - (112u << 23) + 0xfffu + (rest >> 13 & 1u)) >> 13;
+  const BitVec finite = rest < 0x38800000u ? subnormal : normal;
+  const BitVec large = rest > 0x7f800000u ? BitVec{} + 0x7e00u : BitVec{} + 0x7c00u;
+  return sign | (rest < 0x47800000u ? finite : large);
+}
+
+// fp32 to bf16 bits, to nearest even.
+inline BitVec narrow_bfloat16(Vec x) {
+  const BitVec bits = (BitVec)x, rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded;
 }
 
 // e^x to about 1 ulp; 0 below the smallest normal number, inf on overflow, NaN for NaN.

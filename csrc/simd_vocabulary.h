@@ -1,5 +1,5 @@
 // Cross-entropy and divergence of one row of logits, written once in the compiler's vector types. Include it only from
-// isa_*.cpp, as simd_kernels.h.
+// isa_*.cpp, as simd_tiles.h.
 //
 // With p and q the student's and the teacher's softmax of logits / T, and p1 the student's at T = 1, the gradient in the
 // student's logits is
@@ -32,9 +32,7 @@ inline Vec load_logits(const BFloat16* p) {
 
 inline void store_logits(float* p, Vec v) { store(p, v); }
 inline void store_logits(BFloat16* p, Vec v) {
-  const BitVec bits = (BitVec)v;
-  const BitVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const HalfVec narrow = __builtin_convertvector(v == v ? rounded : BitVec{} + 0x7fc0u, HalfVec);
+  const HalfVec narrow = __builtin_convertvector(narrow_bfloat16(v), HalfVec);
   memcpy(p, &narrow, sizeof(narrow));
 }
 

@@ -9,6 +9,7 @@ from .row_lse import row_lse, row_lse_backward
 from .vocabulary_losses import vocabulary_losses
 
 __all__ = [
+    "FUSES_DENOMINATOR",
     "FUSES_HEAD_COSINE",
     "alignment_grad",
     "alignment_loss",
@@ -25,4 +26,5 @@ __all__ = [
     "vocabulary_losses",
 ]
 
+FUSES_DENOMINATOR = False
 FUSES_HEAD_COSINE = True

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -38,6 +39,20 @@ CASES = {
     "many-tiles": Case(batch=1, q_heads=1, k_heads=1, tokens=140, rows=66, cols=133, padding=5),
     "wide": Case(batch=1, q_heads=1, k_heads=1, tokens=9, rows=3, cols=5, width=256, padding=1),
 }
+
+
+NEEDED_CPU_FLAGS = {
+    "avx512_bf16": {"avx512f", "avx512dq", "avx512vl", "avx512bw", "avx512_bf16"},
+    "avx512": {"avx512f", "avx512dq", "avx512vl", "avx512bw"},
+    "avx2": {"avx2", "fma"},
+    "portable": set(),
+}
+
+
+def runs_on_this_processor(isa):
+    """Whether this processor runs the kernels of an instruction set, by the system's own list of its flags."""
+    flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split())
+    return NEEDED_CPU_FLAGS[isa] <= flags
 
 
 def device_of(impl):

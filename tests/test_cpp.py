@@ -6,27 +6,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_cases import CASES, Case, assert_as_exact_as_eager, draw, with_gradients
+from op_cases import (
+    CASES,
+    NEEDED_CPU_FLAGS,
+    Case,
+    assert_as_exact_as_eager,
+    draw,
+    runs_on_this_processor,
+    with_gradients,
+)
 
 from cdistill import _C
 from cdistill.ops import _cpp, _torch, attention_alignment, attention_slice, reference
 
 ROOT = Path(__file__).parent.parent
-ISAS = ("avx512", "avx2", "portable")
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 # More rows than one part of the work has (288), more columns than one tile (128), a head dim that fills no vector.
 LARGE = Case(batch=1, q_heads=4, k_heads=2, tokens=330, rows=300, cols=150, width=40, padding=7, masked="right")
 
 
-def supported(isa):
-    """Whether this processor runs an instruction set, by the kernel's own list of its flags."""
-    flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split())
-    needed = {"avx512": {"avx512f", "avx512dq", "avx512vl", "avx512bw"}, "avx2": {"avx2", "fma"}, "portable": set()}
-    return needed[isa] <= flags
-
-
-@pytest.fixture(params=[isa for isa in ISAS if supported(isa)])
+@pytest.fixture(params=[isa for isa in NEEDED_CPU_FLAGS if runs_on_this_processor(isa)])
 def isa(request, monkeypatch):
     monkeypatch.setenv("CDISTILL_CPU_ISA", request.param)
     assert _C.isa() == request.param

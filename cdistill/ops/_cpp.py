@@ -1,7 +1,7 @@
 """The primitives of the ops in the C++ module cdistill._C, for CPU tensors.
 
 Threads: as many as torch uses; the results do not depend on their number. The environment variable CDISTILL_CPU_ISA
-(avx512, avx2 or portable) overrides the choice of instruction set; one the processor lacks raises ValueError.
+(avx512_bf16, avx512, avx2 or portable) overrides the choice of instruction set; one the processor lacks raises ValueError.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import cdistill._C as _C
 from cdistill.ops._rows import at_rows, fold_dlse, lse_at_rows, regions, to_rows, unfold_dlse
 
 __all__ = [
+    "FUSES_DENOMINATOR",
     "FUSES_HEAD_COSINE",
     "alignment_grad",
     "alignment_loss",
@@ -22,11 +23,14 @@ __all__ = [
     "row_lse_backward",
     "slice_accumulate",
     "slice_backward",
+    "slice_backward_with_denominator",
     "slice_forward",
+    "slice_forward_with_lse",
     "unfold_dlse",
     "vocabulary_losses",
 ]
 
+FUSES_DENOMINATOR = True
 FUSES_HEAD_COSINE = False
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -38,7 +42,7 @@ _DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 def _problem(
     q: Tensor, k: Tensor, rows: Tensor, cols: Tensor | None, causal: bool, scale: float, key_mask: Tensor | None
 ) -> "_C.Problem":
-    """The call's inputs by address; without cols, the columns are all keys. rows and cols int32."""
+    """The call's inputs by address; ``cols`` only where there is a slice. rows and cols int32."""
     assert all(x.is_contiguous() for x in (rows, cols, key_mask) if x is not None)
     batch, q_heads, tokens, width = q.shape
     return _C.Problem(
@@ -55,15 +59,30 @@ def _problem(
         rows=rows.data_ptr(),
         n_rows=rows.shape[1],
         cols=0 if cols is None else cols.data_ptr(),
-        n_cols=tokens if cols is None else cols.shape[1],
+        n_cols=0 if cols is None else cols.shape[1],
         key_mask=0 if key_mask is None else key_mask.data_ptr(),
         causal=causal,
         scale=scale,
     )
 
 
-def _fp32_gradients(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.zeros(q.shape, dtype=torch.float32), torch.zeros(k.shape, dtype=torch.float32)
+def _results(*gradients: Tensor) -> "list[_C.Result]":
+    """Gradients (B,H,T,D) by address, to be added to."""
+    assert all(x.stride(3) == 1 for x in gradients)
+    return [_C.Result(address=x.data_ptr(), dtype=_DTYPES[x.dtype], strides=x.stride()[:3]) for x in gradients]
+
+
+def _zeros(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Zero gradients of q and k, in their dtype, and in their layout where that has unit stride on D."""
+
+    def zeros(x: Tensor) -> Tensor:
+        gradient = torch.empty_like(x)
+        if gradient.stride(3) != 1:
+            gradient = torch.empty(x.shape, dtype=x.dtype)
+        _C.fill_with_zeros(gradient.data_ptr(), gradient.nbytes, torch.get_num_threads())
+        return gradient
+
+    return zeros(q), zeros(k)
 
 
 def row_lse(q: Tensor, k: Tensor, rows: Tensor, *, causal: bool, scale: float, key_mask: Tensor | None) -> Tensor:
@@ -92,16 +111,11 @@ def row_lse_backward(
     rows = rows.int()
     lse = lse_at_rows(lse, rows, causal=causal, key_mask=key_mask)
     dlse = at_rows(dlse, rows)
-    dq, dk = _fp32_gradients(q, k)
-    _C.row_lse_backward(
-        _problem(q, k, rows, None, causal, scale, key_mask),
-        lse.data_ptr(),
-        dlse.data_ptr(),
-        dq.data_ptr(),
-        dk.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return (dq, dk) if into is None else (into[0].add_(dq), into[1].add_(dk))
+    gradients = _zeros(q, k) if into is None else into
+    problem = _problem(q, k, rows, None, causal, scale, key_mask)
+    results = _results(*gradients)
+    _C.row_lse_backward(problem, lse.data_ptr(), dlse.data_ptr(), *results, torch.get_num_threads())
+    return gradients
 
 
 def slice_forward(
@@ -119,11 +133,35 @@ def slice_forward(
     """exp(scale * q.k - lse) at (rows, cols), zero where hidden: the head mean (B,R,V), or (B,Hq,R,V)."""
     rows, cols = rows.int(), cols.int()
     lse = lse_at_rows(lse, rows, causal=causal, key_mask=key_mask)
-    heads = q.shape[1:2] if each else ()
-    a = torch.empty((q.shape[0], *heads, rows.shape[1], cols.shape[1]), dtype=torch.float32)
+    a = _empty_slice(q, rows, cols, each)
     problem = _problem(q, k, rows, cols, causal, scale, key_mask)
     _C.slice_forward(problem, lse.data_ptr(), a.data_ptr(), each, torch.get_num_threads())
     return a
+
+
+def _empty_slice(q: Tensor, rows: Tensor, cols: Tensor, each: bool) -> Tensor:
+    heads = q.shape[1:2] if each else ()
+    return torch.empty((q.shape[0], *heads, rows.shape[1], cols.shape[1]), dtype=torch.float32)
+
+
+def slice_forward_with_lse(
+    q: Tensor,
+    k: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    key_mask: Tensor | None,
+    each: bool,
+) -> tuple[Tensor, Tensor]:
+    """``slice_forward`` and the ``row_lse`` it needs, from one product of queries and keys."""
+    rows, cols = rows.int(), cols.int()
+    a = _empty_slice(q, rows, cols, each)
+    lse = torch.empty((*q.shape[:2], rows.shape[1]), dtype=torch.float32)
+    problem = _problem(q, k, rows, cols, causal, scale, key_mask)
+    _C.slice_forward_with_lse(problem, lse.data_ptr(), a.data_ptr(), each, torch.get_num_threads())
+    return a, to_rows(lse, rows, q.shape[2])
 
 
 def slice_accumulate(
@@ -163,23 +201,45 @@ def slice_backward(
     """Gradient of ``slice_forward``, dS = P * G, added to that of ``base(dlse)``; dlse_i = -sum_j dS_ij, (B,Hq,T)."""
     rows, cols, grad = rows.int(), cols.int(), grad.contiguous()
     lse = lse_at_rows(lse, rows, causal=causal, key_mask=key_mask)
-    dq, dk = _fp32_gradients(q, k)
+    problem = _problem(q, k, rows, cols, causal, scale, key_mask)
     dlse = torch.zeros_like(lse)
-    _C.slice_backward(
-        _problem(q, k, rows, cols, causal, scale, key_mask),
-        lse.data_ptr(),
-        grad.data_ptr(),
-        dq.data_ptr(),
-        dk.data_ptr(),
-        dlse.data_ptr(),
-        each,
-        torch.get_num_threads(),
-    )
-    dlse = to_rows(dlse, rows, q.shape[2])
+
+    def run(results: "list[_C.Result]", dlse_address: int) -> None:
+        arguments = (problem, lse.data_ptr(), grad.data_ptr(), each, *results, dlse_address, False)
+        _C.slice_backward(*arguments, torch.get_num_threads())
+
     if base is None:
-        return dq, dk, dlse
-    base_q, base_k = base(dlse)
-    return base_q.add_(dq), base_k.add_(dk), dlse
+        gradients = _zeros(q, k)
+        run(_results(*gradients), dlse.data_ptr())
+        return *gradients, to_rows(dlse, rows, q.shape[2])
+    run([_C.Result(), _C.Result()], dlse.data_ptr())
+    dlse = to_rows(dlse, rows, q.shape[2])
+    gradients = base(dlse)
+    run(_results(*gradients), 0)
+    return *gradients, dlse
+
+
+def slice_backward_with_denominator(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    grad: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    key_mask: Tensor | None,
+    each: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the slice of ``slice_forward_with_lse``: dS_ij = P_ij * (G_ij + dlse_i) over all visible keys j."""
+    rows, cols, grad = rows.int(), cols.int(), grad.contiguous()
+    lse = lse_at_rows(lse, rows, causal=causal, key_mask=key_mask)
+    dlse, gradients = torch.zeros_like(lse), _zeros(q, k)
+    problem = _problem(q, k, rows, cols, causal, scale, key_mask)
+    arguments = (problem, lse.data_ptr(), grad.data_ptr(), each, *_results(*gradients), dlse.data_ptr(), True)
+    _C.slice_backward(*arguments, torch.get_num_threads())
+    return gradients
 
 
 def _alignment(

@@ -29,7 +29,8 @@ class Backend(Protocol):
     have any lse. Gradients of q and k come in fp32 or in q's dtype. N below is B, or B*Hq for ``each``.
     """
 
-    FUSES_HEAD_COSINE: bool  # whether it has the two primitives at the end
+    FUSES_HEAD_COSINE: bool  # whether it has `head_cosine` and its backward pass
+    FUSES_DENOMINATOR: bool  # whether it has `slice_forward_with_lse` and `slice_backward_with_denominator`
 
     def regions(
         self, rows: Tensor, cols: Tensor, key_mask: Tensor | None, *, causal: bool, tokens: int
@@ -116,6 +117,36 @@ class Backend(Protocol):
 
         ``base(dlse)`` gives the gradients of q and k to which those of the slice are added; None stands for zero.
         """
+
+    def slice_forward_with_lse(
+        self,
+        q: Tensor,
+        k: Tensor,
+        rows: Tensor,
+        cols: Tensor,
+        *,
+        causal: bool,
+        scale: float,
+        key_mask: Tensor | None,
+        each: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """``slice_forward`` from the ``row_lse`` of its rows, and that."""
+
+    def slice_backward_with_denominator(
+        self,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor,
+        rows: Tensor,
+        cols: Tensor,
+        grad: Tensor,
+        *,
+        causal: bool,
+        scale: float,
+        key_mask: Tensor | None,
+        each: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Gradient of the slice of ``slice_forward_with_lse`` in q and k; ``lse`` is the one it returned."""
 
     def alignment_loss(
         self,

@@ -13,6 +13,7 @@ from torch import Tensor
 from cdistill.ops._rows import at_rows, fold_dlse, lse_at_rows, regions, to_rows, unfold_dlse
 
 __all__ = [
+    "FUSES_DENOMINATOR",
     "FUSES_HEAD_COSINE",
     "alignment_grad",
     "alignment_loss",
@@ -27,6 +28,7 @@ __all__ = [
     "vocabulary_losses",
 ]
 
+FUSES_DENOMINATOR = False
 FUSES_HEAD_COSINE = False
 
 BLOCK_BYTES = 16 * 2**20

@@ -13,6 +13,9 @@ from cdistill.ops.attention_slice import (
     checked_regions,
     empty_own_lse,
     empty_slice_gradients,
+    lse_and_base,
+    no_lse,
+    slice_backward,
     slice_forward,
     slice_gradients,
     with_lse,
@@ -33,35 +36,44 @@ class Alignment(NamedTuple):
         """Shape of what the forward pass keeps for the backward: the slice, or three numbers for each of its rows."""
         return (3, *arguments.slice_shape[:-1]) if self._by_rows(impl, arguments) else arguments.slice_shape
 
-    def forward(self, impl: Backend, arguments: SliceArguments) -> tuple[Tensor, Tensor]:
-        """Losses (B,), the mean over heads where there is a slice per head; and what `backward` needs."""
-        q, k, lse, rows, cols, *_ = arguments
+    def forward(self, impl: Backend, arguments: SliceArguments) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses (B,), the mean over heads where there is a slice per head; what `backward` needs; own lse of the slice."""
+        q, k, _, rows, cols, *_ = arguments
         batch = q.shape[0]
         if arguments.empty:
-            return q.new_zeros(batch, dtype=torch.float32), q.new_zeros(self.kept_shape(impl, arguments)).float()
+            kept = q.new_zeros(self.kept_shape(impl, arguments), dtype=torch.float32)
+            return q.new_zeros(batch, dtype=torch.float32), kept, no_lse(q)
         if self._by_rows(impl, arguments):
-            assert lse is not None
-            losses, kept = impl.head_cosine(q, k, lse, rows, cols, self.target, **arguments.options)
-            return torch.where(self.row_valid[:, None], losses, 0.0).sum((1, 2)) * self._row_weight(arguments), kept
-        a = slice_forward(impl, arguments)
+            complete, own_lse = with_lse(impl, arguments)
+            assert complete.lse is not None
+            losses, kept = impl.head_cosine(q, k, complete.lse, rows, cols, self.target, **arguments.options)
+            losses = torch.where(self.row_valid[:, None], losses, 0.0).sum((1, 2)) * self._row_weight(arguments)
+            return losses, kept, own_lse
+        a, own_lse = slice_forward(impl, arguments)
         losses = impl.alignment_loss(*self._slices(a), **self._options())
-        return losses.view(batch, -1).mean(1), a
+        return losses.view(batch, -1).mean(1), a, own_lse
 
     def backward(
-        self, impl: Backend, arguments: SliceArguments, kept: Tensor, grad: Tensor, base: Base | None
+        self,
+        impl: Backend,
+        arguments: SliceArguments,
+        own_lse: Tensor,
+        kept: Tensor,
+        grad: Tensor,
+        base: Base | None = None,
     ) -> Gradients:
-        """Gradients of q, k and lse at a fixed lse, added to those of ``base`` as `Backend.slice_backward` does."""
-        q, k, lse, rows, cols, *_ = arguments
-        assert lse is not None
+        """Gradients of q, k and lse; ``base`` as in `slice_backward`."""
+        q, k, _, rows, cols, *_ = arguments
         if self._by_rows(impl, arguments):
             grad = (grad * self._row_weight(arguments))[:, None, None] * self.row_valid[:, None]
             grad = grad.expand(-1, q.shape[1], -1)
-            return impl.head_cosine_backward(q, k, kept, rows, cols, self.target, grad, base, **arguments.options)
+            _, denominator = lse_and_base(impl, arguments, own_lse)
+            options = arguments.options
+            return impl.head_cosine_backward(q, k, kept, rows, cols, self.target, grad, base or denominator, **options)
         slices = q.shape[1] if arguments.each else 1
         grad = (grad / slices).repeat_interleave(slices)
         da = impl.alignment_grad(*self._slices(kept), grad, **self._options(), dtype=q.dtype)
-        da = da.unflatten(0, kept.shape[:-2])
-        return impl.slice_backward(q, k, lse, rows, cols, da, base, **arguments.options, each=arguments.each)
+        return slice_backward(impl, arguments, own_lse, da.unflatten(0, kept.shape[:-2]), base)
 
     def _by_rows(self, impl: Backend, arguments: SliceArguments) -> bool:
         """Whether the losses are those of the rows of every head, which ``impl`` computes without any slice."""
@@ -104,9 +116,9 @@ def _forward(
     arguments = SliceArguments(q, k, lse, rows, cols, key_mask, causal, scale, each)
     chosen = backend(impl, q)
     row_valid, col_valid = checked_regions(chosen, arguments)
-    complete, own_lse = with_lse(chosen, arguments)
     alignment = Alignment(target, row_valid, col_valid, loss, reduction, sink_filter)
-    return *alignment.forward(chosen, complete), row_valid, col_valid, own_lse
+    losses, kept, own_lse = alignment.forward(chosen, arguments)
+    return losses, kept, row_valid, col_valid, own_lse
 
 
 @_forward.register_fake
@@ -144,7 +156,7 @@ def _backward(
     arguments = SliceArguments(q, k, lse, rows, cols, key_mask, causal, scale, each)
     chosen = backend(impl, q)
     alignment = Alignment(target, row_valid, col_valid, loss, reduction, sink_filter)
-    return slice_gradients(chosen, arguments, own_lse, lambda x, base: alignment.backward(chosen, x, kept, grad, base))
+    return slice_gradients(arguments, lambda: alignment.backward(chosen, arguments, own_lse, kept, grad))
 
 
 @_backward.register_fake

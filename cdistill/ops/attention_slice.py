@@ -20,62 +20,74 @@ def checked_regions(impl: Backend, arguments: SliceArguments) -> tuple[Tensor, T
 
 def with_lse(impl: Backend, arguments: SliceArguments) -> tuple[SliceArguments, Tensor]:
     """The arguments with an lse (B,Hq,T), and the one that was made for that: empty if one was given or none is needed."""
-    own_lse = arguments.q.new_empty(0, dtype=torch.float32)
+    own_lse = no_lse(arguments.q)
     if arguments.lse is None and not arguments.empty:
         own_lse = impl.row_lse(arguments.q, arguments.k, arguments.rows, **arguments.options)
         arguments = arguments._replace(lse=own_lse)
     return arguments, own_lse
 
 
-def slice_forward(impl: Backend, arguments: SliceArguments) -> Tensor:
-    """Slice (B,R,V) or (B,Hq,R,V) from an lse."""
-    q, k, lse, rows, cols, *_ = arguments
+def no_lse(q: Tensor) -> Tensor:
+    """What stands for an lse where there is none: an empty tensor."""
+    return q.new_empty(0, dtype=torch.float32)
+
+
+def slice_forward(impl: Backend, arguments: SliceArguments) -> tuple[Tensor, Tensor]:
+    """Slice (B,R,V) or (B,Hq,R,V), and the lse (B,Hq,T) that was made for it: empty if one was given or none is needed."""
+    q, k, _, rows, cols, *_ = arguments
+    options = arguments.options | {"each": arguments.each}
     if arguments.empty:
-        return q.new_zeros(arguments.slice_shape, dtype=torch.float32)
-    assert lse is not None
-    return impl.slice_forward(q, k, lse, rows, cols, **arguments.options, each=arguments.each)
+        return q.new_zeros(arguments.slice_shape, dtype=torch.float32), no_lse(q)
+    if arguments.lse is None and impl.FUSES_DENOMINATOR:
+        return impl.slice_forward_with_lse(q, k, rows, cols, **options)
+    arguments, own_lse = with_lse(impl, arguments)
+    assert arguments.lse is not None
+    return impl.slice_forward(q, k, arguments.lse, rows, cols, **options), own_lse
 
 
 Base = Callable[[Tensor], tuple[Tensor, Tensor]]
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-def slice_gradients(
-    impl: Backend,
-    arguments: SliceArguments,
-    own_lse: Tensor,
-    differentiate: Callable[[SliceArguments, Base | None], Gradients],
+def lse_and_base(impl: Backend, arguments: SliceArguments, own_lse: Tensor) -> tuple[Tensor, Base | None]:
+    """The lse, and what carries its gradient to q and k: None if it is the caller's, all visible keys if it is our own."""
+    q, k, lse, rows, *_ = arguments
+    if lse is not None:
+        return lse, None
+    return own_lse, lambda dlse: impl.row_lse_backward(q, k, own_lse, rows, dlse, **arguments.options)
+
+
+def slice_backward(
+    impl: Backend, arguments: SliceArguments, own_lse: Tensor, grad: Tensor, base: Base | None = None
 ) -> Gradients:
-    """Gradients of q, k and lse (empty if none was given), where ``differentiate`` gives those at a fixed lse.
+    """Gradients of q, k and lse for that of the slice; ``base`` as in `Backend.slice_backward`, of the caller's lse."""
+    q, k, lse, rows, cols, *_ = arguments
+    options = arguments.options | {"each": arguments.each}
+    if lse is None and impl.FUSES_DENOMINATOR:
+        return *impl.slice_backward_with_denominator(q, k, own_lse, rows, cols, grad, **options), no_lse(q)
+    lse, denominator = lse_and_base(impl, arguments, own_lse)
+    return impl.slice_backward(q, k, lse, rows, cols, grad, base or denominator, **options)
 
-    Without a caller's lse the softmax denominator belongs to the op, so its gradient reaches all visible keys here.
-    """
-    q, k, lse, rows = arguments[:4]
-    no_lse = q.new_empty(0, dtype=torch.float32)
+
+def slice_gradients(arguments: SliceArguments, differentiate: Callable[[], Gradients]) -> Gradients:
+    """What ``differentiate`` gives as the gradients of q, k and lse (empty if none was given), in their dtypes and layouts."""
+    q, k, lse, *_ = arguments
     if arguments.empty:
-        return torch.zeros_like(q), torch.zeros_like(k), no_lse if lse is None else torch.zeros_like(lse)
-
-    def through_denominator(dlse: Tensor) -> tuple[Tensor, Tensor]:
-        return impl.row_lse_backward(q, k, own_lse, rows, dlse, **arguments.options)
-
-    if lse is None:
-        dq, dk, dlse = differentiate(arguments._replace(lse=own_lse), through_denominator)
-    else:
-        dq, dk, dlse = differentiate(arguments, None)
+        return torch.zeros_like(q), torch.zeros_like(k), no_lse(q) if lse is None else torch.zeros_like(lse)
+    dq, dk, dlse = differentiate()
     dq, dk = laid_out_like(dq.to(q.dtype), q), laid_out_like(dk.to(k.dtype), k)
-    return dq, dk, no_lse if lse is None else dlse
+    return dq, dk, no_lse(q) if lse is None else dlse
 
 
 def empty_own_lse(arguments: SliceArguments) -> Tensor:
-    """A tensor of the shape and dtype of the second result of `with_lse`."""
+    """A tensor of the shape and dtype of the second result of `slice_forward`."""
     made = arguments.lse is None and not arguments.empty
     return arguments.q.new_empty(arguments.q.shape[:3] if made else 0, dtype=torch.float32)
 
 
 def empty_slice_gradients(q: Tensor, k: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Tensors of the shapes and dtypes that `slice_gradients` returns."""
-    dlse = q.new_empty(0, dtype=torch.float32) if lse is None else torch.empty_like(lse)
-    return torch.empty_like(q), torch.empty_like(k), dlse
+    return torch.empty_like(q), torch.empty_like(k), no_lse(q) if lse is None else torch.empty_like(lse)
 
 
 @torch.library.custom_op("cdistill::attention_slice", mutates_args=())
@@ -95,8 +107,7 @@ def _forward(
     arguments = SliceArguments(q, k, lse, rows, cols, key_mask, causal, scale, each)
     chosen = backend(impl, q)
     checked_regions(chosen, arguments)
-    complete, own_lse = with_lse(chosen, arguments)
-    return slice_forward(chosen, complete), own_lse
+    return slice_forward(chosen, arguments)
 
 
 @_forward.register_fake
@@ -123,12 +134,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     arguments = SliceArguments(q, k, lse, rows, cols, key_mask, causal, scale, each)
     chosen = backend(impl, q)
-
-    def differentiate(x: SliceArguments, base: Base | None) -> Gradients:
-        assert x.lse is not None
-        return chosen.slice_backward(q, k, x.lse, rows, cols, grad, base, **x.options, each=each)
-
-    return slice_gradients(chosen, arguments, own_lse, differentiate)
+    return slice_gradients(arguments, lambda: slice_backward(chosen, arguments, own_lse, grad))
 
 
 @_backward.register_fake

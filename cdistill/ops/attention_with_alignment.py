@@ -52,7 +52,7 @@ def _forward(
     row_valid, col_valid = checked_regions(chosen, arguments)
     out, lse = attention.forward(x)
     alignment = Alignment(target, row_valid, col_valid, loss, reduction, sink_filter)
-    losses, kept = alignment.forward(chosen, arguments._replace(lse=lse))
+    losses, kept, _ = alignment.forward(chosen, arguments._replace(lse=lse))
     return laid_out_like(out, q), losses, lse, kept, row_valid, col_valid
 
 
@@ -107,7 +107,7 @@ def _backward(
         dq, dk, dv = attention.backward(x, out, lse, dout, dlse, rows, chosen)
         return dq, dk
 
-    dq, dk, _ = alignment.backward(chosen, arguments, kept, dloss, through_attention)
+    dq, dk, _ = alignment.backward(chosen, arguments, lse, kept, dloss, through_attention)
     assert dv is not None
     return laid_out_like(dq, q), laid_out_like(dk, k), laid_out_like(dv, v)
 
