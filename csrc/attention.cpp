@@ -3,7 +3,12 @@
 #include <atomic>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include "drivers.h"
 #include "parallel.h"
@@ -27,47 +32,49 @@ struct Needs {
   int64_t dk_keys = 0;
 };
 
+// Under AddressSanitizer the parts of the working memory lie apart, and the space between them is not to be touched.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr int64_t kGap = kMaxLanes;
+void forbid(const float* begin, const float* end) { __asan_poison_memory_region(begin, (end - begin) * sizeof(float)); }
+#else
+constexpr int64_t kGap = 0;
+void forbid(const float*, const float*) {}
+#endif
+
 // Working memory of the threads of one call. It is allocated before they start, so that running out of it throws here.
 class Workspace {
  public:
-  Workspace(const Problem& p, const Needs& needs, int team) {
+  Workspace(const Problem& p, const Needs& needs, int team) : scratch_(team) {
     const int64_t pitch = round_up(p.dim, kMaxLanes), rows = round_up(needs.chunk_rows, kRowTile);
     const int64_t margin = kMaxLanes;  // register tiles read a little beyond the last key of a tile
-    for (int thread = 0; thread < team; ++thread) {
-      Scratch s{};
-      int64_t used = 0;
-      const auto take = [&](int64_t floats) {
-        const int64_t at = used;
-        used += round_up(floats, kMaxLanes);
-        return at;
-      };
-      const int64_t zeros = take(pitch), queries = take(kRowTile * pitch), keys = take(kKeyTile * pitch);
-      const int64_t panels = take(kKeyTile * pitch), tile = take(kRowTile * kKeyTile + margin);
-      const int64_t tile_pairs = take(p.dot_pairs ? kRowTile * kKeyTile / 2 : 0);
-      const int64_t tile_columns = take(p.dot_pairs ? kRowTile / 2 * kKeyTile + margin : 0);
-      const int64_t sum = take(round_up(needs.sum_rows, kRowTile) * kKeyTile);
-      const int64_t running_max = take(rows * kMaxLanes), running_sum = take(rows * kMaxLanes);
-      const int64_t spill = take(rows * needs.spill_pitch + margin);
-      const int64_t dq = take(needs.dq ? rows * pitch : 0), dk = take(needs.dk_keys * pitch);
-      blocks_.emplace_back(static_cast<float*>(operator new(used * sizeof(float), kAlignment)));
-      float* base = blocks_.back().get();
-      std::fill_n(base + zeros, pitch, 0.f);
-      s.zeros = base + zeros;
-      s.queries = base + queries;
-      s.keys = base + keys;
-      s.panels = base + panels;
-      s.tile = base + tile;
-      s.tile_pairs = base + tile_pairs;
-      s.tile_columns = base + tile_columns;
-      s.sum = base + sum;
-      s.running_max = base + running_max;
-      s.running_sum = base + running_sum;
-      s.spill = base + spill;
+    for (Scratch& s : scratch_) {
       s.spill_pitch = needs.spill_pitch;
       s.chunk_rows = needs.chunk_rows;
-      s.dq = needs.dq ? base + dq : nullptr;
-      s.dk = needs.dk_keys ? base + dk : nullptr;
-      scratch_.push_back(s);
+      const std::pair<float**, int64_t> areas[] = {
+          {&s.zeros, pitch},
+          {&s.queries, kRowTile * pitch},
+          {&s.keys, kKeyTile * pitch},
+          {&s.panels, kKeyTile * pitch},
+          {&s.tile, kRowTile * kKeyTile + margin},
+          {&s.tile_pairs, p.dot_pairs ? kRowTile * kKeyTile / 2 : 0},
+          {&s.tile_columns, p.dot_pairs ? kRowTile / 2 * kKeyTile + margin : 0},
+          {&s.sum, round_up(needs.sum_rows, kRowTile) * kKeyTile},
+          {&s.running_max, rows * kMaxLanes},
+          {&s.running_sum, rows * kMaxLanes},
+          {&s.spill, rows * needs.spill_pitch},
+          {&s.dq, needs.dq ? rows * pitch : 0},
+          {&s.dk, needs.dk_keys * pitch},
+      };
+      int64_t floats = 0;
+      for (const auto& [area, size] : areas) floats += round_up(size, kMaxLanes) + kGap;
+      blocks_.emplace_back(static_cast<float*>(operator new(floats * sizeof(float), kAlignment)));
+      float* next = blocks_.back().get();
+      for (const auto& [area, size] : areas) {
+        *area = size ? next : nullptr;
+        forbid(next + size, next + round_up(size, kMaxLanes) + kGap);
+        next += round_up(size, kMaxLanes) + kGap;
+      }
+      std::fill_n(s.zeros, pitch, 0.f);
     }
   }
 

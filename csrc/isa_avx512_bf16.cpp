@@ -22,11 +22,12 @@ constexpr bool kDotPairs = true;
 }  // namespace
 }  // namespace cdistill
 
-#include "simd_vectors.h"
+#include "simd_tiles.h"
 
 namespace cdistill {
 namespace {
-inline __attribute__((always_inline)) Vec dot_pairs(Vec sum, Vec a, Vec b) {
+template <>
+inline __attribute__((always_inline)) Vec dot_pairs<true>(Vec sum, Vec a, Vec b) {
   return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 }
 }  // namespace

@@ -24,11 +24,15 @@ constexpr int32_t kNever = INT32_MAX;
 
 // ---- the microkernel ------------------------------------------------------------------------------------------------
 
+// sum + the dot products of pairs of bf16 numbers in a and b; defined where kDotPairs.
+template <bool kPairs>
+Vec dot_pairs(Vec sum, Vec a, Vec b);
+
 // sum + a * b of floats, or of pairs; `a` is one unit for all lanes.
 template <bool kPairs>
 inline __attribute__((always_inline)) Vec multiply_add(Vec sum, const char* a, Vec b) {
   const float unit = load_as<float>(a);
-  if constexpr (kPairs) return dot_pairs(sum, Vec{} + unit, b);
+  if constexpr (kPairs) return dot_pairs<kPairs>(sum, Vec{} + unit, b);
   else return sum + unit * b;
 }
 

@@ -17,9 +17,6 @@ typedef uint32_t BitVec __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
 typedef float Quad __attribute__((vector_size(16)));
 
-// sum + the dot products of pairs of bf16 numbers in a and b; defined where kDotPairs.
-[[maybe_unused]] Vec dot_pairs(Vec sum, Vec a, Vec b);
-
 constexpr float kLowest = -3.402823466e38f;
 constexpr float kInfinity = __builtin_inff();
 

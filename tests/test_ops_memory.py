@@ -106,12 +106,56 @@ def test_tensors_alive_are_a_few_slices_however_many_heads(kind, monkeypatch):
     assert live_peak(case, "reference", kind) > case.q_heads * slice_bytes
 
 
-def test_cpp_alignment_needs_less_than_three_slices_and_a_second_pair_of_gradients():
-    """The gradients through the numerator and through the softmax denominator exist side by side until they are added."""
+def test_cpp_alignment_needs_two_slices():
     case = Case(batch=1, q_heads=32, k_heads=4, tokens=300, rows=256, cols=256, padding=0)
     slice_bytes = 4 * case.batch * case.rows * case.cols
-    gradients = 4 * case.batch * (case.q_heads + case.k_heads) * case.tokens * case.width
-    assert live_peak(case, "cpp", KINDS[0]) < 3 * slice_bytes + gradients
+    positions = 40 * case.tokens * case.q_heads  # lse, rows, cols and the like
+    assert live_peak(case, "cpp", KINDS[0]) < 2 * slice_bytes + positions
+
+
+# Growth of the process over a forward and backward pass in MB, without the gradients of q and k.
+GROWTH_OF_CPP = """
+import sys
+import torch
+from cdistill.ops import attention_alignment
+
+threads, rows, cols, tokens, heads, width, dtype, given = (eval(x) for x in sys.argv[1:])
+torch.set_num_threads(threads)
+
+def make(tokens, rows, cols):
+    q, k = (torch.randn(1, heads, tokens, width).to(dtype).requires_grad_() for _ in range(2))
+    order = torch.randperm(tokens)[None]
+    lse = torch.zeros(1, heads, tokens) if given else None
+    return q, k, torch.rand(1, rows, cols), order[:, :rows], order[:, -cols:], lse
+
+def run(q, k, target, rows, cols, lse):
+    attention_alignment(q, k, target, rows, cols, lse=lse, impl="cpp").sum().backward()
+
+def resident(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
+
+run(*make(64, 8, 8))
+inputs = make(tokens, rows, cols)
+with open("/proc/self/clear_refs", "w") as clear_refs:
+    clear_refs.write("5")
+before = resident("VmRSS")
+run(*inputs)
+print(resident("VmHWM") - before - 2 * inputs[0].nbytes / 2**20)
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("given", [True, False], ids=["given-lse", "own-lse"])
+@pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
+def test_cpp_needs_two_slices_and_16_mb_per_thread(dtype, given, threads):
+    """At a slice of 32 MB; a third one would not fit under the bound."""
+    rows, cols, tokens, heads, width = 1024, 8192, 9300, 8, 64
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    sizes = map(str, (threads, rows, cols, tokens, heads, width, dtype, given))
+    command = [sys.executable, "-c", GROWTH_OF_CPP, *sizes]
+    growth = float(subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout)
+    assert 48 < growth < 2 * 32 + 16 * threads
 
 
 def test_every_token_as_a_row_makes_no_square_matrix(monkeypatch):
