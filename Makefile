@@ -20,7 +20,7 @@ ASAN_TESTS := tests/test_cpp.py tests/test_cpp_limits.py tests/test_cpp_properti
 test-asan: setup
 	rm -rf build/asan && mkdir -p build/asan
 	cp -r cdistill kernels csrc tests benchmarks setup.py pyproject.toml README.md LICENSE build/asan
-	cd build/asan && CFLAGS="-g $(SANITIZE)" LDFLAGS="$(SANITIZE)" ../../$(BIN)/python setup.py build_ext --inplace --force
+	cd build/asan && CXXFLAGS="-g $(SANITIZE)" LDFLAGS="$(SANITIZE)" ../../$(BIN)/python setup.py build_ext --inplace --force
 	cd build/asan && ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    ../../$(BIN)/python -m pytest $(ASAN_TESTS) -k "not triton" --capture=sys
 
