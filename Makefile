@@ -21,6 +21,7 @@ test-asan: setup
 	rm -rf build/asan && mkdir -p build/asan
 	cp -r cdistill kernels csrc tests benchmarks setup.py pyproject.toml README.md LICENSE build/asan
 	cd build/asan && CXXFLAGS="-g $(SANITIZE)" LDFLAGS="$(SANITIZE)" ../../$(BIN)/python setup.py build_ext --inplace --force
+	grep -q __asan_report build/asan/cdistill/_C*.so
 	cd build/asan && ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    ../../$(BIN)/python -m pytest $(ASAN_TESTS) -k "not triton" --capture=sys
 

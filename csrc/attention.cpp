@@ -62,6 +62,7 @@ class Workspace {
           {&s.running_max, rows * kMaxLanes},
           {&s.running_sum, rows * kMaxLanes},
           {&s.spill, rows * needs.spill_pitch},
+          {&s.maxima, rows * needs.spill_pitch / kKeyTile * kMaxLanes},
           {&s.dq, needs.dq ? rows * pitch : 0},
           {&s.dk, needs.dk_keys * pitch},
       };

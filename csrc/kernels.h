@@ -82,7 +82,8 @@ struct Scratch {
   float* sum;           // (kRowChunk, kKeyTile), head sum of P
   float* running_max;   // (kRowChunk, kMaxLanes)
   float* running_sum;
-  float* spill;         // (chunk_rows, spill_pitch): scores or probabilities of one head, in whole tiles
+  float* spill;         // (chunk_rows, spill_pitch): exponentials or probabilities of one head, in whole tiles
+  float* maxima;        // (chunk_rows, spill_pitch / kKeyTile, kMaxLanes): what they were taken from
   int64_t spill_pitch;
   int64_t chunk_rows;              // of one head that are worked on together where `spill` or `dq` is used
   float* dq;                       // (chunk_rows, pitch), or null if results are fp32 and summed in place

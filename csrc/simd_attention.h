@@ -105,27 +105,36 @@ void slice_forward(const Problem& p, const Part& part, const float* lse, float* 
 
 // ---- log-sum-exp ----------------------------------------------------------------------------------------------------
 
-// Online softmax, one running maximum and sum per lane. The scores become scaled, and kLowest where hidden.
+constexpr float kHidden = -1.f;  // no exponential is below zero
+
+// Online softmax of one tile, a running maximum and a sum per lane. The scores become exp(score - running maximum), and
+// kHidden where hidden; `maxima` gets the running maximum of every row if it is not null.
 void update_lse(const Problem& p, const Rows& r, const Keys& c, float* scores, int64_t scores_pitch, float* running_max,
-                float* running_sum, const Scratch& s) {
+                float* running_sum, float* maxima, int64_t maxima_pitch, const Scratch& s) {
   for (int64_t i = 0; i < r.n; ++i) {
     float* row = scores + i * scores_pitch;
     const Vec old_max = load(running_max + i * kLanes);
     Vec max = old_max;
     for (int64_t j = 0; j < c.n; j += kLanes) {
-      const Vec scaled = load(row + j) * p.scale;
-      const Vec shown = visible(s, i, j) ? scaled : Vec{} + kLowest;
-      store(row + j, shown);
+      const Vec scaled = load(row + j) * p.scale, shown = visible(s, i, j) ? scaled : Vec{} + kLowest;
       max = shown > max ? shown : max;
     }
     Vec sum = load(running_sum + i * kLanes) * exp(old_max - max);
     for (int64_t j = 0; j < c.n; j += kLanes) {
-      const Vec term = exp(load(row + j) - max);
-      sum += visible(s, i, j) ? term : Vec{};
+      const Vec term = exp(load(row + j) * p.scale - max);
+      const IntVec shown = visible(s, i, j);
+      sum += shown ? term : Vec{};
+      if (maxima) store(row + j, shown ? term : Vec{} + kHidden);
     }
     store(running_max + i * kLanes, max);
     store(running_sum + i * kLanes, sum);
+    if (maxima) store(maxima + i * maxima_pitch, max);
   }
+}
+
+void hide(const Rows& r, const Keys& c, float* scores, int64_t scores_pitch) {
+  for (int64_t i = 0; i < r.n; ++i)
+    for (int64_t j = 0; j < c.n; j += kLanes) store(scores + i * scores_pitch + j, Vec{} + kHidden);
 }
 
 float join_lanes(const float* max, const float* sum) {
@@ -138,7 +147,8 @@ float join_lanes(const float* max, const float* sum) {
   return static_cast<float>(top + __builtin_log(total));
 }
 
-// Log-sum-exp of the part's rows and one head over all keys. With kKeep the scaled scores of the slice stay in s.spill.
+// Log-sum-exp of the part's rows and one head over all keys. With kKeep the slice stays in s.spill as `update_lse` leaves
+// it, and the maxima of its tiles in s.maxima.
 template <bool kPairs, bool kKeep>
 void head_lse(const Problem& p, const Part& part, int64_t head, float* lse, Scratch& s) {
   const int64_t n_rows = part.row_end - part.row_begin;
@@ -148,21 +158,27 @@ void head_lse(const Problem& p, const Part& part, int64_t head, float* lse, Scra
   }
   for (int64_t key = 0; key < p.n_keys; key += kKeyTile) {
     const Keys c = locate_keys(p, part.sample, key, p.n_keys, s);
+    const bool keep = kKeep && c.n_cols > 0;
     bool packed = false;
     for (int64_t row = part.row_begin; row < part.row_end; row += kRowTile) {
       const Rows r = locate_rows(p, part.sample, row, part.row_end, s);
-      if (c.first_position > r.last_limit) continue;
+      const int64_t from = row - part.row_begin;
+      float* scores = keep ? s.spill + from * s.spill_pitch + key : s.tile;
+      const int64_t scores_pitch = keep ? s.spill_pitch : kKeyTile;
+      if (c.first_position > r.last_limit) {
+        if (keep) hide(r, c, scores, scores_pitch);
+        continue;
+      }
       if (!packed) {
         pack_panels<kPairs>(p, part.sample, head / (p.heads / p.kv_heads), c, s);
         packed = true;
       }
       find_queries<kPairs>(p, part.sample, head, r, s);
-      const int64_t from = row - part.row_begin;
-      const bool keep = kKeep && c.n_cols > 0;
-      float* scores = keep ? s.spill + from * s.spill_pitch + key : s.tile;
-      const int64_t scores_pitch = keep ? s.spill_pitch : kKeyTile;
       compute_scores<kPairs>(p, r, c, scores, scores_pitch, s);
-      update_lse(p, r, c, scores, scores_pitch, s.running_max + from * kLanes, s.running_sum + from * kLanes, s);
+      const int64_t maxima_pitch = s.spill_pitch / kKeyTile * kLanes;
+      float* maxima = keep ? s.maxima + from * maxima_pitch + key / kKeyTile * kLanes : nullptr;
+      update_lse(p, r, c, scores, scores_pitch, s.running_max + from * kLanes, s.running_sum + from * kLanes, maxima,
+                 maxima_pitch, s);
     }
   }
   for (int64_t i = 0; i < n_rows; ++i) lse[i] = join_lanes(s.running_max + i * kLanes, s.running_sum + i * kLanes);
@@ -178,23 +194,19 @@ void row_lse(const Problem& p, const Part& part, float* lse, Scratch& s) {
   by_tile_kind(p, [&](auto pairs) { row_lse_as<decltype(pairs)::value>(p, part, lse, s); });
 }
 
-// matrix (+)= factor * exp(spill - lse) for the part's rows; `last` multiplies what is there by factor, too.
+// out (+)= probabilities of the slice in s.spill for the part's rows; then what is there is multiplied by the factor.
 void add_spilled(const Problem& p, const Part& part, const float* lse, int64_t matrix, bool first, float factor,
-                 float* out, Scratch& s) {
-  for (int64_t col = 0; col < p.n_cols; col += kKeyTile) {
-    const Keys c = locate_keys(p, part.sample, col, p.n_keys, s);
-    for (int64_t row = part.row_begin; row < part.row_end; row += kRowTile) {
-      const Rows r = locate_rows(p, part.sample, row, part.row_end, s);
-      for (int64_t i = 0; i < r.n; ++i) {
-        const float* scores = s.spill + (row - part.row_begin + i) * s.spill_pitch + col;
-        float* to = matrix_row(p, matrix, row + i, out) + col;
-        const float row_lse = lse[row - part.row_begin + i];
-        for (int64_t j = 0; j < c.n_cols; j += kLanes) {
-          const Vec probability = exp(load(scores + j) - row_lse);
-          const Vec shown = visible(s, i, j) ? probability : Vec{};
-          const Vec sum = first ? shown : load_first(to + j, c.n_cols - j) + shown;
-          store_first(to + j, sum * factor, c.n_cols - j);
-        }
+                 float* out, const Scratch& s) {
+  const int64_t maxima_pitch = s.spill_pitch / kKeyTile * kLanes;
+  for (int64_t i = 0; i < part.row_end - part.row_begin; ++i) {
+    const float* terms = s.spill + i * s.spill_pitch;
+    float* to = matrix_row(p, matrix, part.row_begin + i, out);
+    for (int64_t col = 0; col < p.n_cols; col += kKeyTile) {
+      const Vec share = exp(load(s.maxima + i * maxima_pitch + col / kKeyTile * kLanes) - lse[i]);
+      for (int64_t j = col; j < smaller(col + kKeyTile, p.n_cols); j += kLanes) {
+        const Vec term = load(terms + j), shown = term < 0.f ? Vec{} : term * share;
+        const Vec sum = first ? shown : load_first(to + j, p.n_cols - j) + shown;
+        store_first(to + j, sum * factor, p.n_cols - j);
       }
     }
   }
