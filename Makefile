@@ -13,7 +13,7 @@ demo: setup
 test: setup lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# The C++ module under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the sources; about 5 minutes.
+# The C++ module under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the sources; 2 minutes.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 ASAN_TESTS := tests/test_cpp.py tests/test_cpp_limits.py tests/test_cpp_properties.py tests/test_ops_slice.py \
     tests/test_ops_alignment.py tests/test_attention_with_alignment.py tests/test_linear_distillation.py

@@ -1,17 +1,27 @@
 // Cuts the attention problems into parts with one owner each and hands them to threads.
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <utility>
 #include <vector>
 
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer) && !defined(__SANITIZE_ADDRESS__)
+#define __SANITIZE_ADDRESS__ 1  // clang
+#endif
+#endif
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #endif
 
 #include "drivers.h"
 #include "parallel.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace cdistill {
 namespace {
@@ -26,7 +36,8 @@ int64_t round_up(int64_t n, int64_t unit) { return blocks(n, unit) * unit; }
 // What a call needs beyond the tiles.
 struct Needs {
   int64_t sum_rows = 0;    // rows of Scratch::sum
-  int64_t chunk_rows = 0;  // rows of running_max, running_sum, spill and dq
+  int64_t chunk_rows = 0;  // rows of spill and dq
+  int64_t lse_rows = 0;    // rows of running_max, running_sum and maxima
   int64_t spill_pitch = 0;
   bool dq = false;
   int64_t dk_keys = 0;
@@ -59,10 +70,10 @@ class Workspace {
           {&s.tile_pairs, p.dot_pairs ? kRowTile * kKeyTile / 2 : 0},
           {&s.tile_columns, p.dot_pairs ? kRowTile / 2 * kKeyTile + margin : 0},
           {&s.sum, round_up(needs.sum_rows, kRowTile) * kKeyTile},
-          {&s.running_max, rows * kMaxLanes},
-          {&s.running_sum, rows * kMaxLanes},
+          {&s.running_max, needs.lse_rows * kMaxLanes},
+          {&s.running_sum, needs.lse_rows * kMaxLanes},
           {&s.spill, rows * needs.spill_pitch},
-          {&s.maxima, rows * needs.spill_pitch / kKeyTile * kMaxLanes},
+          {&s.maxima, needs.lse_rows * (needs.spill_pitch / kKeyTile) * kMaxLanes},
           {&s.dq, needs.dq ? rows * pitch : 0},
           {&s.dk, needs.dk_keys * pitch},
       };
@@ -97,27 +108,43 @@ void for_each_part(const Problem& p, const Needs& needs, int64_t n, int threads,
   parallel_for(n, threads, [&](int64_t index, int thread) { work(index, scratch[thread]); });
 }
 
-// Whether the inputs may be multiplied as pairs: bf16 without subnormal numbers, which that would take for zero.
-bool pairs_are_exact(const Kernels& kernels, const Problem& p, int threads) {
-  if (!kernels.dot_pairs || p.q.dtype != DType::kBFloat16) return false;
-  std::atomic<bool> found{false};
+// Asks for pages of 2 MB within [data, data + bytes): faulting in a gradient by pages of 4 KB takes longer than filling it.
+void advise_large_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // it may refuse
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+// Which samples may be multiplied as pairs, (B) or empty: those of bf16 without subnormal numbers, which that would take
+// for zero. A sample alone and in a batch go the same way.
+std::vector<uint8_t> exact_as_pairs(const Kernels& kernels, const Problem& p, int threads) {
+  if (!kernels.dot_pairs || p.q.dtype != DType::kBFloat16) return {};
+  std::vector<std::atomic<bool>> subnormal(p.batch);
   const auto search = [&](const Operand& x, int64_t sample, int64_t head, int64_t token) {
     const auto* from = static_cast<const uint16_t*>(x.data) + sample * x.stride_batch + head * x.stride_head;
-    if (kernels.has_subnormal(from + token * x.stride_token, p.dim)) found.store(true, std::memory_order_relaxed);
+    if (kernels.has_subnormal(from + token * x.stride_token, p.dim)) subnormal[sample] = true;
   };
   parallel_for(p.batch * p.heads, threads, [&](int64_t index, int) {
     for (int64_t i = 0; i < p.n_rows; ++i) {
-      const int64_t token = p.rows[index / p.heads * p.n_rows + i];
-      if (token >= 0) search(p.q, index / p.heads, index % p.heads, token);
+      const int64_t sample = index / p.heads, token = p.rows[sample * p.n_rows + i];
+      if (token >= 0) search(p.q, sample, index % p.heads, token);
     }
   });
   parallel_for(p.batch * p.kv_heads, threads, [&](int64_t index, int) {
     for (int64_t j = 0; j < p.n_keys; ++j) {
-      const int64_t token = p.keys ? p.keys[index / p.kv_heads * p.n_keys + j] : j;
-      if (token >= 0) search(p.k, index / p.kv_heads, index % p.kv_heads, token);
+      const int64_t sample = index / p.kv_heads, token = p.keys ? p.keys[sample * p.n_keys + j] : j;
+      const bool hidden = token < 0 || (p.key_mask && !p.key_mask[sample * p.tokens + token]);
+      if (!hidden) search(p.k, sample, index % p.kv_heads, token);
     }
   });
-  return !found;
+  std::vector<uint8_t> exact(p.batch);
+  for (int64_t b = 0; b < p.batch; ++b) exact[b] = !subnormal[b];
+  return exact;
 }
 
 // The keys of every sample with those of the slice first, filling whole tiles with padding; (B, n_keys).
@@ -161,7 +188,8 @@ Part head_part(const Problem& p, int64_t index, int64_t chunk_rows) {
 }  // namespace
 
 void slice_forward(const Kernels& kernels, Problem p, const float* lse, float* out, bool each, int threads) {
-  p.dot_pairs = pairs_are_exact(kernels, p, threads);
+  const std::vector<uint8_t> pairs = exact_as_pairs(kernels, p, threads);
+  p.dot_pairs = pairs.empty() ? nullptr : pairs.data();
   const int64_t key_parts = blocks(p.n_keys, kKeyTile), row_parts = blocks(p.n_rows, kRowChunk);
   Needs needs;
   needs.sum_rows = std::min(p.n_rows, kRowChunk);
@@ -175,9 +203,10 @@ void slice_forward(const Kernels& kernels, Problem p, const float* lse, float* o
 
 void row_lse(const Kernels& kernels, Problem p, float* lse, int threads) {
   use_all_keys(p);
-  p.dot_pairs = pairs_are_exact(kernels, p, threads);
+  const std::vector<uint8_t> pairs = exact_as_pairs(kernels, p, threads);
+  p.dot_pairs = pairs.empty() ? nullptr : pairs.data();
   Needs needs;
-  needs.chunk_rows = std::min(p.n_rows, kRowChunk);
+  needs.lse_rows = std::min(p.n_rows, kRowChunk);
   const int64_t parts = p.batch * p.heads * blocks(p.n_rows, kRowChunk);
   for_each_part(p, needs, parts, threads, [&](int64_t index, Scratch& scratch) {
     kernels.row_lse(p, head_part(p, index, kRowChunk), lse, scratch);
@@ -194,11 +223,13 @@ void slice_forward_with_lse(const Kernels& kernels, Problem p, float* lse, float
   }
   const std::vector<int32_t> keys = slice_first(p, &p.n_keys);
   p.keys = keys.data();
-  p.dot_pairs = pairs_are_exact(kernels, p, threads);
+  const std::vector<uint8_t> pairs = exact_as_pairs(kernels, p, threads);
+  p.dot_pairs = pairs.empty() ? nullptr : pairs.data();
   // Equal chunks, one for every thread; where they begin changes no bit, because rows do not depend on each other.
   const int64_t wanted = std::max(blocks(p.n_rows, most_rows), blocks(threads, std::max<int64_t>(p.batch, 1)));
   Needs needs;
   needs.chunk_rows = std::min(round_up(blocks(p.n_rows, wanted), kRowUnit), most_rows);
+  needs.lse_rows = needs.chunk_rows;
   needs.spill_pitch = spill_pitch;
   const int64_t chunks = blocks(p.n_rows, needs.chunk_rows);
   for_each_part(p, needs, p.batch * chunks, threads, [&](int64_t index, Scratch& scratch) {
@@ -208,12 +239,21 @@ void slice_forward_with_lse(const Kernels& kernels, Problem p, float* lse, float
   });
 }
 
+void fill_with_zeros(void* data, int64_t bytes, int threads) {
+  constexpr int64_t kBlock = 1 << 20;
+  advise_large_pages(data, bytes);
+  parallel_for(blocks(bytes, kBlock), threads, [&](int64_t block, int) {
+    std::memset(static_cast<char*>(data) + block * kBlock, 0, std::min(kBlock, bytes - block * kBlock));
+  });
+}
+
 void gradient(const Kernels& kernels, Problem p, Gradient g, int threads) {
   if (!g.weight) use_all_keys(p);
   const int64_t owners = p.batch * p.kv_heads, group = p.heads / p.kv_heads;
   if (p.n_rows == 0 || owners == 0) return;
   threads = std::max(threads, 1);
   std::vector<int32_t> keys;
+  std::vector<float> share;
   Needs needs;
   needs.chunk_rows = std::min(round_up(p.n_rows, kRowTile), kRowChunk);
   if (g.denominator == Denominator::kOwn) {
@@ -227,19 +267,22 @@ void gradient(const Kernels& kernels, Problem p, Gradient g, int threads) {
       g.denominator = Denominator::kGiven;
     } else {
       needs.chunk_rows = std::min(needs.chunk_rows, spill_rows);
+      share.resize(p.batch * p.heads * p.n_rows);
+      g.share = share.data();
     }
     keys = slice_first(p, &p.n_keys);
     p.keys = keys.data();
     needs.spill_pitch = spill_rows ? spill_pitch : 0;
   }
-  p.dot_pairs = pairs_are_exact(kernels, p, threads);
-  const bool want_dq = g.dq.data, want_dk = g.dk.data;
-  needs.dq = want_dq && g.dq.dtype != DType::kFloat32;
-  const bool sum_keys = want_dk && g.dk.dtype != DType::kFloat32;
+  const std::vector<uint8_t> pairs = exact_as_pairs(kernels, p, threads);
+  p.dot_pairs = pairs.empty() ? nullptr : pairs.data();
+  const bool wanted = g.dq.data;  // or only dlse
+  needs.dq = wanted && g.dq.dtype != DType::kFloat32;
+  const bool sum_keys = wanted && g.dk.dtype != DType::kFloat32;
   const int64_t key_sums = sum_keys ? p.n_keys * round_up(p.dim, kMaxLanes) : 0;
 
   // One pass costs 3 products but has only `owners` parts; two passes cost 4 and cut finer. Both add in the same order.
-  if (want_dq && want_dk && key_sums <= kMostKeySums && 3 * blocks(owners, threads) * threads <= 4 * owners) {
+  if (wanted && key_sums <= kMostKeySums && 3 * blocks(owners, threads) * threads <= 4 * owners) {
     needs.dk_keys = sum_keys ? p.n_keys : 0;
     for_each_part(p, needs, owners, threads, [&](int64_t index, Scratch& scratch) {
       const Part part{index / p.kv_heads, index % p.kv_heads, 0, group, 0, p.n_rows, 0, p.n_keys};
@@ -247,13 +290,11 @@ void gradient(const Kernels& kernels, Problem p, Gradient g, int threads) {
     });
     return;
   }
-  if (want_dq || !want_dk) {
-    const int64_t parts = p.batch * p.heads * blocks(p.n_rows, needs.chunk_rows);
-    for_each_part(p, needs, parts, threads, [&](int64_t index, Scratch& scratch) {
-      kernels.gradient(p, head_part(p, index, needs.chunk_rows), g, want_dq, false, scratch);
-    });
-  }
-  if (!want_dk) return;
+  const int64_t parts = p.batch * p.heads * blocks(p.n_rows, needs.chunk_rows);
+  for_each_part(p, needs, parts, threads, [&](int64_t index, Scratch& scratch) {
+    kernels.gradient(p, head_part(p, index, needs.chunk_rows), g, wanted, false, scratch);
+  });
+  if (!wanted) return;
   Needs by_keys;
   by_keys.dk_keys = sum_keys ? kKeyTile : 0;
   if (g.denominator == Denominator::kOwn) g.denominator = Denominator::kGiven;

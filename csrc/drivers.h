@@ -10,6 +10,7 @@ void slice_forward(const Kernels&, Problem, const float* lse, float* out, bool e
 void slice_forward_with_lse(const Kernels&, Problem, float* lse, float* out, bool each, int threads);
 void row_lse(const Kernels&, Problem, float* lse, int threads);  // of all keys
 void gradient(const Kernels&, Problem, Gradient, int threads);
+void fill_with_zeros(void* data, int64_t bytes, int threads);
 void vocabulary_rows(const Kernels&, const VocabularyRows&, int threads);
 
 enum class Loss : int64_t { kCosine = 0, kMse = 1, kKl = 2 };

@@ -33,7 +33,7 @@ struct Problem {
   const uint8_t* key_mask;  // (B, T), 0 = hidden, or null
   bool causal;
   float scale;
-  bool dot_pairs;  // products of bf16 pairs with fp32 sums instead of fp32 products
+  const uint8_t* dot_pairs;  // (B), whether products are of bf16 pairs with fp32 sums instead of fp32; null for never
 };
 
 // What becomes of dlse_i = -factor * sum_j P_ij * weight_ij, the gradient of the rows' log-sum-exp.
@@ -43,7 +43,7 @@ enum class Denominator {
   kOwn,    // it is a result, and its own part of the gradient is added as if it were given
 };
 
-// Gradient of the probabilities: dS_ij = scale * P_ij * (weight_ij * factor + dlse_i), weight only in the slice and dlse
+// Gradient of the probabilities: dS_ij = scale * share_i * P_ij * (weight_ij * factor + dlse_i), weight only in the slice and dlse
 // only if it is given or own; then dq += dS k and dk += dS^T q.
 struct Gradient {
   const float* lse;     // (B, H, n_rows)
@@ -52,7 +52,8 @@ struct Gradient {
   float factor;  // 1 / heads for the head mean
   Denominator denominator;
   float* dlse;     // (B, H, n_rows); may be null if apart
-  Result dq, dk;   // (B, H, T, D), (B, Hkv, T, D); either may be without data
+  float* share;    // (B, H, n_rows), what P is multiplied by so that it sums to 1 over all keys; null unless own or after that
+  Result dq, dk;   // (B, H, T, D), (B, Hkv, T, D); without data if only dlse is wanted
 };
 
 // A part of one (sample, kv head): query heads [group_begin, group_end) of its group, rows and keys from..to.

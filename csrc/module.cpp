@@ -6,7 +6,6 @@
 #include <array>
 
 #include "drivers.h"
-#include "memory.h"
 
 namespace py = pybind11;
 
@@ -49,6 +48,15 @@ Result make_result(uintptr_t address, int64_t dtype, const Strides& strides) {
   return {pointer<void>(address), static_cast<DType>(dtype), strides[0], strides[1], strides[2]};
 }
 
+// The kernels, chosen while the GIL protects the environment, which is released until the object dies.
+class Unlocked {
+ public:
+  const Kernels& kernels = select_kernels();
+
+ private:
+  py::gil_scoped_release released_;
+};
+
 void slice_backward(const Problem& p, uintptr_t lse, uintptr_t grad, bool each, const Result& dq, const Result& dk,
                     uintptr_t dlse, bool denominator, int threads) {
   Gradient g{};
@@ -61,7 +69,7 @@ void slice_backward(const Problem& p, uintptr_t lse, uintptr_t grad, bool each, 
   g.dq = dq;
   g.dk = dk;
   g.dlse = pointer<float>(dlse);
-  gradient(select_kernels(), p, g, threads);
+  gradient(Unlocked().kernels, p, g, threads);
 }
 
 void row_lse_backward(Problem p, uintptr_t lse, uintptr_t dlse, const Result& dq, const Result& dk, int threads) {
@@ -71,7 +79,7 @@ void row_lse_backward(Problem p, uintptr_t lse, uintptr_t dlse, const Result& dq
   g.dlse = pointer<float>(dlse);
   g.dq = dq;
   g.dk = dk;
-  gradient(select_kernels(), p, g, threads);
+  gradient(Unlocked().kernels, p, g, threads);
 }
 
 Alignment make_alignment(uintptr_t a, uintptr_t target, uintptr_t row_valid, uintptr_t col_valid, int64_t samples,
@@ -124,7 +132,7 @@ VocabularyRows make_vocabulary_rows(uintptr_t student, int64_t student_stride, u
 PYBIND11_MODULE(_C, m) {
   using namespace cdistill;
   using namespace py::literals;
-  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  using Released = py::call_guard<py::gil_scoped_release>;
 
   m.doc() = "CPU kernels of cdistill; addresses, shapes and strides in elements come in.";
   m.def("isa", [] { return select_kernels().name; }, "Name of the instruction set in use: avx512_bf16, avx512, avx2 or portable.");
@@ -132,7 +140,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "fill_with_zeros",
       [](uintptr_t address, int64_t bytes, int threads) { fill_with_zeros(pointer<void>(address), bytes, threads); },
-      "address"_a, "bytes"_a, "threads"_a, Unlocked());
+      "address"_a, "bytes"_a, "threads"_a, Released());
 
   py::class_<Problem>(m, "Problem", "Queries, keys and positions that a call works on.")
       .def(py::init(&make_problem), py::kw_only(), "q"_a, "q_strides"_a, "k"_a, "k_strides"_a, "dtype"_a, "batch"_a,
@@ -140,26 +148,26 @@ PYBIND11_MODULE(_C, m) {
            "causal"_a, "scale"_a);
   m.def(
       "row_lse",
-      [](const Problem& p, uintptr_t lse, int threads) { row_lse(select_kernels(), p, pointer<float>(lse), threads); },
-      "problem"_a, "lse"_a, "threads"_a, Unlocked());
+      [](const Problem& p, uintptr_t lse, int threads) { row_lse(Unlocked().kernels, p, pointer<float>(lse), threads); },
+      "problem"_a, "lse"_a, "threads"_a);
   py::class_<Result>(m, "Result", "A gradient that is added to; without a tensor, one that is not wanted.")
       .def(py::init<>())
       .def(py::init(&make_result), py::kw_only(), "address"_a, "dtype"_a, "strides"_a);
-  m.def("row_lse_backward", &row_lse_backward, "problem"_a, "lse"_a, "dlse"_a, "dq"_a, "dk"_a, "threads"_a, Unlocked());
+  m.def("row_lse_backward", &row_lse_backward, "problem"_a, "lse"_a, "dlse"_a, "dq"_a, "dk"_a, "threads"_a);
   m.def(
       "slice_forward",
       [](const Problem& p, uintptr_t lse, uintptr_t out, bool each, int threads) {
-        slice_forward(select_kernels(), p, pointer<const float>(lse), pointer<float>(out), each, threads);
+        slice_forward(Unlocked().kernels, p, pointer<const float>(lse), pointer<float>(out), each, threads);
       },
-      "problem"_a, "lse"_a, "out"_a, "each"_a, "threads"_a, Unlocked());
+      "problem"_a, "lse"_a, "out"_a, "each"_a, "threads"_a);
   m.def(
       "slice_forward_with_lse",
       [](const Problem& p, uintptr_t lse, uintptr_t out, bool each, int threads) {
-        slice_forward_with_lse(select_kernels(), p, pointer<float>(lse), pointer<float>(out), each, threads);
+        slice_forward_with_lse(Unlocked().kernels, p, pointer<float>(lse), pointer<float>(out), each, threads);
       },
-      "problem"_a, "lse"_a, "out"_a, "each"_a, "threads"_a, Unlocked());
+      "problem"_a, "lse"_a, "out"_a, "each"_a, "threads"_a);
   m.def("slice_backward", &slice_backward, "problem"_a, "lse"_a, "grad"_a, "each"_a, "dq"_a, "dk"_a, "dlse"_a,
-        "denominator"_a, "threads"_a, Unlocked());
+        "denominator"_a, "threads"_a);
 
   py::class_<Alignment>(m, "Alignment", "Slices whose distance a call computes.")
       .def(py::init(&make_alignment), py::kw_only(), "a"_a, "target"_a, "row_valid"_a, "col_valid"_a, "samples"_a,
@@ -167,13 +175,13 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "alignment_loss",
       [](const Alignment& x, uintptr_t losses, int threads) { alignment_loss(x, pointer<float>(losses), threads); },
-      "alignment"_a, "losses"_a, "threads"_a, Unlocked());
+      "alignment"_a, "losses"_a, "threads"_a, Released());
   m.def(
       "alignment_grad",
       [](const Alignment& x, uintptr_t grad_out, uintptr_t grad, int threads) {
         alignment_grad(x, pointer<const float>(grad_out), pointer<float>(grad), threads);
       },
-      "alignment"_a, "grad_out"_a, "grad"_a, "threads"_a, Unlocked());
+      "alignment"_a, "grad_out"_a, "grad"_a, "threads"_a, Released());
 
   py::class_<VocabularyRows>(m, "VocabularyRows", "Rows of logits whose cross-entropy and divergence a call computes.")
       .def(py::init(&make_vocabulary_rows), py::kw_only(), "student"_a, "student_stride"_a, "teacher"_a,
@@ -181,6 +189,6 @@ PYBIND11_MODULE(_C, m) {
            "top_indices"_a, "top_tail"_a, "top_logits"_a, "divergence"_a, "temperature"_a, "beta"_a, "ce_weight"_a,
            "kd_weight"_a, "gradient"_a, "ce"_a, "kd"_a);
   m.def(
-      "vocabulary_rows", [](const VocabularyRows& x, int threads) { vocabulary_rows(select_kernels(), x, threads); },
-      "rows"_a, "threads"_a, Unlocked());
+      "vocabulary_rows", [](const VocabularyRows& x, int threads) { vocabulary_rows(Unlocked().kernels, x, threads); },
+      "rows"_a, "threads"_a);
 }

@@ -9,8 +9,8 @@
 // it to the head sum; backward, S, P and dS exist for one tile, in the first-level cache.
 //
 // Where the log-sum-exp is the op's own, it is known only after a row's last key, and its gradient only after the last
-// column. Rather than computing S twice, the scores (backward: P) of one head and a few rows are kept until then in the
-// thread's working memory, `spill`.
+// column. Rather than computing S twice, the exponentials of one head and a few rows are kept until then in the thread's
+// working memory, `spill`. They are divided by their sums: at large scores a log-sum-exp in fp32 would be too coarse.
 //
 // Every element of dq and dk is summed in the same order however the work is cut into parts. A key is visible to a row iff
 // key_position <= row_limit, which covers causality, the key mask and both kinds of padding.
@@ -33,9 +33,9 @@ struct Bool {
 
 // Calls work(Bool<whether tiles are of pairs>).
 template <class Work>
-inline void by_tile_kind(const Problem& p, Work work) {
+inline void by_tile_kind(const Problem& p, const Part& part, Work work) {
   if constexpr (kDotPairs) {
-    if (p.dot_pairs) return work(Bool<true>{});
+    if (p.dot_pairs && p.dot_pairs[part.sample]) return work(Bool<true>{});
   }
   work(Bool<false>{});
 }
@@ -53,7 +53,7 @@ bool has_subnormal(const uint16_t* x, int64_t n) {
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
-// out (row, col) of one matrix, of head `head` (or all heads) of the sample.
+// A row of one of the matrices (n_rows, n_cols) in out.
 inline float* matrix_row(const Problem& p, int64_t matrix, int64_t row, float* out) {
   return out + (matrix * p.n_rows + row) * p.n_cols;
 }
@@ -85,7 +85,7 @@ void slice_forward_as(const Problem& p, const Part& part, const float* lse, floa
         read_lse(p, part.sample, head, r, lse, s);
         float* sum = s.sum + (row - part.row_begin) * kKeyTile;
         for_scores<kPairs>(p, r, c, s, [&](int64_t i, int64_t j, Vec score) __attribute__((always_inline)) {
-          const Vec probability = exp(score * p.scale - s.row_lse[i]);
+          const Vec probability = exp(score - s.row_lse[i]);
           float* to = sum + i * kKeyTile + j;
           store(to, load(to) + (visible(s, i, j) ? probability : Vec{}));
         });
@@ -100,7 +100,7 @@ void slice_forward_as(const Problem& p, const Part& part, const float* lse, floa
 }
 
 void slice_forward(const Problem& p, const Part& part, const float* lse, float* out, bool each, Scratch& s) {
-  by_tile_kind(p, [&](auto pairs) { slice_forward_as<decltype(pairs)::value>(p, part, lse, out, each, s); });
+  by_tile_kind(p, part, [&](auto pairs) { slice_forward_as<decltype(pairs)::value>(p, part, lse, out, each, s); });
 }
 
 // ---- log-sum-exp ----------------------------------------------------------------------------------------------------
@@ -109,19 +109,19 @@ constexpr float kHidden = -1.f;  // no exponential is below zero
 
 // Online softmax of one tile, a running maximum and a sum per lane. The scores become exp(score - running maximum), and
 // kHidden where hidden; `maxima` gets the running maximum of every row if it is not null.
-void update_lse(const Problem& p, const Rows& r, const Keys& c, float* scores, int64_t scores_pitch, float* running_max,
+void update_lse(const Rows& r, const Keys& c, float* scores, int64_t scores_pitch, float* running_max,
                 float* running_sum, float* maxima, int64_t maxima_pitch, const Scratch& s) {
   for (int64_t i = 0; i < r.n; ++i) {
     float* row = scores + i * scores_pitch;
     const Vec old_max = load(running_max + i * kLanes);
     Vec max = old_max;
     for (int64_t j = 0; j < c.n; j += kLanes) {
-      const Vec scaled = load(row + j) * p.scale, shown = visible(s, i, j) ? scaled : Vec{} + kLowest;
+      const Vec shown = visible(s, i, j) ? load(row + j) : Vec{} + kLowest;
       max = shown > max ? shown : max;
     }
     Vec sum = load(running_sum + i * kLanes) * exp(old_max - max);
     for (int64_t j = 0; j < c.n; j += kLanes) {
-      const Vec term = exp(load(row + j) * p.scale - max);
+      const Vec term = exp(load(row + j) - max);
       const IntVec shown = visible(s, i, j);
       sum += shown ? term : Vec{};
       if (maxima) store(row + j, shown ? term : Vec{} + kHidden);
@@ -137,14 +137,18 @@ void hide(const Rows& r, const Keys& c, float* scores, int64_t scores_pitch) {
     for (int64_t j = 0; j < c.n; j += kLanes) store(scores + i * scores_pitch + j, Vec{} + kHidden);
 }
 
-float join_lanes(const float* max, const float* sum) {
-  float top = kLowest;
-  for (int lane = 0; lane < kLanes; ++lane) top = max[lane] > top ? max[lane] : top;
-  double total = 0;
+// Maximum of a row's scores and the sum of exp(score - maximum).
+struct Softmax {
+  float top;
+  double total;
+};
+
+Softmax join_lanes(const float* max, const float* sum) {
+  Softmax row{kLowest, 0};
+  for (int lane = 0; lane < kLanes; ++lane) row.top = max[lane] > row.top ? max[lane] : row.top;
   for (int lane = 0; lane < kLanes; ++lane)
-    if (sum[lane] != 0.f) total += sum[lane] * __builtin_exp(static_cast<double>(max[lane]) - static_cast<double>(top));
-  if (total == 0) return kInfinity;
-  return static_cast<float>(top + __builtin_log(total));
+    if (sum[lane] != 0.f) row.total += sum[lane] * __builtin_exp(static_cast<double>(max[lane]) - row.top);
+  return row;
 }
 
 // Log-sum-exp of the part's rows and one head over all keys. With kKeep the slice stays in s.spill as `update_lse` leaves
@@ -156,8 +160,10 @@ void head_lse(const Problem& p, const Part& part, int64_t head, float* lse, Scra
     s.running_max[i] = kLowest;
     s.running_sum[i] = 0.f;
   }
+  int32_t first_position = kNever;
   for (int64_t key = 0; key < p.n_keys; key += kKeyTile) {
     const Keys c = locate_keys(p, part.sample, key, p.n_keys, s);
+    first_position = c.first_position < first_position ? c.first_position : first_position;
     const bool keep = kKeep && c.n_cols > 0;
     bool packed = false;
     for (int64_t row = part.row_begin; row < part.row_end; row += kRowTile) {
@@ -177,11 +183,17 @@ void head_lse(const Problem& p, const Part& part, int64_t head, float* lse, Scra
       compute_scores<kPairs>(p, r, c, scores, scores_pitch, s);
       const int64_t maxima_pitch = s.spill_pitch / kKeyTile * kLanes;
       float* maxima = keep ? s.maxima + from * maxima_pitch + key / kKeyTile * kLanes : nullptr;
-      update_lse(p, r, c, scores, scores_pitch, s.running_max + from * kLanes, s.running_sum + from * kLanes, maxima,
+      update_lse(r, c, scores, scores_pitch, s.running_max + from * kLanes, s.running_sum + from * kLanes, maxima,
                  maxima_pitch, s);
     }
   }
-  for (int64_t i = 0; i < n_rows; ++i) lse[i] = join_lanes(s.running_max + i * kLanes, s.running_sum + i * kLanes);
+  for (int64_t i = 0; i < n_rows; ++i) {
+    const Softmax row = join_lanes(s.running_max + i * kLanes, s.running_sum + i * kLanes);
+    const int32_t position = p.rows[part.sample * p.n_rows + part.row_begin + i];
+    const bool sees_key = position >= 0 && first_position <= (p.causal ? position : kNever - 1);
+    if (row.total != 0) lse[i] = static_cast<float>(row.top + __builtin_log(row.total));
+    else lse[i] = sees_key ? __builtin_nanf("") : kInfinity;  // softmax of nothing but -inf
+  }
 }
 
 template <bool kPairs>
@@ -191,7 +203,7 @@ void row_lse_as(const Problem& p, const Part& part, float* lse, Scratch& s) {
 }
 
 void row_lse(const Problem& p, const Part& part, float* lse, Scratch& s) {
-  by_tile_kind(p, [&](auto pairs) { row_lse_as<decltype(pairs)::value>(p, part, lse, s); });
+  by_tile_kind(p, part, [&](auto pairs) { row_lse_as<decltype(pairs)::value>(p, part, lse, s); });
 }
 
 // out (+)= probabilities of the slice in s.spill for the part's rows; then what is there is multiplied by the factor.
@@ -201,8 +213,11 @@ void add_spilled(const Problem& p, const Part& part, const float* lse, int64_t m
   for (int64_t i = 0; i < part.row_end - part.row_begin; ++i) {
     const float* terms = s.spill + i * s.spill_pitch;
     float* to = matrix_row(p, matrix, part.row_begin + i, out);
+    const Softmax row = join_lanes(s.running_max + i * kLanes, s.running_sum + i * kLanes);
+    const float top = lse[i] < kInfinity ? row.top : lse[i];  // NaN or inf stay what they are
+    const float part_of_one = lse[i] < kInfinity ? static_cast<float>(1 / row.total) : 1.f;
     for (int64_t col = 0; col < p.n_cols; col += kKeyTile) {
-      const Vec share = exp(load(s.maxima + i * maxima_pitch + col / kKeyTile * kLanes) - lse[i]);
+      const Vec share = exp(load(s.maxima + i * maxima_pitch + col / kKeyTile * kLanes) - top) * part_of_one;
       for (int64_t j = col; j < smaller(col + kKeyTile, p.n_cols); j += kLanes) {
         const Vec term = load(terms + j), shown = term < 0.f ? Vec{} : term * share;
         const Vec sum = first ? shown : load_first(to + j, p.n_cols - j) + shown;
@@ -224,7 +239,7 @@ void slice_forward_with_lse_as(const Problem& p, const Part& part, float* lse, f
 }
 
 void slice_forward_with_lse(const Problem& p, const Part& part, float* lse, float* out, bool each, Scratch& s) {
-  by_tile_kind(p, [&](auto pairs) { slice_forward_with_lse_as<decltype(pairs)::value>(p, part, lse, out, each, s); });
+  by_tile_kind(p, part, [&](auto pairs) { slice_forward_with_lse_as<decltype(pairs)::value>(p, part, lse, out, each, s); });
 }
 
 // ---- gradient -------------------------------------------------------------------------------------------------------
@@ -232,12 +247,12 @@ void slice_forward_with_lse(const Problem& p, const Part& part, float* lse, floa
 // multiply-adds as the surroundings suggest, and dk must have the same bits however the work is cut.
 
 // Scores to probabilities in place, 0 where hidden, up to a whole vector after the last key and an even number of rows.
-__attribute__((noinline)) void to_probabilities(const Problem& p, const Rows& r, const Keys& c, float* tile,
+__attribute__((noinline)) void to_probabilities(const Rows& r, const Keys& c, float* tile,
                                                 int64_t tile_pitch, const Scratch& s) {
   for (int64_t i = 0; i < round_up(r.n, 2); ++i)
     for (int64_t j = 0; j < c.n; j += kLanes) {
       float* at = tile + i * tile_pitch + j;
-      const Vec probability = exp(load(at) * p.scale - s.row_lse[i]);
+      const Vec probability = exp(load(at) - s.row_lse[i]);
       store(at, visible(s, i, j) ? probability : Vec{});
     }
 }
@@ -263,13 +278,24 @@ __attribute__((noinline)) void subtract_weighted(const Problem& p, const Gradien
   }
 }
 
-inline __attribute__((always_inline)) Vec gradient_of_scores(const Problem& p, const Gradient& g, const float* weight,
-                                                             float row, int64_t i, int64_t j, const Keys& c,
-                                                             const float* tile, int64_t tile_pitch, const Scratch& s) {
+inline __attribute__((always_inline)) Vec gradient_of_scores(const Gradient& g, const float* weight,
+                                                             float row, float scale, int64_t i, int64_t j,
+                                                             const Keys& c, const float* tile, int64_t tile_pitch,
+                                                             const Scratch& s) {
   Vec slope = Vec{} + row;
   if (weight) slope += load_first(weight + j, c.n_cols - j) * g.factor;
-  const Vec ds = load(tile + i * tile_pitch + j) * slope * p.scale;
+  const Vec ds = load(tile + i * tile_pitch + j) * slope * scale;
   return visible(s, i, j) ? ds : Vec{};
+}
+
+// sums_i += sum_j P_ij, over all keys
+__attribute__((noinline)) void add_sums(const Rows& r, const Keys& c, const float* tile, int64_t tile_pitch,
+                                        float* sums) {
+  for (int64_t i = 0; i < r.n; ++i) {
+    Vec sum = {};
+    for (int64_t j = 0; j < c.n; j += kLanes) sum += load(tile + i * tile_pitch + j);
+    sums[i] += lane_sum(sum);
+  }
 }
 
 // Probabilities to dS: s.tile, or the two tiles of pairs.
@@ -279,19 +305,21 @@ __attribute__((noinline)) void to_score_gradient(const Problem& p, const Gradien
                                                  Scratch& s) {
   const bool weighted = g.weight && c.n_cols > 0;
   const float* dlse = g.denominator == Denominator::kApart ? nullptr : g.dlse + first_row(p, sample, head, r);
+  const float* share = g.share ? g.share + first_row(p, sample, head, r) : nullptr;
   constexpr int kTogether = kPairs ? 2 : 1;
   for (int64_t i = 0; i < r.n; i += kTogether) {
     const float* weight[kTogether];
-    float row[kTogether];
+    float row[kTogether], scale[kTogether];
     for (int u = 0; u < kTogether; ++u) {
       const bool real = i + u < r.n;  // of rows beyond the last one every key is hidden
       weight[u] = weighted && real ? weight_row(p, g, sample, head, r, c, i + u) : nullptr;
       row[u] = dlse && real ? dlse[i + u] : 0.f;
+      scale[u] = share && real ? p.scale * share[i + u] : p.scale;
     }
     for (int64_t j = 0; j < c.n; j += kLanes) {
-      const Vec first = gradient_of_scores(p, g, weight[0], row[0], i, j, c, tile, tile_pitch, s);
+      const Vec first = gradient_of_scores(g, weight[0], row[0], scale[0], i, j, c, tile, tile_pitch, s);
       if constexpr (kPairs) {
-        const Vec second = gradient_of_scores(p, g, weight[1], row[1], i + 1, j, c, tile, tile_pitch, s);
+        const Vec second = gradient_of_scores(g, weight[1], row[1], scale[1], i + 1, j, c, tile, tile_pitch, s);
         const BitVec low = narrow_bfloat16(first), high = narrow_bfloat16(second);
         const HalfVec rows[2] = {__builtin_convertvector(low, HalfVec), __builtin_convertvector(high, HalfVec)};
         memcpy(s.tile_pairs + (i * kKeyTile + j) / 2, &rows[0], sizeof(HalfVec));
@@ -304,10 +332,6 @@ __attribute__((noinline)) void to_score_gradient(const Problem& p, const Gradien
   }
 }
 
-float* float_address(const Result& x, int64_t sample, int64_t head, int64_t token) {
-  return static_cast<float*>(x.data) + sample * x.stride_batch + head * x.stride_head + token * x.stride_token;
-}
-
 // Where a tile of dk is summed: in place, or in s.dk from the key `from` on. Null where the key is hidden.
 void find_key_targets(const Problem& p, int64_t sample, int64_t kv_head, const Result& dk, int64_t from, const Keys& c,
                       Scratch& s) {
@@ -315,7 +339,7 @@ void find_key_targets(const Problem& p, int64_t sample, int64_t kv_head, const R
     const int32_t token = s.key_position[j];
     if (token == kNever) s.key_target[j] = nullptr;
     else if (s.dk) s.key_target[j] = s.dk + (c.begin - from + j) * pitch(p);
-    else s.key_target[j] = float_address(dk, sample, kv_head, token);
+    else s.key_target[j] = reinterpret_cast<float*>(address(dk, sample, kv_head, token));
   }
 }
 
@@ -324,12 +348,8 @@ void find_row_targets(const Problem& p, int64_t sample, int64_t head, const Resu
   for (int64_t i = 0; i < r.n; ++i) {
     if (s.row_limit[i] < 0) s.row_target[i] = nullptr;
     else if (s.dq) s.row_target[i] = s.dq + (r.begin - from + i) * pitch(p);
-    else s.row_target[i] = float_address(dq, sample, head, p.rows[sample * p.n_rows + r.begin + i]);
+    else s.row_target[i] = reinterpret_cast<float*>(address(dq, sample, head, p.rows[sample * p.n_rows + r.begin + i]));
   }
-}
-
-char* half_address(const Result& x, int64_t sample, int64_t head, int64_t token) {
-  return static_cast<char*>(x.data) + 2 * (sample * x.stride_batch + head * x.stride_head + token * x.stride_token);
 }
 
 // Adds the rows of s.dq, of the part's rows, to half-precision results.
@@ -337,7 +357,7 @@ void flush_dq(const Problem& p, const Part& part, int64_t head, const Result& dq
   for (int64_t i = part.row_begin; i < part.row_end; ++i) {
     const int64_t token = p.rows[part.sample * p.n_rows + i];
     if (token >= 0)
-      add_rounded(s.dq + (i - part.row_begin) * pitch(p), p.dim, dq.dtype, half_address(dq, part.sample, head, token));
+      add_rounded(s.dq + (i - part.row_begin) * pitch(p), p.dim, dq.dtype, address(dq, part.sample, head, token));
   }
 }
 
@@ -347,7 +367,7 @@ void flush_dk(const Problem& p, const Part& part, const Result& dk, Scratch& s) 
     for (int64_t j = 0; j < c.n; ++j)
       if (s.key_position[j] != kNever)
         add_rounded(s.dk + (key - part.key_begin + j) * pitch(p), p.dim, dk.dtype,
-                    half_address(dk, part.sample, part.kv_head, s.key_position[j]));
+                    address(dk, part.sample, part.kv_head, s.key_position[j]));
   }
 }
 
@@ -390,7 +410,7 @@ void gradient_by_tiles(const Problem& p, const Part& part, const Gradient& g, bo
         find_queries<kPairs>(p, part.sample, head, r, s);
         read_lse(p, part.sample, head, r, g.lse, s);
         compute_scores<kPairs>(p, r, c, s.tile, kKeyTile, s);
-        to_probabilities(p, r, c, s.tile, kKeyTile, s);
+        to_probabilities(r, c, s.tile, kKeyTile, s);
         if (sums) subtract_weighted(p, g, part.sample, head, r, c, s.tile, kKeyTile, s);
         if (!want_dq && !want_dk) continue;
         to_score_gradient<kPairs>(p, g, part.sample, head, r, c, s.tile, kKeyTile, s);
@@ -417,9 +437,15 @@ void gradient_with_denominator(const Problem& p, const Part& part, const Gradien
       read_lse(p, part.sample, head, r, g.lse, s);
       float* spill = s.spill + (row - part.row_begin) * s.spill_pitch + key;
       compute_scores<kPairs>(p, r, c, spill, s.spill_pitch, s);
-      to_probabilities(p, r, c, spill, s.spill_pitch, s);
+      to_probabilities(r, c, spill, s.spill_pitch, s);
       if (c.n_cols) subtract_weighted(p, g, part.sample, head, r, c, spill, s.spill_pitch, s);
+      add_sums(r, c, spill, s.spill_pitch, g.share + first_row(p, part.sample, head, r));
     }
+  }
+  const int64_t first = (part.sample * p.heads + head) * p.n_rows;
+  for (int64_t i = first + part.row_begin; i < first + part.row_end; ++i) {
+    g.share[i] = g.share[i] == 0.f ? 1.f : 1.f / g.share[i];
+    g.dlse[i] *= g.share[i];
   }
   for (int64_t key = 0; key < p.n_keys; key += kKeyTile) {
     const Keys c = locate_keys(p, part.sample, key, p.n_keys, s);
@@ -464,7 +490,7 @@ void gradient_as(const Problem& p, const Part& part, const Gradient& g, bool wan
 }
 
 void gradient(const Problem& p, const Part& part, const Gradient& g, bool want_dq, bool want_dk, Scratch& s) {
-  by_tile_kind(p, [&](auto pairs) { gradient_as<decltype(pairs)::value>(p, part, g, want_dq, want_dk, s); });
+  by_tile_kind(p, part, [&](auto pairs) { gradient_as<decltype(pairs)::value>(p, part, g, want_dq, want_dk, s); });
 }
 
 }  // namespace

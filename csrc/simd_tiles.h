@@ -60,13 +60,12 @@ inline __attribute__((always_inline)) void multiply(Vec (&acc)[kRegisterRows][N]
 
 inline int64_t pitch(const Problem& p) { return round_up(p.dim, kMaxLanes); }
 
-inline int64_t offset(const Operand& x, int64_t sample, int64_t head, int64_t token) {
-  return sample * x.stride_batch + head * x.stride_head + token * x.stride_token;
-}
-
-inline const char* address(const Operand& x, int64_t sample, int64_t head, int64_t token) {
+// Of an Operand or a Result.
+template <class T>
+inline char* address(const T& x, int64_t sample, int64_t head, int64_t token) {
   const int64_t bytes = x.dtype == DType::kFloat32 ? 4 : 2;
-  return static_cast<const char*>(x.data) + offset(x, sample, head, token) * bytes;
+  const int64_t offset = sample * x.stride_batch + head * x.stride_head + token * x.stride_token;
+  return static_cast<char*>(const_cast<void*>(x.data)) + offset * bytes;
 }
 
 inline Vec widen(BitVec bits, DType dtype) { return dtype == DType::kFloat16 ? widen_half(bits) : (Vec)(bits << 16); }
@@ -266,7 +265,7 @@ inline IntVec visible(const Scratch& s, int64_t row, int64_t key) {
   return load_as<IntVec>(s.key_position + key) <= s.row_limit[row];
 }
 
-// Calls use(row, key, q.k as a vector of keys), except where a whole register tile is hidden.
+// Calls use(row, key, scale * q.k as a vector of keys), except where a whole register tile is hidden.
 template <bool kPairs, class Use>
 inline __attribute__((always_inline)) void for_scores(const Problem& p, const Rows& r, const Keys& c, const Scratch& s,
                                                       Use use) {
@@ -281,11 +280,11 @@ inline __attribute__((always_inline)) void for_scores(const Problem& p, const Ro
 #pragma GCC unroll 8
       for (int u = 0; u < kRegisterRows; ++u)
 #pragma GCC unroll 8
-        for (int j = 0; j < kRegisterVectors; ++j) use(i + u, panel * kPanel + j * kLanes, acc[u][j]);
+        for (int j = 0; j < kRegisterVectors; ++j) use(i + u, panel * kPanel + j * kLanes, rounded(acc[u][j] * p.scale));
     }
 }
 
-// q.k into out (row, key); where a whole register tile is hidden, `out` stays as it was.
+// scale * q.k into out (row, key); where a whole register tile is hidden, `out` stays as it was.
 template <bool kPairs>
 void compute_scores(const Problem& p, const Rows& r, const Keys& c, float* out, int64_t out_pitch, const Scratch& s) {
   for_scores<kPairs>(p, r, c, s, [&](int64_t row, int64_t key, Vec score) __attribute__((always_inline)) {

@@ -51,6 +51,17 @@ inline float lane_sum(Vec v) {
   return sum;
 }
 
+// x itself, as a value that compilers cannot contract with what follows: score * scale - max must be exactly 0 at the
+// maximum, or the error of a large product goes into the exponent.
+inline Vec rounded(Vec x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
+
 // fp16 bits in the low half of every lane to fp32.
 inline Vec widen_half(BitVec h) {
   const BitVec sign = (h & 0x8000u) << 16, rest = (h & 0x7fffu) << 13;

@@ -36,6 +36,20 @@ def impl(request):
     return request.param
 
 
+@pytest.fixture
+def isa(request, monkeypatch):
+    """Each instruction set of the C++ module that this processor runs."""
+    monkeypatch.setenv("CDISTILL_CPU_ISA", request.param)
+    return request.param
+
+
+def pytest_generate_tests(metafunc):
+    if "isa" in metafunc.fixturenames:
+        from op_cases import ISAS
+
+        metafunc.parametrize("isa", ISAS, indirect=True)
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """A folder that holds a tiny teacher and a tiny base of the built-in task."""

@@ -55,6 +55,9 @@ def runs_on_this_processor(isa):
     return NEEDED_CPU_FLAGS[isa] <= flags
 
 
+ISAS = [isa for isa in NEEDED_CPU_FLAGS if runs_on_this_processor(isa)]
+
+
 def device_of(impl):
     """Where this implementation is tested."""
     return "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"

@@ -12,6 +12,12 @@ from cdistill.ops import attention_alignment, reference
 
 MB = 2**20
 
+RESIDENT = """
+def resident(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
+"""
+
 # Peak resident memory of a forward and backward pass, in MB, at sizes where a (T,T) matrix of one head takes 64 MB
 # ("tokens") or the slices of all heads 64 MB ("heads"); the (R,V) slice itself takes 0.1 MB or 1 MB.
 PEAK_OF_A_PROCESS = """
@@ -33,10 +39,6 @@ def run(inputs):
     options = {} if impl == "reference" else {"impl": impl}
     tensors = (inputs[name] for name in ("q", "k", "target", "rows", "cols"))
     op(*tensors, reduction="matrix", **options).sum().backward()
-
-def resident(field):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
 
 for case in (Case(batch=1), *SIZES.values()):
     inputs = draw(replace(case, q_heads=1, k_heads=1))
@@ -60,7 +62,7 @@ def process_growth(impl):
         "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
         "MALLOC_MMAP_THRESHOLD_": "65536",  # freed tensors go back to the system, so that later ones are seen
     }
-    command = [sys.executable, "-c", PEAK_OF_A_PROCESS, impl]
+    command = [sys.executable, "-c", RESIDENT + PEAK_OF_A_PROCESS, impl]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     return [float(line) for line in done.stdout.split()]
 
@@ -131,10 +133,6 @@ def make(tokens, rows, cols):
 def run(q, k, target, rows, cols, lse):
     attention_alignment(q, k, target, rows, cols, lse=lse, impl="cpp").sum().backward()
 
-def resident(field):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
-
 run(*make(64, 8, 8))
 inputs = make(tokens, rows, cols)
 with open("/proc/self/clear_refs", "w") as clear_refs:
@@ -149,11 +147,11 @@ print(resident("VmHWM") - before - 2 * inputs[0].nbytes / 2**20)
 @pytest.mark.parametrize("given", [True, False], ids=["given-lse", "own-lse"])
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
 def test_cpp_needs_two_slices_and_16_mb_per_thread(dtype, given, threads):
-    """At a slice of 32 MB; a third one would not fit under the bound."""
-    rows, cols, tokens, heads, width = 1024, 8192, 9300, 8, 64
+    """At a slice of 32 MB beside gradients of 1 MB, so that a third one would not fit under the bound."""
+    rows, cols, tokens, heads, width = 1024, 8192, 9300, 1, 16
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_MMAP_THRESHOLD_": "65536"}
     sizes = map(str, (threads, rows, cols, tokens, heads, width, dtype, given))
-    command = [sys.executable, "-c", GROWTH_OF_CPP, *sizes]
+    command = [sys.executable, "-c", RESIDENT + GROWTH_OF_CPP, *sizes]
     growth = float(subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout)
     assert 48 < growth < 2 * 32 + 16 * threads
 

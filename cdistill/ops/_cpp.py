@@ -199,6 +199,7 @@ def slice_backward(
     each: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of ``slice_forward``, dS = P * G, added to that of ``base(dlse)``; dlse_i = -sum_j dS_ij, (B,Hq,T)."""
+    assert grad.dtype == torch.float32
     rows, cols, grad = rows.int(), cols.int(), grad.contiguous()
     lse = lse_at_rows(lse, rows, causal=causal, key_mask=key_mask)
     problem = _problem(q, k, rows, cols, causal, scale, key_mask)
@@ -233,6 +234,7 @@ def slice_backward_with_denominator(
     each: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the slice of ``slice_forward_with_lse``: dS_ij = P_ij * (G_ij + dlse_i) over all visible keys j."""
+    assert grad.dtype == torch.float32
     rows, cols, grad = rows.int(), cols.int(), grad.contiguous()
     lse = lse_at_rows(lse, rows, causal=causal, key_mask=key_mask)
     dlse, gradients = torch.zeros_like(lse), _zeros(q, k)

@@ -222,10 +222,16 @@ def _accumulate(
     arguments = SliceArguments(q, k, lse, rows, cols, key_mask, causal, scale, each)
     chosen = backend(impl, q)
     checked_regions(chosen, arguments)
-    if sums.numel() and windows:
-        lse = with_lse(chosen, arguments)[0].lse
-        assert lse is not None
-        chosen.slice_accumulate(q, k, lse, rows, cols, sums, list(windows), **arguments.options, each=each)
+    if not sums.numel() or not windows:
+        return
+    if lse is None and chosen.FUSES_DENOMINATOR:
+        a, _ = slice_forward(chosen, arguments)
+        for w in windows:
+            sums[w] += a
+        return
+    lse = with_lse(chosen, arguments)[0].lse
+    assert lse is not None
+    chosen.slice_accumulate(q, k, lse, rows, cols, sums, list(windows), **arguments.options, each=each)
 
 
 @_accumulate.register_fake

@@ -1,9 +1,9 @@
 """Attention and the visual attention alignment of its probabilities, in one forward and one backward pass.
 
 Forward: the engine's flash attention, then the slice at the rows and columns from its log-sum-exp. Backward: the slice's
-gradient gives dlse and the rows' part of dq; the engine's backward takes dlse along, which carries the gradient through
-the softmax denominator to all keys for free; the rest is added to its dq and dk in place. Besides what attention needs
-there live the slice, its gradient, and dq of the rows.
+gradient gives dlse; the engine's backward takes it along, which carries the gradient through the softmax denominator to
+all keys for free; the rest is added to its dq and dk in place. Besides what attention needs there live the slice, its
+gradient, and, with Triton, dq of the rows.
 """
 
 from typing import Any
