@@ -246,15 +246,20 @@ void slice_forward_with_lse(const Problem& p, const Part& part, float* lse, floa
 // One tile of scores becomes probabilities, then dS. These are functions of their own, not inlined: compilers contract
 // multiply-adds as the surroundings suggest, and dk must have the same bits however the work is cut.
 
-// Scores to probabilities in place, 0 where hidden, up to a whole vector after the last key and an even number of rows.
-__attribute__((noinline)) void to_probabilities(const Rows& r, const Keys& c, float* tile,
-                                                int64_t tile_pitch, const Scratch& s) {
-  for (int64_t i = 0; i < round_up(r.n, 2); ++i)
+// Scores to probabilities in place, 0 where hidden, up to a whole vector after the last key and an even number of rows;
+// sums_i += sum_j P_ij if `sums` is not null.
+__attribute__((noinline)) void to_probabilities(const Rows& r, const Keys& c, float* tile, int64_t tile_pitch,
+                                                float* sums, const Scratch& s) {
+  for (int64_t i = 0; i < round_up(r.n, 2); ++i) {
+    Vec sum = {};
     for (int64_t j = 0; j < c.n; j += kLanes) {
       float* at = tile + i * tile_pitch + j;
-      const Vec probability = exp(load(at) - s.row_lse[i]);
-      store(at, visible(s, i, j) ? probability : Vec{});
+      const Vec probability = exp(load(at) - s.row_lse[i]), shown = visible(s, i, j) ? probability : Vec{};
+      store(at, shown);
+      sum += shown;
     }
+    if (sums && i < r.n) sums[i] += lane_sum(sum);
+  }
 }
 
 inline const float* weight_row(const Problem& p, const Gradient& g, int64_t sample, int64_t head, const Rows& r,
@@ -286,16 +291,6 @@ inline __attribute__((always_inline)) Vec gradient_of_scores(const Gradient& g, 
   if (weight) slope += load_first(weight + j, c.n_cols - j) * g.factor;
   const Vec ds = load(tile + i * tile_pitch + j) * slope * scale;
   return visible(s, i, j) ? ds : Vec{};
-}
-
-// sums_i += sum_j P_ij, over all keys
-__attribute__((noinline)) void add_sums(const Rows& r, const Keys& c, const float* tile, int64_t tile_pitch,
-                                        float* sums) {
-  for (int64_t i = 0; i < r.n; ++i) {
-    Vec sum = {};
-    for (int64_t j = 0; j < c.n; j += kLanes) sum += load(tile + i * tile_pitch + j);
-    sums[i] += lane_sum(sum);
-  }
 }
 
 // Probabilities to dS: s.tile, or the two tiles of pairs.
@@ -410,7 +405,7 @@ void gradient_by_tiles(const Problem& p, const Part& part, const Gradient& g, bo
         find_queries<kPairs>(p, part.sample, head, r, s);
         read_lse(p, part.sample, head, r, g.lse, s);
         compute_scores<kPairs>(p, r, c, s.tile, kKeyTile, s);
-        to_probabilities(r, c, s.tile, kKeyTile, s);
+        to_probabilities(r, c, s.tile, kKeyTile, nullptr, s);
         if (sums) subtract_weighted(p, g, part.sample, head, r, c, s.tile, kKeyTile, s);
         if (!want_dq && !want_dk) continue;
         to_score_gradient<kPairs>(p, g, part.sample, head, r, c, s.tile, kKeyTile, s);
@@ -419,49 +414,51 @@ void gradient_by_tiles(const Problem& p, const Part& part, const Gradient& g, bo
   }
 }
 
-// The rows' own dlse, known after the last column: P of one head and the part's rows waits in s.spill.
-template <bool kPairs>
-void gradient_with_denominator(const Problem& p, const Part& part, const Gradient& g, int64_t head, bool want_dk,
-                               Scratch& s) {
+// Calls work(c, r) for the tiles of all keys and the part's rows that see one of them, after pack(c) for their keys.
+template <class Pack, class Work>
+inline __attribute__((always_inline)) void for_visible_tiles(const Problem& p, const Part& part, Scratch& s, Pack pack,
+                                                             Work work) {
   for (int64_t key = 0; key < p.n_keys; key += kKeyTile) {
     const Keys c = locate_keys(p, part.sample, key, p.n_keys, s);
     bool packed = false;
     for (int64_t row = part.row_begin; row < part.row_end; row += kRowTile) {
       const Rows r = locate_rows(p, part.sample, row, part.row_end, s);
       if (c.first_position > r.last_limit) continue;
-      if (!packed) {
-        pack_panels<kPairs>(p, part.sample, part.kv_head, c, s);
-        packed = true;
-      }
-      find_queries<kPairs>(p, part.sample, head, r, s);
-      read_lse(p, part.sample, head, r, g.lse, s);
-      float* spill = s.spill + (row - part.row_begin) * s.spill_pitch + key;
-      compute_scores<kPairs>(p, r, c, spill, s.spill_pitch, s);
-      to_probabilities(r, c, spill, s.spill_pitch, s);
-      if (c.n_cols) subtract_weighted(p, g, part.sample, head, r, c, spill, s.spill_pitch, s);
-      add_sums(r, c, spill, s.spill_pitch, g.share + first_row(p, part.sample, head, r));
+      if (!packed) pack(c);
+      packed = true;
+      work(c, r);
     }
   }
+}
+
+// The rows' own dlse, known after the last column: P of one head and the part's rows waits in s.spill.
+template <bool kPairs>
+void gradient_with_denominator(const Problem& p, const Part& part, const Gradient& g, int64_t head, bool want_dk,
+                               Scratch& s) {
+  const auto spilled = [&](const Keys& c, const Rows& r) {
+    return s.spill + (r.begin - part.row_begin) * s.spill_pitch + c.begin;
+  };
+  for_visible_tiles(
+      p, part, s, [&](const Keys& c) { pack_panels<kPairs>(p, part.sample, part.kv_head, c, s); },
+      [&](const Keys& c, const Rows& r) {
+        find_queries<kPairs>(p, part.sample, head, r, s);
+        read_lse(p, part.sample, head, r, g.lse, s);
+        float* tile = spilled(c, r);
+        compute_scores<kPairs>(p, r, c, tile, s.spill_pitch, s);
+        to_probabilities(r, c, tile, s.spill_pitch, g.share + first_row(p, part.sample, head, r), s);
+        if (c.n_cols) subtract_weighted(p, g, part.sample, head, r, c, tile, s.spill_pitch, s);
+      });
   const int64_t first = (part.sample * p.heads + head) * p.n_rows;
   for (int64_t i = first + part.row_begin; i < first + part.row_end; ++i) {
     g.share[i] = g.share[i] == 0.f ? 1.f : 1.f / g.share[i];
     g.dlse[i] *= g.share[i];
   }
-  for (int64_t key = 0; key < p.n_keys; key += kKeyTile) {
-    const Keys c = locate_keys(p, part.sample, key, p.n_keys, s);
-    bool packed = false;
-    for (int64_t row = part.row_begin; row < part.row_end; row += kRowTile) {
-      const Rows r = locate_rows(p, part.sample, row, part.row_end, s);
-      if (c.first_position > r.last_limit) continue;
-      if (!packed) {
-        pack_key_rows<kPairs>(p, part.sample, part.kv_head, c, s);
-        packed = true;
-      }
-      const float* spill = s.spill + (row - part.row_begin) * s.spill_pitch + key;
-      to_score_gradient<kPairs>(p, g, part.sample, head, r, c, spill, s.spill_pitch, s);
-      add_products<kPairs>(p, part, g, head, r, c, true, want_dk, s);
-    }
-  }
+  for_visible_tiles(
+      p, part, s, [&](const Keys& c) { pack_key_rows<kPairs>(p, part.sample, part.kv_head, c, s); },
+      [&](const Keys& c, const Rows& r) {
+        to_score_gradient<kPairs>(p, g, part.sample, head, r, c, spilled(c, r), s.spill_pitch, s);
+        add_products<kPairs>(p, part, g, head, r, c, true, want_dk, s);
+      });
 }
 
 template <bool kPairs>

@@ -46,9 +46,13 @@ inline void store_first(float* p, Vec v, int64_t n) {
 }
 
 inline float lane_sum(Vec v) {
-  float sum = 0.f;
-  for (int lane = 0; lane < kLanes; ++lane) sum += v[lane];
-  return sum;
+  float lanes[kLanes];
+  store(lanes, v);
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  return lanes[0];
 }
 
 // x itself, as a value that compilers cannot contract with what follows: score * scale - max must be exactly 0 at the
