@@ -24,9 +24,8 @@ constexpr bool kDotPairs = false;
 #include "simd_vocabulary.h"
 
 namespace cdistill {
-const Kernels kAvx512 = {
-    "avx512",  kDotPairs,     slice_forward, slice_forward_with_lse, gradient, row_lse,
-    has_subnormal, vocabulary_row};
+const Kernels kAvx512 = {"avx512", kDotPairs, slice_forward, slice_forward_with_lse,
+                          gradient, row_lse, has_subnormal, vocabulary_row};
 }  // namespace cdistill
 
 #if defined(__clang__)

@@ -37,9 +37,8 @@ inline __attribute__((always_inline)) Vec dot_pairs<true>(Vec sum, Vec a, Vec b)
 #include "simd_vocabulary.h"
 
 namespace cdistill {
-const Kernels kAvx512Bf16 = {
-    "avx512_bf16",  kDotPairs,     slice_forward, slice_forward_with_lse, gradient, row_lse,
-    has_subnormal, vocabulary_row};
+const Kernels kAvx512Bf16 = {"avx512_bf16", kDotPairs, slice_forward, slice_forward_with_lse,
+                          gradient, row_lse, has_subnormal, vocabulary_row};
 }  // namespace cdistill
 
 #if defined(__clang__)

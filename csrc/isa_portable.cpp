@@ -15,7 +15,6 @@ constexpr bool kDotPairs = false;
 #include "simd_vocabulary.h"
 
 namespace cdistill {
-const Kernels kPortable = {
-    "portable",  kDotPairs,     slice_forward, slice_forward_with_lse, gradient, row_lse,
-    has_subnormal, vocabulary_row};
+const Kernels kPortable = {"portable", kDotPairs, slice_forward, slice_forward_with_lse,
+                          gradient, row_lse, has_subnormal, vocabulary_row};
 }  // namespace cdistill

@@ -146,8 +146,8 @@ struct Softmax {
 Softmax join_lanes(const float* max, const float* sum) {
   Softmax row{kLowest, 0};
   for (int lane = 0; lane < kLanes; ++lane) row.top = max[lane] > row.top ? max[lane] : row.top;
-  for (int lane = 0; lane < kLanes; ++lane)
-    if (sum[lane] != 0.f) row.total += sum[lane] * __builtin_exp(static_cast<double>(max[lane]) - row.top);
+  const Vec terms = load(sum) * exp(load(max) - row.top);
+  for (int lane = 0; lane < kLanes; ++lane) row.total += terms[lane];
   return row;
 }
 
