@@ -184,5 +184,5 @@ def test_is_faster_than_torch(benchmark, cpu_environment, monkeypatch, kind, siz
         most_possible={"forward": forward_ms["torch"] / floor_forward, "both": both_ms["torch"] / floor_both},
     )
     assert faster[0] >= kind.claimed[0] and faster[1] >= kind.claimed[1]
-    if size == SIZES["D128"] and not own_lse and kind.dtype == torch.float32:
+    if size == SIZES["D128"] and not own_lse and kind.isa == "avx512" and kind.dtype == torch.float32:
         assert forward_ms["cpp"] <= MOST_TIMES_FLOOR * floor_forward

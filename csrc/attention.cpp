@@ -120,9 +120,10 @@ void advise_large_pages(void* data, int64_t bytes) {
 #endif
 }
 
-// Which samples may be multiplied as pairs, (B) or empty: those of bf16 without subnormal numbers, which that would take
-// for zero. A sample alone and in a batch go the same way.
-std::vector<uint8_t> exact_as_pairs(const Kernels& kernels, const Problem& p, int threads) {
+// Decides which samples are multiplied as pairs: those of bf16 without subnormal numbers, which that would take for zero. A
+// sample alone and in a batch go the same way. Returns what p.dot_pairs points to.
+std::vector<uint8_t> choose_pairs(const Kernels& kernels, Problem& p, int threads) {
+  p.dot_pairs = nullptr;
   if (!kernels.dot_pairs || p.q.dtype != DType::kBFloat16) return {};
   std::vector<std::atomic<bool>> subnormal(p.batch);
   const auto search = [&](const Operand& x, int64_t sample, int64_t head, int64_t token) {
@@ -144,6 +145,7 @@ std::vector<uint8_t> exact_as_pairs(const Kernels& kernels, const Problem& p, in
   });
   std::vector<uint8_t> exact(p.batch);
   for (int64_t b = 0; b < p.batch; ++b) exact[b] = !subnormal[b];
+  p.dot_pairs = exact.data();
   return exact;
 }
 
@@ -188,8 +190,7 @@ Part head_part(const Problem& p, int64_t index, int64_t chunk_rows) {
 }  // namespace
 
 void slice_forward(const Kernels& kernels, Problem p, const float* lse, float* out, bool each, int threads) {
-  const std::vector<uint8_t> pairs = exact_as_pairs(kernels, p, threads);
-  p.dot_pairs = pairs.empty() ? nullptr : pairs.data();
+  const std::vector<uint8_t> pairs = choose_pairs(kernels, p, threads);
   const int64_t key_parts = blocks(p.n_keys, kKeyTile), row_parts = blocks(p.n_rows, kRowChunk);
   Needs needs;
   needs.sum_rows = std::min(p.n_rows, kRowChunk);
@@ -203,8 +204,7 @@ void slice_forward(const Kernels& kernels, Problem p, const float* lse, float* o
 
 void row_lse(const Kernels& kernels, Problem p, float* lse, int threads) {
   use_all_keys(p);
-  const std::vector<uint8_t> pairs = exact_as_pairs(kernels, p, threads);
-  p.dot_pairs = pairs.empty() ? nullptr : pairs.data();
+  const std::vector<uint8_t> pairs = choose_pairs(kernels, p, threads);
   Needs needs;
   needs.lse_rows = std::min(p.n_rows, kRowChunk);
   const int64_t parts = p.batch * p.heads * blocks(p.n_rows, kRowChunk);
@@ -223,8 +223,7 @@ void slice_forward_with_lse(const Kernels& kernels, Problem p, float* lse, float
   }
   const std::vector<int32_t> keys = slice_first(p, &p.n_keys);
   p.keys = keys.data();
-  const std::vector<uint8_t> pairs = exact_as_pairs(kernels, p, threads);
-  p.dot_pairs = pairs.empty() ? nullptr : pairs.data();
+  const std::vector<uint8_t> pairs = choose_pairs(kernels, p, threads);
   // Equal chunks, one for every thread; where they begin changes no bit, because rows do not depend on each other.
   const int64_t wanted = std::max(blocks(p.n_rows, most_rows), blocks(threads, std::max<int64_t>(p.batch, 1)));
   Needs needs;
@@ -274,8 +273,7 @@ void gradient(const Kernels& kernels, Problem p, Gradient g, int threads) {
     p.keys = keys.data();
     needs.spill_pitch = spill_rows ? spill_pitch : 0;
   }
-  const std::vector<uint8_t> pairs = exact_as_pairs(kernels, p, threads);
-  p.dot_pairs = pairs.empty() ? nullptr : pairs.data();
+  const std::vector<uint8_t> pairs = choose_pairs(kernels, p, threads);
   const bool wanted = g.dq.data;  // or only dlse
   needs.dq = wanted && g.dq.dtype != DType::kFloat32;
   const bool sum_keys = wanted && g.dk.dtype != DType::kFloat32;

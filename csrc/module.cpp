@@ -146,10 +146,6 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&make_problem), py::kw_only(), "q"_a, "q_strides"_a, "k"_a, "k_strides"_a, "dtype"_a, "batch"_a,
            "heads"_a, "kv_heads"_a, "tokens"_a, "dim"_a, "rows"_a, "n_rows"_a, "cols"_a, "n_cols"_a, "key_mask"_a,
            "causal"_a, "scale"_a);
-  m.def(
-      "row_lse",
-      [](const Problem& p, uintptr_t lse, int threads) { row_lse(Unlocked().kernels, p, pointer<float>(lse), threads); },
-      "problem"_a, "lse"_a, "threads"_a);
   py::class_<Result>(m, "Result", "A gradient that is added to; without a tensor, one that is not wanted.")
       .def(py::init<>())
       .def(py::init(&make_result), py::kw_only(), "address"_a, "dtype"_a, "strides"_a);

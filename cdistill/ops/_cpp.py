@@ -19,7 +19,6 @@ __all__ = [
     "alignment_loss",
     "fold_dlse",
     "regions",
-    "row_lse",
     "row_lse_backward",
     "slice_accumulate",
     "slice_backward",
@@ -85,14 +84,6 @@ def _zeros(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return zeros(q), zeros(k)
 
 
-def row_lse(q: Tensor, k: Tensor, rows: Tensor, *, causal: bool, scale: float, key_mask: Tensor | None) -> Tensor:
-    """log sum exp(scale * q.k) over all visible keys, (B,Hq,T), written at the rows; +inf for a row without keys."""
-    rows = rows.int()
-    lse = torch.empty((*q.shape[:2], rows.shape[1]), dtype=torch.float32)
-    _C.row_lse(_problem(q, k, rows, None, causal, scale, key_mask), lse.data_ptr(), torch.get_num_threads())
-    return to_rows(lse, rows, q.shape[2])
-
-
 def row_lse_backward(
     q: Tensor,
     k: Tensor,
@@ -105,7 +96,7 @@ def row_lse_backward(
     key_mask: Tensor | None,
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of ``row_lse``: dS_ij = P_ij * dlse_i over all visible keys j."""
+    """Gradient of the rows' log-sum-exp: dS_ij = P_ij * dlse_i over all visible keys j."""
     if into is not None and not dlse.any():  # all of it was folded
         return into
     rows = rows.int()
@@ -155,7 +146,10 @@ def slice_forward_with_lse(
     key_mask: Tensor | None,
     each: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``slice_forward`` and the ``row_lse`` it needs, from one product of queries and keys."""
+    """``slice_forward`` and the log-sum-exp (B,Hq,T) it needs, from one product of queries and keys.
+
+    The log-sum-exp is written at the rows, +inf for a row without keys.
+    """
     rows, cols = rows.int(), cols.int()
     a = _empty_slice(q, rows, cols, each)
     lse = torch.empty((*q.shape[:2], rows.shape[1]), dtype=torch.float32)

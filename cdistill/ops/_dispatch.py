@@ -40,7 +40,10 @@ class Backend(Protocol):
     def row_lse(
         self, q: Tensor, k: Tensor, rows: Tensor, *, causal: bool, scale: float, key_mask: Tensor | None
     ) -> Tensor:
-        """log sum exp(scale * q.k) over all keys a row sees, +inf where there is none: (B,Hq,T), only rows written."""
+        """log sum exp(scale * q.k) over all keys a row sees, +inf where there is none: (B,Hq,T), only rows written.
+
+        Only without FUSES_DENOMINATOR.
+        """
 
     def row_lse_backward(
         self,
