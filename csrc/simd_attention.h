@@ -75,9 +75,7 @@ void slice_forward_as(const Problem& p, const Part& part, const float* lse, floa
     const Keys c = locate_keys(p, part.sample, key, part.key_end, s);
     memset(s.sum, 0, sum_bytes);
     for (int64_t head = 0; head < p.heads; ++head) {
-      if (head % group == 0 && c.first_position != kNever) {
-        pack_panels<kPairs>(p, part.sample, head / group, c, s);
-      }
+      if (head % group == 0 && c.first_position != kNever) pack_panels<kPairs>(p, part.sample, head / group, c, s);
       for (int64_t row = part.row_begin; row < part.row_end; row += kRowTile) {
         const Rows r = locate_rows(p, part.sample, row, part.row_end, s);
         if (c.first_position > r.last_limit) continue;

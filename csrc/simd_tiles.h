@@ -172,7 +172,7 @@ inline void transpose(const char* const* in, int64_t d, float* out) {
   for (int i = 0; i < 4; ++i) memcpy(out + i * kPanel, &columns[i], sizeof(Quad));
 }
 
-// Panels of keys, transposed in place of the input if its units are those of the tile; else from packed rows of fp32.
+// Panels of keys, transposed straight from the input if its units are those of the tile, else from packed rows of fp32.
 template <bool kPairs>
 void pack_panels(const Problem& p, int64_t sample, int64_t kv_head, const Keys& c, Scratch& s) {
   constexpr int kTogether = 8;  // keys, so that a cache line is written at once
