@@ -135,7 +135,8 @@ PYBIND11_MODULE(_C, m) {
   using Released = py::call_guard<py::gil_scoped_release>;
 
   m.doc() = "CPU kernels of cdistill; addresses, shapes and strides in elements come in.";
-  m.def("isa", [] { return select_kernels().name; }, "Name of the instruction set in use: avx512_bf16, avx512, avx2 or portable.");
+  m.def("isa", [] { return select_kernels().name; },
+        "Name of the instruction set in use: avx512_bf16, avx512, avx2 or portable.");
 
   m.def(
       "fill_with_zeros",
