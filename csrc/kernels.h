@@ -52,7 +52,7 @@ struct Gradient {
   float factor;  // 1 / heads for the head mean
   Denominator denominator;
   float* dlse;     // (B, H, n_rows); may be null if apart
-  float* share;    // (B, H, n_rows), what P is multiplied by to sum to 1 over all keys; null if the lse is the caller's
+  float* share;    // (B, H, n_rows), what P is multiplied by to sum to 1 over all keys; null where it stays as it is
   Result dq, dk;   // (B, H, T, D), (B, Hkv, T, D); without data if only dlse is wanted
 };
 
