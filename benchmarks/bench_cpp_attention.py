@@ -162,8 +162,7 @@ def test_is_faster_than_torch(benchmark, cpu_environment, monkeypatch, kind, siz
 
     benchmark.pedantic(timed, args=("cpp",), setup=others, rounds=ROUNDS)
     forward_ms, both_ms = ({name: statistics.median(x) for name, x in of.items()} for of in (forward, both))
-    isa = "avx512" if kind.isa == "avx512_bf16" and kind.dtype != torch.bfloat16 else kind.isa
-    rate = peak_multiply_adds(isa, threads) / 1e3
+    rate = peak_multiply_adds(kind.isa, threads) / 1e3
     work = size.multiply_adds(own_lse)
     floor_forward, floor_both = work[0] / rate, sum(work) / rate
     faster = forward_ms["torch"] / forward_ms["cpp"], both_ms["torch"] / both_ms["cpp"]

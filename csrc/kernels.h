@@ -43,8 +43,8 @@ enum class Denominator {
   kOwn,    // it is a result, and its own part of the gradient is added as if it were given
 };
 
-// Gradient of the probabilities: dS_ij = scale * share_i * P_ij * (weight_ij * factor + dlse_i), weight only in the slice and dlse
-// only if it is given or own; then dq += dS k and dk += dS^T q.
+// Gradient of the probabilities: dS_ij = scale * share_i * P_ij * (weight_ij * factor + dlse_i), weight only in the slice
+// and dlse only if it is given or own; then dq += dS k and dk += dS^T q.
 struct Gradient {
   const float* lse;     // (B, H, n_rows)
   const float* weight;  // (B, [H,] n_rows, n_cols), or null

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from op_cases import ISAS
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
@@ -36,18 +37,11 @@ def impl(request):
     return request.param
 
 
-@pytest.fixture
+@pytest.fixture(params=ISAS)
 def isa(request, monkeypatch):
     """Each instruction set of the C++ module that this processor runs."""
     monkeypatch.setenv("CDISTILL_CPU_ISA", request.param)
     return request.param
-
-
-def pytest_generate_tests(metafunc):
-    if "isa" in metafunc.fixturenames:
-        from op_cases import ISAS
-
-        metafunc.parametrize("isa", ISAS, indirect=True)
 
 
 @pytest.fixture(scope="session")

@@ -6,15 +6,17 @@ import sys
 
 import pytest
 import torch
-from op_cases import allocations
+from op_cases import allocations, device_of
 from vocabulary_cases import LEAVES, call, draw, gradients_of, run, values_and_gradients, with_topk
 
 from cdistill.ops import linear_distillation, reference
+from cdistill.ops._dispatch import IMPLS
 
+ON_THE_CPU = [impl for impl in IMPLS if device_of(impl) == "cpu"]  # whose allocator is watched
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the CPU's allocator hands out")
+@pytest.mark.parametrize("impl", ON_THE_CPU)
 def test_chunks_are_as_large_as_the_budget(impl, monkeypatch):
     inputs = draw(n=21, ignored=0.0)
     whole = run(impl, inputs)
@@ -25,7 +27,7 @@ def test_chunks_are_as_large_as_the_budget(impl, monkeypatch):
         assert max(allocations(lambda: run(impl, inputs))) == rows * 2 * 64 * 4
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the CPU's allocator hands out")
+@pytest.mark.parametrize("impl", ON_THE_CPU)
 def test_no_logits_of_all_rows_and_no_head_gradient_when_frozen(impl):
     inputs = draw(n=32, vocab=(512, 512), ignored=0.0)
 
@@ -48,6 +50,7 @@ GROWTH = """
 import sys
 import torch
 from cdistill.ops import linear_distillation, reference
+from cdistill.ops._dispatch import IMPLS
 
 impl, dtype, rows, trained = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True"
 torch.set_num_threads(2)
