@@ -4,12 +4,14 @@ from cdistill.models.llava import (
     TAFAdapter,
     TAFLlavaConfig,
     TAFLlavaForConditionalGeneration,
-    check_pair,
     compose,
     encode_images,
     merge_visual_tokens,
-    shared_embeddings,
+    share_vision,
+    student_embeddings,
+    teacher_embeddings,
 )
+from cdistill.models.pair import check_pair
 
 __all__ = [
     "TAFAdapter",
@@ -19,5 +21,7 @@ __all__ = [
     "compose",
     "encode_images",
     "merge_visual_tokens",
-    "shared_embeddings",
+    "share_vision",
+    "student_embeddings",
+    "teacher_embeddings",
 ]

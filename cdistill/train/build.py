@@ -8,8 +8,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from cdistill.data.builtin import IMAGE_TOKEN, build_tokenizer
-from cdistill.models.llava import Llava, TAFAdapter, check_pair, compose
+from cdistill.models.llava import Llava, TAFAdapter, compose
 from cdistill.models.load import Model, is_llava, load_llava, load_model, load_tokenizer, resolve_folder
+from cdistill.models.pair import check_pair
 from cdistill.train.config import Recipe, StudentConfig
 from cdistill.vat import VAT, VATConfig
 

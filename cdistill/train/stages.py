@@ -20,8 +20,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 from cdistill.data.render import PATCH_CLASSES
-from cdistill.models.llava import shared_embeddings
 from cdistill.models.load import Model, load_model
+from cdistill.models.parts import language_model
 from cdistill.train import launch
 from cdistill.train.build import Models, build_models, count_parameters, depths_of, vat_config
 from cdistill.train.config import Recipe, first_difference, recipe_from_dict, recipe_to_dict
@@ -36,8 +36,7 @@ from cdistill.train.trainer import (
     training_arguments,
 )
 from cdistill.train.zero import deepspeed_config
-from cdistill.vat import VAT, installed
-from cdistill.vat.hook import KEYWORD
+from cdistill.vat import VAT
 
 RECIPE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
@@ -279,7 +278,7 @@ def _run_stage(
 
 
 def _checkpoint_activations(student: Model, *, reentrant: bool) -> None:
-    language = getattr(student.model, "language_model", student.model)
+    language = language_model(student)
     options = {"use_reentrant": reentrant}
     if hasattr(language, "activation_checkpointing_enable"):  # transformers 5.20 renamed it
         language.activation_checkpointing_enable(options)
@@ -295,21 +294,9 @@ def _make_vat(recipe: Recipe, student: Model, teacher: Model, batches: DataLoade
     measured = VAT.measure(config, *depths)
     wanted = math.ceil(recipe.vat.measure_samples / (batches.batch_size or 1))
     probe = VAT(replace(config, matching="group"), *depths)
-    with torch.no_grad(), installed(student), installed(teacher):
-        for _, batch in zip(range(wanted), batches, strict=False):
-            batch = {name: value.to(teacher.device) for name, value in batch.items()}
-            regions = probe.regions(
-                batch["input_ids"],
-                batch["labels"],
-                batch["attention_mask"],
-                visual_token_ids=student.config.image_token_id,
-            )
-            pixels = batch.get("pixel_values")
-            embeds = shared_embeddings(student, teacher, batch["input_ids"], pixels)
-            recorders = (measured.student(regions, None), measured.teacher(regions, None))
-            for model, inputs, recorder in zip((student, teacher), embeds, recorders, strict=True):
-                model.model.language_model(inputs_embeds=inputs, use_cache=False, **{KEYWORD: recorder})
-            measured.update(*recorders)
+    model = DistillationModel(student, OBJECTIVES["dft"], teacher=teacher, vat=probe)
+    for _, batch in zip(range(wanted), batches, strict=False):
+        model.measure(measured, **{name: value.to(student.device) for name, value in batch.items()})
     return VAT(config, *depths, distances=measured.matrix())
 
 
