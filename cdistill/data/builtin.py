@@ -70,17 +70,27 @@ class BuiltinDataset(Dataset):
         return [self._vocabulary[word] for word in text.split()]
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not 0 <= index < self.size:
-            raise IndexError(index)
-        rng = random.Random(f"{self.seed}/{index}/{self.held_out}")
-        scene, turns = self._scene_and_turns(rng)
-        text_only = self.mixture.modality == "text"
-        prefix = scenes.describe(scene) if text_only else " ".join([IMAGE_TOKEN] * NUM_VISUAL_TOKENS)
-        item = self._conversation(prefix, turns)
-        if not text_only:
+        rng, scene, turns = self._draw(index)
+        item = self._conversation(self._prefix(scene), turns)
+        if self.mixture.modality == "image":
             pixels = render.render(scene, np.random.default_rng(rng.getrandbits(64)))
             item["pixel_values"] = torch.from_numpy(pixels)
         return item | self._grounding(scene, item["input_ids"]) if self.grounding else item
+
+    def length(self, index: int) -> int:
+        """Tokens of an item, whose image is not drawn for it."""
+        _, scene, turns = self._draw(index)
+        return len(self._conversation(self._prefix(scene), turns)["input_ids"])
+
+    def _draw(self, index: int) -> tuple[random.Random, scenes.Scene, list[tuple[str, str]]]:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        rng = random.Random(f"{self.seed}/{index}/{self.held_out}")
+        return rng, *self._scene_and_turns(rng)
+
+    def _prefix(self, scene: scenes.Scene) -> str:
+        text_only = self.mixture.modality == "text"
+        return scenes.describe(scene) if text_only else " ".join([IMAGE_TOKEN] * NUM_VISUAL_TOKENS)
 
     def _grounding(self, scene: scenes.Scene, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         words = [self._words[i] for i in input_ids.tolist()]

@@ -1,12 +1,14 @@
 """Datasets and collators of the stages, on the built-in task."""
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from cdistill.data.builtin import BuiltinDataset, Collator, build_tokenizer
 from cdistill.data.render import patch_labels, render
@@ -59,6 +61,18 @@ def stage_dataset(recipe: Recipe, index: int, tokenizer: Any) -> tuple[Dataset, 
             raise ValueError(
                 f"stage.{recipe.stages[index]}.data needs the built-in tokenizer: there is no token {word!r}"
             )
-    return BuiltinDataset(
+    data: Any = BuiltinDataset(
         stage.data, size=size, seed=seed, tokenizer=tokenizer, grounding=stage.objective == "ground"
-    ), Collator(tokenizer.pad_token_id)
+    )
+    if recipe.group_by_length:
+        lengths = [data.length(i) for i in range(size)]
+        data = Subset(data, length_grouped(lengths, stage.global_batch_size, seed))
+    return data, Collator(tokenizer.pad_token_id)
+
+
+def length_grouped(lengths: Sequence[int], batch_size: int, seed: int) -> list[int]:
+    """An order of the samples in which those of a batch have similar lengths, and the batches come in a random order."""
+    generator = torch.Generator().manual_seed(seed)
+    order = get_length_grouped_indices(lengths, batch_size, generator=generator)
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return [index for i in torch.randperm(len(batches), generator=generator).tolist() for index in batches[i]]

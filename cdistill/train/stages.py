@@ -26,6 +26,7 @@ from cdistill.train import launch
 from cdistill.train.build import Models, build_models, count_parameters, depths_of, vat_config
 from cdistill.train.config import Recipe, first_difference, recipe_from_dict, recipe_to_dict
 from cdistill.train.data import stage_dataset
+from cdistill.train.lora import add_lora
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES, set_trained
 from cdistill.train.trainer import (
@@ -193,9 +194,14 @@ def _run_stage(
     world = dist.get_world_size() if launch.launched() else 1
     micro = stage.micro_batch_size or stage.global_batch_size // world
     torch.manual_seed(recipe.seed + index)
+    lora = recipe.student.lora if "language" in objective.trained else None
+    if lora is not None:
+        add_lora(student, lora)
     set_trained(student, objective)
     if recipe.gradient_checkpointing and objective.trained != ("vision",):
         _checkpoint_activations(student, reentrant=recipe.gradient_checkpointing == "reentrant")
+    if recipe.compile:
+        compile_layers(student)
     trained, total = count_parameters(student)
     zero = None
     if recipe.deepspeed != "off":
@@ -239,6 +245,7 @@ def _run_stage(
         arguments,
         stage,
         vat_weight=recipe.vat.weight,
+        lora=lora,
         train_dataset=dataset,
         data_collator=collator,
         callbacks=[log, *callbacks],
@@ -284,6 +291,12 @@ def _checkpoint_activations(student: Model, *, reentrant: bool) -> None:
         language.activation_checkpointing_enable(options)
     else:
         language.gradient_checkpointing_enable(options)
+
+
+def compile_layers(student: Model, backend: str = "inductor") -> None:
+    """Compile each layer of the language model for batches of any length; layers of one kind are compiled once."""
+    for layer in language_model(student).layers:
+        layer.compile(dynamic=True, backend=backend)
 
 
 def _make_vat(recipe: Recipe, student: Model, teacher: Model, batches: DataLoader) -> VAT:

@@ -12,8 +12,9 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from cdistill.data.builtin import IGNORE_INDEX
-from cdistill.train.config import StageConfig
+from cdistill.train.config import LoRAConfig, StageConfig
 from cdistill.train.launch import launched
+from cdistill.train.lora import merged_state
 from cdistill.train.model import DistillationModel
 
 COMPLETE = "complete"  # marks a checkpoint that every process has finished writing
@@ -36,6 +37,7 @@ class DistillTrainer(Trainer):
         stage: StageConfig,
         *,
         vat_weight: float,
+        lora: LoRAConfig | None = None,
         train_dataset: Dataset,
         data_collator: Any,
         callbacks: list[TrainerCallback],
@@ -44,7 +46,7 @@ class DistillTrainer(Trainer):
             model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, callbacks=callbacks
         )
         self.remove_callback(PrinterCallback)
-        self.stage, self.distillation = stage, model
+        self.stage, self.distillation, self.lora = stage, model, lora
         self.weights = {"patch": 1.0, "ar": 1.0, "ground": 1.0, "kd": model.kd.weight, "vat": vat_weight, "idle": 1.0}
         # Both say that compute_loss has already divided by the whole global batch (the second since transformers 5.20).
         self.model_accepts_loss_kwargs = True
@@ -117,7 +119,7 @@ class DistillTrainer(Trainer):
         super().log({**logs, **means}, start_time)
 
     def save_student(self, folder: Path) -> None:
-        """Write the student by ``save_pretrained`` (safetensors). Every process must call it."""
+        """Write the student by ``save_pretrained`` (safetensors), LoRA merged. Every process must call it."""
         self.save_model(str(folder))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -127,6 +129,8 @@ class DistillTrainer(Trainer):
         prefix = "student."
         whole = self.distillation.state_dict() if state_dict is None else state_dict
         student = {name.removeprefix(prefix): t for name, t in whole.items() if name.startswith(prefix)}
+        if self.lora is not None:
+            student = merged_state(student, self.lora)
         self.distillation.student.save_pretrained(output_dir, state_dict=student)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
