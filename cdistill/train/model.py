@@ -14,7 +14,15 @@ from cdistill.models.load import Model, is_llava
 from cdistill.ops import linear_distillation
 from cdistill.train.config import KDConfig
 from cdistill.train.objectives import Objective
-from cdistill.vat import VAT, LayerMatch, StudentAlignment, grounded_regions, install, layer_range
+from cdistill.vat import (
+    VAT,
+    LayerMatch,
+    StudentAlignment,
+    attention_layers,
+    grounded_regions,
+    install,
+    layer_range,
+)
 from cdistill.vat.hook import KEYWORD
 
 
@@ -164,7 +172,7 @@ class DistillationModel(nn.Module):
             with torch.no_grad():
                 teacher_hidden = _hidden(self.teacher, teacher_embeds, teacher_recorder)[:, :-1][answers]
         if self.vat is not None and teacher_recorder is not None:
-            student_recorder = self.vat.student(regions, teacher_recorder.targets, None)
+            student_recorder = self.vat.student(regions, teacher_recorder, None)
         hidden = _hidden(self.student, student_embeds, student_recorder)[:, :-1][answers]
         head = self.student.lm_head
         if teacher_hidden is None:
@@ -191,8 +199,8 @@ class DistillationModel(nn.Module):
     def _grounding(self, grounding: Tensor | None, places: Tensor | None) -> StudentAlignment:
         """Aligns the visual understanding layers with what the words speak of, as VAT does with a teacher."""
         assert grounding is not None and places is not None
-        depth = self.student.config.get_text_config().num_hidden_layers
-        matches = [LayerMatch(layer, (layer,)) for layer in layer_range(depth, "intermediate")]
+        layers = layer_range(attention_layers(self.student), "intermediate")
+        matches = [LayerMatch(layer, (layer,)) for layer in layers]
         regions, target = grounded_regions(grounding, places)
         return StudentAlignment(matches, regions, [target] * len(matches), key_mask=None)
 

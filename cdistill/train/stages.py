@@ -23,7 +23,7 @@ from cdistill.data.render import PATCH_CLASSES
 from cdistill.models.llava import shared_embeddings
 from cdistill.models.load import Model, load_model
 from cdistill.train import launch
-from cdistill.train.build import Models, build_models, count_parameters, depths_of, vat_config
+from cdistill.train.build import Models, build_models, count_parameters, vat_config
 from cdistill.train.config import Recipe, first_difference, recipe_from_dict, recipe_to_dict
 from cdistill.train.data import stage_dataset
 from cdistill.train.model import DistillationModel
@@ -36,7 +36,7 @@ from cdistill.train.trainer import (
     training_arguments,
 )
 from cdistill.train.zero import deepspeed_config
-from cdistill.vat import VAT, installed
+from cdistill.vat import VAT, attention_layers, installed
 from cdistill.vat.hook import KEYWORD
 
 RECIPE = "recipe.yaml"
@@ -289,12 +289,12 @@ def _checkpoint_activations(student: Model, *, reentrant: bool) -> None:
 
 def _make_vat(recipe: Recipe, student: Model, teacher: Model, batches: DataLoader) -> VAT:
     config = vat_config(recipe)
-    depths = depths_of(student, teacher)
+    layers = attention_layers(student), attention_layers(teacher)
     if config.matching != "adaptive":
-        return VAT(config, *depths)
-    measured = VAT.measure(config, *depths)
+        return VAT(config, *layers)
+    measured = VAT.measure(config, *layers)
     wanted = math.ceil(recipe.vat.measure_samples / (batches.batch_size or 1))
-    probe = VAT(replace(config, matching="group"), *depths)
+    probe = VAT(replace(config, matching="group"), *layers)
     with torch.no_grad(), installed(student), installed(teacher):
         for _, batch in zip(range(wanted), batches, strict=False):
             batch = {name: value.to(teacher.device) for name, value in batch.items()}
@@ -310,7 +310,7 @@ def _make_vat(recipe: Recipe, student: Model, teacher: Model, batches: DataLoade
             for model, inputs, recorder in zip((student, teacher), embeds, recorders, strict=True):
                 model.model.language_model(inputs_embeds=inputs, use_cache=False, **{KEYWORD: recorder})
             measured.update(*recorders)
-    return VAT(config, *depths, distances=measured.matrix())
+    return VAT(config, *layers, distances=measured.matrix())
 
 
 @contextmanager
