@@ -6,385 +6,19 @@ A batch has four samples: an image between words, words alone, two images, and a
 no video), padded to one length.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from family_table import BOS, EOS, FAMILIES, ID, PAD, VOCABULARY, WORDS, Family, Size
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 STUDENT_LAYERS, TEACHER_LAYERS = 3, 5
-PAD, BOS, EOS = 0, 1, 2
-WORDS = 30
-
-_NAMED = {
-    "image_token": "<image>",
-    "video_token": "<video>",
-    "context_image_token": "<IMG_CONTEXT>",
-    "start_image_token": "<img>",
-    "end_image_token": "</img>",
-    "qwen_image_token": "<|image_pad|>",
-    "qwen_video_token": "<|video_pad|>",
-    "vision_start_token": "<|vision_start|>",
-    "vision_end_token": "<|vision_end|>",
-    "fake_image_token": "<fake_token_around_image>",
-    "global_image_token": "<global-img>",
-    "end_of_utterance_token": "<end_of_utterance>",
-} | {f"tile_{r}_{c}": f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2)}
-_TOKENS = ["<pad>", "<s>", "</s>", "<unk>", *_NAMED.values(), *(f"w{i}" for i in range(WORDS))]
-ID = {token: i for i, token in enumerate(_TOKENS)}
-VOCABULARY = len(_TOKENS)
-
-PATCH, SIDE = 4, 8  # of the CLIP-like towers: 2 x 2 patches
-_SMALL = {"image_size": SIDE, "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
-PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, 2 * SIDE]]
-
-Size = tuple[int, int]  # height, width
-
-
-@dataclass(frozen=True)
-class Family:
-    """How to build one family's models and lay out its batches; in layouts ``v`` is a visual token and ``t`` is not."""
-
-    config: Callable[[Any], Any]  # of the text configuration
-    model: str  # class name in transformers
-    text: str  # class name of the text configuration
-    processor: Callable[[], Any]
-    images: dict[Size, str]  # what an image of this size becomes
-    several: dict[Size, str] | None = None  # the same where a sample holds several images
-    placeholder: str = "<image>"
-    video: Callable[[torch.Generator], tuple[str, dict[str, torch.Tensor]]] | None = None  # text and tensors
-    video_layout: str = ""
-    tiled: tuple[str, ...] = ()  # tensors whose second dimension is padded to the longest of the batch
-    every_sample: bool = False  # whether those have an entry for samples without images, too
-    text_options: tuple[tuple[str, Any], ...] = ()
-    hybrid: bool = False
-
-
-def tokenizer(**named: str) -> PreTrainedTokenizerFast:
-    """Words w0, w1, ... and the marks of all families."""
-    words = Tokenizer(models.WordLevel(dict(ID), unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=list(_NAMED.values()),
-        **({"extra_special_tokens": named} if named else {}),
-    )
-
-
-def _named(*names: str) -> dict[str, str]:
-    return {name: _NAMED[name] for name in names}
-
-
-def _siglip() -> Any:
-    return transformers.SiglipVisionConfig(**_SMALL, patch_size=PATCH, num_attention_heads=2, vision_use_head=False)
-
-
-def _llava(text: Any) -> Any:
-    return transformers.LlavaConfig(
-        vision_config=_siglip(),
-        text_config=text,
-        image_token_index=ID["<image>"],
-        vision_feature_select_strategy="full",
-        vision_feature_layer=-1,
-    )
-
-
-def _llava_next(text: Any) -> Any:
-    return transformers.LlavaNextConfig(
-        vision_config=transformers.CLIPVisionConfig(**_SMALL, patch_size=PATCH, num_attention_heads=2),
-        text_config=text,
-        image_token_index=ID["<image>"],
-        vision_feature_select_strategy="default",
-        vision_feature_layer=-1,
-        image_grid_pinpoints=PINPOINTS,
-    )
-
-
-def _llava_onevision(text: Any) -> Any:
-    return transformers.LlavaOnevisionConfig(
-        vision_config=_siglip(),
-        text_config=text,
-        image_token_index=ID["<image>"],
-        video_token_index=ID["<video>"],
-        image_grid_pinpoints=PINPOINTS,
-    )
-
-
-def _internvl(text: Any) -> Any:
-    vision = transformers.InternVLVisionConfig(**_SMALL, patch_size=2, num_attention_heads=2)
-    return transformers.InternVLConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=ID["<IMG_CONTEXT>"],
-        image_seq_length=4,
-        tie_word_embeddings=False,
-    )
-
-
-def _idefics(name: str) -> Callable[[Any], Any]:
-    def config(text: Any) -> Any:
-        vision = getattr(transformers, f"{name}VisionConfig")(**_SMALL, patch_size=2, num_attention_heads=2)
-        return getattr(transformers, f"{name}Config")(
-            vision_config=vision, text_config=text, image_token_id=ID["<image>"], scale_factor=2, pad_token_id=PAD
-        )
-
-    return config
-
-
-def _qwen_vl(name: str, **vision: Any) -> Callable[[Any], Any]:
-    def config(text: Any) -> Any:
-        make = getattr(transformers, f"{name}Config")
-        return make(
-            text_config=text.to_dict(),
-            vision_config={
-                "depth": 1,
-                "num_heads": 2,
-                "patch_size": PATCH,
-                "spatial_merge_size": 2,
-                "temporal_patch_size": 2,
-                "initializer_range": 0.25,
-                **{key: text.hidden_size if value is None else value for key, value in vision.items()},
-            },
-            image_token_id=ID["<|image_pad|>"],
-            video_token_id=ID["<|video_pad|>"],
-            vision_start_token_id=ID["<|vision_start|>"],
-            vision_end_token_id=ID["<|vision_end|>"],
-        )
-
-    return config
-
-
-def _processor(name: str, images: Any, words: Any, **options: Any) -> Any:
-    """The processor of this class name for images and text: video processors need torchvision."""
-
-    class WithoutVideos(getattr(transformers, f"{name}Processor")):
-        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> None:
-            """Accept that there is no video processor."""
-
-    return WithoutVideos(images, words, **options)
-
-
-def _llava_processor() -> Any:
-    images = LlavaImageProcessorPil(size={"height": SIDE, "width": SIDE}, do_center_crop=False)
-    words = tokenizer(**_named("image_token"))
-    return transformers.LlavaProcessor(images, words, patch_size=PATCH, vision_feature_select_strategy="full")
-
-
-def _llava_next_processor() -> Any:
-    sizes = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
-    return transformers.LlavaNextProcessor(
-        LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=PINPOINTS),
-        tokenizer(**_named("image_token")),
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-
-
-def _llava_onevision_processor() -> Any:
-    images = LlavaOnevisionImageProcessorPil(size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=PINPOINTS)
-    return _processor(
-        "LlavaOnevision",
-        images,
-        tokenizer(**_named("image_token", "video_token")),
-        num_image_tokens=4,
-        vision_feature_select_strategy="full",
-    )
-
-
-def _internvl_processor() -> Any:
-    images = GotOcr2ImageProcessorPil(size={"height": SIDE, "width": SIDE}, crop_to_patches=True, max_patches=3)
-    words = tokenizer(**_named("context_image_token", "start_image_token", "end_image_token", "video_token"))
-    return _processor("InternVL", images, words, image_seq_length=4)
-
-
-def _idefics3_processor() -> Any:
-    images = Idefics3ImageProcessorPil(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
-    return transformers.Idefics3Processor(images, tokenizer(), image_seq_len=4)
-
-
-def _qwen_processor(name: str) -> Callable[[], Any]:
-    def processor() -> Any:
-        images = Qwen2VLImageProcessorPil(
-            patch_size=PATCH,
-            merge_size=2,
-            temporal_patch_size=2,
-            size={"shortest_edge": SIDE * SIDE, "longest_edge": 64 * SIDE * SIDE},
-        )
-        return _processor(name, images, tokenizer())
-
-    return processor
-
-
-# Videos are laid out here.
-
-
-def _frames(generator: torch.Generator, count: int) -> torch.Tensor:
-    return torch.randn(count, 3, SIDE, SIDE, generator=generator)
-
-
-def _llava_onevision_video(generator: torch.Generator) -> tuple[str, dict[str, torch.Tensor]]:
-    # a frame of 2 x 2 patches is pooled to one token; one newline ends the video
-    return "<video>" * 4, {"pixel_values_videos": _frames(generator, 3)[None]}
-
-
-def _internvl_video(generator: torch.Generator) -> tuple[str, dict[str, torch.Tensor]]:
-    text = "\n".join(f"Frame{i}: <img>{'<IMG_CONTEXT>' * 4}</img>" for i in (1, 2))
-    return text, {"pixel_values": _frames(generator, 2)}
-
-
-def _idefics_video(generator: torch.Generator) -> tuple[str, dict[str, torch.Tensor]]:
-    fake = "<fake_token_around_image>"
-    text = "".join(f"Frame from 00:0{i}: {fake}<global-img>{'<image>' * 4}{fake}\n" for i in (0, 1))
-    pixels = _frames(generator, 2)[None]
-    return text, {"pixel_values": pixels, "pixel_attention_mask": torch.ones(1, 2, SIDE, SIDE, dtype=torch.long)}
-
-
-def _qwen_patches(generator: torch.Generator) -> dict[str, torch.Tensor]:
-    grid = torch.tensor([[2, 4, 4]])
-    patches = torch.randn(int(grid.prod()), 3 * 2 * PATCH * PATCH, generator=generator)
-    return {"pixel_values_videos": patches, "video_grid_thw": grid}
-
-
-def _qwen2_video(generator: torch.Generator) -> tuple[str, dict[str, torch.Tensor]]:
-    return f"<|vision_start|>{'<|video_pad|>' * 8}<|vision_end|>", _qwen_patches(generator)
-
-
-def _qwen3_video(generator: torch.Generator) -> tuple[str, dict[str, torch.Tensor]]:
-    frame = f"<|vision_start|>{'<|video_pad|>' * 4}<|vision_end|>"
-    return f"<0.3 seconds>{frame}<1.3 seconds>{frame}", _qwen_patches(generator)
-
-
-# An image twice as wide as high becomes 2 x 4 patches; one of half the width is padded to a square, whose patches that
-# hold padding alone are left out again: 4 x 2. One newline ends each row, and 2 x 2 patches of the whole image precede.
-_ANYRES = {(8, 16): "v" * (2 * 4 + 2 + 4), (20, 10): "v" * (4 * 2 + 4 + 4)}
-# Images are enlarged to 16 pixels and cut into tiles of 8 x 8 (4 tokens each, after two marks), then the whole image.
-_TILE = "tt" + "v" * 4
-_IDEFICS_IMAGES = {(4, 8): 2 * _TILE + _TILE + "t", (8, 8): 4 * _TILE + _TILE + "t"}
-_IDEFICS: dict[str, Any] = {
-    "text": "LlamaConfig",
-    "images": _IDEFICS_IMAGES,
-    "processor": _idefics3_processor,
-    "tiled": ("pixel_values", "pixel_attention_mask"),
-    "every_sample": True,
-}
-_QWEN_IMAGES = {(16, 24): "t" + "v" * 6 + "t", (16, 16): "t" + "v" * 4 + "t"}
-_QWEN: dict[str, Any] = {
-    "images": _QWEN_IMAGES,
-    "placeholder": "<|vision_start|><|image_pad|><|vision_end|>",
-    "video": _qwen2_video,
-    "video_layout": "t" + "v" * 8 + "t",
-}
-_LLAVA: dict[str, Any] = {
-    "config": _llava,
-    "model": "LlavaForConditionalGeneration",
-    "processor": _llava_processor,
-    "images": {(8, 8): "v" * 4, (8, 16): "v" * 4},
-}
-_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-
-FAMILIES: dict[str, Family] = {
-    "llava_llama": Family(**_LLAVA, text="LlamaConfig"),
-    "llava_qwen2": Family(**_LLAVA, text="Qwen2Config"),
-    "llava_qwen3": Family(**_LLAVA, text="Qwen3Config"),
-    "llava_next": Family(
-        _llava_next,
-        "LlavaNextForConditionalGeneration",
-        "LlamaConfig",
-        _llava_next_processor,
-        _ANYRES,
-        tiled=("pixel_values",),
-    ),
-    "llava_onevision": Family(
-        _llava_onevision,
-        "LlavaOnevisionForConditionalGeneration",
-        "Qwen2Config",
-        _llava_onevision_processor,
-        _ANYRES,
-        # among others, an image is not cut into tiles: 2 x 2 patches and a newline
-        several=dict.fromkeys(_ANYRES, "v" * 5),
-        video=_llava_onevision_video,
-        video_layout="v" * 4,
-        tiled=("pixel_values",),
-    ),
-    "internvl": Family(
-        _internvl,
-        "InternVLForConditionalGeneration",
-        "Qwen2Config",
-        _internvl_processor,
-        # tiles of 8 x 8 pixels become 4 tokens; where there are several, the whole image follows
-        {(8, 16): "t" + "v" * 4 * (2 + 1) + "t", (8, 8): "t" + "v" * 4 + "t"},
-        placeholder="<IMG_CONTEXT>",
-        video=_internvl_video,
-        video_layout=2 * ("t" + "t" + "v" * 4 + "t"),
-    ),
-    "idefics3": Family(config=_idefics("Idefics3"), model="Idefics3ForConditionalGeneration", **_IDEFICS),
-    "smolvlm": Family(
-        config=_idefics("SmolVLM"),
-        model="SmolVLMForConditionalGeneration",
-        **_IDEFICS,
-        video=_idefics_video,
-        video_layout=2 * ("ttt" + _TILE + "t"),
-    ),
-    "qwen2_vl": Family(
-        _qwen_vl("Qwen2VL", embed_dim=32, hidden_size=None),
-        "Qwen2VLForConditionalGeneration",
-        "Qwen2VLTextConfig",
-        _qwen_processor("Qwen2VL"),
-        **_QWEN,
-        text_options=(("rope_parameters", _MROPE),),
-    ),
-    "qwen2_5_vl": Family(
-        _qwen_vl(
-            "Qwen2_5_VL",
-            hidden_size=32,
-            intermediate_size=32,
-            out_hidden_size=None,
-            window_size=16,
-            fullatt_block_indexes=[0],
-        ),
-        "Qwen2_5_VLForConditionalGeneration",
-        "Qwen2_5_VLTextConfig",
-        _qwen_processor("Qwen2_5_VL"),
-        **_QWEN,
-        text_options=(("rope_parameters", _MROPE),),
-    ),
-    "qwen3_vl": Family(
-        _qwen_vl(
-            "Qwen3VL",
-            hidden_size=32,
-            intermediate_size=32,
-            out_hidden_size=None,
-            num_position_embeddings=16,
-            deepstack_visual_indexes=[0],
-        ),
-        "Qwen3VLForConditionalGeneration",
-        "Qwen3VLTextConfig",
-        _qwen_processor("Qwen3VL"),
-        # a video's frames are marked one by one, each after its time
-        **_QWEN | {"video": _qwen3_video, "video_layout": 2 * ("ttt" + "v" * 4 + "t")},
-        text_options=(
-            ("head_dim", 16),
-            ("rope_parameters", _MROPE | {"mrope_section": [4, 2, 2], "mrope_interleaved": True}),
-        ),
-    ),
-}
 
 
 def build(
@@ -398,6 +32,8 @@ def build(
 ) -> Any:
     """A random model of the family, in evaluation mode, whose attention is far from uniform (fp32)."""
     family = FAMILIES[name]
+    if family.layer_types:
+        options = {"layer_types": [family.layer_types[i % len(family.layer_types)] for i in range(layers)], **options}
     text = getattr(transformers, family.text)(
         **{
             "vocab_size": VOCABULARY,
@@ -418,9 +54,16 @@ def build(
     return getattr(transformers, family.model)(family.config(text)).eval()
 
 
+def depths(name: str) -> tuple[int, int]:
+    """Numbers of layers of the student and the teacher of `build_pair`."""
+    hybrid = len(FAMILIES[name].layer_types) > 0
+    return (STUDENT_LAYERS, TEACHER_LAYERS) if not hybrid else (2 * STUDENT_LAYERS, 2 * TEACHER_LAYERS)
+
+
 def build_pair(name: str, **options: Any) -> tuple[Any, Any]:
-    """A student of 3 layers and a teacher of 5, twice as wide."""
-    return build(name, 0, **options), build(name, 1, TEACHER_LAYERS, 64, 4, 2, **options)
+    """A student of 3 layers and a teacher of 5 (hybrid: 6 and 10), twice as wide."""
+    student, teacher = depths(name)
+    return build(name, 0, student, **options), build(name, 1, teacher, 64, 4, 2, **options)
 
 
 @cache
@@ -542,6 +185,61 @@ def visual_tensors(name: str, samples: list[Sample]) -> dict[str, torch.Tensor]:
             values = [torch.cat((v, v.new_zeros(len(v), tiles - v.shape[1], *v.shape[2:])), 1) for v in values]
         result[key] = torch.cat(values)
     return result
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch whose rows hold several samples each."""
+
+    batch: dict[str, torch.Tensor]  # for the model: position_ids, and no attention_mask
+    real: torch.Tensor  # (B, T) bool, False where the end of a row is filled up
+    spans: list[tuple[int, int, int]]  # row, start and stop of every sample
+    visual: torch.Tensor  # (B, T) bool
+
+
+def pack(name: str, samples: list[Sample], rows: list[list[int]], model: Any) -> Packed:
+    """The samples with these indices one after the other in each row; ``model`` gives multimodal positions where it has some.
+
+    What fills up the shorter rows counts as a sequence of its own.
+    """
+    length = max(sum(len(samples[i].ids) for i in row) for row in rows)
+    batch: dict[str, list[Any]] = {"input_ids": [], "labels": [], "position_ids": []}
+    spans, visual, real = [], [], []
+    for row in rows:
+        lengths = [len(samples[i].ids) for i in row]
+        gap = length - sum(lengths)
+        starts = np.cumsum([0, *lengths]).tolist()
+        spans += [(len(real), start, start + size) for start, size in zip(starts, lengths, strict=False)]
+        batch["input_ids"].append(_joined(samples[i].ids for i in row) + [PAD] * gap)
+        batch["labels"].append(_joined(samples[i].labels for i in row) + [-100] * gap)
+        visual.append(_joined(samples[i].visual for i in row) + [False] * gap)
+        real.append([True] * (length - gap) + [False] * gap)
+        positions = [_positions(name, samples[i], model) for i in row]
+        filling = torch.arange(gap).expand(len(positions[0]), -1)
+        batch["position_ids"].append(torch.cat((*positions, filling), 1))
+    tensors = {key: torch.tensor(batch[key]) for key in ("input_ids", "labels")}
+    tensors["position_ids"] = torch.stack(batch["position_ids"], 1)
+    if len(tensors["position_ids"]) == 1:
+        tensors["position_ids"] = tensors["position_ids"][0]
+    tensors |= visual_tensors(name, [samples[i] for row in rows for i in row])
+    return Packed(tensors, torch.tensor(real), spans, torch.tensor(visual))
+
+
+def _joined(parts: Iterable[list[Any]]) -> list[Any]:
+    return list(chain.from_iterable(parts))
+
+
+def _positions(name: str, sample: Sample, model: Any) -> torch.Tensor:
+    """(1, T) positions of one sample, or (4, T) with those of time, height and width."""
+    text = torch.arange(len(sample.ids))[None]
+    if not name.startswith("qwen"):
+        return text
+    batch, _ = collate(name, [sample])
+    if not sample.tensors:
+        return text.expand(4, -1)
+    grids = {key: batch.get(key) for key in ("image_grid_thw", "video_grid_thw")}
+    positions, _ = model.model.get_rope_index(batch["input_ids"], batch["mm_token_type_ids"], **grids)
+    return torch.cat((text, positions[:, 0]))
 
 
 def without_visual(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from cdistill.models.llava import Llava, TAFAdapter, compose
 from cdistill.models.load import Model, is_llava, load_llava, load_model, load_tokenizer, resolve_folder
 from cdistill.models.pair import check_pair
 from cdistill.train.config import Recipe, StudentConfig
-from cdistill.vat import VAT, VATConfig
+from cdistill.vat import VAT, VATConfig, attention_layers
 
 
 @dataclass
@@ -53,26 +53,20 @@ def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> N
         if recipe.aligns(stage.objective):
             assert teacher is not None
             config = vat_config(recipe)
-            depths = depths_of(student, teacher)
-            if depths[0] > depths[1]:
+            ours, theirs = layers = attention_layers(student), attention_layers(teacher)
+            if len(ours) > len(theirs):
                 raise ValueError(
-                    f"teacher has {depths[1]} layers, fewer than the student's {depths[0]}: vat cannot match them"
+                    f"teacher has {len(theirs)} layers, fewer than the student's {len(ours)}: vat cannot match them"
                 )
             if config.matching == "adaptive":
-                VAT.measure(config, *depths)
+                VAT.measure(config, *layers)
             else:
-                VAT(config, *depths)
+                VAT(config, *layers)
             heads = [model.config.get_text_config().num_attention_heads for model in (student, teacher)]
             if config.heads == "each" and heads[0] != heads[1]:
                 raise ValueError(
                     f"vat.heads each needs equal head counts, got {heads[0]} and {heads[1]} for the teacher"
                 )
-
-
-def depths_of(student: Model, teacher: Model) -> tuple[int, int]:
-    """Numbers of layers of the two language models."""
-    ours, theirs = (model.config.get_text_config().num_hidden_layers for model in (student, teacher))
-    return ours, theirs
 
 
 def vat_config(recipe: Recipe) -> VATConfig:

@@ -14,11 +14,7 @@ from cdistill.train.config import KDConfig
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import Objective
 from cdistill.train.teacher import Teacher
-from cdistill.vat import VAT, VATConfig
-
-
-def attention_layers(m):  # TEMPORARY
-    return m.config.get_text_config(decoder=True).num_hidden_layers
+from cdistill.vat import VAT, VATConfig, attention_layers
 
 
 class Distillation(nn.Module):
@@ -43,7 +39,8 @@ class Distillation(nn.Module):
         Args:
             batch: what the models' processor made, for both models: ``input_ids`` and ``attention_mask`` (B, T), padded on
                 either side, pixel values and whatever else the family takes; and ``labels`` (B, T), not shifted, -100 outside
-                the answers.
+                the answers. Samples packed into rows come without ``attention_mask`` but with the ``position_ids`` that tell
+                them apart (`cdistill.vat.packed_regions`), and with labels -100 at their first tokens.
 
         Returns:
             fp32 scalars ``loss`` = ar + kd.weight * kd + vat_weight * vat, to be differentiated, and its terms: ``ar`` and
@@ -61,7 +58,7 @@ class Distillation(nn.Module):
         labels = given["labels"]
         tokens = (labels[:, 1:] != IGNORE_INDEX).sum().clamp(min=1)
         result = {name: sums[name] / tokens for name in ("ar", "kd") if name in sums}
-        result |= {name: sums[name] / len(labels) for name in ("vat", "vat_layers") if name in sums}
+        result |= {name: sums[name] / sums["samples"] for name in ("vat", "vat_layers") if name in sums}
         weights = {"ar": 1.0, "kd": self.losses.kd.weight, "vat": self.vat_weight}
         terms = [result[name] * weight for name, weight in weights.items() if name in result]
         return {"loss": torch.stack([*terms, sums["idle"]] if "idle" in sums else terms).sum()} | result

@@ -16,12 +16,19 @@ from cdistill.ops import linear_distillation
 from cdistill.train.config import KDConfig
 from cdistill.train.objectives import Objective
 from cdistill.train.teacher import Teacher, hidden_states, is_partitioned
-from cdistill.vat import VAT, LayerDistances, LayerMatch, StudentAlignment, grounded_regions, install, layer_range
-
-
-def visual_token_ids(model):  # TEMPORARY until cdistill.vat has it
-    found = (getattr(model.config, n, None) for n in ("image_token_id", "video_token_id"))
-    return tuple(i for i in found if i is not None)
+from cdistill.vat import (
+    VAT,
+    LayerDistances,
+    LayerMatch,
+    PackedRegions,
+    Regions,
+    StudentAlignment,
+    attention_layers,
+    grounded_regions,
+    install,
+    layer_range,
+    visual_token_ids,
+)
 
 
 class VocabularyLosses(nn.Module):
@@ -150,6 +157,8 @@ class DistillationModel(nn.Module):
         ``pixel_values`` (I, 3, H, W) for a LLaVA and whatever the processor makes for other families, as are ``more``; for
         objective ``vision`` only ``pixel_values`` and ``labels`` (I, V, 3) are taken.
         Objective ``ground`` also takes ``grounding`` (B, T, V) and ``places`` (B, V) and gives ``ground``, summed over samples.
+        Samples packed into rows come with the ``position_ids`` that tell them apart, and without ``attention_mask``.
+        ``samples`` is how many a batch holds.
         ``idle`` is a zero that keeps trained parameters without work in the graph: all ranks reduce the same gradients.
         """
         if "patch" in self.objective.losses:
@@ -157,13 +166,12 @@ class DistillationModel(nn.Module):
             return self._patches(pixel_values, labels)
         assert input_ids is not None
         answers = labels[:, 1:] != IGNORE_INDEX
-        targets = labels[:, 1:][answers]
         key_mask = None if self.pads_right else attention_mask
         student_recorder = teacher_recorder = None
         if "ground" in self.objective.losses:
             student_recorder = self._grounding(grounding, places)
         if self.vat is not None:
-            regions = self.vat.regions(input_ids, labels, attention_mask, visual_token_ids=self._visual_token_ids)
+            regions = self._regions(input_ids, labels, attention_mask, more)
             if regions.cols.shape[1] and regions.rows.shape[1]:
                 teacher_recorder = self.vat.teacher(regions, key_mask)
         seen, inputs = self._inputs(input_ids, key_mask, pixel_values, more)
@@ -171,17 +179,28 @@ class DistillationModel(nn.Module):
         if self._teacher[0] is not None:
             teacher_hidden = self._teacher[0](answers, teacher_recorder, seen, **inputs)
         if self.vat is not None and teacher_recorder is not None:
-            student_recorder = self.vat.student(regions, teacher_recorder.targets, key_mask)
+            student_recorder = self.vat.student(regions, teacher_recorder, key_mask)
         hidden = self._student_hidden(inputs, seen, student_recorder)[:, :-1][answers]
-        losses = self._vocabulary_losses(hidden, targets, teacher_hidden)
+        losses = self._vocabulary_losses(hidden, labels[:, 1:][answers], teacher_hidden)
         if "ground" in self.objective.losses:
             assert student_recorder is not None
             losses["ground"] = torch.stack(list(student_recorder.losses().values())).mean(0).sum()
         if self.vat is not None:
             losses |= self._alignment(student_recorder, labels.device)
+            losses["samples"] = torch.tensor(len(regions.rows), device=labels.device)
         if pixel_values is None and has_vision(self.student) and "adapter" in self.objective.trained:
             losses["idle"] = self._idle_adapter()
         return losses
+
+    def _regions(
+        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None, more: dict[str, Tensor]
+    ) -> Regions | PackedRegions:
+        """Rows and columns of a batch; its samples are packed where it has position ids and no padding mask."""
+        assert self.vat is not None
+        ids = self._visual_token_ids
+        if attention_mask is None and "position_ids" in more:
+            return self.vat.packed_regions(input_ids, labels, more["position_ids"], visual_token_ids=ids)
+        return self.vat.regions(input_ids, labels, attention_mask, visual_token_ids=ids)
 
     @torch.no_grad()
     def measure(
@@ -195,7 +214,7 @@ class DistillationModel(nn.Module):
     ) -> None:
         """Add a batch to the distances between layers that adaptive matching needs."""
         assert self.vat is not None
-        regions = self.vat.regions(input_ids, labels, attention_mask, visual_token_ids=self._visual_token_ids)
+        regions = self._regions(input_ids, labels, attention_mask, more)
         key_mask = None if self.pads_right else attention_mask
         student, teacher = distances.student(regions, key_mask), distances.teacher(regions, key_mask)
         seen, inputs = self._inputs(input_ids, key_mask, pixel_values, more)
@@ -257,8 +276,8 @@ class DistillationModel(nn.Module):
     def _grounding(self, grounding: Tensor | None, places: Tensor | None) -> StudentAlignment:
         """Aligns the visual understanding layers with what the words speak of, as VAT does with a teacher."""
         assert grounding is not None and places is not None
-        depth = self.student.config.get_text_config().num_hidden_layers
-        matches = [LayerMatch(layer, (layer,)) for layer in layer_range(depth, "intermediate")]
+        layers = layer_range(attention_layers(self.student), "intermediate")
+        matches = [LayerMatch(layer, (layer,)) for layer in layers]
         regions, target = grounded_regions(grounding, places)
         return StudentAlignment(matches, regions, [target] * len(matches), key_mask=None)
 

@@ -23,7 +23,7 @@ from cdistill.data.render import PATCH_CLASSES
 from cdistill.models.load import Model, load_model
 from cdistill.models.parts import language_model
 from cdistill.train import launch
-from cdistill.train.build import Models, build_models, count_parameters, depths_of, vat_config
+from cdistill.train.build import Models, build_models, count_parameters, vat_config
 from cdistill.train.config import Recipe, first_difference, recipe_from_dict, recipe_to_dict
 from cdistill.train.data import stage_dataset
 from cdistill.train.lora import add_lora
@@ -37,7 +37,7 @@ from cdistill.train.trainer import (
     training_arguments,
 )
 from cdistill.train.zero import deepspeed_config
-from cdistill.vat import VAT
+from cdistill.vat import VAT, attention_layers
 
 RECIPE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
@@ -301,16 +301,16 @@ def compile_layers(student: Model, backend: str = "inductor") -> None:
 
 def _make_vat(recipe: Recipe, student: Model, teacher: Model, batches: DataLoader) -> VAT:
     config = vat_config(recipe)
-    depths = depths_of(student, teacher)
+    layers = attention_layers(student), attention_layers(teacher)
     if config.matching != "adaptive":
-        return VAT(config, *depths)
-    measured = VAT.measure(config, *depths)
+        return VAT(config, *layers)
+    measured = VAT.measure(config, *layers)
     wanted = math.ceil(recipe.vat.measure_samples / (batches.batch_size or 1))
-    probe = VAT(replace(config, matching="group"), *depths)
+    probe = VAT(replace(config, matching="group"), *layers)
     model = DistillationModel(student, OBJECTIVES["dft"], teacher=teacher, vat=probe)
     for _, batch in zip(range(wanted), batches, strict=False):
         model.measure(measured, **{name: value.to(student.device) for name, value in batch.items()})
-    return VAT(config, *depths, distances=measured.matrix())
+    return VAT(config, *layers, distances=measured.matrix())
 
 
 @contextmanager
