@@ -1,17 +1,17 @@
 """Students and teachers: LLaVA composition, teacher adapter fetch (TAF), the shared vision pass."""
 
 from cdistill.models.llava import (
-    TAFAdapter,
-    TAFLlavaConfig,
-    TAFLlavaForConditionalGeneration,
     check_pair,
     compose,
     encode_images,
     merge_visual_tokens,
+    register,
     shared_embeddings,
 )
+from cdistill.models.taf import MergedAdapter, TAFAdapter, TAFLlavaConfig, TAFLlavaForConditionalGeneration
 
 __all__ = [
+    "MergedAdapter",
     "TAFAdapter",
     "TAFLlavaConfig",
     "TAFLlavaForConditionalGeneration",
@@ -19,5 +19,8 @@ __all__ = [
     "compose",
     "encode_images",
     "merge_visual_tokens",
+    "register",
     "shared_embeddings",
 ]
+
+register()

@@ -39,15 +39,21 @@ def is_llava(model: Model) -> bool:
     return hasattr(model.model, "multi_modal_projector")
 
 
-def load_model(folder: str | Path, key: str = "student.base") -> Model:
-    """LLaVA or causal language model in a folder made by ``save_pretrained``, fp32.
+def load_model(
+    folder: str | Path,
+    key: str = "student.base",
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    attention: str = "sdpa",
+) -> Model:
+    """LLaVA or causal language model in a folder made by ``save_pretrained``; ``dtype`` "auto" is that of the files.
 
     Raises ValueError naming the missing or corrupt file.
     """
     folder = Path(folder)
     config = _load_config(folder, key)
     auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    return _load(auto, folder, key)
+    return _load(auto, folder, key, dtype, attention)
 
 
 def load_for_evaluation(reference: str, key: str) -> Model:
@@ -82,7 +88,9 @@ def _weight_files(folder: Path, key: str) -> list[Path]:
     return [folder / shard for shard in shards]
 
 
-def _load(auto: Any, folder: Path, key: str) -> Model:
+def _load(
+    auto: Any, folder: Path, key: str, dtype: torch.dtype | str = torch.float32, attention: str = "sdpa"
+) -> Model:
     """``auto.from_pretrained`` on verified files."""
     for path in _weight_files(folder, key):
         if not path.is_file():
@@ -93,7 +101,7 @@ def _load(auto: Any, folder: Path, key: str) -> Model:
         except SafetensorError as error:
             raise ValueError(f"{key}: {path} is corrupt ({error})") from None
     model, info = auto.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True, output_loading_info=True
+        folder, dtype=dtype, attn_implementation=attention, local_files_only=True, output_loading_info=True
     )
     if info["missing_keys"] or info["mismatched_keys"]:
         wrong = sorted(info["missing_keys"]) or sorted(str(k) for k in info["mismatched_keys"])

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdistill.data.builtin import IGNORE_INDEX
-from cdistill.models.llava import Llava, TAFAdapter, shared_embeddings
+from cdistill.models.llava import Llava, shared_embeddings
 from cdistill.models.load import Model, is_llava
+from cdistill.models.taf import TAFAdapter
 from cdistill.ops import linear_distillation
 from cdistill.train.config import KDConfig
 from cdistill.train.objectives import Objective

@@ -35,8 +35,8 @@ def set_trained(student: Any, objective: Objective) -> None:
     """Let the objective's parts of a LLaVA (or causal language model) take gradients, and nothing else."""
     import torch
 
-    from cdistill.models.llava import TAFAdapter
     from cdistill.models.load import is_llava
+    from cdistill.models.taf import TAFAdapter
 
     student.requires_grad_(False)
     if "language" in objective.trained:
