@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from cdistill import __version__, demo
 from cdistill.eval import command as evaluation
-from cdistill.train.launch import ProcessError
+from cdistill.train.launch import ProcessError, environment
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,10 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 def _export(options: argparse.Namespace) -> int:
     from cdistill.models.export import export
 
-    result = export(
-        options.model, options.output, dtype=options.dtype, merge_taf=not options.keep_taf, code=options.code
-    )
+    with environment(distributed=False):  # saving makes transformers import DeepSpeed, which else remarks on the device
+        result = export(
+            options.model, options.output, dtype=options.dtype, merge_taf=not options.keep_taf, code=options.code
+        )
     for remark in result.remarks:
         print(remark)
     merged = f", {' and '.join(result.merged)} merged" if result.merged else ""

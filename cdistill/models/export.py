@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from cdistill.models import taf
-from cdistill.models.load import Model, load_model, load_tokenizer, resolve_folder
+from cdistill.models.load import Model, load_config, load_model, load_tokenizer, resolve_folder
 from cdistill.models.processor import COMPOSITIONS, Processor, ProcessorFiles, build_processor, has_image_processor
 from cdistill.models.taf import MERGED, TAFAdapter, TAFLlavaConfig, TAFLlavaForConditionalGeneration
 
@@ -71,13 +72,13 @@ def export(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output: {output} exists and is no empty folder")
     folder = _model_folder(resolve_folder(str(model), "model"))
-    folders, merged = [folder], []
-    if (folder / ADAPTER_CONFIG).is_file():
-        loaded, base = _merge_adapter(folder)
-        folders, merged = [base, folder], ["LoRA"]
-    else:
-        loaded = _load(folder, "model")
-    processor, remarks = _processor(folders, loaded.config)
+    adapted = (folder / ADAPTER_CONFIG).is_file()
+    folders = [_base_of(folder), folder] if adapted else [folder]
+    processor, remarks = _check(folders)  # before the weights, which may take long
+    loaded = _load(folders[0])
+    merged = ["LoRA"] if adapted else []
+    if adapted:
+        loaded = _merge_adapter(loaded, folder)
     target = loaded.dtype if dtype is None else DTYPES[dtype]
     is_taf = isinstance(loaded, TAFLlavaForConditionalGeneration)
     if merge_taf and is_taf and loaded.config.taf_activation == "linear":
@@ -137,56 +138,28 @@ def _model_folder(folder: Path) -> Path:
     return max(stages, key=lambda path: int(path.name.partition("-")[0]))
 
 
-def _load(folder: Path, key: str) -> Model:
-    loaded = load_model(folder, key, dtype="auto", attention="eager").eval()  # every model has eager attention
-    if getattr(loaded.config, "quantization_config", None) is not None:
-        raise ValueError(f"{key}: the weights in {folder} are quantised; export the model they were made from")
-    if loaded.dtype not in DTYPES.values():
-        raise ValueError(f"{key}: the weights in {folder} are {loaded.dtype}; known are {', '.join(DTYPES)}")
-    return loaded
-
-
-def _merge_adapter(folder: Path) -> tuple[Model, Path]:
-    """The base of a peft adapter with the adapter merged into its weights, and the base's folder."""
-    path, weights = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
+def _base_of(folder: Path) -> Path:
+    """Folder of the model that a peft adapter was trained on."""
+    path = folder / ADAPTER_CONFIG
     try:
         reference = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"model: {path} is corrupt ({error!r})") from None
-    try:
-        base = resolve_folder(str(reference), "base_model_name_or_path")
-    except ValueError as error:
-        raise ValueError(f"model: {path}: {error}") from None
+    base = resolve_folder(str(reference), f"model: {path}: base_model_name_or_path")
     if (base / ADAPTER_CONFIG).is_file():
         raise ValueError(f"model: {path}: base_model_name_or_path {base} is an adapter itself; export that one first")
-    if not weights.is_file():
-        raise ValueError(f"model: {weights} is missing")
-    try:
-        with safe_open(weights, framework="pt") as file:
-            saved = set(file.keys())
-    except SafetensorError as error:
-        raise ValueError(f"model: {weights} is corrupt ({error})") from None
-    from peft import PeftModel, get_peft_model_state_dict
-
-    loaded = _load(base, "base_model_name_or_path")
-    try:
-        adapted: Any = PeftModel.from_pretrained(loaded, str(folder))
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise ValueError(f"model: {path} does not fit {base}: {_one_line(error)}") from None
-    missing = sorted(set(get_peft_model_state_dict(adapted)) ^ saved)
-    if missing:
-        raise ValueError(f"model: {weights} does not fit {path}: {missing[0]} is in one of them only")
-    if not hasattr(adapted.base_model, "merge_and_unload"):
-        raise ValueError(f"model: {path}: peft_type {adapted.active_peft_config.peft_type.value} cannot be merged")
-    return adapted.merge_and_unload(safe_merge=True).eval(), base
+    return base
 
 
-def _processor(folders: list[Path], config: Any) -> tuple[Processor, list[str]]:
-    """What goes beside the weights, from the later of the folders or else the earlier, and remarks on it."""
+def _check(folders: list[Path]) -> tuple[Processor, list[str]]:
+    """What goes beside the weights, a later folder's files before an earlier one's, and remarks on it."""
+    config: Any = load_config(folders[0], "model")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"model: the weights in {folders[0]} are quantised; export the model they were made from")
     folder = next((f for f in reversed(folders) if (f / "tokenizer_config.json").is_file()), folders[-1])
+    files = ProcessorFiles(folders, "model")
     tokenizer = load_tokenizer(folder, "model")
     remarks = []
-    files = ProcessorFiles(folders, "model")
     result: Processor = files
     if hasattr(config, "vision_config") and not any(has_image_processor(f) for f in folders):
         if config.model_type not in COMPOSITIONS:
@@ -196,6 +169,38 @@ def _processor(folders: list[Path], config: Any) -> tuple[Processor, list[str]]:
     if tokenizer.chat_template is None and not any(name.name.startswith("chat_template") for name in files.files):
         remarks.append(f"no chat template in {folder}: apply_chat_template will need one")
     return result, remarks
+
+
+def _load(folder: Path) -> Model:
+    loaded = load_model(folder, "model", dtype="auto", attention="eager").eval()  # every model has eager attention
+    if loaded.dtype not in DTYPES.values():
+        raise ValueError(f"model: the weights in {folder} are {loaded.dtype}; known are {', '.join(DTYPES)}")
+    return loaded
+
+
+def _merge_adapter(base: Model, folder: Path) -> Model:
+    """The base of a peft adapter with the adapter merged into its weights."""
+    path, weights = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        raise ValueError(f"model: {weights} is missing")
+    try:
+        with safe_open(weights, framework="pt") as file:
+            saved = set(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"model: {weights} is corrupt ({error})") from None
+    from peft import PeftModel, get_peft_model_state_dict
+
+    try:
+        with warnings.catch_warnings(action="ignore"):  # missing weights are an error, below
+            adapted: Any = PeftModel.from_pretrained(base, str(folder))
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise ValueError(f"model: {path} does not fit its base: {_one_line(error)}") from None
+    missing = sorted(set(get_peft_model_state_dict(adapted)) ^ saved)
+    if missing:
+        raise ValueError(f"model: {weights} does not fit {path}: {missing[0]} is in one of them only")
+    if not hasattr(adapted.base_model, "merge_and_unload"):
+        raise ValueError(f"model: {path}: peft_type {adapted.active_peft_config.peft_type.value} cannot be merged")
+    return adapted.merge_and_unload(safe_merge=True).eval()
 
 
 def _write(model: Model, processor: Processor, output: Path, *, code: bool, max_shard_size: int | str | None) -> None:

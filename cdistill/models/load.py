@@ -13,6 +13,7 @@ from transformers import (
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from cdistill.models.llava import Llava
@@ -51,7 +52,7 @@ def load_model(
     Raises ValueError naming the missing or corrupt file.
     """
     folder = Path(folder)
-    config = _load_config(folder, key)
+    config = load_config(folder, key)
     auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     return _load(auto, folder, key, dtype, attention)
 
@@ -62,7 +63,8 @@ def load_for_evaluation(reference: str, key: str) -> Model:
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _load_config(folder: Path, key: str) -> PretrainedConfig:
+def load_config(folder: Path, key: str) -> PretrainedConfig:
+    """Configuration of the model in a folder. Raises ValueError naming the missing or corrupt file."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{key}: {path} is missing")
@@ -112,12 +114,19 @@ def _load(
 
 
 def load_llava(folder: Path, key: str) -> Llava:
-    if not hasattr(_load_config(folder, key), "vision_config"):
-        raise ValueError(f"{key}: {folder} holds no LLaVA but a {_load_config(folder, key).model_type} model")
+    if not hasattr(load_config(folder, key), "vision_config"):
+        raise ValueError(f"{key}: {folder} holds no LLaVA but a {load_config(folder, key).model_type} model")
     return _load(AutoModelForImageTextToText, folder, key)
 
 
 def load_tokenizer(folder: Path, key: str) -> PreTrainedTokenizerBase:
-    if not (folder / "tokenizer_config.json").is_file():
-        raise ValueError(f"{key}: {folder / 'tokenizer_config.json'} is missing")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        raise ValueError(f"{key}: {path} is missing")
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{key}: {path} is corrupt ({error})") from None
+    # Beside a model of type qwen2, AutoTokenizer makes a Qwen2Tokenizer even of files that say they are another one's.
+    auto = PreTrainedTokenizerFast if kind == PreTrainedTokenizerFast.__name__ else AutoTokenizer
+    return auto.from_pretrained(folder, local_files_only=True)
