@@ -1,12 +1,15 @@
 """CompoDistill for multimodal language models: fused attention-alignment ops, models, stages and evaluation.
 
-Importing this package is cheap: torch, triton, deepspeed and transformers are imported by the submodules that use them.
+Importing this package is cheap: torch, triton, deepspeed and transformers are imported by the submodules that use them. With
+transformers in the same process TAF students load by its auto classes (`cdistill._register`).
 """
 
 import sys
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
+
+from cdistill._register import install as _install
 
 __version__ = "0.1.0"
 
@@ -26,6 +29,7 @@ def _mount_kernels() -> None:
 
 
 _mount_kernels()
+_install()
 
 
 def __getattr__(name: str) -> object:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from cdistill import __version__, demo
 from cdistill.eval import command as evaluation
-from cdistill.train.launch import ProcessError
+from cdistill.train.launch import ProcessError, environment
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,37 @@ def _recipes(options: argparse.Namespace) -> int:
     return 0
 
 
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", help="folder of a model, a run (its last finished stage) or a peft adapter, or builtin:NAME"
+    )
+    parser.add_argument("output", help="folder to write, new or empty")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="number format (default: the model's)")
+    parser.add_argument(
+        "--keep-taf", action="store_true", help="do not merge the map of TAF into the teacher's adapter"
+    )
+    parser.add_argument("--code", action="store_true", help="add a TAF student's code, for use without cdistill")
+
+
+def _export(options: argparse.Namespace) -> int:
+    from cdistill.models.export import export
+
+    with environment(distributed=False):  # saving makes transformers import DeepSpeed, which else remarks on the device
+        result = export(
+            options.model, options.output, dtype=options.dtype, merge_taf=not options.keep_taf, code=options.code
+        )
+    for remark in result.remarks:
+        print(remark)
+    merged = f", {' and '.join(result.merged)} merged" if result.merged else ""
+    print(f"{result.model_class} in {result.dtype}{merged} -> {result.folder}")
+    return 0
+
+
 COMMANDS = {
     "demo": Command("distil the built-in student and compare it", demo.add_arguments, demo.main),
     "train": Command("train a recipe's stages", _train_arguments, _train),
     "eval": Command("measure a model on the built-in task", evaluation.add_arguments, evaluation.main),
+    "export": Command("write a model that plain transformers loads", _export_arguments, _export),
     "recipes": Command("list the shipped recipes", _recipes_arguments, _recipes),
 }
 

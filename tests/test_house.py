@@ -16,6 +16,7 @@ ALLOWED = {
     "ops": {"kernels"},
     "vat": {"ops"},
     "models": {"vat"},
+    "_register": {"models"},
     "data": set(),
     "train": {"models", "data"},
     "eval": {"models", "data"},

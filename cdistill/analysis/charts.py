@@ -11,6 +11,8 @@ from html import escape
 
 import numpy as np
 
+from cdistill.data.render import to_image
+
 INK, MUTED, GRID, PAPER = "#1b1f24", "#57606a", "#d8dee4", "#ffffff"
 FRAME, GLOW = "#d97706", "#22d3ee"  # cyan: no object of the built-in task has it
 CRISP = 'shape-rendering="crispEdges"'  # else seams show between neighbouring cells
@@ -225,11 +227,8 @@ def heatmap(
 
 def png(image: np.ndarray) -> str:
     """Data URL of an image (3, H, W) in [-1, 1]."""
-    from PIL import Image
-
-    pixels = ((image.transpose(1, 2, 0) + 1.0) * 127.5).round().clip(0, 255).astype(np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
+    to_image(image).save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

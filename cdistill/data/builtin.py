@@ -21,9 +21,29 @@ IGNORE_INDEX = -100
 IMAGE_TOKEN, PAD, EOS, USER, ASSISTANT = "<image>", "<pad>", "</s>", "USER:", "ASSISTANT:"
 NUM_VISUAL_TOKENS = scenes.GRID * scenes.GRID
 
+# The vicuna_v1 layout as a template; what it marks as generated is what `BuiltinDataset` labels.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+    {%- set parts = [{"type": "text", "text": message.content}] if message.content is string else message.content -%}
+    {%- if message.role not in ("user", "assistant") -%}
+        {{- raise_exception("roles are user and assistant, got " ~ message.role) -}}
+    {%- endif -%}
+    {{- ("" if loop.first else " ") ~ ("USER:" if message.role == "user" else "ASSISTANT:") -}}
+    {%- if message.role == "user" -%}
+        {%- for part in parts -%}{{- " " ~ ("<image>" if part.type == "image" else part.text) -}}{%- endfor -%}
+    {%- else -%}
+        {{- " " -}}
+        {%- generation -%}
+            {%- for part in parts -%}{{- part.text ~ " " -}}{%- endfor -%}{{- eos_token -}}
+        {%- endgeneration -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- " ASSISTANT:" -}}{%- endif -%}
+"""
+
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The task's word-level tokenizer; its vocabulary is a fixed function of the task's words."""
+    """The task's word-level tokenizer, with its chat template; the vocabulary is a fixed function of the task's words."""
     vocabulary = [PAD, EOS, IMAGE_TOKEN, USER, ASSISTANT, "<unk>"]
     vocabulary += sorted(set(scenes.words()) | set(questions.WORDS))
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
@@ -35,6 +55,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         extra_special_tokens={"image_token": IMAGE_TOKEN},
         padding_side="right",
+        chat_template=CHAT_TEMPLATE,
     )
 
 

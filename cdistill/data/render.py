@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
+from PIL import Image
 
 from cdistill.data.scenes import COLOURS, GRID, IMAGE_SIZE, PATCH, SHAPES, Scene
 
@@ -50,6 +51,11 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
         patch[_mask(thing.shape)] = np.asarray(_RGB[thing.colour], dtype=np.float32) * rng.uniform(0.8, 1.0)
     image += 10.0 * rng.standard_normal(image.shape, dtype=np.float32)
     return np.ascontiguousarray((image / 127.5 - 1.0).clip(-1.0, 1.0).transpose(2, 0, 1))
+
+
+def to_image(pixels: np.ndarray) -> Image.Image:
+    """Pixels (3, H, W) in [-1, 1] as an image of 8 bits a channel, rounded: what a processor takes."""
+    return Image.fromarray(((pixels.transpose(1, 2, 0) + 1.0) * 127.5).round().clip(0, 255).astype(np.uint8))
 
 
 def patch_labels(scene: Scene) -> np.ndarray:

@@ -1,7 +1,6 @@
-"""LLaVA composition from transformers parts, and the teacher adapter fetch (TAF) that gives a student its teacher's adapter.
+"""LLaVA composition from transformers parts, with or without teacher adapter fetch (TAF, `cdistill.models.taf`).
 
-A student without TAF is the stock ``LlavaForConditionalGeneration``. With TAF (paper section 4.2, SPEC section 3) its visual
-tokens are M(P_T(f(image))): f the frozen vision encoder, P_T the teacher's frozen adapter, M a light trainable map d_T -> d_S.
+A student without TAF is the stock ``LlavaForConditionalGeneration``.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -17,89 +16,16 @@ from transformers import (
     LlavaForConditionalGeneration,
     PretrainedConfig,
 )
-from transformers.activations import ACT2FN
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-TAF_ACTIVATIONS = ("linear", "gelu")
-
-
-class TAFLlavaConfig(LlavaConfig):
-    """Configuration of a TAF student.
-
-    Attributes:
-        teacher_hidden_size: width d_T of the teacher's adapter output.
-        taf_activation: ``linear`` for M = Linear (the authors' code), ``gelu`` for M = GELU + Linear.
-    """
-
-    model_type = "cdistill_taf_llava"
-
-    teacher_hidden_size: int = 0
-    taf_activation: str = "linear"
-
-
-class TAFAdapter(nn.Module):
-    """M(P_T(features)): (..., d_v) encoder features to (..., d_S) visual tokens of the student."""
-
-    def __init__(self, config: TAFLlavaConfig) -> None:
-        super().__init__()
-        if config.taf_activation not in TAF_ACTIVATIONS:
-            raise ValueError(
-                f"taf_activation must be one of {', '.join(TAF_ACTIVATIONS)}, got {config.taf_activation!r}"
-            )
-        if config.teacher_hidden_size < 1:
-            raise ValueError(f"teacher_hidden_size must be positive, got {config.teacher_hidden_size}")
-        width, bias = config.teacher_hidden_size, config.multimodal_projector_bias
-        vision: Any = config.vision_config
-        text: Any = config.text_config
-        self.teacher = nn.Sequential(
-            nn.Linear(vision.hidden_size, width, bias=bias),
-            ACT2FN[config.projector_hidden_act],
-            nn.Linear(width, width, bias=bias),
-        )
-        self.act = nn.GELU() if config.taf_activation == "gelu" else nn.Identity()
-        self.map = nn.Linear(width, text.hidden_size)
-
-    def fetch(self, teacher_adapter: LlavaMultiModalProjector) -> None:
-        """Copy the teacher's trained adapter into P_T.
-
-        Raises:
-            ValueError: the teacher's adapter has other widths than this model was built for.
-        """
-        pairs: list[tuple[Any, Any]] = [
-            (self.teacher[0], teacher_adapter.linear_1),
-            (self.teacher[2], teacher_adapter.linear_2),
-        ]
-        for mine, theirs in pairs:
-            if mine.weight.shape != theirs.weight.shape:
-                raise ValueError(
-                    f"teacher adapter is {tuple(theirs.weight.shape)}, this student was built for {tuple(mine.weight.shape)}"
-                )
-            mine.load_state_dict(theirs.state_dict())
-
-    def from_teacher_tokens(self, tokens: Tensor) -> Tensor:
-        """M alone: (..., d_T) visual tokens that the teacher's adapter already made, to (..., d_S)."""
-        return self.map(self.act(tokens))
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.from_teacher_tokens(self.teacher(features))
-
-
-class TAFLlavaForConditionalGeneration(LlavaForConditionalGeneration):
-    """LLaVA whose multimodal projector is a `TAFAdapter`; otherwise the stock model, ``generate`` and saving included."""
-
-    config: TAFLlavaConfig
-    config_class = TAFLlavaConfig
-
-    def __init__(self, config: TAFLlavaConfig) -> None:
-        super().__init__(config)
-        self.model.multi_modal_projector = TAFAdapter(config)
-        self.post_init()
-
-
-AutoConfig.register(TAFLlavaConfig.model_type, TAFLlavaConfig, exist_ok=True)
-AutoModelForImageTextToText.register(TAFLlavaConfig, TAFLlavaForConditionalGeneration, exist_ok=True)
+from cdistill.models.taf import MERGED, TAFAdapter, TAFLlavaConfig, TAFLlavaForConditionalGeneration
 
 Llava = LlavaForConditionalGeneration
+
+
+def register() -> None:
+    """Let the auto classes of transformers load TAF students; may be called again."""
+    AutoConfig.register(TAFLlavaConfig.model_type, TAFLlavaConfig, exist_ok=True)
+    AutoModelForImageTextToText.register(TAFLlavaConfig, TAFLlavaForConditionalGeneration, exist_ok=True)
 
 
 def compose(
@@ -132,6 +58,10 @@ def compose(
     }
     if teacher is None:
         return LlavaForConditionalGeneration(LlavaConfig(**common))
+    if taf_activation == MERGED:
+        raise ValueError(
+            "taf_activation merged is what export makes of linear: a student is composed with linear or gelu"
+        )
     width = teacher.config.text_config.hidden_size
     model = TAFLlavaForConditionalGeneration(
         TAFLlavaConfig(teacher_hidden_size=width, taf_activation=taf_activation, **common)

@@ -13,6 +13,7 @@ from transformers import (
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from cdistill.models.llava import Llava
@@ -34,20 +35,21 @@ def resolve_folder(reference: str, key: str) -> Path:
     return folder
 
 
-def is_llava(model: Model) -> bool:
-    """Whether a model has a vision encoder and an adapter."""
-    return hasattr(model.model, "multi_modal_projector")
-
-
-def load_model(folder: str | Path, key: str = "student.base") -> Model:
-    """LLaVA or causal language model in a folder made by ``save_pretrained``, fp32.
+def load_model(
+    folder: str | Path,
+    key: str = "student.base",
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    attention: str = "sdpa",
+) -> Model:
+    """LLaVA or causal language model in a folder made by ``save_pretrained``; ``dtype`` "auto" is that of the files.
 
     Raises ValueError naming the missing or corrupt file.
     """
     folder = Path(folder)
-    config = _load_config(folder, key)
+    config = load_config(folder, key)
     auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    return _load(auto, folder, key)
+    return _load(auto, folder, key, dtype, attention)
 
 
 def load_for_evaluation(reference: str, key: str) -> Model:
@@ -56,7 +58,8 @@ def load_for_evaluation(reference: str, key: str) -> Model:
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _load_config(folder: Path, key: str) -> PretrainedConfig:
+def load_config(folder: Path, key: str) -> PretrainedConfig:
+    """Configuration of the model in a folder. Raises ValueError naming the missing or corrupt file."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{key}: {path} is missing")
@@ -82,7 +85,9 @@ def _weight_files(folder: Path, key: str) -> list[Path]:
     return [folder / shard for shard in shards]
 
 
-def _load(auto: Any, folder: Path, key: str) -> Model:
+def _load(
+    auto: Any, folder: Path, key: str, dtype: torch.dtype | str = torch.float32, attention: str = "sdpa"
+) -> Model:
     """``auto.from_pretrained`` on verified files."""
     for path in _weight_files(folder, key):
         if not path.is_file():
@@ -93,7 +98,7 @@ def _load(auto: Any, folder: Path, key: str) -> Model:
         except SafetensorError as error:
             raise ValueError(f"{key}: {path} is corrupt ({error})") from None
     model, info = auto.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True, output_loading_info=True
+        folder, dtype=dtype, attn_implementation=attention, local_files_only=True, output_loading_info=True
     )
     if info["missing_keys"] or info["mismatched_keys"]:
         wrong = sorted(info["missing_keys"]) or sorted(str(k) for k in info["mismatched_keys"])
@@ -104,12 +109,19 @@ def _load(auto: Any, folder: Path, key: str) -> Model:
 
 
 def load_llava(folder: Path, key: str) -> Llava:
-    if not hasattr(_load_config(folder, key), "vision_config"):
-        raise ValueError(f"{key}: {folder} holds no LLaVA but a {_load_config(folder, key).model_type} model")
+    if not hasattr(load_config(folder, key), "vision_config"):
+        raise ValueError(f"{key}: {folder} holds no LLaVA but a {load_config(folder, key).model_type} model")
     return _load(AutoModelForImageTextToText, folder, key)
 
 
 def load_tokenizer(folder: Path, key: str) -> PreTrainedTokenizerBase:
-    if not (folder / "tokenizer_config.json").is_file():
-        raise ValueError(f"{key}: {folder / 'tokenizer_config.json'} is missing")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        raise ValueError(f"{key}: {path} is missing")
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{key}: {path} is corrupt ({error})") from None
+    # Beside a model of type qwen2, AutoTokenizer makes a Qwen2Tokenizer even of files that say they are another one's.
+    auto = PreTrainedTokenizerFast if kind == PreTrainedTokenizerFast.__name__ else AutoTokenizer
+    return auto.from_pretrained(folder, local_files_only=True)

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from cdistill.models.llava import Llava, TAFAdapter
+from cdistill.models.llava import Llava
 from cdistill.models.load import Model
 from cdistill.models.parts import has_vision
+from cdistill.models.taf import TAFAdapter
 
 # What decides how many visual tokens an image becomes, in the configurations of transformers' families.
 _OF_THE_MODEL = (

@@ -8,20 +8,27 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from cdistill.data.builtin import IMAGE_TOKEN, build_tokenizer
-from cdistill.models.llava import Llava, TAFAdapter, compose
-from cdistill.models.load import Model, is_llava, load_llava, load_model, load_tokenizer, resolve_folder
+from cdistill.models.llava import Llava, compose
+from cdistill.models.load import Model, load_llava, load_model, load_tokenizer, resolve_folder
 from cdistill.models.pair import check_pair
+from cdistill.models.parts import has_vision
+from cdistill.models.processor import COMPOSITIONS, Processor, ProcessorFiles, build_processor, has_image_processor
+from cdistill.models.taf import TAFAdapter
 from cdistill.train.config import Recipe, StudentConfig
 from cdistill.vat import VAT, VATConfig, attention_layers
 
 
 @dataclass
 class Models:
-    """What a run trains and distils from; without a vision encoder the student is a causal language model."""
+    """What a run trains and distils from; without a vision encoder the student is a causal language model.
+
+    ``processor`` is what a result's folder holds beside the weights, the tokenizer alone where there are no images.
+    """
 
     student: Model
     teacher: Llava | None
     tokenizer: PreTrainedTokenizerBase
+    processor: Processor
 
 
 def build_models(recipe: Recipe) -> Models:
@@ -38,14 +45,31 @@ def build_models(recipe: Recipe) -> Models:
     if teacher is not None:
         check_pair(student, teacher)
     check_objectives(recipe, student, teacher)
-    return Models(student, teacher, tokenizer)
+    return Models(student, teacher, tokenizer, _processor(recipe, student, tokenizer))
+
+
+def _processor(recipe: Recipe, student: Model, tokenizer: PreTrainedTokenizerBase) -> Processor:
+    if not hasattr(student.config, "vision_config"):
+        return tokenizer
+    references = {"student.base": recipe.student.base, "student.vision": recipe.student.vision}
+    if recipe.needs_teacher:
+        references["teacher"] = recipe.teacher
+    folders = [resolve_folder(reference, key) for key, reference in references.items() if reference is not None]
+    if student.config.model_type not in COMPOSITIONS:
+        return ProcessorFiles(folders[:1], "student.base")
+    source = next((folder for folder in folders if has_image_processor(folder)), None)
+    try:
+        return build_processor(student.config, tokenizer, "student", source=source)
+    except ValueError as error:
+        print(f"the student is saved without a processor: {error}", flush=True)
+        return tokenizer
 
 
 def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> None:
     """Raise ValueError unless the models can be trained in every stage of the recipe, layer matching included."""
     for name in recipe.stages:
         stage = recipe.stage[name]
-        if not is_llava(student) and (stage.objective not in ("text", "ground") or stage.data.modality != "text"):
+        if not has_vision(student) and (stage.objective not in ("text", "ground") or stage.data.modality != "text"):
             raise ValueError(
                 f"stage.{name}.objective must be text or ground, with data.modality text, for a student without a vision "
                 f"encoder (student.vision, student.vision_config), got {stage.objective}"
@@ -97,7 +121,7 @@ def _build_student(
         if teacher_tokenizer is not None:
             _check_vocabularies(tokenizer, teacher_tokenizer)
             tokenizer = teacher_tokenizer  # the same, and it knows the image token
-        if is_llava(language):
+        if has_vision(language):
             _check_same_kind(config, language)
             return language, tokenizer
         text = language.config

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdistill.data.builtin import IGNORE_INDEX
-from cdistill.models.llava import Llava, SharedVision, TAFAdapter, encode_images, share_vision, student_embeddings
+from cdistill.models.llava import Llava, SharedVision, encode_images, share_vision, student_embeddings
 from cdistill.models.load import Model
 from cdistill.models.parts import adapter_modules, has_vision, head_of
+from cdistill.models.taf import TAFAdapter
 from cdistill.ops import linear_distillation
 from cdistill.train.config import KDConfig
 from cdistill.train.objectives import Objective

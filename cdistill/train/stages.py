@@ -273,7 +273,7 @@ def _run_stage(
     trainer.save_student(part)
     trainer.accelerator.wait_for_everyone()
     if first:
-        models.tokenizer.save_pretrained(part)
+        models.processor.save_pretrained(part)
         part.replace(folder)
         shutil.rmtree(output / CHECKPOINTS)
         rate = (stage.steps - start) * stage.global_batch_size / seconds

@@ -1,0 +1,233 @@
+"""Results that travel: one folder that plain transformers loads, adapters merged, processor beside the weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from cdistill.models import taf
+from cdistill.models.load import Model, load_config, load_model, load_tokenizer, resolve_folder
+from cdistill.models.processor import COMPOSITIONS, Processor, ProcessorFiles, build_processor, has_image_processor
+from cdistill.models.taf import MERGED, TAFAdapter, TAFLlavaConfig, TAFLlavaForConditionalGeneration
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+RECIPE = "recipe.yaml"
+CODE = "modeling_cdistill_taf"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote: where, which class loads it, in which number format, what was merged, what to know about it."""
+
+    folder: Path
+    model_class: str
+    dtype: str
+    merged: tuple[str, ...]
+    remarks: tuple[str, ...]
+
+
+def export(
+    model: str | Path,
+    output: str | Path,
+    *,
+    dtype: str | None = None,
+    merge_taf: bool = True,
+    code: bool = False,
+    max_shard_size: int | str | None = None,
+) -> Exported:
+    """Write a model as one folder with safetensors, processor and chat template, atomically.
+
+    A LoRA adapter is merged into its base. A student whose TAF map is linear gets it multiplied into the teacher adapter's
+    last layer (`merge_taf`), and is a stock LLaVA where the widths allow that. Where nothing is merged the weights are the
+    same bits, unless ``dtype`` changes them.
+
+    Args:
+        model: folder made by ``save_pretrained``, folder of a run (its last finished stage), folder of a peft adapter whose
+            base is a local folder, or ``builtin:NAME``.
+        output: a folder that does not exist or is empty.
+        dtype: ``fp32``, ``bf16`` or ``fp16``; by default that of the model.
+        merge_taf: False leaves a TAF student as it was trained.
+        code: put the code of a TAF student beside the weights, for ``trust_remote_code`` where cdistill is not installed.
+        max_shard_size: as for ``save_pretrained``, and by default its default.
+
+    Raises:
+        ValueError: the model, its base or its tokenizer is missing or corrupt, ``output`` is not empty or cannot be written.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    output = Path(os.path.abspath(output))
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output: {output} exists and is no empty folder")
+    folder = _model_folder(resolve_folder(str(model), "model"))
+    adapted = (folder / ADAPTER_CONFIG).is_file()
+    folders = [_base_of(folder), folder] if adapted else [folder]
+    processor, remarks = _check(folders)  # before the weights, which may take long
+    loaded = _load(folders[0])
+    merged = ["LoRA"] if adapted else []
+    if adapted:
+        loaded = _merge_adapter(loaded, folder)
+    target = loaded.dtype if dtype is None else DTYPES[dtype]
+    is_taf = isinstance(loaded, TAFLlavaForConditionalGeneration)
+    if merge_taf and is_taf and loaded.config.taf_activation == "linear":
+        loaded, merged = merge_taf_map(loaded, target), [*merged, "TAF"]
+    loaded = loaded.to(target)
+    if code and not isinstance(loaded, TAFLlavaForConditionalGeneration):
+        remarks.append(f"--code: {type(loaded).__name__} is part of transformers and needs none")
+        code = False
+    _write(loaded, processor, output, code=code, max_shard_size=max_shard_size)
+    name = next(name for name, value in DTYPES.items() if value == target)
+    return Exported(output, type(loaded).__name__, name, tuple(merged), tuple(remarks))
+
+
+def merge_taf_map(model: TAFLlavaForConditionalGeneration, dtype: torch.dtype) -> LlavaForConditionalGeneration:
+    """A model with the parts of a linear TAF student, M multiplied into the last layer of P_T, which it follows directly.
+
+    It is a stock LLaVA if d_T = d_S and the teacher's adapter has biases, else a `TAFLlavaForConditionalGeneration` with a
+    `MergedAdapter`. The product is taken in fp64 and rounded once, to ``dtype``; the rest is not copied.
+    """
+    adapter: Any = model.model.multi_modal_projector
+    config: Any = copy.deepcopy(model.config)
+    kind: type[LlavaForConditionalGeneration] = TAFLlavaForConditionalGeneration
+    if config.teacher_hidden_size == config.text_config.hidden_size and config.multimodal_projector_bias:
+        kind = LlavaForConditionalGeneration
+        own = {"model_type", *(set(TAFLlavaConfig().to_dict()) - set(LlavaConfig().to_dict()))}
+        config = LlavaConfig.from_dict({name: value for name, value in config.to_dict().items() if name not in own})
+    else:
+        config.taf_activation = MERGED
+    with torch.device("meta"):
+        result = kind(config)
+    projector: Any = result.model.multi_modal_projector
+    weight, bias = _product(adapter)
+    state = {f"linear_1.{name}": value.detach() for name, value in adapter.teacher[0].state_dict().items()}
+    state |= {"linear_2.weight": weight.to(dtype), "linear_2.bias": bias.to(dtype)}
+    projector.load_state_dict(state, assign=True)
+    result.model.vision_tower, result.model.language_model = model.model.vision_tower, model.model.language_model
+    result.lm_head, result.generation_config = model.lm_head, model.generation_config
+    return result.eval()
+
+
+def _product(adapter: TAFAdapter) -> tuple[Tensor, Tensor]:
+    """Weight (d_S, d_T) and bias (d_S,) of M after P_T's last layer, fp64."""
+    last: Any = adapter.teacher[2]
+    weight, bias = adapter.map.weight.detach().double(), adapter.map.bias.detach().double()
+    if last.bias is not None:
+        bias = bias + weight @ last.bias.detach().double()
+    return weight @ last.weight.detach().double(), bias
+
+
+def _model_folder(folder: Path) -> Path:
+    """The folder itself, or the last finished stage of a run: stages appear under their names when they are finished."""
+    if (folder / "config.json").is_file() or not (folder / RECIPE).is_file():
+        return folder
+    stages = [path for path in folder.iterdir() if re.fullmatch(r"\d+-\w+", path.name) and path.is_dir()]
+    if not stages:
+        raise ValueError(f"model: the run in {folder} has no finished stage")
+    return max(stages, key=lambda path: int(path.name.partition("-")[0]))
+
+
+def _base_of(folder: Path) -> Path:
+    """Folder of the model that a peft adapter was trained on."""
+    path = folder / ADAPTER_CONFIG
+    try:
+        reference = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"model: {path} is corrupt ({error!r})") from None
+    base = resolve_folder(str(reference), f"model: {path}: base_model_name_or_path")
+    if (base / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"model: {path}: base_model_name_or_path {base} is an adapter itself; export that one first")
+    return base
+
+
+def _check(folders: list[Path]) -> tuple[Processor, list[str]]:
+    """What goes beside the weights, a later folder's files before an earlier one's, and remarks on it."""
+    config: Any = load_config(folders[0], "model")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"model: the weights in {folders[0]} are quantised; export the model they were made from")
+    folder = next((f for f in reversed(folders) if (f / "tokenizer_config.json").is_file()), folders[-1])
+    files = ProcessorFiles(folders, "model")
+    tokenizer = load_tokenizer(folder, "model")
+    remarks = []
+    result: Processor = files
+    if hasattr(config, "vision_config") and not any(has_image_processor(f) for f in folders):
+        if config.model_type not in COMPOSITIONS:
+            raise ValueError(f"model: {folder / 'processor_config.json'} is missing")
+        result = build_processor(config, tokenizer, "model")
+        remarks.append(f"no image processor in {folder}: its vision encoder's usual one was taken")
+    if tokenizer.chat_template is None and not any(name.name.startswith("chat_template") for name in files.files):
+        remarks.append(f"no chat template in {folder}: apply_chat_template will need one")
+    return result, remarks
+
+
+def _load(folder: Path) -> Model:
+    loaded = load_model(folder, "model", dtype="auto", attention="eager").eval()  # every model has eager attention
+    if loaded.dtype not in DTYPES.values():
+        raise ValueError(f"model: the weights in {folder} are {loaded.dtype}; known are {', '.join(DTYPES)}")
+    return loaded
+
+
+def _merge_adapter(base: Model, folder: Path) -> Model:
+    """The base of a peft adapter with the adapter merged into its weights."""
+    path, weights = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        raise ValueError(f"model: {weights} is missing")
+    try:
+        with safe_open(weights, framework="pt") as file:
+            saved = set(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"model: {weights} is corrupt ({error})") from None
+    from peft import PeftModel, get_peft_model_state_dict
+
+    try:
+        with warnings.catch_warnings(action="ignore"):  # missing weights are an error, below
+            adapted: Any = PeftModel.from_pretrained(base, str(folder))
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise ValueError(f"model: {path} does not fit its base: {_one_line(error)}") from None
+    missing = sorted(set(get_peft_model_state_dict(adapted)) ^ saved)
+    if missing:
+        raise ValueError(f"model: {weights} does not fit {path}: {missing[0]} is in one of them only")
+    if not hasattr(adapted.base_model, "merge_and_unload"):
+        raise ValueError(f"model: {path}: peft_type {adapted.active_peft_config.peft_type.value} cannot be merged")
+    return adapted.merge_and_unload(safe_merge=True).eval()
+
+
+def _write(model: Model, processor: Processor, output: Path, *, code: bool, max_shard_size: int | str | None) -> None:
+    """Save everything beside ``output``, then rename; on failure nothing is left."""
+    if hasattr(model.config, "auto_map"):  # it names files of the folder the model came from, which are not taken along
+        del model.config.auto_map
+    if code:
+        model.config.auto_map = {
+            "AutoConfig": f"{CODE}.{TAFLlavaConfig.__name__}",
+            "AutoModelForImageTextToText": f"{CODE}.{TAFLlavaForConditionalGeneration.__name__}",
+        }
+    part = output.with_name(f"{output.name}.part")
+    options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    try:
+        if part.exists():
+            shutil.rmtree(part)
+        part.mkdir(parents=True)
+        model.save_pretrained(part, **options)
+        processor.save_pretrained(part)
+        if code:
+            shutil.copyfile(taf.__file__, part / f"{CODE}.py")
+        part.replace(output)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"output: {output} could not be written: {_one_line(error)}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,118 @@
+"""What stands beside a model's weights: the processor of a LLaVA composition, or files that are taken over as they are."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+from transformers import AutoImageProcessor, LlavaProcessor, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from cdistill.models.taf import TAFLlavaConfig
+
+COMPOSITIONS = ("llava", TAFLlavaConfig.model_type)
+IMAGE_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+FILES = (
+    *IMAGE_PROCESSORS,
+    "video_preprocessor_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "spiece.model",
+    "sentencepiece*.model",
+    "chat_template.*",
+    "additional_chat_templates/*.jinja",
+)
+
+
+class Processor(Protocol):
+    """Anything that can put itself beside the weights: a processor, a tokenizer, `ProcessorFiles`."""
+
+    def save_pretrained(self, save_directory: Any) -> Any: ...
+
+
+class ProcessorFiles:
+    """The processor and tokenizer files of some folders, a later folder's in place of an earlier one's.
+
+    They are copied: loading may need packages that are not here (torchvision for video), and saving is not always exact.
+
+    Raises:
+        ValueError: a JSON file among them is corrupt.
+    """
+
+    def __init__(self, folders: Sequence[Path], key: str) -> None:
+        self.files = {
+            path.relative_to(folder): path for folder in folders for name in FILES for path in sorted(folder.glob(name))
+        }
+        for path in self.files.values():
+            if path.suffix == ".json":
+                try:
+                    json.loads(path.read_text(encoding="utf-8"))
+                except ValueError as error:
+                    raise ValueError(f"{key}: {path} is corrupt ({error})") from None
+
+    def save_pretrained(self, save_directory: Any) -> None:
+        for name, path in self.files.items():
+            target = Path(save_directory) / name
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def has_image_processor(folder: Path) -> bool:
+    """Whether a folder says how images become pixel values."""
+    return any((folder / name).is_file() for name in IMAGE_PROCESSORS)
+
+
+def build_processor(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, key: str, *, source: Path | None = None
+) -> LlavaProcessor:
+    """The processor of a LLaVA composition, with the tokenizer's chat template.
+
+    Args:
+        config: configuration of the model; it decides how many image tokens an image becomes.
+        tokenizer: the model's.
+        key: what errors name.
+        source: folder whose image processor is taken; without one it is the usual one of the vision encoder.
+
+    Raises:
+        ValueError: there is no usual one, or images do not become as many tokens as the model was built for.
+    """
+    vision: Any = config.vision_config  # type: ignore[attr-defined]
+    if source is not None and has_image_processor(source):
+        images = AutoImageProcessor.from_pretrained(source, local_files_only=True)
+    else:
+        images = _usual_image_processor(vision, key)
+    processor = LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,  # type: ignore[attr-defined]
+        num_additional_image_tokens=int(vision.model_type == "clip_vision_model"),  # its class token
+        image_token=tokenizer.convert_ids_to_tokens(config.image_token_id),  # type: ignore[attr-defined]
+        chat_template=tokenizer.chat_template,
+    )
+    blank = Image.new("RGB", (vision.image_size, vision.image_size))
+    ids = processor(text=processor.image_token, images=blank, add_special_tokens=False)["input_ids"][0]
+    image_id, wanted = config.image_token_id, config.image_seq_length  # type: ignore[attr-defined]
+    if ids != [image_id] * wanted:
+        raise ValueError(
+            f"{key}: its processor makes {len(ids)} tokens {ids[0]} of an image, the model takes {wanted} tokens {image_id}"
+        )
+    return processor
+
+
+def _usual_image_processor(vision: Any, key: str) -> Any:
+    size = {"height": vision.image_size, "width": vision.image_size}
+    if vision.model_type == "siglip_vision_model":
+        return SiglipImageProcessorPil(size=size)
+    if vision.model_type == "clip_vision_model":
+        return CLIPImageProcessorPil(size={"shortest_edge": vision.image_size}, crop_size=size)
+    raise ValueError(
+        f"{key}: preprocessor_config.json is missing, and {vision.model_type} has no usual image processor"
+    )
