@@ -9,7 +9,7 @@ import torch
 from builtin_models import make_recipe
 from test_train_stages import Start, batch_of_three, part, same, weights
 
-from cdistill.data.builtin import BuiltinDataset, build_tokenizer
+from cdistill.data.builtin import BuiltinDataset
 from cdistill.train import run, stages
 from cdistill.train.build import build_models
 from cdistill.train.config import LoRAConfig
@@ -137,11 +137,8 @@ def test_length_grouped_order():
 
 def test_grouped_stages_see_the_same_samples_in_another_order(models, tmp_path):
     options = {"stage__dft__samples": 32, "stage__dft__data": {"turns": 3, "caption": 0.5}, "stages": ["dft"]}
-    tokenizer = build_tokenizer()
-    plain, grouped = (
-        stage_dataset(make_recipe(tmp_path / "run", models, group_by_length=on, **options), 0, tokenizer)[0]
-        for on in (False, True)
-    )
+    recipes = [make_recipe(tmp_path / "run", models, group_by_length=on, **options) for on in (False, True)]
+    plain, grouped = (stage_dataset(recipe, 0, build_models(recipe))[0] for recipe in recipes)
     ids = [[tuple(data[i]["input_ids"].tolist()) for i in range(32)] for data in (plain, grouped)]
     assert ids[0] != ids[1] and sorted(ids[0]) == sorted(ids[1])
     assert isinstance(plain, BuiltinDataset)

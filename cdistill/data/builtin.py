@@ -103,6 +103,21 @@ class BuiltinDataset(Dataset):
         _, scene, turns = self._draw(index)
         return len(self._conversation(self._prefix(scene), turns)["input_ids"])
 
+    def messages(self, index: int) -> list[dict[str, Any]]:
+        """The same conversation as messages for a chat template; an image stands in the first of them as PIL image."""
+        rng, scene, turns = self._draw(index)
+        result: list[dict[str, Any]] = []
+        for question, answer in turns:
+            result.append({"role": "user", "content": [{"type": "text", "text": question}]})
+            result.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        if self.mixture.modality == "image":
+            pixels = render.render(scene, np.random.default_rng(rng.getrandbits(64)))
+            first: dict[str, Any] = {"type": "image", "image": render.to_image(pixels)}
+        else:
+            first = {"type": "text", "text": scenes.describe(scene)}
+        result[0]["content"].insert(0, first)
+        return result
+
     def _draw(self, index: int) -> tuple[random.Random, scenes.Scene, list[tuple[str, str]]]:
         if not 0 <= index < self.size:
             raise IndexError(index)

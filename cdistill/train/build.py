@@ -1,6 +1,7 @@
 """The models of a run, built and checked before anything is written."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,15 @@ from cdistill.models.llava import Llava, compose
 from cdistill.models.load import Model, load_llava, load_model, load_tokenizer, resolve_folder
 from cdistill.models.pair import check_pair
 from cdistill.models.parts import has_vision
-from cdistill.models.processor import COMPOSITIONS, Processor, ProcessorFiles, build_processor, has_image_processor
+from cdistill.models.processor import (
+    COMPOSITIONS,
+    Processor,
+    ProcessorFiles,
+    build_processor,
+    check_image_processors,
+    has_image_processor,
+    load_processor,
+)
 from cdistill.models.taf import TAFAdapter
 from cdistill.train.config import Recipe, StudentConfig
 from cdistill.vat import VAT, VATConfig, attention_layers
@@ -22,13 +31,15 @@ from cdistill.vat import VAT, VATConfig, attention_layers
 class Models:
     """What a run trains and distils from; without a vision encoder the student is a causal language model.
 
-    ``processor`` is what a result's folder holds beside the weights, the tokenizer alone where there are no images.
+    ``processor`` is what a result's folder holds beside the weights, the tokenizer alone where there are no images;
+    ``reader`` makes batches of conversations, None where images always become the same tokens.
     """
 
     student: Model
-    teacher: Llava | None
+    teacher: Model | None
     tokenizer: PreTrainedTokenizerBase
     processor: Processor
+    reader: Any = None
 
 
 def build_models(recipe: Recipe) -> Models:
@@ -44,17 +55,22 @@ def build_models(recipe: Recipe) -> Models:
     student, tokenizer = _build_student(recipe.student, recipe.seed, teacher, teacher_tokenizer)
     if teacher is not None:
         check_pair(student, teacher)
+        check_image_processors({"teacher": folder, **_student_folders(recipe)})
     check_objectives(recipe, student, teacher)
-    return Models(student, teacher, tokenizer, _processor(recipe, student, tokenizer))
+    models = Models(student, teacher, tokenizer, _processor(recipe, student, tokenizer))
+    if has_vision(student) and student.config.model_type not in COMPOSITIONS:
+        assert recipe.student.base is not None
+        models.reader = load_processor(resolve_folder(recipe.student.base, "student.base"), "student.base")
+    return models
 
 
 def _processor(recipe: Recipe, student: Model, tokenizer: PreTrainedTokenizerBase) -> Processor:
-    if not hasattr(student.config, "vision_config"):
+    if not has_vision(student):
         return tokenizer
-    references = {"student.base": recipe.student.base, "student.vision": recipe.student.vision}
+    folders = list(_student_folders(recipe).values())
     if recipe.needs_teacher:
-        references["teacher"] = recipe.teacher
-    folders = [resolve_folder(reference, key) for key, reference in references.items() if reference is not None]
+        assert recipe.teacher is not None
+        folders.append(resolve_folder(recipe.teacher, "teacher"))
     if student.config.model_type not in COMPOSITIONS:
         return ProcessorFiles(folders[:1], "student.base")
     source = next((folder for folder in folders if has_image_processor(folder)), None)
@@ -63,6 +79,12 @@ def _processor(recipe: Recipe, student: Model, tokenizer: PreTrainedTokenizerBas
     except ValueError as error:
         print(f"the student is saved without a processor: {error}", flush=True)
         return tokenizer
+
+
+def _student_folders(recipe: Recipe) -> dict[str, Path]:
+    """Folders that the student's parts come from, by key of the recipe."""
+    references = {"student.base": recipe.student.base, "student.vision": recipe.student.vision}
+    return {key: resolve_folder(reference, key) for key, reference in references.items() if reference is not None}
 
 
 def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> None:
@@ -131,6 +153,11 @@ def _build_student(
             config.text_config, "student.text_config", vocab_size=len(tokenizer), **_special(tokenizer)
         )
     source: Model = teacher
+    if teacher is not None and not isinstance(teacher, Llava):
+        raise ValueError(
+            f"student.base must be a {teacher.config.model_type} model, like the teacher: only a LLaVA's vision encoder can be "
+            "put before another language model"
+        )
     if not config.taf and config.vision is not None:
         source = load_llava(resolve_folder(config.vision, "student.vision"), "student.vision")
     torch.manual_seed(seed)  # after loading, which may or may not draw random numbers
@@ -176,7 +203,7 @@ def _with_vocabulary(model: Model, tokenizer: PreTrainedTokenizerBase) -> Model:
 def _check_same_kind(config: StudentConfig, model: Llava) -> None:
     if config.vision is not None or config.vision_config is not None:
         raise ValueError("student.vision and student.vision_config must be null: student.base already has an encoder")
-    if isinstance(model.model.multi_modal_projector, TAFAdapter) != config.taf:
+    if isinstance(getattr(model.model, "multi_modal_projector", None), TAFAdapter) != config.taf:
         kind = "was made without" if config.taf else "was made with"
         raise ValueError(f"student.taf must be {str(not config.taf).lower()}: student.base {kind} it")
 

@@ -113,7 +113,7 @@ def _prepare(recipe: Recipe, output: Path, resume: bool) -> Models:
     precision_of(recipe)
     models = build_models(recipe)
     for index in range(len(recipe.stages)):
-        stage_dataset(recipe, index, models.tokenizer)
+        stage_dataset(recipe, index, models)
     if resume:
         for folder in stage_folders(recipe, output):
             if folder.is_dir():
@@ -230,7 +230,7 @@ def _run_stage(
     if teacher is not None:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         teacher.to(device=arguments.device, dtype=dtype)
-    dataset, collator = stage_dataset(recipe, index, models.tokenizer)
+    dataset, collator = stage_dataset(recipe, index, models)
     vat = None
     if recipe.aligns(stage.objective):
         assert teacher is not None
