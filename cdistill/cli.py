@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from cdistill import __version__, demo
 from cdistill.eval import command as evaluation
-from cdistill.train.launch import ProcessError
+from cdistill.train.launch import RunError, Stopped
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,11 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 2 for a user's mistake, told in one line."""
+    """Run the command line; returns the exit code.
+
+    2 for a user's mistake, 1 for a run that failed, both told in one line; 143 (130) for one that SIGTERM (Ctrl-C)
+    stopped.
+    """
     parser = argparse.ArgumentParser(prog="cdistill", description="Distil multimodal language models by attention.")
     parser.add_argument("--version", action="version", version=f"cdistill {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -73,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"cdistill: error: {error}", file=sys.stderr)
         return 2
-    except ProcessError as error:
+    except Stopped as stopped:
+        return stopped.exit_code
+    except RunError as error:
         print(f"cdistill: error: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code

@@ -203,7 +203,9 @@ class Recipe:
         deepspeed: ZeRO stage, or ``off``.
         gradient_checkpointing: recompute the language model's layers in the backward pass; ``reentrant`` selects
             torch's old variant, which visual attention alignment cannot work with.
-        save_steps: steps between checkpoints to resume from inside a stage, 0 for none.
+        save_steps: steps between checkpoints to resume from inside a stage, 0 for none but that of a stopped run.
+        max_nonfinite_steps: steps in a row that may be skipped because a loss or gradient is not finite; that many end
+            the run.
         teacher: folder made by ``save_pretrained``, or ``builtin:NAME``.
         stages: names of sections of `stage`, in the order they run.
     """
@@ -221,6 +223,7 @@ class Recipe:
     logging_steps: int = 20
     log_layers: bool = False
     save_steps: int = 0
+    max_nonfinite_steps: int = 20
     teacher: str | None = None
     kd: KDConfig = field(default_factory=KDConfig)
     vat: VATOptions = field(default_factory=VATOptions)
@@ -230,6 +233,7 @@ class Recipe:
         _at_least("processes", self.processes, 1)
         _at_least("logging_steps", self.logging_steps, 1)
         _at_least("save_steps", self.save_steps, 0)
+        _at_least("max_nonfinite_steps", self.max_nonfinite_steps, 1)
         _choice("precision", self.precision, PRECISIONS)
         _choice("deepspeed", self.deepspeed, ZERO_STAGES)
         _choice("gradient_checkpointing", self.gradient_checkpointing, (False, True, "reentrant"))
