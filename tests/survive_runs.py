@@ -112,7 +112,9 @@ def carry_out(plan, rank):
     number = getattr(signal, plan.get("signal", "SIGKILL"))
     if "call" in plan:
         module, name = plan["call"].rsplit(".", 1)
-        die_in(importlib.import_module(module), name, plan.get("match", ""), plan.get("nth", 1), plan.get("half", False))
+        die_in(
+            importlib.import_module(module), name, plan.get("match", ""), plan.get("nth", 1), plan.get("half", False)
+        )
     if "step" in plan and rank != -1:
         stage, last = plan["step"]
         from cdistill.train.stop import StopCallback

@@ -337,7 +337,9 @@ def test_the_command_itself(new_run, undisturbed):
     run = new_run(save_steps=0, stage__dpt__samples=40000)
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "cdistill", "train", str(run.path)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     metrics = run.output / "metrics.jsonl"
     while process.poll() is None and not (metrics.is_file() and metrics.read_text()):
         time.sleep(0.05)

@@ -75,7 +75,9 @@ def test_a_process_that_lost_its_peer_is_not_the_one_to_name(start):
 
 def test_a_signal_is_passed_on_once_and_waited_for(start, tmp_path):
     pid = os.getpid()
-    ready = f"signal.signal(signal.SIGTERM, say)\nif rank: time.sleep(0.5); os.kill({pid}, signal.SIGINT)\ntime.sleep(600)"
+    ready = (
+        f"signal.signal(signal.SIGTERM, say)\nif rank: time.sleep(0.5); os.kill({pid}, signal.SIGINT)\ntime.sleep(600)"
+    )
     with pytest.raises(launch.Stopped) as stopped:
         start(ready)
     assert stopped.value.exit_code == 128 + signal.SIGINT
