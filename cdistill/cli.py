@@ -2,13 +2,12 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cdistill import __version__, demo
 from cdistill.eval import command as evaluation
-from cdistill.train.launch import RunError, Stopped
+from cdistill.train.launch import RunError, tell
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[options.command].run(options)
     except ValueError as error:
-        print(f"cdistill: error: {error}", file=sys.stderr)
+        tell(error)
         return 2
-    except Stopped as stopped:
-        return stopped.exit_code
     except RunError as error:
-        print(f"cdistill: error: {error}", file=sys.stderr)
-        return error.exit_code
+        return tell(error)

@@ -7,6 +7,7 @@ so is each of its ranks, but starting one takes no imports. A plan is a mapping:
   before it does anything, or with ``half`` after it has done half of its work (a file cut in two, a folder half removed);
 - ``step``: ``[stage, n]`` sends ``signal`` after that step, or with ``bytes`` lets no file grow larger from then on, as on a
   full disk; ``seconds`` sends the signal after that time;
+- ``spoil``: ``[stage, n]`` makes the loss of the step after the n-th NaN;
 - ``rank``: the rank it is for, otherwise each; -1 is the process that starts the others.
 """
 
@@ -130,6 +131,17 @@ def carry_out(plan, rank):
             return before(self, args, state, control, **kwargs)
 
         StopCallback.on_step_end = on_step_end
+    if "spoil" in plan:
+        stage, step = plan["spoil"]
+        from cdistill.train.trainer import DistillTrainer
+
+        compute_loss = DistillTrainer.compute_loss
+
+        def spoilt(self, *args, **kwargs):
+            loss = compute_loss(self, *args, **kwargs)
+            return loss * float("nan") if stage in self.args.output_dir and self.state.global_step == step else loss
+
+        DistillTrainer.compute_loss = spoilt
     if "seconds" in plan:
         timer = threading.Timer(plan["seconds"], os.kill, (os.getpid(), number))
         timer.daemon = True

@@ -21,7 +21,7 @@ from cdistill.train.config import recipe_from_dict
 from cdistill.train.stop import stop_on_signals
 
 STAGES = ("1-dpt", "2-dft")
-ENGINES = {"plain": ("off", 1), "zero2": (2, 1), "zero2x2": (2, 2), "zero3x2": (3, 2)}
+ENGINES = {"plain": ("off", 1), "plainx2": ("off", 2), "zero2": (2, 1), "zero2x2": (2, 2), "zero3x2": (3, 2)}
 
 
 class Run:
@@ -118,11 +118,12 @@ def test_a_killed_run_goes_on_from_its_last_complete_checkpoint(new_run, undistu
     code, text = run.resume()
     assert code == 0, text
     assert re.findall(r"from step (\d+)", text) == ([] if step is None else [str(step)])
+    assert "damaged" not in text
     assert_ends_like(run, undisturbed("plain"), text)
 
 
-@pytest.mark.parametrize("engine", ["zero2", "zero2x2", "zero3x2"])
-def test_deepspeed_runs_killed_in_a_save(new_run, undisturbed, engine):
+@pytest.mark.parametrize("engine", ["zero2", "plainx2", "zero2x2", "zero3x2"])
+def test_other_engines_killed_in_a_save(new_run, undisturbed, engine):
     several = ENGINES[engine][1] > 1
     run = new_run(engine)
     plan = {"call": "torch.save", "match": "2-dft/checkpoint-3", "half": True, "rank": 1 if several else 0}
@@ -141,7 +142,7 @@ def test_killed_again_and_again_at_random_moments(new_run, undisturbed):
     draw = random.Random(seed)
     run, kills = new_run(), 0
     options = ()
-    for _ in range(6):
+    for _ in range(5):
         code, text = run.train(*options, plan={"seconds": draw.uniform(0.05, 0.5)})
         assert code in (0, -signal.SIGKILL), (seed, text)
         kills += code != 0
@@ -304,11 +305,11 @@ def test_a_signal_in_the_last_step_of_a_stage_stops_after_it(new_run, undisturbe
 
 
 def test_a_signal_to_one_rank_stops_all_in_the_same_step(new_run, undisturbed):
-    run = new_run("zero3x2", save_steps=0)
+    run = new_run("plainx2", save_steps=0)
     code, text = run.train(plan={"step": ["2-dft", 2], "signal": "SIGTERM", "rank": 1})
     assert code == 143 and text.count("saved after step 2 of 4") == 1 and "error" not in text, text
     assert run.resume()[0] == 0
-    assert_ends_like(run, undisturbed("zero3x2", save_steps=0))
+    assert_ends_like(run, undisturbed("plainx2", save_steps=0))
 
 
 def test_a_signal_to_the_starting_process_stops_its_ranks(new_run, undisturbed):
@@ -351,6 +352,21 @@ def test_the_command_itself(new_run, undisturbed):
     assert run.checkpoints("1-dpt") == [f"checkpoint-{step}"]
     code, text = run.resume(plan={"step": ["1-dpt", step + 1], "signal": "SIGTERM"})
     assert code == 143 and f"from step {step}\n" in text
+
+
+# --- steps that are not finite ---
+
+
+@pytest.mark.parametrize("engine", ["plainx2", "zero2x2"])
+def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(new_run, engine):
+    results = []
+    for rank in ({}, {"rank": 1}):
+        run = new_run(engine)
+        code, text = run.train(plan={"spoil": ["1-dpt", 1], **rank})
+        assert code == 0 and "1-dpt: done" in text and text.count("1 steps skipped") == 1, text
+        results.append(run.result())
+    assert results[0] == results[1]
+    assert [entry["skipped"] for entry in results[0][1]] == [0, 1, 1, 0, 0, 0, 0]
 
 
 # --- full disks ---

@@ -147,7 +147,7 @@ def saving(folder: Path, needed: int) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if not disk_full(error):
+        if isinstance(error, RunError) or not disk_full(error):
             raise
         if not (dist.is_initialized() and dist.get_world_size() > 1):  # others may be writing still
             shutil.rmtree(folder, ignore_errors=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from cdistill.train.launch import RunError
+from cdistill.train.launch import NonFiniteError
 
 
 class FiniteAdamW(torch.optim.AdamW):
@@ -110,7 +110,7 @@ class FiniteSteps(TrainerCallback):
             self.settle()
 
     def settle(self) -> None:
-        """Count the last step if it was skipped. Raises RunError after too many in a row."""
+        """Count the last step if it was skipped. Raises NonFiniteError after too many in a row."""
         verdict, self._verdict = self._verdict, None
         if verdict is None:
             return
@@ -126,7 +126,7 @@ class FiniteSteps(TrainerCallback):
             schedule.last_epoch = verdict.scheduled - 1
             schedule.step()
         if self.in_a_row >= self.limit:
-            raise RunError(
+            raise NonFiniteError(
                 f"{self.label}, step {verdict.step}: {self._culprits(verdict.losses)} not finite, and {self.in_a_row} "
                 "steps in a row had to be skipped (max_nonfinite_steps); checkpoints stay as they are"
             )

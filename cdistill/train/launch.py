@@ -30,6 +30,10 @@ class ProcessError(RunError):
     """One of several processes failed."""
 
 
+class NonFiniteError(RunError):
+    """Too many steps in a row had a loss or gradient that is not finite; every process raises it."""
+
+
 class PeerLostError(ProcessError):
     """This process is well, but another one that it works with is gone."""
 
@@ -42,6 +46,14 @@ class Stopped(RunError):
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}; go on with --resume")
         self.exit_code = 128 + number
+
+
+def tell(error: ValueError | RunError) -> int:
+    """Print an error in one line, unless another process does or has; returns the exit code of a failed rank."""
+    silent = isinstance(error, Stopped) or (isinstance(error, NonFiniteError) and os.environ.get("RANK", "0") != "0")
+    if not silent:
+        print(f"cdistill: error: {error}", file=sys.stderr, flush=True)
+    return getattr(error, "exit_code", 1)
 
 
 def launched() -> bool:
@@ -195,7 +207,11 @@ def naming_lost_peers() -> Iterator[None]:
         import torch.distributed as dist
 
         several = dist.is_initialized() and dist.get_world_size() > 1
-        if not several or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if (
+            isinstance(error, RunError)
+            or not several
+            or not (isinstance(error, dist.DistError) or "gloo" in str(error))
+        ):
             raise
         raise PeerLostError(
             f"process {dist.get_rank()} of {dist.get_world_size()} has lost another process of the run and stops"

@@ -31,13 +31,14 @@ from cdistill.train.finite import FiniteSteps
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES, set_trained
 from cdistill.train.stop import StopCallback, StopRequest, stop_on_signals
-from cdistill.train.trainer import DistillTrainer, RunLog, training_arguments
+from cdistill.train.trainer import METRICS, DistillTrainer, RunLog, training_arguments
 from cdistill.train.zero import deepspeed_config
 from cdistill.vat import VAT, installed
 from cdistill.vat.hook import KEYWORD
 
 RECIPE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
+METRICS_BYTES = 1_000_000
 LOSS_NAMES = {"patch": "patch cross-entropy", "ar": "AR", "ground": "grounding", "kd": "KD", "vat": "VAT"}
 
 
@@ -138,9 +139,11 @@ def _prepare(recipe: Recipe, output: Path, resume: bool) -> Models:
         stage_dataset(recipe, index, models.tokenizer)
     if resume:
         _check_stages(output, stage_folders(recipe, output))
-    output.mkdir(parents=True, exist_ok=True)
-    if not (output / RECIPE).is_file():
-        checkpoints.write_atomically(output / RECIPE, yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False))
+    text = yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False)
+    with checkpoints.saving(output / RECIPE, len(text)):
+        output.mkdir(parents=True, exist_ok=True)
+        if not (output / RECIPE).is_file():
+            checkpoints.write_atomically(output / RECIPE, text)
     return models
 
 
@@ -302,10 +305,11 @@ def _run_stage(
             flush=True,
         )
     began = time.perf_counter()
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finally:
-        log.close()
+    with checkpoints.saving(output / METRICS, METRICS_BYTES):  # checkpoints speak for themselves
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            log.close()
     seconds = time.perf_counter() - began
     step = trainer.state.global_step
     _stop_if(

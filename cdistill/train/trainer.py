@@ -17,6 +17,7 @@ from cdistill.train.finite import FiniteAdamW, FiniteSteps, poisoned
 from cdistill.train.launch import launched
 from cdistill.train.model import DistillationModel
 
+METRICS = "metrics.jsonl"
 WEIGHTS = "model.pt"
 PROGRESS = "progress_{}.pt"  # of one process: sums of losses not yet logged, and counters
 LOSSES = ("patch", "ar", "ground", "kd", "vat", "vat_layers")
@@ -246,7 +247,7 @@ class RunLog(TrainerCallback):
 
     def rewind(self, step: int) -> None:
         """Drop what was logged of this stage after ``step``, the one that training goes on from."""
-        path = self.output / "metrics.jsonl"
+        path = self.output / METRICS
         if not path.is_file():
             return
         kept = []
@@ -275,7 +276,7 @@ class RunLog(TrainerCallback):
         self._clock = time.perf_counter
         self._start = self._clock() - self.last.get("elapsed_s", 0.0)
         self._last_step, self._last_time = state.global_step, self._clock()
-        self._metrics = (self.output / "metrics.jsonl").open("a", encoding="utf-8")
+        self._metrics = (self.output / METRICS).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(self.output / "tensorboard" / self.label), purge_step=state.global_step + 1)
         self._bar = tqdm(total=self.steps, initial=state.global_step, desc=self.label, unit="step", mininterval=1.0)
 

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from cdistill.train.launch import RunError, Stopped, die_with_parent
+from cdistill.train.launch import RunError, die_with_parent, tell
 
 
 def main() -> int:
@@ -15,9 +15,7 @@ def main() -> int:
     try:
         run_stages(read_recipe(output), output, resume=True)
     except (ValueError, RunError) as error:
-        if not isinstance(error, Stopped):
-            print(f"cdistill: error: {error}", file=sys.stderr, flush=True)
-        return getattr(error, "exit_code", 1)
+        return tell(error)
     return 0
 
 
