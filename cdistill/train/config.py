@@ -255,7 +255,9 @@ class Recipe:
             torch's old variant, which visual attention alignment cannot work with.
         compile: compile the layers of the language model with torch.compile.
         group_by_length: put samples of similar length into one batch, in a random order of batches.
-        save_steps: steps between checkpoints to resume from inside a stage, 0 for none.
+        save_steps: steps between checkpoints to resume from inside a stage, 0 for none but that of a stopped run.
+        max_nonfinite_steps: steps in a row that may be skipped because a loss or gradient is not finite; that many end
+            the run.
         teacher: folder made by ``save_pretrained``, or ``builtin:NAME``.
         teacher_memory: how the teacher is held.
         stages: names of sections of `stage`, in the order they run.
@@ -276,6 +278,7 @@ class Recipe:
     logging_steps: int = 20
     log_layers: bool = False
     save_steps: int = 0
+    max_nonfinite_steps: int = 20
     teacher: str | None = None
     teacher_memory: TeacherMemory = field(default_factory=TeacherMemory)
     kd: KDConfig = field(default_factory=KDConfig)
@@ -286,6 +289,7 @@ class Recipe:
         _at_least("processes", self.processes, 1)
         _at_least("logging_steps", self.logging_steps, 1)
         _at_least("save_steps", self.save_steps, 0)
+        _at_least("max_nonfinite_steps", self.max_nonfinite_steps, 1)
         _choice("precision", self.precision, PRECISIONS)
         _choice("deepspeed", self.deepspeed, ZERO_STAGES)
         _choice("gradient_checkpointing", self.gradient_checkpointing, (False, True, "reentrant"))
