@@ -210,9 +210,7 @@ def _require_same_packing(sequence: Tensor, query: Tensor, attention_mask: Tenso
         "use_cache=False and without attention_mask"
     )
     if (query.shape[0], query.shape[2]) != sequence.shape:
-        raise ValueError(
-            f"the recorder's packed rows are {tuple(sequence.shape)}, the model's {query.shape[0], query.shape[2]}"
-        )
+        raise ValueError(f"the recorder has packed rows {tuple(sequence.shape)}, not {query.shape[0], query.shape[2]}")
     if attention_mask is None:  # plain causality
         require_on_device((sequence == 0).all(), message)
     elif getattr(attention_mask, _PACKING, None) is not sequence:
