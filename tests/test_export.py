@@ -334,6 +334,11 @@ def test_an_adapter_brings_its_own_tokenizer_and_the_code_of_an_earlier_export_d
     tokenizer = build_tokenizer()
     tokenizer.chat_template = "of the adapter"
     tokenizer.save_pretrained(tmp_path / "lora")
+    add_lora(tmp_path / "base", tmp_path / "plain", ("q_proj",))
+    tokenizer.save_pretrained(tmp_path / "plain")
+    built = export(tmp_path / "plain", tmp_path / "three")  # no image processor anywhere: one is built
+    assert "usual one was taken" in built.remarks[0]
+    assert AutoProcessor.from_pretrained(tmp_path / "three").chat_template == "of the adapter"
     result = export(tmp_path / "lora", tmp_path / "two", merge_taf=False)
     assert result.merged == ("LoRA",)
     assert (tmp_path / "two" / "chat_template.jinja").read_text() == "of the adapter"
