@@ -30,3 +30,11 @@ def _mount_kernels() -> None:
 
 _mount_kernels()
 _install()
+
+
+def __getattr__(name: str) -> object:
+    if name == "distill":
+        from cdistill.train.distillation import distill
+
+        return distill
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

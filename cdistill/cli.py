@@ -2,13 +2,12 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cdistill import __version__, demo
 from cdistill.eval import command as evaluation
-from cdistill.train.launch import ProcessError, environment
+from cdistill.train.launch import RunError, environment, tell
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,11 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 2 for a user's mistake, told in one line."""
+    """Run the command line; returns the exit code.
+
+    2 for a user's mistake, 1 for a run that failed, both told in one line; 143 (130) for one that SIGTERM (Ctrl-C)
+    stopped.
+    """
     parser = argparse.ArgumentParser(prog="cdistill", description="Distil multimodal language models by attention.")
     parser.add_argument("--version", action="version", version=f"cdistill {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -98,8 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[options.command].run(options)
     except ValueError as error:
-        print(f"cdistill: error: {error}", file=sys.stderr)
+        tell(error)
         return 2
-    except ProcessError as error:
-        print(f"cdistill: error: {error}", file=sys.stderr)
-        return 1
+    except RunError as error:
+        return tell(error)

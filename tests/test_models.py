@@ -17,7 +17,9 @@ from cdistill.models import (
     compose,
     encode_images,
     merge_visual_tokens,
-    shared_embeddings,
+    share_vision,
+    student_embeddings,
+    teacher_embeddings,
 )
 
 IMAGE, VOCABULARY, TOKENS = 5, 40, 9
@@ -51,6 +53,11 @@ def build(kind, width, layers, seed, teacher=None, **options):
     return model.eval()
 
 
+def shared_embeddings(student, teacher, ids, pixels):
+    shared = share_vision(student, pixels)
+    return student_embeddings(student, ids, shared), teacher_embeddings(teacher, ids, shared)
+
+
 def batch(generator, images=2):
     ids = torch.randint(6, VOCABULARY, (images, TOKENS + 6), generator=generator)
     ids[:, 2 : 2 + TOKENS] = IMAGE
@@ -67,8 +74,7 @@ def test_composition_is_the_stock_llava(kind, generator):
     model = build(kind, 32, 2, 0)
     assert type(model) is LlavaForConditionalGeneration
     ids, pixels = batch(generator)
-    embeds, none = shared_embeddings(model, None, ids, pixels)
-    assert none is None
+    embeds = student_embeddings(model, ids, share_vision(model, pixels))
     ours = model(inputs_embeds=embeds, attention_mask=torch.ones_like(ids)).logits
     stock = model(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids)).logits
     torch.testing.assert_close(ours, stock)

@@ -91,17 +91,42 @@ class BuiltinDataset(Dataset):
         return [self._vocabulary[word] for word in text.split()]
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not 0 <= index < self.size:
-            raise IndexError(index)
-        rng = random.Random(f"{self.seed}/{index}/{self.held_out}")
-        scene, turns = self._scene_and_turns(rng)
-        text_only = self.mixture.modality == "text"
-        prefix = scenes.describe(scene) if text_only else " ".join([IMAGE_TOKEN] * NUM_VISUAL_TOKENS)
-        item = self._conversation(prefix, turns)
-        if not text_only:
+        rng, scene, turns = self._draw(index)
+        item = self._conversation(self._prefix(scene), turns)
+        if self.mixture.modality == "image":
             pixels = render.render(scene, np.random.default_rng(rng.getrandbits(64)))
             item["pixel_values"] = torch.from_numpy(pixels)
         return item | self._grounding(scene, item["input_ids"]) if self.grounding else item
+
+    def length(self, index: int) -> int:
+        """Tokens of an item, whose image is not drawn for it."""
+        _, scene, turns = self._draw(index)
+        return len(self._conversation(self._prefix(scene), turns)["input_ids"])
+
+    def messages(self, index: int) -> list[dict[str, Any]]:
+        """The same conversation as messages for a chat template; an image stands in the first of them as PIL image."""
+        rng, scene, turns = self._draw(index)
+        result: list[dict[str, Any]] = []
+        for question, answer in turns:
+            result.append({"role": "user", "content": [{"type": "text", "text": question}]})
+            result.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        if self.mixture.modality == "image":
+            pixels = render.render(scene, np.random.default_rng(rng.getrandbits(64)))
+            first: dict[str, Any] = {"type": "image", "image": render.to_image(pixels)}
+        else:
+            first = {"type": "text", "text": scenes.describe(scene)}
+        result[0]["content"].insert(0, first)
+        return result
+
+    def _draw(self, index: int) -> tuple[random.Random, scenes.Scene, list[tuple[str, str]]]:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        rng = random.Random(f"{self.seed}/{index}/{self.held_out}")
+        return rng, *self._scene_and_turns(rng)
+
+    def _prefix(self, scene: scenes.Scene) -> str:
+        text_only = self.mixture.modality == "text"
+        return scenes.describe(scene) if text_only else " ".join([IMAGE_TOKEN] * NUM_VISUAL_TOKENS)
 
     def _grounding(self, scene: scenes.Scene, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         words = [self._words[i] for i in input_ids.tolist()]

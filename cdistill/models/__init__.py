@@ -1,13 +1,15 @@
 """Students and teachers: LLaVA composition, teacher adapter fetch (TAF), the shared vision pass."""
 
 from cdistill.models.llava import (
-    check_pair,
     compose,
     encode_images,
     merge_visual_tokens,
     register,
-    shared_embeddings,
+    share_vision,
+    student_embeddings,
+    teacher_embeddings,
 )
+from cdistill.models.pair import check_pair
 from cdistill.models.taf import MergedAdapter, TAFAdapter, TAFLlavaConfig, TAFLlavaForConditionalGeneration
 
 __all__ = [
@@ -20,7 +22,9 @@ __all__ = [
     "encode_images",
     "merge_visual_tokens",
     "register",
-    "shared_embeddings",
+    "share_vision",
+    "student_embeddings",
+    "teacher_embeddings",
 ]
 
 register()

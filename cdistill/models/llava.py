@@ -5,10 +5,10 @@ A student without TAF is the stock ``LlavaForConditionalGeneration``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -72,71 +72,69 @@ def compose(
 
 
 def encode_images(model: Llava, pixel_values: Tensor) -> Tensor:
-    """The frozen vision encoder's features of the model's feature layer: (I, 3, H, W) pixels to (I, V, d_v), no gradient."""
+    """The frozen vision encoder's features of the model's feature layers: (I, 3, H, W) pixels to (I, V, d_v), no gradient."""
+    layers = model.config.vision_feature_layer
     with torch.no_grad():
         hidden = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
-    return hidden[model.config.vision_feature_layer]
+    features = [hidden[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+    if model.config.vision_feature_select_strategy == "default":  # without the class token
+        features = [x[:, 1:] for x in features]
+    return features[0] if len(features) == 1 else torch.cat(features, -1)
 
 
 def merge_visual_tokens(model: Llava, input_ids: Tensor, tokens: Tensor | None) -> Tensor:
     """Input embeddings (B, T, d) with the visual tokens (I, V, d) put where ``input_ids`` holds the image token, in order.
 
     Raises:
-        ValueError: the number of image tokens in ``input_ids`` is not I * V.
+        ValueError: the number of image tokens in ``input_ids`` is not I * V (on CUDA a device-side assertion).
     """
     embeds = model.get_input_embeddings()(input_ids)
     mask = input_ids == model.config.image_token_id
     wanted = 0 if tokens is None else tokens.shape[0] * tokens.shape[1]
-    if input_ids.device.type == "cpu" and int(mask.sum()) != wanted:
-        raise ValueError(f"input_ids hold {int(mask.sum())} image tokens, the images give {wanted}")
+    found = mask.sum()
+    if input_ids.device.type != "cpu":
+        torch._assert_async(found == wanted, "input_ids hold another number of image tokens than the images give")
+    elif int(found) != wanted:
+        raise ValueError(f"input_ids hold {int(found)} image tokens, the images give {wanted}")
     if tokens is None:
         return embeds
     return embeds.masked_scatter(mask.unsqueeze(-1), tokens.to(embeds.dtype))
 
 
-def shared_embeddings(
-    student: Llava, teacher: Llava | None, input_ids: Tensor, pixel_values: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Input embeddings of student (B, T, d_S) and teacher (B, T, d_T) from one pass of vision encoder and teacher adapter.
+class SharedVision(NamedTuple):
+    """What student and teacher share of a batch's images: one pass of the encoder and, with TAF, of the teacher's adapter."""
 
-    Student and teacher share one frozen encoder (`check_pair`); with TAF they share P_T too.
-    """
+    features: Tensor  # (I, V, d_v)
+    teacher_tokens: Tensor | None  # (I, V, d_T), with TAF
+
+
+def share_vision(student: Llava, pixel_values: Tensor | None) -> SharedVision | None:
+    """Look at (I, 3, H, W) pixels with the frozen parts of the student that are also the teacher's; None without images."""
     if pixel_values is None:
-        teacher_embeds = merge_visual_tokens(teacher, input_ids, None) if teacher is not None else None
-        return merge_visual_tokens(student, input_ids, None), teacher_embeds
+        return None
     features = encode_images(student, pixel_values)
     adapter = student.model.multi_modal_projector
-    if teacher is None:
-        return merge_visual_tokens(student, input_ids, adapter(features)), None
+    if not isinstance(adapter, TAFAdapter):
+        return SharedVision(features, None)
     with torch.no_grad():
-        teacher_tokens = teacher.model.multi_modal_projector(features)
-        teacher_embeds = merge_visual_tokens(teacher, input_ids, teacher_tokens)
-    tokens = adapter.from_teacher_tokens(teacher_tokens) if isinstance(adapter, TAFAdapter) else adapter(features)
-    return merge_visual_tokens(student, input_ids, tokens), teacher_embeds
+        return SharedVision(features, adapter.teacher(features))
 
 
-def check_pair(student: Llava, teacher: Llava) -> None:
-    """Raise ValueError unless the two models can be distilled: same image token, vocabulary, visual tokens, encoder and P_T."""
-    ours, theirs = student.config, teacher.config
-    if ours.image_token_id != theirs.image_token_id:
-        raise ValueError(f"image_token_id differs: student {ours.image_token_id}, teacher {theirs.image_token_id}")
-    if ours.image_seq_length != theirs.image_seq_length:
-        raise ValueError(
-            f"image_seq_length differs: student {ours.image_seq_length}, teacher {theirs.image_seq_length} visual tokens"
-        )
-    if not _equal(student.model.vision_tower, teacher.model.vision_tower):
-        raise ValueError("vision_tower differs: student and teacher must share one frozen vision encoder")
+def student_embeddings(student: Llava, input_ids: Tensor, shared: SharedVision | None) -> Tensor:
+    """The student's input embeddings (B, T, d_S)."""
+    if shared is None:
+        return merge_visual_tokens(student, input_ids, None)
     adapter = student.model.multi_modal_projector
-    if isinstance(adapter, TAFAdapter):
-        fetched = [p for layer in (adapter.teacher[0], adapter.teacher[2]) for p in layer.parameters()]
-        trained = list(teacher.model.multi_modal_projector.parameters())
-        same = len(fetched) == len(trained) and all(
-            torch.equal(a.to(b.dtype), b) for a, b in zip(fetched, trained, strict=True)
-        )
-        if not same:
-            raise ValueError("multi_modal_projector differs: the student's fetched adapter is not this teacher's")
+    if shared.teacher_tokens is not None:
+        return merge_visual_tokens(student, input_ids, adapter.from_teacher_tokens(shared.teacher_tokens))
+    return merge_visual_tokens(student, input_ids, adapter(shared.features))
 
 
-def _equal(a: nn.Module, b: nn.Module) -> bool:
-    mine, theirs = a.state_dict(), b.state_dict()
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[k].to(theirs[k].dtype), theirs[k]) for k in mine)
+@torch.no_grad()
+def teacher_embeddings(teacher: Llava, input_ids: Tensor, shared: SharedVision | None) -> Tensor:
+    """The teacher's input embeddings (B, T, d_T); its vision encoder is not used, nor is its adapter with TAF."""
+    tokens = None if shared is None else shared.teacher_tokens
+    if shared is not None and tokens is None:
+        dtype = next(teacher.model.multi_modal_projector.parameters()).dtype
+        tokens = teacher.model.multi_modal_projector(shared.features.to(dtype))
+    return merge_visual_tokens(teacher, input_ids, tokens)

@@ -35,11 +35,6 @@ def resolve_folder(reference: str, key: str) -> Path:
     return folder
 
 
-def is_llava(model: Model) -> bool:
-    """Whether a model has a vision encoder and an adapter."""
-    return hasattr(model.model, "multi_modal_projector")
-
-
 def load_model(
     folder: str | Path,
     key: str = "student.base",

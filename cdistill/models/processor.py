@@ -2,12 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
-from transformers import LlavaProcessor, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoProcessor, LlavaProcessor, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -16,6 +17,7 @@ from cdistill.models.taf import TAFLlavaConfig
 
 COMPOSITIONS = ("llava", TAFLlavaConfig.model_type)
 IMAGE_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+_NO_SETTINGS = ("processor_class", "image_processor_type", "auto_map", "_processor_class")
 FILES = (
     *IMAGE_PROCESSORS,
     "video_preprocessor_config.json",
@@ -122,3 +124,29 @@ def _usual_image_processor(vision: Any, key: str) -> Any:
     raise ValueError(
         f"{key}: preprocessor_config.json is missing, and {vision.model_type} has no usual image processor"
     )
+
+
+def load_processor(folder: Path, key: str) -> Any:
+    """The processor in a folder. Raises ValueError naming ``key`` if there is none, or a package it needs is missing."""
+    if not has_image_processor(folder):
+        raise ValueError(f"{key}: {folder / IMAGE_PROCESSORS[1]} is missing")
+    try:
+        return AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except ImportError as error:
+        needed = " ".join(str(error).split())
+        raise ValueError(f"{key}: the processor in {folder} cannot be loaded: {needed}") from None
+
+
+def check_image_processors(folders: Mapping[str, Path]) -> None:
+    """Raise ValueError unless the folders that have an image processor (by key of the recipe) have one and the same."""
+    known: list[tuple[str, dict[str, Any]]] = []
+    for key, folder in folders.items():
+        if has_image_processor(folder):
+            values = AutoImageProcessor.from_pretrained(folder, local_files_only=True).to_dict()
+            known.append((key, {name: value for name, value in values.items() if name not in _NO_SETTINGS}))
+    for (a, ours), (b, theirs) in pairwise(known):
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"image processors differ: {name} is {ours.get(name)} for {a}, {theirs.get(name)} for {b}"
+                )

@@ -1,6 +1,7 @@
 """The models of a run, built and checked before anything is written."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,25 +9,37 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from cdistill.data.builtin import IMAGE_TOKEN, build_tokenizer
-from cdistill.models.llava import Llava, check_pair, compose
-from cdistill.models.load import Model, is_llava, load_llava, load_model, load_tokenizer, resolve_folder
-from cdistill.models.processor import COMPOSITIONS, Processor, ProcessorFiles, build_processor, has_image_processor
+from cdistill.models.llava import Llava, compose
+from cdistill.models.load import Model, load_llava, load_model, load_tokenizer, resolve_folder
+from cdistill.models.pair import check_pair
+from cdistill.models.parts import has_vision
+from cdistill.models.processor import (
+    COMPOSITIONS,
+    Processor,
+    ProcessorFiles,
+    build_processor,
+    check_image_processors,
+    has_image_processor,
+    load_processor,
+)
 from cdistill.models.taf import TAFAdapter
 from cdistill.train.config import Recipe, StudentConfig
-from cdistill.vat import VAT, VATConfig
+from cdistill.vat import VAT, VATConfig, attention_layers
 
 
 @dataclass
 class Models:
     """What a run trains and distils from; without a vision encoder the student is a causal language model.
 
-    ``processor`` is what a result's folder holds beside the weights, the tokenizer alone where there are no images.
+    ``processor`` is what a result's folder holds beside the weights, the tokenizer alone where there are no images;
+    ``reader`` makes batches of conversations, None where images always become the same tokens.
     """
 
     student: Model
-    teacher: Llava | None
+    teacher: Model | None
     tokenizer: PreTrainedTokenizerBase
     processor: Processor
+    reader: Any = None
 
 
 def build_models(recipe: Recipe) -> Models:
@@ -42,17 +55,22 @@ def build_models(recipe: Recipe) -> Models:
     student, tokenizer = _build_student(recipe.student, recipe.seed, teacher, teacher_tokenizer)
     if teacher is not None:
         check_pair(student, teacher)
+        check_image_processors({"teacher": folder, **_student_folders(recipe)})
     check_objectives(recipe, student, teacher)
-    return Models(student, teacher, tokenizer, _processor(recipe, student, tokenizer))
+    models = Models(student, teacher, tokenizer, _processor(recipe, student, tokenizer))
+    if has_vision(student) and student.config.model_type not in COMPOSITIONS:
+        assert recipe.student.base is not None
+        models.reader = load_processor(resolve_folder(recipe.student.base, "student.base"), "student.base")
+    return models
 
 
 def _processor(recipe: Recipe, student: Model, tokenizer: PreTrainedTokenizerBase) -> Processor:
-    if not hasattr(student.config, "vision_config"):
+    if not has_vision(student):
         return tokenizer
-    references = {"student.base": recipe.student.base, "student.vision": recipe.student.vision}
+    folders = list(_student_folders(recipe).values())
     if recipe.needs_teacher:
-        references["teacher"] = recipe.teacher
-    folders = [resolve_folder(reference, key) for key, reference in references.items() if reference is not None]
+        assert recipe.teacher is not None
+        folders.append(resolve_folder(recipe.teacher, "teacher"))
     if student.config.model_type not in COMPOSITIONS:
         return ProcessorFiles(folders[:1], "student.base")
     source = next((folder for folder in folders if has_image_processor(folder)), None)
@@ -63,11 +81,17 @@ def _processor(recipe: Recipe, student: Model, tokenizer: PreTrainedTokenizerBas
         return tokenizer
 
 
+def _student_folders(recipe: Recipe) -> dict[str, Path]:
+    """Folders that the student's parts come from, by key of the recipe."""
+    references = {"student.base": recipe.student.base, "student.vision": recipe.student.vision}
+    return {key: resolve_folder(reference, key) for key, reference in references.items() if reference is not None}
+
+
 def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> None:
     """Raise ValueError unless the models can be trained in every stage of the recipe, layer matching included."""
     for name in recipe.stages:
         stage = recipe.stage[name]
-        if not is_llava(student) and (stage.objective not in ("text", "ground") or stage.data.modality != "text"):
+        if not has_vision(student) and (stage.objective not in ("text", "ground") or stage.data.modality != "text"):
             raise ValueError(
                 f"stage.{name}.objective must be text or ground, with data.modality text, for a student without a vision "
                 f"encoder (student.vision, student.vision_config), got {stage.objective}"
@@ -75,26 +99,20 @@ def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> N
         if recipe.aligns(stage.objective):
             assert teacher is not None
             config = vat_config(recipe)
-            depths = depths_of(student, teacher)
-            if depths[0] > depths[1]:
+            ours, theirs = layers = attention_layers(student), attention_layers(teacher)
+            if len(ours) > len(theirs):
                 raise ValueError(
-                    f"teacher has {depths[1]} layers, fewer than the student's {depths[0]}: vat cannot match them"
+                    f"teacher has {len(theirs)} layers, fewer than the student's {len(ours)}: vat cannot match them"
                 )
             if config.matching == "adaptive":
-                VAT.measure(config, *depths)
+                VAT.measure(config, *layers)
             else:
-                VAT(config, *depths)
+                VAT(config, *layers)
             heads = [model.config.get_text_config().num_attention_heads for model in (student, teacher)]
             if config.heads == "each" and heads[0] != heads[1]:
                 raise ValueError(
                     f"vat.heads each needs equal head counts, got {heads[0]} and {heads[1]} for the teacher"
                 )
-
-
-def depths_of(student: Model, teacher: Model) -> tuple[int, int]:
-    """Numbers of layers of the two language models."""
-    ours, theirs = (model.config.get_text_config().num_hidden_layers for model in (student, teacher))
-    return ours, theirs
 
 
 def vat_config(recipe: Recipe) -> VATConfig:
@@ -125,7 +143,7 @@ def _build_student(
         if teacher_tokenizer is not None:
             _check_vocabularies(tokenizer, teacher_tokenizer)
             tokenizer = teacher_tokenizer  # the same, and it knows the image token
-        if is_llava(language):
+        if has_vision(language):
             _check_same_kind(config, language)
             return language, tokenizer
         text = language.config
@@ -135,6 +153,11 @@ def _build_student(
             config.text_config, "student.text_config", vocab_size=len(tokenizer), **_special(tokenizer)
         )
     source: Model = teacher
+    if teacher is not None and not isinstance(teacher, Llava):
+        raise ValueError(
+            f"student.base must be a {teacher.config.model_type} model, like the teacher: only a LLaVA's vision encoder can be "
+            "put before another language model"
+        )
     if not config.taf and config.vision is not None:
         source = load_llava(resolve_folder(config.vision, "student.vision"), "student.vision")
     torch.manual_seed(seed)  # after loading, which may or may not draw random numbers
@@ -180,7 +203,7 @@ def _with_vocabulary(model: Model, tokenizer: PreTrainedTokenizerBase) -> Model:
 def _check_same_kind(config: StudentConfig, model: Llava) -> None:
     if config.vision is not None or config.vision_config is not None:
         raise ValueError("student.vision and student.vision_config must be null: student.base already has an encoder")
-    if isinstance(model.model.multi_modal_projector, TAFAdapter) != config.taf:
+    if isinstance(getattr(model.model, "multi_modal_projector", None), TAFAdapter) != config.taf:
         kind = "was made without" if config.taf else "was made with"
         raise ValueError(f"student.taf must be {str(not config.taf).lower()}: student.base {kind} it")
 

@@ -23,6 +23,7 @@ ZERO_STAGES = (0, 1, 2, 3, "off")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 TAF_ACTIVATIONS = ("linear", "gelu")
+QUANTIZATIONS = ("8bit", "4bit")
 
 T = TypeVar("T")
 
@@ -94,6 +95,53 @@ class VATOptions:
 
 
 @dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adaptation of every linear layer of the student's language model but its head, by peft.
+
+    The defaults are the authors' (SPEC section 4). A stage's result has it merged.
+    """
+
+    r: int = 128
+    alpha: int = 256
+    dropout: float = 0.05
+
+    def __post_init__(self) -> None:
+        _at_least("r", self.r, 1)
+        _at_least("alpha", self.alpha, 1)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class TeacherMemory:
+    """How a teacher is held that does not fit beside the student.
+
+    Attributes:
+        zero: 3 partitions the teacher over the processes under a DeepSpeed engine of its own; ``off`` keeps it whole on each.
+        offload: keep the partitioned parameters in CPU memory until a layer needs them.
+        quantization: ``8bit`` or ``4bit`` weights of its language model's layers, by bitsandbytes; null for none.
+        cache: folder of what `cdistill cache` has kept of the teacher; training then needs none in memory. Null for none.
+        top_k: log-probabilities the cache keeps per labelled token, the largest.
+    """
+
+    zero: int | str = "off"
+    offload: bool = False
+    quantization: str | None = None
+    cache: str | None = None
+    top_k: int = 128
+
+    def __post_init__(self) -> None:
+        _choice("zero", self.zero, (3, "off"))
+        if self.quantization is not None:
+            _choice("quantization", self.quantization, QUANTIZATIONS)
+        _at_least("top_k", self.top_k, 1)
+        if self.offload and self.zero != 3:
+            raise ValueError("offload needs zero 3")
+        if self.quantization is not None and self.zero == 3:
+            raise ValueError("quantization and zero 3 exclude each other: quantised weights cannot be partitioned")
+
+
+@dataclass(frozen=True)
 class StudentConfig:
     """What the student is made of.
 
@@ -105,6 +153,7 @@ class StudentConfig:
         text_config, vision_config: transformers configuration of a freshly initialised part, ``model_type`` included.
         taf: teacher adapter fetch (paper section 4.2); False gives the student an adapter of its own.
         taf_activation: ``linear`` or ``gelu``.
+        lora: train low-rank additions to the language model instead of all of it; null trains all.
     """
 
     base: str | None = None
@@ -113,6 +162,7 @@ class StudentConfig:
     vision_config: dict[str, Any] | None = None
     taf: bool = False
     taf_activation: str = "linear"
+    lora: LoRAConfig | None = None
 
     def __post_init__(self) -> None:
         _choice("taf_activation", self.taf_activation, TAF_ACTIVATIONS)
@@ -203,8 +253,13 @@ class Recipe:
         deepspeed: ZeRO stage, or ``off``.
         gradient_checkpointing: recompute the language model's layers in the backward pass; ``reentrant`` selects
             torch's old variant, which visual attention alignment cannot work with.
-        save_steps: steps between checkpoints to resume from inside a stage, 0 for none.
+        compile: compile the layers of the language model with torch.compile.
+        group_by_length: put samples of similar length into one batch, in a random order of batches.
+        save_steps: steps between checkpoints to resume from inside a stage, 0 for none but that of a stopped run.
+        max_nonfinite_steps: steps in a row that may be skipped because a loss or gradient is not finite; that many end
+            the run.
         teacher: folder made by ``save_pretrained``, or ``builtin:NAME``.
+        teacher_memory: how the teacher is held.
         stages: names of sections of `stage`, in the order they run.
     """
 
@@ -218,10 +273,14 @@ class Recipe:
     precision: str = "auto"
     deepspeed: int | str = 2
     gradient_checkpointing: bool | str = False
+    compile: bool = False
+    group_by_length: bool = False
     logging_steps: int = 20
     log_layers: bool = False
     save_steps: int = 0
+    max_nonfinite_steps: int = 20
     teacher: str | None = None
+    teacher_memory: TeacherMemory = field(default_factory=TeacherMemory)
     kd: KDConfig = field(default_factory=KDConfig)
     vat: VATOptions = field(default_factory=VATOptions)
 
@@ -230,6 +289,7 @@ class Recipe:
         _at_least("processes", self.processes, 1)
         _at_least("logging_steps", self.logging_steps, 1)
         _at_least("save_steps", self.save_steps, 0)
+        _at_least("max_nonfinite_steps", self.max_nonfinite_steps, 1)
         _choice("precision", self.precision, PRECISIONS)
         _choice("deepspeed", self.deepspeed, ZERO_STAGES)
         _choice("gradient_checkpointing", self.gradient_checkpointing, (False, True, "reentrant"))
@@ -252,6 +312,8 @@ class Recipe:
             for name, objective in zip(self.stages, objectives, strict=True):
                 if OBJECTIVES[objective].distils:
                     raise ValueError(f"teacher must be given for stage {name!r}, whose objective {objective} distils")
+        if self.teacher_memory.zero == 3 and self.deepspeed == "off":
+            raise ValueError("teacher_memory.zero 3 needs deepspeed")
         if student.taf:
             if student.vision_config is not None or student.vision not in (None, self.teacher):
                 raise ValueError("student.vision must be null or the teacher with student.taf, whose encoder is shared")
@@ -313,6 +375,9 @@ def recipe_from_dict(content: Mapping[str, Any]) -> Recipe:
         }
     if content.get("deepspeed") is False:  # YAML 1.1 reads a bare `off` as false
         content["deepspeed"] = "off"
+    memory = content.get("teacher_memory")
+    if isinstance(memory, Mapping) and memory.get("zero") is False:
+        content["teacher_memory"] = {**memory, "zero": "off"}
     return _build(Recipe, content, "")
 
 
@@ -415,7 +480,7 @@ def _matches(hint: Any, value: Any) -> bool:
     origin, args = get_origin(hint), get_args(hint)
     if origin is tuple:
         return isinstance(value, list | tuple) and (args[-1] is Ellipsis or len(value) == len(args))
-    if origin is dict:
+    if origin is dict or dataclasses.is_dataclass(hint):
         return isinstance(value, Mapping)
     if hint is float:
         if isinstance(value, str):  # YAML 1.1 reads 1e-3, without a point, as a string

@@ -1,16 +1,20 @@
 """Datasets and collators of the stages, on the built-in task."""
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from cdistill.data.builtin import BuiltinDataset, Collator, build_tokenizer
+from cdistill.data.builtin import IMAGE_TOKEN, BuiltinDataset, Collator, build_tokenizer
+from cdistill.data.conversations import ConversationDataset, ProcessorCollator
 from cdistill.data.render import patch_labels, render
 from cdistill.data.scenes import sample_scene
+from cdistill.train.build import Models
 from cdistill.train.config import Recipe
 
 
@@ -43,22 +47,38 @@ def stage_seed(recipe: Recipe, index: int) -> int:
     return recipe.seed * 1000 + index if seed is None else seed
 
 
-def stage_dataset(recipe: Recipe, index: int, tokenizer: Any) -> tuple[Dataset, Any]:
+def stage_dataset(recipe: Recipe, index: int, models: Models) -> tuple[Dataset, Any]:
     """Dataset and collator of the stage at a place in the recipe's list.
 
     Raises:
-        ValueError: the tokenizer does not have the words of the built-in task.
+        ValueError: the tokenizer does not have the words of the built-in task, or the processor no chat template.
     """
     stage = recipe.stage[recipe.stages[index]]
     size, seed = stage.steps * stage.global_batch_size, stage_seed(recipe, index)
     if stage.objective == "vision":
         return PatchDataset(size=size, seed=seed), collate_patches
+    tokenizer: Any = models.tokenizer
     vocabulary = tokenizer.get_vocab()
     for word in build_tokenizer().get_vocab():
-        if word not in vocabulary:
+        if word not in vocabulary and word != IMAGE_TOKEN:
             raise ValueError(
                 f"stage.{recipe.stages[index]}.data needs the built-in tokenizer: there is no token {word!r}"
             )
-    return BuiltinDataset(
+    source = BuiltinDataset(
         stage.data, size=size, seed=seed, tokenizer=tokenizer, grounding=stage.objective == "ground"
-    ), Collator(tokenizer.pad_token_id)
+    )
+    data: Dataset = source
+    collate: Any = Collator(tokenizer.pad_token_id)
+    if models.reader is not None:
+        data, collate = ConversationDataset(source), ProcessorCollator(models.reader)
+    if recipe.group_by_length:
+        data = Subset(data, length_grouped([source.length(i) for i in range(size)], stage.global_batch_size, seed))
+    return data, collate
+
+
+def length_grouped(lengths: Sequence[int], batch_size: int, seed: int) -> list[int]:
+    """An order of the samples in which those of a batch have similar lengths, and the batches come in a random order."""
+    generator = torch.Generator().manual_seed(seed)
+    order = get_length_grouped_indices(lengths, batch_size, generator=generator)
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return [index for i in torch.randperm(len(batches), generator=generator).tolist() for index in batches[i]]

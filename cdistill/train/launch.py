@@ -1,21 +1,59 @@
 """Processes and their environment: one process, several on this machine, or those a launcher has started."""
 
 import atexit
+import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
 POLL_SECONDS = 0.1
+GRACE_SECONDS = 10.0  # what processes have to end by themselves after one of them has failed
+WORKER = (sys.executable, "-m", "cdistill.train.worker")
+PARENT = "CDISTILL_PARENT"  # environment variable: the id of the process that started this one and keeps the store
+PEER_LOST = 76  # exit code of a process that only stopped because another one had
+PR_SET_PDEATHSIG = 1
 
 
-class ProcessError(RuntimeError):
-    """One of several processes failed; it has told why."""
+class RunError(RuntimeError):
+    """A run ended early for a reason that one line tells."""
+
+    exit_code = 1
+
+
+class ProcessError(RunError):
+    """One of several processes failed."""
+
+
+class NonFiniteError(RunError):
+    """Too many steps in a row had a loss or gradient that is not finite; every process raises it."""
+
+
+class PeerLostError(ProcessError):
+    """This process is well, but another one that it works with is gone."""
+
+    exit_code = PEER_LOST
+
+
+class Stopped(RunError):
+    """SIGTERM or SIGINT stopped the run; the first process has printed where it goes on."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; go on with --resume")
+        self.exit_code = 128 + number
+
+
+def tell(error: ValueError | RunError) -> int:
+    """Print an error in one line, unless another process does or has; returns the exit code of a failed rank."""
+    silent = isinstance(error, Stopped) or (isinstance(error, NonFiniteError) and os.environ.get("RANK", "0") != "0")
+    if not silent:
+        print(f"cdistill: error: {error}", file=sys.stderr, flush=True)
+    return getattr(error, "exit_code", 1)
 
 
 def launched() -> bool:
@@ -38,7 +76,6 @@ def environment(*, distributed: bool) -> Iterator[None]:
         values["DS_ACCELERATOR"] = "cpu"
     if distributed and not launched():
         values |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     before = dict(os.environ)
     os.environ.update({name: value for name, value in values.items() if name not in before})
     try:
@@ -56,7 +93,10 @@ def keep_deepspeed_from_compiling() -> None:
 
 
 def init_process_group() -> None:
-    """Join the process group the environment describes, unless that has happened; it lives as long as the process."""
+    """Join the process group the environment describes, unless that has happened; it lives as long as the process.
+
+    Raises ValueError if the port that MASTER_PORT names is in use.
+    """
     import torch
     import torch.distributed as dist
 
@@ -64,47 +104,134 @@ def init_process_group() -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world == 1:  # needs no port
+        dist.init_process_group(backend, store=dist.HashStore(), rank=rank, world_size=world)
+    elif PARENT in os.environ:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    else:
+        try:
+            dist.init_process_group(backend)
+        except RuntimeError as error:
+            _refuse_taken_port(error, os.environ.get("MASTER_PORT", ""))
     atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
 
 
 def start_processes(count: int, output: Path) -> None:
     """Run ``count`` data-parallel processes over the recipe in a prepared output folder and wait for them.
 
-    Raises ProcessError with the exit code if one of them fails; the others are ended then.
+    The processes meet at a store of this one, on a free port or on MASTER_PORT if that is set. They get a SIGTERM or
+    SIGINT of this process as SIGTERM, and SIGKILL if it dies.
+
+    Raises:
+        ValueError: MASTER_PORT is in use.
+        ProcessError: a process failed, which the message names. The others, which cannot go on without it, are killed
+            if they have not ended after `GRACE_SECONDS`.
+        Stopped: a signal stopped the run.
     """
     import torch
 
+    from cdistill.train.stop import stop_on_signals
+
+    store = _host_store()
     shared = {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(store.port),
+        PARENT: str(os.getpid()),
         "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // count)),
     }
-    command = [sys.executable, "-m", "cdistill.train.worker", str(output)]
-    workers = []
+    workers: list[subprocess.Popen] = []
+    with stop_on_signals() as request:
+        try:
+            for rank in range(count):
+                environ = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                # A session of its own: a terminal's Ctrl-C reaches this process alone, which passes it on once.
+                workers.append(subprocess.Popen([*WORKER, str(output)], env=environ, start_new_session=True))
+            killed = _wait(workers, request)
+        finally:
+            for worker in workers:
+                if worker.poll() is None:
+                    worker.kill()
+                    worker.wait()
+    codes = {rank: worker.returncode for rank, worker in enumerate(workers) if worker.returncode}
+    own = {rank: code for rank, code in codes.items() if rank not in killed and code != PEER_LOST} or codes
+    stops = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM)
+    if all(code in stops for code in own.values()):
+        if own:
+            raise Stopped(request.received or signal.SIGTERM)
+        return
+    rank, code = next((r, c) for r, c in own.items() if c not in stops)
+    if code < 0:
+        raise ProcessError(
+            f"process {rank} of {count} was killed by {signal.Signals(-code).name}; the others are stopped"
+        )
+    raise ProcessError(f"process {rank} of {count} failed with exit code {code}; its message is above")
+
+
+def _wait(workers: list[subprocess.Popen], request: Any) -> set[int]:
+    """Wait until all have ended and pass on a stop request; returns the ranks that had to be killed."""
+    passed_on, deadline = False, None
+    while alive := [rank for rank, worker in enumerate(workers) if worker.poll() is None]:
+        if request.received and not passed_on:
+            passed_on = True
+            for rank in alive:
+                workers[rank].send_signal(signal.SIGTERM)
+        if deadline is None and any(worker.returncode for worker in workers):
+            deadline = time.monotonic() + GRACE_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            for rank in alive:
+                workers[rank].kill()
+                workers[rank].wait()
+            return set(alive)
+        time.sleep(POLL_SECONDS)
+    return set()
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it dies, so that no rank is left behind writing."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(os.environ[PARENT]):  # it died before
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def naming_lost_peers() -> Iterator[None]:
+    """Turn the error that a collective raises when another process is gone into a PeerLostError of one line."""
     try:
-        for rank in range(count):
-            environ = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            workers.append(subprocess.Popen(command, env=environ))
-        while any(worker.poll() is None for worker in workers):
-            if any(worker.poll() for worker in workers):
-                break
-            time.sleep(POLL_SECONDS)
-    finally:
-        for worker in workers:
-            if worker.poll() is None:
-                worker.send_signal(signal.SIGTERM)
-        codes = [worker.wait() for worker in workers]
-    failed = [(rank, code) for rank, code in enumerate(codes) if code]
-    if failed:
-        # Those we ended ourselves come last.
-        rank, code = min(failed, key=lambda item: item[1] == -signal.SIGTERM)
-        raise ProcessError(f"process {rank} of {count} failed with exit code {code}; its message is above")
+        yield
+    except RuntimeError as error:
+        import torch.distributed as dist
+
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        if (
+            isinstance(error, RunError)
+            or not several
+            or not (isinstance(error, dist.DistError) or "gloo" in str(error))
+        ):
+            raise
+        raise PeerLostError(
+            f"process {dist.get_rank()} of {dist.get_world_size()} has lost another process of the run and stops"
+        ) from None
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def _host_store() -> Any:
+    """A store on a free port of this machine, or on the user's."""
+    import torch.distributed as dist
+
+    port = os.environ.get("MASTER_PORT", "0")
+    try:
+        return dist.TCPStore("127.0.0.1", int(port), is_master=True, wait_for_workers=False)
+    except ValueError:
+        raise ValueError(f"MASTER_PORT must be a port number, got {port!r}") from None
+    except RuntimeError as error:
+        _refuse_taken_port(error, port)
+
+
+def _refuse_taken_port(error: RuntimeError, port: str) -> NoReturn:
+    if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+        raise ValueError(f"MASTER_PORT {port} is in use: set it to a free port") from None
+    raise error

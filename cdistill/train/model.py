@@ -9,14 +9,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdistill.data.builtin import IGNORE_INDEX
-from cdistill.models.llava import Llava, shared_embeddings
-from cdistill.models.load import Model, is_llava
+from cdistill.models.llava import Llava, SharedVision, encode_images, share_vision, student_embeddings
+from cdistill.models.load import Model
+from cdistill.models.parts import adapter_modules, has_vision, head_of
 from cdistill.models.taf import TAFAdapter
 from cdistill.ops import linear_distillation
 from cdistill.train.config import KDConfig
 from cdistill.train.objectives import Objective
-from cdistill.vat import VAT, LayerMatch, StudentAlignment, grounded_regions, install, layer_range
-from cdistill.vat.hook import KEYWORD
+from cdistill.train.teacher import Teacher, hidden_states, is_partitioned
+from cdistill.vat import (
+    VAT,
+    LayerDistances,
+    LayerMatch,
+    PackedRegions,
+    Regions,
+    StudentAlignment,
+    attention_layers,
+    grounded_regions,
+    install,
+    layer_range,
+    visual_token_ids,
+)
 
 
 class VocabularyLosses(nn.Module):
@@ -60,7 +73,7 @@ AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 def _require_plain_head(model: Model, side: str) -> None:
     """Raise ValueError unless the head is its weight and bias: `linear_distillation` would leave out what is more."""
-    head, config = model.lm_head, model.config.get_text_config()
+    head, config = head_of(model), model.config.get_text_config()
     for name in AFTER_THE_HEAD:
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise ValueError(f"the {side}'s {name} {getattr(config, name)} is not supported by the KD loss")
@@ -74,15 +87,17 @@ def _require_plain_head(model: Model, side: str) -> None:
 class DistillationModel(nn.Module):
     """The losses of one stage, as sums.
 
-    Batches are padded on the right, so causality alone hides the padding from every real token and neither model needs
-    a padding mask.
+    Two LLaVAs look at the images once, through the vision encoder they share (`cdistill.models.share_vision`); models of
+    other families each look for themselves.
 
     Args:
-        student: a LLaVA or a causal language model; the only thing registered as a submodule (beside the throw-away
+        student: a multimodal or a causal language model; the only thing registered as a submodule (beside the throw-away
             head of objective ``vision``), so that optimizer and checkpoints never see the teacher.
         objective: which losses.
-        teacher: needed by ``kd`` and ``vat``; put into eval mode.
+        teacher: needed by ``kd`` and ``vat`` unless batches hold what it gave; put into eval mode.
         vat: alignment of the two, None to leave that loss out.
+        pads_right: batches are padded on the right, so causality alone hides the padding from every real token and neither
+            model is given a padding mask.
         patch_classes: classes of each label that the throw-away head of ``vision`` predicts.
 
     Raises:
@@ -94,35 +109,38 @@ class DistillationModel(nn.Module):
         student: Model,
         objective: Objective,
         *,
-        teacher: Llava | None = None,
+        teacher: Model | Teacher | None = None,
         kd: KDConfig | None = None,
         vat: VAT | None = None,
+        pads_right: bool = True,
         patch_classes: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.student: Model = student
-        self.objective, self.kd, self.vat = objective, kd or KDConfig(), vat
-        teacher = teacher if objective.distils else None
-        self._teacher = (
-            None if teacher is None else teacher.eval().requires_grad_(False),
-        )  # a tuple hides it from nn.Module
+        self.objective, self.kd, self.vat, self.pads_right = objective, kd or KDConfig(), vat, pads_right
+        if teacher is not None and not isinstance(getattr(teacher, "module", teacher), Teacher):
+            teacher = Teacher(teacher, shares_vision=isinstance(student, Llava) and isinstance(teacher, Llava))
+        self._teacher = (teacher if objective.distils else None,)  # a tuple hides it from nn.Module
         if "kd" in objective.losses:
             _require_plain_head(student, "student")
-            _require_plain_head(teacher, "teacher")
+            if self.teacher is not None:
+                _require_plain_head(self.teacher.model, "teacher")
             self.vocabulary_losses = VocabularyLosses(self.kd)
         if "patch" in objective.losses:
             self.patch_head = nn.Linear(student.config.vision_config.hidden_size, sum(patch_classes))
             self.patch_classes = list(patch_classes)
         if vat is not None:
-            assert teacher is not None
-            install(teacher)
+            if self.teacher is not None:
+                install(self.teacher.model)
+            self._visual_token_ids = visual_token_ids(student)
         if vat is not None or "ground" in objective.losses:
             install(student)
 
     @property
-    def teacher(self) -> Llava | None:
+    def teacher(self) -> Teacher | None:
         """The teacher, if the stage has one."""
-        return self._teacher[0]
+        held = self._teacher[0]
+        return getattr(held, "module", held)
 
     def forward(
         self,
@@ -132,85 +150,147 @@ class DistillationModel(nn.Module):
         pixel_values: Tensor | None = None,
         grounding: Tensor | None = None,
         places: Tensor | None = None,
+        **more: Tensor,
     ) -> dict[str, Tensor]:
         """Losses of a batch: ``ar``, ``kd`` or ``patch`` summed over labels, ``vat``, ``vat_layers`` (L,) over samples.
 
         ``input_ids``, ``labels`` (not shifted, -100 outside the answers) and ``attention_mask`` are (B, T),
-        ``pixel_values`` (I, 3, H, W); for objective ``vision`` only ``pixel_values`` and ``labels`` (I, V, 3) are taken.
+        ``pixel_values`` (I, 3, H, W) for a LLaVA and whatever the processor makes for other families, as are ``more``; for
+        objective ``vision`` only ``pixel_values`` and ``labels`` (I, V, 3) are taken.
         Objective ``ground`` also takes ``grounding`` (B, T, V) and ``places`` (B, V) and gives ``ground``, summed over samples.
+        Samples packed into rows come with the ``position_ids`` that tell them apart, and without ``attention_mask``.
+        ``samples`` is how many a batch holds.
         ``idle`` is a zero that keeps trained parameters without work in the graph: all ranks reduce the same gradients.
         """
         if "patch" in self.objective.losses:
             assert pixel_values is not None
-            hidden = self.student.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
-            logits = self.patch_head(hidden[self.student.config.vision_feature_layer])
-            parts = logits.flatten(0, 1).float().split(self.patch_classes, 1)
-            patch = [F.cross_entropy(p, y, reduction="sum") for p, y in zip(parts, labels.flatten(0, 1).T, strict=True)]
-            return {"patch": torch.stack(patch).sum()}
+            return self._patches(pixel_values, labels)
         assert input_ids is not None
         answers = labels[:, 1:] != IGNORE_INDEX
-        targets = labels[:, 1:][answers]
-        student_embeds, teacher_embeds = self._embeddings(input_ids, pixel_values)
-        losses: dict[str, Tensor] = {}
-        teacher_recorder = student_recorder = None
+        key_mask = None if self.pads_right else attention_mask
+        student_recorder = teacher_recorder = None
         if "ground" in self.objective.losses:
             student_recorder = self._grounding(grounding, places)
         if self.vat is not None:
-            image_token = self.student.config.image_token_id
-            regions = self.vat.regions(input_ids, labels, attention_mask, visual_token_ids=image_token)
+            regions = self._regions(input_ids, labels, attention_mask, more)
             if regions.cols.shape[1] and regions.rows.shape[1]:
-                teacher_recorder = self.vat.teacher(regions, None)
+                teacher_recorder = self.vat.teacher(regions, key_mask)
+        seen, inputs = self._inputs(input_ids, key_mask, pixel_values, more)
         teacher_hidden = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                teacher_hidden = _hidden(self.teacher, teacher_embeds, teacher_recorder)[:, :-1][answers]
+        if self._teacher[0] is not None:
+            teacher_hidden = self._teacher[0](answers, teacher_recorder, seen, **inputs)
         if self.vat is not None and teacher_recorder is not None:
-            student_recorder = self.vat.student(regions, teacher_recorder.targets, None)
-        hidden = _hidden(self.student, student_embeds, student_recorder)[:, :-1][answers]
-        head = self.student.lm_head
-        if teacher_hidden is None:
-            losses["ar"] = F.cross_entropy(head(hidden).float(), targets, reduction="sum")
-        else:
-            assert self.teacher is not None
-            sums = self.vocabulary_losses(hidden, head, teacher_hidden, self.teacher.lm_head, targets)
-            losses["ar"], losses["kd"] = sums
+            student_recorder = self.vat.student(regions, teacher_recorder, key_mask)
+        hidden = self._student_hidden(inputs, seen, student_recorder)[:, :-1][answers]
+        losses = self._vocabulary_losses(hidden, labels[:, 1:][answers], teacher_hidden)
         if "ground" in self.objective.losses:
             assert student_recorder is not None
             losses["ground"] = torch.stack(list(student_recorder.losses().values())).mean(0).sum()
         if self.vat is not None:
-            layers = torch.zeros(len(self.vat.matches), device=labels.device)
-            losses["vat"] = layers.sum()
-            if student_recorder is not None:
-                per_layer = torch.stack(list(student_recorder.losses().values())).sum(1)
-                losses["vat"] = per_layer.sum() if self.vat.config.layer_sum else per_layer.mean()
-                layers = per_layer.detach()
-            losses["vat_layers"] = layers
-        if pixel_values is None and "adapter" in self.objective.trained and is_llava(self.student):
+            losses |= self._alignment(student_recorder, labels.device)
+            losses["samples"] = torch.tensor(len(regions.rows), device=labels.device)
+        if pixel_values is None and has_vision(self.student) and "adapter" in self.objective.trained:
             losses["idle"] = self._idle_adapter()
         return losses
+
+    def _regions(
+        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None, more: dict[str, Tensor]
+    ) -> Regions | PackedRegions:
+        """Rows and columns of a batch; its samples are packed where it has position ids and no padding mask."""
+        assert self.vat is not None
+        ids = self._visual_token_ids
+        if attention_mask is None and "position_ids" in more:
+            return self.vat.packed_regions(input_ids, labels, more["position_ids"], visual_token_ids=ids)
+        return self.vat.regions(input_ids, labels, attention_mask, visual_token_ids=ids)
+
+    @torch.no_grad()
+    def measure(
+        self,
+        distances: LayerDistances,
+        labels: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        **more: Tensor,
+    ) -> None:
+        """Add a batch to the distances between layers that adaptive matching needs."""
+        assert self.vat is not None
+        regions = self._regions(input_ids, labels, attention_mask, more)
+        key_mask = None if self.pads_right else attention_mask
+        student, teacher = distances.student(regions, key_mask), distances.teacher(regions, key_mask)
+        seen, inputs = self._inputs(input_ids, key_mask, pixel_values, more)
+        assert self._teacher[0] is not None
+        self._teacher[0](labels[:, 1:] != IGNORE_INDEX, teacher, seen, **inputs)
+        self._student_hidden(inputs, seen, student)
+        distances.update(student, teacher)
+
+    def _student_hidden(self, inputs: dict[str, Any], seen: SharedVision | None, recorder: Any) -> Tensor:
+        """(B, T, d_S)."""
+        if self._composed:
+            inputs = dict(inputs)
+            inputs["inputs_embeds"] = student_embeddings(self.student, inputs.pop("input_ids"), seen)
+        return hidden_states(self.student, inputs, recorder)
+
+    @property
+    def _composed(self) -> bool:
+        """Whether images are embedded here (`share_vision`), and not by the model itself."""
+        return isinstance(self.student, Llava) and (self.teacher is None or self.teacher.shares_vision)
+
+    def _inputs(
+        self, input_ids: Tensor, key_mask: Tensor | None, pixel_values: Tensor | None, more: dict[str, Tensor]
+    ) -> tuple[SharedVision | None, dict[str, Any]]:
+        """What the models share of the images, and what each of them takes."""
+        inputs: dict[str, Any] = {"input_ids": input_ids} | more
+        if key_mask is not None:
+            inputs["attention_mask"] = key_mask
+        if self._composed:
+            return share_vision(self.student, pixel_values), inputs
+        if pixel_values is not None:
+            inputs["pixel_values"] = pixel_values
+        return None, inputs
+
+    def _patches(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        hidden = self.student.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+        logits = self.patch_head(hidden[self.student.config.vision_feature_layer])
+        parts = logits.flatten(0, 1).float().split(self.patch_classes, 1)
+        patch = [F.cross_entropy(p, y, reduction="sum") for p, y in zip(parts, labels.flatten(0, 1).T, strict=True)]
+        return {"patch": torch.stack(patch).sum()}
+
+    def _vocabulary_losses(self, hidden: Tensor, targets: Tensor, teacher_hidden: Tensor | None) -> dict[str, Tensor]:
+        head = head_of(self.student)
+        if teacher_hidden is None or "kd" not in self.objective.losses:
+            return {"ar": F.cross_entropy(head(hidden).float(), targets, reduction="sum")}
+        assert self.teacher is not None
+        with self.teacher.head() as teacher_head:
+            ar, kd = self.vocabulary_losses(hidden, head, teacher_hidden, teacher_head, targets)
+        return {"ar": ar, "kd": kd}
+
+    def _alignment(self, recorder: Any, device: torch.device) -> dict[str, Tensor]:
+        assert self.vat is not None
+        if recorder is None:  # no sample has an image
+            layers = torch.zeros(len(self.vat.matches), device=device)
+            return {"vat": layers.sum(), "vat_layers": layers}
+        per_layer = torch.stack(list(recorder.losses().values())).sum(1)
+        total = per_layer.sum() if self.vat.config.layer_sum else per_layer.mean()
+        return {"vat": total, "vat_layers": per_layer.detach()}
 
     def _grounding(self, grounding: Tensor | None, places: Tensor | None) -> StudentAlignment:
         """Aligns the visual understanding layers with what the words speak of, as VAT does with a teacher."""
         assert grounding is not None and places is not None
-        depth = self.student.config.get_text_config().num_hidden_layers
-        matches = [LayerMatch(layer, (layer,)) for layer in layer_range(depth, "intermediate")]
+        layers = layer_range(attention_layers(self.student), "intermediate")
+        matches = [LayerMatch(layer, (layer,)) for layer in layers]
         regions, target = grounded_regions(grounding, places)
         return StudentAlignment(matches, regions, [target] * len(matches), key_mask=None)
 
-    def _embeddings(self, input_ids: Tensor, pixel_values: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if is_llava(self.student):
-            return shared_embeddings(self.student, self.teacher, input_ids, pixel_values)
-        return self.student.get_input_embeddings()(input_ids), None
-
     def _idle_adapter(self) -> Tensor:
+        if not self._composed:
+            trained = [p for m in adapter_modules(self.student) for p in m.parameters() if p.requires_grad]
+            return 0.0 * torch.stack([p.float().sum() for p in trained]).sum()
+        if is_partitioned(self.student):
+            vision = self.student.config.vision_config
+            size = (1, vision.num_channels, vision.image_size, vision.image_size)
+            encode_images(self.student, next(self.student.parameters()).new_zeros(size))
         adapter = self.student.model.multi_modal_projector
         layer: Any = adapter.map if isinstance(adapter, TAFAdapter) else adapter
         first = next(m for m in layer.modules() if isinstance(m, nn.Linear))
         return 0.0 * layer(first.weight.new_zeros(1, first.in_features)).float().sum()
-
-
-def _hidden(model: Model, embeds: Tensor | None, recorder: Any) -> Tensor:
-    """(B, T, d) last hidden states of the language model."""
-    language = model.model.language_model if is_llava(model) else model.model
-    extra = {} if recorder is None else {KEYWORD: recorder}
-    return language(inputs_embeds=embeds, use_cache=False, **extra).last_hidden_state

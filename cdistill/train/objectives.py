@@ -32,20 +32,17 @@ OBJECTIVES = {
 
 
 def set_trained(student: Any, objective: Objective) -> None:
-    """Let the objective's parts of a LLaVA (or causal language model) take gradients, and nothing else."""
+    """Let the objective's parts of a model take gradients, and nothing else; of a language model with LoRA, that alone."""
     import torch
 
-    from cdistill.models.load import is_llava
-    from cdistill.models.taf import TAFAdapter
+    from cdistill.models.parts import part_of
 
-    student.requires_grad_(False)
-    if "language" in objective.trained:
-        language = student.model.language_model if hasattr(student.model, "language_model") else student.model
-        language.requires_grad_(True)
-        student.lm_head.requires_grad_(True)
-    if "adapter" in objective.trained and is_llava(student):
-        adapter = student.model.multi_modal_projector
-        (adapter.map if isinstance(adapter, TAFAdapter) else adapter).requires_grad_(True)
+    parts = {name: part_of(name) for name, _ in student.named_parameters()}
+    trained = set(objective.trained)
+    if "language" in trained and "lora" in parts.values():
+        trained = trained - {"language"} | {"lora"}
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(parts[name] in trained)
     if "vision" in objective.trained:
         # Layers above the one whose features are used get no gradient, yet under ZeRO weight decay would move them.
         tower = student.model.vision_tower.requires_grad_(True)

@@ -3,10 +3,11 @@
 import logging
 import math
 import shutil
+import signal
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,27 +21,24 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 from cdistill.data.render import PATCH_CLASSES
-from cdistill.models.llava import shared_embeddings
 from cdistill.models.load import Model, load_model
-from cdistill.train import launch
-from cdistill.train.build import Models, build_models, count_parameters, depths_of, vat_config
+from cdistill.models.parts import language_model
+from cdistill.train import checkpoints, launch
+from cdistill.train.build import Models, build_models, count_parameters, vat_config
 from cdistill.train.config import Recipe, first_difference, recipe_from_dict, recipe_to_dict
 from cdistill.train.data import stage_dataset
+from cdistill.train.finite import FiniteSteps
+from cdistill.train.lora import add_lora
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES, set_trained
-from cdistill.train.trainer import (
-    DistillTrainer,
-    RunLog,
-    checkpoint_step,
-    last_checkpoint,
-    training_arguments,
-)
+from cdistill.train.stop import StopCallback, StopRequest, stop_on_signals
+from cdistill.train.trainer import METRICS, DistillTrainer, RunLog, training_arguments
 from cdistill.train.zero import deepspeed_config
-from cdistill.vat import VAT, installed
-from cdistill.vat.hook import KEYWORD
+from cdistill.vat import VAT, attention_layers
 
 RECIPE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
+METRICS_BYTES = 1_000_000
 LOSS_NAMES = {"patch": "patch cross-entropy", "ar": "AR", "ground": "grounding", "kd": "KD", "vat": "VAT"}
 
 
@@ -71,7 +69,12 @@ def run_stages(
 ) -> Path:
     """Run the unfinished stages of a recipe in a prepared output folder; returns the folder of the final model."""
     folders = stage_folders(recipe, output)
-    with launch.environment(distributed=recipe.deepspeed != "off"), _quiet():
+    with (
+        launch.naming_lost_peers(),
+        stop_on_signals() as request,
+        launch.environment(distributed=recipe.deepspeed != "off"),
+        _quiet(),
+    ):
         if recipe.deepspeed != "off":
             launch.keep_deepspeed_from_compiling()
         if launch.launched():
@@ -79,14 +82,34 @@ def run_stages(
         models = models or build_models(recipe)
         for index, folder in enumerate(folders):
             if folder.is_dir():
+                _remove_leftovers(output, folder)
                 continue
             if index:
                 models.student = load_model(folders[index - 1])
             try:
-                _run_stage(recipe, index, models, output, folder, callbacks)
+                _run_stage(recipe, index, models, output, folder, callbacks, request)
             finally:
                 unset_hf_deepspeed_config()  # else transformers loads the next models in this process as ZeRO-3's shards
+            if folder != folders[-1]:
+                _stop_if(request.agreed(), f"{folder.name}: done, and stopped")
     return folders[-1]
+
+
+def _stop_if(number: int, message: str) -> None:
+    """Raise Stopped for a signal, once the first process has told it."""
+    if not number:
+        return
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"{message} by {signal.Signals(number).name}; go on with --resume", flush=True)
+    raise launch.Stopped(number)
+
+
+def _remove_leftovers(output: Path, folder: Path) -> None:
+    """Remove what a run that was killed after a stage's last rename has left of it."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        shutil.rmtree(output / CHECKPOINTS / folder.name, ignore_errors=True)
+        with suppress(OSError):  # it holds those of another stage, or has never been
+            (output / CHECKPOINTS).rmdir()
 
 
 def stage_folders(recipe: Recipe, output: Path) -> list[Path]:
@@ -113,22 +136,40 @@ def _prepare(recipe: Recipe, output: Path, resume: bool) -> Models:
     precision_of(recipe)
     models = build_models(recipe)
     for index in range(len(recipe.stages)):
-        stage_dataset(recipe, index, models.tokenizer)
+        stage_dataset(recipe, index, models)
     if resume:
-        for folder in stage_folders(recipe, output):
-            if folder.is_dir():
-                load_model(folder, "output")
-    output.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        part = output / f"{RECIPE}.part"
-        part.write_text(yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False), encoding="utf-8")
-        part.replace(output / RECIPE)
+        _check_stages(output, stage_folders(recipe, output))
+    text = yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False)
+    with checkpoints.saving(output / RECIPE, len(text)):
+        output.mkdir(parents=True, exist_ok=True)
+        if not (output / RECIPE).is_file():
+            checkpoints.write_atomically(output / RECIPE, text)
     return models
+
+
+def _check_stages(output: Path, folders: Sequence[Path]) -> None:
+    """Raise ValueError unless every stage that a later one went on from is there, and whole."""
+    for i, folder in enumerate(folders):
+        begun = [f for f in folders[i + 1 :] if f.is_dir() or (output / CHECKPOINTS / f.name).is_dir()]
+        if not folder.is_dir():
+            if begun:
+                raise ValueError(
+                    f"output: {folder} is missing, but {begun[0].name}, which went on from it, has begun: put it back, "
+                    f"or delete {' and '.join(f.name for f in begun)} in {output} and {output / CHECKPOINTS}, too"
+                )
+            continue
+        if (folder / checkpoints.COMPLETE).is_file():
+            reason = checkpoints.damage(folder)
+            if reason is not None:
+                raise ValueError(f"output: {folder} is damaged ({reason}): put it back, or delete it and later stages")
+        load_model(folder, "output")
 
 
 def _check_output(recipe: Recipe, output: Path, resume: bool) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"output {output} is not a folder")
+    if output.is_dir() and [p.name for p in output.iterdir()] == [f"{RECIPE}.part"]:
+        return  # killed before anything else was written
     if not output.is_dir() or not any(output.iterdir()):
         if resume:
             raise ValueError(f"output {output} holds no run to resume")
@@ -184,7 +225,13 @@ def _on_first_process(action: Any) -> None:
 
 
 def _run_stage(
-    recipe: Recipe, index: int, models: Models, output: Path, folder: Path, callbacks: Sequence[TrainerCallback]
+    recipe: Recipe,
+    index: int,
+    models: Models,
+    output: Path,
+    folder: Path,
+    callbacks: Sequence[TrainerCallback],
+    request: StopRequest,
 ) -> None:
     name = recipe.stages[index]
     stage, objective = recipe.stage[name], OBJECTIVES[recipe.stage[name].objective]
@@ -194,9 +241,14 @@ def _run_stage(
     world = dist.get_world_size() if launch.launched() else 1
     micro = stage.micro_batch_size or stage.global_batch_size // world
     torch.manual_seed(recipe.seed + index)
+    lora = recipe.student.lora if "language" in objective.trained else None
+    if lora is not None:
+        add_lora(student, lora)
     set_trained(student, objective)
     if recipe.gradient_checkpointing and objective.trained != ("vision",):
         _checkpoint_activations(student, reentrant=recipe.gradient_checkpointing == "reentrant")
+    if recipe.compile:
+        compile_layers(student)
     trained, total = count_parameters(student)
     zero = None
     if recipe.deepspeed != "off":
@@ -209,9 +261,9 @@ def _run_stage(
             max_grad_norm=stage.max_grad_norm,
             trained=trained,
         )
-    checkpoints = output / CHECKPOINTS / folder.name
+    saved = output / CHECKPOINTS / folder.name
     arguments = training_arguments(
-        checkpoints,
+        saved,
         stage,
         micro_batch_size=micro,
         accumulation=stage.global_batch_size // (world * micro),
@@ -225,7 +277,7 @@ def _run_stage(
     if teacher is not None:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         teacher.to(device=arguments.device, dtype=dtype)
-    dataset, collator = stage_dataset(recipe, index, models.tokenizer)
+    dataset, collator = stage_dataset(recipe, index, models)
     vat = None
     if recipe.aligns(stage.objective):
         assert teacher is not None
@@ -235,17 +287,20 @@ def _run_stage(
     log = RunLog(
         output, folder.name, name, per_step=stage.global_batch_size, steps=stage.steps, layers=recipe.log_layers
     )
+    finite, stop = FiniteSteps(recipe.max_nonfinite_steps, folder.name), StopCallback(request)
     trainer = DistillTrainer(
         model,
         arguments,
         stage,
         vat_weight=recipe.vat.weight,
+        lora=lora,
+        finite=finite,
         train_dataset=dataset,
         data_collator=collator,
-        callbacks=[log, *callbacks],
+        callbacks=[log, *callbacks, stop],
     )
-    checkpoint = last_checkpoint(checkpoints)
-    start = 0 if checkpoint is None else checkpoint_step(checkpoint)
+    checkpoint = _choose_checkpoint(saved, world)
+    start = 0 if checkpoint is None else checkpoints.checkpoint_step(checkpoint)
     if first:
         log.rewind(start)
         losses = " + ".join(LOSS_NAMES[n] for n in objective.losses if n != "vat" or vat is not None)
@@ -256,30 +311,52 @@ def _run_stage(
             flush=True,
         )
     began = time.perf_counter()
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finally:
-        log.close()
+    with checkpoints.saving(output / METRICS, METRICS_BYTES):  # checkpoints speak for themselves
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            log.close()
     seconds = time.perf_counter() - began
+    step = trainer.state.global_step
+    _stop_if(
+        stop.signal,
+        f"{folder.name}: saved after step {step:,} of {stage.steps:,} in {saved}/checkpoint-{step} and stopped",
+    )
     part = folder.with_name(f"{folder.name}.part")
     if first and part.exists():
         shutil.rmtree(part)
-    trainer.save_student(part)
-    trainer.accelerator.wait_for_everyone()
+    with checkpoints.saving(part, trainer.bytes_to_save(optimizer=False)):
+        trainer.save_student(part)
+        if first:
+            models.processor.save_pretrained(part)
+        checkpoints.seal(part, stage=name, step=step)
     if first:
-        models.processor.save_pretrained(part)
-        part.replace(folder)
-        shutil.rmtree(output / CHECKPOINTS)
+        checkpoints.publish(part, folder)
+        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
         rate = (stage.steps - start) * stage.global_batch_size / seconds
-        print(
-            f"{folder.name}: done in {seconds:.0f} s ({rate:,.0f} samples/s), loss {log.last['loss']:.4f} -> {folder}"
-        )
+        skipped = f", {finite.skipped} steps skipped (not finite)" if finite.skipped else ""
+        loss = "none" if log.last["loss"] is None else f"{log.last['loss']:.4f}"
+        print(f"{folder.name}: done in {seconds:.0f} s ({rate:,.0f} samples/s), loss {loss}{skipped} -> {folder}")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
 
 
+def _choose_checkpoint(saved: Path, processes: int) -> Path | None:
+    """The checkpoint of a stage to go on from: the first process decides for all."""
+    if processes == 1:
+        return checkpoints.choose(saved, processes=processes)
+    found: list[Path | None] = [None]
+
+    def look() -> None:
+        found[0] = checkpoints.choose(saved, processes=processes)
+
+    _on_first_process(look)
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
 def _checkpoint_activations(student: Model, *, reentrant: bool) -> None:
-    language = getattr(student.model, "language_model", student.model)
+    language = language_model(student)
     options = {"use_reentrant": reentrant}
     if hasattr(language, "activation_checkpointing_enable"):  # transformers 5.20 renamed it
         language.activation_checkpointing_enable(options)
@@ -287,30 +364,24 @@ def _checkpoint_activations(student: Model, *, reentrant: bool) -> None:
         language.gradient_checkpointing_enable(options)
 
 
+def compile_layers(student: Model, backend: str = "inductor") -> None:
+    """Compile each layer of the language model for batches of any length; layers of one kind are compiled once."""
+    for layer in language_model(student).layers:
+        layer.compile(dynamic=True, backend=backend)
+
+
 def _make_vat(recipe: Recipe, student: Model, teacher: Model, batches: DataLoader) -> VAT:
     config = vat_config(recipe)
-    depths = depths_of(student, teacher)
+    layers = attention_layers(student), attention_layers(teacher)
     if config.matching != "adaptive":
-        return VAT(config, *depths)
-    measured = VAT.measure(config, *depths)
+        return VAT(config, *layers)
+    measured = VAT.measure(config, *layers)
     wanted = math.ceil(recipe.vat.measure_samples / (batches.batch_size or 1))
-    probe = VAT(replace(config, matching="group"), *depths)
-    with torch.no_grad(), installed(student), installed(teacher):
-        for _, batch in zip(range(wanted), batches, strict=False):
-            batch = {name: value.to(teacher.device) for name, value in batch.items()}
-            regions = probe.regions(
-                batch["input_ids"],
-                batch["labels"],
-                batch["attention_mask"],
-                visual_token_ids=student.config.image_token_id,
-            )
-            pixels = batch.get("pixel_values")
-            embeds = shared_embeddings(student, teacher, batch["input_ids"], pixels)
-            recorders = (measured.student(regions, None), measured.teacher(regions, None))
-            for model, inputs, recorder in zip((student, teacher), embeds, recorders, strict=True):
-                model.model.language_model(inputs_embeds=inputs, use_cache=False, **{KEYWORD: recorder})
-            measured.update(*recorders)
-    return VAT(config, *depths, distances=measured.matrix())
+    probe = VAT(replace(config, matching="group"), *layers)
+    model = DistillationModel(student, OBJECTIVES["dft"], teacher=teacher, vat=probe)
+    for _, batch in zip(range(wanted), batches, strict=False):
+        model.measure(measured, **{name: value.to(student.device) for name, value in batch.items()})
+    return VAT(config, *layers, distances=measured.matrix())
 
 
 @contextmanager

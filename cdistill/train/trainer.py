@@ -1,7 +1,6 @@
 """DistillTrainer: transformers.Trainer on a `DistillationModel`, with losses logged one by one and resumable stages."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,16 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from cdistill.data.builtin import IGNORE_INDEX
-from cdistill.train.config import StageConfig
+from cdistill.train import checkpoints
+from cdistill.train.config import LoRAConfig, StageConfig
+from cdistill.train.finite import FiniteAdamW, FiniteSteps, poisoned
 from cdistill.train.launch import launched
+from cdistill.train.lora import merged_state
 from cdistill.train.model import DistillationModel
 
-COMPLETE = "complete"  # marks a checkpoint that every process has finished writing
+METRICS = "metrics.jsonl"
 WEIGHTS = "model.pt"
+PROGRESS = "progress_{}.pt"  # of one process: sums of losses not yet logged, and counters
 LOSSES = ("patch", "ar", "ground", "kd", "vat", "vat_layers")
 PER_SAMPLE = ("ground", "vat", "vat_layers")  # the others are means over labels
 
@@ -26,7 +29,8 @@ class DistillTrainer(Trainer):
     """Trains the student inside a `DistillationModel`.
 
     Losses over labels are divided by the labels of the global batch, alignment by its samples, whatever the numbers of
-    processes and of accumulation steps. Samples come in the order of the dataset.
+    processes and of accumulation steps. Samples come in the order of the dataset. `FiniteSteps` says what happens to
+    steps that are not finite, `checkpoints` how what is saved survives.
     """
 
     def __init__(
@@ -36,6 +40,8 @@ class DistillTrainer(Trainer):
         stage: StageConfig,
         *,
         vat_weight: float,
+        lora: LoRAConfig | None = None,
+        finite: FiniteSteps,
         train_dataset: Dataset,
         data_collator: Any,
         callbacks: list[TrainerCallback],
@@ -44,12 +50,13 @@ class DistillTrainer(Trainer):
             model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, callbacks=callbacks
         )
         self.remove_callback(PrinterCallback)
-        self.stage, self.distillation = stage, model
+        self.stage, self.distillation, self.lora = stage, model, lora
         self.weights = {"patch": 1.0, "ar": 1.0, "ground": 1.0, "kd": model.kd.weight, "vat": vat_weight, "idle": 1.0}
         # Both say that compute_loss has already divided by the whole global batch (the second since transformers 5.20).
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self._sums: dict[str, Tensor] = {}
+        self.finite = finite
+        finite.watch(self)
         self._logged_step = 0
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
@@ -66,7 +73,9 @@ class DistillTrainer(Trainer):
                 groups = [{"params": ps, "weight_decay": d} for ps, d in zip(split, decays, strict=True) if ps]
             else:
                 groups = [{"params": trained, "weight_decay": 0.0}]
-            self.optimizer = torch.optim.AdamW(groups, lr=self.stage.learning_rate, betas=self.stage.betas, fused=True)
+            unchecked = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 0
+            adamw = FiniteAdamW if unchecked else torch.optim.AdamW
+            self.optimizer = adamw(groups, lr=self.stage.learning_rate, betas=self.stage.betas, fused=True)
         return self.optimizer
 
     def get_batch_samples(
@@ -99,25 +108,25 @@ class DistillTrainer(Trainer):
             if name in self.weights:
                 total = mean * self.weights[name] if total is None else total + mean * self.weights[name]
             if name in LOSSES:
-                self._sums[name] = self._sums[name] + mean.detach() if name in self._sums else mean.detach()
+                self.finite.add(name, mean)
         assert total is not None
+        self.finite.add("loss", total)
+        total = poisoned(total)
         return (total, losses) if return_outputs else total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of the single losses since the last logging step; Trainer's summary at the end is left out."""
+        """Log the means of the losses since the last logging step, without skipped steps, and the skipped steps so far.
+
+        Trainer's summary at the end is left out.
+        """
         if "loss" not in logs:
             return
         steps = self.state.global_step - self._logged_step
         self._logged_step = self.state.global_step
-        means: dict[str, Any] = {}
-        for name, value in self._sums.items():
-            value = self.accelerator.reduce(value, "mean") if self.args.world_size > 1 else value
-            means[name] = (value / steps).tolist()
-        self._sums.clear()
-        super().log({**logs, **means}, start_time)
+        super().log({**logs, **self.finite.means(steps), "skipped": self.finite.skipped}, start_time)
 
     def save_student(self, folder: Path) -> None:
-        """Write the student by ``save_pretrained`` (safetensors). Every process must call it."""
+        """Write the student by ``save_pretrained`` (safetensors), LoRA merged. Every process must call it."""
         self.save_model(str(folder))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -127,41 +136,52 @@ class DistillTrainer(Trainer):
         prefix = "student."
         whole = self.distillation.state_dict() if state_dict is None else state_dict
         student = {name.removeprefix(prefix): t for name, t in whole.items() if name.startswith(prefix)}
+        if self.lora is not None:
+            student = merged_state(student, self.lora)
         self.distillation.student.save_pretrained(output_dir, state_dict=student)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the student to a folder; Trainer's own call for a checkpoint is left out, which holds it anyway."""
+        if not _internal_call:
+            super().save_model(output_dir)
+
+    def bytes_to_save(self, *, optimizer: bool) -> int:
+        """About how many bytes the model takes on a disk, with the ``optimizer`` state or without."""
+        parameters = [*self.distillation.parameters()]
+        size = {p: getattr(p, "ds_numel", p.numel()) for p in parameters}  # ZeRO-3 keeps shards
+        state = 12 if self.is_deepspeed_enabled else 8  # two moments in fp32, for DeepSpeed the weights in fp32
+        trained = sum(size[p] for p in parameters if p.requires_grad)
+        return sum(size[p] * p.element_size() for p in parameters) + optimizer * state * trained
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        parent = Path(str(self.args.output_dir))
-        folder = parent / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save and not self.is_deepspeed_enabled:
-            torch.save(self.distillation.state_dict(), folder / WEIGHTS)
-        self.accelerator.wait_for_everyone()
+        parent, rank = Path(str(self.args.output_dir)), self.args.process_index
+        folder = parent / f"{checkpoints.PREFIX}{self.state.global_step}"
+        progress = {**self.finite.state_dict(), "logged_step": self._logged_step}
+        with checkpoints.saving(folder, self.bytes_to_save(optimizer=True)):
+            if self.args.should_save:
+                checkpoints.remove(folder)
+                folder.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save and not self.is_deepspeed_enabled:
+                torch.save(self.distillation.state_dict(), folder / WEIGHTS)
+            torch.save(progress, folder / PROGRESS.format(rank))
+            checkpoints.seal(folder, step=self.state.global_step, processes=self.args.world_size)
         if self.args.should_save:
-            (folder / COMPLETE).touch()
-            for other in parent.glob("checkpoint-*"):
-                if other != folder:
-                    shutil.rmtree(other)
+            checkpoints.rotate(parent)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         state = torch.load(Path(resume_from_checkpoint) / WEIGHTS, map_location="cpu", weights_only=True)
         self.distillation.load_state_dict(state)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Train, from a checkpoint of `last_checkpoint` if one is given."""
+        """Train, from a checkpoint of `checkpoints.choose` if one is given."""
         if resume_from_checkpoint is not None:
-            self._logged_step = checkpoint_step(Path(resume_from_checkpoint))
+            path = Path(resume_from_checkpoint) / PROGRESS.format(self.args.process_index)
+            progress = torch.load(path, map_location="cpu", weights_only=True)
+            self._logged_step = progress["logged_step"]
+            self.finite.load_state_dict(progress)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-
-def checkpoint_step(folder: Path) -> int:
-    """Step at which a checkpoint was written."""
-    return int(folder.name.removeprefix("checkpoint-"))
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in a folder that every process has finished writing."""
-    complete = [path for path in folder.glob("checkpoint-*") if (path / COMPLETE).is_file()]
-    return max(complete, key=checkpoint_step, default=None)
 
 
 def training_arguments(
@@ -231,21 +251,22 @@ class RunLog(TrainerCallback):
 
     def rewind(self, step: int) -> None:
         """Drop what was logged of this stage after ``step``, the one that training goes on from."""
-        path = self.output / "metrics.jsonl"
+        path = self.output / METRICS
         if not path.is_file():
             return
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n"):
+            try:
+                entry = json.loads(line)
+            except ValueError:
                 continue  # cut off while it was written
-            entry = json.loads(line)
+            if not line.endswith("\n"):
+                continue
             if entry["stage"] != self.stage or entry["step"] <= step:
                 kept.append(line)
                 if entry["stage"] == self.stage:
                     self.last = entry
-        part = path.with_suffix(".part")
-        part.write_text("".join(kept), encoding="utf-8")
-        part.replace(path)
+        checkpoints.write_atomically(path, "".join(kept))
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the files."""
@@ -259,7 +280,7 @@ class RunLog(TrainerCallback):
         self._clock = time.perf_counter
         self._start = self._clock() - self.last.get("elapsed_s", 0.0)
         self._last_step, self._last_time = state.global_step, self._clock()
-        self._metrics = (self.output / "metrics.jsonl").open("a", encoding="utf-8")
+        self._metrics = (self.output / METRICS).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(self.output / "tensorboard" / self.label), purge_step=state.global_step + 1)
         self._bar = tqdm(total=self.steps, initial=state.global_step, desc=self.label, unit="step", mininterval=1.0)
 
@@ -287,7 +308,8 @@ class RunLog(TrainerCallback):
         entry |= {"ground": logs["ground"]} if "ground" in logs else {}
         if self.layers and "vat_layers" in logs:
             entry["vat_layers"] = logs["vat_layers"]
-        entry |= {"learning_rate": logs["learning_rate"], "samples_per_s": rate, "elapsed_s": now - self._start}
+        entry |= {"skipped": logs["skipped"], "learning_rate": logs["learning_rate"]}
+        entry |= {"samples_per_s": rate, "elapsed_s": now - self._start}
         self._metrics.write(json.dumps(entry) + "\n")
         self._metrics.flush()
         for name, value in entry.items():

@@ -5,21 +5,33 @@ Importing this package imports torch; transformers is imported when the hook is 
 
 from cdistill.vat.config import VAT, VATConfig
 from cdistill.vat.distances import LayerDistances, layer_distances
+from cdistill.vat.families import attention_layers, visual_token_ids
 from cdistill.vat.hook import install, installed, uninstall
 from cdistill.vat.matching import LayerMatch, layer_range, match_layers
 from cdistill.vat.recorders import Recorder, SliceRecorder, StudentAlignment, TeacherTargets
-from cdistill.vat.regions import Regions, check_same_visual_tokens, grounded_regions, token_regions
+from cdistill.vat.regions import (
+    PackedRegions,
+    PackedSample,
+    Regions,
+    check_same_visual_tokens,
+    grounded_regions,
+    packed_regions,
+    token_regions,
+)
 
 __all__ = [
     "VAT",
     "LayerDistances",
     "LayerMatch",
+    "PackedRegions",
+    "PackedSample",
     "Recorder",
     "Regions",
     "SliceRecorder",
     "StudentAlignment",
     "TeacherTargets",
     "VATConfig",
+    "attention_layers",
     "check_same_visual_tokens",
     "grounded_regions",
     "install",
@@ -27,6 +39,8 @@ __all__ = [
     "layer_distances",
     "layer_range",
     "match_layers",
+    "packed_regions",
     "token_regions",
     "uninstall",
+    "visual_token_ids",
 ]

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from cdistill.vat.distances import LayerDistances
-from cdistill.vat.matching import MATCHINGS, NAMED_SPANS, Matching, layer_range, match_layers
-from cdistill.vat.recorders import StudentAlignment, TeacherTargets
-from cdistill.vat.regions import ROWS, Regions, Rows, token_regions
+from cdistill.vat.matching import MATCHINGS, NAMED_SPANS, Layers, Matching, layer_range, match_layers
+from cdistill.vat.recorders import AnyRegions, StudentAlignment, TeacherTargets
+from cdistill.vat.regions import ROWS, PackedRegions, Regions, Rows, packed_regions, token_regions
 
 LOSSES = ("cosine", "mse", "kl")
 REDUCTIONS = ("row", "matrix", "column")
@@ -72,13 +72,14 @@ class VATConfig:
 class VAT:
     """Visual attention alignment between a student and a teacher of given depths.
 
-    ``distances`` is the matrix adaptive matching needs: build it with `VAT.measure` first. ``impl`` as in
-    `cdistill.ops`. Per batch::
+    ``student_num_layers`` and ``teacher_num_layers`` are numbers of layers or, for models with layers that have no softmax
+    attention, what `attention_layers` gives for them. ``distances`` is the matrix adaptive matching needs: build it with
+    `VAT.measure` first. ``impl`` as in `cdistill.ops`. Per batch::
 
         teacher = vat.teacher(teacher_regions, teacher_key_mask)
         with torch.no_grad():
             teacher_model(**teacher_batch, cdistill_vat=teacher)
-        student = vat.student(student_regions, teacher.targets, student_key_mask)
+        student = vat.student(student_regions, teacher, student_key_mask)
         student_model(**student_batch, cdistill_vat=student)
         student.loss().backward()
 
@@ -88,8 +89,8 @@ class VAT:
     def __init__(
         self,
         config: VATConfig,
-        student_num_layers: int,
-        teacher_num_layers: int,
+        student_num_layers: Layers,
+        teacher_num_layers: Layers,
         *,
         distances: Any = None,
         impl: str | None = None,
@@ -100,7 +101,7 @@ class VAT:
 
     @staticmethod
     def spans(
-        config: VATConfig, student_num_layers: int, teacher_num_layers: int
+        config: VATConfig, student_num_layers: Layers, teacher_num_layers: Layers
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Indices of the aligned layers of student and teacher."""
         student = config.layers if config.student_layers is None else config.student_layers
@@ -112,7 +113,7 @@ class VAT:
 
     @classmethod
     def measure(
-        cls, config: VATConfig, student_num_layers: int, teacher_num_layers: int, *, impl: str | None = None
+        cls, config: VATConfig, student_num_layers: Layers, teacher_num_layers: Layers, *, impl: str | None = None
     ) -> LayerDistances:
         """An empty accumulator of the distances between the layers in question, for adaptive matching."""
         return LayerDistances(*cls.spans(config, student_num_layers, teacher_num_layers), impl=impl)
@@ -136,12 +137,35 @@ class VAT:
             mm_token_type_ids=mm_token_type_ids,
         )
 
-    def teacher(self, regions: Regions, key_mask: Tensor | None) -> TeacherTargets:
+    def packed_regions(
+        self,
+        input_ids: Tensor | None,
+        labels: Tensor | None,
+        position_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        visual_token_ids: int | Sequence[int] | None = None,
+        mm_token_type_ids: Tensor | None = None,
+    ) -> PackedRegions:
+        """`cdistill.vat.packed_regions` with the configured rows."""
+        return packed_regions(
+            input_ids,
+            labels,
+            position_ids,
+            attention_mask=attention_mask,
+            visual_token_ids=visual_token_ids,
+            rows=self.config.rows,
+            mm_token_type_ids=mm_token_type_ids,
+        )
+
+    def teacher(self, regions: AnyRegions, key_mask: Tensor | None) -> TeacherTargets:
         """Recorder for the teacher's forward pass over one batch."""
         return TeacherTargets(self.matches, regions, key_mask=key_mask, heads=self.config.heads, impl=self._impl)
 
-    def student(self, regions: Regions, targets: Sequence[Tensor], key_mask: Tensor | None) -> StudentAlignment:
-        """Recorder for the student's forward pass over the same batch."""
+    def student(
+        self, regions: AnyRegions, targets: TeacherTargets | Sequence[Tensor], key_mask: Tensor | None
+    ) -> StudentAlignment:
+        """Recorder for the student's forward pass over the same batch; ``targets`` is the teacher's, or what it gave."""
         config = self.config
         return StudentAlignment(
             self.matches,

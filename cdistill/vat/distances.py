@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cdistill.vat.recorders import SliceRecorder
-from cdistill.vat.regions import Regions
+from cdistill.vat.recorders import AnyRegions, SliceRecorder
 
 EPS = 1e-8
 
@@ -24,11 +23,11 @@ class LayerDistances:
         self._sum = torch.zeros(len(self.student_layers), len(self.teacher_layers), dtype=torch.float64)
         self._rows = torch.zeros_like(self._sum)
 
-    def student(self, regions: Regions, key_mask: Tensor | None) -> SliceRecorder:
+    def student(self, regions: AnyRegions, key_mask: Tensor | None) -> SliceRecorder:
         """Recorder for the student's forward pass over one batch."""
         return SliceRecorder(self.student_layers, regions, key_mask=key_mask, impl=self._impl)
 
-    def teacher(self, regions: Regions, key_mask: Tensor | None) -> SliceRecorder:
+    def teacher(self, regions: AnyRegions, key_mask: Tensor | None) -> SliceRecorder:
         """Recorder for the teacher's forward pass over the same batch."""
         return SliceRecorder(self.teacher_layers, regions, key_mask=key_mask, impl=self._impl)
 

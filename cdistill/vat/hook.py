@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cdistill.vat.recorders import Recorder
+from cdistill.vat.regions import require_on_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +32,8 @@ KEYWORD = "cdistill_vat"
 # The (B, T) padding mask, kept on a (B, 1, T, T) mask that is causality and padding alone: the attention function could
 # not tell that without reading T * T values.
 _PADDING = "_cdistill_padding"
+# The recorder's (B, T) sequence numbers, kept on a mask that has been found to be their packing.
+_PACKING = "_cdistill_packing"
 
 # Keywords by which transformers' models change the scores or the visible keys of a layer.
 _UNSUPPORTED = {
@@ -112,8 +115,12 @@ def _attention(sdpa: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[
             if not isinstance(recorder, Recorder):
                 raise ValueError(f"{KEYWORD} must be a recorder of cdistill.vat, got {type(recorder).__name__}")
             if layer in recorder.layers:
-                _require_plain_causal(layer, module, query, key, attention_mask, kwargs)
-                _require_same_padding(recorder.key_mask, getattr(attention_mask, _PADDING, None))
+                sequence = getattr(recorder, "sequence", None)
+                _require_plain_causal(layer, module, query, key, attention_mask, kwargs, packed=sequence is not None)
+                if sequence is None:
+                    _require_same_padding(recorder.key_mask, getattr(attention_mask, _PADDING, None))
+                else:
+                    _require_same_packing(sequence, query, attention_mask)
                 out = recorder.record(layer, query, key, value, scale=kwargs.get("scaling"), causal=True)
                 if out is not None:
                     if kwargs.get("dropout"):
@@ -138,9 +145,19 @@ def _mask(sdpa_mask: Callable[..., Tensor | None], causal: Callable[..., Any]) -
 
 
 def _require_plain_causal(
-    layer: int, module: nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]
+    layer: int,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    kwargs: dict[str, Any],
+    *,
+    packed: bool,
 ) -> None:
-    """Raise ValueError unless the layer's attention is softmax(scale * q k^T) under causality and padding alone."""
+    """Raise ValueError unless the layer's attention is softmax(scale * q k^T) under causality and padding alone.
+
+    The mask of ``packed`` samples is left to `_require_same_packing`.
+    """
 
     def refuse(what: str) -> ValueError:
         return ValueError(f"layer {layer} uses {what}, which visual attention alignment does not support")
@@ -155,11 +172,16 @@ def _require_plain_causal(
         raise refuse("bidirectional attention")
     if query.shape[2] != key.shape[2]:
         raise refuse(f"a key-value cache ({query.shape[2]} queries, {key.shape[2]} keys)")
+    if packed:
+        return
     window = kwargs.get("sliding_window")
     if window is not None and window < key.shape[2]:
         raise refuse(f"a sliding window of {window} of {key.shape[2]} tokens")
     if attention_mask is not None and not hasattr(attention_mask, _PADDING):
-        raise refuse("a mask other than causality and padding (packed sequences, bidirectional images or a 4-D mask)")
+        raise refuse(
+            "a mask other than causality and padding (bidirectional images, a 4-D mask, or packed samples without "
+            "cdistill.vat.packed_regions)"
+        )
 
 
 def _require_same_padding(key_mask: Tensor | None, padding: Tensor | None) -> None:
@@ -175,8 +197,28 @@ def _require_same_padding(key_mask: Tensor | None, padding: Tensor | None) -> No
         raise ValueError(f"{message}, got {tuple(key_mask.shape)} for {tuple(padding.shape)}")
     else:
         same = (key_mask == padding.to(key_mask.device)).all()
-    if same.device.type == "cpu":
-        if not same:
+    require_on_device(same, message)
+
+
+def _require_same_packing(sequence: Tensor, query: Tensor, attention_mask: Tensor | None) -> None:
+    """Raise ValueError unless the model's mask is causality within the sequences, (B, T), of each row and nothing else.
+
+    Reads the T * T values of a mask, as making it did, once for all layers that share it. On CUDA a device-side assertion.
+    """
+    message = (
+        "the model must keep the packed samples of the recorder apart: call it with their position_ids, with "
+        "use_cache=False and without attention_mask"
+    )
+    if (query.shape[0], query.shape[2]) != sequence.shape:
+        raise ValueError(
+            f"the recorder's packed rows are {tuple(sequence.shape)}, the model's {query.shape[0], query.shape[2]}"
+        )
+    if attention_mask is None:  # plain causality
+        require_on_device((sequence == 0).all(), message)
+    elif getattr(attention_mask, _PACKING, None) is not sequence:
+        batch, length = sequence.shape
+        if attention_mask.dtype != torch.bool or attention_mask.shape != (batch, 1, length, length):
             raise ValueError(message)
-    else:
-        torch._assert_async(same, message)
+        expected = (sequence[:, :, None] == sequence[:, None, :]).tril()[:, None]
+        require_on_device((attention_mask == expected.to(attention_mask.device)).all(), message)
+        setattr(attention_mask, _PACKING, sequence)

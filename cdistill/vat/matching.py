@@ -9,6 +9,7 @@ Matching: TypeAlias = Literal["group", "simple", "adaptive"]
 NamedSpan: TypeAlias = Literal["early", "intermediate", "later", "all", "official"]
 Role: TypeAlias = Literal["student", "teacher"]
 Span: TypeAlias = str | Sequence[int]
+Layers: TypeAlias = int | Sequence[int]  # of a model: how many, or the indices of those that have attention
 
 MATCHINGS: tuple[str, ...] = get_args(Matching)
 NAMED_SPANS: tuple[str, ...] = get_args(NamedSpan)
@@ -29,63 +30,92 @@ class LayerMatch(NamedTuple):
     teachers: tuple[int, ...]
 
 
-def layer_range(num_layers: int, span: Span, *, role: Role = "student") -> tuple[int, ...]:
-    """Indices of the layers of a ``num_layers`` deep model that are aligned (paper sections 3.1 and 5.3).
+def layer_range(num_layers: Layers, span: Span, *, role: Role = "student") -> tuple[int, ...]:
+    """Indices of the layers of a model that are aligned (paper sections 3.1 and 5.3).
 
-    ``span`` is one of
+    ``num_layers`` is the model's number of layers, or, where some have no softmax attention, the indices of those that do
+    (`cdistill.vat.attention_layers`): only they are counted. ``span`` is one of
 
-    - ``"intermediate"`` (30-70 %, the paper's visual understanding layers): the ``round(0.4 * num_layers)`` layers in
+    - ``"intermediate"`` (30-70 %, the paper's visual understanding layers): the ``round(0.4 * n)`` of n layers in
       the middle (halves round up; where they cannot be centred they lie one layer towards the input);
     - ``"early"`` (< 30 %) and ``"later"`` (> 70 %): the layers before and after those; ``"all"``: every layer;
     - ``"official"``: the layers the authors' code lists for its models (`OFFICIAL_LAYERS`); they depend on ``role``;
-    - ``"8-14"``: first and last layer, both included; or a strictly increasing sequence of indices.
+    - ``"8-14"``: the attention layers between two indices, both included; or a strictly increasing sequence of indices.
 
     Every named span holds at least one layer (early keeps the first, later the last layer of a one- or two-layer model)
     and never shrinks with depth, so that a teacher at least as deep as the student can always be group matched.
 
-    Returns 0-based indices in increasing order. Raises ValueError for an unknown span or indices outside the model.
+    Returns 0-based indices in increasing order, counted over all layers of the model. Raises ValueError for an unknown
+    span, indices outside the model or of layers without attention.
     """
-    if num_layers < 1:
-        raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+    model = _model_layers(num_layers)
     if role not in ROLES:
         raise ValueError(f"role must be one of {', '.join(ROLES)}, got {role!r}")
     if not isinstance(span, str):
-        return _explicit(num_layers, tuple(span))
+        return _explicit(model, tuple(span))
     if bounds := re.fullmatch(r"(\d+)-(\d+)", span):
         first, last = map(int, bounds.groups())
         if first > last:
             raise ValueError(f"layer span {span!r} is empty: the first layer must not be after the last")
-        return _explicit(num_layers, tuple(range(first, last + 1)))
+        return _between(model, first, last)
     if span not in NAMED_SPANS:
         raise ValueError(
             f"layer span must be one of {', '.join(NAMED_SPANS)}, 'first-last' or a list of indices, got {span!r}"
         )
+    return tuple(model[i] for i in _named(len(model), span, role))
+
+
+def _model_layers(layers: Layers) -> tuple[int, ...]:
+    if isinstance(layers, int):
+        if layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {layers}")
+        return tuple(range(layers))
+    model = tuple(layers)
+    if not model:
+        raise ValueError("the model has no attention layers")
+    if list(model) != sorted(set(model)) or model[0] < 0:
+        raise ValueError(f"a model's attention layers must be strictly increasing indices, got {list(model)}")
+    return model
+
+
+def _named(num_layers: int, span: str, role: str) -> Sequence[int]:
     if span == "official":
         known = OFFICIAL_LAYERS[role]
         if num_layers not in known:
             depths = ", ".join(map(str, known))
             raise ValueError(f"layer span 'official' knows {role}s of {depths} layers only, got {num_layers}")
-        return tuple(known[num_layers])
+        return known[num_layers]
     if span == "all":
-        return tuple(range(num_layers))
+        return range(num_layers)
     middle = max(1, (4 * num_layers + 5) // 10)
     first = (num_layers - middle) // 2
     if span == "early":
-        return tuple(range(max(first, 1)))
+        return range(max(first, 1))
     if span == "later":
-        return tuple(range(min(first + middle, num_layers - 1), num_layers))
-    return tuple(range(first, first + middle))
+        return range(min(first + middle, num_layers - 1), num_layers)
+    return range(first, first + middle)
 
 
-def _explicit(num_layers: int, layers: tuple[int, ...]) -> tuple[int, ...]:
+def _between(model: tuple[int, ...], first: int, last: int) -> tuple[int, ...]:
+    if last > model[-1] and model == tuple(range(len(model))):
+        return _explicit(model, tuple(range(first, last + 1)))  # which raises
+    chosen = tuple(i for i in model if first <= i <= last)
+    if not chosen:
+        raise ValueError(f"layer span '{first}-{last}' holds none of the attention layers {list(model)}")
+    return chosen
+
+
+def _explicit(model: tuple[int, ...], layers: tuple[int, ...]) -> tuple[int, ...]:
     if not layers:
         raise ValueError("layer span is an empty list; name at least one layer")
     if any(isinstance(i, bool) or not isinstance(i, int) for i in layers):
         raise ValueError(f"layer indices must be integers, got {list(layers)}")
     if list(layers) != sorted(set(layers)):
         raise ValueError(f"layer indices must be strictly increasing, got {list(layers)}")
-    if layers[0] < 0 or layers[-1] >= num_layers:
-        raise ValueError(f"layer indices must lie in 0..{num_layers - 1}, got {list(layers)}")
+    if not set(layers) <= set(model):
+        if model == tuple(range(len(model))):
+            raise ValueError(f"layer indices must lie in 0..{len(model) - 1}, got {list(layers)}")
+        raise ValueError(f"layer indices must be among the attention layers {list(model)}, got {list(layers)}")
     return layers
 
 

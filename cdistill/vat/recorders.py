@@ -1,23 +1,29 @@
 """What travels through a forward pass as ``model(..., cdistill_vat=recorder)`` and gathers attention slices or losses.
 
 A recorder serves one forward pass. It sees the queries and keys of the layers it names and calls the fused ops on them;
-no attention matrix exists at any time.
+no attention matrix exists at any time. Of samples packed into rows each is a call of its own, on views: its queries see
+its own keys only.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from cdistill.ops import attention_alignment, attention_slice, attention_slice_accumulate, attention_with_alignment
 from cdistill.vat.matching import LayerMatch
-from cdistill.vat.regions import Regions
+from cdistill.vat.regions import PackedRegions, Regions, require_same_counts
+
+AnyRegions: TypeAlias = Regions | PackedRegions
 
 
 @runtime_checkable
 class Recorder(Protocol):
-    """What the attention hook calls: `record` once for every layer in ``layers`` (0-based indices)."""
+    """What the attention hook calls: `record` once for every layer in ``layers`` (0-based indices).
+
+    A recorder of packed samples also has ``sequence`` (B, T), as `PackedRegions`; the hook checks the model's mask against it.
+    """
 
     layers: frozenset[int]
     key_mask: Tensor | None  # (B, T) bool; the hook checks that it is the padding the model saw
@@ -31,8 +37,23 @@ class Recorder(Protocol):
         """
 
 
-def _key_mask(key_mask: Tensor | None) -> Tensor | None:
+def _key_mask(key_mask: Tensor | None, regions: AnyRegions) -> Tensor | None:
+    if key_mask is not None and isinstance(regions, PackedRegions):
+        raise ValueError("key_mask must be None for packed samples: transformers packs only without attention_mask")
     return None if key_mask is None else key_mask.bool()
+
+
+def _sequence(regions: AnyRegions) -> Tensor | None:
+    return regions.sequence if isinstance(regions, PackedRegions) else None
+
+
+def _parts(regions: AnyRegions, q: Tensor, k: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
+    """Queries and keys of what shares one call of an op, as views, and which samples of the regions these are."""
+    if not isinstance(regions, PackedRegions):
+        yield q, k, slice(None)
+        return
+    for i, (row, start, stop) in enumerate(regions.samples):
+        yield q[row : row + 1, :, start:stop], k[row : row + 1, :, start:stop], slice(i, i + 1)
 
 
 def _require_all(layers: Collection[int], recorded: Collection[int]) -> None:
@@ -51,14 +72,14 @@ class TeacherTargets:
     layers, not with the teacher's depth. A layer recorded twice counts once.
 
     ``matches`` come from `match_layers`; ``regions`` are the teacher's rows and columns; ``key_mask`` (B,T), non-zero =
-    real key, is the padding mask given to the model (None = no padding); ``heads`` and ``impl`` as in
+    real key, is the padding mask given to the model (None = no padding, or packed samples); ``heads`` and ``impl`` as in
     `cdistill.ops.attention_slice`.
     """
 
     def __init__(
         self,
         matches: Sequence[LayerMatch],
-        regions: Regions,
+        regions: AnyRegions,
         *,
         key_mask: Tensor | None,
         heads: str = "mean",
@@ -66,10 +87,10 @@ class TeacherTargets:
     ):
         self.matches = tuple(matches)
         self.layers = frozenset(t for match in self.matches for t in match.teachers)
-        self.key_mask = _key_mask(key_mask)
-        self._regions, self._heads, self._impl = regions, heads, impl
+        self.key_mask, self.sequence = _key_mask(key_mask, regions), _sequence(regions)
+        self.regions, self._heads, self._impl = regions, heads, impl
         self._recorded: set[int] = set()
-        self._sums: Tensor | None = None  # (windows,B,R,V), or (windows,B,Hq,R,V)
+        self._sums: Tensor | None = None  # (parts,windows,B,R,V), or (parts,windows,B,Hq,R,V); B 1 if packed
         self._means: list[Tensor] | None = None
 
     @torch.inference_mode(False)  # the student's graph will hold the result
@@ -78,35 +99,39 @@ class TeacherTargets:
         """Add one teacher layer's slice to its windows."""
         if layer in self._recorded:
             return
-        rows, cols = self._regions
+        rows, cols = self.regions.rows, self.regions.cols
+        parts = list(_parts(self.regions, q, k))
         if self._sums is None:
-            heads = q.shape[:2] if self._heads == "each" else q.shape[:1]
-            shape = (len(self.matches), *heads, rows.shape[1], cols.shape[1])
+            together = len(rows) // max(1, len(parts))
+            heads = (q.shape[1],) if self._heads == "each" else ()
+            shape = (len(parts), len(self.matches), together, *heads, rows.shape[1], cols.shape[1])
             self._sums = torch.zeros(shape, dtype=torch.float32, device=q.device)
-        attention_slice_accumulate(
-            q,
-            k,
-            rows,
-            cols,
-            self._sums,
-            [i for i, match in enumerate(self.matches) if layer in match.teachers],
-            causal=causal,
-            scale=scale,
-            key_mask=self.key_mask,
-            heads=self._heads,
-            impl=self._impl,
-        )
+        windows = [i for i, match in enumerate(self.matches) if layer in match.teachers]
+        for sums, (part_q, part_k, samples) in zip(self._sums, parts, strict=True):
+            attention_slice_accumulate(
+                part_q,
+                part_k,
+                rows[samples],
+                cols[samples],
+                sums,
+                windows,
+                causal=causal,
+                scale=scale,
+                key_mask=self.key_mask,
+                heads=self._heads,
+                impl=self._impl,
+            )
         self._recorded.add(layer)
 
     @property
     def targets(self) -> list[Tensor]:
-        """Window means in the order of ``matches``, each (B,R,V) fp32, or (B,Hq,R,V) for heads="each".
+        """Window means in the order of ``matches``, each (B,R,V) fp32, or (B,Hq,R,V) for heads="each"; N for B if packed.
 
         Raises ValueError naming the layers that no forward pass has recorded.
         """
         if self._means is None:
             _require_all(self.layers, self._recorded)
-            sums = () if self._sums is None else self._sums.unbind()
+            sums = () if self._sums is None else [window.flatten(0, 1) for window in self._sums.unbind(1)]
             self._means = [x.div_(len(match.teachers)) for x, match in zip(sums, self.matches, strict=True)]
         return self._means
 
@@ -114,22 +139,27 @@ class TeacherTargets:
 class StudentAlignment:
     """Student side of the alignment: the loss of every matched student layer, made inside its forward pass.
 
-    ``targets`` are `TeacherTargets.targets`; ``regions`` are the student's rows and columns, as many as the teacher's
-    in every sample; ``key_mask`` as for `TeacherTargets`; ``loss``, ``reduction``, ``sink_filter``, ``heads`` and
-    ``impl`` as in `cdistill.ops.attention_alignment`. ``layer_sum`` sums over layers (the authors' code) where the
-    paper takes the mean. ``engine`` "sdpa" leaves the layers' attention to SDPA, bit for bit; "auto", or an engine of
-    `cdistill.ops.attention_with_alignment` by name, makes both in one forward and one backward pass.
+    ``targets`` is the teacher's recorder after its forward pass, or one tensor for each match, as
+    `TeacherTargets.targets` gives them; ``regions`` are the student's rows and columns, as many as the teacher's in
+    every sample; ``key_mask`` as for `TeacherTargets`; ``loss``, ``reduction``, ``sink_filter``, ``heads`` and ``impl``
+    as in `cdistill.ops.attention_alignment`. ``layer_sum`` sums over layers (the authors' code) where the paper takes
+    the mean. ``engine`` "sdpa" leaves the layers' attention to SDPA, bit for bit; "auto", or an engine of
+    `cdistill.ops.attention_with_alignment` by name, makes both in one forward and one backward pass (not of packed
+    samples).
 
     Safe under non-reentrant gradient checkpointing: the recomputation runs the same ops and the first recording stays.
     A recorder made while gradients are enabled refuses to record without them, which is what reentrant checkpointing
     does to it; make it inside ``torch.no_grad()`` to evaluate the loss only.
+
+    Raises ValueError for targets of other shapes than the regions ask for and, with the teacher's recorder, for a sample
+    whose rows or visual tokens are not as many as the teacher's (on CUDA a device-side assertion: no sync).
     """
 
     def __init__(
         self,
         matches: Sequence[LayerMatch],
-        regions: Regions,
-        targets: Sequence[Tensor],
+        regions: AnyRegions,
+        targets: "TeacherTargets | Sequence[Tensor]",
         *,
         key_mask: Tensor | None,
         loss: str = "cosine",
@@ -140,11 +170,23 @@ class StudentAlignment:
         impl: str | None = None,
         engine: str = "sdpa",
     ):
+        if isinstance(targets, TeacherTargets):
+            require_same_counts(targets.regions, regions)
+            targets = targets.targets
         if len(targets) != len(matches):
             raise ValueError(f"targets must hold one tensor for each of the {len(matches)} matches, got {len(targets)}")
+        wanted = (len(regions.rows), regions.rows.shape[1], regions.cols.shape[1])
+        for target in targets:
+            if (target.shape[0], *target.shape[-2:]) != wanted:
+                raise ValueError(
+                    f"targets must be (samples, rows, visual tokens) = {wanted} like the student's regions, got "
+                    f"{tuple(target.shape)}: teacher and student must see every image through equally many visual tokens"
+                )
+        if engine != "sdpa" and isinstance(regions, PackedRegions):
+            raise ValueError(f"vat.engine {engine} cannot make the attention of packed samples; use vat.engine sdpa")
         self.layers = frozenset(match.student for match in matches)
         self._targets = {match.student: target for match, target in zip(matches, targets, strict=True)}
-        self.key_mask = _key_mask(key_mask)
+        self.key_mask, self.sequence = _key_mask(key_mask, regions), _sequence(regions)
         self._regions = regions
         self._loss, self._reduction, self._sink_filter = loss, reduction, sink_filter
         self._heads, self._layer_sum, self._impl, self._engine = heads, layer_sum, impl, engine
@@ -161,7 +203,7 @@ class StudentAlignment:
                 "under reentrant gradient checkpointing; set gradient_checkpointing_kwargs={'use_reentrant': False} "
                 "(to evaluate only, make the recorder inside torch.no_grad())"
             )
-        compared = (self._targets[layer], *self._regions)
+        target, rows, cols = self._targets[layer], self._regions.rows, self._regions.cols
         options: dict[str, Any] = {
             "loss": self._loss,
             "reduction": self._reduction,
@@ -174,17 +216,23 @@ class StudentAlignment:
         }
         out = None
         if self._engine == "sdpa":
-            losses = attention_alignment(q, k, *compared, **options)
+            parts = [
+                attention_alignment(part_q, part_k, target[part], rows[part], cols[part], **options)
+                for part_q, part_k, part in _parts(self._regions, q, k)
+            ]
+            losses = torch.cat(parts) if len(parts) != 1 else parts[0]
         else:
             # under autocast, rotary embeddings leave q and k in fp32
             q, k = q.to(v.dtype), k.to(v.dtype)
             engine = None if self._engine == "auto" else self._engine
-            out, losses = attention_with_alignment(q, k, v, *compared, **options, engine=engine)
+            out, losses = attention_with_alignment(q, k, v, target, rows, cols, **options, engine=engine)
         self._losses.setdefault(layer, losses)
         return out
 
     def losses(self) -> dict[int, Tensor]:
-        """Per-sample loss (B,) fp32 of every matched student layer, with gradient; 0 for samples without visual tokens.
+        """Loss (B,) fp32 of every sample and matched student layer, with gradient; 0 for samples without visual tokens.
+
+        Packed samples count each by itself: (N,).
 
         Raises ValueError naming the layers that no forward pass has recorded.
         """
@@ -210,35 +258,41 @@ class SliceRecorder:
     def __init__(
         self,
         layers: Collection[int],
-        regions: Regions,
+        regions: AnyRegions,
         *,
         key_mask: Tensor | None,
         heads: str = "mean",
         impl: str | None = None,
     ):
         self.layers = frozenset(layers)
-        self.key_mask = _key_mask(key_mask)
+        self.key_mask, self.sequence = _key_mask(key_mask, regions), _sequence(regions)
         self._regions, self._heads, self._impl = regions, heads, impl
         self._slices: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, causal: bool) -> None:
         """Keep one layer's slice."""
-        if layer not in self._slices:
-            self._slices[layer] = attention_slice(
-                q,
-                k,
-                *self._regions,
+        if layer in self._slices:
+            return
+        parts = [
+            attention_slice(
+                part_q,
+                part_k,
+                self._regions.rows[part],
+                self._regions.cols[part],
                 causal=causal,
                 scale=scale,
                 key_mask=self.key_mask,
                 heads=self._heads,
                 impl=self._impl,
             )
+            for part_q, part_k, part in _parts(self._regions, q, k)
+        ]
+        self._slices[layer] = torch.cat(parts) if len(parts) != 1 else parts[0]
 
     @property
     def slices(self) -> Mapping[int, Tensor]:
-        """Slice of every chosen layer in increasing order, (B,R,V) fp32, or (B,Hq,R,V) for heads="each".
+        """Slice of every chosen layer in increasing order, (B,R,V) fp32, or (B,Hq,R,V) for heads="each"; N for B if packed.
 
         Raises ValueError naming the layers that no forward pass has recorded.
         """

@@ -19,6 +19,23 @@ class Regions(NamedTuple):
     cols: Tensor  # (B, V) int32
 
 
+class PackedSample(NamedTuple):
+    """Where one of several samples in a row of tokens lies: ``tokens[row, start:stop]``."""
+
+    row: int
+    start: int
+    stop: int
+
+
+class PackedRegions(NamedTuple):
+    """`Regions` of N samples that share rows of tokens, none of which sees another; positions count from its start."""
+
+    rows: Tensor  # (N, R) int32
+    cols: Tensor  # (N, V) int32
+    samples: tuple[PackedSample, ...]
+    sequence: Tensor  # (B, T) int64, which sequence of its row a token belongs to; the hook compares the model's mask
+
+
 def token_regions(
     input_ids: Tensor | None,
     labels: Tensor | None,
@@ -53,10 +70,7 @@ def token_regions(
         raise ValueError("input_ids are needed to find the visual tokens where mm_token_type_ids is not given")
     if tokens.ndim != 2:
         raise ValueError(f"input_ids and mm_token_type_ids must be (B, T), got {tuple(tokens.shape)}")
-    given = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
-    for name, value in given.items():
-        if value is not None and value.shape != tokens.shape:
-            raise ValueError(f"{name} must be {tuple(tokens.shape)} like the tokens, got {tuple(value.shape)}")
+    _require_shape_of(tokens, input_ids=input_ids, labels=labels, attention_mask=attention_mask)
 
     if mm_token_type_ids is not None:
         visual = _is_in(mm_token_type_ids, VISUAL_TOKEN_TYPES)
@@ -88,6 +102,85 @@ def token_regions(
     return Regions(packed[0, :, : widths[0]].contiguous(), packed[1, :, : widths[1]].contiguous())
 
 
+def _require_shape_of(tokens: Tensor, **given: Tensor | None) -> None:
+    for name, value in given.items():
+        if value is not None and value.shape != tokens.shape:
+            raise ValueError(f"{name} must be {tuple(tokens.shape)} like the tokens, got {tuple(value.shape)}")
+
+
+def packed_regions(
+    input_ids: Tensor | None,
+    labels: Tensor | None,
+    position_ids: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    visual_token_ids: int | Sequence[int] | None = None,
+    rows: Rows = "answer",
+    mm_token_type_ids: Tensor | None = None,
+) -> PackedRegions:
+    """`token_regions` of samples packed into rows, told apart by position ids that start anew.
+
+    ``position_ids`` are those the model gets: (B, T), (1, T) for all rows, or (4, B, T) for multimodal rotary embeddings,
+    text positions first. A sample begins wherever a position is not its predecessor plus one, as in transformers' own
+    masks, which keep samples apart only if the model is called with these position ids, without attention_mask and
+    with ``use_cache=False``; the hook refuses any other mask. ``attention_mask`` (B, T) marks padding here (0): what holds
+    padding alone is no sample. The other arguments are those of `token_regions`, (B, T).
+
+    Returns `PackedRegions` of the N samples in order. Costs two device synchronisations. Raises ValueError as
+    `token_regions` does, for position_ids of another shape, and where all tokens are padding.
+    """
+    tokens = input_ids if mm_token_type_ids is None else mm_token_type_ids
+    if tokens is None or tokens.ndim != 2:
+        raise ValueError("packed samples need input_ids or mm_token_type_ids of shape (B, T)")
+    shape = tuple(tokens.shape)
+    if position_ids.ndim == 3 and position_ids.shape[0] == 4:
+        position_ids = position_ids[0]
+    if position_ids.ndim != 2 or tuple(position_ids.shape) not in (shape, (1, shape[1])):
+        raise ValueError(
+            f"position_ids of packed samples must be {shape}, or (4, *{shape}) with text positions first (transformers "
+            f"does not keep samples apart by others), got {tuple(position_ids.shape)}"
+        )
+    position_ids = position_ids.expand(shape)
+    _require_shape_of(tokens, input_ids=input_ids, labels=labels, attention_mask=attention_mask)
+    real = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+    sequence = (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=1) != 1).cumsum(1)
+    samples = _samples(sequence, real)
+    if not samples:
+        raise ValueError("packed rows must hold at least one real token")
+
+    width = max(sample.stop - sample.start for sample in samples)
+    row, start, stop = torch.tensor(samples, dtype=torch.int64, device=tokens.device).reshape(-1, 3, 1).unbind(1)
+    position = start + torch.arange(width, device=tokens.device)
+    inside = position < stop
+    position = position.clamp(max=shape[1] - 1)
+
+    def unpacked(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[row, position]
+
+    regions = token_regions(
+        unpacked(input_ids),
+        unpacked(labels),
+        inside & real[row, position],
+        visual_token_ids=visual_token_ids,
+        rows=rows,
+        mm_token_type_ids=unpacked(mm_token_type_ids),
+    )
+    return PackedRegions(*regions, samples, sequence)
+
+
+def _samples(sequence: Tensor, real: Tensor) -> tuple[PackedSample, ...]:
+    """Where the sequences that hold a real token lie; one device synchronisation."""
+    samples = []
+    for row, (ids, kept) in enumerate(torch.stack((sequence, real.to(sequence.dtype)), 1).tolist()):
+        start = 0
+        for stop in range(1, len(ids) + 1):
+            if stop == len(ids) or ids[stop] != ids[start]:
+                if any(kept[start:stop]):
+                    samples.append(PackedSample(row, start, stop))
+                start = stop
+    return tuple(samples)
+
+
 def _is_in(tokens: Tensor, ids: Sequence[int]) -> Tensor:
     found = tokens == ids[0]
     for token in ids[1:]:
@@ -112,6 +205,23 @@ def check_same_visual_tokens(teacher_cols: Tensor, student_cols: Tensor) -> None
                 f"sample {sample} has {teacher} visual tokens for the teacher and {student} for the student; "
                 "attention can be aligned between equal numbers only"
             )
+
+
+def require_same_counts(teacher: Regions | PackedRegions, student: Regions | PackedRegions) -> None:
+    """Raise ValueError unless every sample has as many rows and as many columns for both; on CUDA a device-side assertion."""
+    for name, theirs, ours in (("rows", teacher.rows, student.rows), ("visual tokens", teacher.cols, student.cols)):
+        message = f"teacher and student must have equally many {name} in every sample"
+        if theirs.shape != ours.shape:
+            raise ValueError(f"{message}; they have (samples, {name}) {tuple(theirs.shape)} and {tuple(ours.shape)}")
+        require_on_device(((theirs >= 0) == (ours >= 0).to(theirs.device)).all(), message)
+
+
+def require_on_device(ok: Tensor, message: str) -> None:
+    """Raise ValueError unless ``ok`` (0-dim bool) holds; on CUDA a device-side assertion, because reading it would sync."""
+    if ok.device.type != "cpu":
+        torch._assert_async(ok, message)
+    elif not ok:
+        raise ValueError(message)
 
 
 def grounded_regions(grounding: Tensor, places: Tensor) -> tuple[Regions, Tensor]:

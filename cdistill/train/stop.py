@@ -1,0 +1,73 @@
+"""Stopping a run on request: SIGTERM and Ctrl-C end it after a whole step, with a checkpoint."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import TrainerCallback, TrainingArguments
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+DUPLICATE_SECONDS = 0.5  # a terminal and a launcher may both pass on the same Ctrl-C
+
+
+class StopRequest:
+    """The first SIGTERM or SIGINT of this process; a second one later on acts at once, as if nobody caught it."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._when = 0.0
+        self._group: Any = None
+
+    def __call__(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._when = number, now
+        elif now - self._when > DUPLICATE_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def agreed(self) -> int:
+        """The signal any process has received, 0 for none. Every process must call it; alone, nothing is sent."""
+        import torch
+        import torch.distributed as dist
+
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return self.received
+        if self._group is None:  # on the CPU, so that the GPU's queue is not waited for
+            self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        flag = torch.tensor([self.received])
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        return int(flag)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Catch the signals while the block runs; outside the main thread, which alone can, none is caught."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.signal(number, request) for number in SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class StopCallback(TrainerCallback):
+    """Has Trainer save and stop after the step in which a process received a signal; ``signal`` then says which."""
+
+    def __init__(self, request: StopRequest) -> None:
+        self.request, self.signal = request, 0
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """All processes learn of the signal in the same step. After the last step there is nothing to stop."""
+        number = self.request.agreed()
+        if number and state.global_step < state.max_steps:
+            self.signal = number
+            control.should_save = control.should_training_stop = True

@@ -1,0 +1,85 @@
+"""The frozen teacher of a stage: one module from inputs to hidden states of labelled tokens, however it is held in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cdistill.models.llava import SharedVision, teacher_embeddings
+from cdistill.models.load import Model
+from cdistill.models.parts import has_vision, head_of, language_model
+from cdistill.vat.hook import KEYWORD
+
+# Inputs of a batch that show a model no image or video.
+TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids")
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether ZeRO-3 has partitioned a model's parameters: then every rank must run the same modules."""
+    return any(hasattr(p, "ds_id") for p in model.parameters())
+
+
+def hidden_states(model: Model, inputs: dict[str, Any], recorder: Any) -> Tensor:
+    """(B, T, d) last hidden states of a language model or, with its own vision encoder, of a multimodal model."""
+    if has_images := any(name not in TEXT_INPUTS for name in inputs if name != "inputs_embeds"):
+        inputs = {name: _as_model(model, value) for name, value in inputs.items()}
+    if not has_images and "input_ids" in inputs and has_vision(model) and is_partitioned(model):
+        raise ValueError(
+            "under ZeRO-3 every micro-batch needs an image, or processes would wait for each other forever"
+        )
+    extra = {} if recorder is None else {KEYWORD: recorder}
+    whole = language_model(model) if "inputs_embeds" in inputs else model.model
+    return whole(**inputs, use_cache=False, **extra).last_hidden_state
+
+
+def _as_model(model: Model, value: Any) -> Any:
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(model.dtype) if floating else value
+
+
+class Teacher(nn.Module):
+    """A frozen teacher; a module of its own, so that an engine of DeepSpeed can hold it.
+
+    Args:
+        model: LLaVA, any multimodal model of transformers, or a causal language model.
+        shares_vision: the images come as `SharedVision`, and the model's own vision encoder is never used.
+    """
+
+    def __init__(self, model: Model, *, shares_vision: bool) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.shares_vision = shares_vision
+
+    @torch.no_grad()
+    def forward(self, answers: Tensor, recorder: Any, shared: SharedVision | None = None, **inputs: Any) -> Tensor:
+        """(N, d_T) hidden states at the True places of answers (B, T - 1); ``recorder`` sees the attention."""
+        if self.shares_vision:
+            if shared is None and is_partitioned(self.model):
+                self._idle_adapter()
+            inputs["inputs_embeds"] = teacher_embeddings(self.model, inputs.pop("input_ids"), shared)
+        return hidden_states(self.model, inputs, recorder)[:, :-1][answers]
+
+    def _idle_adapter(self) -> None:
+        adapter: Any = self.model.model.multi_modal_projector
+        if adapter is not None:
+            adapter(torch.zeros(1, 1, self.model.config.vision_config.hidden_size, device=self.model.device))
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stay in eval mode."""
+        return super().train(False)
+
+    @contextmanager
+    def head(self) -> Iterator[nn.Linear]:
+        """The layer that makes logits, gathered if it is partitioned."""
+        head = head_of(self.model)
+        if not is_partitioned(head):
+            yield head
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(head.parameters())):
+            yield head

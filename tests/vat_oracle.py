@@ -1,0 +1,115 @@
+"""What visual attention alignment is compared with: transformers' eager attention matrices, in fp32 and in float64."""
+
+import copy
+from contextlib import contextmanager
+
+import torch
+from transformers import AttentionMaskInterface
+from vat_models import gradients, inputs
+
+
+@contextmanager
+def fp32_masks():
+    """Masks of eager attention in fp32 even for float64 models, whose own hold a minimum that is -inf in the fp32 softmax."""
+    eager = AttentionMaskInterface()["eager"]
+    AttentionMaskInterface.register("eager", lambda **kwargs: eager(**kwargs | {"dtype": torch.float32}))
+    try:
+        yield
+    finally:
+        AttentionMaskInterface.register("eager", eager)
+
+
+def eager_attentions(model, batch, dtype):
+    """Attention matrices (B,Hq,T,T) of every attention layer by transformers' eager implementation, which it is switched to."""
+    model.to(dtype).set_attn_implementation("eager")
+    batch = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs(batch).items()}
+    with fp32_masks():
+        return model(**batch, use_cache=False, output_attentions=True).attentions
+
+
+def distance(a, t, loss):
+    """Dissimilarity of two vectors or stacks of vectors over their last dimension."""
+    if loss == "cosine":
+        return 1 - torch.cosine_similarity(a, t, dim=-1)
+    if loss == "mse":
+        return (a - t).square().mean(-1)
+    a, t = a / a.sum(-1, keepdim=True), t / t.sum(-1, keepdim=True)
+    return (t * ((t + 1e-8).log() - (a + 1e-8).log())).sum(-1)
+
+
+def sample_loss(a, t, config):
+    """Loss of one sample's slices (R,V)."""
+    if a.numel() == 0:
+        return a.sum()
+    if config.reduction == "row":
+        return distance(a, t, config.loss).mean()
+    if config.reduction == "matrix":
+        return distance(a.flatten(), t.flatten(), config.loss)
+    keep = torch.ones_like(a)
+    if config.sink_filter:
+        keep = (a <= a.mean() + a.std()) & (t <= t.mean() + t.std())
+        keep = (keep * t != 0).to(a.dtype).detach()
+    count = keep.sum(0).clamp(min=1)
+    return distance((keep * a).sum(0) / count, (keep * t).sum(0) / count, config.loss)
+
+
+def places_of(regions):
+    """(sample, rows, cols) of every sample of a batch, padding left out."""
+    pairs = zip(regions.rows.long(), regions.cols.long(), strict=True)
+    return [(b, rows[rows >= 0], cols[cols >= 0]) for b, (rows, cols) in enumerate(pairs)]
+
+
+def eager_losses(student_maps, teacher_maps, vat, places):
+    """The loss of every matched layer and sample, (L, samples), from attention matrices by layer."""
+    layers = []
+    for match in vat.matches:
+        losses = []
+        for b, r, c in places:
+            a = student_maps[match.student][b][:, r[:, None], c]
+            t = torch.stack([teacher_maps[j][b][:, r[:, None], c] for j in match.teachers]).mean(0)
+            pairs = [(a.mean(0), t.mean(0))] if vat.config.heads == "mean" else list(zip(a, t, strict=True))
+            losses.append(torch.stack([sample_loss(x, y, vat.config) for x, y in pairs]).mean())
+        layers.append(torch.stack(losses))
+    return torch.stack(layers)
+
+
+def eager_loss(student, teacher, batch, vat, places, dtype, attention_layers=(None, None)):
+    """L_vat from eager attention matrices, and its gradients; models are copied.
+
+    ``places`` are (row of the batch, query positions, visual positions) of every sample; ``attention_layers`` of student and
+    teacher say which layers the matrices belong to, where not all layers have one.
+    """
+    losses, student = per_sample_eager_losses(student, teacher, batch, vat, places, dtype, attention_layers)
+    loss = losses.mean(1).sum() if vat.config.layer_sum else losses.mean()
+    loss.backward()
+    return loss.detach(), gradients(student)
+
+
+def per_sample_eager_losses(student, teacher, batch, vat, places, dtype, attention_layers=(None, None)):
+    """`eager_losses` (L, samples) with their graph, and the copy of the student that they belong to."""
+    student, teacher = copy.deepcopy(student), copy.deepcopy(teacher)
+    with torch.no_grad():
+        teacher_maps = eager_attentions(teacher, batch, dtype)
+    student_maps = eager_attentions(student, batch, dtype)
+    maps = [
+        list(found) if layers is None else dict(zip(layers, found, strict=True))
+        for layers, found in zip(attention_layers, (student_maps, teacher_maps), strict=True)
+    ]
+    return eager_losses(*maps, vat, places), student
+
+
+def assert_like_eager(ours, eager, truth, scale_of=None):
+    """|ours - f64| <= 2 * |eager - f64| + 1e-5 * scale, by the largest entry."""
+    scale = (truth if scale_of is None else scale_of).abs().max()
+    assert scale > 0
+    error, eager_error = (ours - truth).abs().max(), (eager - truth).abs().max()
+    assert error <= 2 * eager_error + 1e-5 * scale, (error, eager_error, scale)
+
+
+def assert_gradients_like_eager(grads, eager, truth):
+    """`assert_like_eager` for every parameter, and the same parameters have a gradient."""
+    assert grads.keys() == truth.keys()
+    for name, grad in grads.items():
+        # a key bias without rotary embedding has the exact gradient 0: its error is judged beside its weight's gradient
+        scale_of = truth[name.replace("k_proj.bias", "k_proj.weight")]
+        assert_like_eager(grad, eager[name], truth[name], scale_of)
