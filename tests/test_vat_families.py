@@ -41,15 +41,6 @@ HYBRID = [name for name, family in FAMILIES.items() if family.layer_types]
 ALL = VATConfig(layers="all")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small gain nothing from a second thread, and on busy cores each waits for the other: 142 s instead of 22."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @cache
 def pair(name):
     return build_pair(name)
