@@ -21,10 +21,11 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 from cdistill.data.render import PATCH_CLASSES
+from cdistill.models.llava import Llava
 from cdistill.models.load import Model, load_model
 from cdistill.models.parts import language_model
 from cdistill.train import checkpoints, launch
-from cdistill.train.build import Models, build_models, count_parameters, vat_config
+from cdistill.train.build import DTYPES, Models, build_models, count_parameters, precision_of, vat_config
 from cdistill.train.config import Recipe, first_difference, recipe_from_dict, recipe_to_dict
 from cdistill.train.data import stage_dataset
 from cdistill.train.finite import FiniteSteps
@@ -32,6 +33,7 @@ from cdistill.train.lora import add_lora
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES, set_trained
 from cdistill.train.stop import StopCallback, StopRequest, stop_on_signals
+from cdistill.train.teacher import Teacher, partitioned
 from cdistill.train.trainer import METRICS, DistillTrainer, RunLog, training_arguments
 from cdistill.train.zero import deepspeed_config
 from cdistill.vat import VAT, attention_layers
@@ -200,17 +202,6 @@ def _world_size(recipe: Recipe) -> int:
     return dist.get_world_size() if dist.is_initialized() and launch.launched() else recipe.processes
 
 
-def precision_of(recipe: Recipe) -> str:
-    """The number format the recipe asks for on this machine. Raises ValueError for fp16 on CPU."""
-    if recipe.precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("precision fp16 needs a GPU; use fp32 or bf16 on CPU")
-    if recipe.precision != "auto":
-        return recipe.precision
-    if not torch.cuda.is_available():
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
 def _on_first_process(action: Any) -> None:
     """Run something on rank 0 only; every rank raises the ValueError it may raise."""
     message: list[str | None] = [None]
@@ -236,7 +227,6 @@ def _run_stage(
     name = recipe.stages[index]
     stage, objective = recipe.stage[name], OBJECTIVES[recipe.stage[name].objective]
     student, precision = models.student, precision_of(recipe)
-    teacher: Model = models.teacher if objective.distils else None
     on_cpu = not torch.cuda.is_available()
     world = dist.get_world_size() if launch.launched() else 1
     micro = stage.micro_batch_size or stage.global_batch_size // world
@@ -274,14 +264,18 @@ def _run_stage(
         seed=recipe.seed + index,
         on_cpu=on_cpu,
     )
-    if teacher is not None:
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        teacher.to(device=arguments.device, dtype=dtype)
+    teacher = None
+    if objective.distils:
+        assert models.teacher is not None
+        teacher = _hold_teacher(recipe, models.teacher, student, precision, arguments.device)
     dataset, collator = stage_dataset(recipe, index, models)
     vat = None
     if recipe.aligns(stage.objective):
         assert teacher is not None
-        vat = _make_vat(recipe, student.to(arguments.device), teacher, DataLoader(dataset, micro, collate_fn=collator))
+        layers = attention_layers(student), attention_layers(models.teacher)
+        vat = _make_vat(
+            recipe, layers, student.to(arguments.device), teacher, DataLoader(dataset, micro, collate_fn=collator)
+        )
     model = DistillationModel(student, objective, teacher=teacher, kd=recipe.kd, vat=vat, patch_classes=PATCH_CLASSES)
     first = arguments.process_index == 0
     log = RunLog(
@@ -370,9 +364,20 @@ def compile_layers(student: Model, backend: str = "inductor") -> None:
         layer.compile(dynamic=True, backend=backend)
 
 
-def _make_vat(recipe: Recipe, student: Model, teacher: Model, batches: DataLoader) -> VAT:
+def _hold_teacher(recipe: Recipe, model: Model, student: Model, precision: str, device: torch.device) -> Any:
+    """The teacher as the recipe wants it held, without what the student has, too."""
+    memory = recipe.teacher_memory
+    teacher = Teacher(model, shares_vision=isinstance(student, Llava) and isinstance(model, Llava))
+    teacher.leave_to(student)
+    if memory.zero == 3:
+        return partitioned(teacher.to(dtype=DTYPES[precision]), precision=precision, offload=memory.offload)
+    return teacher.to(device) if memory.quantization else teacher.to(device, DTYPES[precision])
+
+
+def _make_vat(
+    recipe: Recipe, layers: tuple[tuple[int, ...], tuple[int, ...]], student: Model, teacher: Any, batches: DataLoader
+) -> VAT:
     config = vat_config(recipe)
-    layers = attention_layers(student), attention_layers(teacher)
     if config.matching != "adaptive":
         return VAT(config, *layers)
     measured = VAT.measure(config, *layers)
