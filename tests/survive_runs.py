@@ -156,7 +156,7 @@ def die_in(module, name, match, nth, half):
         if len(calls) != nth or match not in str(args):
             return original(*args, **kwargs)
         if half and name == "rmtree":
-            for path in [p for p in sorted(Path(args[0]).rglob("*")) if p.is_file()][::2]:
+            for path in [p for p in sorted(Path(args[0]).rglob("*")) if p.is_file()][1::2]:
                 path.unlink()
         elif half:
             original(*args, **kwargs)
