@@ -23,6 +23,7 @@ import threading
 import time
 from pathlib import Path
 
+HANGS = 200  # seconds, for a run that takes 1 or 2
 ROOT = Path(__file__).parent.parent
 
 
@@ -182,6 +183,18 @@ def train(arguments, plan):
     return cli.main(arguments)
 
 
+def wait(pid):
+    """Status of a child, which is killed if it hangs."""
+    deadline = time.monotonic() + HANGS
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return status
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
 def serve():
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
@@ -208,7 +221,7 @@ def serve():
                 os.dup2(output.fileno(), 2)
                 os.setsid()
                 leave(lambda request=request: train(**request))
-            _, status = os.waitpid(pid, 0)
+            status = wait(pid)
             output.seek(0)
             answer = {"code": os.waitstatus_to_exitcode(status), "output": output.read()}
         print(json.dumps(answer), file=answers, flush=True)

@@ -105,6 +105,7 @@ KILLS = {
     ),
     "before the result has its name": ({"call": "os.replace", "match": "2-dft.part"}, 4),
     "in the removal of all checkpoints": ({"call": "shutil.rmtree", "match": "/checkpoints'", "half": True}, None),
+    "in the last removal": ({"call": "shutil.rmtree", "match": "/checkpoints'", "nth": 2, "half": True}, None),
     "between stages": ({"call": "cdistill.train.stages.load_model", "match": "1-dpt"}, None),
 }
 
