@@ -125,6 +125,7 @@ def test_overrides_reach_every_level_and_are_yaml(path):
         ("student.text_config={model_type: qwen2}", r"student\.base or text_config must be given, and not both"),
         ("student.vision=elsewhere", r"student\.vision must be null or the teacher"),
         ("student.taf_activation=relu", r"student\.taf_activation must be one of linear, gelu"),
+        ("max_nonfinite_steps=0", r"max_nonfinite_steps must be at least 1, got 0"),
         ("gradient_checkpointing=reentrant", r"gradient_checkpointing must not be reentrant with vat\.enabled"),
         ("name.deep=1", r"override 'name\.deep=1': name has no keys below it"),
         ("seed", r"must have the form key=value"),

@@ -67,6 +67,8 @@ def damage(folder: Path) -> str | None:
         return next(
             (f"{name} has changed" for (name, (_, crc)), now in zip(files, sums, strict=True) if now != crc), None
         )
+    except OSError as error:
+        return f"{error.filename} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"its manifest, the file {COMPLETE}, cannot be read"
 
@@ -85,12 +87,11 @@ def choose(parent: Path, *, processes: int) -> Path | None:
     Partial ones are removed; damaged ones are told in one line each and put aside. Raises ValueError if the checkpoint
     was written by another number of processes.
     """
-    for folder in sorted(parent.glob(f"{PREFIX}*"), key=_order, reverse=True):
-        if folder.name.endswith(DAMAGED):
-            continue
+    folders = [f for f in parent.glob(f"{PREFIX}*") if not f.name.endswith(DAMAGED)]
+    for folder in folders:
         if not (folder / COMPLETE).exists():
             shutil.rmtree(folder)
-            continue
+    for folder in sorted((f for f in folders if f.exists()), key=_order, reverse=True):
         reason = damage(folder)
         if reason is None:
             written_by = read_manifest(folder).get("processes")

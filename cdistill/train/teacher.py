@@ -117,7 +117,7 @@ def quantized(kind: str, dtype: torch.dtype) -> Any:
 
     if find_spec("bitsandbytes") is None:
         raise ValueError("teacher_memory.quantization needs bitsandbytes: pip install cdistill[quantization]")
-    whole = ["lm_head", *VISUAL_MODULES]
+    whole = ["lm_head", *VISUAL_MODULES, *(rf".*\.{name}" for name in VISUAL_MODULES)]  # patterns match from the start
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
     return BitsAndBytesConfig(
