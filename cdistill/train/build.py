@@ -25,10 +25,8 @@ from cdistill.models.processor import (
 )
 from cdistill.models.taf import TAFAdapter
 from cdistill.train.config import Recipe, StudentConfig
-from cdistill.train.teacher import quantized
+from cdistill.train.teacher import DTYPES, quantized
 from cdistill.vat import VAT, VATConfig, attention_layers
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -36,7 +34,8 @@ class Models:
     """What a run trains and distils from; without a vision encoder the student is a causal language model.
 
     ``processor`` is what a result's folder holds beside the weights, the tokenizer alone where there are no images;
-    ``reader`` makes batches of conversations, None where images always become the same tokens.
+    ``reader`` makes batches of conversations, None where images always become the same tokens; ``held`` is the teacher as
+    a recipe wants it held, once it is.
     """
 
     student: Model
@@ -44,6 +43,7 @@ class Models:
     tokenizer: PreTrainedTokenizerBase
     processor: Processor
     reader: Any = None
+    held: Any = None
 
 
 def build_models(recipe: Recipe) -> Models:

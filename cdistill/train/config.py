@@ -314,6 +314,14 @@ class Recipe:
                     raise ValueError(f"teacher must be given for stage {name!r}, whose objective {objective} distils")
         if self.teacher_memory.zero == 3 and self.deepspeed == "off":
             raise ValueError("teacher_memory.zero 3 needs deepspeed")
+        if (
+            self.teacher_memory.cache is not None
+            and self.vat.matching == "adaptive"
+            and any(map(self.aligns, objectives))
+        ):
+            raise ValueError(
+                "vat.matching adaptive measures the student where a stage begins: it excludes teacher_memory.cache"
+            )
         if student.taf:
             if student.vision_config is not None or student.vision not in (None, self.teacher):
                 raise ValueError("student.vision must be null or the teacher with student.taf, whose encoder is shared")

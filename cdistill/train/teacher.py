@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cdistill.models.llava import SharedVision, teacher_embeddings
+from cdistill.models.llava import Llava, SharedVision, teacher_embeddings
 from cdistill.models.load import Model
 from cdistill.models.parts import VISUAL_MODULES, has_vision, head_of, language_model
 from cdistill.models.taf import TAFAdapter
+from cdistill.train.config import TeacherMemory
 from cdistill.train.zero import teacher_config
 from cdistill.vat.hook import KEYWORD
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Inputs of a batch that show a model no image or video.
 TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids")
@@ -123,3 +126,12 @@ def quantized(kind: str, dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=whole
     )
+
+
+def hold_teacher(memory: TeacherMemory, model: Model, student: Model, precision: str, device: torch.device) -> Any:
+    """The teacher as a recipe wants it held, without what the student has, too: a `Teacher`, or an engine around one."""
+    teacher = Teacher(model, shares_vision=isinstance(student, Llava) and isinstance(model, Llava))
+    teacher.leave_to(student)
+    if memory.zero == 3:
+        return partitioned(teacher.to(dtype=DTYPES[precision]), precision=precision, offload=memory.offload)
+    return teacher.to(device) if memory.quantization else teacher.to(device, DTYPES[precision])
