@@ -314,13 +314,10 @@ class Recipe:
                     raise ValueError(f"teacher must be given for stage {name!r}, whose objective {objective} distils")
         if self.teacher_memory.zero == 3 and self.deepspeed == "off":
             raise ValueError("teacher_memory.zero 3 needs deepspeed")
-        if (
-            self.teacher_memory.cache is not None
-            and self.vat.matching == "adaptive"
-            and any(map(self.aligns, objectives))
-        ):
+        adaptive = self.vat.matching == "adaptive" and any(map(self.aligns, objectives))
+        if self.teacher_memory.cache is not None and adaptive:
             raise ValueError(
-                "vat.matching adaptive measures the student where a stage begins: it excludes teacher_memory.cache"
+                "vat.matching must not be adaptive with teacher_memory.cache: it measures the student where a stage begins"
             )
         if student.taf:
             if student.vision_config is not None or student.vision not in (None, self.teacher):
