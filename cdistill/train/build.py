@@ -127,11 +127,7 @@ def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> N
         if recipe.aligns(stage.objective):
             assert teacher is not None
             config = vat_config(recipe)
-            ours, theirs = layers = attention_layers(student), attention_layers(teacher)
-            if len(ours) > len(theirs):
-                raise ValueError(
-                    f"teacher has {len(theirs)} layers, fewer than the student's {len(ours)}: vat cannot match them"
-                )
+            layers = attention_layers(student), attention_layers(teacher)
             if config.matching == "adaptive":
                 VAT.measure(config, *layers)
             else:
