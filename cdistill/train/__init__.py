@@ -3,6 +3,7 @@
 Importing this package imports neither torch nor transformers.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,9 @@ from cdistill.train.config import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
+
+# Where bitsandbytes is installed, transformers imports it, and without a GPU it warns of a kernel nobody asked for.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __all__ = ["Recipe", "load_recipe", "run"]
 
