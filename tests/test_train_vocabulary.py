@@ -27,16 +27,37 @@ STAGES = ("dpt", "dft")
 
 # One rank of a run of which the gradients of every stage's step are kept.
 RANK = """
+import os
+os.environ["DS_ACCELERATOR"] = "cpu"
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import safe_get_full_grad
 from transformers import TrainerCallback
 from cdistill.train import load_recipe, run
 
-class KeepGradients(TrainerCallback):
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        stage = args.output_dir.rpartition("-")[2]
-        torch.save(gradients, f"{stage}.{args.process_index}")
+file = None
 
+def keep(model, gradient):
+    gradients = {name: gradient(p) for name, p in model.named_parameters() if p.requires_grad}
+    torch.save({name: x.clone() for name, x in gradients.items() if x is not None}, file)
+
+class KeepGradients(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        global file
+        file = f"{args.output_dir.rpartition('-')[2]}.{args.process_index}"
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if args.deepspeed is None:
+            keep(model, lambda p: p.grad)
+
+step = DeepSpeedEngine.step
+
+def keep_and_step(self, *args, **kwargs):
+    if self.is_gradient_accumulation_boundary():
+        keep(self.module, safe_get_full_grad)
+    return step(self, *args, **kwargs)
+
+DeepSpeedEngine.step = keep_and_step
 torch.set_num_threads(1)
 run(load_recipe("recipe.yaml"), callbacks=[KeepGradients()])
 """
@@ -48,9 +69,9 @@ def free_port():
         return s.getsockname()[1]
 
 
-def gradients_of_a_step(folder, models, *, processes, micro):
-    """Gradients of one step of 8 samples in each stage, the same on every rank, by stage and parameter."""
-    options = {"stages": list(STAGES), "kd__weight": 0.7}
+def gradients_of_a_step(folder, models, *, processes, micro, deepspeed="off"):
+    """Losses and gradients of one step of 8 samples in each stage, the same on every rank, by stage and parameter."""
+    options = {"stages": list(STAGES), "kd__weight": 0.7, "deepspeed": deepspeed}
     for stage in STAGES:
         values = {"global_batch_size": 8, "samples": 8, "micro_batch_size": micro, "data": {"turns": 3}}
         values |= {
@@ -83,19 +104,29 @@ def gradients_of_a_step(folder, models, *, processes, micro):
         for other in kept[1:]:
             assert all(torch.equal(x, other[name]) for name, x in kept[0].items())
         gradients |= {(stage, name.removeprefix("module.")): x for name, x in kept[0].items()}
-    return gradients
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = [[json.loads(line)[name] for name in ("loss", "ar", "kd", "vat")] for line in lines]
+    return losses, gradients
 
 
 def test_one_gradient_however_the_batch_is_cut(models, tmp_path):
-    """8 samples in one process, in two of 4, and in 4 accumulation steps of 2; a sample has 6 or 7 labels."""
-    cuts = {"whole": (1, 8), "two": (2, 4), "accumulated": (1, 2)}
-    found = {
-        name: gradients_of_a_step(tmp_path / name, models, processes=processes, micro=micro)
-        for name, (processes, micro) in cuts.items()
+    """8 samples of 6 or 7 labels in one process, in two of 4 (plain, ZeRO-2, ZeRO-3), and in 4 accumulation steps of 2."""
+    cuts = {
+        "whole": (1, 8, "off"),
+        "two": (2, 4, "off"),
+        "zero2": (2, 4, 2),
+        "zero3": (2, 4, 3),
+        "parts": (1, 2, "off"),
     }
-    whole = found.pop("whole")
+    found = {
+        name: gradients_of_a_step(tmp_path / name, models, processes=processes, micro=micro, deepspeed=deepspeed)
+        for name, (processes, micro, deepspeed) in cuts.items()
+    }
+    losses, whole = found.pop("whole")
     assert {stage for stage, _ in whole} == set(STAGES)
-    for gradients in found.values():
+    for other, gradients in found.values():
+        for ours, theirs in zip(losses, other, strict=True):
+            assert [x for x in theirs if x is not None] == pytest.approx([x for x in ours if x is not None], rel=1e-5)
         assert gradients.keys() == whole.keys()
         for (stage, name), x in whole.items():
             # A key's bias has gradient 0 but for rounding.
