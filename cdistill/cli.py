@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from cdistill import __version__, demo
 from cdistill.eval import command as evaluation
+from cdistill.train import plan_command as planning
 from cdistill.train.launch import RunError, environment, tell
 
 
@@ -30,6 +31,11 @@ def _train(options: argparse.Namespace) -> int:
 
     run(load_recipe(options.recipe, options.overrides), resume=options.resume)
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    with environment(distributed=False):  # importing transformers' Trainer makes DeepSpeed look for a device
+        return planning.main(options)
 
 
 def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +81,7 @@ def _export(options: argparse.Namespace) -> int:
 COMMANDS = {
     "demo": Command("distil the built-in student and compare it", demo.add_arguments, demo.main),
     "train": Command("train a recipe's stages", _train_arguments, _train),
+    "plan": Command("tell what a recipe needs on each GPU", planning.add_arguments, _plan),
     "eval": Command("measure a model on the built-in task", evaluation.add_arguments, evaluation.main),
     "export": Command("write a model that plain transformers loads", _export_arguments, _export),
     "recipes": Command("list the shipped recipes", _recipes_arguments, _recipes),

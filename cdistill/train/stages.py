@@ -132,7 +132,7 @@ def read_recipe(output: Path) -> Recipe:
 def _prepare(recipe: Recipe, output: Path, resume: bool) -> Models:
     """Check everything a run needs, then make its folder hold the recipe."""
     _check_output(recipe, output, resume)
-    _check_batches(recipe)
+    check_batches(recipe)
     precision_of(recipe)
     models = build_models(recipe)
     for index in range(len(recipe.stages)):
@@ -185,7 +185,7 @@ def _check_output(recipe: Recipe, output: Path, resume: bool) -> None:
         raise ValueError(f"output {output} already holds a run of this recipe: continue it with --resume")
 
 
-def _check_batches(recipe: Recipe) -> None:
+def check_batches(recipe: Recipe) -> None:
     world = _world_size(recipe)
     for name in dict.fromkeys(recipe.stages):
         stage = recipe.stage[name]
@@ -246,7 +246,7 @@ def _run_stage(
         add_lora(student, lora)
     set_trained(student, objective)
     if recipe.gradient_checkpointing and objective.trained != ("vision",):
-        _checkpoint_activations(student, reentrant=recipe.gradient_checkpointing == "reentrant")
+        checkpoint_activations(student, reentrant=recipe.gradient_checkpointing == "reentrant")
     if recipe.compile:
         compile_layers(student)
     trained, total = count_parameters(student)
@@ -274,6 +274,8 @@ def _run_stage(
         seed=recipe.seed + index,
         on_cpu=on_cpu,
     )
+    if teacher is None and models.teacher is not None:
+        models.teacher.to("cpu")  # where an earlier stage has left it on the GPU
     if teacher is not None:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         teacher.to(device=arguments.device, dtype=dtype)
@@ -355,7 +357,7 @@ def _choose_checkpoint(saved: Path, processes: int) -> Path | None:
     return found[0]
 
 
-def _checkpoint_activations(student: Model, *, reentrant: bool) -> None:
+def checkpoint_activations(student: Model, *, reentrant: bool) -> None:
     language = language_model(student)
     options = {"use_reentrant": reentrant}
     if hasattr(language, "activation_checkpointing_enable"):  # transformers 5.20 renamed it
