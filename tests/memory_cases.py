@@ -1,10 +1,14 @@
 """Models that are large enough for tensors to dominate, and the peak of tensor memory in the steps of a real run."""
 
 import gc
+import json
+import sys
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from builtin_models import llava, recipe_values, text_config
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -82,12 +86,12 @@ def recipe_of(output, models, **changes: Any) -> Recipe:
     return recipe_from_dict(values)
 
 
-def timeline(recipe: Recipe, batches: Batches, monkeypatch, *, build=run):
+def timeline(recipe: Recipe, batches: Batches, monkeypatch):
     """(time, live bytes) of torch's CPU allocator in the run of a recipe, and the marked spans of its stages."""
     monkeypatch.setattr(stages, "stage_dataset", lambda *_: (batches, batches.collate))
     gc.collect()  # what is freed inside would count as negative
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        build(recipe, callbacks=[Marks()])
+        run(recipe, callbacks=[Marks()])
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns())
     memory = [e for e in events if e.name() == "[memory]"]
     live = list(zip([e.start_ns() for e in memory], accumulate(e.nbytes() for e in memory), strict=True))
@@ -102,3 +106,15 @@ def measured_peaks(recipe: Recipe, batches: Batches, monkeypatch) -> dict[str, i
         name: max(n for t, n in live if begin <= t <= end)
         for name, (begin, end) in zip(recipe.stages, spans, strict=True)
     }
+
+
+def main() -> None:
+    """One process of several: prints the measured peaks; its arguments, as JSON, are those of `recipe_of` and the tokens."""
+    output, models, changes, length, answers = json.loads(sys.argv[1])
+    recipe = recipe_of(Path(output), Path(models), **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        print("peaks", json.dumps(measured_peaks(recipe, Batches(length, answers), patch)))
+
+
+if __name__ == "__main__":
+    main()
