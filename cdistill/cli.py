@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from cdistill import __version__, demo
 from cdistill.eval import command as evaluation
+from cdistill.train import plan_command as planning
 from cdistill.train.launch import RunError, environment, tell
 
 
@@ -43,6 +44,11 @@ def _cache(options: argparse.Namespace) -> int:
 
     print(f"written: {write_cache(load_recipe(options.recipe, options.overrides))}")
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    with environment(distributed=False):  # importing transformers' Trainer makes DeepSpeed look for a device
+        return planning.main(options)
 
 
 def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +95,7 @@ COMMANDS = {
     "demo": Command("distil the built-in student and compare it", demo.add_arguments, demo.main),
     "train": Command("train a recipe's stages", _train_arguments, _train),
     "cache": Command("keep what a recipe's teacher gives, to train without it", _cache_arguments, _cache),
+    "plan": Command("tell what a recipe needs on each GPU", planning.add_arguments, _plan),
     "eval": Command("measure a model on the built-in task", evaluation.add_arguments, evaluation.main),
     "export": Command("write a model that plain transformers loads", _export_arguments, _export),
     "recipes": Command("list the shipped recipes", _recipes_arguments, _recipes),

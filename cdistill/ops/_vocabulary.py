@@ -140,13 +140,14 @@ def _add_head_gradient(total: Tensor, dlogits: Tensor, hidden: Tensor, factor: f
             total[block].addmm_(dlogits[:, block].float().mT, hidden, alpha=factor)
 
 
-def _chunk_rows(rows: int, row_bytes: int, inputs: Inputs, wanted: Wanted) -> int:
-    """Rows per chunk: as many as the budget allows, in chunks of about the same size."""
+def chunk_rows(rows: int, row_bytes: int, *, on_cuda: bool, head_gradient: int) -> int:
+    """Rows per chunk: as many as the budget allows, in chunks of about the same size.
+
+    ``row_bytes`` are those of a row of all buffers, ``head_gradient`` the elements of the head if it gets a gradient, else 0.
+    """
     unit, budget = 1, CHUNK_BYTES["cpu"]
-    if inputs.student_hidden.is_cuda:
-        unit, budget = 128, CHUNK_BYTES["cuda"]
-        if wanted.head:  # which every chunk reads and writes whole, so there must be few
-            budget = max(budget, 4 * inputs.student_head.numel())
+    if on_cuda:  # every chunk reads and writes the head's gradient whole, so there must be few
+        unit, budget = 128, max(CHUNK_BYTES["cuda"], 4 * head_gradient)
     most = max(budget // row_bytes // unit, 1) * unit
     chunks = max(math.ceil(rows / most), 1)
     return max(math.ceil(rows / chunks / unit), 1) * unit
@@ -199,7 +200,12 @@ def losses_and_gradients(
     student_bias, teacher_bias = (x if x is None else x[:V] for x in (inputs.student_bias, inputs.teacher_bias))
     stride, dtype = math.ceil(V / ROW_UNIT) * ROW_UNIT, _buffer_dtype(hidden, inputs.teacher_hidden)
     buffers = 1 if inputs.teacher_hidden is None else 2
-    chunk = options.chunk_size or _chunk_rows(len(rows), buffers * stride * dtype.itemsize, inputs, wanted)
+    chunk = options.chunk_size or chunk_rows(
+        len(rows),
+        buffers * stride * dtype.itemsize,
+        on_cuda=hidden.is_cuda,
+        head_gradient=inputs.student_head.numel() if wanted.head else 0,
+    )
     buffer = hidden.new_empty(buffers, min(chunk, len(rows)), stride, dtype=dtype)[:, :, :V]
     ce, kd = (hidden.new_empty(len(rows), dtype=torch.float32) for _ in range(2))
 

@@ -168,14 +168,12 @@ def _build_student(
             _check_vocabularies(tokenizer, teacher_tokenizer)
             tokenizer = teacher_tokenizer  # the same, and it knows the image token
         if has_vision(language):
-            _check_same_kind(config, language)
+            check_same_kind(config, language)
             return language, tokenizer
         text = language.config
     else:
         tokenizer = teacher_tokenizer or build_tokenizer()
-        text = _fresh_config(
-            config.text_config, "student.text_config", vocab_size=len(tokenizer), **_special(tokenizer)
-        )
+        text = fresh_config(config.text_config, "student.text_config", vocab_size=len(tokenizer), **_special(tokenizer))
     source: Model = teacher
     if teacher is not None and not isinstance(teacher, Llava):
         raise ValueError(
@@ -186,7 +184,7 @@ def _build_student(
         source = load_multimodal(resolve_folder(config.vision, "student.vision"), "student.vision")
     torch.manual_seed(seed)  # after loading, which may or may not draw random numbers
     if config.vision_config is not None:
-        vision = _fresh_config(config.vision_config, "student.vision_config")
+        vision = fresh_config(config.vision_config, "student.vision_config")
         source = None
     elif source is not None:
         vision = source.config.vision_config
@@ -224,7 +222,7 @@ def _with_vocabulary(model: Model, tokenizer: PreTrainedTokenizerBase) -> Model:
     return model
 
 
-def _check_same_kind(config: StudentConfig, model: Llava) -> None:
+def check_same_kind(config: StudentConfig, model: Llava) -> None:
     if config.vision is not None or config.vision_config is not None:
         raise ValueError("student.vision and student.vision_config must be null: student.base already has an encoder")
     if isinstance(getattr(model.model, "multi_modal_projector", None), TAFAdapter) != config.taf:
@@ -247,7 +245,7 @@ def _check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedTok
         raise ValueError(f"vocabularies differ: {len(extra)} tokens of the teacher are unknown to the student")
 
 
-def _fresh_config(values: dict[str, Any] | None, key: str, **defaults: Any) -> PretrainedConfig:
+def fresh_config(values: dict[str, Any] | None, key: str, **defaults: Any) -> PretrainedConfig:
     assert values is not None
     values = {**defaults, **values}
     kind = values.pop("model_type")

@@ -391,6 +391,14 @@ def _laid_over(below: Any, above: Any) -> Any:
     return above
 
 
+def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A recipe changed by ``a.b=value`` overrides. Raises ValueError as `load_recipe`."""
+    content = recipe_to_dict(recipe)
+    for override in overrides:
+        _override(content, override)
+    return recipe_from_dict(content)
+
+
 def recipe_from_dict(content: Mapping[str, Any]) -> Recipe:
     """A recipe from plain values, as `recipe_to_dict` gives them. Raises ValueError naming key and allowed values."""
     content = dict(content)

@@ -29,7 +29,7 @@ from cdistill.train.lora import add_lora
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES, set_trained
 from cdistill.train.stop import StopCallback, StopRequest, stop_on_signals
-from cdistill.train.teacher import hold_teacher
+from cdistill.train.teacher import Teacher, hold_teacher
 from cdistill.train.trainer import METRICS, DistillTrainer, RunLog, training_arguments
 from cdistill.train.zero import deepspeed_config
 from cdistill.vat import attention_layers
@@ -130,7 +130,7 @@ def read_recipe(output: Path) -> Recipe:
 def _prepare(recipe: Recipe, output: Path, resume: bool) -> Models:
     """Check everything a run needs, then make its folder hold the recipe."""
     _check_output(recipe, output, resume)
-    _check_batches(recipe)
+    check_batches(recipe)
     precision_of(recipe)
     models = build_models(recipe)
     for index in range(len(recipe.stages)):
@@ -186,7 +186,7 @@ def _check_output(recipe: Recipe, output: Path, resume: bool) -> None:
         raise ValueError(f"output {output} already holds a run of this recipe: continue it with --resume")
 
 
-def _check_batches(recipe: Recipe) -> None:
+def check_batches(recipe: Recipe) -> None:
     world = _world_size(recipe)
     for name in dict.fromkeys(recipe.stages):
         stage = recipe.stage[name]
@@ -235,7 +235,7 @@ def _run_stage(
         add_lora(student, lora)
     set_trained(student, objective)
     if recipe.gradient_checkpointing and objective.trained != ("vision",):
-        _checkpoint_activations(student, reentrant=recipe.gradient_checkpointing == "reentrant")
+        checkpoint_activations(student, reentrant=recipe.gradient_checkpointing == "reentrant")
     if recipe.compile:
         compile_layers(student)
     trained, total = count_parameters(student)
@@ -273,12 +273,16 @@ def _run_stage(
                 recipe.teacher_memory, models.teacher, student, precision, arguments.device
             )
             teacher = models.held
+            if isinstance(teacher, Teacher) and recipe.teacher_memory.quantization is None:
+                teacher.to(arguments.device)
         if recipe.aligns(stage.objective):
             batches = DataLoader(dataset, micro, collate_fn=collator)
             vat = make_vat(recipe, layers, student.to(arguments.device), teacher, batches)
         if recipe.teacher_memory.cache is not None:
             kept = StageCache(stage_cache(recipe, index), fingerprint(recipe, index, vat))
             dataset, collator = CachedDataset(dataset, kept), CachedCollator(collator)
+    elif isinstance(models.held, Teacher) and recipe.teacher_memory.quantization is None:
+        models.held.to("cpu")  # where an earlier stage has left it on the GPU
     model = DistillationModel(student, objective, teacher=teacher, kd=recipe.kd, vat=vat, patch_classes=PATCH_CLASSES)
     first = arguments.process_index == 0
     log = RunLog(
@@ -352,7 +356,7 @@ def _choose_checkpoint(saved: Path, processes: int) -> Path | None:
     return found[0]
 
 
-def _checkpoint_activations(student: Model, *, reentrant: bool) -> None:
+def checkpoint_activations(student: Model, *, reentrant: bool) -> None:
     language = language_model(student)
     options = {"use_reentrant": reentrant}
     if hasattr(language, "activation_checkpointing_enable"):  # transformers 5.20 renamed it

@@ -1,0 +1,120 @@
+"""Models that are large enough for tensors to dominate, and the peak of tensor memory in the steps of a real run."""
+
+import gc
+import json
+import sys
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builtin_models import llava, recipe_values, text_config
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from cdistill.data.builtin import IGNORE_INDEX, IMAGE_TOKEN, build_tokenizer
+from cdistill.train import run, stages
+from cdistill.train.config import Recipe, recipe_from_dict
+
+VISUAL = 256
+VISION = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
+VISION |= {"image_size": 128, "patch_size": 8}
+STUDENT = {"vocab_size": 32000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
+STUDENT |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 4096}
+TEACHER = STUDENT | {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
+TEACHER |= {"num_key_value_heads": 6}
+BEGIN, END = "cdistill step begins", "cdistill stage ends"
+
+
+def save_models(folder, **changes: Any):
+    """A student base and a teacher of these shapes, with tokenizers; ``changes`` are of both text configurations."""
+    torch.manual_seed(0)
+    teacher = llava(vision=VISION, **(TEACHER | {"tie_word_embeddings": False} | changes))
+    teacher.config.image_seq_length = VISUAL
+    teacher.save_pretrained(folder / "teacher")
+    base = AutoModelForCausalLM.from_config(text_config(**(STUDENT | {"tie_word_embeddings": False} | changes)))
+    base.save_pretrained(folder / "base")
+    for name in ("teacher", "base"):
+        build_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
+@dataclass
+class Batches:
+    """The only batch of a run: its samples are all alike, ``answers`` labelled tokens at the end of ``length``."""
+
+    length: int
+    answers: int
+
+    def __len__(self) -> int:
+        return 10**6
+
+    def __getitem__(self, index: int) -> int:
+        if index >= len(self):
+            raise IndexError(index)
+        return index
+
+    def collate(self, items: list[int]) -> dict[str, torch.Tensor]:
+        ids = torch.randint(6, 60, (len(items), self.length))
+        ids[:, :VISUAL] = build_tokenizer().convert_tokens_to_ids(IMAGE_TOKEN)
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        labels[:, -self.answers :] = ids[:, -self.answers :]
+        size = VISION["image_size"]
+        return {"input_ids": ids, "labels": labels, "pixel_values": torch.randn(len(items), 3, size, size)}
+
+
+class Marks(TrainerCallback):
+    """Marks the second step of every stage and its end in the profile; one-off allocations of the first are left out."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            with record_function(BEGIN):
+                pass
+
+    def on_train_end(self, args, state, control, **kwargs):
+        with record_function(END):
+            pass
+
+
+def recipe_of(output, models, **changes: Any) -> Recipe:
+    values = recipe_values(output, models, **{"vat__rows": "answer", **changes})
+    for section in values["stage"].values():
+        section["global_batch_size"] = 2
+        section["samples"] = 4
+    return recipe_from_dict(values)
+
+
+def timeline(recipe: Recipe, batches: Batches, monkeypatch):
+    """(time, live bytes) of torch's CPU allocator in the run of a recipe, and the marked spans of its stages."""
+    monkeypatch.setattr(stages, "stage_dataset", lambda *_: (batches, batches.collate))
+    gc.collect()  # what is freed inside would count as negative
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run(recipe, callbacks=[Marks()])
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    memory = [e for e in events if e.name() == "[memory]"]
+    live = list(zip([e.start_ns() for e in memory], accumulate(e.nbytes() for e in memory), strict=True))
+    marks = [[e.start_ns() for e in events if e.name() == name] for name in (BEGIN, END)]
+    return live, list(zip(*marks, strict=True))
+
+
+def measured_peaks(recipe: Recipe, batches: Batches, monkeypatch) -> dict[str, int]:
+    """Most bytes that tensors hold at one time in the second step of every stage."""
+    live, spans = timeline(recipe, batches, monkeypatch)
+    return {
+        name: max(n for t, n in live if begin <= t <= end)
+        for name, (begin, end) in zip(recipe.stages, spans, strict=True)
+    }
+
+
+def main() -> None:
+    """One process of several: prints the measured peaks; its arguments, as JSON, are those of `recipe_of` and the tokens."""
+    output, models, changes, length, answers = json.loads(sys.argv[1])
+    recipe = recipe_of(Path(output), Path(models), **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        print("peaks", json.dumps(measured_peaks(recipe, Batches(length, answers), patch)))
+
+
+if __name__ == "__main__":
+    main()
