@@ -12,8 +12,11 @@ from family_models import (
     VOCABULARY,
     build,
     build_pair,
+    collate,
     draw,
+    draw_samples,
     draw_with_layout,
+    pack,
     without_visual,
 )
 from peft import LoraConfig, get_peft_model
@@ -63,7 +66,7 @@ def total(losses):
 
 
 def gradients(loss, model):
-    parameters = [(name, p) for name, p in model.named_parameters()]
+    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     found = torch.autograd.grad(loss, [p for _, p in parameters], allow_unused=True)
     return {name: g for (name, _), g in zip(parameters, found, strict=True) if g is not None}
 
@@ -124,6 +127,10 @@ def test_two_llavas_with_one_encoder_look_once_and_lose_the_same():
     for model in pair:
         model.model.vision_tower.register_forward_hook(lambda *_: looks.append(1))
     teacher.model.vision_tower.load_state_dict(student.model.vision_tower.state_dict())
+    cdistill.distill(teacher, student)(batch)
+    assert len(looks) == 2, "an encoder that is trained is the student's own"
+    looks.clear()
+    student.model.vision_tower.requires_grad_(False)
     expected = cdistill.distill(copy.deepcopy(teacher), student)
     expected.losses.teacher.shares_vision = False
     expected = expected(batch)
@@ -133,14 +140,15 @@ def test_two_llavas_with_one_encoder_look_once_and_lose_the_same():
     for name in ("loss", "ar", "kd", "vat"):
         torch.testing.assert_close(together[name], expected[name])
     shared = gradients(together["loss"], student)
-    assert not any("vision_tower" in name for name in shared), "the shared encoder is frozen"
     for name, gradient in gradients(expected["loss"], student).items():
-        if "vision_tower" not in name:
-            scale = shared[name.replace("k_proj.bias", "k_proj.weight")].abs().max()
-            assert (shared[name] - gradient).abs().max() <= 1e-5 * scale, name
+        scale = shared[name.replace("k_proj.bias", "k_proj.weight")].abs().max()
+        assert (shared[name] - gradient).abs().max() <= 1e-5 * scale, name
+    teacher.bfloat16()
+    cdistill.distill(teacher, student)(batch)
+    assert len(looks) == 4, "the same encoder in another dtype is the same"
 
 
-@pytest.mark.parametrize("name", ["llava_llama", "internvl", "idefics3", "qwen3_vl"])
+@pytest.mark.parametrize("name", ["llava_llama", "llava_next", "llava_onevision", "internvl", "idefics3", "qwen3_vl"])
 def test_a_batch_of_words_only_keeps_every_parameter_in_the_graph(name):
     student, teacher = build_pair(name)
     batch = without_visual(draw(name, 6))
@@ -150,6 +158,31 @@ def test_a_batch_of_words_only_keeps_every_parameter_in_the_graph(name):
     adapters = {n for n, _ in student.named_parameters() if part_of(n) == "adapter"}
     assert adapters and adapters <= found.keys()
     assert not any(found[n].any() for n in adapters)
+
+
+def test_a_batch_of_words_only_and_nothing_of_the_adapter_to_train():
+    student, teacher = build_pair("qwen2_5_vl")
+    student = get_peft_model(student, LoraConfig(r=2, target_modules=["q_proj"]))
+    losses = cdistill.distill(teacher, student)(without_visual(draw("qwen2_5_vl", 6)))
+    losses["loss"].backward()
+    assert any(p.grad is not None and p.grad.any() for p in student.parameters())
+
+
+@pytest.mark.parametrize("name", ["llava_qwen2", "qwen2_vl"])
+@pytest.mark.parametrize("rows", [[[0, 1, 2, 3]], [[0, 1, 2], [3]]], ids=["one row", "a row filled up"])
+def test_packed_samples_lose_what_they_lose_by_themselves(name, rows):
+    """However a row is filled up behind them; KD and AR are means over labels, VAT over samples."""
+    student, teacher = build_pair(name)
+    distillation = cdistill.distill(teacher, student, vat=VATConfig(layers="all"))
+    samples = draw_samples(name, 12)
+    found = distillation(pack(name, samples, rows, student).batch)
+    single = [distillation(collate(name, [sample])[0]) for sample in samples]
+    labels = torch.tensor([sum(label != -100 for label in sample.labels) for sample in samples])
+    for key in ("ar", "kd"):
+        whole = (torch.stack([losses[key] for losses in single]) * labels).sum() / labels.sum()
+        torch.testing.assert_close(found[key], whole, rtol=2e-5, atol=1e-6)
+    vat = torch.stack([losses["vat"] for losses in single]).mean()
+    torch.testing.assert_close(found["vat"], vat, rtol=2e-5, atol=1e-6)
 
 
 def test_losses_that_are_left_out():
@@ -189,6 +222,16 @@ def test_a_few_lines_train_a_student():
     assert all(torch.equal(p, before[name]) for name, p in teacher.named_parameters())
 
 
+def test_peft_models_on_both_sides_and_what_is_given_back():
+    student, teacher = build_pair("llava_qwen2")
+    batch = draw("llava_qwen2", 8)
+    plain = cdistill.distill(teacher, student)(batch)["loss"]
+    wrapped = [get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])) for model in (student, teacher)]
+    distillation = cdistill.distill(wrapped[1], wrapped[0])
+    assert distillation.student is wrapped[0]
+    torch.testing.assert_close(distillation(batch)["loss"], plain)  # new LoRA adds nothing yet
+
+
 def other_image_token(name):
     student, teacher = build_pair(name)
     teacher.config.image_token_id = 5
@@ -199,6 +242,14 @@ def other_image_token(name):
     ("pair", "message"),
     [
         (lambda: (build("qwen2_vl", 0), build("llava_llama", 1)), r"image_token_id differs: student \d+, teacher \d+"),
+        (
+            lambda: (build("llava_llama", 0), build("llava_llama", 1, vocab_size=900)),
+            r"vocab_size differs: student \d+, teacher 900",
+        ),
+        (
+            lambda: (build("llava_llama", 0), build("llava_llama", 1, eos_token_id=7)),
+            r"eos_token_id differs: student 2, teacher 7",
+        ),
         (lambda: other_image_token("internvl"), r"image_token_id differs: student \d+, teacher 5"),
         (
             lambda: (build("llava_qwen2", 0).model.language_model, build("llava_llama", 1)),
@@ -215,6 +266,14 @@ def test_pairs_that_cannot_be_distilled(pair, message):
     with pytest.raises(ValueError, match=message) as error:
         cdistill.distill(teacher, student)
     assert "\n" not in str(error.value)
+
+
+def test_heads_that_scale_or_cap_their_logits_are_refused():
+    student, teacher = build_pair("llava_llama")
+    student.config.text_config.logits_scaling = 8.0
+    for kd in (None, KDConfig(weight=0.0)):
+        with pytest.raises(ValueError, match=r"the student's logits_scaling 8\.0 is not supported"):
+            cdistill.distill(teacher, student, kd=kd)
 
 
 def test_other_visual_tokens_are_refused():

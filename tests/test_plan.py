@@ -322,7 +322,7 @@ def test_the_command_when_it_does_not_and_then_with_what_it_suggests(there, caps
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing", "--gpu", "24GB"], "recipe 'nothing' is neither a file nor one of"),
+        (["nothing", "--gpu", "24GB"], "recipe 'nothing' is neither a file nor shipped"),
         ([PAPER, "--gpu", "24 apples"], "gpu must be a size such as 24GB or 80GiB, got '24 apples'"),
         ([PAPER, "--gpu", "0GB"], "gpu must be a size"),
         ([PAPER, "--gpu", "24GB", "--gpus", "0"], "gpus must be at least 1, got 0"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cdistill.models.llava import Llava
 from cdistill.models.load import Model
@@ -23,6 +23,7 @@ _OF_THE_MODEL = (
     "scale_factor",
     "downsample_ratio",
 )
+MOST_PADDING = 256  # tokens, or 1 %: of embeddings that are padded
 _OF_THE_ENCODER = ("image_size", "patch_size", "spatial_merge_size", "temporal_patch_size")
 
 
@@ -41,6 +42,7 @@ def check_pair(student: Model, teacher: Model, *, shared: bool = True) -> None:
     """
     if has_vision(student) != has_vision(teacher):
         raise ValueError(f"only the {'student' if has_vision(student) else 'teacher'} has a vision encoder")
+    _check_vocabulary(student.config.get_text_config(), teacher.config.get_text_config())
     for name in _OF_THE_MODEL:
         _check_equal(name, student.config, teacher.config)
     if has_vision(student):
@@ -54,11 +56,19 @@ def check_pair(student: Model, teacher: Model, *, shared: bool = True) -> None:
     if isinstance(adapter, TAFAdapter):
         fetched = [p for layer in (adapter.teacher[0], adapter.teacher[2]) for p in layer.parameters()]
         trained = list(teacher.model.multi_modal_projector.parameters())
-        same = len(fetched) == len(trained) and all(
-            torch.equal(a.to(b.dtype), b) for a, b in zip(fetched, trained, strict=True)
-        )
+        same = len(fetched) == len(trained) and all(map(_same, fetched, trained))
         if not same:
             raise ValueError("multi_modal_projector differs: the student's fetched adapter is not this teacher's")
+
+
+def _check_vocabulary(student: Any, teacher: Any) -> None:
+    """One tokenizer's embeddings may be padded to different sizes, and their special tokens have the same ids."""
+    ours, theirs = student.vocab_size, teacher.vocab_size
+    if abs(ours - theirs) > max(MOST_PADDING, max(ours, theirs) // 100):
+        raise ValueError(f"vocab_size differs: student {ours}, teacher {theirs}; both must have one tokenizer")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(student, name, None) is not None and getattr(teacher, name, None) is not None:
+            _check_equal(name, student, teacher)
 
 
 def _check_equal(name: str, student: Any, teacher: Any, prefix: str = "") -> None:
@@ -70,4 +80,14 @@ def _check_equal(name: str, student: Any, teacher: Any, prefix: str = "") -> Non
 
 def _equal(a: nn.Module, b: nn.Module) -> bool:
     mine, theirs = a.state_dict(), b.state_dict()
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[k].to(theirs[k].dtype), theirs[k]) for k in mine)
+    return mine.keys() == theirs.keys() and all(_same(mine[name], theirs[name]) for name in mine)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equality in the narrower of two dtypes, on whatever devices they are."""
+    if hasattr(a, "ds_id") or hasattr(b, "ds_id"):
+        raise ValueError(
+            "models that ZeRO-3 has partitioned cannot be compared: put them together before the engine does"
+        )
+    dtype = min(a.dtype, b.dtype, key=lambda d: d.itemsize)
+    return torch.equal(a.to(b.device, dtype), b.to(dtype))

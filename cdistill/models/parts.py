@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from torch import nn
-
 Part = Literal["vision", "adapter", "fetched", "language", "lora"]
 
 # Modules between vision encoder and language model; Qwen's mergers lie inside what transformers calls its encoder.
@@ -41,8 +39,3 @@ def language_model(model: Any) -> Any:
 def head_of(model: Any) -> Any:
     """The layer that makes logits."""
     return model.get_output_embeddings()
-
-
-def adapter_modules(model: nn.Module) -> list[nn.Module]:
-    """Outermost modules that `part_of` calls adapter; a TAF adapter counts with what it fetched."""
-    return [module for name, module in model.named_modules() if name.rpartition(".")[2] in _ADAPTERS]

@@ -312,6 +312,10 @@ class Recipe:
             for name, objective in zip(self.stages, objectives, strict=True):
                 if OBJECTIVES[objective].distils:
                     raise ValueError(f"teacher must be given for stage {name!r}, whose objective {objective} distils")
+        if "vision" in objectives:
+            later = objectives[objectives.index("vision") + 1 :]
+            if any(OBJECTIVES[objective].distils for objective in later):
+                raise ValueError("stages must not distil after vision: the encoder would no longer be the teacher's")
         if self.teacher_memory.zero == 3 and self.deepspeed == "off":
             raise ValueError("teacher_memory.zero 3 needs deepspeed")
         adaptive = self.vat.matching == "adaptive" and any(map(self.aligns, objectives))

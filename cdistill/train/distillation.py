@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from cdistill.data.builtin import IGNORE_INDEX
 from cdistill.models.load import Model
 from cdistill.models.pair import check_pair, shares_encoder
+from cdistill.models.parts import part_of
 from cdistill.train.config import KDConfig
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import Objective
@@ -24,14 +26,15 @@ class Distillation(nn.Module):
     The student is ``distillation.student``.
     """
 
-    def __init__(self, losses: DistillationModel, *, vat_weight: float) -> None:
+    def __init__(self, losses: DistillationModel, student: Model, *, vat_weight: float) -> None:
         super().__init__()
         self.losses, self.vat_weight = losses, vat_weight
+        self._given = (student,)  # a tuple hides it from nn.Module, which has its layers already
 
     @property
     def student(self) -> Model:
-        """The trained model."""
-        return self.losses.student
+        """The trained model, as it was given."""
+        return self._given[0]
 
     def forward(self, batch: Mapping[str, Tensor] | None = None, **inputs: Tensor) -> dict[str, Tensor]:
         """The losses of a batch, given as a mapping or as keywords.
@@ -54,6 +57,7 @@ class Distillation(nn.Module):
         for name in ("input_ids", "labels"):
             if given.get(name) is None:
                 raise ValueError(f"{name} must be in the batch")
+        self._follow(given["input_ids"].device)
         sums = self.losses(**given)
         labels = given["labels"]
         tokens = (labels[:, 1:] != IGNORE_INDEX).sum().clamp(min=1)
@@ -62,6 +66,13 @@ class Distillation(nn.Module):
         weights = {"ar": 1.0, "kd": self.losses.kd.weight, "vat": self.vat_weight}
         terms = [result[name] * weight for name, weight in weights.items() if name in result]
         return {"loss": torch.stack([*terms, sums["idle"]] if "idle" in sums else terms).sum()} | result
+
+    def _follow(self, device: torch.device) -> None:
+        """Bring the teacher to the batch: an accelerator moves the student alone."""
+        model: Any = self.losses.teacher and self.losses.teacher.model
+        held = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
+        if model is not None and not held and model.device != device:
+            model.to(device)
 
 
 def distill(
@@ -78,26 +89,27 @@ def distill(
         losses = distillation(batch)
         losses["loss"].backward()
 
-    The teacher is frozen and put into eval mode; what of the student is trained is up to the caller. Two LLaVAs with one
-    vision encoder look at the images once; other models each look for themselves.
+    The teacher is frozen, put into eval mode and follows the batches to their device; what of the student is trained is up to
+    the caller. Two LLaVAs with one vision encoder, frozen, look at the images once; other models each look for themselves.
 
     Args:
-        teacher, student: multimodal models of transformers with one tokenizer and one image processor, on their devices and
-            in their dtypes; the student may be a peft model.
+        teacher, student: multimodal models of transformers with one tokenizer and one image processor, in whatever dtypes;
+            either may be a peft model.
         vat: visual attention alignment (paper section 4.1), by default `VATConfig()`; a `VAT` for adaptive matching.
         kd: divergence over the vocabulary and its weight, by default `KDConfig()`; with weight 0 it is left out.
         vat_weight: weight of the alignment; with 0 it is left out.
 
     Raises:
-        ValueError: the models cannot be distilled: other visual tokens, attention that cannot be aligned, layers that
-            cannot be matched, a head that is more than a linear layer.
+        ValueError: the models cannot be distilled: other visual tokens or vocabularies, attention that cannot be aligned,
+            layers that cannot be matched, a head that is more than a linear layer.
     """
     for name, value in (("vat_weight", vat_weight), ("kd.weight", (kd or KDConfig()).weight)):
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be at least 0 and finite, got {value}")
     kd = kd or KDConfig()
-    if hasattr(student, "get_base_model"):  # of peft, whose layers are in the model itself
-        student = student.get_base_model()
+    given = student
+    # A peft model's layers are in the model that it wraps.
+    student, teacher = (m.get_base_model() if hasattr(m, "get_base_model") else m for m in (student, teacher))
     check_pair(student, teacher, shared=False)
     used = {"ar": True, "kd": kd.weight > 0, "vat": vat_weight > 0}
     aligned = vat if isinstance(vat, VAT) else None
@@ -107,9 +119,15 @@ def distill(
     model = DistillationModel(
         student,
         Objective(tuple(name for name, is_used in used.items() if is_used), ("language", "adapter")),
-        teacher=Teacher(teacher, shares_vision=shares_encoder(student, teacher)),
+        teacher=Teacher(teacher, shares_vision=shares_encoder(student, teacher) and _is_frozen(student)),
         kd=kd,
         vat=aligned if used["vat"] else None,
         pads_right=False,
     )
-    return Distillation(model, vat_weight=vat_weight)
+    return Distillation(model, given, vat_weight=vat_weight)
+
+
+def _is_frozen(student: Model) -> bool:
+    """Whether nothing is trained of what a LLaVA would share with its teacher."""
+    shared = [p for name, p in student.named_parameters() if part_of(name) in ("vision", "fetched")]
+    return not any(p.requires_grad for p in shared)

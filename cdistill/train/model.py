@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cdistill.data.builtin import IGNORE_INDEX
 from cdistill.models.llava import Llava, SharedVision, encode_images, share_vision, student_embeddings
 from cdistill.models.load import Model
-from cdistill.models.parts import adapter_modules, has_vision, head_of
+from cdistill.models.parts import has_vision, head_of, part_of
 from cdistill.models.taf import TAFAdapter
 from cdistill.ops import linear_distillation
 from cdistill.train.config import KDConfig
@@ -21,6 +21,7 @@ from cdistill.vat import (
     VAT,
     LayerDistances,
     LayerMatch,
+    PackedRegions,
     StudentAlignment,
     attention_layers,
     grounded_regions,
@@ -74,19 +75,22 @@ class VocabularyLosses(nn.Module):
 
 
 # What some families do to logits after the head (Gemma, Cohere, Granite).
-AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+AFTER_THE_HEAD = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling")
 
 
-def _require_plain_head(model: Model, side: str) -> None:
-    """Raise ValueError unless the head is its weight and bias: `linear_distillation` would leave out what is more."""
+def _require_plain_head(model: Model, side: str, *, linear: bool) -> None:
+    """Raise ValueError unless logits are what the head gives, and (``linear``) the head its weight and bias.
+
+    The losses are taken from the head itself, and would leave out what a model does to its logits afterwards.
+    """
     head, config = head_of(model), model.config.get_text_config()
     for name in AFTER_THE_HEAD:
         if getattr(config, name, None) not in (None, 1, 1.0):
-            raise ValueError(f"the {side}'s {name} {getattr(config, name)} is not supported by the KD loss")
-    if type(head) is not nn.Linear:
+            raise ValueError(f"the {side}'s {name} {getattr(config, name)} is not supported")
+    if linear and type(head) is not nn.Linear:
         raise ValueError(
             f"the {side}'s lm_head must be a torch.nn.Linear for the KD loss, got {type(head).__module__}."
-            f"{type(head).__qualname__}: leave lm_head out of LoRA's target_modules and out of quantisation"
+            f"{type(head).__qualname__}: leave lm_head out of LoRA's target_modules and modules_to_save and out of quantisation"
         )
 
 
@@ -124,13 +128,16 @@ class DistillationModel(nn.Module):
         super().__init__()
         self.student: Model = student
         self.objective, self.kd, self.vat, self.pads_right = objective, kd or KDConfig(), vat, pads_right
-        if teacher is not None and not isinstance(getattr(teacher, "module", teacher), Teacher):
+        if teacher is not None and not isinstance(
+            getattr(teacher, "module", teacher), Teacher
+        ):  # or an engine around one
             teacher = Teacher(teacher, shares_vision=isinstance(student, Llava) and isinstance(teacher, Llava))
         self._teacher = (teacher if objective.distils else None,)  # a tuple hides it from nn.Module
+        if "ar" in objective.losses:
+            _require_plain_head(student, "student", linear="kd" in objective.losses)
         if "kd" in objective.losses:
-            _require_plain_head(student, "student")
             if self.teacher is not None:
-                _require_plain_head(self.teacher.model, "teacher")
+                _require_plain_head(self.teacher.model, "teacher", linear=True)
             self.vocabulary_losses = VocabularyLosses(self.kd)
         if "patch" in objective.losses:
             self.patch_head = nn.Linear(student.config.vision_config.hidden_size, sum(patch_classes))
@@ -197,9 +204,9 @@ class DistillationModel(nn.Module):
             losses["ground"] = torch.stack(list(student_recorder.losses().values())).mean(0).sum()
         if self.vat is not None:
             losses |= self._alignment(student_recorder, labels.device)
-            losses["samples"] = torch.tensor(len(regions.rows), device=labels.device)
+            losses["samples"] = _count(regions, labels)
         if pixel_values is None and has_vision(self.student) and "adapter" in self.objective.trained:
-            losses["idle"] = self._idle_adapter()
+            losses |= self._idle_adapter()
         return losses
 
     def _regions(
@@ -334,10 +341,11 @@ class DistillationModel(nn.Module):
         regions, target = grounded_regions(grounding, places)
         return StudentAlignment(matches, regions, [target] * len(matches), key_mask=None)
 
-    def _idle_adapter(self) -> Tensor:
+    def _idle_adapter(self) -> dict[str, Tensor]:
         if not self._composed:
-            trained = [p for m in adapter_modules(self.student) for p in m.parameters() if p.requires_grad]
-            return 0.0 * torch.stack([p.float().sum() for p in trained]).sum()
+            named = self.student.named_parameters()
+            trained = [p for name, p in named if p.requires_grad and part_of(name) == "adapter"]
+            return {"idle": 0.0 * torch.stack([p.float().sum() for p in trained]).sum()} if trained else {}
         if is_partitioned(self.student):
             vision = self.student.config.vision_config
             size = (1, vision.num_channels, vision.image_size, vision.image_size)
@@ -345,4 +353,13 @@ class DistillationModel(nn.Module):
         adapter = self.student.model.multi_modal_projector
         layer: Any = adapter.map if isinstance(adapter, TAFAdapter) else adapter
         first = next(m for m in layer.modules() if isinstance(m, nn.Linear))
-        return 0.0 * layer(first.weight.new_zeros(1, first.in_features)).float().sum()
+        return {"idle": 0.0 * layer(first.weight.new_zeros(1, first.in_features)).float().sum()}
+
+
+def _count(regions: Any, labels: Tensor) -> Tensor:
+    """How many samples a batch holds; of what is packed, those with a label: what fills up a row has none."""
+    if not isinstance(regions, PackedRegions):
+        return torch.full((), len(labels), device=labels.device)
+    before = F.pad((labels != IGNORE_INDEX).cumsum(1), (1, 0))
+    row, start, stop = torch.tensor(regions.samples, device=labels.device).unbind(1)
+    return (before[row, stop] > before[row, start]).sum()

@@ -50,8 +50,9 @@ def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCall
     if recipe.processes > 1 and callbacks:
         raise ValueError("callbacks need recipe.processes 1: the stages of this recipe run in processes of their own")
     with launch.quiet():
-        models = _prepare(recipe, output, resume)
+        models: Models | None = _prepare(recipe, output, resume)
     if recipe.processes > 1:
+        models = None  # the processes load their own
         launch.start_processes(recipe.processes, output)
         return stage_folders(recipe, output)[-1]
     return run_stages(recipe, output, resume=resume, callbacks=callbacks, models=models)

@@ -77,9 +77,10 @@ class Teacher(nn.Module):
         return hidden_states(self.model, inputs, recorder)[:, :-1][answers]
 
     def _idle_adapter(self) -> None:
+        """Run the adapter on nothing: under ZeRO-3 another process may have images to run it on."""
         adapter: Any = self.model.model.multi_modal_projector
         if adapter is not None:
-            adapter(torch.zeros(1, 1, self.model.config.vision_config.hidden_size, device=self.model.device))
+            adapter(adapter.linear_1.weight.new_zeros(1, 1, adapter.linear_1.in_features))
 
     def train(self, mode: bool = True) -> Teacher:
         """Stay in eval mode."""
