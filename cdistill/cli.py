@@ -38,6 +38,19 @@ def _plan(options: argparse.Namespace) -> int:
         return planning.main(options)
 
 
+def _cache_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="name or path of a recipe whose teacher_memory.cache names a folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe")
+
+
+def _cache(options: argparse.Namespace) -> int:
+    from cdistill.train import load_recipe
+    from cdistill.train.cache import write_cache
+
+    print(f"written: {write_cache(load_recipe(options.recipe, options.overrides))}")
+    return 0
+
+
 def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
     pass
 
@@ -82,6 +95,7 @@ COMMANDS = {
     "demo": Command("distil the built-in student and compare it", demo.add_arguments, demo.main),
     "train": Command("train a recipe's stages", _train_arguments, _train),
     "plan": Command("tell what a recipe needs on each GPU", planning.add_arguments, _plan),
+    "cache": Command("keep what a recipe's teacher gives, to train without it", _cache_arguments, _cache),
     "eval": Command("measure a model on the built-in task", evaluation.add_arguments, evaluation.main),
     "export": Command("write a model that plain transformers loads", _export_arguments, _export),
     "recipes": Command("list the shipped recipes", _recipes_arguments, _recipes),

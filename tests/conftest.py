@@ -1,4 +1,4 @@
-"""Shared by all tests: the triton interpreter where there is no GPU, two threads, and fixtures of the op tests."""
+"""Shared by all tests: the triton interpreter where there is no GPU, one thread, and fixtures of the op tests."""
 
 import os
 
@@ -9,7 +9,7 @@ from op_cases import ISAS
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 with torch.device("cpu"):  # torch notes its constructors when it is first in such a context: these, not poisoned ones
     torch.empty(0)

@@ -54,16 +54,9 @@ def build(
     return getattr(transformers, family.model)(family.config(text)).eval()
 
 
-def depths(name: str) -> tuple[int, int]:
-    """Numbers of layers of the student and the teacher of `build_pair`."""
-    hybrid = len(FAMILIES[name].layer_types) > 0
-    return (STUDENT_LAYERS, TEACHER_LAYERS) if not hybrid else (2 * STUDENT_LAYERS, 2 * TEACHER_LAYERS)
-
-
 def build_pair(name: str, **options: Any) -> tuple[Any, Any]:
-    """A student of 3 layers and a teacher of 5 (hybrid: 6 and 10), twice as wide."""
-    student, teacher = depths(name)
-    return build(name, 0, student, **options), build(name, 1, teacher, 64, 4, 2, **options)
+    """A student of 3 layers and a teacher of 5, twice as wide."""
+    return build(name, 0, **options), build(name, 1, TEACHER_LAYERS, 64, 4, 2, **options)
 
 
 @cache

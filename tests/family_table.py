@@ -399,6 +399,6 @@ FAMILIES: dict[str, Family] = {
             ("linear_num_key_heads", 2),
             ("linear_num_value_heads", 2),
         ),
-        layer_types=("linear_attention", "full_attention"),
+        layer_types=("linear_attention", "full_attention", "full_attention"),
     ),
 }

@@ -23,6 +23,7 @@ import threading
 import time
 from pathlib import Path
 
+HANGS = 200  # seconds, for a run that takes 1 or 2
 ROOT = Path(__file__).parent.parent
 
 
@@ -156,7 +157,7 @@ def die_in(module, name, match, nth, half):
         if len(calls) != nth or match not in str(args):
             return original(*args, **kwargs)
         if half and name == "rmtree":
-            for path in [p for p in sorted(Path(args[0]).rglob("*")) if p.is_file()][::2]:
+            for path in [p for p in sorted(Path(args[0]).rglob("*")) if p.is_file()][1::2]:
                 path.unlink()
         elif half:
             original(*args, **kwargs)
@@ -180,6 +181,18 @@ def train(arguments, plan):
         launch.subprocess.Popen = ForkedPopen
     carry_out(plan, -1 if several else 0)
     return cli.main(arguments)
+
+
+def wait(pid):
+    """Status of a child, which is killed if it hangs."""
+    deadline = time.monotonic() + HANGS
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return status
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
 
 
 def serve():
@@ -208,7 +221,7 @@ def serve():
                 os.dup2(output.fileno(), 2)
                 os.setsid()
                 leave(lambda request=request: train(**request))
-            _, status = os.waitpid(pid, 0)
+            status = wait(pid)
             output.seek(0)
             answer = {"code": os.waitstatus_to_exitcode(status), "output": output.read()}
         print(json.dumps(answer), file=answers, flush=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     ViTConfig,
 )
+from transformers.utils import logging as transformers_logging
 
 from cdistill.cli import main
 from cdistill.data.builtin import (
@@ -44,6 +46,14 @@ from cdistill.train.build import build_models
 
 HERE = Path(__file__).parent
 TOKENS = 6
+
+
+@pytest.fixture(autouse=True)
+def no_bars():
+    """As for the command, which turns transformers' progress bars off before they are imported."""
+    transformers_logging.disable_progress_bar()
+    yield
+    transformers_logging.enable_progress_bar()
 
 
 def case(folder, inputs, messages, code=False):
@@ -324,6 +334,11 @@ def test_an_adapter_brings_its_own_tokenizer_and_the_code_of_an_earlier_export_d
     tokenizer = build_tokenizer()
     tokenizer.chat_template = "of the adapter"
     tokenizer.save_pretrained(tmp_path / "lora")
+    add_lora(tmp_path / "base", tmp_path / "plain", ("q_proj",))
+    tokenizer.save_pretrained(tmp_path / "plain")
+    built = export(tmp_path / "plain", tmp_path / "three")  # no image processor anywhere: one is built
+    assert "usual one was taken" in built.remarks[0]
+    assert AutoProcessor.from_pretrained(tmp_path / "three").chat_template == "of the adapter"
     result = export(tmp_path / "lora", tmp_path / "two", merge_taf=False)
     assert result.merged == ("LoRA",)
     assert (tmp_path / "two" / "chat_template.jinja").read_text() == "of the adapter"
@@ -333,7 +348,7 @@ def test_an_adapter_brings_its_own_tokenizer_and_the_code_of_an_earlier_export_d
     )
 
 
-def test_processors_of_vision_encoders():
+def test_processors_of_vision_encoders(tmp_path):
     config = llava().config
     config.vision_config = CLIPVisionConfig(**{k: v for k, v in VISION.items() if k != "vision_use_head"})
     config.image_seq_length = NUM_VISUAL_TOKENS + 1
@@ -343,6 +358,10 @@ def test_processors_of_vision_encoders():
     config.vision_feature_select_strategy = "default"
     with pytest.raises(ValueError, match="model: its processor makes 36 tokens 2 of an image, the model takes 37"):
         build_processor(config, build_tokenizer(), "model")
+    with pytest.raises(ValueError, match=r"model: the image processor in .*nothing cannot be loaded: "):
+        (tmp_path / "nothing").mkdir()
+        (tmp_path / "nothing" / "preprocessor_config.json").write_text("{}")
+        build_processor(config, build_tokenizer(), "model", source=tmp_path / "nothing")
     config.vision_config = ViTConfig(image_size=48, patch_size=8)
     with pytest.raises(ValueError, match=r"preprocessor_config\.json is missing, and vit has no usual"):
         build_processor(config, build_tokenizer(), "model")
@@ -435,8 +454,8 @@ def test_what_cannot_be_exported_is_told_in_one_line(what, message, sources, tmp
     for name in ("base", "wide", "shards", "qwen", "lora", "prompt"):
         (tmp_path / name).symlink_to(sources / name)
     assert main(["export", str(damage(tmp_path, what)), str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err.rpartition("\r")[2].splitlines()  # after the bars, which a process of its own hides
-    assert [line for line in said if re.match(f"cdistill: error: model: .*{message}", line)] == said[-1:]
+    said = capsys.readouterr().err
+    assert re.fullmatch(f"cdistill: error: model: .*{message}.*\n", said)
     assert not list(tmp_path.glob("out*"))
 
 
@@ -464,20 +483,16 @@ def test_output_is_new_or_empty_and_whole_or_not_there(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"]
 
 
-def test_a_full_disk_leaves_no_half_folder(tmp_path):
-    code = (  # the disk is full in the weights, then in config.json
-        "import resource, sys\n"
-        "from cdistill.cli import main\n"
-        "for limit in (100_000, 1_000):\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
-        "    assert main(['export', 'builtin:teacher', sys.argv[1]]) == 2\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "out")]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent)
-    assert ended.returncode == 0, ended.stderr
-    said = ended.stderr.splitlines()
-    assert len(said) == 2 and all("File too large" in line for line in said)
-    assert all(line.startswith(f"cdistill: error: output: {tmp_path / 'out'} could not be written: ") for line in said)
+def test_a_full_disk_leaves_no_half_folder(tmp_path, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))  # no room for the weights
+    try:
+        assert main(["export", "builtin:teacher", str(tmp_path / "out")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    start = re.escape(f"cdistill: error: output: {tmp_path / 'out'} could not be written: ")
+    assert re.fullmatch(f"{start}.*File too large.*\n", said)
     assert not list(tmp_path.iterdir())
 
 

@@ -105,6 +105,7 @@ KILLS = {
     ),
     "before the result has its name": ({"call": "os.replace", "match": "2-dft.part"}, 4),
     "in the removal of all checkpoints": ({"call": "shutil.rmtree", "match": "/checkpoints'", "half": True}, None),
+    "in the last removal": ({"call": "shutil.rmtree", "match": "/checkpoints'", "nth": 2, "half": True}, None),
     "between stages": ({"call": "cdistill.train.stages.load_model", "match": "1-dpt"}, None),
 }
 
@@ -242,7 +243,15 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(stopped, new_run
         checkpoints.choose(folder, processes=4)
 
 
-def test_the_last_good_checkpoint_stays_until_the_new_one_is_complete(tmp_path, monkeypatch):
+def test_a_checkpoint_is_partial_from_the_start_of_its_removal(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    checkpoints.seal(tmp_path)
+    monkeypatch.setattr(shutil, "rmtree", lambda folder: None)
+    checkpoints.remove(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_last_good_checkpoint_stays_until_the_new_one_is_complete(tmp_path):
     for step in (1, 2, 3):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -251,7 +260,9 @@ def test_the_last_good_checkpoint_stays_until_the_new_one_is_complete(tmp_path, 
             checkpoints.seal(folder, step=step, processes=1)
     checkpoints.rotate(tmp_path)  # 3 is partial
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    (tmp_path / "checkpoint-1" / "complete").unlink()
     assert checkpoints.choose(tmp_path, processes=1) == tmp_path / "checkpoint-2"
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"], "partial ones are removed"
 
 
 # --- stages that are missing or damaged ---
@@ -282,15 +293,15 @@ def test_a_stage_that_later_ones_went_on_from_must_be_there(new_run, stopped):
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_saves_and_stops(new_run, undisturbed, name, code):
-    changes = {"save_steps": 0, "logging_steps": 3}  # a logging interval goes on across the stop
+    changes = {"save_steps": 0, "logging_steps": 2}  # the second logging interval goes on across the stop
     run = new_run(**changes)
-    got, text = run.train(plan={"step": ["2-dft", 2], "signal": name})
+    got, text = run.train(plan={"step": ["2-dft", 3], "signal": name})
     assert got == code, text
-    line = f"2-dft: saved after step 2 of 4 in {run.output}/checkpoints/2-dft/checkpoint-2 and stopped by {name}"
+    line = f"2-dft: saved after step 3 of 4 in {run.output}/checkpoints/2-dft/checkpoint-3 and stopped by {name}"
     assert text.count(line) == 1 and "error" not in text
-    assert run.checkpoints() == ["checkpoint-2"]
+    assert run.checkpoints() == ["checkpoint-3"]
     got, text = run.resume()
-    assert got == 0 and "from step 2" in text
+    assert got == 0 and "from step 3" in text
     assert_ends_like(run, undisturbed("plain", **changes))
 
 

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from cdistill.cli import main
+from cdistill.train.build import vat_config
 from cdistill.train.config import (
     first_difference,
     load_recipe,
@@ -14,6 +15,7 @@ from cdistill.train.config import (
     shipped_recipes,
 )
 from cdistill.train.objectives import OBJECTIVES
+from cdistill.vat import VAT, layer_range
 
 RECIPE = {
     "name": "r",
@@ -58,16 +60,87 @@ def test_objectives_are_those_of_the_paper_and_three_that_make_the_built_in_mode
 @pytest.mark.parametrize("name", ["paper-qwen1.5-1.8b", "official"])
 def test_paper_recipes_hold_the_papers_hyper_parameters(name):
     recipe = load_recipe(name)
-    assert recipe.stages == ("dpt", "dft", "sft") and recipe.deepspeed == 2 and recipe.student.taf
-    values = [(recipe.stage[s].global_batch_size, recipe.stage[s].learning_rate) for s in recipe.stages]
-    assert values == [(256, 1e-3), (128, 1e-4), (128, 1e-4)]
+    official = name == "official"
+    stages = ("dpt", "dft", "sft")
+    assert recipe.stages == (("pt", *stages) if official else stages)
+    assert recipe.deepspeed == 2 and recipe.student.taf
+    values = [(recipe.stage[s].global_batch_size, recipe.stage[s].learning_rate) for s in stages]
+    later = 2e-4 if official else 1e-4
+    assert values == [(256, 1e-3), (128, later), (128, later)]
     for stage in recipe.stage.values():
         assert (stage.weight_decay, stage.schedule, stage.warmup_ratio) == (0.0, "cosine", 0.03)
     assert (recipe.kd.weight, recipe.vat.weight, recipe.kd.temperature) == (1.0, 1.0, 1.0)
-    vat = recipe.vat
+    vat, lora = recipe.vat, recipe.student.lora
     chosen = (vat.reduction, vat.rows, vat.layers, vat.sink_filter, vat.layer_sum)
-    official = ("column", "visual", "official", True, True)
-    assert chosen == (official if name == "official" else ("row", "answer", "intermediate", False, False))
+    assert chosen == (
+        ("column", "visual", "official", True, True) if official else ("row", "answer", "intermediate", False, False)
+    )
+    assert (None if lora is None else (lora.r, lora.alpha)) == ((128, 256) if official else None)
+
+
+MAIN = "paper-qwen1.5-1.8b"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("paper-qwen1.5-1.8b-from-7b", {"teacher": "checkpoints/llava-qwen2.5-7b"}),
+        ("paper-qwen1.5-0.5b", {"student.base": "checkpoints/qwen1.5-0.5b"}),
+        (
+            "paper-qwen1.5-0.5b-from-1.8b",
+            {"student.base": "checkpoints/qwen1.5-0.5b", "teacher": "checkpoints/llava-qwen1.5-1.8b"},
+        ),
+        (
+            "paper-mobilellama-1.4b",
+            {"student.base": "checkpoints/mobilellama-1.4b", "teacher": "checkpoints/llava-mobilellama-2.7b"},
+        ),
+        ("ablation-no-vat", {"vat.enabled": False}),
+        ("ablation-no-taf", {"student.taf": False}),
+        ("ablation-no-vat-no-taf", {"vat.enabled": False, "student.taf": False}),
+        *((f"ablation-{loss}", {"vat.loss": loss}) for loss in ("mse", "kl")),
+        *((f"ablation-{layers}", {"vat.layers": layers}) for layers in ("early", "later", "all")),
+        *((f"ablation-{matching}", {"vat.matching": matching}) for matching in ("simple", "adaptive")),
+        *(
+            (f"ablation-{stages}", {"stages": stages.split("-")})
+            for stages in ("pt-sft", "pt-dft", "dpt-sft", "dpt-dft", "dpt-sft-dft")
+        ),
+    ],
+)
+def test_pairs_and_ablations_differ_from_the_main_recipe_in_one_thing(name, changes):
+    expected = recipe_to_dict(load_recipe(MAIN)) | {"name": name, "output": f"runs/{name}"}
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        node = expected
+        for parent in parents:
+            node = node[parent]
+        assert node[last] != value
+        node[last] = value
+    assert recipe_to_dict(load_recipe(name)) == expected
+
+
+@pytest.mark.parametrize(("name", "depths"), [("qwen2.5-vl-3b", (36, 28)), ("qwen3-vl-2b", (28, 36))])
+def test_layers_of_the_qwen_pairs_match(name, depths):
+    recipe = load_recipe(name)
+    matches = VAT(vat_config(recipe), *depths).matches
+    assert len(matches) == 11 and not recipe.student.taf
+    used = {teacher for match in matches for teacher in match.teachers}
+    assert used == set(layer_range(depths[1], "intermediate"))
+
+
+def test_recipes_that_begin_from_others(tmp_path):
+    (tmp_path / "mine.yaml").write_text(f"extends: {MAIN}\nstage: {{dft: {{samples: 256}}}}\nstages: [dft]\n")
+    recipe = load_recipe(tmp_path / "mine.yaml", ["seed=4"])
+    main_recipe = load_recipe(MAIN)
+    assert (recipe.name, recipe.output, recipe.seed) == ("mine", "runs/mine", 4)
+    assert recipe.stages == ("dft",) and recipe.stage["dft"].samples == 256
+    assert recipe.stage["dft"].learning_rate == main_recipe.stage["dft"].learning_rate
+    assert recipe.stage["sft"] == main_recipe.stage["sft"] and recipe.teacher == main_recipe.teacher
+    (tmp_path / "loop.yaml").write_text(f"extends: {tmp_path / 'loop.yaml'}\n")
+    with pytest.raises(ValueError, match=r"loop\.yaml extends itself"):
+        load_recipe(tmp_path / "loop.yaml")
+    (tmp_path / "none.yaml").write_text("extends: nothing\n")
+    with pytest.raises(ValueError, match="recipe 'nothing' is neither a file nor shipped"):
+        load_recipe(tmp_path / "none.yaml")
 
 
 def test_overrides_reach_every_level_and_are_yaml(path):
@@ -125,6 +198,14 @@ def test_overrides_reach_every_level_and_are_yaml(path):
         ("student.text_config={model_type: qwen2}", r"student\.base or text_config must be given, and not both"),
         ("student.vision=elsewhere", r"student\.vision must be null or the teacher"),
         ("student.taf_activation=relu", r"student\.taf_activation must be one of linear, gelu"),
+        ("student.lora={r: 0}", r"student\.lora\.r must be at least 1, got 0"),
+        ("student.lora={rank: 4}", r"student\.lora\.rank is not a known key; allowed: r, alpha, dropout"),
+        ("student.lora.dropout=1", r"student\.lora\.dropout must be at least 0 and below 1, got 1"),
+        ("teacher_memory.zero=2", r"teacher_memory\.zero must be one of 3, off, got 2"),
+        ("teacher_memory.offload=true", r"teacher_memory\.offload needs zero 3"),
+        ("teacher_memory.quantization=2bit", r"teacher_memory\.quantization must be one of 8bit, 4bit"),
+        ("teacher_memory={zero: 3, quantization: 8bit}", r"teacher_memory\.quantization and zero 3 exclude each other"),
+        ("max_nonfinite_steps=0", r"max_nonfinite_steps must be at least 1, got 0"),
         ("gradient_checkpointing=reentrant", r"gradient_checkpointing must not be reentrant with vat\.enabled"),
         ("name.deep=1", r"override 'name\.deep=1': name has no keys below it"),
         ("seed", r"must have the form key=value"),
@@ -147,7 +228,7 @@ def test_reentrant_checkpointing_is_allowed_without_alignment(path):
 
 
 def test_unknown_and_broken_recipe_files(tmp_path):
-    with pytest.raises(ValueError, match="'nope' is neither a file nor one of builtin-student-base"):
+    with pytest.raises(ValueError, match="'nope' is neither a file nor shipped"):
         load_recipe("nope")
     (tmp_path / "a.yaml").write_text("a: [")
     with pytest.raises(ValueError, match="is not valid YAML"):

@@ -22,14 +22,11 @@ NAN, INF = float("nan"), float("inf")
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """One thread, and garbage collections that look only at what is new: every run makes several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Garbage collections look only at what is new: every run makes several."""
     gc.collect()
     gc.freeze()
     yield
     gc.unfreeze()
-    torch.set_num_threads(threads)
 
 
 def metrics(output):

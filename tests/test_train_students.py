@@ -145,3 +145,34 @@ def test_grouped_stages_see_the_same_samples_in_another_order(models, tmp_path):
     assert [plain.length(i) for i in range(32)] == [len(x) for x in ids[0]]
     spread = [sum(max(map(len, x[k : k + 4])) - min(map(len, x[k : k + 4])) for k in range(0, 32, 4)) for x in ids]
     assert spread[1] < spread[0]
+
+
+def test_fp16_scales_its_loss_dynamically(models, tmp_path, monkeypatch):
+    """On the CPU, which DeepSpeed takes for one without fp16: a scale too large for the first steps, which are skipped."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    monkeypatch.setattr(CPU_Accelerator, "is_fp16_supported", lambda self: True)
+    monkeypatch.setattr(CPU_Accelerator, "supported_dtypes", lambda self: [torch.float, torch.half])
+    monkeypatch.setattr(stages, "precision_of", lambda recipe: "fp16")
+    make = stages.deepspeed_config
+
+    def large(*arguments, **options):
+        config = make(*arguments, **options)
+        assert config["fp16"]["enabled"] and not config["bf16"]["enabled"]
+        config["fp16"] |= {"initial_scale_power": 20, "hysteresis": 1}
+        return config
+
+    monkeypatch.setattr(stages, "deepspeed_config", large)
+    options = {"stages": ["dft"], "deepspeed": 2, "stage__dft__samples": 80}
+    run(make_recipe(tmp_path / "half", models, **options))
+    half = metrics(tmp_path / "half")
+    monkeypatch.undo()
+    run(make_recipe(tmp_path / "single", models, **options))
+    single = metrics(tmp_path / "single")
+    skipped = half[-1]["skipped"]
+    assert 1 <= skipped <= 10 and [e["skipped"] for e in half][-10:] == [skipped] * 10
+    assert [e["loss"] for e in half[:skipped]] == [None] * skipped
+    assert single[-1]["skipped"] == 0
+    # it trains as well as fp32 does in so many steps fewer
+    assert half[-1]["loss"] < 0.8 * half[skipped]["loss"]
+    assert half[-1]["loss"] == pytest.approx(single[-1]["loss"], rel=0.15)

@@ -1,30 +1,36 @@
 """What visual attention alignment is compared with: transformers' eager attention matrices, in fp32 and in float64."""
 
 import copy
-from contextlib import contextmanager
 
 import torch
-from transformers import AttentionMaskInterface
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from vat_models import gradients, inputs
 
 
-@contextmanager
-def fp32_masks():
-    """Masks of eager attention in fp32 even for float64 models, whose own hold a minimum that is -inf in the fp32 softmax."""
-    eager = AttentionMaskInterface()["eager"]
-    AttentionMaskInterface.register("eager", lambda **kwargs: eager(**kwargs | {"dtype": torch.float32}))
-    try:
-        yield
-    finally:
-        AttentionMaskInterface.register("eager", eager)
+class KeepFloat64(TorchFunctionMode):
+    """Leaves float64 alone where transformers casts to fp32: in softmax, norms, rotary embeddings and linear attention."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
+            if func is torch.Tensor.float:
+                return args[0]
+            if func in (torch.Tensor.to, F.softmax):
+                args = tuple(torch.float64 if x is torch.float32 else x for x in args)
+                if kwargs.get("dtype") is torch.float32:
+                    kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
 
 
 def eager_attentions(model, batch, dtype):
     """Attention matrices (B,Hq,T,T) of every attention layer by transformers' eager implementation, which it is switched to."""
     model.to(dtype).set_attn_implementation("eager")
     batch = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs(batch).items()}
-    with fp32_masks():
-        return model(**batch, use_cache=False, output_attentions=True).attentions
+    with KeepFloat64():
+        attentions = model(**batch, use_cache=False, output_attentions=True).attentions
+    assert all(a.dtype == dtype for a in attentions)
+    return attentions
 
 
 def distance(a, t, loss):

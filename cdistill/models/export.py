@@ -188,8 +188,10 @@ def _merge_adapter(base: Model, folder: Path) -> Model:
             saved = set(file.keys())
     except SafetensorError as error:
         raise ValueError(f"model: {weights} is corrupt ({error})") from None
-    from peft import PeftModel, get_peft_model_state_dict
-
+    try:
+        from peft import PeftModel, get_peft_model_state_dict
+    except ImportError:
+        raise ValueError(f"model: {path} is a peft adapter, and peft is not installed") from None
     try:
         with warnings.catch_warnings(action="ignore"):  # missing weights are an error, below
             adapted: Any = PeftModel.from_pretrained(base, str(folder))

@@ -16,8 +16,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cdistill.models.llava import Llava
-
 ASSETS = Path(__file__).parent.parent / "assets"
 BUILTIN = "builtin:"
 
@@ -86,7 +84,12 @@ def _weight_files(folder: Path, key: str) -> list[Path]:
 
 
 def _load(
-    auto: Any, folder: Path, key: str, dtype: torch.dtype | str = torch.float32, attention: str = "sdpa"
+    auto: Any,
+    folder: Path,
+    key: str,
+    dtype: torch.dtype | str = torch.float32,
+    attention: str = "sdpa",
+    **options: Any,
 ) -> Model:
     """``auto.from_pretrained`` on verified files."""
     for path in _weight_files(folder, key):
@@ -97,9 +100,8 @@ def _load(
                 pass
         except SafetensorError as error:
             raise ValueError(f"{key}: {path} is corrupt ({error})") from None
-    model, info = auto.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention, local_files_only=True, output_loading_info=True
-    )
+    options |= {"dtype": dtype, "attn_implementation": attention}
+    model, info = auto.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
     if info["missing_keys"] or info["mismatched_keys"]:
         wrong = sorted(info["missing_keys"]) or sorted(str(k) for k in info["mismatched_keys"])
         raise ValueError(
@@ -108,10 +110,23 @@ def _load(
     return model
 
 
-def load_llava(folder: Path, key: str) -> Llava:
-    if not hasattr(load_config(folder, key), "vision_config"):
-        raise ValueError(f"{key}: {folder} holds no LLaVA but a {load_config(folder, key).model_type} model")
-    return _load(AutoModelForImageTextToText, folder, key)
+def load_multimodal(folder: Path, key: str, *, language: bool = True, **options: Any) -> Model:
+    """Multimodal model in a folder made by ``save_pretrained``, fp32 unless ``options`` of ``from_pretrained`` differ.
+
+    Without ``language`` the layers of its language model are neither built nor read; the configuration still tells of them.
+    Raises ValueError naming the missing or corrupt file, or saying that the model sees no images.
+    """
+    config = load_config(folder, key)
+    if not hasattr(config, "vision_config"):
+        raise ValueError(f"{key}: {folder} holds a {config.model_type} model, which has no vision encoder")
+    if language:
+        return _load(AutoModelForImageTextToText, folder, key, **options)
+    shallow = load_config(folder, key)
+    text = shallow.get_text_config(decoder=True)
+    text.num_hidden_layers, text.layer_types = 0, []
+    model = _load(AutoModelForImageTextToText, folder, key, config=shallow, **options)
+    model.config = config
+    return model
 
 
 def load_tokenizer(folder: Path, key: str) -> PreTrainedTokenizerBase:

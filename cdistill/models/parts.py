@@ -11,6 +11,7 @@ Part = Literal["vision", "adapter", "fetched", "language", "lora"]
 # Modules between vision encoder and language model; Qwen's mergers lie inside what transformers calls its encoder.
 _ADAPTERS = ("multi_modal_projector", "connector", "merger", "deepstack_merger_list", "image_newline")
 _ENCODERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower")
+VISUAL_MODULES = _ADAPTERS + _ENCODERS
 
 
 def part_of(name: str) -> Part:

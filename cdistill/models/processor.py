@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor, LlavaProcessor, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoProcessor, LlavaProcessor, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -83,11 +84,16 @@ def build_processor(
         source: folder whose image processor is taken; without one it is the usual one of the vision encoder.
 
     Raises:
-        ValueError: there is no usual one, or images do not become as many tokens as the model was built for.
+        ValueError: there is no usual one, that of ``source`` cannot be loaded, or images do not become as many tokens as the
+            model was built for.
     """
     vision: Any = config.vision_config  # type: ignore[attr-defined]
     if source is not None and has_image_processor(source):
-        images = AutoImageProcessor.from_pretrained(source, local_files_only=True)
+        try:
+            images = AutoImageProcessor.from_pretrained(source, local_files_only=True)
+        except (OSError, ValueError, ImportError) as error:
+            message = " ".join(str(error).split())
+            raise ValueError(f"{key}: the image processor in {source} cannot be loaded: {message}") from None
     else:
         images = _usual_image_processor(vision, key)
     processor = LlavaProcessor(

@@ -3,6 +3,7 @@
 Importing this package imports neither torch nor transformers.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,9 @@ from cdistill.train.config import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
+
+# Where bitsandbytes is installed, transformers imports it, and without a GPU it warns of a kernel nobody asked for.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __all__ = ["Recipe", "load_recipe", "run"]
 
@@ -24,12 +28,14 @@ def run(recipe: Recipe, *, resume: bool = False, callbacks: "Sequence[TrainerCal
     Args:
         recipe: see `load_recipe`.
         resume: go on with the run in ``recipe.output``: finished stages are skipped, an unfinished one continues from
-            its last complete checkpoint, or from its start.
+            its last undamaged checkpoint, or from its start, and ends with the bits of an uninterrupted run.
         callbacks: transformers callbacks for every stage; they need ``recipe.processes`` 1 or a launcher.
 
     Raises:
         ValueError: the recipe cannot be run, checked before anything is written: missing or corrupt checkpoints, models
-            that do not fit each other, an output folder that holds something else.
+            that do not fit each other, an output folder that holds something else or lacks a stage, a port in use.
+        RunError: the run failed for a reason that one line tells: a full disk, too many steps in a row that are not
+            finite, another process that died; or it was asked to stop (`cdistill.train.launch.Stopped`).
     """
     from cdistill.train.stages import run as run_recipe
 

@@ -1,5 +1,6 @@
 """The models of a run, built and checked before anything is written."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from cdistill.data.builtin import IMAGE_TOKEN, build_tokenizer
 from cdistill.models.llava import Llava, compose
-from cdistill.models.load import Model, load_llava, load_model, load_tokenizer, resolve_folder
+from cdistill.models.load import Model, load_model, load_multimodal, load_tokenizer, resolve_folder
 from cdistill.models.pair import check_pair
 from cdistill.models.parts import has_vision
 from cdistill.models.processor import (
@@ -24,6 +25,7 @@ from cdistill.models.processor import (
 )
 from cdistill.models.taf import TAFAdapter
 from cdistill.train.config import Recipe, StudentConfig
+from cdistill.train.teacher import DTYPES, quantized
 from cdistill.vat import VAT, VATConfig, attention_layers
 
 
@@ -32,7 +34,8 @@ class Models:
     """What a run trains and distils from; without a vision encoder the student is a causal language model.
 
     ``processor`` is what a result's folder holds beside the weights, the tokenizer alone where there are no images;
-    ``reader`` makes batches of conversations, None where images always become the same tokens.
+    ``reader`` makes batches of conversations, None where images always become the same tokens; ``held`` is the teacher as
+    a recipe wants it held, once it is.
     """
 
     student: Model
@@ -40,6 +43,7 @@ class Models:
     tokenizer: PreTrainedTokenizerBase
     processor: Processor
     reader: Any = None
+    held: Any = None
 
 
 def build_models(recipe: Recipe) -> Models:
@@ -51,7 +55,7 @@ def build_models(recipe: Recipe) -> Models:
     if recipe.needs_teacher:
         assert recipe.teacher is not None
         folder = resolve_folder(recipe.teacher, "teacher")
-        teacher, teacher_tokenizer = load_llava(folder, "teacher"), load_tokenizer(folder, "teacher")
+        teacher, teacher_tokenizer = _load_teacher(recipe, folder), load_tokenizer(folder, "teacher")
     student, tokenizer = _build_student(recipe.student, recipe.seed, teacher, teacher_tokenizer)
     if teacher is not None:
         check_pair(student, teacher)
@@ -62,6 +66,30 @@ def build_models(recipe: Recipe) -> Models:
         assert recipe.student.base is not None
         models.reader = load_processor(resolve_folder(recipe.student.base, "student.base"), "student.base")
     return models
+
+
+def precision_of(recipe: Recipe) -> str:
+    """The number format the recipe asks for on this machine. Raises ValueError for fp16 on CPU."""
+    if recipe.precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("precision fp16 needs a GPU; use fp32 or bf16 on CPU")
+    if recipe.precision != "auto":
+        return recipe.precision
+    if not torch.cuda.is_available():
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def _load_teacher(recipe: Recipe, folder: Path) -> Model:
+    """The teacher, quantised if the recipe wants it, and without its language model where a cache stands in for it."""
+    memory = recipe.teacher_memory
+    if memory.cache is not None:
+        return load_multimodal(folder, "teacher", language=False)
+    if memory.quantization is None:
+        return load_multimodal(folder, "teacher")
+    dtype = DTYPES[precision_of(recipe)]
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else "cpu"
+    options = {"quantization_config": quantized(memory.quantization, dtype), "device_map": {"": device}}
+    return load_multimodal(folder, "teacher", dtype=dtype, **options)
 
 
 def _processor(recipe: Recipe, student: Model, tokenizer: PreTrainedTokenizerBase) -> Processor:
@@ -99,11 +127,7 @@ def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> N
         if recipe.aligns(stage.objective):
             assert teacher is not None
             config = vat_config(recipe)
-            ours, theirs = layers = attention_layers(student), attention_layers(teacher)
-            if len(ours) > len(theirs):
-                raise ValueError(
-                    f"teacher has {len(theirs)} layers, fewer than the student's {len(ours)}: vat cannot match them"
-                )
+            layers = attention_layers(student), attention_layers(teacher)
             if config.matching == "adaptive":
                 VAT.measure(config, *layers)
             else:
@@ -157,7 +181,7 @@ def _build_student(
             "put before another language model"
         )
     if not config.taf and config.vision is not None:
-        source = load_llava(resolve_folder(config.vision, "student.vision"), "student.vision")
+        source = load_multimodal(resolve_folder(config.vision, "student.vision"), "student.vision")
     torch.manual_seed(seed)  # after loading, which may or may not draw random numbers
     if config.vision_config is not None:
         vision = fresh_config(config.vision_config, "student.vision_config")

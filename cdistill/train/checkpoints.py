@@ -40,7 +40,7 @@ def seal(folder: Path, **facts: Any) -> None:
         dist.barrier()
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != COMPLETE)
     mine = names[rank::world]
-    entries = dict(zip(mine, _for_each(_stored, [folder / name for name in mine]), strict=True))
+    entries = dict(zip(mine, _for_each(stored, [folder / name for name in mine]), strict=True))
     if several:
         shares: list[Any] = [None] * world
         dist.all_gather_object(shares, entries)
@@ -63,10 +63,12 @@ def damage(folder: Path) -> str | None:
                 return f"{name} is missing"
             if (folder / name).stat().st_size != size:
                 return f"{name} has {(folder / name).stat().st_size:,} of {size:,} bytes"
-        sums = _for_each(_checksum, [folder / name for name, _ in files])
+        sums = _for_each(checksum, [folder / name for name, _ in files])
         return next(
             (f"{name} has changed" for (name, (_, crc)), now in zip(files, sums, strict=True) if now != crc), None
         )
+    except OSError as error:
+        return f"{error.filename} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"its manifest, the file {COMPLETE}, cannot be read"
 
@@ -85,12 +87,11 @@ def choose(parent: Path, *, processes: int) -> Path | None:
     Partial ones are removed; damaged ones are told in one line each and put aside. Raises ValueError if the checkpoint
     was written by another number of processes.
     """
-    for folder in sorted(parent.glob(f"{PREFIX}*"), key=_order, reverse=True):
-        if folder.name.endswith(DAMAGED):
-            continue
+    folders = [f for f in parent.glob(f"{PREFIX}*") if not f.name.endswith(DAMAGED)]
+    for folder in folders:
         if not (folder / COMPLETE).exists():
             shutil.rmtree(folder)
-            continue
+    for folder in sorted((f for f in folders if f.exists()), key=_order, reverse=True):
         reason = damage(folder)
         if reason is None:
             written_by = read_manifest(folder).get("processes")
@@ -174,13 +175,15 @@ def _order(folder: Path) -> int:
     return int(name) if name.isdigit() else -1
 
 
-def _stored(path: Path) -> tuple[int, int]:
+def stored(path: Path) -> tuple[int, int]:
+    """Size and CRC-32 of a file, once it is on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return path.stat().st_size, _checksum(path)
+    return path.stat().st_size, checksum(path)
 
 
-def _checksum(path: Path) -> int:
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
     crc = 0
     with path.open("rb") as file:
         while block := file.read(BLOCK):

@@ -314,6 +314,11 @@ class Recipe:
                     raise ValueError(f"teacher must be given for stage {name!r}, whose objective {objective} distils")
         if self.teacher_memory.zero == 3 and self.deepspeed == "off":
             raise ValueError("teacher_memory.zero 3 needs deepspeed")
+        adaptive = self.vat.matching == "adaptive" and any(map(self.aligns, objectives))
+        if self.teacher_memory.cache is not None and adaptive:
+            raise ValueError(
+                "vat.matching must not be adaptive with teacher_memory.cache: it measures the student where a stage begins"
+            )
         if student.taf:
             if student.vision_config is not None or student.vision not in (None, self.teacher):
                 raise ValueError("student.vision must be null or the teacher with student.taf, whose encoder is shared")
@@ -337,7 +342,7 @@ class Recipe:
 def shipped_recipes() -> dict[str, str]:
     """Names of the recipes in the package, each with the first comment line of its file."""
     result = {}
-    for path in sorted(RECIPES.glob("*.yaml")):
+    for path in sorted(RECIPES.glob("*.yaml"), key=lambda path: path.stem):
         lines = path.read_text(encoding="utf-8").splitlines()
         result[path.stem] = next((line.lstrip("# ").strip() for line in lines if line.startswith("#")), "")
     return result
@@ -346,22 +351,44 @@ def shipped_recipes() -> dict[str, str]:
 def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe: the name of a shipped one or the path of a YAML file, changed by ``a.b=value`` overrides.
 
-    Values of overrides are parsed as YAML. Raises ValueError for an unknown recipe, key or value, naming it.
+    A file may begin from another: ``extends: NAME`` (or a path); its name and output are then those of its file unless it
+    says otherwise. Values of overrides are parsed as YAML. Raises ValueError for an unknown recipe, key or value, naming it.
     """
+    content = _read(name_or_path, ())
+    for override in overrides:
+        _override(content, override)
+    return recipe_from_dict(content)
+
+
+def _read(name_or_path: str | os.PathLike[str], read: tuple[Path, ...]) -> dict[str, Any]:
+    """The plain values of a recipe's file, laid over those of the recipe that it ``extends``, if it does."""
     path = RECIPES / f"{name_or_path}.yaml"
     if not path.is_file():
         path = Path(name_or_path)
     if not path.is_file():
-        raise ValueError(f"recipe {str(name_or_path)!r} is neither a file nor one of {', '.join(shipped_recipes())}")
+        raise ValueError(
+            f"recipe {str(name_or_path)!r} is neither a file nor shipped: `cdistill recipes` lists those that are"
+        )
+    if path.resolve() in read:
+        raise ValueError(f"recipe {path} extends itself")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"recipe {path} is not valid YAML: {_one_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"recipe {path} must be a mapping of keys to values")
-    for override in overrides:
-        _override(content, override)
-    return recipe_from_dict(content)
+    extended = content.pop("extends", None)
+    if extended is None:
+        return content
+    own = {"name": path.stem, "output": f"runs/{path.stem}"} | content
+    return _laid_over(_read(extended, (*read, path.resolve())), own)
+
+
+def _laid_over(below: Any, above: Any) -> Any:
+    """Mappings key by key; any other value takes the place of the one below."""
+    if isinstance(below, dict) and isinstance(above, dict):
+        return {**below, **{key: _laid_over(below.get(key), value) for key, value in above.items()}}
+    return above
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:

@@ -235,3 +235,28 @@ def _refuse_taken_port(error: RuntimeError, port: str) -> NoReturn:
     if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
         raise ValueError(f"MASTER_PORT {port} is in use: set it to a free port") from None
     raise error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep DeepSpeed's, transformers' and accelerate's remarks off the console; errors stay."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    names = ("DeepSpeed", "transformers", "accelerate", "torch.distributed")
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    bars = transformers_logging.is_progress_bar_enabled()
+    try:
+        transformers_logging.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

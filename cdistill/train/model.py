@@ -21,8 +21,6 @@ from cdistill.vat import (
     VAT,
     LayerDistances,
     LayerMatch,
-    PackedRegions,
-    Regions,
     StudentAlignment,
     attention_layers,
     grounded_regions,
@@ -44,24 +42,32 @@ class VocabularyLosses(nn.Module):
         self.kd = kd
 
     def forward(
-        self, hidden: Tensor, head: nn.Linear, teacher_hidden: Tensor, teacher_head: nn.Linear, labels: Tensor
+        self,
+        hidden: Tensor,
+        head: nn.Linear,
+        teacher_hidden: Tensor | None,
+        teacher_head: nn.Linear | None,
+        labels: Tensor,
+        topk: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Sums of L_ar and L_kd over labels (N,), of hidden (N,Hs) and teacher_hidden (N,Ht)."""
+        """Sums of L_ar and L_kd over labels (N,), of hidden (N,Hs) and teacher_hidden (N,Ht), or the teacher's ``topk``."""
         device = hidden.device.type
         if torch.is_autocast_enabled(device):  # as for any linear layer; norms leave fp32 behind
             dtype = torch.get_autocast_dtype(device)
-            hidden, teacher_hidden = hidden.to(dtype), teacher_hidden.to(dtype)
+            hidden = hidden.to(dtype)
+            teacher_hidden = None if teacher_hidden is None else teacher_hidden.to(dtype)
         result = linear_distillation(
             hidden,
             head.weight.to(hidden.dtype),
             teacher_hidden,
-            teacher_head.weight.to(teacher_hidden.dtype),
+            None if teacher_hidden is None or teacher_head is None else teacher_head.weight.to(teacher_hidden.dtype),
             labels,
             divergence=self.kd.divergence,
             temperature=self.kd.temperature,
             beta=self.kd.beta,
             student_bias=head.bias,
-            teacher_bias=teacher_head.bias,
+            teacher_bias=None if teacher_head is None else teacher_head.bias,
+            teacher_topk=topk,
             loss_weights=(1.0, self.kd.weight),
         )
         return result.ce, result.kd
@@ -150,6 +156,9 @@ class DistillationModel(nn.Module):
         pixel_values: Tensor | None = None,
         grounding: Tensor | None = None,
         places: Tensor | None = None,
+        teacher_values: Tensor | None = None,
+        teacher_indices: Tensor | None = None,
+        teacher_targets: Tensor | None = None,
         **more: Tensor,
     ) -> dict[str, Tensor]:
         """Losses of a batch: ``ar``, ``kd`` or ``patch`` summed over labels, ``vat``, ``vat_layers`` (L,) over samples.
@@ -159,7 +168,8 @@ class DistillationModel(nn.Module):
         objective ``vision`` only ``pixel_values`` and ``labels`` (I, V, 3) are taken.
         Objective ``ground`` also takes ``grounding`` (B, T, V) and ``places`` (B, V) and gives ``ground``, summed over samples.
         Samples packed into rows come with the ``position_ids`` that tell them apart, and without ``attention_mask``.
-        ``samples`` is how many a batch holds.
+        ``samples`` is how many a batch holds. What a teacher gave earlier comes as ``teacher_values`` and ``teacher_indices``
+        (N, K), its largest log-probabilities, and ``teacher_targets`` (L, B, [Hq,] R, V).
         ``idle`` is a zero that keeps trained parameters without work in the graph: all ranks reduce the same gradients.
         """
         if "patch" in self.objective.losses:
@@ -168,21 +178,20 @@ class DistillationModel(nn.Module):
         assert input_ids is not None
         answers = labels[:, 1:] != IGNORE_INDEX
         key_mask = None if self.pads_right else attention_mask
-        student_recorder = teacher_recorder = None
+        student_recorder: Any = None
         if "ground" in self.objective.losses:
             student_recorder = self._grounding(grounding, places)
-        if self.vat is not None:
-            regions = self._regions(input_ids, labels, attention_mask, more)
-            if regions.cols.shape[1] and regions.rows.shape[1]:
-                teacher_recorder = self.vat.teacher(regions, key_mask)
+        regions = self._regions(input_ids, labels, attention_mask, more)
         seen, inputs = self._inputs(input_ids, key_mask, pixel_values, more)
-        teacher_hidden = None
+        teacher_hidden: Tensor | None = None
+        aligned_with: Any = teacher_targets
         if self._teacher[0] is not None:
-            teacher_hidden = self._teacher[0](answers, teacher_recorder, seen, **inputs)
-        if self.vat is not None and teacher_recorder is not None:
-            student_recorder = self.vat.student(regions, teacher_recorder, key_mask)
+            teacher_hidden, aligned_with = self._ask(answers, regions, key_mask, seen, inputs)
+        if self.vat is not None and aligned_with is not None:
+            student_recorder = self.vat.student(regions, aligned_with, key_mask)
         hidden = self._student_hidden(inputs, seen, student_recorder)[:, :-1][answers]
-        losses = self._vocabulary_losses(hidden, labels[:, 1:][answers], teacher_hidden)
+        topk = None if teacher_values is None or teacher_indices is None else (teacher_values, teacher_indices)
+        losses = self._vocabulary_losses(hidden, labels[:, 1:][answers], teacher_hidden, topk)
         if "ground" in self.objective.losses:
             assert student_recorder is not None
             losses["ground"] = torch.stack(list(student_recorder.losses().values())).mean(0).sum()
@@ -195,13 +204,51 @@ class DistillationModel(nn.Module):
 
     def _regions(
         self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None, more: dict[str, Tensor]
-    ) -> Regions | PackedRegions:
+    ) -> Any:
         """Rows and columns of a batch; its samples are packed where it has position ids and no padding mask."""
-        assert self.vat is not None
+        if self.vat is None:
+            return None
         ids = self._visual_token_ids
         if attention_mask is None and "position_ids" in more:
             return self.vat.packed_regions(input_ids, labels, more["position_ids"], visual_token_ids=ids)
         return self.vat.regions(input_ids, labels, attention_mask, visual_token_ids=ids)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that both models know: the smaller of the two heads."""
+        models = [self.student, *([] if self.teacher is None else [self.teacher.model])]
+        return min(model.config.get_text_config(decoder=True).vocab_size for model in models)
+
+    def _ask(
+        self,
+        answers: Tensor,
+        regions: Any,
+        key_mask: Tensor | None,
+        seen: SharedVision | None,
+        inputs: dict[str, Any],
+    ) -> tuple[Tensor, Any]:
+        """The teacher's hidden states (N, Ht) and its recorder, None where there is nothing to align."""
+        recorder = None
+        if self.vat is not None and regions.cols.shape[1] and regions.rows.shape[1]:
+            recorder = self.vat.teacher(regions, key_mask)
+        assert self._teacher[0] is not None
+        return self._teacher[0](answers, recorder, seen, **inputs), recorder
+
+    @torch.no_grad()
+    def ask_teacher(
+        self,
+        labels: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pixel_values: Tensor | None = None,
+        **more: Tensor,
+    ) -> tuple[Tensor, list[Tensor], Any]:
+        """The teacher's hidden states (N, Ht) of labelled tokens, and VAT's targets with their regions."""
+        key_mask = None if self.pads_right else attention_mask
+        regions = self._regions(input_ids, labels, attention_mask, more)
+        seen, inputs = self._inputs(input_ids, key_mask, pixel_values, more)
+        hidden, recorder = self._ask(labels[:, 1:] != IGNORE_INDEX, regions, key_mask, seen, inputs)
+        return hidden, [] if recorder is None else recorder.targets, regions
 
     @torch.no_grad()
     def measure(
@@ -256,10 +303,15 @@ class DistillationModel(nn.Module):
         patch = [F.cross_entropy(p, y, reduction="sum") for p, y in zip(parts, labels.flatten(0, 1).T, strict=True)]
         return {"patch": torch.stack(patch).sum()}
 
-    def _vocabulary_losses(self, hidden: Tensor, targets: Tensor, teacher_hidden: Tensor | None) -> dict[str, Tensor]:
+    def _vocabulary_losses(
+        self, hidden: Tensor, targets: Tensor, teacher_hidden: Tensor | None, topk: tuple[Tensor, Tensor] | None
+    ) -> dict[str, Tensor]:
         head = head_of(self.student)
-        if teacher_hidden is None or "kd" not in self.objective.losses:
+        if "kd" not in self.objective.losses:
             return {"ar": F.cross_entropy(head(hidden).float(), targets, reduction="sum")}
+        if topk is not None:
+            ar, kd = self.vocabulary_losses(hidden, head, None, None, targets, topk)
+            return {"ar": ar, "kd": kd}
         assert self.teacher is not None
         with self.teacher.head() as teacher_head:
             ar, kd = self.vocabulary_losses(hidden, head, teacher_hidden, teacher_head, targets)

@@ -1,14 +1,10 @@
 """Running a recipe: checks first, then one stage after the other, each from the result of the last one."""
 
-import logging
-import math
 import shutil
 import signal
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +14,14 @@ import yaml
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.utils import logging as transformers_logging
 
 from cdistill.data.render import PATCH_CLASSES
 from cdistill.models.load import Model, load_model
 from cdistill.models.parts import language_model
 from cdistill.train import checkpoints, launch
-from cdistill.train.build import Models, build_models, count_parameters, vat_config
+from cdistill.train.alignment import make_vat, vat_of
+from cdistill.train.build import Models, build_models, count_parameters, precision_of
+from cdistill.train.cache import CachedCollator, CachedDataset, StageCache, fingerprint, stage_cache
 from cdistill.train.config import Recipe, first_difference, recipe_from_dict, recipe_to_dict
 from cdistill.train.data import stage_dataset
 from cdistill.train.finite import FiniteSteps
@@ -32,9 +29,10 @@ from cdistill.train.lora import add_lora
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES, set_trained
 from cdistill.train.stop import StopCallback, StopRequest, stop_on_signals
+from cdistill.train.teacher import hold_teacher
 from cdistill.train.trainer import METRICS, DistillTrainer, RunLog, training_arguments
 from cdistill.train.zero import deepspeed_config
-from cdistill.vat import VAT, attention_layers
+from cdistill.vat import attention_layers
 
 RECIPE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
@@ -51,7 +49,7 @@ def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCall
         return run_stages(recipe, output, resume=resume, callbacks=callbacks)
     if recipe.processes > 1 and callbacks:
         raise ValueError("callbacks need recipe.processes 1: the stages of this recipe run in processes of their own")
-    with _quiet():
+    with launch.quiet():
         models = _prepare(recipe, output, resume)
     if recipe.processes > 1:
         launch.start_processes(recipe.processes, output)
@@ -73,7 +71,7 @@ def run_stages(
         launch.naming_lost_peers(),
         stop_on_signals() as request,
         launch.environment(distributed=recipe.deepspeed != "off"),
-        _quiet(),
+        launch.quiet(),
     ):
         if recipe.deepspeed != "off":
             launch.keep_deepspeed_from_compiling()
@@ -137,6 +135,9 @@ def _prepare(recipe: Recipe, output: Path, resume: bool) -> Models:
     models = build_models(recipe)
     for index in range(len(recipe.stages)):
         stage_dataset(recipe, index, models)
+        objective = recipe.stage[recipe.stages[index]].objective
+        if recipe.teacher_memory.cache is not None and OBJECTIVES[objective].distils:
+            StageCache(stage_cache(recipe, index), fingerprint(recipe, index, vat_of(recipe, objective, models)))
     if resume:
         _check_stages(output, stage_folders(recipe, output))
     text = yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False)
@@ -200,17 +201,6 @@ def _world_size(recipe: Recipe) -> int:
     return dist.get_world_size() if dist.is_initialized() and launch.launched() else recipe.processes
 
 
-def precision_of(recipe: Recipe) -> str:
-    """The number format the recipe asks for on this machine. Raises ValueError for fp16 on CPU."""
-    if recipe.precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("precision fp16 needs a GPU; use fp32 or bf16 on CPU")
-    if recipe.precision != "auto":
-        return recipe.precision
-    if not torch.cuda.is_available():
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
 def _on_first_process(action: Any) -> None:
     """Run something on rank 0 only; every rank raises the ValueError it may raise."""
     message: list[str | None] = [None]
@@ -235,8 +225,9 @@ def _run_stage(
 ) -> None:
     name = recipe.stages[index]
     stage, objective = recipe.stage[name], OBJECTIVES[recipe.stage[name].objective]
+    if not any(OBJECTIVES[recipe.stage[later].objective].distils for later in recipe.stages[index:]):
+        models.teacher = models.held = None
     student, precision = models.student, precision_of(recipe)
-    teacher: Model = models.teacher if objective.distils else None
     on_cpu = not torch.cuda.is_available()
     world = dist.get_world_size() if launch.launched() else 1
     micro = stage.micro_batch_size or stage.global_batch_size // world
@@ -274,16 +265,22 @@ def _run_stage(
         seed=recipe.seed + index,
         on_cpu=on_cpu,
     )
-    if teacher is None and models.teacher is not None:
-        models.teacher.to("cpu")  # where an earlier stage has left it on the GPU
-    if teacher is not None:
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        teacher.to(device=arguments.device, dtype=dtype)
     dataset, collator = stage_dataset(recipe, index, models)
-    vat = None
-    if recipe.aligns(stage.objective):
-        assert teacher is not None
-        vat = _make_vat(recipe, student.to(arguments.device), teacher, DataLoader(dataset, micro, collate_fn=collator))
+    teacher = vat = None
+    if objective.distils:
+        assert models.teacher is not None
+        layers = attention_layers(student), attention_layers(models.teacher)
+        if recipe.teacher_memory.cache is None:
+            models.held = models.held or hold_teacher(
+                recipe.teacher_memory, models.teacher, student, precision, arguments.device
+            )
+            teacher = models.held
+        if recipe.aligns(stage.objective):
+            batches = DataLoader(dataset, micro, collate_fn=collator)
+            vat = make_vat(recipe, layers, student.to(arguments.device), teacher, batches)
+        if recipe.teacher_memory.cache is not None:
+            kept = StageCache(stage_cache(recipe, index), fingerprint(recipe, index, vat))
+            dataset, collator = CachedDataset(dataset, kept), CachedCollator(collator)
     model = DistillationModel(student, objective, teacher=teacher, kd=recipe.kd, vat=vat, patch_classes=PATCH_CLASSES)
     first = arguments.process_index == 0
     log = RunLog(
@@ -370,37 +367,3 @@ def compile_layers(student: Model, backend: str = "inductor") -> None:
     """Compile each layer of the language model for batches of any length; layers of one kind are compiled once."""
     for layer in language_model(student).layers:
         layer.compile(dynamic=True, backend=backend)
-
-
-def _make_vat(recipe: Recipe, student: Model, teacher: Model, batches: DataLoader) -> VAT:
-    config = vat_config(recipe)
-    layers = attention_layers(student), attention_layers(teacher)
-    if config.matching != "adaptive":
-        return VAT(config, *layers)
-    measured = VAT.measure(config, *layers)
-    wanted = math.ceil(recipe.vat.measure_samples / (batches.batch_size or 1))
-    probe = VAT(replace(config, matching="group"), *layers)
-    model = DistillationModel(student, OBJECTIVES["dft"], teacher=teacher, vat=probe)
-    for _, batch in zip(range(wanted), batches, strict=False):
-        model.measure(measured, **{name: value.to(student.device) for name, value in batch.items()})
-    return VAT(config, *layers, distances=measured.matrix())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep DeepSpeed's, transformers' and accelerate's remarks off the console; errors stay."""
-    names = ("DeepSpeed", "transformers", "accelerate", "torch.distributed")
-    before = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    bars = transformers_logging.is_progress_bar_enabled()
-    try:
-        transformers_logging.disable_progress_bar()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)

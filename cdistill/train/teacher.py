@@ -9,10 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cdistill.models.llava import SharedVision, teacher_embeddings
+from cdistill.models.llava import Llava, SharedVision, teacher_embeddings
 from cdistill.models.load import Model
-from cdistill.models.parts import has_vision, head_of, language_model
+from cdistill.models.parts import VISUAL_MODULES, has_vision, head_of, language_model
+from cdistill.models.taf import TAFAdapter
+from cdistill.train.config import TeacherMemory
+from cdistill.train.zero import teacher_config
 from cdistill.vat.hook import KEYWORD
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Inputs of a batch that show a model no image or video.
 TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids")
@@ -54,6 +59,14 @@ class Teacher(nn.Module):
         self.model = model.eval().requires_grad_(False)
         self.shares_vision = shares_vision
 
+    def leave_to(self, student: Model) -> None:
+        """Drop what the student also has: the shared vision encoder and, with TAF, the adapter. Nothing here uses them."""
+        if not self.shares_vision:
+            return
+        self.model.model.vision_tower = None
+        if isinstance(student.model.multi_modal_projector, TAFAdapter):
+            self.model.model.multi_modal_projector = None
+
     @torch.no_grad()
     def forward(self, answers: Tensor, recorder: Any, shared: SharedVision | None = None, **inputs: Any) -> Tensor:
         """(N, d_T) hidden states at the True places of answers (B, T - 1); ``recorder`` sees the attention."""
@@ -83,3 +96,42 @@ class Teacher(nn.Module):
 
         with deepspeed.zero.GatheredParameters(list(head.parameters())):
             yield head
+
+
+def partitioned(teacher: Teacher, *, precision: str, offload: bool) -> Any:
+    """The teacher under a ZeRO-3 engine of its own: every process holds a part, layers are gathered as they run.
+
+    With ``offload`` the parts lie in CPU memory. Every process must call it.
+    """
+    import deepspeed
+
+    return deepspeed.initialize(model=teacher, config=teacher_config(precision=precision, offload=offload))[0]
+
+
+def quantized(kind: str, dtype: torch.dtype) -> Any:
+    """What ``from_pretrained`` takes to load a teacher whose language model's layers have 8 or 4 bits.
+
+    Head, adapter and vision encoder keep ``dtype``: the loss over the vocabulary needs the head's weight as it is. Raises
+    ValueError if bitsandbytes is not installed.
+    """
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("teacher_memory.quantization needs bitsandbytes: pip install cdistill[quantization]")
+    whole = ["lm_head", *VISUAL_MODULES, *(rf".*\.{name}" for name in VISUAL_MODULES)]  # patterns match from the start
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=whole
+    )
+
+
+def hold_teacher(memory: TeacherMemory, model: Model, student: Model, precision: str, device: torch.device) -> Any:
+    """The teacher as a recipe wants it held, without what the student has, too: a `Teacher`, or an engine around one."""
+    teacher = Teacher(model, shares_vision=isinstance(student, Llava) and isinstance(model, Llava))
+    teacher.leave_to(student)
+    if memory.zero == 3:
+        return partitioned(teacher.to(dtype=DTYPES[precision]), precision=precision, offload=memory.offload)
+    return teacher.to(device) if memory.quantization else teacher.to(device, DTYPES[precision])

@@ -40,3 +40,18 @@ def deepspeed_config(
         "steps_per_print": 10**12,
         "wall_clock_breakdown": False,
     }
+
+
+def teacher_config(*, precision: str, offload: bool) -> dict[str, Any]:
+    """DeepSpeed's JSON for a teacher that is never trained, partitioned by ZeRO-3.
+
+    Nothing is fetched ahead: the head is gathered outside the engine, and a fetch of it that is under way then fails.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},
+        "zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 0}
+        | ({"offload_param": {"device": "cpu"}} if offload else {}),
+        "steps_per_print": 10**12,
+    }

@@ -83,6 +83,11 @@ def _switch(model: "PreTrainedModel", implementation: str) -> None:
     text_model = next((m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is text_config), None)
     if text_model is None:
         raise ValueError(f"{type(model).__name__} has no submodule that owns its text configuration")
+    if implementation == IMPLEMENTATION and not text_model._supports_sdpa:
+        raise ValueError(
+            f"{type(text_model).__name__} does not run on SDPA, because its attention is no plain softmax of q k^T (such as "
+            "logit soft-capping or attention sinks), which visual attention alignment does not support"
+        )
     text_model.set_attn_implementation(implementation)
     if text_config._attn_implementation != implementation:
         raise ValueError(
@@ -210,9 +215,7 @@ def _require_same_packing(sequence: Tensor, query: Tensor, attention_mask: Tenso
         "use_cache=False and without attention_mask"
     )
     if (query.shape[0], query.shape[2]) != sequence.shape:
-        raise ValueError(
-            f"the recorder's packed rows are {tuple(sequence.shape)}, the model's {query.shape[0], query.shape[2]}"
-        )
+        raise ValueError(f"the recorder has packed rows {tuple(sequence.shape)}, not {query.shape[0], query.shape[2]}")
     if attention_mask is None:  # plain causality
         require_on_device((sequence == 0).all(), message)
     elif getattr(attention_mask, _PACKING, None) is not sequence:

@@ -49,7 +49,8 @@ def token_regions(
 
     ``input_ids``, ``labels`` (-100 = ignored), ``attention_mask`` (non-zero = real token; None = all real) and
     ``mm_token_type_ids`` are (B, T). Visual tokens (the columns) are the real tokens whose type is image or video where
-    ``mm_token_type_ids`` is given, otherwise those whose id is in ``visual_token_ids``. ``rows`` chooses the queries:
+    ``mm_token_type_ids`` is given (Qwen's processors; those of InternVL and Idefics3 mark the tokens around an image, too),
+    otherwise those whose id is in ``visual_token_ids`` (`cdistill.vat.visual_token_ids`). ``rows`` chooses the queries:
 
     - ``answer``: positions whose label is not ignored (needs ``labels``);
     - ``text``: every real token after the first visual token that is not visual itself;

@@ -1,0 +1,37 @@
+"""The alignment of a stage: layers matched, for adaptive matching by the distances measured on its first samples."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from cdistill.models.load import Model
+from cdistill.train.build import Models, vat_config
+from cdistill.train.config import Recipe
+from cdistill.train.model import DistillationModel
+from cdistill.train.objectives import OBJECTIVES
+from cdistill.vat import VAT, attention_layers
+
+
+def vat_of(recipe: Recipe, objective: str, models: Models) -> VAT | None:
+    """The alignment of a stage whose layers need not be measured, if it has one."""
+    if not recipe.aligns(objective):
+        return None
+    return VAT(vat_config(recipe), attention_layers(models.student), attention_layers(models.teacher))
+
+
+def make_vat(
+    recipe: Recipe, layers: tuple[tuple[int, ...], tuple[int, ...]], student: Model, teacher: Any, batches: DataLoader
+) -> VAT:
+    """The alignment of attention ``layers`` (student's, teacher's) by a recipe; ``teacher`` is asked for adaptive matching."""
+    config = vat_config(recipe)
+    if config.matching != "adaptive":
+        return VAT(config, *layers)
+    measured = VAT.measure(config, *layers)
+    wanted = math.ceil(recipe.vat.measure_samples / (batches.batch_size or 1))
+    probe = VAT(replace(config, matching="group"), *layers)
+    model = DistillationModel(student, OBJECTIVES["dft"], teacher=teacher, vat=probe)
+    for _, batch in zip(range(wanted), batches, strict=False):
+        model.measure(measured, **{name: value.to(student.device) for name, value in batch.items()})
+    return VAT(config, *layers, distances=measured.matrix())
