@@ -40,7 +40,6 @@ Bytes = dict[str, int]
 PAPER_LENGTH = 2048
 OVERHEAD = 10**9  # CUDA's context, kernels, workspaces of libraries and NCCL's buffers: assumed, not measured
 LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_reuse_distance: what ZeRO-3 may keep gathered
-PREFETCHED = 5 * 10**7  # DeepSpeed's stage3_prefetch_bucket_size
 QUANTISED = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}  # bytes per weight, scales of blocks of 64 included
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -145,7 +144,7 @@ def plan(
     Args:
         gpus: data-parallel processes, one per GPU.
         precision: fp32, bf16 or fp16; by default the recipe's, bf16 for ``auto``.
-        device: ``cuda``, or ``cpu`` for what its processes need there (chunks of logits are smaller, the teacher stays).
+        device: ``cuda``, or ``cpu`` for what its processes need there (chunks of logits are smaller).
         length: tokens of a sample, visual tokens included; by default 2048 as in the paper, or what the student can take.
         visual: visual tokens of a sample, by default those of one image.
         answers: labelled tokens of a sample, by default all that are not visual, which no batch can exceed.
@@ -163,7 +162,7 @@ def plan(
         raise ValueError(f"precision must be one of {', '.join(DTYPES)}, got {precision!r}")
     stages = []
     remarks = []
-    for name in recipe.stages:
+    for index, name in enumerate(recipe.stages):
         stage = recipe.stage[name]
         student = student_of(recipe, stage.objective)
         micro = stage.micro_batch_size or stage.global_batch_size // gpus
@@ -176,7 +175,7 @@ def plan(
             accumulates=stage.global_batch_size > micro * gpus,
             **_tokens(student, stage, length, visual, answers),
         )
-        stages.append(StagePlan(name, setting, _phases(recipe, stage, student, setting)))
+        stages.append(StagePlan(name, setting, _phases(recipe, index, student, setting)))
         if has_vision(student.model) and not is_llava(student.model):
             remarks.append(f"the working memory of {student.model.config.model_type}'s vision encoder is not counted")
     return Plan(recipe, tuple(stages), tuple(dict.fromkeys(remarks)))
@@ -205,17 +204,19 @@ def _tokens(
     return {"length": length, "visual": visual, "answers": answers}
 
 
-def _phases(recipe: Recipe, stage: StageConfig, student: Blueprint, s: Setting) -> dict[str, Bytes]:
+def _phases(recipe: Recipe, index: int, student: Blueprint, s: Setting) -> dict[str, Bytes]:
     """The phases of a step."""
-    objective = OBJECTIVES[stage.objective]
+    objective = OBJECTIVES[recipe.stage[recipe.stages[index]].objective]
     resident = {
         "CUDA and NCCL": 0 if s.device == "cpu" else OVERHEAD,
         "student weights": _weights(student, s),
         "optimizer": _optimizer(student, s),
     }
     teacher = teacher_of(recipe)
-    if teacher is not None and (objective.distils or s.device == "cpu"):
-        resident["teacher weights"] = _teacher_weights(recipe, teacher, s)
+    stages = [OBJECTIVES[recipe.stage[other].objective].distils for other in recipe.stages]
+    begun = s.device == "cpu" or any(stages[: index + 1])  # in CPU memory until a stage distils
+    if teacher is not None and begun and any(stages[index:]):
+        resident["teacher weights"] = _teacher_weights(recipe, student, teacher, s)
     if not objective.distils or recipe.teacher_memory.cache is not None:
         teacher = None
     gradients = _gradients(student, s)
@@ -232,14 +233,17 @@ def _phases(recipe: Recipe, stage: StageConfig, student: Blueprint, s: Setting) 
     hidden = _teacher_hidden(recipe, objective, teacher, s)
     acts = _activations(recipe, objective, student, s)
     logits = _vocabulary(recipe, objective, student, teacher, s)
+    gathered = {"pass": 0, "losses": 0} if teacher is None else _gathered(recipe, teacher, s)
     inputs = {"images": images["kept"], "targets": targets}
     phases = {"images": waiting | {"images": images["peak"]}}
     if teacher is not None:
-        phases["teacher"] = waiting | inputs | {"teacher's pass": _teacher_pass(recipe, objective, teacher, s)}
+        phases["teacher"] = (
+            waiting | inputs | {"teacher's pass": _teacher_pass(recipe, objective, teacher, s) + gathered["pass"]}
+        )
     inputs["images"] += hidden
     forward = waiting | inputs
     phases["forward"] = forward | {"activations": acts["forward"]}
-    phases["losses"] = forward | {"activations": acts["cached"], "logits": logits.forward}
+    phases["losses"] = forward | {"activations": acts["cached"], "logits": logits.forward + gathered["losses"]}
     after = resident | {"images": acts["images"], "targets": targets}
     phases["backward of the losses"] = after | {
         "gradients": gradients["between"],
@@ -318,20 +322,41 @@ def _gradients(student: Blueprint, s: Setting) -> Bytes:
     return {"between": between, "begin": between + bucket, "end": held + bucket, "step": step}
 
 
-def _teacher_weights(recipe: Recipe, teacher: Blueprint, s: Setting) -> int:
-    """In the precision; partitioned, in CPU memory, with quantised layers, or kept by a cache and not here at all."""
+def _teacher_weights(recipe: Recipe, student: Blueprint, teacher: Blueprint, s: Setting) -> int:
+    """In the precision, without what the student has, too: the vision encoder and, with TAF, the adapter.
+
+    Partitioned, in CPU memory, with quantised layers, or kept by a cache and not here at all.
+    """
     memory, item = recipe.teacher_memory, _size(s.half)
     if memory.cache is not None:
         return 0
+    held = teacher.total
+    if is_llava(student.model) and is_llava(teacher.model):
+        shared = [teacher.model.model.vision_tower]
+        if isinstance(student.model.model.multi_modal_projector, TAFAdapter):
+            shared.append(teacher.model.model.multi_modal_projector)
+        held -= sum(p.numel() for part in shared for p in part.parameters())
     if memory.zero == 3:
-        head = head_of(teacher.model).weight.numel()
-        gathered = min(teacher.total, max(head, PREFETCHED + _largest_layer(teacher)))
-        return item * gathered + (0 if memory.offload else item * teacher.total // s.gpus)
+        return 0 if memory.offload else item * held // s.gpus
     if memory.quantization is None:
-        return item * teacher.total
-    layers = language_model(teacher.model).layers
-    linear = [m.weight.numel() for m in layers.modules() if isinstance(m, nn.Linear)]
-    return int(item * (teacher.total - sum(linear)) + QUANTISED[memory.quantization] * sum(linear)) + item * max(linear)
+        return item * held
+    linear = sum(_linear_sizes(teacher))
+    return int(item * (held - linear) + QUANTISED[memory.quantization] * linear)
+
+
+def _gathered(recipe: Recipe, teacher: Blueprint, s: Setting) -> Bytes:
+    """Whole weights of a teacher that is held otherwise: one layer's in its pass, its head's in the losses."""
+    memory, item = recipe.teacher_memory, _size(s.half)
+    if memory.zero == 3:  # nothing is fetched ahead
+        head = head_of(teacher.model).weight.numel()
+        return {"pass": item * max(head, _largest_layer(teacher)), "losses": item * head}
+    return {"pass": item * max(_linear_sizes(teacher)) if memory.quantization else 0, "losses": 0}
+
+
+def _linear_sizes(blueprint: Blueprint) -> list[int]:
+    """Elements of every matrix in the layers of a language model."""
+    layers = language_model(blueprint.model).layers
+    return [module.weight.numel() for module in layers.modules() if isinstance(module, nn.Linear)]
 
 
 def _largest_layer(blueprint: Blueprint) -> int:

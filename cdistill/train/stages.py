@@ -226,6 +226,8 @@ def _run_stage(
 ) -> None:
     name = recipe.stages[index]
     stage, objective = recipe.stage[name], OBJECTIVES[recipe.stage[name].objective]
+    if not any(OBJECTIVES[recipe.stage[later].objective].distils for later in recipe.stages[index:]):
+        models.teacher = models.held = None
     student, precision = models.student, precision_of(recipe)
     on_cpu = not torch.cuda.is_available()
     world = dist.get_world_size() if launch.launched() else 1
