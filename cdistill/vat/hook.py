@@ -115,25 +115,43 @@ def _attention(sdpa: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         recorder = kwargs.pop(KEYWORD, None)
-        layer = getattr(module, "layer_idx", None)  # vision towers have none
-        if recorder is not None and layer is not None:
-            if not isinstance(recorder, Recorder):
-                raise ValueError(f"{KEYWORD} must be a recorder of cdistill.vat, got {type(recorder).__name__}")
-            if layer in recorder.layers:
-                sequence = getattr(recorder, "sequence", None)
-                _require_plain_causal(layer, module, query, key, attention_mask, kwargs, packed=sequence is not None)
-                if sequence is None:
-                    _require_same_padding(recorder.key_mask, getattr(attention_mask, _PADDING, None))
-                else:
-                    _require_same_packing(sequence, query, attention_mask)
-                out = recorder.record(layer, query, key, value, scale=kwargs.get("scaling"), causal=True)
-                if out is not None:
-                    if kwargs.get("dropout"):
-                        raise ValueError(f"layer {layer} uses attention dropout, which needs vat.engine sdpa")
-                    return out.transpose(1, 2).contiguous(), None
+        if recorder is not None:
+            out = _record(recorder, module, query, key, value, attention_mask, kwargs)
+            if out is not None:
+                return out.transpose(1, 2).contiguous(), None
         return sdpa(module, query, key, value, attention_mask, **kwargs)
 
     return attention
+
+
+@torch.compiler.disable  # one code for all layers: a compiler would make one for each layer_idx that it reads here
+def _record(
+    recorder: Any,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Tensor | None:
+    """Show a layer's queries and keys to the recorder if it wants them; the layer's attention if it has made that, too."""
+    layer = getattr(module, "layer_idx", None)  # vision towers have none
+    if layer is None:
+        return None
+    if not isinstance(recorder, Recorder):
+        raise ValueError(f"{KEYWORD} must be a recorder of cdistill.vat, got {type(recorder).__name__}")
+    if layer not in recorder.layers:
+        return None
+    sequence = getattr(recorder, "sequence", None)
+    _require_plain_causal(layer, module, query, key, attention_mask, kwargs, packed=sequence is not None)
+    if sequence is None:
+        _require_same_padding(recorder.key_mask, getattr(attention_mask, _PADDING, None))
+    else:
+        _require_same_packing(sequence, query, attention_mask)
+    out = recorder.record(layer, query, key, value, scale=kwargs.get("scaling"), causal=True)
+    if out is not None and kwargs.get("dropout"):
+        raise ValueError(f"layer {layer} uses attention dropout, which needs vat.engine sdpa")
+    return out
 
 
 def _mask(sdpa_mask: Callable[..., Tensor | None], causal: Callable[..., Any]) -> Callable[..., Tensor | None]:
