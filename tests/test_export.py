@@ -14,6 +14,7 @@ import torch
 from builtin_models import VISION, llava, recipe_values, save_base
 from export_cases import add_lora, batch, chats, images, qwen2_vl, save, taf_student, text_batch, text_chats
 from peft import PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
@@ -283,6 +284,33 @@ def test_a_teacher_without_biases_leaves_a_merged_adapter(tmp_path):
     torch.testing.assert_close(loaded(**batch()).logits, student(**batch()).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("targets", [("lm_head",), ("embed_tokens",), ("lm_head", "embed_tokens", "q_proj")])
+@pytest.mark.parametrize("kind", ["language", "stock", "taf"])
+def test_an_adapter_of_tied_embeddings_changes_only_the_one_it_was_trained_for(kind, targets, tmp_path):
+    base, inputs = tmp_path / "base", text_batch() if kind == "language" else batch()
+    if kind == "language":
+        save_base(base)
+    else:
+        save(taf_student() if kind == "taf" else llava(), base)
+    assert load_model(base).config.tie_word_embeddings
+    adapted = add_lora(base, tmp_path / "lora", targets)
+    export(tmp_path / "lora", tmp_path / "out")
+    loaded = load_model(tmp_path / "out").eval()
+    torch.testing.assert_close(loaded(**inputs).logits, adapted(**inputs).logits, rtol=1e-4, atol=1e-4)
+    plain = load_model(base).eval()(**inputs).logits
+    assert (adapted(**inputs).logits - plain).abs().max() > 0.1
+    for config in (loaded.config, loaded.config.get_text_config()):
+        assert not config.tie_word_embeddings
+
+
+def test_embeddings_stay_tied_where_the_adapter_leaves_them_alone(tmp_path):
+    save_base(tmp_path / "base")
+    add_lora(tmp_path / "base", tmp_path / "lora", ("q_proj",))
+    export(tmp_path / "lora", tmp_path / "out")
+    loaded = load_model(tmp_path / "out")
+    assert loaded.config.tie_word_embeddings and loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
 def test_a_merged_student_is_trained_as_one_with_its_own_adapter(models, tmp_path):
     from cdistill.train.config import recipe_from_dict
     from cdistill.train.objectives import OBJECTIVES, set_trained
@@ -410,6 +438,9 @@ def damage(folder, what):
             (bad / "adapter_model.safetensors").unlink()
         case "adapter cut":
             (bad / "adapter_model.safetensors").write_bytes(b"0" * 20)
+        case "adapter of no numbers":
+            state = load_file(bad / "adapter_model.safetensors")
+            save_file({name: value * torch.nan for name, value in state.items()}, bad / "adapter_model.safetensors")
     return bad
 
 
@@ -448,6 +479,7 @@ def sources(tmp_path_factory):
         ("adapter without configuration", r"bad/adapter_config\.json is corrupt"),
         ("adapter without weights", r"bad/adapter_model\.safetensors is missing"),
         ("adapter cut", r"bad/adapter_model\.safetensors is corrupt"),
+        ("adapter of no numbers", r"bad/adapter_model\.safetensors cannot be merged: NaNs"),
     ],
 )
 def test_what_cannot_be_exported_is_told_in_one_line(what, message, sources, tmp_path, capsys):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from cdistill.models import taf
@@ -202,7 +202,32 @@ def _merge_adapter(base: Model, folder: Path) -> Model:
         raise ValueError(f"model: {weights} does not fit {path}: {missing[0]} is in one of them only")
     if not hasattr(adapted.base_model, "merge_and_unload"):
         raise ValueError(f"model: {path}: peft_type {adapted.active_peft_config.peft_type.value} cannot be merged")
-    return adapted.merge_and_unload(safe_merge=True).eval()
+    _untie_adapted(adapted)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of tied embeddings, which are dealt with
+            merged = adapted.merge_and_unload(safe_merge=True).eval()
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"model: {weights} cannot be merged: {_one_line(error)}") from None
+    head = merged.get_output_embeddings()
+    if head is not None and head.weight is not merged.get_input_embeddings().weight:
+        for config in (merged.config, merged.config.get_text_config(decoder=True)):
+            config.tie_word_embeddings = False  # else loading drops one of the two
+    return merged
+
+
+def _untie_adapted(adapted: Any) -> None:
+    """Give every module weights of its own if an adapted one shares them: the adapter holds for that module alone."""
+    layers = [module.get_base_layer() for module in adapted.modules() if hasattr(module, "get_base_layer")]
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in adapted.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            owners.setdefault(id(weight), []).append((module, name))
+    shared = [modules for modules in owners.values() if len(modules) > 1]
+    if not any(module is layer for modules in shared for module, _ in modules for layer in layers):
+        return
+    for modules in shared:
+        for module, name in modules[1:]:
+            setattr(module, name, nn.Parameter(getattr(module, name).detach().clone()))
 
 
 def _write(model: Model, processor: Processor, output: Path, *, code: bool, max_shard_size: int | str | None) -> None:
