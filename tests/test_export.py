@@ -311,6 +311,22 @@ def test_embeddings_stay_tied_where_the_adapter_leaves_them_alone(tmp_path):
     assert loaded.config.tie_word_embeddings and loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("base_dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_is_merged_in_fp32_and_rounded_once(base_dtype, tmp_path):
+    save(load_model(save_base(tmp_path / "first"), dtype=base_dtype), tmp_path / "base")
+    adapted = add_lora(tmp_path / "base", tmp_path / "lora", ("q_proj", "v_proj"))
+    assert export(tmp_path / "lora", tmp_path / "fp32", dtype="fp32").dtype == "fp32"
+    exact = load_model(tmp_path / "fp32", dtype="auto")
+    assert exact.dtype == torch.float32
+    inputs = text_batch()
+    torch.testing.assert_close(exact(**inputs).logits, adapted(**inputs).logits, rtol=1e-4, atol=1e-4)
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[base_dtype]
+    assert export(tmp_path / "lora", tmp_path / "own").dtype == name  # that of the base by default
+    rounded = load_model(tmp_path / "own", dtype="auto").state_dict()
+    for key, value in exact.state_dict().items():
+        assert rounded[key].dtype == base_dtype and torch.equal(rounded[key], value.to(base_dtype))
+
+
 def test_a_merged_student_is_trained_as_one_with_its_own_adapter(models, tmp_path):
     from cdistill.train.config import recipe_from_dict
     from cdistill.train.objectives import OBJECTIVES, set_trained

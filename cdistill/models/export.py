@@ -50,9 +50,9 @@ def export(
 ) -> Exported:
     """Write a model as one folder with safetensors, processor and chat template, atomically.
 
-    A LoRA adapter is merged into its base. A student whose TAF map is linear gets it multiplied into the teacher adapter's
-    last layer (`merge_taf`), and is a stock LLaVA where the widths allow that. Where nothing is merged the weights are the
-    same bits, unless ``dtype`` changes them.
+    A LoRA adapter is merged into its base in fp32 and rounded once. A student whose TAF map is linear gets it multiplied
+    into the teacher adapter's last layer (`merge_taf`), and is a stock LLaVA where the widths allow that. Where nothing is
+    merged the weights are the same bits, unless ``dtype`` changes them.
 
     Args:
         model: folder made by ``save_pretrained``, folder of a run (its last finished stage), folder of a peft adapter whose
@@ -76,10 +76,10 @@ def export(
     folders = [_base_of(folder), folder] if adapted else [folder]
     processor, remarks = _check(folders)  # before the weights, which may take long
     loaded = _load(folders[0])
+    target = loaded.dtype if dtype is None else DTYPES[dtype]
     merged = ["LoRA"] if adapted else []
     if adapted:
-        loaded = _merge_adapter(loaded, folder)
-    target = loaded.dtype if dtype is None else DTYPES[dtype]
+        loaded = _merge_adapter(loaded.float(), folder)  # sums in a narrower format would lose what was learnt
     is_taf = isinstance(loaded, TAFLlavaForConditionalGeneration)
     if merge_taf and is_taf and loaded.config.taf_activation == "linear":
         loaded, merged = merge_taf_map(loaded, target), [*merged, "TAF"]
