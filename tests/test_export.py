@@ -23,6 +23,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     ViTConfig,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging as transformers_logging
 
 from cdistill.cli import main
@@ -41,7 +42,7 @@ from cdistill.data.render import to_image
 from cdistill.models import MergedAdapter, TAFAdapter, TAFLlavaForConditionalGeneration, check_pair, taf
 from cdistill.models.export import export, merge_taf_map
 from cdistill.models.load import ASSETS, load_model
-from cdistill.models.processor import build_processor
+from cdistill.models.processor import build_processor, check_image_processors, load_processor
 from cdistill.train import load_recipe, run
 from cdistill.train.build import build_models
 
@@ -402,13 +403,45 @@ def test_processors_of_vision_encoders(tmp_path):
     config.vision_feature_select_strategy = "default"
     with pytest.raises(ValueError, match="model: its processor makes 36 tokens 2 of an image, the model takes 37"):
         build_processor(config, build_tokenizer(), "model")
-    with pytest.raises(ValueError, match=r"model: the image processor in .*nothing cannot be loaded: "):
+    with pytest.raises(ValueError, match=r"model: the image processor of .*nothing/prep.*\.json cannot be loaded: "):
         (tmp_path / "nothing").mkdir()
         (tmp_path / "nothing" / "preprocessor_config.json").write_text("{}")
         build_processor(config, build_tokenizer(), "model", source=tmp_path / "nothing")
     config.vision_config = ViTConfig(image_size=48, patch_size=8)
     with pytest.raises(ValueError, match=r"preprocessor_config\.json is missing, and vit has no usual"):
         build_processor(config, build_tokenizer(), "model")
+
+
+CHECKS = {
+    "processor": lambda folder: load_processor(folder, "student.base"),
+    "image": lambda folder: check_image_processors({"student.base": folder}),
+    "composed": lambda folder: build_processor(llava().config, build_tokenizer(), "student.base", source=folder),
+}
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+@pytest.mark.parametrize("text", ["{", "[]", '{"image_processor_type": 3}', "\0\n"])
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS.keys())
+def test_a_corrupt_processor_is_told_in_one_line(check, text, file, tmp_path):
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=rf"^student\.base: .*{re.escape(str(tmp_path / file))} .+") as error:
+        check(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS.keys())
+def test_a_processor_whose_package_is_missing_is_told_in_one_line(check, tmp_path, monkeypatch):
+    def without_package(*args, **kwargs):
+        raise ImportError("\nFastProcessor requires the Torchvision library\nbut it was not found")
+
+    save(llava(), tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    for auto in (AutoProcessor, AutoImageProcessor):
+        monkeypatch.setattr(auto, "from_pretrained", without_package)
+    file = re.escape(str(tmp_path / "preprocessor_config.json"))
+    message = f"{file} cannot be loaded: FastProcessor requires the Torchvision library but it was not found$"
+    with pytest.raises(ValueError, match=rf"^student\.base: the (image )?processor of {message}"):
+        check(tmp_path)
 
 
 def damage(folder, what):

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from cdistill.models import taf
-from cdistill.models.load import Model, load_config, load_model, load_tokenizer, resolve_folder
+from cdistill.models.load import DTYPES, Model, load_config, load_model, load_tokenizer, one_line, resolve_folder
 from cdistill.models.processor import COMPOSITIONS, Processor, ProcessorFiles, build_processor, has_image_processor
 from cdistill.models.taf import MERGED, TAFAdapter, TAFLlavaConfig, TAFLlavaForConditionalGeneration
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 RECIPE = "recipe.yaml"
 CODE = "modeling_cdistill_taf"
@@ -196,7 +195,7 @@ def _merge_adapter(base: Model, folder: Path) -> Model:
         with warnings.catch_warnings(action="ignore"):  # missing weights are an error, below
             adapted: Any = PeftModel.from_pretrained(base, str(folder))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise ValueError(f"model: {path} does not fit its base: {_one_line(error)}") from None
+        raise ValueError(f"model: {path} does not fit its base: {one_line(error)}") from None
     missing = sorted(set(get_peft_model_state_dict(adapted)) ^ saved)
     if missing:
         raise ValueError(f"model: {weights} does not fit {path}: {missing[0]} is in one of them only")
@@ -207,7 +206,7 @@ def _merge_adapter(base: Model, folder: Path) -> Model:
         with warnings.catch_warnings(action="ignore"):  # of tied embeddings, which are dealt with
             merged = adapted.merge_and_unload(safe_merge=True).eval()
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"model: {weights} cannot be merged: {_one_line(error)}") from None
+        raise ValueError(f"model: {weights} cannot be merged: {one_line(error)}") from None
     head = merged.get_output_embeddings()
     if head is not None and head.weight is not merged.get_input_embeddings().weight:
         for config in (merged.config, merged.config.get_text_config(decoder=True)):
@@ -251,10 +250,6 @@ def _write(model: Model, processor: Processor, output: Path, *, code: bool, max_
             shutil.copyfile(taf.__file__, part / f"{CODE}.py")
         part.replace(output)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"output: {output} could not be written: {_one_line(error)}") from None
+        raise ValueError(f"output: {output} could not be written: {one_line(error)}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
