@@ -14,6 +14,7 @@ import torch
 from builtin_models import VISION, llava, recipe_values, save_base
 from export_cases import add_lora, batch, chats, images, qwen2_vl, save, taf_student, text_batch, text_chats
 from peft import PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
@@ -22,6 +23,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     ViTConfig,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging as transformers_logging
 
 from cdistill.cli import main
@@ -40,7 +42,7 @@ from cdistill.data.render import to_image
 from cdistill.models import MergedAdapter, TAFAdapter, TAFLlavaForConditionalGeneration, check_pair, taf
 from cdistill.models.export import export, merge_taf_map
 from cdistill.models.load import ASSETS, load_model
-from cdistill.models.processor import build_processor
+from cdistill.models.processor import build_processor, check_image_processors, load_processor
 from cdistill.train import load_recipe, run
 from cdistill.train.build import build_models
 
@@ -283,6 +285,49 @@ def test_a_teacher_without_biases_leaves_a_merged_adapter(tmp_path):
     torch.testing.assert_close(loaded(**batch()).logits, student(**batch()).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("targets", [("lm_head",), ("embed_tokens",), ("lm_head", "embed_tokens", "q_proj")])
+@pytest.mark.parametrize("kind", ["language", "stock", "taf"])
+def test_an_adapter_of_tied_embeddings_changes_only_the_one_it_was_trained_for(kind, targets, tmp_path):
+    base, inputs = tmp_path / "base", text_batch() if kind == "language" else batch()
+    if kind == "language":
+        save_base(base)
+    else:
+        save(taf_student() if kind == "taf" else llava(), base)
+    assert load_model(base).config.tie_word_embeddings
+    adapted = add_lora(base, tmp_path / "lora", targets)
+    export(tmp_path / "lora", tmp_path / "out")
+    loaded = load_model(tmp_path / "out").eval()
+    torch.testing.assert_close(loaded(**inputs).logits, adapted(**inputs).logits, rtol=1e-4, atol=1e-4)
+    plain = load_model(base).eval()(**inputs).logits
+    assert (adapted(**inputs).logits - plain).abs().max() > 0.1
+    for config in (loaded.config, loaded.config.get_text_config()):
+        assert not config.tie_word_embeddings
+
+
+def test_embeddings_stay_tied_where_the_adapter_leaves_them_alone(tmp_path):
+    save_base(tmp_path / "base")
+    add_lora(tmp_path / "base", tmp_path / "lora", ("q_proj",))
+    export(tmp_path / "lora", tmp_path / "out")
+    loaded = load_model(tmp_path / "out")
+    assert loaded.config.tie_word_embeddings and loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("base_dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_is_merged_in_fp32_and_rounded_once(base_dtype, tmp_path):
+    save(load_model(save_base(tmp_path / "first"), dtype=base_dtype), tmp_path / "base")
+    adapted = add_lora(tmp_path / "base", tmp_path / "lora", ("q_proj", "v_proj"))
+    assert export(tmp_path / "lora", tmp_path / "fp32", dtype="fp32").dtype == "fp32"
+    exact = load_model(tmp_path / "fp32", dtype="auto")
+    assert exact.dtype == torch.float32
+    inputs = text_batch()
+    torch.testing.assert_close(exact(**inputs).logits, adapted(**inputs).logits, rtol=1e-4, atol=1e-4)
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[base_dtype]
+    assert export(tmp_path / "lora", tmp_path / "own").dtype == name  # that of the base by default
+    rounded = load_model(tmp_path / "own", dtype="auto").state_dict()
+    for key, value in exact.state_dict().items():
+        assert rounded[key].dtype == base_dtype and torch.equal(rounded[key], value.to(base_dtype))
+
+
 def test_a_merged_student_is_trained_as_one_with_its_own_adapter(models, tmp_path):
     from cdistill.train.config import recipe_from_dict
     from cdistill.train.objectives import OBJECTIVES, set_trained
@@ -358,13 +403,45 @@ def test_processors_of_vision_encoders(tmp_path):
     config.vision_feature_select_strategy = "default"
     with pytest.raises(ValueError, match="model: its processor makes 36 tokens 2 of an image, the model takes 37"):
         build_processor(config, build_tokenizer(), "model")
-    with pytest.raises(ValueError, match=r"model: the image processor in .*nothing cannot be loaded: "):
+    with pytest.raises(ValueError, match=r"model: the image processor of .*nothing/prep.*\.json cannot be loaded: "):
         (tmp_path / "nothing").mkdir()
         (tmp_path / "nothing" / "preprocessor_config.json").write_text("{}")
         build_processor(config, build_tokenizer(), "model", source=tmp_path / "nothing")
     config.vision_config = ViTConfig(image_size=48, patch_size=8)
     with pytest.raises(ValueError, match=r"preprocessor_config\.json is missing, and vit has no usual"):
         build_processor(config, build_tokenizer(), "model")
+
+
+CHECKS = {
+    "processor": lambda folder: load_processor(folder, "student.base"),
+    "image": lambda folder: check_image_processors({"student.base": folder}),
+    "composed": lambda folder: build_processor(llava().config, build_tokenizer(), "student.base", source=folder),
+}
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+@pytest.mark.parametrize("text", ["{", "[]", '{"image_processor_type": 3}', "\0\n"])
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS.keys())
+def test_a_corrupt_processor_is_told_in_one_line(check, text, file, tmp_path):
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=rf"^student\.base: .*{re.escape(str(tmp_path / file))} .+") as error:
+        check(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS.keys())
+def test_a_processor_whose_package_is_missing_is_told_in_one_line(check, tmp_path, monkeypatch):
+    def without_package(*args, **kwargs):
+        raise ImportError("\nFastProcessor requires the Torchvision library\nbut it was not found")
+
+    save(llava(), tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    for auto in (AutoProcessor, AutoImageProcessor):
+        monkeypatch.setattr(auto, "from_pretrained", without_package)
+    file = re.escape(str(tmp_path / "preprocessor_config.json"))
+    message = f"{file} cannot be loaded: FastProcessor requires the Torchvision library but it was not found$"
+    with pytest.raises(ValueError, match=rf"^student\.base: the (image )?processor of {message}"):
+        check(tmp_path)
 
 
 def damage(folder, what):
@@ -410,6 +487,9 @@ def damage(folder, what):
             (bad / "adapter_model.safetensors").unlink()
         case "adapter cut":
             (bad / "adapter_model.safetensors").write_bytes(b"0" * 20)
+        case "adapter of no numbers":
+            state = load_file(bad / "adapter_model.safetensors")
+            save_file({name: value * torch.nan for name, value in state.items()}, bad / "adapter_model.safetensors")
     return bad
 
 
@@ -448,6 +528,7 @@ def sources(tmp_path_factory):
         ("adapter without configuration", r"bad/adapter_config\.json is corrupt"),
         ("adapter without weights", r"bad/adapter_model\.safetensors is missing"),
         ("adapter cut", r"bad/adapter_model\.safetensors is corrupt"),
+        ("adapter of no numbers", r"bad/adapter_model\.safetensors cannot be merged: NaNs"),
     ],
 )
 def test_what_cannot_be_exported_is_told_in_one_line(what, message, sources, tmp_path, capsys):

@@ -191,9 +191,22 @@ def drop_processor(folder):
         (folder / "base" / name).unlink(missing_ok=True)
 
 
+def spoil(name, text="{"):
+    """Make the processor of a model unreadable: in the older file, as some checkpoints have it, and in the newer one."""
+
+    def damage(folder):
+        for file in ("preprocessor_config.json", "processor_config.json"):
+            (folder / name / file).write_text(text)
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "changes", "message"),
     [
+        (spoil("teacher"), {}, r"^teacher: .*teacher/processor_config\.json is corrupt \("),
+        (spoil("base"), {}, r"^student\.base: .*base/processor_config\.json is corrupt \("),
+        (spoil("teacher", "[]"), {}, r"^teacher: the image processor of .*/processor_config\.json cannot be loaded"),
         (
             change_pixels,
             {},

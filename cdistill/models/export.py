@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from cdistill.models import taf
-from cdistill.models.load import Model, load_config, load_model, load_tokenizer, resolve_folder
+from cdistill.models.load import DTYPES, Model, load_config, load_model, load_tokenizer, one_line, resolve_folder
 from cdistill.models.processor import COMPOSITIONS, Processor, ProcessorFiles, build_processor, has_image_processor
 from cdistill.models.taf import MERGED, TAFAdapter, TAFLlavaConfig, TAFLlavaForConditionalGeneration
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 RECIPE = "recipe.yaml"
 CODE = "modeling_cdistill_taf"
@@ -50,9 +49,9 @@ def export(
 ) -> Exported:
     """Write a model as one folder with safetensors, processor and chat template, atomically.
 
-    A LoRA adapter is merged into its base. A student whose TAF map is linear gets it multiplied into the teacher adapter's
-    last layer (`merge_taf`), and is a stock LLaVA where the widths allow that. Where nothing is merged the weights are the
-    same bits, unless ``dtype`` changes them.
+    A LoRA adapter is merged into its base in fp32 and rounded once. A student whose TAF map is linear gets it multiplied
+    into the teacher adapter's last layer (`merge_taf`), and is a stock LLaVA where the widths allow that. Where nothing is
+    merged the weights are the same bits, unless ``dtype`` changes them.
 
     Args:
         model: folder made by ``save_pretrained``, folder of a run (its last finished stage), folder of a peft adapter whose
@@ -76,10 +75,10 @@ def export(
     folders = [_base_of(folder), folder] if adapted else [folder]
     processor, remarks = _check(folders)  # before the weights, which may take long
     loaded = _load(folders[0])
+    target = loaded.dtype if dtype is None else DTYPES[dtype]
     merged = ["LoRA"] if adapted else []
     if adapted:
-        loaded = _merge_adapter(loaded, folder)
-    target = loaded.dtype if dtype is None else DTYPES[dtype]
+        loaded = _merge_adapter(loaded.float(), folder)  # sums in a narrower format would lose what was learnt
     is_taf = isinstance(loaded, TAFLlavaForConditionalGeneration)
     if merge_taf and is_taf and loaded.config.taf_activation == "linear":
         loaded, merged = merge_taf_map(loaded, target), [*merged, "TAF"]
@@ -196,13 +195,38 @@ def _merge_adapter(base: Model, folder: Path) -> Model:
         with warnings.catch_warnings(action="ignore"):  # missing weights are an error, below
             adapted: Any = PeftModel.from_pretrained(base, str(folder))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise ValueError(f"model: {path} does not fit its base: {_one_line(error)}") from None
+        raise ValueError(f"model: {path} does not fit its base: {one_line(error)}") from None
     missing = sorted(set(get_peft_model_state_dict(adapted)) ^ saved)
     if missing:
         raise ValueError(f"model: {weights} does not fit {path}: {missing[0]} is in one of them only")
     if not hasattr(adapted.base_model, "merge_and_unload"):
         raise ValueError(f"model: {path}: peft_type {adapted.active_peft_config.peft_type.value} cannot be merged")
-    return adapted.merge_and_unload(safe_merge=True).eval()
+    _untie_adapted(adapted)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of tied embeddings, which are dealt with
+            merged = adapted.merge_and_unload(safe_merge=True).eval()
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"model: {weights} cannot be merged: {one_line(error)}") from None
+    head = merged.get_output_embeddings()
+    if head is not None and head.weight is not merged.get_input_embeddings().weight:
+        for config in (merged.config, merged.config.get_text_config(decoder=True)):
+            config.tie_word_embeddings = False  # else loading drops one of the two
+    return merged
+
+
+def _untie_adapted(adapted: Any) -> None:
+    """Give every module weights of its own if an adapted one shares them: the adapter holds for that module alone."""
+    layers = [module.get_base_layer() for module in adapted.modules() if hasattr(module, "get_base_layer")]
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in adapted.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            owners.setdefault(id(weight), []).append((module, name))
+    shared = [modules for modules in owners.values() if len(modules) > 1]
+    if not any(module is layer for modules in shared for module, _ in modules for layer in layers):
+        return
+    for modules in shared:
+        for module, name in modules[1:]:
+            setattr(module, name, nn.Parameter(getattr(module, name).detach().clone()))
 
 
 def _write(model: Model, processor: Processor, output: Path, *, code: bool, max_shard_size: int | str | None) -> None:
@@ -226,10 +250,6 @@ def _write(model: Model, processor: Processor, output: Path, *, code: bool, max_
             shutil.copyfile(taf.__file__, part / f"{CODE}.py")
         part.replace(output)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"output: {output} could not be written: {_one_line(error)}") from None
+        raise ValueError(f"output: {output} could not be written: {one_line(error)}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -18,9 +18,14 @@ from transformers import (
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BUILTIN = "builtin:"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # A LLaVA or a causal language model; their attributes have too many types in transformers to be worth checking.
 Model: TypeAlias = Any
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def resolve_folder(reference: str, key: str) -> Path:

@@ -13,6 +13,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from cdistill.models.load import one_line
 from cdistill.models.taf import TAFLlavaConfig
 
 COMPOSITIONS = ("llava", TAFLlavaConfig.model_type)
@@ -55,16 +56,20 @@ class ProcessorFiles:
         }
         for path in self.files.values():
             if path.suffix == ".json":
-                try:
-                    json.loads(path.read_text(encoding="utf-8"))
-                except ValueError as error:
-                    raise ValueError(f"{key}: {path} is corrupt ({error})") from None
+                _check_json(path, key)
 
     def save_pretrained(self, save_directory: Any) -> None:
         for name, path in self.files.items():
             target = Path(save_directory) / name
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
+
+
+def _check_json(path: Path, key: str) -> None:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}: {path} is corrupt ({one_line(error)})") from None
 
 
 def has_image_processor(folder: Path) -> bool:
@@ -89,11 +94,7 @@ def build_processor(
     """
     vision: Any = config.vision_config  # type: ignore[attr-defined]
     if source is not None and has_image_processor(source):
-        try:
-            images = AutoImageProcessor.from_pretrained(source, local_files_only=True)
-        except (OSError, ValueError, ImportError) as error:
-            message = " ".join(str(error).split())
-            raise ValueError(f"{key}: the image processor in {source} cannot be loaded: {message}") from None
+        images = _load(AutoImageProcessor, source, key)
     else:
         images = _usual_image_processor(vision, key)
     processor = LlavaProcessor(
@@ -127,22 +128,38 @@ def _usual_image_processor(vision: Any, key: str) -> Any:
 
 
 def load_processor(folder: Path, key: str) -> Any:
-    """The processor in a folder. Raises ValueError naming ``key`` if there is none, or a package it needs is missing."""
+    """The processor in a folder.
+
+    Raises:
+        ValueError: there is none, a file of it is corrupt, or a package it needs is missing; the message begins with ``key``.
+    """
     if not has_image_processor(folder):
         raise ValueError(f"{key}: {folder / IMAGE_PROCESSORS[1]} is missing")
+    return _load(AutoProcessor, folder, key)
+
+
+def _load(auto: Any, folder: Path, key: str) -> Any:
+    """``auto.from_pretrained`` in a folder that has an image processor, with one line that names what is wrong."""
+    paths = [folder / name for name in IMAGE_PROCESSORS if (folder / name).is_file()]
+    for path in paths:  # transformers takes a corrupt file for a missing one, or says nothing of its name
+        _check_json(path, key)
     try:
-        return AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except ImportError as error:
-        needed = " ".join(str(error).split())
-        raise ValueError(f"{key}: the processor in {folder} cannot be loaded: {needed}") from None
+        return auto.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError, TypeError, KeyError, AttributeError) as error:
+        kind = "image processor" if auto is AutoImageProcessor else "processor"
+        raise ValueError(f"{key}: the {kind} of {paths[0]} cannot be loaded: {one_line(error)}") from None
 
 
 def check_image_processors(folders: Mapping[str, Path]) -> None:
-    """Raise ValueError unless the folders that have an image processor (by key of the recipe) have one and the same."""
+    """Check that the folders that have an image processor (by key of the recipe) have one and the same.
+
+    Raises:
+        ValueError: they have not, or one of them cannot be loaded.
+    """
     known: list[tuple[str, dict[str, Any]]] = []
     for key, folder in folders.items():
         if has_image_processor(folder):
-            values = AutoImageProcessor.from_pretrained(folder, local_files_only=True).to_dict()
+            values = _load(AutoImageProcessor, folder, key).to_dict()
             known.append((key, {name: value for name, value in values.items() if name not in _NO_SETTINGS}))
     for (a, ours), (b, theirs) in pairwise(known):
         for name in sorted(ours.keys() | theirs.keys()):
