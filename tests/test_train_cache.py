@@ -29,7 +29,6 @@ from cdistill.train.teacher import Teacher
 
 # One rank: caches of several recipes, in small shards, then a run.
 RANK = """
-import sys
 import torch
 from cdistill.train import cache, load_recipe, run
 torch.set_num_threads(1)
@@ -117,7 +116,7 @@ def two(models, kept, tmp_path_factory):
         for r in range(2)
     ]
     try:
-        outputs = [rank.communicate(timeout=120) for rank in ranks]
+        outputs = [rank.communicate(timeout=60) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
