@@ -47,7 +47,9 @@ def _cache(options: argparse.Namespace) -> int:
     from cdistill.train import load_recipe
     from cdistill.train.cache import write_cache
 
-    print(f"written: {write_cache(load_recipe(options.recipe, options.overrides))}")
+    folder = write_cache(load_recipe(options.recipe, options.overrides))
+    if os.environ.get("RANK", "0") == "0":
+        print(f"written: {folder}")
     return 0
 
 

@@ -143,21 +143,22 @@ def publish(part: Path, folder: Path) -> None:
 
 
 @contextmanager
-def saving(folder: Path, needed: int) -> Iterator[None]:
-    """Turn a full disk into a RunError of one line that names the folder and the ``needed`` bytes."""
+def saving(path: Path, needed: int, *, advice: str = "go on with --resume when there is room") -> Iterator[None]:
+    """Turn a full disk into a RunError of one line that names the path and the ``needed`` bytes; a folder is removed."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RunError) or not disk_full(error):
             raise
-        if not (dist.is_initialized() and dist.get_world_size() > 1):  # others may be writing still
-            shutil.rmtree(folder, ignore_errors=True)
+        alone = not (dist.is_initialized() and dist.get_world_size() > 1)  # else others may be writing still
+        if alone and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
         free = 0
         with suppress(OSError):
-            free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+            free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
         raise RunError(
-            f"{folder} could not be saved ({' '.join(str(error).split())[:120]}): it needs about {needed / 1e6:,.1f} MB, "
-            f"{free / 1e6:,.1f} MB are free on its disk; go on with --resume when there is room"
+            f"{path} could not be saved ({' '.join(str(error).split())[:120]}): it needs about {needed / 1e6:,.1f} MB, "
+            f"{free / 1e6:,.1f} MB are free on its disk; {advice}"
         ) from None
 
 

@@ -138,7 +138,8 @@ def _prepare(recipe: Recipe, output: Path, resume: bool) -> Models:
         stage_dataset(recipe, index, models)
         objective = recipe.stage[recipe.stages[index]].objective
         if recipe.teacher_memory.cache is not None and OBJECTIVES[objective].distils:
-            StageCache(stage_cache(recipe, index), fingerprint(recipe, index, vat_of(recipe, objective, models)))
+            vat = vat_of(recipe, objective, models)
+            StageCache(stage_cache(recipe, index), fingerprint(recipe, index, models, vat))
     if resume:
         _check_stages(output, stage_folders(recipe, output))
     text = yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False)
@@ -282,7 +283,7 @@ def _run_stage(
             batches = DataLoader(dataset, micro, collate_fn=collator)
             vat = make_vat(recipe, layers, student.to(arguments.device), teacher, batches)
         if recipe.teacher_memory.cache is not None:
-            kept = StageCache(stage_cache(recipe, index), fingerprint(recipe, index, vat))
+            kept = StageCache(stage_cache(recipe, index), fingerprint(recipe, index, models, vat))
             dataset, collator = CachedDataset(dataset, kept), CachedCollator(collator)
     elif isinstance(models.held, Teacher) and recipe.teacher_memory.quantization is None:
         models.held.to("cpu")  # where an earlier stage has left it on the GPU
