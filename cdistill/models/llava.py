@@ -106,28 +106,38 @@ class SharedVision(NamedTuple):
 
     features: Tensor  # (I, V, d_v)
     teacher_tokens: Tensor | None  # (I, V, d_T), with TAF
+    shown: bool = True  # False where no sample has an image, and the modules ran for other processes' sake
 
 
-def share_vision(student: Llava, pixel_values: Tensor | None) -> SharedVision | None:
-    """Look at (I, 3, H, W) pixels with the frozen parts of the student that are also the teacher's; None without images."""
+def share_vision(student: Llava, pixel_values: Tensor | None, *, idle: bool = False) -> SharedVision | None:
+    """Look at (I, 3, H, W) pixels with the frozen parts of the student that are also the teacher's; None without images.
+
+    With ``idle`` a blank is looked at where there are none: under ZeRO-3 every process must run the same modules in the same
+    order, and another one may have images.
+    """
+    shown = pixel_values is not None
     if pixel_values is None:
-        return None
+        if not idle:
+            return None
+        vision: Any = student.config.vision_config
+        size = (1, vision.num_channels, vision.image_size, vision.image_size)
+        pixel_values = next(student.parameters()).new_zeros(size)
     features = encode_images(student, pixel_values)
     adapter = student.model.multi_modal_projector
     if not isinstance(adapter, TAFAdapter):
-        return SharedVision(features, None)
+        return SharedVision(features, None, shown)
     with torch.no_grad():
-        return SharedVision(features, adapter.teacher(features))
+        return SharedVision(features, adapter.teacher(features), shown)
 
 
 def student_embeddings(student: Llava, input_ids: Tensor, shared: SharedVision | None) -> Tensor:
     """The student's input embeddings (B, T, d_S)."""
-    if shared is None:
-        return merge_visual_tokens(student, input_ids, None)
     adapter = student.model.multi_modal_projector
-    if shared.teacher_tokens is not None:
-        return merge_visual_tokens(student, input_ids, adapter.from_teacher_tokens(shared.teacher_tokens))
-    return merge_visual_tokens(student, input_ids, adapter(shared.features))
+    tokens = None
+    if shared is not None:
+        fetched = shared.teacher_tokens
+        tokens = adapter(shared.features) if fetched is None else adapter.from_teacher_tokens(fetched)
+    return _embeddings(student, input_ids, shared, tokens)
 
 
 @torch.no_grad()
@@ -137,4 +147,12 @@ def teacher_embeddings(teacher: Llava, input_ids: Tensor, shared: SharedVision |
     if shared is not None and tokens is None:
         dtype = next(teacher.model.multi_modal_projector.parameters()).dtype
         tokens = teacher.model.multi_modal_projector(shared.features.to(dtype))
-    return merge_visual_tokens(teacher, input_ids, tokens)
+    return _embeddings(teacher, input_ids, shared, tokens)
+
+
+def _embeddings(model: Llava, input_ids: Tensor, shared: SharedVision | None, tokens: Tensor | None) -> Tensor:
+    if shared is None or shared.shown:
+        return merge_visual_tokens(model, input_ids, tokens)
+    assert tokens is not None
+    embeds = merge_visual_tokens(model, input_ids, None)
+    return embeds + 0.0 * tokens.sum().to(embeds.dtype)  # keeps the adapter in the graph

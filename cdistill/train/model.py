@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdistill.data.builtin import IGNORE_INDEX
-from cdistill.models.llava import Llava, SharedVision, encode_images, share_vision, student_embeddings
+from cdistill.models.llava import Llava, SharedVision, share_vision, student_embeddings
 from cdistill.models.load import Model
 from cdistill.models.parts import has_vision, head_of, part_of
 from cdistill.models.taf import TAFAdapter
@@ -203,7 +203,7 @@ class DistillationModel(nn.Module):
             assert student_recorder is not None
             losses["ground"] = torch.stack(list(student_recorder.losses().values())).mean(0).sum()
         if self.vat is not None:
-            losses |= self._alignment(student_recorder, labels.device)
+            losses |= self._alignment(student_recorder, losses["ar"])
             losses["samples"] = _count(regions, labels)
         if pixel_values is None and has_vision(self.student) and "adapter" in self.objective.trained:
             losses |= self._idle_adapter()
@@ -298,10 +298,15 @@ class DistillationModel(nn.Module):
         if key_mask is not None:
             inputs["attention_mask"] = key_mask
         if self._composed:
-            return share_vision(self.student, pixel_values), inputs
+            partitioned = pixel_values is None and self._is_partitioned()
+            return share_vision(self.student, pixel_values, idle=partitioned), inputs
         if pixel_values is not None:
             inputs["pixel_values"] = pixel_values
         return None, inputs
+
+    def _is_partitioned(self) -> bool:
+        """Whether ZeRO-3 holds the student or the teacher."""
+        return is_partitioned(self.student) or (self.teacher is not None and is_partitioned(self.teacher))
 
     def _patches(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
         hidden = self.student.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
@@ -324,11 +329,10 @@ class DistillationModel(nn.Module):
             ar, kd = self.vocabulary_losses(hidden, head, teacher_hidden, teacher_head, targets)
         return {"ar": ar, "kd": kd}
 
-    def _alignment(self, recorder: Any, device: torch.device) -> dict[str, Tensor]:
+    def _alignment(self, recorder: Any, ar: Tensor) -> dict[str, Tensor]:
         assert self.vat is not None
-        if recorder is None:  # no sample has an image
-            layers = torch.zeros(len(self.vat.matches), device=device)
-            return {"vat": layers.sum(), "vat_layers": layers}
+        if recorder is None:  # no sample has an image; ZeRO-3 wants equally many differentiable losses on all processes
+            return {"vat": 0.0 * ar, "vat_layers": torch.zeros(len(self.vat.matches), device=ar.device)}
         per_layer = torch.stack(list(recorder.losses().values())).sum(1)
         total = per_layer.sum() if self.vat.config.layer_sum else per_layer.mean()
         return {"vat": total, "vat_layers": per_layer.detach()}
@@ -346,10 +350,8 @@ class DistillationModel(nn.Module):
             named = self.student.named_parameters()
             trained = [p for name, p in named if p.requires_grad and part_of(name) == "adapter"]
             return {"idle": 0.0 * torch.stack([p.float().sum() for p in trained]).sum()} if trained else {}
-        if is_partitioned(self.student):
-            vision = self.student.config.vision_config
-            size = (1, vision.num_channels, vision.image_size, vision.image_size)
-            encode_images(self.student, next(self.student.parameters()).new_zeros(size))
+        if self._is_partitioned():
+            return {}  # it has run on a blank
         adapter = self.student.model.multi_modal_projector
         layer: Any = adapter.map if isinstance(adapter, TAFAdapter) else adapter
         first = next(m for m in layer.modules() if isinstance(m, nn.Linear))

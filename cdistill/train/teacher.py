@@ -71,16 +71,8 @@ class Teacher(nn.Module):
     def forward(self, answers: Tensor, recorder: Any, shared: SharedVision | None = None, **inputs: Any) -> Tensor:
         """(N, d_T) hidden states at the True places of answers (B, T - 1); ``recorder`` sees the attention."""
         if self.shares_vision:
-            if shared is None and is_partitioned(self.model):
-                self._idle_adapter()
             inputs["inputs_embeds"] = teacher_embeddings(self.model, inputs.pop("input_ids"), shared)
         return hidden_states(self.model, inputs, recorder)[:, :-1][answers]
-
-    def _idle_adapter(self) -> None:
-        """Run the adapter on nothing: under ZeRO-3 another process may have images to run it on."""
-        adapter: Any = self.model.model.multi_modal_projector
-        if adapter is not None:
-            adapter(adapter.linear_1.weight.new_zeros(1, 1, adapter.linear_1.in_features))
 
     def train(self, mode: bool = True) -> Teacher:
         """Stay in eval mode."""
