@@ -1,4 +1,6 @@
 import json
+import os
+import socket
 import subprocess
 import sys
 
@@ -97,3 +99,62 @@ def test_the_configuration_never_allocates_more_than_the_model_needs():
     assert config["zero_optimization"]["reduce_bucket_size"] == 1000
     assert config["train_batch_size"] == 64 and config["zero_optimization"]["stage"] == 2
     assert config["bf16"]["enabled"] and not config["fp16"]["enabled"]
+
+
+# A run whose samples see an image or none in turns of two: under two processes of two samples, one has images, one has not.
+MIXED = """
+import os, sys
+os.environ["DS_ACCELERATOR"] = "cpu"
+import torch
+from cdistill.data.builtin import BuiltinDataset
+from cdistill.data.mixture import Mixture
+from cdistill.train import load_recipe, run, stages
+
+make = stages.stage_dataset
+
+class Mixed(torch.utils.data.Dataset):
+    def __init__(self, images, texts):
+        self.images, self.texts = images, texts
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return (self.texts if i // 2 % 2 else self.images)[i]
+
+def mixed(recipe, index, models):
+    images, collate = make(recipe, index, models)
+    texts = BuiltinDataset(Mixture(modality="text", turns=2), size=len(images), seed=5, tokenizer=models.tokenizer)
+    return Mixed(images, texts), collate
+
+stages.stage_dataset = mixed
+torch.set_num_threads(1)
+run(load_recipe(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("taf", [True, False])
+def test_a_process_without_images_beside_one_with_images(models, tmp_path, taf):
+    """Under ZeRO-3, of student and teacher, all processes gather the same parameters in the same order, or wait forever."""
+    found = []
+    for name, options in (("one", {}), ("two", {"deepspeed": 3, "teacher_memory": {"zero": 3}})):
+        recipe = make_recipe(tmp_path / name, models, stages=["dpt", "dft"], student__taf=taf, **options)
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe_to_dict(recipe)))
+        command = [sys.executable, "-c", MIXED, str(tmp_path / f"{name}.yaml")]
+        ranks = ("0", "1") if options else ()
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+            shared["MASTER_PORT"] = str(s.getsockname()[1])
+        environments = [os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in ranks] or [
+            dict(os.environ)
+        ]
+        processes = [subprocess.Popen(command, env=e, stderr=subprocess.PIPE, text=True) for e in environments]
+        for process in processes:
+            try:
+                message = process.communicate(timeout=120)[1]
+            finally:
+                process.kill()
+            assert process.returncode == 0, message
+        found.append((losses(tmp_path / name), weights(tmp_path / name / "2-dft")))
+    assert_close(*found)
