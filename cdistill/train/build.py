@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from cdistill.data.builtin import IMAGE_TOKEN, build_tokenizer
 from cdistill.models.llava import Llava, compose
-from cdistill.models.load import Model, load_model, load_multimodal, load_tokenizer, resolve_folder
+from cdistill.models.load import DTYPES, Model, load_model, load_multimodal, load_tokenizer, resolve_folder
 from cdistill.models.pair import check_pair
 from cdistill.models.parts import has_vision
 from cdistill.models.processor import (
@@ -25,7 +25,7 @@ from cdistill.models.processor import (
 )
 from cdistill.models.taf import TAFAdapter
 from cdistill.train.config import Recipe, StudentConfig
-from cdistill.train.teacher import DTYPES, quantized
+from cdistill.train.teacher import quantized
 from cdistill.vat import VAT, VATConfig, attention_layers
 
 

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from cdistill.data.builtin import IGNORE_INDEX
-from cdistill.models.load import Model, resolve_folder
+from cdistill.models.load import DTYPES, Model, resolve_folder
 from cdistill.models.processor import FILES, IMAGE_PROCESSORS, has_image_processor
 from cdistill.models.taf import TAFAdapter
 from cdistill.train import checkpoints, launch
@@ -34,7 +34,7 @@ from cdistill.train.config import Recipe, first_difference, recipe_to_dict
 from cdistill.train.data import stage_dataset, stage_seed
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES
-from cdistill.train.teacher import DTYPES, hold_teacher, is_partitioned
+from cdistill.train.teacher import hold_teacher, is_partitioned
 from cdistill.vat import VAT
 
 INDEX = "index.json"
@@ -423,22 +423,6 @@ def write_cache(recipe: Recipe) -> Path:
     return Path(recipe.teacher_memory.cache)
 
 
-def _on_first_process(action: Callable[[], Any]) -> Any:
-    """What an action on the first process returns, on all of them; each raises the ValueError or RunError it may raise."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return action()
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = action()
-        except (ValueError, launch.RunError) as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
 def _write_stage(recipe: Recipe, index: int, models: Models) -> None:
     stage, folder = recipe.stage[recipe.stages[index]], stage_cache(recipe, index)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -450,7 +434,7 @@ def _write_stage(recipe: Recipe, index: int, models: Models) -> None:
     dataset, collate = stage_dataset(recipe, index, models)
     facts = fingerprint(recipe, index, models, vat) if rank == 0 else {}
     # All must go by one list: a process that looks later finds what the others have written meanwhile.
-    work: Work = _on_first_process(lambda: writer.begin(facts))
+    work: Work = launch.on_first_process(lambda: writer.begin(facts))
     if work.missing:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         if models.held is None:
@@ -476,7 +460,7 @@ def _write_stage(recipe: Recipe, index: int, models: Models) -> None:
             )
     if world > 1:
         dist.barrier()
-    _on_first_process(lambda: writer.finish(facts, work))
+    launch.on_first_process(lambda: writer.finish(facts, work))
     if rank == 0:
         stored = sum(path.stat().st_size for path in folder.iterdir())
         state = "" if work.missing else ", finished already"

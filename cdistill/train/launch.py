@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -235,6 +235,24 @@ def _refuse_taken_port(error: RuntimeError, port: str) -> NoReturn:
     if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
         raise ValueError(f"MASTER_PORT {port} is in use: set it to a free port") from None
     raise error
+
+
+def on_first_process(action: Callable[[], Any]) -> Any:
+    """What an action on the first process returns, on all of them; each raises the ValueError or RunError it may raise."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return action()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except (ValueError, RunError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 @contextmanager

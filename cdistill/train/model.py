@@ -111,7 +111,8 @@ class DistillationModel(nn.Module):
         patch_classes: classes of each label that the throw-away head of ``vision`` predicts.
 
     Raises:
-        ValueError: ``kd`` with a head that is more than a linear layer, such as one with LoRA or soft-capped logits.
+        ValueError: logits that are more than the head gives (scaled, soft-capped), or for ``kd`` a head that is more than a
+            linear layer, such as one with LoRA.
     """
 
     def __init__(
@@ -128,9 +129,8 @@ class DistillationModel(nn.Module):
         super().__init__()
         self.student: Model = student
         self.objective, self.kd, self.vat, self.pads_right = objective, kd or KDConfig(), vat, pads_right
-        if teacher is not None and not isinstance(
-            getattr(teacher, "module", teacher), Teacher
-        ):  # or an engine around one
+        inner = getattr(teacher, "module", teacher)  # of an engine
+        if teacher is not None and not isinstance(inner, Teacher):
             teacher = Teacher(teacher, shares_vision=isinstance(student, Llava) and isinstance(teacher, Llava))
         self._teacher = (teacher if objective.distils else None,)  # a tuple hides it from nn.Module
         if "ar" in objective.losses:

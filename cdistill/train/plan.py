@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from cdistill.data.render import PATCH_CLASSES
+from cdistill.models.load import DTYPES
 from cdistill.models.parts import has_vision, head_of, language_model
 from cdistill.models.taf import TAFAdapter
 from cdistill.ops._vocabulary import ROW_UNIT, chunk_rows
@@ -41,7 +42,6 @@ PAPER_LENGTH = 2048
 OVERHEAD = 10**9  # CUDA's context, kernels, workspaces of libraries and NCCL's buffers: assumed, not measured
 LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_reuse_distance: what ZeRO-3 may keep gathered
 QUANTISED = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}  # bytes per weight, scales of blocks of 64 included
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

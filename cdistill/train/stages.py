@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,7 +44,7 @@ def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCall
     output = Path(recipe.output)
     if launch.launched():
         launch.init_process_group()
-        _on_first_process(lambda: _prepare(recipe, output, resume))
+        launch.on_first_process(lambda: _prepare(recipe, output, resume) and None)  # models stay where they are
         return run_stages(recipe, output, resume=resume, callbacks=callbacks)
     if recipe.processes > 1 and callbacks:
         raise ValueError("callbacks need recipe.processes 1: the stages of this recipe run in processes of their own")
@@ -203,19 +202,6 @@ def _world_size(recipe: Recipe) -> int:
     return dist.get_world_size() if dist.is_initialized() and launch.launched() else recipe.processes
 
 
-def _on_first_process(action: Any) -> None:
-    """Run something on rank 0 only; every rank raises the ValueError it may raise."""
-    message: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except ValueError as error:
-            message[0] = str(error)
-    dist.broadcast_object_list(message)
-    if message[0] is not None:
-        raise ValueError(message[0])
-
-
 def _run_stage(
     recipe: Recipe,
     index: int,
@@ -304,7 +290,7 @@ def _run_stage(
         data_collator=collator,
         callbacks=[log, *callbacks, stop],
     )
-    checkpoint = _choose_checkpoint(saved, world)
+    checkpoint = launch.on_first_process(lambda: checkpoints.choose(saved, processes=world))
     start = 0 if checkpoint is None else checkpoints.checkpoint_step(checkpoint)
     if first:
         log.rewind(start)
@@ -344,20 +330,6 @@ def _run_stage(
         print(f"{folder.name}: done in {seconds:.0f} s ({rate:,.0f} samples/s), loss {loss}{skipped} -> {folder}")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
-
-
-def _choose_checkpoint(saved: Path, processes: int) -> Path | None:
-    """The checkpoint of a stage to go on from: the first process decides for all."""
-    if processes == 1:
-        return checkpoints.choose(saved, processes=processes)
-    found: list[Path | None] = [None]
-
-    def look() -> None:
-        found[0] = checkpoints.choose(saved, processes=processes)
-
-    _on_first_process(look)
-    dist.broadcast_object_list(found)
-    return found[0]
 
 
 def checkpoint_activations(student: Model, *, reentrant: bool) -> None:

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from cdistill.models.llava import Llava, SharedVision, teacher_embeddings
-from cdistill.models.load import Model
+from cdistill.models.load import DTYPES, Model
 from cdistill.models.parts import VISUAL_MODULES, has_vision, head_of, language_model
 from cdistill.models.taf import TAFAdapter
 from cdistill.train.config import TeacherMemory
 from cdistill.train.zero import teacher_config
 from cdistill.vat.hook import KEYWORD
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Inputs of a batch that show a model no image or video.
 TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids")
@@ -34,7 +32,8 @@ def hidden_states(model: Model, inputs: dict[str, Any], recorder: Any) -> Tensor
         inputs = {name: _as_model(model, value) for name, value in inputs.items()}
     if not has_images and "input_ids" in inputs and has_vision(model) and is_partitioned(model):
         raise ValueError(
-            "under ZeRO-3 every micro-batch needs an image, or processes would wait for each other forever"
+            "a micro-batch holds no image: under ZeRO-3 (deepspeed, teacher_memory.zero) processes with and without one "
+            f"would wait for each other forever in a {model.config.model_type} model"
         )
     extra = {} if recorder is None else {KEYWORD: recorder}
     whole = language_model(model) if "inputs_embeds" in inputs else model.model
