@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -128,3 +130,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except RunError as error:
         return tell(error)
+    except KeyboardInterrupt:
+        print("cdistill: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT

@@ -57,7 +57,7 @@ class ForkedPopen:
     real = subprocess.Popen
 
     def __init__(self, command, *, env, start_new_session):
-        assert start_new_session and command[-2] == "cdistill.train.worker"
+        assert start_new_session and command[-3:-1] == ["cdistill.train.worker", "train"]
         self.returncode = None
         self.pid = os.fork()
         if not self.pid:
@@ -67,7 +67,7 @@ class ForkedPopen:
             subprocess.Popen = self.real
             os.environ.clear()
             os.environ.update(env)
-            sys.argv = ["worker", command[-1]]
+            sys.argv = ["worker", *command[-2:]]
             from cdistill.train import worker
 
             carry_out(self.plan, int(env["RANK"]))

@@ -14,7 +14,7 @@ from cdistill.train import launch
 BODY = """
 import os, signal, sys, time
 from pathlib import Path
-rank, output = int(os.environ["RANK"]), Path(sys.argv[1])
+rank, output = int(os.environ["RANK"]), Path(sys.argv[2])
 (output / f"pid{rank}").write_text(str(os.getpid()))
 def say(number, frame):
     (output / f"asked{rank}").touch()
@@ -32,7 +32,7 @@ def start(monkeypatch, tmp_path):
         monkeypatch.setattr(launch, "WORKER", (sys.executable, str(path)))
         monkeypatch.setattr(launch, "GRACE_SECONDS", grace)
         monkeypatch.delenv("MASTER_PORT", raising=False)
-        launch.start_processes(2, tmp_path)
+        launch.start_processes(2, "train", tmp_path)
 
     return start
 
@@ -132,7 +132,7 @@ def test_a_port_that_is_in_use(monkeypatch, tmp_path, taken_port):
     message = f"^MASTER_PORT {taken_port} is in use: set it to a free port$"
     monkeypatch.setenv("MASTER_PORT", str(taken_port))
     with pytest.raises(ValueError, match=message):
-        launch.start_processes(2, tmp_path)
+        launch.start_processes(2, "train", tmp_path)
     for name, value in {"MASTER_ADDR": "127.0.0.1", "RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv(launch.PARENT, raising=False)
@@ -148,4 +148,4 @@ def test_a_port_that_is_in_use(monkeypatch, tmp_path, taken_port):
 def test_a_port_that_is_no_number(monkeypatch, tmp_path):
     monkeypatch.setenv("MASTER_PORT", "http")
     with pytest.raises(ValueError, match=r"^MASTER_PORT must be a port number, got 'http'$"):
-        launch.start_processes(2, tmp_path)
+        launch.start_processes(2, "train", tmp_path)

@@ -65,6 +65,8 @@ def build_models(recipe: Recipe) -> Models:
     if has_vision(student) and student.config.model_type not in COMPOSITIONS:
         assert recipe.student.base is not None
         models.reader = load_processor(resolve_folder(recipe.student.base, "student.base"), "student.base")
+    if teacher is not None and recipe.teacher_memory.cache is not None:
+        teacher.to("meta")  # what is left to ask of it stands in its configuration
     return models
 
 

@@ -8,6 +8,7 @@ log-probabilities and their ids; per sample: the window means that VAT aligns th
 from __future__ import annotations
 
 import json
+import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -392,25 +394,28 @@ def _shard(folder: Path, shard: int) -> Path:
 def write_cache(recipe: Recipe) -> Path:
     """Run the teacher over the samples of every stage that distils and keep what it gives in ``teacher_memory.cache``.
 
-    Shards that an earlier call has finished are kept, damaged ones made again. Under a launcher the processes share the work;
-    all must see the folder.
+    Shards that an earlier call has finished are kept, damaged ones made again. ``recipe.processes``, or those of a launcher,
+    share the work; all must see the folder.
 
     Raises:
-        ValueError: the recipe names no cache or has no stage that distils, wants several processes without a launcher, or
-            cannot be run (as `cdistill.train.run`); or the folder holds another cache.
-        RunError: the disk is full.
+        ValueError: the recipe names no cache or has no stage that distils, or cannot be run (as `cdistill.train.run`); or the
+            folder holds another cache.
+        RunError: the disk is full, a process failed or a signal stopped it.
     """
     if recipe.teacher_memory.cache is None:
         raise ValueError("teacher_memory.cache must name the folder to write")
-    if recipe.processes > 1 and not launch.launched():
-        raise ValueError(
-            f"processes must be 1 for `cdistill cache`, got {recipe.processes}: add processes=1, or start as many by "
-            "torchrun -m cdistill cache RECIPE or deepspeed --no_local_rank --module cdistill cache RECIPE"
-        )
     wanted = [i for i, name in enumerate(recipe.stages) if OBJECTIVES[recipe.stage[name].objective].distils]
     if not wanted:
         raise ValueError(f"stages {', '.join(recipe.stages)} need no teacher: there is nothing to cache")
     whole = replace(recipe, teacher_memory=replace(recipe.teacher_memory, cache=None))
+    if recipe.processes > 1 and not launch.launched():
+        with launch.quiet():
+            models = build_models(whole)
+            for index in wanted:
+                _begin(recipe, index, models)
+        del models  # the processes load their own
+        _start_processes(recipe)
+        return Path(recipe.teacher_memory.cache)
     engine = recipe.teacher_memory.zero == 3
     with launch.naming_lost_peers(), launch.environment(distributed=engine), launch.quiet():
         if engine:
@@ -423,18 +428,40 @@ def write_cache(recipe: Recipe) -> Path:
     return Path(recipe.teacher_memory.cache)
 
 
+def _start_processes(recipe: Recipe) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe_to_dict(recipe)), encoding="utf-8")
+        try:
+            launch.start_processes(recipe.processes, "cache", path)
+        except launch.Stopped as stopped:
+            print("cache: stopped; run `cdistill cache` again: it goes on", flush=True)
+            raise stopped from None
+
+
+def _begin(recipe: Recipe, index: int, models: Models) -> tuple[CacheWriter, dict[str, Any], Work]:
+    """The writer of a stage, what its cache is made of, and what is left to do."""
+    stage, folder = recipe.stage[recipe.stages[index]], stage_cache(recipe, index)
+    columns, top_k = min(_vocabulary(model) for model in (models.student, models.teacher)), recipe.teacher_memory.top_k
+    if top_k >= columns:
+        raise ValueError(f"teacher_memory.top_k must be below the vocabulary's {columns} tokens, got {top_k}")
+    dtype = DTYPES[precision_of(recipe)]
+    writer = CacheWriter(folder, top_k=top_k, temperature=recipe.kd.temperature, dtype=dtype)
+
+    def begin() -> tuple[dict[str, Any], Work]:
+        facts = fingerprint(recipe, index, models, vat_of(recipe, stage.objective, models))
+        return facts, writer.begin(facts)
+
+    # All must go by one list: a process that looks later finds what the others have written meanwhile.
+    return writer, *launch.on_first_process(begin)
+
+
 def _write_stage(recipe: Recipe, index: int, models: Models) -> None:
     stage, folder = recipe.stage[recipe.stages[index]], stage_cache(recipe, index)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     vat, precision = vat_of(recipe, stage.objective, models), precision_of(recipe)
-    columns, top_k = min(_vocabulary(model) for model in (models.student, models.teacher)), recipe.teacher_memory.top_k
-    if top_k >= columns:
-        raise ValueError(f"teacher_memory.top_k must be below the vocabulary's {columns} tokens, got {top_k}")
-    writer = CacheWriter(folder, top_k=top_k, temperature=recipe.kd.temperature, dtype=DTYPES[precision])
     dataset, collate = stage_dataset(recipe, index, models)
-    facts = fingerprint(recipe, index, models, vat) if rank == 0 else {}
-    # All must go by one list: a process that looks later finds what the others have written meanwhile.
-    work: Work = launch.on_first_process(lambda: writer.begin(facts))
+    writer, facts, work = _begin(recipe, index, models)
     if work.missing:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         if models.held is None:

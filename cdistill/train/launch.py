@@ -119,8 +119,8 @@ def init_process_group() -> None:
     atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
 
 
-def start_processes(count: int, output: Path) -> None:
-    """Run ``count`` data-parallel processes over the recipe in a prepared output folder and wait for them.
+def start_processes(count: int, action: str, path: Path) -> None:
+    """Run ``count`` data-parallel processes of `cdistill.train.worker`, which get an action and its path, and wait for them.
 
     The processes meet at a store of this one, on a free port or on MASTER_PORT if that is set. They get a SIGTERM or
     SIGINT of this process as SIGTERM, and SIGKILL if it dies.
@@ -150,7 +150,7 @@ def start_processes(count: int, output: Path) -> None:
             for rank in range(count):
                 environ = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 # A session of its own: a terminal's Ctrl-C reaches this process alone, which passes it on once.
-                workers.append(subprocess.Popen([*WORKER, str(output)], env=environ, start_new_session=True))
+                workers.append(subprocess.Popen([*WORKER, action, str(path)], env=environ, start_new_session=True))
             killed = _wait(workers, request)
         finally:
             for worker in workers:

@@ -183,7 +183,7 @@ class DistillationModel(nn.Module):
             assert pixel_values is not None
             return self._patches(pixel_values, labels)
         assert input_ids is not None
-        answers = labels[:, 1:] != IGNORE_INDEX
+        labelled = _labelled(labels)
         key_mask = None if self.pads_right else attention_mask
         student_recorder: Any = None
         if "ground" in self.objective.losses:
@@ -193,12 +193,12 @@ class DistillationModel(nn.Module):
         teacher_hidden: Tensor | None = None
         aligned_with: Any = teacher_targets
         if self._teacher[0] is not None:
-            teacher_hidden, aligned_with = self._ask(answers, regions, key_mask, seen, inputs)
+            teacher_hidden, aligned_with = self._ask(labelled, regions, key_mask, seen, inputs)
         if self.vat is not None and aligned_with is not None:
             student_recorder = self.vat.student(regions, aligned_with, key_mask)
-        hidden = self._student_hidden(inputs, seen, student_recorder)[:, :-1][answers]
+        hidden = self._student_hidden(inputs, seen, student_recorder).flatten(0, 1)[labelled]
         topk = None if teacher_values is None or teacher_indices is None else (teacher_values, teacher_indices)
-        losses = self._vocabulary_losses(hidden, labels[:, 1:][answers], teacher_hidden, topk)
+        losses = self._vocabulary_losses(hidden, labels.flatten()[labelled + 1], teacher_hidden, topk)
         if "ground" in self.objective.losses:
             assert student_recorder is not None
             losses["ground"] = torch.stack(list(student_recorder.losses().values())).mean(0).sum()
@@ -228,7 +228,7 @@ class DistillationModel(nn.Module):
 
     def _ask(
         self,
-        answers: Tensor,
+        labelled: Tensor,
         regions: Any,
         key_mask: Tensor | None,
         seen: SharedVision | None,
@@ -239,7 +239,7 @@ class DistillationModel(nn.Module):
         if self.vat is not None and regions.cols.shape[1] and regions.rows.shape[1]:
             recorder = self.vat.teacher(regions, key_mask)
         assert self._teacher[0] is not None
-        return self._teacher[0](answers, recorder, seen, **inputs), recorder
+        return self._teacher[0](labelled, recorder, seen, **inputs), recorder
 
     @torch.no_grad()
     def ask_teacher(
@@ -254,7 +254,7 @@ class DistillationModel(nn.Module):
         key_mask = None if self.pads_right else attention_mask
         regions = self._regions(input_ids, labels, attention_mask, more)
         seen, inputs = self._inputs(input_ids, key_mask, pixel_values, more)
-        hidden, recorder = self._ask(labels[:, 1:] != IGNORE_INDEX, regions, key_mask, seen, inputs)
+        hidden, recorder = self._ask(_labelled(labels), regions, key_mask, seen, inputs)
         return hidden, [] if recorder is None else recorder.targets, regions
 
     @torch.no_grad()
@@ -274,7 +274,7 @@ class DistillationModel(nn.Module):
         student, teacher = distances.student(regions, key_mask), distances.teacher(regions, key_mask)
         seen, inputs = self._inputs(input_ids, key_mask, pixel_values, more)
         assert self._teacher[0] is not None
-        self._teacher[0](labels[:, 1:] != IGNORE_INDEX, teacher, seen, **inputs)
+        self._teacher[0](_labelled(labels), teacher, seen, **inputs)
         self._student_hidden(inputs, seen, student)
         distances.update(student, teacher)
 
@@ -356,6 +356,11 @@ class DistillationModel(nn.Module):
         layer: Any = adapter.map if isinstance(adapter, TAFAdapter) else adapter
         first = next(m for m in layer.modules() if isinstance(m, nn.Linear))
         return {"idle": 0.0 * layer(first.weight.new_zeros(1, first.in_features)).float().sum()}
+
+
+def _labelled(labels: Tensor) -> Tensor:
+    """(N,) int64 places, in the batch's B * T tokens, of those whose next token is labelled."""
+    return F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1)).flatten().nonzero().squeeze(1)
 
 
 def _count(regions: Any, labels: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,7 +53,7 @@ def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCall
         models: Models | None = _prepare(recipe, output, resume)
     if recipe.processes > 1:
         models = None  # the processes load their own
-        launch.start_processes(recipe.processes, output)
+        launch.start_processes(recipe.processes, "train", output)
         return stage_folders(recipe, output)[-1]
     return run_stages(recipe, output, resume=resume, callbacks=callbacks, models=models)
 
@@ -263,16 +264,15 @@ def _run_stage(
                 recipe.teacher_memory, models.teacher, student, precision, arguments.device
             )
             teacher = models.held
-            if isinstance(teacher, Teacher) and recipe.teacher_memory.quantization is None:
-                teacher.to(arguments.device)
+            _move(teacher, recipe, arguments.device)
         if recipe.aligns(stage.objective):
             batches = DataLoader(dataset, micro, collate_fn=collator)
             vat = make_vat(recipe, layers, student.to(arguments.device), teacher, batches)
         if recipe.teacher_memory.cache is not None:
             kept = StageCache(stage_cache(recipe, index), fingerprint(recipe, index, models, vat))
             dataset, collator = CachedDataset(dataset, kept), CachedCollator(collator)
-    elif isinstance(models.held, Teacher) and recipe.teacher_memory.quantization is None:
-        models.held.to("cpu")  # where an earlier stage has left it on the GPU
+    else:
+        _move(models.held, recipe, "cpu")  # from the GPU, where an earlier stage has left it
     model = DistillationModel(student, objective, teacher=teacher, kd=recipe.kd, vat=vat, patch_classes=PATCH_CLASSES)
     first = arguments.process_index == 0
     log = RunLog(
@@ -330,6 +330,12 @@ def _run_stage(
         print(f"{folder.name}: done in {seconds:.0f} s ({rate:,.0f} samples/s), loss {loss}{skipped} -> {folder}")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
+
+
+def _move(teacher: Any, recipe: Recipe, device: torch.device | str) -> None:
+    """Move a whole teacher; an engine's parts and quantised layers stay where they are."""
+    if isinstance(teacher, Teacher) and recipe.teacher_memory.quantization is None:
+        teacher.to(device)
 
 
 def checkpoint_activations(student: Model, *, reentrant: bool) -> None:

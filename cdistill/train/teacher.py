@@ -67,11 +67,11 @@ class Teacher(nn.Module):
             self.model.model.multi_modal_projector = None
 
     @torch.no_grad()
-    def forward(self, answers: Tensor, recorder: Any, shared: SharedVision | None = None, **inputs: Any) -> Tensor:
-        """(N, d_T) hidden states at the True places of answers (B, T - 1); ``recorder`` sees the attention."""
+    def forward(self, labelled: Tensor, recorder: Any, shared: SharedVision | None = None, **inputs: Any) -> Tensor:
+        """(N, d_T) hidden states at the labelled places (N,) of the batch's B * T tokens; ``recorder`` sees the attention."""
         if self.shares_vision:
             inputs["inputs_embeds"] = teacher_embeddings(self.model, inputs.pop("input_ids"), shared)
-        return hidden_states(self.model, inputs, recorder)[:, :-1][answers]
+        return hidden_states(self.model, inputs, recorder).flatten(0, 1)[labelled]
 
     def train(self, mode: bool = True) -> Teacher:
         """Stay in eval mode."""

@@ -1,4 +1,8 @@
-"""``python -m cdistill.train.worker OUTPUT``: one of the processes that `cdistill.train.launch` starts."""
+"""``python -m cdistill.train.worker ACTION PATH``: one of the processes that `cdistill.train.launch` starts.
+
+``train OUTPUT`` runs the recipe that the parent process has checked and written to the output folder, ``cache RECIPE`` makes
+its share of a teacher's cache by the recipe of a YAML file.
+"""
 
 import sys
 from pathlib import Path
@@ -7,13 +11,19 @@ from cdistill.train.launch import RunError, die_with_parent, tell
 
 
 def main() -> int:
-    """Run the recipe that the parent process has checked and written to the output folder; returns the exit code."""
+    """Do what the command line says; returns the exit code."""
     die_with_parent()
-    from cdistill.train.stages import read_recipe, run_stages
-
-    output = Path(sys.argv[1])
+    action, path = sys.argv[1], Path(sys.argv[2])
     try:
-        run_stages(read_recipe(output), output, resume=True)
+        if action == "train":
+            from cdistill.train.stages import read_recipe, run_stages
+
+            run_stages(read_recipe(path), path, resume=True)
+        else:
+            from cdistill.train.cache import write_cache
+            from cdistill.train.config import load_recipe
+
+            write_cache(load_recipe(path))
     except (ValueError, RunError) as error:
         return tell(error)
     return 0
