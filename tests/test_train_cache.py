@@ -156,7 +156,7 @@ def test_processes_and_accumulation_read_the_same_cache(models, kept, two, tmp_p
     assert_close(losses(two[0] / "run"), losses(tmp_path / "one"), 1e-4)
 
 
-@pytest.mark.parametrize("changes", [{"vat__heads": "each"}, {"group_by_length": True}, {"precision": "bf16"}])
+@pytest.mark.parametrize("changes", [{"vat__heads": "each"}, {"group_by": "length"}, {"precision": "bf16"}])
 def test_other_recipes_are_cached_alike(models, tmp_path, changes):
     folder = tmp_path / "models"
     if "vat__heads" in changes:
@@ -346,7 +346,7 @@ def test_what_a_cache_is_made_of(models, tmp_path, monkeypatch):
     (tmp_path / "models" / "teacher" / "notes.json").write_text("{}")
     cut = {"stage__dft__samples": 13, "stage__dft__global_batch_size": 6}
     assert facts(stages=["dft"], **cut) == mine, "the same 12 samples"
-    assert facts(stages=["dft"], group_by_length=True) != facts(stages=["dft"], group_by_length=True, **cut)
+    assert facts(stages=["dft"], group_by="length") != facts(stages=["dft"], group_by="length", **cut)
     for key, changes in {
         "precision": {"precision": "bf16"},
         "data": {"stage__dft__data": {"turns": 3}},

@@ -86,8 +86,8 @@ def fingerprint(recipe: Recipe, index: int, models: Models, vat: VAT | None) -> 
         "samples": stage.steps * stage.global_batch_size,
         "seed": stage_seed(recipe, index),
         "data": {key: value for key, value in data.items() if key != "seed"},
-        "group_by_length": recipe.group_by_length,
-        "global_batch_size": stage.global_batch_size if recipe.group_by_length else None,  # it orders the samples
+        "group_by": recipe.group_by,
+        "global_batch_size": stage.global_batch_size if recipe.group_by else None,  # it orders the samples
     }
 
 

@@ -24,6 +24,7 @@ SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 TAF_ACTIVATIONS = ("linear", "gelu")
 QUANTIZATIONS = ("8bit", "4bit")
+TEMPLATES = ("auto", "plain", "qwen2_base", "vicuna_v1", "chatml")
 
 T = TypeVar("T")
 
@@ -178,14 +179,36 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class DataConfig(Mixture):
-    """What a stage is trained on: a mixture of the built-in task's samples, and a seed.
+    """What a stage is trained on: a data set in files or, without ``path``, a mixture of the built-in task's samples.
 
     Attributes:
-        seed: seed of the samples; None derives it from the recipe's seed and the place of the stage, so that the i-th
-            stages of two recipes with the same seed and mixture see the same samples.
+        seed: seed of the samples or of their order; None derives it from the recipe's seed and the place of the stage, so
+            that the i-th stages of two recipes with the same seed and data see the same samples.
+        path: what `cdistill.data.mix.open_source` opens: LLaVA-format JSON or JSON Lines, tar shards, a data set of Hugging
+            Face `datasets`, or a mix file of several.
+        images: folder under which the images of ``path`` lie, if it names them.
+        columns: which columns of a Hugging Face data set hold what.
+        split: its split.
+        streaming: read it as a stream, in its order.
+        template: how a conversation becomes text (`cdistill.data.templates`); ``auto`` is the processor's own chat template.
+        max_length: tokens of a sample, visual tokens included, beyond which it is cut.
     """
 
     seed: int | None = None
+    path: str | None = None
+    images: str | None = None
+    columns: dict[str, str] | None = None
+    split: str | None = None
+    streaming: bool = False
+    template: str = "auto"
+    max_length: int = 2048
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _choice("template", self.template, TEMPLATES)
+        _at_least("max_length", self.max_length, 2)
+        if self.path is None and (self.images or self.columns or self.split or self.streaming):
+            raise ValueError("path must be given where images, columns, split or streaming are")
 
 
 @dataclass(frozen=True)
@@ -231,6 +254,10 @@ class StageConfig:
         _at_least("weight_decay", self.weight_decay, 0)
         if not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0, got {self.max_grad_norm}")
+        if self.data.path is not None:
+            if self.objective in ("vision", "ground"):
+                raise ValueError(f"data.path must be null for objective {self.objective}: only the built-in task has its labels")
+            return
         if self.objective == "text" and self.data.modality != "text":
             raise ValueError(f"data.modality must be text for objective text, got {self.data.modality!r}")
         if self.objective in ("vision", "pt", "dpt") and self.data.modality != "image":
@@ -254,7 +281,11 @@ class Recipe:
         gradient_checkpointing: recompute the language model's layers in the backward pass; ``reentrant`` selects
             torch's old variant, which visual attention alignment cannot work with.
         compile: compile the layers of the language model with torch.compile.
-        group_by_length: put samples of similar length into one batch, in a random order of batches.
+        group_by: put samples of similar ``length`` into one batch, or those of one ``modality`` (with images or without) and
+            of similar length, in a random order of batches; null for neither.
+        packing: put the samples of a micro-batch into as few rows of at most ``max_length`` tokens as they fit into.
+        workers: processes of each training process that read samples ahead; what they read does not depend on how many.
+        max_bad_samples: samples of a stage's data set that may be left out because they cannot be used; more end the run.
         save_steps: steps between checkpoints to resume from inside a stage, 0 for none but that of a stopped run.
         max_nonfinite_steps: steps in a row that may be skipped because a loss or gradient is not finite; that many end
             the run.
@@ -274,7 +305,10 @@ class Recipe:
     deepspeed: int | str = 2
     gradient_checkpointing: bool | str = False
     compile: bool = False
-    group_by_length: bool = False
+    group_by: str | None = None
+    packing: bool = False
+    workers: int = 0
+    max_bad_samples: int = 100
     logging_steps: int = 20
     log_layers: bool = False
     save_steps: int = 0
@@ -292,6 +326,9 @@ class Recipe:
         _at_least("max_nonfinite_steps", self.max_nonfinite_steps, 1)
         _choice("precision", self.precision, PRECISIONS)
         _choice("deepspeed", self.deepspeed, ZERO_STAGES)
+        _at_least("workers", self.workers, 0)
+        _at_least("max_bad_samples", self.max_bad_samples, 0)
+        _choice("group_by", self.group_by, (None, "length", "modality"))
         _choice("gradient_checkpointing", self.gradient_checkpointing, (False, True, "reentrant"))
         if not self.output:
             raise ValueError("output must name a folder")
@@ -323,6 +360,8 @@ class Recipe:
             raise ValueError(
                 "vat.matching must not be adaptive with teacher_memory.cache: it measures the student where a stage begins"
             )
+        if self.packing:
+            self._check_packing()
         if student.taf:
             if student.vision_config is not None or student.vision not in (None, self.teacher):
                 raise ValueError("student.vision must be null or the teacher with student.taf, whose encoder is shared")
@@ -332,6 +371,15 @@ class Recipe:
             raise ValueError(
                 "gradient_checkpointing must not be reentrant with vat.enabled: it would drop the gradient"
             )
+
+    def _check_packing(self) -> None:
+        builtin = [name for name in self.stages if self.stage[name].data.path is None]
+        if builtin:
+            raise ValueError(f"packing needs data.path in every stage; stage.{builtin[0]} has none")
+        if self.teacher_memory.cache is not None:
+            raise ValueError("packing must be false with teacher_memory.cache, which keeps samples one by one")
+        if self.vat.engine != "sdpa":
+            raise ValueError(f"packing needs vat.engine sdpa, got {self.vat.engine!r}")
 
     def aligns(self, objective: str) -> bool:
         """Whether visual attention is aligned under an objective of this recipe."""

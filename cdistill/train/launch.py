@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,8 +31,16 @@ class ProcessError(RunError):
     """One of several processes failed."""
 
 
-class NonFiniteError(RunError):
-    """Too many steps in a row had a loss or gradient that is not finite; every process raises it."""
+class AgreedError(RunError):
+    """All processes end for the same reason; the first one tells it."""
+
+
+class NonFiniteError(AgreedError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+class BadDataError(AgreedError):
+    """Too many samples of a data set could not be used."""
 
 
 class PeerLostError(ProcessError):
@@ -50,7 +59,7 @@ class Stopped(RunError):
 
 def tell(error: ValueError | RunError) -> int:
     """Print an error in one line, unless another process does or has; returns the exit code of a failed rank."""
-    silent = isinstance(error, Stopped) or (isinstance(error, NonFiniteError) and os.environ.get("RANK", "0") != "0")
+    silent = isinstance(error, Stopped) or (isinstance(error, AgreedError) and os.environ.get("RANK", "0") != "0")
     if not silent:
         print(f"cdistill: error: {error}", file=sys.stderr, flush=True)
     return getattr(error, "exit_code", 1)
@@ -253,6 +262,25 @@ def on_first_process(action: Callable[[], Any]) -> Any:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def gathered(number: int) -> list[int]:
+    """A whole number of every process, on all of them, by way of the CPU: the GPU's queue is not waited for."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [number]
+    numbers = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    dist.all_gather_into_tensor(numbers, torch.tensor([number]), group=_group_on_cpu(dist.group.WORLD))
+    return numbers.tolist()
+
+
+@lru_cache(maxsize=1)
+def _group_on_cpu(world: Any) -> Any:
+    import torch.distributed as dist
+
+    return world if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 @contextmanager

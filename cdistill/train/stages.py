@@ -20,6 +20,7 @@ from cdistill.models.load import Model, load_model
 from cdistill.models.parts import language_model
 from cdistill.train import checkpoints, launch
 from cdistill.train.alignment import make_vat, vat_of
+from cdistill.train.bad_samples import BadSamples
 from cdistill.train.build import Models, build_models, count_parameters, precision_of
 from cdistill.train.cache import CachedCollator, CachedDataset, StageCache, fingerprint, stage_cache
 from cdistill.train.config import Recipe, first_difference, recipe_from_dict, recipe_to_dict
@@ -252,6 +253,7 @@ def _run_stage(
         logging_steps=recipe.logging_steps,
         save_steps=recipe.save_steps,
         seed=recipe.seed + index,
+        workers=recipe.workers,
         on_cpu=on_cpu,
     )
     dataset, collator = stage_dataset(recipe, index, models)
@@ -279,6 +281,7 @@ def _run_stage(
         output, folder.name, name, per_step=stage.global_batch_size, steps=stage.steps, layers=recipe.log_layers
     )
     finite, stop = FiniteSteps(recipe.max_nonfinite_steps, folder.name), StopCallback(request)
+    bad = BadSamples(recipe.max_bad_samples, output, folder.name)
     trainer = DistillTrainer(
         model,
         arguments,
@@ -286,6 +289,7 @@ def _run_stage(
         vat_weight=recipe.vat.weight,
         lora=lora,
         finite=finite,
+        bad=bad,
         train_dataset=dataset,
         data_collator=collator,
         callbacks=[log, *callbacks, stop],
@@ -308,6 +312,7 @@ def _run_stage(
         finally:
             log.close()
     seconds = time.perf_counter() - began
+    bad.report()
     step = trainer.state.global_step
     _stop_if(
         stop.signal,

@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
 
+from cdistill.train.launch import gathered
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DUPLICATE_SECONDS = 0.5  # a terminal and a launcher may both pass on the same Ctrl-C
 
@@ -20,7 +22,6 @@ class StopRequest:
     def __init__(self) -> None:
         self.received = 0
         self._when = 0.0
-        self._group: Any = None
 
     def __call__(self, number: int, frame: Any) -> None:
         now = time.monotonic()
@@ -32,16 +33,7 @@ class StopRequest:
 
     def agreed(self) -> int:
         """The signal any process has received, 0 for none. Every process must call it; alone, nothing is sent."""
-        import torch
-        import torch.distributed as dist
-
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return self.received
-        if self._group is None:  # on the CPU, so that the GPU's queue is not waited for
-            self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-        flag = torch.tensor([self.received])
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
-        return int(flag)
+        return max(gathered(self.received))
 
 
 @contextmanager

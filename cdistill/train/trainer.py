@@ -12,6 +12,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from cdistill.data.builtin import IGNORE_INDEX
 from cdistill.train import checkpoints
+from cdistill.train.bad_samples import BadSamples
 from cdistill.train.config import LoRAConfig, StageConfig
 from cdistill.train.finite import FiniteAdamW, FiniteSteps, poisoned
 from cdistill.train.launch import launched
@@ -42,6 +43,7 @@ class DistillTrainer(Trainer):
         vat_weight: float,
         lora: LoRAConfig | None = None,
         finite: FiniteSteps,
+        bad: BadSamples,
         train_dataset: Dataset,
         data_collator: Any,
         callbacks: list[TrainerCallback],
@@ -55,8 +57,9 @@ class DistillTrainer(Trainer):
         # Both say that compute_loss has already divided by the whole global batch (the second since transformers 5.20).
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self.finite = finite
+        self.finite, self.bad = finite, bad
         finite.watch(self)
+        self.add_callback(bad)
         self._logged_step = 0
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
@@ -82,7 +85,7 @@ class DistillTrainer(Trainer):
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor | None]:
         """The micro-batches of one step and the number of labels in it over all processes."""
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        batches = [self.bad.take(batch) for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not batches:
             return batches, None
         # Position 0 predicts nothing and is never labelled; the patches of objective vision are all labelled.
@@ -156,7 +159,7 @@ class DistillTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         parent, rank = Path(str(self.args.output_dir)), self.args.process_index
         folder = parent / f"{checkpoints.PREFIX}{self.state.global_step}"
-        progress = {**self.finite.state_dict(), "logged_step": self._logged_step}
+        progress = {**self.finite.state_dict(), "bad": self.bad.state_dict(), "logged_step": self._logged_step}
         with checkpoints.saving(folder, self.bytes_to_save(optimizer=True)):
             if self.args.should_save:
                 checkpoints.remove(folder)
@@ -181,6 +184,7 @@ class DistillTrainer(Trainer):
             progress = torch.load(path, map_location="cpu", weights_only=True)
             self._logged_step = progress["logged_step"]
             self.finite.load_state_dict(progress)
+            self.bad.load_state_dict(progress["bad"])
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
 
@@ -195,6 +199,7 @@ def training_arguments(
     logging_steps: int,
     save_steps: int,
     seed: int,
+    workers: int,
     on_cpu: bool,
 ) -> TrainingArguments:
     """What Trainer needs to know of a stage; everything it would print or report is switched off."""
@@ -226,6 +231,8 @@ def training_arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=not on_cpu,
         dataloader_drop_last=True,
+        dataloader_num_workers=workers,
+        dataloader_prefetch_factor=4 if workers else None,
         label_names=["labels"],
     )
     assert args.device is not None  # reading it sets up the devices

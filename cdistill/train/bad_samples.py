@@ -1,0 +1,74 @@
+"""Samples of a data set that cannot be used: left out, counted, told at a stage's end, and beyond a limit the end of the run."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainingArguments
+
+from cdistill.data.dataset import BAD, BadSample
+from cdistill.train import checkpoints
+from cdistill.train.launch import BadDataError, gathered
+
+FILE = "bad_samples.jsonl"
+
+
+class BadSamples(TrainerCallback):
+    """Follows the bad samples that batches tell of; each counts once, however often its turn comes.
+
+    Args:
+        limit: bad samples of a stage that are put up with, over all processes.
+        output: the run's folder, where `FILE` lists them.
+        label: the stage in messages, such as ``2-dft``.
+    """
+
+    def __init__(self, limit: int, output: Path, label: str) -> None:
+        self.limit, self.path, self.label = limit, output / FILE, label
+        self.found: dict[str, BadSample] = {}  # by place
+
+    def take(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch without what it tells of bad samples, which is noted."""
+        self.found |= {bad.place: bad for bad in batch.pop(BAD, ())}
+        return batch
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raises BadDataError on all processes after the same step."""
+        total = sum(gathered(len(self.found)))
+        if total > self.limit:
+            self.report()
+            raise BadDataError(
+                f"{self.label}, step {state.global_step}: {total} bad samples, more than max_bad_samples {self.limit}; "
+                f"they are listed in {self.path}: `cdistill data check` finds all, --fix leaves them out"
+            )
+
+    def report(self) -> None:
+        """Tell on the first process how many there were and write them to the file. Every process must call it."""
+        shares: list[Any] = [self.found]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            shares = [None] * dist.get_world_size()
+            dist.all_gather_object(shares, self.found)
+            if dist.get_rank():
+                return
+        found = sorted({place: bad for share in shares for place, bad in share.items()}.values())
+        if not found:
+            return
+        kept = []
+        if self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["stage"] != self.label]
+        kept += [json.dumps({"stage": self.label, **bad._asdict()}) for bad in found]
+        checkpoints.write_atomically(self.path, "".join(f"{line}\n" for line in kept))
+        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(bad.reason for bad in found).most_common())
+        print(f"{self.label}: {len(found)} bad samples left out ({reasons}) -> {self.path}", flush=True)
+
+    def state_dict(self) -> list[list[str]]:
+        """What a checkpoint needs of this process."""
+        return [list(bad) for bad in self.found.values()]
+
+    def load_state_dict(self, state: list[list[str]]) -> None:
+        """Go on from `state_dict`."""
+        self.found = {bad.place: bad for bad in (BadSample(*fields) for fields in state)}
