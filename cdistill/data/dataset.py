@@ -66,3 +66,25 @@ class SampleDataset(Dataset):
     def _encode(self, index: int) -> Encoded:
         sample = self.source[index]
         return self.encoder(sample.messages, [open_image(image, about=self.about) for image in sample.images])
+
+    def _substitute(self, index: int, generator: np.random.Generator) -> int:
+        if self._has_image is None:  # a stream is not gone back in
+            return (index + 1) % len(self.source)
+        drawn = [self.order[int(n)] for n in generator.integers(len(self.order), size=ATTEMPTS)]
+        return next((i for i in drawn if self._has_image[i] == self._has_image[index]), drawn[0])
+
+
+class TellingCollator:
+    """Puts what was left out for the samples of a batch into it, under `BAD`, if anything was.
+
+    Args:
+        collate: makes a batch of `Encoded` samples.
+    """
+
+    def __init__(self, collate: Callable[[Sequence[Encoded]], dict[str, Tensor]]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: Sequence[tuple[Encoded, tuple[BadSample, ...]]]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.collate([encoded for encoded, _ in items])
+        left_out = [bad for _, bads in items for bad in bads]
+        return batch | {BAD: left_out} if left_out else batch
