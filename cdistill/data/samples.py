@@ -1,0 +1,127 @@
+"""The one form that every data set takes: messages, and the images that stand in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+ROLES = ("system", "user", "assistant")
+
+
+class Mark(Enum):
+    """A part of a message that is not text."""
+
+    IMAGE = "image"  # the next of the sample's images stands here
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What one side says: text and marks, in order; ``role`` is one of `ROLES`."""
+
+    role: str
+    parts: tuple[str | Mark, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """An image in a file that a reader has found to lie under its root."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class ImageBytes:
+    """An encoded image that was read with its sample; ``name`` tells people where from."""
+
+    name: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A conversation of at least one answer, about any number of images.
+
+    ``images`` are in the order of their marks. ``id`` is the data set's, ``place`` says where the record stands (file and
+    line, shard and key), for messages to people.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    images: tuple[ImageFile | ImageBytes, ...]
+    place: str
+
+    def chat(self) -> list[dict[str, Any]]:
+        """The messages as chat templates of transformers take them; images are ``{"type": "image"}``."""
+        return [
+            {
+                "role": message.role,
+                "content": [
+                    {"type": "image"} if isinstance(part, Mark) else {"type": "text", "text": part}
+                    for part in message.parts
+                ],
+            }
+            for message in self.messages
+        ]
+
+
+class BadSampleError(ValueError):
+    """A sample that cannot be trained on.
+
+    Args:
+        reason: which kind of fault, a few words that are the same for all samples with it (they are counted by it).
+        detail: the fault of this sample, in one line.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, self.detail)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is known of all samples without reading any again: ``characters`` (N,) int32 of text, ``images`` (N,) int16."""
+
+    characters: np.ndarray
+    images: np.ndarray
+
+
+class Source(Protocol):
+    """A set of samples with random access; copies of one in worker processes hold no parsed records."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at a place. Raises BadSampleError for a record that is none."""
+
+    def sizes(self) -> Sizes | None:
+        """None where it is not known before samples are read (streams)."""
+
+
+def check_messages(messages: Sequence[Message], images: int) -> None:
+    """Raise BadSampleError unless messages alternate user and assistant, after an optional system message, end with an
+    answer, hold no empty answer, and have as many image marks as there are images, in messages of the user."""
+    turns = [m for m in messages if m.role != "system"]
+    if any(m.role == "system" for m in messages[1:]) or not turns:
+        raise BadSampleError("wrong order of turns", "roles are " + ", ".join(m.role for m in messages))
+    expected = [("user", "assistant")[i % 2] for i in range(len(turns))]
+    if [m.role for m in turns] != expected or len(turns) % 2:
+        raise BadSampleError("wrong order of turns", "roles are " + ", ".join(m.role for m in messages))
+    for m in turns[1::2]:
+        if not "".join(p for p in m.parts if isinstance(p, str)).strip():
+            raise BadSampleError("empty answer", "an answer holds no text")
+    marks = {m.role: sum(isinstance(p, Mark) for p in m.parts) for m in messages}
+    count = sum(isinstance(p, Mark) for m in messages for p in m.parts)
+    if marks.get("assistant") or marks.get("system"):
+        raise BadSampleError("image in an answer", "<image> stands outside the user's messages")
+    if count != images:
+        raise BadSampleError("image count", f"{count} <image> in the text, {images} images")
