@@ -14,8 +14,9 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from cdistill.cli import main
+from cdistill.data.batches import PaddingCollator
 from cdistill.data.builtin import CHAT_TEMPLATE, IMAGE_TOKEN, BuiltinDataset, build_tokenizer
-from cdistill.data.conversations import ConversationDataset, ProcessorCollator
+from cdistill.data.conversations import ConversationDataset, Encoder
 from cdistill.data.mixture import Mixture
 from cdistill.train import run
 from cdistill.train.build import build_models
@@ -106,6 +107,13 @@ def recipe_of(output, pair, **changes):
     return make_recipe(output, pair, student__taf=False, **changes)
 
 
+def collated(data, processor):
+    """The first four samples as a batch."""
+    encoder = Encoder(processor)
+    encoded = ConversationDataset(data, encoder)
+    return PaddingCollator(encoder.pad_token_id)([encoded[i] for i in range(4)])
+
+
 def metrics(output):
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
@@ -115,7 +123,7 @@ def test_labels_are_the_answers_and_visual_tokens_those_of_the_processor(pair):
     tokenizer = processor.tokenizer
     for mixture in (Mixture(turns=3, caption=0.5), Mixture(turns=2, modality="text")):
         data = BuiltinDataset(mixture, size=4, seed=3, tokenizer=tokenizer)
-        batch = ProcessorCollator(processor)([ConversationDataset(data)[i] for i in range(4)])
+        batch = collated(data, processor)
         image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         for i in range(4):
             item = data[i]
@@ -156,7 +164,7 @@ def test_losses_of_the_first_step_are_those_of_full_matrices(pair, tmp_path):
     (entry,) = metrics(tmp_path / "run")
     processor = AutoProcessor.from_pretrained(pair / "base")
     data = BuiltinDataset(recipe.stage["dft"].data, size=4, seed=0, tokenizer=processor.tokenizer)
-    batch = ProcessorCollator(processor)([data.messages(i) for i in range(4)])
+    batch = collated(data, processor)
     student, teacher = (
         AutoModelForImageTextToText.from_pretrained(pair / name, attn_implementation="eager").double()
         for name in ("base", "teacher")

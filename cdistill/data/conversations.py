@@ -1,73 +1,219 @@
-"""Conversations about images as a processor of transformers takes them: messages in, padded batches with labels out."""
+"""Conversations as tokens: a template and a processor of transformers make a sample what a model of any family takes."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from cdistill.data.builtin import IGNORE_INDEX, BuiltinDataset
+from cdistill.data.samples import BadSampleError, Mark, Message
+from cdistill.data.templates import Template
 
-Messages = list[dict[str, Any]]
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # what processors may say of every token
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample for a model: ``input_ids`` and ``labels`` (T,) int64, labels not shifted and -100 outside the answers.
+
+    ``types`` are (T,) int64 by the processor's name for them, ``images`` what it makes of the sample's images (empty
+    without), as for a batch of this sample alone.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    types: dict[str, Tensor]
+    images: dict[str, Tensor]
+
+
+class _Seen(NamedTuple):
+    """Images as a processor sees them: the tokens (and their types) that each stands for, and the tensors of all."""
+
+    tokens: list[list[int]]
+    types: dict[str, list[list[int]]]
+    tensors: dict[str, Tensor]
+
+
+class Encoder:
+    """Makes tokens, labels and pixels of conversations with images at any place, one sample at a time.
+
+    The text is tokenised with one mark per image, so that characters of answers are found among its tokens however much an
+    image becomes; the marks are then replaced by the tokens that the processor gives for these images.
+
+    A sample longer than ``max_length`` ends with its last token of an answer within it: an answer is cut, a question is left
+    out, and so are the images from there on. No image is cut.
+
+    Args:
+        processor: of a multimodal model, or a tokenizer, for text alone; the tokenizer must be a fast one.
+        template: one of `cdistill.data.templates.TEMPLATES`.
+        max_length: tokens of a sample at most, those of its images included; None for any number.
+
+    Raises:
+        ValueError: a template that does not fit (`Template`), a tokenizer without offsets or padding, or a processor that
+            does not expand marks in place.
+    """
+
+    def __init__(self, processor: Any, template: str = "auto", max_length: int | None = None) -> None:
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.max_length: int | None = None
+        if not self.tokenizer.is_fast:
+            raise ValueError(f"{type(self.tokenizer).__name__} is not a fast tokenizer, which labels need")
+        if self.tokenizer.pad_token_id is None:
+            raise ValueError(f"{type(self.tokenizer).__name__} has no pad_token, which batches need")
+        self.template = Template(processor, template)
+        self.pad_token_id: int = self.tokenizer.pad_token_id
+        self._types: tuple[str, ...] = ()
+        self._visual = [
+            token for name in ("image_token", "video_token") if (token := getattr(processor, name, None)) is not None
+        ]
+        self._image_id: int | None = None
+        if self.template.image_token is not None:
+            self._image_id = self.tokenizer.convert_tokens_to_ids(self.template.image_token)
+        self._check()
+        self.max_length = max_length
+
+    def __call__(self, messages: Sequence[Message], images: Sequence[Image.Image]) -> Encoded:
+        """Tokens of a conversation about ``images``, in the order of their marks.
+
+        Raises:
+            BadSampleError: no token of an answer within ``max_length``, a text that holds a mark of an image itself, more
+                or fewer marks than images, or answers that the tokenizer does not keep apart from questions.
+        """
+        for message in messages:
+            for part in message.parts:
+                if isinstance(part, str) and (found := [token for token in self._visual if token in part]):
+                    raise BadSampleError(
+                        "mark in the text", f"{found[0]} stands for an image, and in the text of the sample"
+                    )
+        if images and self._image_id is None:
+            raise BadSampleError("image count", f"{len(images)} images for a model that takes none")
+        ids, labelled = self._tokens(messages)
+        if (count := sum(token == self._image_id for token in ids)) != len(images):
+            raise BadSampleError("image count", f"{count} marks in the text, {len(images)} images")
+        return self._fit(ids, labelled, [image.convert("RGB") for image in images])
+
+    def _tokens(self, messages: Sequence[Message]) -> tuple[list[int], np.ndarray]:
+        """The tokens of a text with one mark per image, and which of them are answers, (T,) bool."""
+        text, answers = self.template(messages)
+        ids, offsets = self._tokenize(text)
+        labelled = np.zeros(len(ids), bool)
+        first, after = offsets.T
+        for start, stop in answers:
+            # Some tokenizers (GPT-2's) do not count spaces to a token: of one there is left an empty range, at its end.
+            inside = np.flatnonzero((after > start) & ((first < stop) | ((first == after) & (after <= stop))))
+            self._require_answer(text[start:stop], [ids[i] for i in inside])
+            labelled[inside] = True
+        return ids, labelled
+
+    def _tokenize(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Ids and (T, 2) ranges of characters; special tokens are added unless the template wrote them."""
+        bos = self.tokenizer.bos_token
+        add = bos is None or not text.startswith(bos)
+        written = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=add, verbose=False)
+        return written["input_ids"], np.array(written["offset_mapping"]).reshape(-1, 2)
+
+    def _require_answer(self, answer: str, labels: list[int]) -> None:
+        """What is labelled must read as the answer does by itself, but for the spaces that tokenizers add to a text."""
+        expected, found = (
+            "".join(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False).split())
+            for ids in (self.tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"], labels)
+        )
+        if expected != found:
+            raise BadSampleError("labels", f"the answer {answer[:40]!r} would be learned as {found[:40]!r}")
+
+    def _fit(self, ids: list[int], labelled: np.ndarray, images: list[Image.Image]) -> Encoded:
+        """Put tokens in place of the marks, and shorten the sample until it fits."""
+        while True:
+            seen = self._see(images)
+            origins, tokens, types = self._expand(ids, seen)
+            answers = labelled[origins]
+            answers[:1] = False  # no token precedes it that could predict it
+            limit = len(tokens) if self.max_length is None else min(self.max_length, len(tokens))
+            if not answers[:limit].any():
+                raise BadSampleError("too long", f"{len(tokens)} tokens, none of an answer among the first {limit}")
+            if limit < len(tokens):
+                limit = int(np.flatnonzero(answers[:limit])[-1]) + 1
+                ids = ids[: origins[limit - 1] + 1]
+            kept = sum(token == self._image_id for token in ids)
+            if kept == len(images):
+                break
+            images = images[:kept]  # again: what an image becomes may depend on how many there are
+        input_ids = torch.tensor(tokens[:limit])
+        labels = input_ids.where(torch.from_numpy(answers[:limit]), IGNORE_INDEX)
+        return Encoded(input_ids, labels, {name: torch.tensor(of[:limit]) for name, of in types.items()}, seen.tensors)
+
+    def _see(self, images: list[Image.Image]) -> _Seen:
+        """What the processor makes of the images of one sample."""
+        if not images:
+            return _Seen([], {name: [] for name in self._types}, {})
+        between = self.tokenizer.eos_token or self.tokenizer.pad_token
+        marks = between.join([self.template.image_token or ""] * len(images))
+        made = dict(self.processor(text=[marks], images=[images], add_special_tokens=False, return_tensors="pt"))
+        ids = made.pop("input_ids")[0].tolist()
+        made.pop("attention_mask", None)
+        separator = self.tokenizer.convert_tokens_to_ids(between)
+        cuts = [-1, *(i for i, token in enumerate(ids) if token == separator), len(ids)]
+        types = {name: made.pop(name)[0].tolist() for name in TOKEN_TYPES if name in made}
+        parts = {name: [of[a + 1 : b] for a, b in pairwise(cuts)] for name, of in {"ids": ids, **types}.items()}
+        return _Seen(parts.pop("ids"), parts, {name: torch.as_tensor(value) for name, value in made.items()})
+
+    def _expand(self, ids: list[int], seen: _Seen) -> tuple[list[int], list[int], dict[str, list[int]]]:
+        """Tokens with images in place of their marks: the index in ``ids`` that each comes from, their ids and types."""
+        origins: list[int] = []
+        tokens: list[int] = []
+        types: dict[str, list[int]] = {name: [] for name in seen.types}
+        images = iter(range(len(seen.tokens)))
+        for i, token in enumerate(ids):
+            image = next(images) if token == self._image_id else None
+            tokens += [token] if image is None else seen.tokens[image]
+            for name, of in types.items():
+                of += [0] if image is None else seen.types[name][image]
+            origins += [i] * (len(tokens) - len(origins))
+        return origins, tokens, types
+
+    def _check(self) -> None:
+        """Encode a made-up conversation, and see that the processor makes the same tokens of its text."""
+        image = () if self._image_id is None else (Mark.IMAGE,)
+        turns = [((*image, "See?"), "Yes."), ((*image, "And here?"), "Not at all.")]
+        messages = [m for q, a in turns for m in (Message("user", q), Message("assistant", (a,)))]
+        if not image:
+            self(messages, [])
+            return
+        images = [Image.new("RGB", (64, 48)), Image.new("RGB", (48, 64))]
+        self._types = tuple(self._see(images).types)
+        found = self(messages, images).input_ids.tolist()
+        text, bos = self.template(messages).text, self.tokenizer.bos_token
+        add = bos is None or not text.startswith(bos)
+        (expected,) = self.processor(text=[text], images=[images], add_special_tokens=add)["input_ids"]
+        if found != list(expected):
+            raise ValueError(
+                f"{type(self.processor).__name__} makes {len(expected)} tokens of a conversation about two images, "
+                f"{len(found)} of its words and its images by themselves: labels cannot be placed"
+            )
 
 
 class ConversationDataset(Dataset):
-    """The samples of a `BuiltinDataset` as messages with PIL images, for processors of any family."""
+    """The samples of a `BuiltinDataset` as tokens, for models of any family."""
 
-    def __init__(self, data: BuiltinDataset) -> None:
-        self.data = data
+    def __init__(self, data: BuiltinDataset, encoder: Encoder) -> None:
+        self.data, self.encoder = data, encoder
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> Messages:
-        return self.data.messages(index)
-
-
-class ProcessorCollator:
-    """Makes a batch of conversations by the chat template and the processor of a model.
-
-    Gives what the processor gives, padded on the right, and ``labels`` (B, T): not shifted, -100 outside the answers, which
-    end with what the template closes a turn with. Images stand in the first message only.
-
-    Args:
-        processor: with a chat template and a fast tokenizer.
-
-    Raises:
-        ValueError: there is no chat template, or it does not keep what it wrote when a conversation grows.
-    """
-
-    def __init__(self, processor: Any) -> None:
-        if processor.chat_template is None:
-            raise ValueError(f"{type(processor).__name__} has no chat template, which conversations need")
-        self.processor = processor
-        processor.tokenizer.padding_side = "right"
-
-    def __call__(self, conversations: list[Messages]) -> dict[str, torch.Tensor]:
-        texts = [self._text(messages) for messages in conversations]
-        pictures = [[p["image"] for p in messages[0]["content"] if p["type"] == "image"] for messages in conversations]
-        images = {"images": [p for p in pictures if p]} if any(pictures) else {}
-        batch = dict(self.processor(text=texts, **images, padding=True, return_tensors="pt"))
-        labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
-        for i, (messages, text) in enumerate(zip(conversations, texts, strict=True)):
-            length = int(batch["attention_mask"][i].sum())
-            self._label(messages, text, batch["input_ids"][i, :length], labels[i, :length])
-        return batch | {"labels": labels}
-
-    def _text(self, messages: Messages, **options: Any) -> str:
-        return self.processor.apply_chat_template(messages, tokenize=False, **options)
-
-    def _label(self, messages: Messages, text: str, ids: torch.Tensor, labels: torch.Tensor) -> None:
-        written = self.processor.tokenizer(text, return_offsets_mapping=True)
-        grown = len(ids) - len(written["input_ids"])  # by the visual tokens, all of which precede the answers
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._text(messages[:turn], add_generation_prompt=True)
-            after = self._text(messages[: turn + 1]).rstrip()
-            if not after.startswith(before) or not text.startswith(after):
-                raise ValueError("the chat template rewrites earlier turns: answers cannot be found in its text")
-            for token, (start, stop) in enumerate(written["offset_mapping"]):
-                if start < stop and start >= len(before) and stop <= len(after):
-                    labels[token + grown] = ids[token + grown]
+    def __getitem__(self, index: int) -> Encoded:
+        messages, images = [], []
+        for message in self.data.messages(index):
+            images += [part["image"] for part in message["content"] if part["type"] == "image"]
+            parts = (Mark.IMAGE if part["type"] == "image" else part["text"] for part in message["content"])
+            messages.append(Message(message["role"], tuple(parts)))
+        return self.encoder(messages, images)

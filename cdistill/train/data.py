@@ -1,17 +1,17 @@
 """Datasets and collators of the stages, on the built-in task."""
 
 import random
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from cdistill.data.batches import PaddingCollator
 from cdistill.data.builtin import IMAGE_TOKEN, BuiltinDataset, Collator, build_tokenizer
-from cdistill.data.conversations import ConversationDataset, ProcessorCollator
+from cdistill.data.conversations import ConversationDataset, Encoder
+from cdistill.data.grouping import length_grouped
 from cdistill.data.render import patch_labels, render
 from cdistill.data.scenes import sample_scene
 from cdistill.train.build import Models
@@ -70,15 +70,8 @@ def stage_dataset(recipe: Recipe, index: int, models: Models) -> tuple[Dataset, 
     data: Dataset = source
     collate: Any = Collator(tokenizer.pad_token_id)
     if models.reader is not None:
-        data, collate = ConversationDataset(source), ProcessorCollator(models.reader)
+        encoder = Encoder(models.reader)
+        data, collate = ConversationDataset(source, encoder), PaddingCollator(encoder.pad_token_id)
     if recipe.group_by_length:
         data = Subset(data, length_grouped([source.length(i) for i in range(size)], stage.global_batch_size, seed))
     return data, collate
-
-
-def length_grouped(lengths: Sequence[int], batch_size: int, seed: int) -> list[int]:
-    """An order of the samples in which those of a batch have similar lengths, and the batches come in a random order."""
-    generator = torch.Generator().manual_seed(seed)
-    order = get_length_grouped_indices(lengths, batch_size, generator=generator)
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    return [index for i in torch.randperm(len(batches), generator=generator).tolist() for index in batches[i]]

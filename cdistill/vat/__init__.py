@@ -5,7 +5,7 @@ Importing this package imports torch; transformers is imported when the hook is 
 
 from cdistill.vat.config import VAT, VATConfig
 from cdistill.vat.distances import LayerDistances, layer_distances
-from cdistill.vat.families import attention_layers, visual_token_ids
+from cdistill.vat.families import attention_layers, check_packable, packed_position_ids, visual_token_ids
 from cdistill.vat.hook import install, installed, uninstall
 from cdistill.vat.matching import LayerMatch, layer_range, match_layers
 from cdistill.vat.recorders import Recorder, SliceRecorder, StudentAlignment, TeacherTargets
@@ -32,6 +32,7 @@ __all__ = [
     "TeacherTargets",
     "VATConfig",
     "attention_layers",
+    "check_packable",
     "check_same_visual_tokens",
     "grounded_regions",
     "install",
@@ -39,6 +40,7 @@ __all__ = [
     "layer_distances",
     "layer_range",
     "match_layers",
+    "packed_position_ids",
     "packed_regions",
     "token_regions",
     "uninstall",

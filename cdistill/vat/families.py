@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 _VISUAL_TOKEN_NAMES = (("image_token_id", "image_token_index"), ("video_token_id", "video_token_index"))
 
 # transformers' layer types. A "hybrid" layer has attention beside a recurrent state.
@@ -63,3 +66,43 @@ def attention_layers(model_or_config: Any) -> tuple[int, ...]:
     if unknown := sorted(set(types) - _ATTENTION_TYPES - _OTHER_TYPES):
         raise ValueError(f"{type(text).__name__} has layers of unknown type {', '.join(unknown)}")
     return tuple(i for i, kind in enumerate(types) if kind in _ATTENTION_TYPES)
+
+
+def check_packable(model_or_config: Any) -> None:
+    """Raise ValueError for a model with layers that carry a state from one packed sample into the next."""
+    config = getattr(model_or_config, "config", model_or_config)
+    types = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
+    stateful = sorted(set(types) - _ATTENTION_TYPES | set(types) & {"hybrid", "hybrid_sliding"})
+    if stateful:
+        raise ValueError(
+            f"packing: {type(config).__name__} has layers of type {', '.join(stateful)}, whose state passes from a sample to "
+            "the next in its row; pad instead"
+        )
+
+
+def packed_position_ids(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """The ``position_ids`` that a model needs to keep the packed samples of a batch apart.
+
+    ``batch`` has ``input_ids`` and ``position_ids`` (B, T) that start at 0 with every sample (`cdistill.data.batches`), and for
+    images what the processor gave, in order. Returns these position_ids, or (4, B, T) int64 for models with multimodal
+    rotary embeddings: positions in the text, then those of time, height and width, which the model makes for every sample by
+    itself. Costs several device synchronisations for these, so call it with tensors in host memory.
+    """
+    positions = batch["position_ids"]
+    finder = next((module for module in model.modules() if hasattr(type(module), "get_rope_index")), None)
+    if finder is None:
+        return positions
+    starts = (positions.flatten() == 0).nonzero()[:, 0]
+    lengths = torch.diff(starts, append=starts.new_tensor([positions.numel()]))
+    offsets = torch.arange(int(lengths.max()), device=positions.device)
+    real = offsets < lengths[:, None]
+    places = (starts[:, None] + offsets).clamp(max=positions.numel() - 1)  # (N, L): one row per sample
+    types = batch.get("mm_token_type_ids", torch.zeros_like(batch["input_ids"]))
+    found, _ = finder.get_rope_index(
+        batch["input_ids"].flatten()[places],
+        types.flatten()[places],
+        image_grid_thw=batch.get("image_grid_thw"),
+        video_grid_thw=batch.get("video_grid_thw"),
+        attention_mask=real.long(),
+    )
+    return torch.cat((positions[None], found[:, real].view(3, *positions.shape)))
