@@ -22,7 +22,6 @@ class BadSample(NamedTuple):
     """A sample that was left out."""
 
     place: str
-    id: str
     reason: str
     detail: str
 
@@ -35,6 +34,7 @@ class SampleDataset(Dataset):
     Args:
         source: where samples come from.
         order: which of them each number is.
+        size: how many numbers there are.
         encoder: makes tokens and pixels of them.
         seed: of the draw of substitutes, which have an image if what they stand in for has one.
         about: the side in pixels that images are resized to, if it is the same for all (`open_image`).
@@ -43,35 +43,45 @@ class SampleDataset(Dataset):
         ValueError: from `__getitem__`, if `ATTEMPTS` samples in a row cannot be used.
     """
 
-    def __init__(self, source: Source, order: Order, encoder: Encoder, *, seed: int, about: int | None = None) -> None:
-        self.source, self.order, self.encoder, self.seed, self.about = source, order, encoder, seed, about
+    def __init__(
+        self, source: Source, order: Order, encoder: Encoder, *, size: int, seed: int, about: int | None = None
+    ) -> None:
+        self.source, self.order, self.encoder, self.size = source, order, encoder, size
+        self.seed, self.about = seed, about
         sizes = source.sizes()
         self._has_image = None if sizes is None else sizes.images > 0
 
     def __len__(self) -> int:
-        return len(self.order)
+        return self.size
 
     def __getitem__(self, number: int) -> tuple[Encoded, tuple[BadSample, ...]]:
-        index, left_out = self.order[number], []
-        generator = np.random.default_rng((self.seed, number))
-        for _ in range(ATTEMPTS):
+        if not 0 <= number < self.size:
+            raise IndexError(number)
+        index = self.order[number]
+        left_out: list[BadSample] = []
+        for attempt in range(ATTEMPTS):
+            place = f"{self.source.name}[{index}]"
             try:
-                return self._encode(index), tuple(left_out)
+                sample = self.source[index]
+                place = sample.place
+                images = [open_image(image, about=self.about) for image in sample.images]
+                return self.encoder(sample.messages, images), tuple(left_out)
             except BadSampleError as error:
-                left_out.append(BadSample(self.source.place(index), "", error.reason, error.detail))
-            index = self._substitute(index, number, generator)
+                left_out.append(BadSample(place, error.reason, error.detail))
+            index = self._substitute(number, index, attempt)
         last = left_out[-1]
-        raise ValueError(f"{self.source.name}: {ATTEMPTS} samples in a row cannot be used, the last for {last.reason} ({last.detail})")
+        raise ValueError(
+            f"{self.source.name}: {ATTEMPTS} samples in a row cannot be used, the last is {last.place} ({last.reason}: "
+            f"{last.detail}); `cdistill data check` tells what is wrong"
+        )
 
-    def _encode(self, index: int) -> Encoded:
-        sample = self.source[index]
-        return self.encoder(sample.messages, [open_image(image, about=self.about) for image in sample.images])
-
-    def _substitute(self, index: int, generator: np.random.Generator) -> int:
+    def _substitute(self, number: int, index: int, attempt: int) -> int:
         if self._has_image is None:  # a stream is not gone back in
             return (index + 1) % len(self.source)
-        drawn = [self.order[int(n)] for n in generator.integers(len(self.order), size=ATTEMPTS)]
-        return next((i for i in drawn if self._has_image[i] == self._has_image[index]), drawn[0])
+        epoch = self.order.epoch_size
+        drawn = np.random.default_rng((self.seed, number, attempt)).integers(epoch, size=ATTEMPTS)
+        candidates = [self.order[number // epoch * epoch + int(n)] for n in drawn]
+        return next((i for i in candidates if self._has_image[i] == self._has_image[index]), candidates[0])
 
 
 class TellingCollator:

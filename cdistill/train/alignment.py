@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from cdistill.data.dataset import BAD
 from cdistill.models.load import Model
 from cdistill.train.build import Models, vat_config
 from cdistill.train.config import Recipe
@@ -33,5 +34,6 @@ def make_vat(
     probe = VAT(replace(config, matching="group"), *layers)
     model = DistillationModel(student, OBJECTIVES["dft"], teacher=teacher, vat=probe)
     for _, batch in zip(range(wanted), batches, strict=False):
+        batch.pop(BAD, None)
         model.measure(measured, **{name: value.to(student.device) for name, value in batch.items()})
     return VAT(config, *layers, distances=measured.matrix())

@@ -1,4 +1,4 @@
-"""Samples of a data set that cannot be used: left out, counted, told at a stage's end, and beyond a limit the end of the run."""
+"""Samples of a data set that cannot be used: left out, counted, told at a stage's end, and too many end the run."""
 
 from __future__ import annotations
 

@@ -121,7 +121,8 @@ def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> N
     """Raise ValueError unless the models can be trained in every stage of the recipe, layer matching included."""
     for name in recipe.stages:
         stage = recipe.stage[name]
-        if not has_vision(student) and (stage.objective not in ("text", "ground") or stage.data.modality != "text"):
+        text = stage.objective in ("text", "ground") and (stage.data.path or stage.data.modality == "text")
+        if not has_vision(student) and not text:
             raise ValueError(
                 f"stage.{name}.objective must be text or ground, with data.modality text, for a student without a vision "
                 f"encoder (student.vision, student.vision_config), got {stage.objective}"

@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from cdistill.data.builtin import IGNORE_INDEX
+from cdistill.data.dataset import BAD
 from cdistill.models.load import DTYPES, Model, resolve_folder
 from cdistill.models.processor import FILES, IMAGE_PROCESSORS, has_image_processor
 from cdistill.models.taf import TAFAdapter
@@ -200,6 +201,7 @@ class CacheWriter:
 
     @torch.no_grad()
     def _ask(self, model: DistillationModel, batch: dict[str, Tensor], device: torch.device) -> list[Kept]:
+        batch.pop(BAD, None)  # they are told when the cache is trained from
         ids, labels, real = batch["input_ids"], batch["labels"], batch["attention_mask"].bool()
         hidden, targets, regions = model.ask_teacher(**{name: value.to(device) for name, value in batch.items()})
         values, indices = self._largest(model, hidden)

@@ -256,7 +256,9 @@ class StageConfig:
             raise ValueError(f"max_grad_norm must be above 0, got {self.max_grad_norm}")
         if self.data.path is not None:
             if self.objective in ("vision", "ground"):
-                raise ValueError(f"data.path must be null for objective {self.objective}: only the built-in task has its labels")
+                raise ValueError(
+                    f"data.path must be null for objective {self.objective}: only the built-in task has its labels"
+                )
             return
         if self.objective == "text" and self.data.modality != "text":
             raise ValueError(f"data.modality must be text for objective text, got {self.data.modality!r}")

@@ -1,6 +1,8 @@
-"""Datasets and collators of the stages, on the built-in task."""
+"""Datasets and collators of the stages: of files, or of the built-in task."""
 
 import random
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -8,14 +10,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from cdistill.data.batches import PaddingCollator
+from cdistill.data.batches import PackingCollator, PaddingCollator
 from cdistill.data.builtin import IMAGE_TOKEN, BuiltinDataset, Collator, build_tokenizer
-from cdistill.data.conversations import ConversationDataset, Encoder
-from cdistill.data.grouping import length_grouped
+from cdistill.data.conversations import ConversationDataset, Encoded, Encoder
+from cdistill.data.dataset import SampleDataset, TellingCollator
+from cdistill.data.grouping import length_grouped, modality_grouped
+from cdistill.data.mix import Order, open_source
 from cdistill.data.render import patch_labels, render
+from cdistill.data.samples import Source
 from cdistill.data.scenes import sample_scene
+from cdistill.models.load import Model
+from cdistill.models.parts import has_vision
 from cdistill.train.build import Models
-from cdistill.train.config import Recipe
+from cdistill.train.config import DataConfig, Recipe, StageConfig
+from cdistill.vat import check_packable, packed_position_ids
+
+CHARACTERS_PER_TOKEN, USUAL_VISUAL_TOKENS = 4, 576  # for lengths that are only compared
 
 
 class PatchDataset(Dataset):
@@ -51,19 +61,34 @@ def stage_dataset(recipe: Recipe, index: int, models: Models) -> tuple[Dataset, 
     """Dataset and collator of the stage at a place in the recipe's list.
 
     Raises:
-        ValueError: the tokenizer does not have the words of the built-in task, or the processor no chat template.
+        ValueError: a data set cannot be opened, a template does not fit the tokenizer, the student has no processor or, for
+            the built-in task, its tokenizer not all the words.
     """
     stage = recipe.stage[recipe.stages[index]]
     size, seed = stage.steps * stage.global_batch_size, stage_seed(recipe, index)
     if stage.objective == "vision":
         return PatchDataset(size=size, seed=seed), collate_patches
+    make = _builtin_dataset if stage.data.path is None else _file_dataset
+    try:
+        data, collate, sizes = make(recipe, stage, seed, models)
+        if recipe.group_by is None:
+            return data, collate
+        lengths, images = sizes()
+    except ValueError as error:
+        raise ValueError(f"stage.{recipe.stages[index]}.data: {error}") from None
+    if recipe.group_by == "length":
+        return Subset(data, length_grouped(lengths, stage.global_batch_size, seed)), collate
+    return Subset(data, modality_grouped(lengths, images, stage.global_batch_size, seed)), collate
+
+
+def _builtin_dataset(recipe: Recipe, stage: StageConfig, seed: int, models: Models) -> Any:
+    """Dataset, collator, and what tells lengths and numbers of images of all samples."""
+    size = stage.steps * stage.global_batch_size
     tokenizer: Any = models.tokenizer
     vocabulary = tokenizer.get_vocab()
     for word in build_tokenizer().get_vocab():
         if word not in vocabulary and word != IMAGE_TOKEN:
-            raise ValueError(
-                f"stage.{recipe.stages[index]}.data needs the built-in tokenizer: there is no token {word!r}"
-            )
+            raise ValueError(f"path must be given, or the tokenizer be the built-in one: there is no token {word!r}")
     source = BuiltinDataset(
         stage.data, size=size, seed=seed, tokenizer=tokenizer, grounding=stage.objective == "ground"
     )
@@ -72,6 +97,74 @@ def stage_dataset(recipe: Recipe, index: int, models: Models) -> tuple[Dataset, 
     if models.reader is not None:
         encoder = Encoder(models.reader)
         data, collate = ConversationDataset(source, encoder), PaddingCollator(encoder.pad_token_id)
-    if recipe.group_by_length:
-        data = Subset(data, length_grouped([source.length(i) for i in range(size)], stage.global_batch_size, seed))
-    return data, collate
+    shown = [int(stage.data.modality == "image")] * size
+    return data, collate, lambda: ([source.length(i) for i in range(size)], shown)
+
+
+def _file_dataset(recipe: Recipe, stage: StageConfig, seed: int, models: Models) -> Any:
+    """As `_builtin_dataset`, of the files that a recipe names."""
+    size, options = stage.steps * stage.global_batch_size, stage.data
+    source = open_stage_source(options, size)
+    order = Order(source, seed)
+    encoder = stage_encoder(stage, models)
+    data = SampleDataset(source, order, encoder, size=size, seed=seed, about=_resized_to(models))
+    collate: Any = PaddingCollator(encoder.pad_token_id)
+    if recipe.packing:
+        check_packable(models.student)
+        collate = PackedCollator(PackingCollator(encoder.pad_token_id, options.max_length), models.student)
+    visual = getattr(models.student.config, "image_seq_length", USUAL_VISUAL_TOKENS)
+
+    def sizes() -> tuple[np.ndarray, np.ndarray]:
+        known = source.sizes()
+        if known is None:
+            raise ValueError(f"group_by must be null for {source.name}: lengths of a stream are not known")
+        indices = [order[number] for number in range(size)]
+        images = known.images[indices].astype(np.int64)
+        return known.characters[indices] // CHARACTERS_PER_TOKEN + visual * images, images
+
+    return data, TellingCollator(collate), sizes
+
+
+class PackedCollator:
+    """Packs, and gives models with multimodal rotary embeddings the positions they need; ``model`` is asked for these alone."""
+
+    def __init__(self, collate: PackingCollator, model: Model) -> None:
+        self.collate, self.model = collate, model
+
+    def __call__(self, samples: Sequence[Encoded]) -> dict[str, Tensor]:
+        batch = self.collate(samples)
+        return batch | {"position_ids": packed_position_ids(self.model, batch)}
+
+
+def open_stage_source(data: DataConfig, size: int) -> Source:
+    """The data set that a stage of ``size`` samples names. Raises ValueError if it cannot be opened."""
+    assert data.path is not None
+    columns = None if data.columns is None else tuple(sorted(data.columns.items()))
+    return _open(data.path, data.images, columns, data.split, size if data.streaming else None)
+
+
+@lru_cache(maxsize=8)  # stages of one data set look through it once
+def _open(
+    path: str, images: str | None, columns: tuple[tuple[str, str], ...] | None, split: str | None, streamed: int | None
+) -> Source:
+    columns_ = None if columns is None else dict(columns)
+    return open_source(
+        path, images=images, columns=columns_, split=split, streaming=streamed is not None, size=streamed
+    )
+
+
+def stage_encoder(stage: StageConfig, models: Models) -> Encoder:
+    """What makes tokens of a stage's samples. Raises ValueError if student and template do not go together."""
+    processor: Any = models.reader or models.processor
+    if has_vision(models.student) and not hasattr(processor, "image_processor"):
+        raise ValueError("path needs an image processor, which neither the teacher's folder nor the student's has")
+    return Encoder(processor, stage.data.template, stage.data.max_length)
+
+
+def _resized_to(models: Models) -> int | None:
+    """The side in pixels that all images are resized to, where it is one for all."""
+    processor: Any = models.processor
+    if models.reader is not None or not hasattr(processor, "image_processor"):
+        return None
+    size = dict(processor.image_processor.size)
+    return max(size.get(name) or 0 for name in ("height", "width", "shortest_edge")) or None

@@ -23,8 +23,8 @@ from cdistill.train.alignment import make_vat, vat_of
 from cdistill.train.bad_samples import BadSamples
 from cdistill.train.build import Models, build_models, count_parameters, precision_of
 from cdistill.train.cache import CachedCollator, CachedDataset, StageCache, fingerprint, stage_cache
-from cdistill.train.config import Recipe, first_difference, recipe_from_dict, recipe_to_dict
-from cdistill.train.data import stage_dataset
+from cdistill.train.config import Recipe, StageConfig, first_difference, recipe_from_dict, recipe_to_dict
+from cdistill.train.data import stage_dataset, stage_encoder
 from cdistill.train.finite import FiniteSteps
 from cdistill.train.lora import add_lora
 from cdistill.train.model import DistillationModel
@@ -37,6 +37,7 @@ from cdistill.vat import attention_layers
 
 RECIPE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
+CHAT_TEMPLATE = "chat_template.jinja"  # of a processor, in its folder
 METRICS_BYTES = 1_000_000
 LOSS_NAMES = {"patch": "patch cross-entropy", "ar": "AR", "ground": "grounding", "kd": "KD", "vat": "VAT"}
 
@@ -324,7 +325,7 @@ def _run_stage(
     with checkpoints.saving(part, trainer.bytes_to_save(optimizer=False)):
         trainer.save_student(part)
         if first:
-            models.processor.save_pretrained(part)
+            _save_processor(stage, models, part)
         checkpoints.seal(part, stage=name, step=step)
     if first:
         checkpoints.publish(part, folder)
@@ -341,6 +342,13 @@ def _move(teacher: Any, recipe: Recipe, device: torch.device | str) -> None:
     """Move a whole teacher; an engine's parts and quantised layers stay where they are."""
     if isinstance(teacher, Teacher) and recipe.teacher_memory.quantization is None:
         teacher.to(device)
+
+
+def _save_processor(stage: StageConfig, models: Models, folder: Path) -> None:
+    """What stands beside the weights; its chat template is the one that conversations were written by."""
+    models.processor.save_pretrained(folder)
+    if stage.data.path is not None and stage.data.template not in ("auto", "plain"):
+        (folder / CHAT_TEMPLATE).write_text(stage_encoder(stage, models).template.source, encoding="utf-8")
 
 
 def checkpoint_activations(student: Model, *, reentrant: bool) -> None:
