@@ -144,7 +144,9 @@ def test_length_grouped_order():
 
 def test_grouped_stages_see_the_same_samples_in_another_order(models, tmp_path):
     options = {"stage__dft__samples": 32, "stage__dft__data": {"turns": 3, "caption": 0.5}, "stages": ["dft"]}
-    recipes = [make_recipe(tmp_path / "run", models, group_by="length" if on else None, **options) for on in (False, True)]
+    recipes = [
+        make_recipe(tmp_path / "run", models, group_by="length" if on else None, **options) for on in (False, True)
+    ]
     plain, grouped = (stage_dataset(recipe, 0, build_models(recipe))[0] for recipe in recipes)
     ids = [[tuple(data[i]["input_ids"].tolist()) for i in range(32)] for data in (plain, grouped)]
     assert ids[0] != ids[1] and sorted(ids[0]) == sorted(ids[1])

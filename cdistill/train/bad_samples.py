@@ -63,7 +63,8 @@ class BadSamples(TrainerCallback):
         kept += [json.dumps({"stage": self.label, **bad._asdict()}) for bad in found]
         checkpoints.write_atomically(self.path, "".join(f"{line}\n" for line in kept))
         reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(bad.reason for bad in found).most_common())
-        print(f"{self.label}: {len(found)} bad samples left out ({reasons}) -> {self.path}", flush=True)
+        noun = "sample" if len(found) == 1 else "samples"
+        print(f"{self.label}: {len(found)} bad {noun} left out ({reasons}) -> {self.path}", flush=True)
 
     def state_dict(self) -> list[list[str]]:
         """What a checkpoint needs of this process."""

@@ -1,0 +1,249 @@
+"""Training on files: bad samples left out and counted, the same samples for any workers and after a resume, packing, caches."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from builtin_models import make_recipe, save_base
+from PIL import Image
+from test_train_stages import Crash, metrics, same, weights
+from test_train_teacher import assert_close, losses
+from torch.utils.data import DataLoader
+from transformers import AutoProcessor
+
+from cdistill.cli import main
+from cdistill.data.dataset import BAD
+from cdistill.train import run
+from cdistill.train.build import build_models
+from cdistill.train.cache import write_cache
+from cdistill.train.config import recipe_to_dict
+from cdistill.train.data import stage_dataset
+
+QUESTIONS = ("what colour is the ring ?", "how many objects are there ?", "is there a red ring ?")
+ANSWERS = ("red", "blue", "yes", "no", "two")
+GOOD, TEXT = 14, 5
+
+
+def record(rng, i, image):
+    turns = []
+    for turn in range(rng.randint(1, 3)):
+        question = ("<image>\n" if image and not turn else "") + rng.choice(QUESTIONS)
+        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": rng.choice(ANSWERS)}]
+    return {"id": i, "conversations": turns} | ({"image": image} if image else {})
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a LLaVA-format set: samples with images and without, and three that cannot be used."""
+    folder = tmp_path_factory.mktemp("files")
+    rng, pixels = random.Random(3), np.random.default_rng(3)
+    (folder / "images").mkdir()
+    for i in range(GOOD):
+        noise = pixels.integers(0, 255, (60, 80, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / "images" / f"{i}.jpg")
+    cut = (folder / "images" / "0.jpg").read_bytes()
+    (folder / "images" / "cut.jpg").write_bytes(cut[: len(cut) // 2])
+    records = [record(rng, i, f"{i}.jpg") for i in range(GOOD)] + [record(rng, f"t{i}", None) for i in range(TEXT)]
+    records += [record(rng, "missing", "nowhere.jpg"), record(rng, "cut", "cut.jpg")]
+    records.append(record(rng, "empty", None) | {"conversations": [{"from": "human", "value": "what ?"}]})
+    rng.shuffle(records)
+    (folder / "set.json").write_text(json.dumps(records))
+    return folder
+
+
+def recipe_of(output, models, files, **changes):
+    data = {"path": str(files / "set.json"), "images": str(files / "images")} | changes.pop("data", {})
+    stages = {f"stage__{name}__data": data for name in ("dpt", "dft", "sft")}
+    stages |= {f"stage__{name}__samples": 24 for name in ("dpt", "dft", "sft")}
+    return make_recipe(output, models, **({"stages": ["dft"]} | stages | changes))
+
+
+def bad_samples(output):
+    return [json.loads(line) for line in (output / "bad_samples.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def plain(models, files, tmp_path_factory):
+    """A run of one stage, one epoch and a bit, without workers."""
+    output = tmp_path_factory.mktemp("plain") / "run"
+    return run(recipe_of(output, models, files)), output
+
+
+def test_bad_samples_are_left_out_counted_and_told(models, files, tmp_path, capsys):
+    run(recipe_of(tmp_path / "run", models, files, stages=["dpt", "dft"]))
+    told = bad_samples(tmp_path / "run")
+    assert {bad["reason"] for bad in told} == {"missing image", "truncated image", "wrong order of turns"}
+    printed = capsys.readouterr().out
+    for stage in ("1-dpt", "2-dft"):
+        mine = [bad for bad in told if bad["stage"] == stage]
+        assert len({bad["place"] for bad in mine}) == len(mine) == 3
+        assert f"{stage}: 3 bad samples left out (" in printed
+    assert all("set.json[" in bad["place"] for bad in told)
+
+
+def test_workers_change_nothing(models, files, plain, tmp_path):
+    final = run(recipe_of(tmp_path / "run", models, files, workers=2))
+    assert same(weights(final), weights(plain[0])) and losses(tmp_path / "run") == losses(plain[1])
+    assert bad_samples(tmp_path / "run") == bad_samples(plain[1])
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_a_run_cut_off_in_an_epoch_ends_with_the_same_bits(models, files, plain, tmp_path, step):
+    def recipe(workers):
+        return recipe_of(tmp_path / "run", models, files, save_steps=1, workers=workers)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe(1), callbacks=[Crash(step + 1)])
+    final = run(recipe(1), resume=True)
+    assert same(weights(final), weights(plain[0])) and losses(tmp_path / "run") == losses(plain[1])
+    assert bad_samples(tmp_path / "run") == bad_samples(plain[1])
+
+
+def test_too_many_bad_samples_end_the_run(models, files, tmp_path, capsys):
+    recipe = recipe_of(tmp_path / "run", models, files, max_bad_samples=1)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe_to_dict(recipe)))
+    assert main(["train", str(tmp_path / "recipe.yaml")]) == 1
+    output = capsys.readouterr()
+    assert "bad samples, more than max_bad_samples 1; they are listed in" in output.err and output.err.count("\n") == 1
+    assert len(bad_samples(tmp_path / "run")) >= 2
+
+
+def test_processes_count_their_bad_samples_together(models, files, plain, tmp_path, capfd):
+    parts = {"stage__dft__micro_batch_size": 2, "processes": 2}
+    run(recipe_of(tmp_path / "run", models, files, max_bad_samples=3, **parts))
+    assert bad_samples(tmp_path / "run") == bad_samples(plain[1])
+    assert_close(losses(tmp_path / "run"), losses(plain[1]), 1e-4)
+    recipe = recipe_of(tmp_path / "stopped", models, files, max_bad_samples=1, **parts)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe_to_dict(recipe)))
+    capfd.readouterr()
+    assert main(["train", str(tmp_path / "recipe.yaml")]) == 1
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("cdistill: error:")]
+    assert "bad samples, more than max_bad_samples 1" in told[0] and "failed with exit code 1" in told[1]
+    assert len(told) == 2
+
+
+def test_substitutes_are_of_the_same_kind(models, files, tmp_path):
+    recipe = recipe_of(tmp_path / "run", models, files)
+    data, collate = stage_dataset(recipe, 0, build_models(recipe))
+    records = json.loads((files / "set.json").read_text())
+    left_out = 0
+    for number in range(len(data)):
+        encoded, bads = data[number]
+        assert torch.equal(encoded.input_ids, data[number][0].input_ids), "the same whenever it is asked for"
+        wanted = records[data.order[number]]
+        assert ("pixel_values" in encoded.images) == ("image" in wanted)
+        assert bool(bads) == (wanted["id"] in ("missing", "cut", "empty"))
+        left_out += len(bads)
+    assert left_out >= 3
+    batch = collate([data[number] for number in range(len(data))])
+    assert len(batch[BAD]) == left_out and len(batch["input_ids"]) == len(data)
+
+
+def test_a_set_of_bad_samples_is_an_error(models, files, tmp_path):
+    nothing = [record(random.Random(0), i, "nowhere.jpg") for i in range(3)]
+    (tmp_path / "set.json").write_text(json.dumps(nothing))
+    with pytest.raises(
+        ValueError, match=r"samples in a row cannot be used, the last is .*set.json\[\d\] line 1 \(missing"
+    ):
+        run(recipe_of(tmp_path / "run", models, files, data={"path": str(tmp_path / "set.json")}))
+
+
+def test_packing_changes_no_loss(models, files, plain, tmp_path):
+    run(recipe_of(tmp_path / "run", models, files, packing=True))
+    assert_close(losses(tmp_path / "run"), losses(plain[1]), 1e-4)
+    recipe = recipe_of(tmp_path / "run", models, files, packing=True)
+    data, collate = stage_dataset(recipe, 0, build_models(recipe))
+    batch = collate([data[number] for number in range(4)])
+    assert "attention_mask" not in batch and len(batch["input_ids"]) == 1
+
+
+def test_states_that_pass_between_samples_are_not_packed(models, files, tmp_path):
+    text = {"model_type": "lfm2", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "layer_types": ["conv", "full_attention"]}
+    changes = {"student": {"text_config": text, "vision": str(models / "teacher")}, "teacher": None, "stages": ["sft"]}
+    with pytest.raises(ValueError, match=r"stage\.sft\.data: packing: .* has layers of type conv, whose state passes"):
+        run(recipe_of(tmp_path / "run", models, files, packing=True, **changes))
+
+
+def test_training_from_a_cache_of_files(models, files, plain, tmp_path):
+    vocabulary = build_models(recipe_of(tmp_path / "run", models, files)).student.config.text_config.vocab_size
+    kept = {"teacher_memory__cache": str(tmp_path / "cache"), "teacher_memory__top_k": vocabulary - 1}
+    recipe = recipe_of(tmp_path / "run", models, files, **kept)
+    write_cache(recipe)
+    run(recipe)
+    assert_close(losses(tmp_path / "run"), losses(plain[1]), 1e-4)
+    assert bad_samples(tmp_path / "run") == bad_samples(plain[1])
+
+
+def test_batches_of_one_modality_and_similar_lengths(models, files, tmp_path):
+    recipe = recipe_of(tmp_path / "run", models, files, group_by="modality", stage__dft__samples=22)
+    data, _ = stage_dataset(recipe, 0, build_models(recipe))
+    kinds = []
+    for batch in DataLoader(data, 4, collate_fn=lambda items: items):
+        kinds.append({"pixel_values" in encoded.images for encoded, _ in batch})
+    assert sum(len(kind) == 2 for kind in kinds) <= 1, "what is left of both"
+    numbers = sorted(data.indices)
+    assert numbers == list(range(20)) and data.indices != numbers
+
+
+def test_the_result_speaks_as_it_was_taught(models, files, tmp_path):
+    data = {"template": "vicuna_v1"}
+    final = run(recipe_of(tmp_path / "run", models, files, stages=["dpt", "sft"], data=data))
+    processor = AutoProcessor.from_pretrained(final)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what ?"}]}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    assert text.startswith("A chat between a curious user") and text.endswith("USER: <image>\nwhat ? ASSISTANT:")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"path": "nowhere.json"}}, r"stage\.dft\.data: no such file: nowhere\.json"),
+        ({"data": {"template": "chatml"}}, r"stage\.dft\.data: template chatml needs the token <\|im_start\|>"),
+        ({"data": {"template": "alpaca"}}, r"data\.template must be one of auto, plain, .*, got 'alpaca'"),
+        ({"data": {"path": None}}, r"data\.path must be given where images, columns, split or streaming are"),
+        ({"data": {"max_length": 1}}, r"data\.max_length must be at least 2, got 1"),
+        ({"packing": True, "vat__engine": "auto"}, r"packing needs vat\.engine sdpa, got 'auto'"),
+        ({"packing": True, "teacher_memory__cache": "kept"}, r"packing must be false with teacher_memory\.cache"),
+        ({"packing": True, "stage__dft__data": {}}, r"packing needs data\.path in every stage; stage\.dft has none"),
+        ({"group_by": "size"}, r"group_by must be one of None, length, modality, got 'size'"),
+        ({"workers": -1}, r"workers must be at least 0, got -1"),
+        ({"max_bad_samples": -1}, r"max_bad_samples must be at least 0, got -1"),
+        (
+            {"group_by": "length", "data": {"streaming": True}},
+            r"stage\.dft\.data: group_by must be null for set: lengths of a stream are not known",
+        ),
+    ],
+)
+def test_recipes_that_do_not_fit_their_data(models, files, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(recipe_of(tmp_path / "run", models, files, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_objectives_of_the_built_in_task_need_it(models, files, tmp_path):
+    data = {"stage__vision__data": {"path": str(files / "set.json")}, "stages": ["vision"], "student__taf": False}
+    with pytest.raises(ValueError, match=r"data\.path must be null for objective vision"):
+        make_recipe(tmp_path / "run", models, **data)
+
+
+def test_a_stream_trains_in_its_order(models, files, tmp_path):
+    options = {"streaming": True, "columns": {"conversations": "conversations", "image": "image"}}
+    lines = [r for r in json.loads((files / "set.json").read_text()) if r.get("image", "0.jpg") != "nowhere.jpg"]
+    lines = [{"id": str(r["id"]), "image": r.get("image"), "conversations": r["conversations"]} for r in lines]
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options["path"] = str(tmp_path / "set.jsonl")
+    a, b = (recipe_of(tmp_path / f"{workers}", models, files, data=options, workers=workers) for workers in (0, 2))
+    assert same(weights(run(a)), weights(run(b))) and losses(tmp_path / "0") == losses(tmp_path / "2")
+    assert len(metrics(tmp_path / "0")) == 6
+
+
+def test_a_language_model_reads_files_without_images(models, files, tmp_path):
+    save_base(tmp_path / "llama")
+    changes = {"student": {"base": str(tmp_path / "llama")}, "teacher": None, "stages": ["text"]}
+    data = {"path": str(files / "set.json"), "images": str(files / "images")}
+    run(make_recipe(tmp_path / "run", models, stage__text__data=data, **changes))
+    reasons = {bad["reason"] for bad in bad_samples(tmp_path / "run")}
+    assert "image count" in reasons and len(metrics(tmp_path / "run")) == 3
