@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import glob
 import io
 import os
 from collections.abc import Iterator, Mapping
@@ -58,10 +60,22 @@ def load_hub(path: str, *, config: str | None = None, split: str = "train", stre
     builder = _BUILDERS.get(os.path.splitext(files)[1].lower())
     if builder is None:
         raise ValueError(f"datasets are read from {', '.join(_BUILDERS)}, {HUB}owner/name or a folder, got {path}")
+    options = _all_text(files) if builder == "csv" else {}
     try:
-        return datasets.load_dataset(builder, data_files={split: files}, split=split, streaming=streaming)
+        return datasets.load_dataset(builder, **options, data_files={split: files}, split=split, streaming=streaming)
     except FileNotFoundError as error:
         raise ValueError(f"no such files: {files}") from error
+
+
+def _all_text(files: str) -> dict[str, Any]:
+    """Options to read CSV as it stands: "NA" and "007" are answers."""
+    import datasets
+
+    for path in sorted(glob.glob(files))[:1]:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            names = next(csv.reader(file), [])
+        return {"features": datasets.Features(dict.fromkeys(names, datasets.Value("string"))), "keep_default_na": False}
+    return {}
 
 
 def is_saved(path: str) -> bool:
@@ -106,7 +120,7 @@ class HubDataset:
         self.columns = find_columns(there, columns or {}, name)
         data = data.select_columns(sorted(set(self.columns.values())))
         self._features = data.features
-        self._data = data.decode(False) if self.in_order else data.with_format("arrow")
+        self._data = data.with_format("arrow") if not self.in_order else data.decode(False) if data.features else data
         self._size = size or 0 if self.in_order else min(len(data), size or len(data))
         self._sizes: Sizes | None = None
         self._stream: Iterator[dict[str, Any]] | None = None
@@ -171,14 +185,14 @@ class HubDataset:
 
     def _messages(self, row: Mapping[str, Any], images: int) -> tuple[Message, ...]:
         if "caption" in row:
-            return caption_messages(row["caption"], images)
-        return question_messages(row["question"], row["answer"], images)
+            return caption_messages(_text(row["caption"]), images)
+        return question_messages(_text(row["question"]), _text(row["answer"]), images)
 
     def _measure(self, row: Mapping[str, Any]) -> tuple[int, int]:
         if "conversations" in self.columns:
             return measure({"conversations": _turns(row[self.columns["conversations"]])})
         try:
-            parts = [part for text in row.values() for part in split_text(text)]
+            parts = [part for text in row.values() for part in split_text(_text(text))]
         except BadSampleError:
             return 0, 0
         texts = [part for part in parts if isinstance(part, str)]
@@ -219,7 +233,12 @@ def find_columns(there: list[str], given: Mapping[str, str], name: str) -> dict[
 def _present(value: Any) -> list[Any]:
     """The images of a row: none, one or several."""
     values = value if isinstance(value, list) else [value]
-    return [v for v in values if v is not None and v != {"bytes": None, "path": None}]
+    return [v for v in values if v not in (None, "", {"bytes": None, "path": None})]
+
+
+def _text(value: Any) -> Any:
+    """A number is an answer, too."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _turns(value: Any) -> Any:

@@ -58,11 +58,12 @@ def open_source(
     suffix = os.path.splitext(path)[1].lower()
     if suffix in _PICKLES:
         raise ValueError(f"pickles are never loaded: {path}; save the set as JSON, parquet or tar")
+    is_tar = suffix in (".tar", ".tgz") or ".tar." in os.path.basename(path).lower()
     rows = {"columns": columns, "config": config, "split": split, "streaming": streaming or None, "size": size}
     given = [option for option, value in rows.items() if value is not None]
     title = name or _title(path)
     if path.startswith(HUB) or is_saved(path) or suffix in _ROWS or _holds(path, "**/*.parquet") or given:
-        if given and suffix in (".tar", *_MIX):
+        if given and (is_tar or suffix in _MIX):
             raise ValueError(f"{given[0]} is for sets of datasets, got it with {path}")
         data = load_hub(path, config=config, split=split or "train", streaming=streaming)
         default = Path(path).parent if os.path.isfile(path) else None
@@ -72,7 +73,7 @@ def open_source(
         if images is not None or allow_urls:
             raise ValueError(f"images and allow_urls stand in the mix itself, got them with {path}")
         return open_mix(path, seed=seed, name=name)
-    if suffix == ".tar" or _holds(path, "*.tar"):
+    if is_tar or _holds(path, "*.tar"):
         if images is not None or allow_urls:
             raise ValueError(f"images of tars lie within them, got images or allow_urls with {path}")
         return TarShards(path, name=title)
@@ -82,7 +83,9 @@ def open_source(
 
 
 def _title(path: str) -> str:
-    return os.path.splitext(os.path.basename(path.rstrip("/")))[0] or path
+    base = os.path.basename(path.rstrip("/"))
+    known = (*_ROWS, *_MIX, ".json", ".jsonl", ".tar")
+    return next((base[: -len(suffix)] for suffix in known if base.lower().endswith(suffix)), base) or path
 
 
 def _holds(path: str, pattern: str) -> bool:
