@@ -24,6 +24,7 @@ TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # what processors may say
 class Encoded:
     """One sample for a model: ``input_ids`` and ``labels`` (T,) int64, labels not shifted and -100 outside the answers.
 
+    The first token is never a label, because nothing before it could predict it: samples may be packed.
     ``types`` are (T,) int64 by the processor's name for them, ``images`` what it makes of the sample's images (empty
     without), as for a batch of this sample alone.
     """
