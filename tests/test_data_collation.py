@@ -17,7 +17,7 @@ from cdistill.data.batches import PackingCollator, PaddingCollator, next_fit
 from cdistill.data.builtin import build_tokenizer
 from cdistill.data.conversations import Encoder
 from cdistill.data.grouping import length_grouped, modality_grouped
-from cdistill.data.samples import BadSampleError, Mark
+from cdistill.data.samples import BadSampleError, Mark, Message
 from cdistill.data.templates import Template
 from cdistill.vat import VATConfig, check_packable, packed_position_ids
 
@@ -82,12 +82,14 @@ def test_samples_are_cut_where_an_answer_is(name):
     model = build(name, 0) if name in ("llava_qwen2", "llava_onevision", "idefics3", "qwen2_5_vl") else None
     read = processor(name)
     for messages, images in (drawn(name)[2], drawn(name)[3]):
-        whole = Encoder(read, "vicuna_v1")(messages, images)
+        encoder = Encoder(read, "vicuna_v1")
+        whole = encoder(messages, images)
         labelled = (whole.labels != -100).tolist()
         lengths = set()
         for max_length in range(1, len(labelled) + 3):
+            encoder.max_length = max_length
             try:
-                cut = Encoder(read, "vicuna_v1", max_length)(messages, images)
+                cut = encoder(messages, images)
             except BadSampleError as error:
                 assert error.reason == "too long"
                 assert not any(labelled[:max_length]) or name == "llava_onevision"
@@ -135,6 +137,7 @@ IMAGE = Mark.IMAGE
         (conversation(((IMAGE, "w1"), "w2")), 2, "image count: 1 marks in the text, 2 images"),
         (conversation(((IMAGE, "w1 <image>"), "w2")), 1, "mark in the text: <image> stands for an image"),
         (conversation((("w1",), "w2 <video>")), 0, "mark in the text: <video> stands for"),
+        ([Message("user", ("w1",))], 0, "empty answer: "),
     ],
 )
 def test_bad_samples(messages, images, message):
@@ -208,6 +211,19 @@ def test_every_packed_sample_is_read_by_itself(name):
         ours = together[0, start : start + length], batch["labels"][0, start : start + length]
         torch.testing.assert_close(F.cross_entropy(ours[0][:-1], ours[1][1:]), expected, rtol=1e-4, atol=1e-5)
         start += length
+
+
+@pytest.mark.parametrize("name", ["llava_qwen2", "qwen2_5_vl", "qwen3_vl"])
+def test_positions_of_packed_words(name):
+    words = encoded(name)[1]
+    batch = PackingCollator(0, 2 * len(words.input_ids) + 3)([words, words, words])
+    text = torch.arange(len(words.input_ids)).repeat(2)
+    assert batch["position_ids"][0].tolist() == text.tolist()
+    positions = packed_position_ids(build(name, 0), batch)
+    if name == "llava_qwen2":
+        assert positions is batch["position_ids"]
+    else:
+        assert torch.equal(positions, batch["position_ids"].expand(4, 2, -1))
 
 
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(PACKABLE)))
