@@ -15,7 +15,7 @@ from cdistill.data.builtin import BuiltinDataset
 from cdistill.train import run, stages
 from cdistill.train.build import build_models
 from cdistill.train.config import LoRAConfig
-from cdistill.train.data import length_grouped, stage_dataset
+from cdistill.train.data import stage_dataset
 from cdistill.train.distillation import distill
 from cdistill.train.lora import add_lora, merged_state
 from cdistill.vat import VATConfig
@@ -127,19 +127,6 @@ def test_compiled_layers_have_the_same_losses_and_gradients():
             scale = found[False][name.replace("k_proj.bias", "k_proj.weight")].abs().max()
             assert (plain - found[True][name]).abs().max() <= 1e-5 * scale, name
     assert graphs[2] == graphs[10] > 0
-
-
-def test_length_grouped_order():
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(10, 1000, (64 * 16,), generator=generator).tolist()
-    order = length_grouped(lengths, 16, seed=3)
-    assert sorted(order) == list(range(64 * 16))
-    assert order == length_grouped(lengths, 16, seed=3) != length_grouped(lengths, 16, seed=4)
-    batches = [[lengths[i] for i in order[k : k + 16]] for k in range(0, len(order), 16)]
-    spreads = [max(batch) - min(batch) for batch in batches]
-    assert sum(spreads) / len(spreads) < 0.2 * 990  # drawn at random it is about 870
-    means = [sum(batch) / 16 for batch in batches]
-    assert means != sorted(means) and means != sorted(means, reverse=True)
 
 
 def test_grouped_stages_see_the_same_samples_in_another_order(models, tmp_path):

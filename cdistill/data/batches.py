@@ -34,7 +34,7 @@ class PackingCollator:
 
     Gives what `PaddingCollator` gives with ``position_ids`` (B, T) instead of ``attention_mask``: they start anew with every
     sample, and with what fills up a row. By them transformers keeps samples apart; models with multimodal rotary embeddings
-    need those of `cdistill.vat.families.packed_position_ids`. The first token of a sample is no label.
+    need those of `cdistill.vat.families.packed_position_ids`.
 
     Raises:
         ValueError: a sample that is longer than a row.
@@ -55,7 +55,6 @@ class PackingCollator:
             parts = [*(len(sample.input_ids) for sample in row), max(lengths) - length]
             positions.append(torch.cat([torch.arange(part) for part in parts]))
         batch["position_ids"] = torch.stack(positions)
-        batch["labels"] = batch["labels"].masked_fill(batch["position_ids"] == 0, IGNORE_INDEX)
         return batch | _images(samples)
 
 

@@ -24,6 +24,7 @@ TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # what processors may say
 class Encoded:
     """One sample for a model: ``input_ids`` and ``labels`` (T,) int64, labels not shifted and -100 outside the answers.
 
+    The first token is never a label, because nothing before it could predict it: samples may be packed.
     ``types`` are (T,) int64 by the processor's name for them, ``images`` what it makes of the sample's images (empty
     without), as for a batch of this sample alone.
     """
@@ -99,7 +100,7 @@ class Encoder:
         ids, labelled = self._tokens(messages)
         if (count := sum(token == self._image_id for token in ids)) != len(images):
             raise BadSampleError("image count", f"{count} marks in the text, {len(images)} images")
-        return self._fit(ids, labelled, [image.convert("RGB") for image in images])
+        return self._fit(ids, labelled, [image if image.mode == "RGB" else image.convert("RGB") for image in images])
 
     def _tokens(self, messages: Sequence[Message]) -> tuple[list[int], np.ndarray]:
         """The tokens of a text with one mark per image, and which of them are answers, (T,) bool."""
@@ -139,7 +140,8 @@ class Encoder:
             answers[:1] = False  # no token precedes it that could predict it
             limit = len(tokens) if self.max_length is None else min(self.max_length, len(tokens))
             if not answers[:limit].any():
-                raise BadSampleError("too long", f"{len(tokens)} tokens, none of an answer among the first {limit}")
+                reason = "too long" if limit < len(tokens) else "empty answer"
+                raise BadSampleError(reason, f"{len(tokens)} tokens, none of an answer among the first {limit}")
             if limit < len(tokens):
                 limit = int(np.flatnonzero(answers[:limit])[-1]) + 1
                 ids = ids[: origins[limit - 1] + 1]

@@ -116,7 +116,10 @@ class Template:
             raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {name!r}")
         tokenizer = getattr(processor, "tokenizer", processor)
         self.name, self._special_tokens = name, dict(tokenizer.special_tokens_map)
-        self.image_token: str | None = getattr(processor, "image_token", None)
+        takes_images = getattr(processor, "image_processor", None) is not None
+        self.image_token: str | None = getattr(processor, "image_token", None) if takes_images else None
+        if takes_images and self.image_token is None:
+            raise ValueError(f"{type(processor).__name__} has no image_token, by which its images are placed in a text")
         self._image = _image_mark(self.image_token or "<image>")
         self.source = _own_template(processor, tokenizer) if name == "auto" else _named_template(name, self._image)
         missing = [] if name == "auto" else [t for t in _NAMED[name].tokens if t not in tokenizer.get_vocab()]
