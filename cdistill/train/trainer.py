@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from cdistill.train import checkpoints
 from cdistill.train.bad_samples import BadSamples
 from cdistill.train.config import LoRAConfig, StageConfig
 from cdistill.train.finite import FiniteAdamW, FiniteSteps, poisoned
-from cdistill.train.launch import launched
+from cdistill.train.launch import ProcessError, launched
 from cdistill.train.lora import merged_state
 from cdistill.train.model import DistillationModel
 
@@ -85,7 +86,8 @@ class DistillTrainer(Trainer):
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor | None]:
         """The micro-batches of one step and the number of labels in it over all processes."""
-        batches = [self.bad.take(batch) for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        with in_one_line():
+            batches = [self.bad.take(batch) for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not batches:
             return batches, None
         # Position 0 predicts nothing and is never labelled; the patches of objective vision are all labelled.
@@ -186,6 +188,20 @@ class DistillTrainer(Trainer):
             self.finite.load_state_dict(progress)
             self.bad.load_state_dict(progress["bad"])
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Errors of the processes that read samples, without the traceback that torch puts into their messages."""
+    try:
+        yield
+    except ValueError as error:
+        _, found, message = str(error).rpartition("\nValueError: ")
+        raise ValueError(message.strip() if found else str(error)) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ProcessError(f"a process that reads samples has died: {str(error).splitlines()[0]}") from None
 
 
 def training_arguments(
