@@ -1,12 +1,15 @@
-"""Small files for the tests of the readers: images, records in every form of JSON, tars."""
+"""Small files for the tests of the readers (images, records in every form of JSON, tars), and what was read in short."""
 
 import io
 import json
 import tarfile
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 from PIL import Image
+
+from cdistill.data.samples import BadSampleError
 
 
 def pixels(width=24, height=16, seed=0):
@@ -74,3 +77,25 @@ def write_tar(path, members, *, kind="w", **options):
             else:
                 tar.addfile(member)
     return path
+
+
+def spoken(sample):
+    """Roles and texts, marks written out."""
+    return [(m.role, "".join(p if isinstance(p, str) else "<image>" for p in m.parts)) for m in sample.messages]
+
+
+def characters(sample):
+    return sum(len(p) for m in sample.messages for p in m.parts if isinstance(p, str))
+
+
+def refused(call, *arguments, **options):
+    """The reason of the BadSampleError that a call raises, whose message is one line."""
+    with pytest.raises(BadSampleError) as raised:
+        call(*arguments, **options)
+    assert "\n" not in str(raised.value) and raised.value.detail
+    return raised.value.reason
+
+
+def reason(source, index):
+    """Why a sample is bad."""
+    return refused(source.__getitem__, index)

@@ -116,6 +116,8 @@ class HubDataset:
         self.in_order = not hasattr(data, "__len__")
         if self.in_order and size is None:
             raise ValueError(f"size must be given for {name}: a stream does not tell how many samples it has")
+        if size is not None and size < 1:
+            raise ValueError(f"size must be at least 1 for {name}, got {size}")
         there = list(data.column_names or next(iter(data), {}))
         self.columns = find_columns(there, columns or {}, name)
         data = data.select_columns(sorted(set(self.columns.values())))

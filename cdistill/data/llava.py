@@ -57,6 +57,7 @@ class LlavaJson:
 
     def __getitem__(self, index: int) -> Sample:
         """Raises BadSampleError for a record that is none, IndexError beyond the last, ValueError if the file changed."""
+        index = range(len(self))[index]
         record = self.record(index)
         return read_record(record, self._find, id=str(index), place=self.place(index))
 

@@ -1,0 +1,148 @@
+"""Sets of Hugging Face datasets as samples: every form of file, streams, columns."""
+
+import pickle
+
+import datasets
+import numpy as np
+import pytest
+from data_files import characters, encoded, reason, spoken, turns
+from PIL import Image
+
+from cdistill.data.hub import HubDataset, load_hub
+from cdistill.data.images import open_image
+from cdistill.data.mix import open_source
+from cdistill.data.samples import ImageBytes, ImageFile
+
+PLAIN = [
+    ({"conversations": turns("<image>\nwhat?", "this")}, None),
+    ({"messages": [{"role": "user", "content": "<image>\nwhat?"}, {"role": "assistant", "content": "this"}]}, None),
+    ({"question": "what?", "answer": "this"}, None),
+    ({"query": "<image>\nwhat?", "response": "this", "text": "other"}, None),
+    ({"q": "what?", "answer": "this", "caption": "other"}, {"question": "q"}),
+    ({"caption": "this", "conversations": turns("no", "no")}, {"caption": "caption"}),
+    ({"said": turns("<image>\nwhat?", "this"), "question": "no", "answer": "no"}, {"conversations": "said"}),
+]
+
+
+@pytest.mark.parametrize(("text", "columns"), PLAIN)
+def test_columns_are_found_or_named(text, columns):
+    data = datasets.Dataset.from_list([{"image": {"bytes": b"x", "path": "a.jpg"}, "id": 7, **text}])
+    data = data.cast_column("image", datasets.Image())
+    source = HubDataset(data, columns=columns, name="rows")
+    sample = source[0]
+    asked = "<image>" if columns == {"caption": "caption"} else "<image>\nwhat?"
+    assert spoken(sample) == [("user", asked), ("assistant", "this")]
+    assert sample.images == (ImageBytes("rows[0]", b"x"),) and sample.id == "7"
+    assert source.sizes().images.tolist() == [1]
+    plain = {key: value for key, value in text.items() if isinstance(value, str)}
+    if "conversations" in source.columns or plain.get("query"):
+        assert source.sizes().characters.tolist() == [characters(sample)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (None, "say which hold conversations or question and answer or caption; there are image, x"),
+        ({"caption": "y"}, "caption is 'y', there are image, x"),
+        ({"captions": "x"}, "'captions' is none of conversations"),
+        ({"question": "x"}, "say which hold"),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused(columns, message):
+    data = datasets.Dataset.from_list([{"image": "a.jpg", "x": "y"}])
+    with pytest.raises(ValueError, match=message):
+        HubDataset(data, columns=columns, name="rows")
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow", "json", "csv", "saved", "split", "folder"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_local_sets_of_datasets(tmp_path, monkeypatch, form, streaming):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    by_path = form in ("json", "csv")
+    images = [encoded(seed) for seed in ("PNG", "JPEG", "GIF")]
+    column = [f"{i}.img" if by_path else {"bytes": images[i], "path": None} for i in range(3)]
+    for i in range(3):
+        (tmp_path / f"{i}.img").write_bytes(images[i])
+    rows = datasets.Dataset.from_dict({"image": column, "question": ["a", "b", "c"], "answer": ["007", "NA", "x"]})
+    path = tmp_path / {"saved": "saved", "split": "saved", "folder": "files/x.parquet"}.get(form, f"set.{form}")
+    path.parent.mkdir(exist_ok=True)
+    if form == "arrow":
+        rows.save_to_disk(tmp_path / "made")
+        path = next((tmp_path / "made").glob("*.arrow"))
+    elif form in ("saved", "split"):
+        (rows if form == "saved" else datasets.DatasetDict(val=rows)).save_to_disk(path)
+    else:
+        getattr(rows, f"to_{'parquet' if form == 'folder' else form}")(path)
+    path = path.parent if form == "folder" else path
+    split = "val" if form == "split" else None
+    options = {"streaming": True, "size": 3} if streaming else {}
+    source = open_source(str(path), split=split, columns={"answer": "answer"}, images=str(tmp_path), **options)
+    assert len(source) == 3
+    order = [1, 1, 2, 0, 2, -1]  # on, again, and back
+    for i in order:
+        sample = source[i]
+        assert spoken(sample) == [("user", "<image>\n" + "abc"[i]), ("assistant", ["007", "NA", "x"][i])]
+        assert np.array_equal(open_image(sample.images[0]), open_image(ImageBytes("", images[i])))
+    sizes = source.sizes()
+    assert sizes is None if streaming else sizes.images.tolist() == [1, 1, 1]
+    again = pickle.loads(pickle.dumps(source))
+    assert spoken(again[2]) == spoken(source[2])
+
+
+def test_streams_need_a_size_and_end_somewhere():
+    stream = datasets.Dataset.from_dict({"image": [b"x"], "caption": ["y"]}).to_iterable_dataset()
+    with pytest.raises(ValueError, match="size must be given for rows"):
+        HubDataset(stream, name="rows")
+    source = HubDataset(stream, size=2, name="rows")
+    assert spoken(source[0]) == [("user", "<image>"), ("assistant", "y")]
+    assert reason(source, 1) == "end of stream"
+
+
+def test_rows_that_are_bad(tmp_path):
+    rows = {"image": ["a.jpg", None, "../a.jpg", "a.jpg"], "caption": ["x", "x", "x", " "]}
+    source = HubDataset(datasets.Dataset.from_dict(rows), images=tmp_path, name="rows")
+    assert source[0].images == (ImageFile(tmp_path / "a.jpg"),)
+    assert [reason(source, i) for i in (1, 2, 3)] == ["image count", "image outside its root", "empty answer"]
+    assert source.sizes().images.tolist() == [1, 0, 1, 1]
+    assert reason(HubDataset(datasets.Dataset.from_dict(rows), name="rows"), 0) == "bad image path"
+
+
+def test_images_of_pil_and_lists_of_images():
+    picture = Image.new("RGB", (3, 2), "red")
+    features = datasets.Features({"images": datasets.List(datasets.Image()), "caption": datasets.Value("string")})
+    data = datasets.Dataset.from_dict(
+        {"images": [[picture, picture], []], "caption": ["two", "none"]}, features=features
+    )
+    source = HubDataset(data, name="rows")
+    assert [open_image(image).getpixel((0, 0)) for image in source[0].images] == [(255, 0, 0)] * 2
+    assert source.sizes().images.tolist() == [2, 0]
+
+    def rows():
+        yield {"image": picture, "caption": "one"}
+
+    source = HubDataset(datasets.IterableDataset.from_generator(rows), size=1, name="rows")
+    assert open_image(source[0].images[0]).size == (3, 2)
+
+
+def test_a_saved_set_without_the_split(tmp_path):
+    datasets.DatasetDict(val=datasets.Dataset.from_dict({"text": ["x"]})).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="has no split 'train', it has val"):
+        load_hub(str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_names_on_the_hub_are_asked_for_without_their_code(monkeypatch, streaming):
+    rows = datasets.Dataset.from_dict({"image": [b"x"], "caption": ["y"]})
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((arguments, options))
+        return rows.to_iterable_dataset() if options["streaming"] else rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    size = 1 if streaming else None
+    source = open_source("hf:owner/set-1.5", config="small", split="val[:5]", streaming=streaming, size=size)
+    assert asked == [(("owner/set-1.5", "small"), {"split": "val[:5]", "streaming": streaming})]
+    assert source.name == "set-1.5" and spoken(source[0])[1] == ("assistant", "y")
+    with pytest.raises(ValueError, match="size must be at least 1"):
+        open_source("hf:owner/set", streaming=streaming, size=0)

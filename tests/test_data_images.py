@@ -1,0 +1,168 @@
+"""Images of any bytes become RGB, or bad samples that say why."""
+
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from data_files import encoded, pixels, refused
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cdistill.data import images
+from cdistill.data.images import named_format, open_image, true_format
+from cdistill.data.samples import BadSampleError, ImageBytes, ImageFile
+
+
+def test_files_that_are_no_images(tmp_path):
+    def on_file(name, data=None):
+        path = tmp_path / name
+        if data is not None:
+            path.write_bytes(data)
+        return ImageFile(path)
+
+    assert refused(open_image, on_file("none.jpg")) == "missing image"
+    assert refused(true_format, on_file("none.jpg")) == "missing image"
+    assert refused(open_image, on_file("empty.jpg", b"")) == "unreadable image"
+    assert refused(open_image, on_file("empty.jpg/x.jpg")) == "missing image"
+    assert refused(open_image, on_file("page.jpg", b"<html>404</html>")) == "unreadable image"
+    assert refused(open_image, on_file("x" * 300)) == "unreadable image"
+    assert refused(open_image, ImageFile(tmp_path)) == "unreadable image"
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert refused(open_image, on_file("pipe.jpg")) == "unreadable image"
+    for kind in ("PPM", "ICO", "PDF", "EPS"):  # what else PIL would open, or start another program for
+        picture = Image.fromarray(pixels()).resize((32, 32))
+        assert refused(open_image, ImageBytes(f"x.{kind}", encoded(kind, picture))) == "unreadable image"
+
+
+@pytest.mark.parametrize("kind", images.FORMATS)
+def test_formats_are_told_by_their_bytes(tmp_path, kind):
+    path = tmp_path / "x.jpg"
+    path.write_bytes(encoded(kind))
+    assert true_format(ImageFile(path)) == true_format(ImageBytes("x", encoded(kind))) == kind
+    assert {named_format("a" + suffix.upper()) for suffix in images.FORMATS[kind]} == {kind}
+    assert open_image(ImageFile(path)).mode == "RGB"
+    assert named_format("a.json") is None and true_format(ImageBytes("x", b"RIFF1234WAVE")) is None
+
+
+@pytest.mark.parametrize("kind", images.FORMATS)
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_truncated_images(kind, share):
+    rng = np.random.default_rng(0)
+    data = encoded(kind, Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)))
+    assert refused(open_image, ImageBytes("x", data[: int(share * len(data))])) == "truncated image"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(sorted(images.FORMATS)),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8),
+    st.floats(0, 1),
+)
+def test_made_up_bytes_give_an_image_or_a_bad_sample(kind, changes, kept):
+    data = bytearray(encoded(kind))
+    for place, value in changes:
+        data[int(place * len(data))] = value
+    try:
+        picture = open_image(ImageBytes("x", bytes(data[: int(kept * len(data)) + 1])), about=4)
+    except BadSampleError as error:
+        assert error.reason in ("unreadable image", "truncated image", "image too large") and "\n" not in str(error)
+    else:
+        assert picture.mode == "RGB" and picture.getpixel((0, 0))
+
+
+def bomb(width, height):
+    """A PNG of a few bytes that says it has so many pixels."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    zeros = zlib.compress(bytes(100_000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zeros) + chunk(b"IEND", b"")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("size", [(8193, 8192), (10_000, 10_000), (100_000, 100_000)])
+def test_bombs_are_not_decoded(size, monkeypatch):
+    assert refused(open_image, ImageBytes("x", bomb(*size))) == "image too large"
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as some libraries set it
+    assert refused(open_image, ImageBytes("x", bomb(*size))) == "image too large"
+
+
+def test_the_limit_itself_is_no_bomb(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 24 * 16)
+    assert open_image(ImageBytes("x", encoded())).size == (24, 16)
+    monkeypatch.setattr(images, "MAX_PIXELS", 24 * 16 - 1)
+    assert refused(open_image, ImageBytes("x", encoded())) == "image too large"
+
+
+def test_modes_become_rgb():
+    rgb = pixels()
+    picture = Image.fromarray(rgb)
+
+    def found(kind, other, **options):
+        return np.asarray(open_image(ImageBytes("x", encoded(kind, other, **options)))).astype(int)
+
+    grey = picture.convert("L")
+    assert np.array_equal(found("PNG", picture), rgb)
+    assert np.array_equal(found("PNG", grey), np.asarray(grey.convert("RGB")))
+    assert np.array_equal(found("PNG", picture.quantize(8)), np.asarray(picture.quantize(8).convert("RGB")))
+    assert np.abs(found("JPEG", picture.convert("CMYK"), quality=100) - rgb).max() < 16
+    assert np.array_equal(found("PNG", grey.point(lambda v: 255 * (v > 128)).convert("1")).max(), 255)
+
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    assert np.array_equal(found("PNG", deep), np.asarray(grey.convert("RGB")))
+    assert np.array_equal(found("TIFF", deep), np.asarray(grey.convert("RGB")))
+    for kind in (np.int32, np.float32):
+        assert refused(open_image, ImageBytes("x", encoded("TIFF", Image.fromarray(np.asarray(grey).astype(kind)))))
+
+    clear = picture.convert("RGBA")
+    clear.putalpha(Image.fromarray(np.where(np.arange(24) < 12, 255, 0).astype(np.uint8)[None].repeat(16, 0)))
+    for kind in ("PNG", "WEBP"):
+        white = found(kind, clear, **({"lossless": True} if kind == "WEBP" else {}))
+        assert np.array_equal(white[:, :12], rgb[:, :12]) and (white[:, 12:] == 255).all()
+    holes = Image.new("P", (4, 4))
+    holes.putpalette([0, 0, 0, 9, 9, 9])
+    holes.putpixel((0, 0), 1)
+    assert found("GIF", holes, transparency=0)[0, :2].tolist() == [[9, 9, 9], [255, 255, 255]]
+    assert found("PNG", picture, transparency=tuple(rgb[0, 0].tolist()))[0, 0].tolist() == [255, 255, 255]
+
+
+def test_animations_give_their_first_image():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime")]
+    for kind, options in (("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})):
+        data = encoded(kind, frames[0], save_all=True, append_images=frames[1:], **options)
+        assert open_image(ImageBytes("x", data)).getpixel((3, 3)) == (255, 0, 0)
+
+
+def test_pixels_stay_as_they_are_stored():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    assert open_image(ImageBytes("x", encoded("JPEG", exif=exif))).size == (24, 16)
+
+
+def test_large_jpegs_are_decoded_smaller_but_never_below_twice_the_side():
+    for width, height in ((640, 480), (480, 640), (1601, 1200), (333, 1000)):
+        data = encoded("JPEG", Image.fromarray(pixels(width, height)), quality=95)
+        whole = open_image(ImageBytes("x", data))
+        assert whole.size == (width, height)
+        for about in (30, 64, 100, 300):
+            smaller = open_image(ImageBytes("x", data), about=about)
+            shrunk = round(width / smaller.width)
+            assert shrunk in (1, 2, 4, 8)
+            assert shrunk == 1 or min(smaller.size) >= 2 * about
+            assert shrunk == 8 or min(width, height) < 2 * about * 2 * shrunk
+            side = Image.Resampling.BICUBIC
+            a, b = (np.asarray(x.resize((about, about), side)).astype(float) for x in (whole, smaller))
+            assert np.abs(a - b).mean() < 2
+    assert open_image(ImageBytes("x", encoded("PNG")), about=1).size == (24, 16)
+
+
+def test_an_image_file_is_not_read_beyond_the_limit(tmp_path, monkeypatch):
+    (tmp_path / "x.jpg").write_bytes(encoded() + bytes(5000))
+    monkeypatch.setattr(images, "MAX_BYTES", 3000)
+    assert refused(open_image, ImageFile(tmp_path / "x.jpg")) == "image too large"
