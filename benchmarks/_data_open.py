@@ -1,5 +1,6 @@
-"""A set the size of LLaVA-mix-665K, made up, and what opening it takes: `python -m benchmarks._data_open PATH`."""
+"""Made-up photographs and a set of LLaVA-mix-665K's size; `python -m benchmarks._data_open PATH`: what opening it takes."""
 
+import io
 import json
 import pickle
 import random
@@ -22,14 +23,33 @@ def made_record(rng, words, number):
     return {"id": f"{number:012d}", **image, "conversations": conversations}
 
 
-def write(path, mode, records=RECORDS, seed=0):
-    """Write the set, a pool of 8,192 records again and again; returns how many bytes it has."""
+def made_records(count, seed=0):
+    """That many records of words that nobody knows."""
     rng = random.Random(seed)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(5000)]
     words += ["it\u2019s", "caf\u00e9", '"so"', "a\\b", "\u6f22\u5b57", "{x}", "\n"] * 20
+    return (made_record(rng, words, number) for number in range(count))
+
+
+def photo(width, height, seed=0):
+    """Noise with the spectrum of photographs, amplitude 1/f, as a JPEG of quality 90."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    spectrum = np.fft.rfft2(rng.standard_normal((3, height, width)))
+    image = np.fft.irfft2(spectrum / np.maximum(frequency, 1 / max(width, height)), s=(height, width))
+    image = 128 + 48 * image / image.std()
+    buffer = io.BytesIO()
+    Image.fromarray(image.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def write(path, mode, records=RECORDS, seed=0):
+    """Write the set, a pool of 8,192 records again and again; returns how many bytes it has."""
     indent = 2 if mode == "indented list" else None
-    made = (made_record(rng, words, number) for number in range(8192))
-    pool = [json.dumps(record, ensure_ascii=False, indent=indent) for record in made]
+    pool = [json.dumps(record, ensure_ascii=False, indent=indent) for record in made_records(8192, seed)]
     between = {"indented list": ",\n", "list on one line": ", ", "lines": "\n"}[mode]
     first, last = ("", "\n") if mode == "lines" else ("[", "]")
     with open(path, "w", encoding="utf-8") as file:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks._data_open import MODES, RECORDS, write
+from benchmarks._data_open import MODES, RECORDS, photo, write
 from cdistill.data.images import open_image
 from cdistill.data.samples import ImageBytes
 
@@ -39,18 +39,6 @@ def test_opening_a_set_of_665k(benchmark, cpu_environment, tmp_path, mode):
     benchmark.extra_info.update(cpu_environment, mode=mode, megabytes=size / 1e6, **found)
     assert found["records"] == RECORDS
     assert found["open_s"] < MOST_SECONDS and found["whole_process_peak_mb"] < MOST_MB
-
-
-def photo(width, height, seed=0):
-    """Noise with the spectrum of photographs, amplitude 1/f, as a JPEG of quality 90."""
-    rng = np.random.default_rng(seed)
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    spectrum = np.fft.rfft2(rng.standard_normal((3, height, width)))
-    image = np.fft.irfft2(spectrum / np.maximum(frequency, 1 / max(width, height)), s=(height, width))
-    image = 128 + 48 * image / image.std()
-    buffer = io.BytesIO()
-    Image.fromarray(image.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("size", [(384, 384), (640, 480), (2048, 1536), (4000, 3000)], ids=lambda s: f"{s[0]}x{s[1]}")
