@@ -42,6 +42,9 @@ def main(options: argparse.Namespace, load_processor: LoadProcessor) -> int:
     except KeyboardInterrupt:
         print("cdistill: stopped", file=sys.stderr)
         return INTERRUPTED
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"cdistill: error: {error}", file=sys.stderr)
+        return 1
 
 
 def _source_arguments(parser: argparse.ArgumentParser) -> None:
