@@ -1,0 +1,180 @@
+"""Images of samples: which paths are allowed, and decoding that survives any bytes.
+
+Pixels stay as they are stored: an EXIF orientation is not applied, as in LLaVA's own pipeline. What is transparent becomes
+white.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import os
+import re
+import stat
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cdistill.data.samples import BadSampleError, ImageBytes, ImageFile
+
+MAX_PIXELS = 1 << 26  # 67 million: 8192 x 8192
+MAX_BYTES = 1 << 28
+FETCH_SECONDS = 20
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg"),
+    "PNG": (".png",),
+    "GIF": (".gif",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+}
+_FORMAT_OF_SUFFIX = {suffix: name for name, suffixes in FORMATS.items() for suffix in suffixes}
+_FIRST_BYTES = {
+    "JPEG": rb"\xff\xd8\xff",
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "GIF": rb"GIF8[79]a",
+    "WEBP": rb"RIFF....WEBP",
+    "BMP": rb"BM",
+    "TIFF": rb"II[*+]\x00|MM\x00[*+]",
+}
+
+_URL = re.compile(r"[a-zA-Z][\w+.-]*://|data:")
+_ODD = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\\]")
+
+Roots = Path | Mapping[str, Path]
+
+
+def find_image(roots: Roots, name: object, *, allow_urls: bool) -> ImageFile | ImageBytes:
+    """`resolve_image`, or `fetch_image` for a URL where that is allowed."""
+    if allow_urls and isinstance(name, str) and _URL.match(name):
+        return fetch_image(name)
+    return resolve_image(roots, name)
+
+
+def resolve_image(roots: Roots, name: object) -> ImageFile:
+    """The file of an image that a data set names; whether it exists is seen when it is opened.
+
+    Args:
+        roots: the folder that names start from; or one folder for each first part of the names (with
+            ``{"coco": Path("/data/coco")}``, ``coco/x.jpg`` is ``/data/coco/x.jpg``), that of "" for all others.
+        name: a relative path with ``/``.
+
+    Raises:
+        BadSampleError: the name is no path, or leaves its root by being absolute, by ``..`` or by a link; or it is a URL.
+    """
+    if not isinstance(name, str) or not name:
+        raise BadSampleError("bad image path", f"an image is named by its path, got {name!r}")
+    if _URL.match(name):
+        raise BadSampleError("image by URL", f"URLs are not fetched unless allow_urls is set: {name[:200]!r}")
+    if _ODD.search(name):
+        raise BadSampleError("bad image path", f"backslashes and control characters are refused: {name!r}")
+    if name.startswith("/") or name[1:2] == ":" or ".." in name.split("/"):
+        raise BadSampleError("image outside its root", f"absolute paths and '..' are refused: {name!r}")
+    root, inner = _root_of(roots, name)
+    path = os.path.realpath(os.path.join(root, inner))
+    if not os.path.join(path, "").startswith(os.path.join(os.path.realpath(root), "")):
+        raise BadSampleError("image outside its root", f"{name!r} is a link to {path}: name a folder there as its root")
+    return ImageFile(Path(path))
+
+
+def _root_of(roots: Roots, name: str) -> tuple[Path, str]:
+    if isinstance(roots, Path):
+        return roots, name
+    first, _, rest = name.partition("/")
+    if rest and first in roots:
+        return roots[first], rest
+    if "" in roots:
+        return roots[""], name
+    raise BadSampleError("bad image path", f"no root for {name!r}, only for {', '.join(sorted(roots))}")
+
+
+def fetch_image(url: str) -> ImageBytes:
+    """An image from the web, by http or https; only for sources whose ``allow_urls`` is set.
+
+    Raises:
+        BadSampleError: it is another kind of URL, or cannot be had.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise BadSampleError("image by URL", f"only http and https are fetched: {url[:200]!r}")
+    try:
+        with urllib.request.urlopen(url, timeout=FETCH_SECONDS) as reply:
+            return ImageBytes(url, reply.read(MAX_BYTES + 1))
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise BadSampleError("missing image", f"{url}: {error}") from error
+
+
+def open_image(image: ImageFile | ImageBytes, *, about: int | None = None) -> Image.Image:
+    """Decode an image, the first one of an animation, to RGB of 8 bits.
+
+    Args:
+        image: what a reader found.
+        about: the side in pixels that it will be resized to. Then a JPEG of which both sides are at least four times as
+            long is decoded at a half, a quarter or an eighth of its size, never below twice ``about``.
+
+    Raises:
+        BadSampleError: the image is missing, unreadable, truncated or too large (`MAX_PIXELS`, `MAX_BYTES`).
+    """
+    if isinstance(image, ImageFile):
+        name, data = str(image.path), _read(image.path, MAX_BYTES + 1)
+    else:
+        name, data = image.name, image.data
+    if len(data) > MAX_BYTES:
+        raise BadSampleError("image too large", f"{name}: more than {MAX_BYTES} bytes")
+    kind = _format_of(data)
+    if kind is None:
+        raise BadSampleError("unreadable image", f"{name}: " + (f"starts with {data[:8]!r}" if data else "empty file"))
+    try:
+        with Image.open(io.BytesIO(data), formats=[kind]) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{picture.width} x {picture.height} pixels, at most {MAX_PIXELS}")
+            if about is not None:
+                picture.draft(None, (2 * about, 2 * about))
+            return _to_rgb(picture)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadSampleError("image too large", f"{name}: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise nearly anything at bytes that somebody made up
+        message = str(error).split("<_io")[0].split("\n")[0]
+        raise BadSampleError("truncated image", f"{name}: {kind}, {type(error).__name__}: {message}") from error
+
+
+def true_format(image: ImageFile | ImageBytes) -> str | None:
+    """The format that an image's first bytes tell, one of `FORMATS` or None; raises BadSampleError where it is missing."""
+    return _format_of(image.data if isinstance(image, ImageBytes) else _read(image.path, 16))
+
+
+def named_format(name: str) -> str | None:
+    """The format that the suffix of a name stands for, one of `FORMATS` or None."""
+    return _FORMAT_OF_SUFFIX.get(os.path.splitext(name)[1].lower())
+
+
+def _format_of(data: bytes) -> str | None:
+    return next((name for name, first in _FIRST_BYTES.items() if re.match(first, data, re.DOTALL)), None)
+
+
+def _read(path: Path, most: int) -> bytes:
+    try:  # a pipe would let us wait for its writer
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
+            if stat.S_ISREG(status.st_mode):
+                return file.read(min(most, status.st_size))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BadSampleError("missing image", str(path)) from error
+    except OSError as error:
+        raise BadSampleError("unreadable image", f"{path}: {error.strerror}") from error
+    raise BadSampleError("unreadable image", f"{path}: not a file")
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"32-bit values (mode {picture.mode}) have no known range")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture.convert("RGB")

@@ -1,0 +1,285 @@
+"""Sources opened by path, mixes of several with weights and caps, and the order in which a run sees their samples."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from cdistill.data.hub import HUB, HubDataset, is_saved, load_hub
+from cdistill.data.images import Roots
+from cdistill.data.llava import LlavaJson
+from cdistill.data.samples import Sample, Sizes, Source
+from cdistill.data.shards import TarShards
+
+_ROWS = (".parquet", ".arrow", ".csv")
+_MIX = (".yaml", ".yml")
+_PICKLES = (".pkl", ".pickle", ".pyd", ".pth", ".pt")
+
+
+def open_source(
+    path: str,
+    *,
+    images: str | Mapping[str, str] | None = None,
+    columns: Mapping[str, str] | None = None,
+    config: str | None = None,
+    split: str | None = None,
+    streaming: bool = False,
+    size: int | None = None,
+    allow_urls: bool = False,
+    name: str | None = None,
+    seed: int = 0,
+) -> Source:
+    """The source at a path, by the reader that fits it.
+
+    Args:
+        path: a file of LLaVA's JSON or JSON Lines; a tar, a folder or pattern of tars (`TarShards`); a file, glob or
+            folder of parquet, Arrow or CSV, a folder of ``save_to_disk``, ``hf:owner/name`` (`load_hub`); or a mix
+            (``.yaml``, see `open_mix`). JSON is read by ``datasets`` where columns are given or it is streamed.
+        images: where names of images start from, or a folder for each first part of the names (`resolve_image`); by
+            default the folder of the file.
+        columns: see `HubDataset`.
+        config: of a set on the hub.
+        split: of a set of ``datasets``, "train" by default.
+        streaming: read a set of ``datasets`` as a stream; then ``size`` must be given.
+        size: how many rows of a set of ``datasets`` count.
+        allow_urls: images may be named by URLs.
+        name: what the source is called; by default its path tells.
+        seed: of the subsets that a mix takes.
+
+    Raises:
+        ValueError: there is nothing at the path, nothing that can be read, or an option that its reader has not.
+    """
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in _PICKLES:
+        raise ValueError(f"pickles are never loaded: {path}; save the set as JSON, parquet or tar")
+    is_tar = suffix in (".tar", ".tgz") or ".tar." in os.path.basename(path).lower()
+    rows = {"columns": columns, "config": config, "split": split, "streaming": streaming or None, "size": size}
+    given = [option for option, value in rows.items() if value is not None]
+    title = name or _title(path)
+    if path.startswith(HUB) or is_saved(path) or suffix in _ROWS or _holds(path, "**/*.parquet") or given:
+        if given and (is_tar or suffix in _MIX):
+            raise ValueError(f"{given[0]} is for sets of datasets, got it with {path}")
+        data = load_hub(path, config=config, split=split or "train", streaming=streaming)
+        default = Path(path).parent if os.path.isfile(path) else None
+        roots = _roots(images) or default
+        return HubDataset(data, columns=columns, images=roots, size=size, allow_urls=allow_urls, name=title)
+    if suffix in _MIX:
+        if images is not None or allow_urls:
+            raise ValueError(f"images and allow_urls stand in the mix itself, got them with {path}")
+        return open_mix(path, seed=seed, name=name)
+    if is_tar or _holds(path, "*.tar"):
+        if images is not None or allow_urls:
+            raise ValueError(f"images of tars lie within them, got images or allow_urls with {path}")
+        return TarShards(path, name=title)
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder without tars, parquet files or a set of save_to_disk: name a file")
+    return LlavaJson(path, _roots(images), allow_urls=allow_urls, name=title)
+
+
+def _title(path: str) -> str:
+    base = os.path.basename(path.rstrip("/"))
+    known = (*_ROWS, *_MIX, ".json", ".jsonl", ".tar")
+    return next((base[: -len(suffix)] for suffix in known if base.lower().endswith(suffix)), base) or path
+
+
+def _holds(path: str, pattern: str) -> bool:
+    return os.path.isdir(path) and next(Path(path).glob(pattern), None) is not None
+
+
+def _roots(images: str | Mapping[str, str] | None) -> Roots | None:
+    if images is None or isinstance(images, str):
+        return None if images is None else Path(images)
+    return {first: Path(root) for first, root in images.items()}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A source of a mix: the samples of it that count, ``kept`` (N,) int64, and how often they come in one epoch."""
+
+    source: Source
+    kept: np.ndarray
+    weight: float = 1.0
+
+
+class Mix:
+    """Several sources as one: the samples that each may give, one source after the other."""
+
+    def __init__(self, parts: Sequence[Part], *, name: str) -> None:
+        self.name, self.parts = name, tuple(parts)
+        self._starts = np.cumsum([0, *(len(part.kept) for part in self.parts)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Sample:
+        part, inside = self.locate(index)
+        return self.parts[part].source[inside]
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """The number of the part that a sample belongs to, and its index in that part's source."""
+        index = range(len(self))[index]
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return part, int(self.parts[part].kept[index - self._starts[part]])
+
+    def sizes(self) -> Sizes | None:
+        """None if one of the sources does not know its own."""
+        found = [part.source.sizes() for part in self.parts]
+        known = [(sizes, part.kept) for sizes, part in zip(found, self.parts, strict=True) if sizes is not None]
+        if len(known) < len(found):
+            return None
+        characters = np.concatenate([sizes.characters[kept] for sizes, kept in known])
+        return Sizes(characters, np.concatenate([sizes.images[kept] for sizes, kept in known]))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One source of a mix file: options as of `open_source`; at most ``cap`` samples, ``weight`` times an epoch."""
+
+    path: str
+    images: str | Mapping[str, str] | None = None
+    weight: float = 1.0
+    cap: int | None = None
+    columns: Mapping[str, str] | None = None
+    config: str | None = None
+    split: str | None = None
+    streaming: bool = False
+    size: int | None = None
+    allow_urls: bool = False
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str):
+            raise ValueError(f"path must be a string, got {self.path!r}")
+        if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not 0 < self.weight <= 1000:
+            raise ValueError(f"weight must be above 0 and at most 1000, got {self.weight!r}")
+        for name in ("cap", "size"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number above 0, got {value!r}")
+
+
+def open_mix(path: str, *, seed: int = 0, name: str | None = None) -> Mix:
+    """The mix of a YAML file: a list of sources, or a mapping that holds it as ``sources``; see `Entry` for their keys.
+
+    Paths are relative to the file. A source with ``cap`` gives a random subset that depends on the seed alone.
+
+    Raises:
+        ValueError: the file is no such mix, or a source cannot be opened; the message says which.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"no such file: {path}")
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if isinstance(content, Mapping):
+        if unknown := [str(key) for key in content if key != "sources"]:
+            raise ValueError(f"{path}: unknown key {unknown[0]!r}, a mix has sources")
+        content = content.get("sources")
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"{path} is no mix: a list of sources is expected, each with a path")
+    parts = []
+    for number, entry in enumerate(content):
+        try:
+            parts.append(_part(entry, Path(path).parent, seed, number))
+        except ValueError as error:
+            raise ValueError(f"{path}, source {number + 1}: {error}") from error
+    return Mix(parts, name=name or _title(path))
+
+
+def _part(entry: Any, folder: Path, seed: int, number: int) -> Part:
+    known = [field.name for field in fields(Entry)]
+    if not isinstance(entry, Mapping) or "path" not in entry:
+        raise ValueError(f"a source is a mapping with a path, got {entry!r}")
+    if unknown := [str(key) for key in entry if key not in known]:
+        raise ValueError(f"unknown key {unknown[0]!r}, there are {', '.join(known)}")
+    entry = Entry(**entry)
+    if os.path.splitext(entry.path)[1].lower() in _MIX:
+        raise ValueError(f"a mix holds no mixes, got {entry.path}")
+    options = {name: getattr(entry, name) for name in known if name not in ("path", "weight", "cap", "images")}
+    path = entry.path if entry.path.startswith(HUB) else str(folder / entry.path)
+    images: Any = entry.images
+    if isinstance(images, str):
+        images = str(folder / images)
+    elif images is not None:
+        images = {first: str(folder / root) for first, root in images.items()}
+    source = open_source(path, images=images, **options)
+    kept = np.arange(len(source))
+    if entry.cap is not None and entry.cap < len(source):
+        kept = np.sort(shuffled(len(source), seed, number)[: entry.cap])
+    return Part(source, kept, float(entry.weight))
+
+
+def shuffled(count: int, *seed: int) -> np.ndarray:
+    """A permutation (count,) int64 that depends on the seed alone: on raw bits of PCG64, which numpy never changes."""
+    return np.argsort(np.random.PCG64(np.random.SeedSequence(seed)).random_raw(count), kind="stable")
+
+
+class Order:
+    """Which sample of a source comes when: number 0, 1, 2, ... of a run -> index, a function of the seed and the number.
+
+    Every epoch is another permutation. In each, a sample of a mix comes as often as its part's weight says: 2 is twice, of
+    0.5 another half comes in every epoch, so that two have them all. Samples of a stream come in its own order.
+
+    Args:
+        source: a `Mix`, or any other source, each sample of which comes once.
+        seed: of all permutations.
+
+    Raises:
+        ValueError: an epoch would hold no sample.
+    """
+
+    def __init__(self, source: Source, seed: int) -> None:
+        self.seed = seed
+        parts = source.parts if isinstance(source, Mix) else (Part(source, np.arange(len(source))),)
+        self._counts = [len(part.kept) for part in parts]
+        self._weights = [part.weight for part in parts]
+        self._in_order = [bool(getattr(part.source, "in_order", False)) for part in parts]
+        self.epoch_size = sum(round(weight * count) for weight, count in zip(self._weights, self._counts, strict=True))
+        if not self.epoch_size:
+            raise ValueError(f"{source.name} has no samples")
+        self._epoch: tuple[int, np.ndarray] | None = None
+
+    def __getitem__(self, number: int) -> int:
+        """The index of the sample that is the ``number``-th of a run, from 0 on; numbers have no end."""
+        if number < 0:
+            raise IndexError(f"numbers start at 0, got {number}")
+        epoch, inside = divmod(number, self.epoch_size)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = epoch, self.epoch(epoch)
+        return int(self._epoch[1][inside])
+
+    def epoch(self, number: int) -> np.ndarray:
+        """The indices of an epoch, (epoch_size,) int64, in order."""
+        drawn, start = [], 0
+        for part, count in enumerate(self._counts):
+            drawn.append(start + self._drawn(part, number))
+            start += count
+        joined = np.concatenate(drawn)
+        mixed = shuffled(len(joined), self.seed, 0, number)
+        start = 0
+        for part, those in enumerate(drawn):
+            if self._in_order[part]:
+                places = (mixed >= start) & (mixed < start + len(those))
+                mixed[places] = np.arange(start, start + len(those))
+            start += len(those)
+        return joined[mixed]
+
+    def _drawn(self, part: int, epoch: int) -> np.ndarray:
+        """The samples of a part that come in an epoch, those of a weight above 1 several times, whole rounds first."""
+        count = self._counts[part]
+        total = round(self._weights[part] * count)
+        rounds, rest = divmod(total, max(count, 1))
+        window = (epoch * rest + np.arange(rest)) % max(count, 1)
+        some = shuffled(count, self.seed, 1, part)[window] if rest else window
+        return np.concatenate([np.tile(np.arange(count), rounds), np.sort(some)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_epoch": None}

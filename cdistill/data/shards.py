@@ -1,0 +1,227 @@
+"""WebDataset-style tar shards: samples are members of the same key, read by offsets; nothing is ever unpacked."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+import re
+import tarfile
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cdistill.data.files import KnownFile
+from cdistill.data.images import MAX_BYTES, named_format
+from cdistill.data.records import at, caption_messages, read_record
+from cdistill.data.samples import BadSampleError, ImageBytes, Sample, Sizes
+from cdistill.data.scan import LONGEST_RECORD, parse
+
+_PICKLES = {"pyd", "pkl", "pickle", "pth", "pt"}
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_ODD = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\\]")
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+class TarShards:
+    """The samples of one or several tars. Members ``key.json`` (see `read_record`) or ``key.txt`` (a caption) make one with
+    the images ``key.jpg`` (.jpeg, .png, .webp, .gif, .bmp, .tiff), ``key.0.jpg``, ``key.1.jpg`` and so on, in this order.
+
+    The key ends at the first dot of the file's name. What a record's ``image`` says is not looked at. Opening reads the
+    headers only and keeps about 20 bytes and the name of each member.
+
+    Args:
+        path: a tar, a folder of tars, ``name-{000..009}.tar`` or a glob.
+        name: what the source is called.
+
+    Raises:
+        ValueError: there is no tar, one is compressed or cut, or has a member that is refused: an absolute name, ``..``,
+            control characters, a link, a device, the same name twice, a pickle.
+    """
+
+    def __init__(self, path: str | Path, *, name: str | None = None) -> None:
+        self.name = name or os.path.basename(str(path).rstrip("/")).removesuffix(".tar")
+        self._files = [KnownFile.of(shard) for shard in find_shards(str(path))]
+        samples, firsts = array("I"), array("Q")
+        offsets, lengths, names = array("Q"), array("Q"), _Names()
+        for number, file in enumerate(self._files):
+            for members in _samples(file):
+                samples.append(number)
+                firsts.append(len(offsets))
+                for member in members:
+                    offsets.append(member.offset_data)
+                    lengths.append(member.size)
+                    names.append(member.name)
+        firsts.append(len(offsets))
+        self._shards, self._firsts, self._offsets, self._lengths = map(np.asarray, (samples, firsts, offsets, lengths))
+        self._names = names
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Raises BadSampleError for a sample without text or with a bad record, IndexError beyond the last."""
+        first, last = self._range(index)
+        file = self._files[self._shards[index]]
+        key, _ = split_name(self._names[first])
+        place = f"{file.path}:{key}"
+        images = [member for member in range(first, last) if named_format(self._names[member])]
+        texts = {split_name(self._names[member])[1]: member for member in range(first, last)}
+        with at(place):
+            record = self._text(file, texts["json"]) if "json" in texts else None
+            if isinstance(record, dict) and not record.keys() & {"conversations", "messages"}:
+                record = record.get("caption")
+            if "txt" in texts and not isinstance(record, dict):
+                record = self._text(file, texts["txt"])
+            if record is None:
+                raise BadSampleError("not a record", "it has neither a .json of messages nor a .txt")
+            if isinstance(record, str):
+                found = tuple(self._image(file, member) for member in images)
+                return Sample(key, caption_messages(record.strip(), len(found)), found, place)
+        return read_record(record, lambda member: self._image(file, member), id=key, place=place, beside=images)
+
+    def sizes(self) -> Sizes:
+        """Images are exact; characters are the bytes of the sample's text members, more than what will be read."""
+        kinds = [named_format(name) is not None for name in self._names]
+        is_text = [split_name(name)[1] in ("json", "txt") for name in self._names]
+        starts = self._firsts[:-1].astype(np.int64)
+        characters = np.add.reduceat(np.where(is_text, self._lengths, 0), starts) if len(self) else np.zeros(0)
+        images = np.add.reduceat(np.asarray(kinds, np.int64), starts) if len(self) else np.zeros(0)
+        most = np.iinfo(np.int32).max
+        return Sizes(characters.clip(0, most).astype(np.int32), images.clip(0, 32767).astype(np.int16))
+
+    def _range(self, index: int) -> tuple[int, int]:
+        index = range(len(self))[index]
+        return int(self._firsts[index]), int(self._firsts[index + 1])
+
+    def _text(self, file: KnownFile, member: int) -> Any:
+        """The value of a .json, the text of a .txt."""
+        name, length = self._names[member], int(self._lengths[member])
+        if length > LONGEST_RECORD:
+            raise BadSampleError("not a record", f"{name}: {length} bytes, at most {LONGEST_RECORD}")
+        data = file.read(int(self._offsets[member]), length)
+        if name.lower().endswith(".txt"):
+            return data.decode("utf-8", "surrogateescape")
+        try:
+            return parse(data)
+        except ValueError as error:
+            raise BadSampleError("unreadable JSON", f"{name} {error}") from error
+
+    def _image(self, file: KnownFile, member: int) -> ImageBytes:
+        name, length = self._names[member], int(self._lengths[member])
+        if length > MAX_BYTES:
+            raise BadSampleError("image too large", f"{name}: {length} bytes, at most {MAX_BYTES}")
+        return ImageBytes(f"{file.path}:{name}", file.read(int(self._offsets[member]), length))
+
+
+class _Names:
+    """Strings end to end in one buffer: as cheap for a worker process as an array."""
+
+    def __init__(self) -> None:
+        self._text, self._ends = bytearray(), array("Q", [0])
+
+    def append(self, name: str) -> None:
+        self._text += name.encode()
+        self._ends.append(len(self._text))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        return self._text[self._ends[index] : self._ends[range(len(self))[index] + 1]].decode()
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
+
+def find_shards(path: str) -> list[Path]:
+    """The tars that a path, a folder, a pattern with ``{000..009}`` or a glob names, in order; ValueError if there is none."""
+    if os.path.isdir(path):
+        path = os.path.join(glob.escape(path), "*.tar")
+    if os.path.isfile(path):
+        return [Path(path)]
+    if not _RANGE.search(path):
+        found = sorted(glob.glob(path))
+    else:
+        pieces = _RANGE.split(path)  # text, first, last, text, first, last, ..., text
+        ranges = [_numbers(first, last) for first, last in zip(pieces[1::3], pieces[2::3], strict=True)]
+        alternatives = [[text] for text in pieces[::3]]
+        for i, numbers in enumerate(ranges):
+            alternatives.insert(2 * i + 1, numbers)
+        found = ["".join(parts) for parts in itertools.product(*alternatives)]
+    if not found:
+        raise ValueError(f"no tar at {path}")
+    return [Path(shard) for shard in found]
+
+
+def _numbers(first: str, last: str) -> list[str]:
+    return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The key of a member and the rest of its name in lower case, without the dot between them."""
+    folder, base = os.path.split(name)
+    stem, _, rest = base.partition(".")
+    return os.path.join(folder, stem), rest.lower()
+
+
+def _samples(file: KnownFile) -> Iterator[list[tarfile.TarInfo]]:
+    """The members of every sample of a shard, in order, images in theirs."""
+    groups: dict[str, list[tarfile.TarInfo]] = {}
+    for member in _members(file):
+        groups.setdefault(split_name(member.name)[0], []).append(member)
+    for group in groups.values():
+        yield sorted(group, key=lambda member: _image_order(split_name(member.name)[1]))
+
+
+def _image_order(rest: str) -> tuple[bool, int, str]:
+    first, dot, _ = rest.partition(".")
+    return bool(dot), int(first) if first.isdecimal() and dot else 0, rest
+
+
+def _members(file: KnownFile) -> Iterator[tarfile.TarInfo]:
+    """The files of a tar, names without a leading ``./``. Raises ValueError for a tar that is refused."""
+    with open(file.path, "rb") as opened:
+        first = opened.read(6)
+    for magic, kind in _COMPRESSED.items():
+        if first.startswith(magic):
+            raise ValueError(f"{file.path} is compressed ({kind}), which allows no random access: unpack it to a tar")
+    seen = set()
+    try:
+        with tarfile.open(file.path, "r:") as tar:
+            for member in tar:
+                member.name = member.name.removeprefix("./")
+                if fault := _fault(member, file.size):
+                    raise ValueError(f"{file.path}: member {member.name!r} {fault}; make the shard anew without it")
+                if member.isdir():
+                    continue
+                if member.name in seen:
+                    raise ValueError(f"{file.path}: member {member.name!r} is there twice; make the shard anew")
+                seen.add(member.name)
+                yield member
+            end = tar.offset
+    except (tarfile.TarError, EOFError, OverflowError) as error:
+        raise ValueError(f"{file.path} is no whole tar: {error}") from error
+    if end < file.size and any(file.read(end, min(512, file.size - end))):
+        raise ValueError(f"{file.path} is no whole tar: what stands at byte {end} is no header")
+
+
+def _fault(member: tarfile.TarInfo, size: int) -> str | None:
+    """Why a member is refused."""
+    name = member.name
+    if not name or _ODD.search(name):
+        return "has no name, or a backslash or control characters in it"
+    if name.startswith("/") or name[1:2] == ":" or ".." in name.split("/"):
+        return "leaves its folder by its name"
+    if member.issym() or member.islnk():
+        return "is a link"
+    if member.issparse() or not (member.isreg() or member.isdir()):
+        return "is no plain file"
+    if name.lower().rpartition(".")[2] in _PICKLES:
+        return "is a pickle, which is never loaded"
+    if member.size < 0 or member.offset_data + member.size > size:
+        return "goes on beyond the end of the file"
+    return None

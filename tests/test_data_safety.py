@@ -1,0 +1,442 @@
+"""What data sets must not do: leave their folders, fetch, unpickle, fill the memory, or end a run with a broken image."""
+
+import gzip
+import http.server
+import os
+import pickle
+import struct
+import tarfile
+import threading
+import zlib
+
+import numpy as np
+import pytest
+from data_files import as_json, encoded, pixels, record, write_tar
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cdistill.data import images
+from cdistill.data.images import find_image, named_format, open_image, resolve_image, true_format
+from cdistill.data.llava import LlavaJson
+from cdistill.data.mix import open_source
+from cdistill.data.samples import BadSampleError, ImageBytes, ImageFile
+
+
+def refused(call, *arguments, **options):
+    """The reason of the BadSampleError that a call raises, in one line."""
+    with pytest.raises(BadSampleError) as raised:
+        call(*arguments, **options)
+    assert "\n" not in str(raised.value) and raised.value.detail
+    return raised.value.reason
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "root" / "in").mkdir(parents=True)
+    (tmp_path / "root" / "in" / "a b.jpg").write_bytes(encoded())
+    (tmp_path / "secret.jpg").write_bytes(encoded())
+    (tmp_path / "root2").mkdir()
+    (tmp_path / "root2" / "x.jpg").write_bytes(encoded())
+    return tmp_path / "root"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("../secret.jpg", "image outside its root"),
+        ("..", "image outside its root"),
+        ("in/../in/a b.jpg", "image outside its root"),
+        ("in/../../secret.jpg", "image outside its root"),
+        ("/etc/passwd", "image outside its root"),
+        ("//etc/passwd", "image outside its root"),
+        ("C:/x.jpg", "image outside its root"),
+        ("link.jpg", "image outside its root"),
+        ("folder/secret.jpg", "image outside its root"),
+        ("neighbour/x.jpg", "image outside its root"),
+        ("..\\secret.jpg", "bad image path"),
+        ("in\\a.jpg", "bad image path"),
+        ("a.jpg\0.png", "bad image path"),
+        ("a\nb.jpg", "bad image path"),
+        ("\ud800.jpg", "bad image path"),
+        ("", "bad image path"),
+        (None, "bad image path"),
+        (5, "bad image path"),
+        (["a.jpg"], "bad image path"),
+        ("http://127.0.0.1/x.jpg", "image by URL"),
+        ("HTTPS://example.com/x.jpg", "image by URL"),
+        ("file:///etc/passwd", "image by URL"),
+        ("data:image/png;base64,AAAA", "image by URL"),
+    ],
+)
+def test_names_that_leave_the_root_are_refused(root, name, reason):
+    (root / "link.jpg").symlink_to(root.parent / "secret.jpg")
+    (root / "folder").symlink_to(root.parent)
+    (root / "neighbour").symlink_to(root.parent / "root2")
+    assert refused(resolve_image, root, name) == reason
+    assert refused(resolve_image, {"": root}, name) == reason
+
+
+def test_names_within_the_root(root, monkeypatch):
+    picture = (root / "in" / "a b.jpg").resolve()
+    (root / "inner.jpg").symlink_to(picture)
+    (root.parent / "other-root").symlink_to(root)
+    assert resolve_image(root, "in/a b.jpg").path == picture
+    assert resolve_image(root, "./in//a b.jpg").path == picture
+    assert resolve_image(root, "inner.jpg").path == picture
+    assert resolve_image(root.parent / "other-root", "in/a b.jpg").path == picture
+    assert resolve_image({"x": root / "in", "": root}, "x/a b.jpg").path == picture
+    assert resolve_image({"x": root / "in", "": root}, "in/a b.jpg").path == picture
+    assert refused(resolve_image, {"x": root / "in"}, "y/a b.jpg") == "bad image path"
+    assert refused(resolve_image, {"x": root / "in"}, "x/../../secret.jpg") == "image outside its root"
+    monkeypatch.chdir(root)
+    assert open_image(resolve_image(type(root)(), "in/a b.jpg")).size == (24, 16)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.text(st.sampled_from(list("./ab~")), max_size=9))
+def test_no_name_leads_out(name):
+    root = images.Path("/nowhere/root")
+    try:
+        found = resolve_image(root, name)
+    except BadSampleError:
+        return
+    assert os.path.commonpath([os.path.abspath(found.path), root]) == str(root)
+
+
+def test_a_set_that_leaves_its_root(root):
+    bad = record(0) | {"image": "../secret.jpg"}
+    (root / "set.json").write_bytes(as_json([bad], lines=False))
+    assert refused(LlavaJson(root / "set.json").__getitem__, 0) == "image outside its root"
+
+
+@pytest.fixture
+def server():
+    """A server on this machine: its address, and what it was asked for."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            if self.path == "/away.jpg":
+                self.send_response(302)
+                self.send_header("Location", "file:///etc/passwd")
+                self.end_headers()
+                return
+            self.send_response(200 if self.path == "/x.jpg" else 404)
+            self.end_headers()
+            self.wfile.write(encoded())
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+        thread.join()
+
+
+def test_urls_are_fetched_only_where_a_flag_allows_it(tmp_path, server, monkeypatch):
+    address, asked = server
+    names = ["x.jpg", "none.jpg", "away.jpg"]
+    made = [record(i) | {"image": f"{address}/{name}"} for i, name in enumerate(names)]
+    (tmp_path / "set.json").write_bytes(as_json(made, lines=False))
+    plain = open_source(str(tmp_path / "set.json"))
+    assert [refused(plain.__getitem__, i) for i in range(3)] == ["image by URL"] * 3
+    assert not asked
+    source = open_source(str(tmp_path / "set.json"), allow_urls=True)
+    assert open_image(source[0].images[0]).size == (24, 16)
+    assert [refused(source.__getitem__, i) for i in (1, 2)] == ["missing image"] * 2
+    assert refused(find_image, tmp_path, "file:///etc/passwd", allow_urls=True) == "image by URL"
+    assert refused(find_image, tmp_path, "../x.jpg", allow_urls=True) == "image outside its root"
+    monkeypatch.setattr(images, "MAX_BYTES", 100)
+    assert refused(open_image, source[0].images[0]) == "image too large"
+
+
+def test_files_that_are_no_images(tmp_path):
+    def on_file(name, data=None):
+        path = tmp_path / name
+        if data is not None:
+            path.write_bytes(data)
+        return ImageFile(path)
+
+    assert refused(open_image, on_file("none.jpg")) == "missing image"
+    assert refused(true_format, on_file("none.jpg")) == "missing image"
+    assert refused(open_image, on_file("empty.jpg", b"")) == "unreadable image"
+    assert refused(open_image, on_file("empty.jpg/x.jpg")) == "missing image"
+    assert refused(open_image, on_file("page.jpg", b"<html>404</html>")) == "unreadable image"
+    assert refused(open_image, on_file("x" * 300)) == "unreadable image"
+    assert refused(open_image, ImageFile(tmp_path)) == "unreadable image"
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert refused(open_image, on_file("pipe.jpg")) == "unreadable image"
+    for kind in ("PPM", "ICO", "PDF", "EPS"):  # what else PIL would open, or start another program for
+        picture = Image.fromarray(pixels()).resize((32, 32))
+        assert refused(open_image, ImageBytes(f"x.{kind}", encoded(kind, picture))) == "unreadable image"
+
+
+@pytest.mark.parametrize("kind", images.FORMATS)
+def test_formats_are_told_by_their_bytes(tmp_path, kind):
+    path = tmp_path / "x.jpg"
+    path.write_bytes(encoded(kind))
+    assert true_format(ImageFile(path)) == true_format(ImageBytes("x", encoded(kind))) == kind
+    assert {named_format("a" + suffix.upper()) for suffix in images.FORMATS[kind]} == {kind}
+    assert open_image(ImageFile(path)).mode == "RGB"
+    assert named_format("a.json") is None and true_format(ImageBytes("x", b"RIFF1234WAVE")) is None
+
+
+@pytest.mark.parametrize("kind", images.FORMATS)
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_truncated_images(kind, share):
+    rng = np.random.default_rng(0)
+    data = encoded(kind, Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)))
+    assert refused(open_image, ImageBytes("x", data[: int(share * len(data))])) == "truncated image"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(sorted(images.FORMATS)),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8),
+    st.floats(0, 1),
+)
+def test_made_up_bytes_give_an_image_or_a_bad_sample(kind, changes, kept):
+    data = bytearray(encoded(kind))
+    for place, value in changes:
+        data[int(place * len(data))] = value
+    try:
+        picture = open_image(ImageBytes("x", bytes(data[: int(kept * len(data)) + 1])), about=4)
+    except BadSampleError as error:
+        assert error.reason in ("unreadable image", "truncated image", "image too large") and "\n" not in str(error)
+    else:
+        assert picture.mode == "RGB" and picture.getpixel((0, 0))
+
+
+def bomb(width, height):
+    """A PNG of a few bytes that says it has so many pixels."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    zeros = zlib.compress(bytes(100_000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zeros) + chunk(b"IEND", b"")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("size", [(8193, 8192), (10_000, 10_000), (100_000, 100_000)])
+def test_bombs_are_not_decoded(size, monkeypatch):
+    assert refused(open_image, ImageBytes("x", bomb(*size))) == "image too large"
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as some libraries set it
+    assert refused(open_image, ImageBytes("x", bomb(*size))) == "image too large"
+
+
+def test_the_limit_itself_is_no_bomb(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 24 * 16)
+    assert open_image(ImageBytes("x", encoded())).size == (24, 16)
+    monkeypatch.setattr(images, "MAX_PIXELS", 24 * 16 - 1)
+    assert refused(open_image, ImageBytes("x", encoded())) == "image too large"
+
+
+def test_modes_become_rgb():
+    rgb = pixels()
+    picture = Image.fromarray(rgb)
+
+    def found(kind, other, **options):
+        return np.asarray(open_image(ImageBytes("x", encoded(kind, other, **options)))).astype(int)
+
+    grey = picture.convert("L")
+    assert np.array_equal(found("PNG", picture), rgb)
+    assert np.array_equal(found("PNG", grey), np.asarray(grey.convert("RGB")))
+    assert np.array_equal(found("PNG", picture.quantize(8)), np.asarray(picture.quantize(8).convert("RGB")))
+    assert np.abs(found("JPEG", picture.convert("CMYK"), quality=100) - rgb).max() < 16
+    assert np.array_equal(found("PNG", grey.point(lambda v: 255 * (v > 128)).convert("1")).max(), 255)
+
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    assert np.array_equal(found("PNG", deep), np.asarray(grey.convert("RGB")))
+    assert np.array_equal(found("TIFF", deep), np.asarray(grey.convert("RGB")))
+    for kind in (np.int32, np.float32):
+        assert refused(open_image, ImageBytes("x", encoded("TIFF", Image.fromarray(np.asarray(grey).astype(kind)))))
+
+    clear = picture.convert("RGBA")
+    clear.putalpha(Image.fromarray(np.where(np.arange(24) < 12, 255, 0).astype(np.uint8)[None].repeat(16, 0)))
+    for kind in ("PNG", "WEBP"):
+        white = found(kind, clear, **({"lossless": True} if kind == "WEBP" else {}))
+        assert np.array_equal(white[:, :12], rgb[:, :12]) and (white[:, 12:] == 255).all()
+    holes = Image.new("P", (4, 4))
+    holes.putpalette([0, 0, 0, 9, 9, 9])
+    holes.putpixel((0, 0), 1)
+    assert found("GIF", holes, transparency=0)[0, :2].tolist() == [[9, 9, 9], [255, 255, 255]]
+    assert found("PNG", picture, transparency=tuple(rgb[0, 0].tolist()))[0, 0].tolist() == [255, 255, 255]
+
+
+def test_animations_give_their_first_image():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime")]
+    for kind, options in (("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})):
+        data = encoded(kind, frames[0], save_all=True, append_images=frames[1:], **options)
+        assert open_image(ImageBytes("x", data)).getpixel((3, 3)) == (255, 0, 0)
+
+
+def test_pixels_stay_as_they_are_stored():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    assert open_image(ImageBytes("x", encoded("JPEG", exif=exif))).size == (24, 16)
+
+
+def test_large_jpegs_are_decoded_smaller_but_never_below_twice_the_side():
+    for width, height in ((640, 480), (480, 640), (1601, 1200), (333, 1000)):
+        data = encoded("JPEG", Image.fromarray(pixels(width, height)), quality=95)
+        whole = open_image(ImageBytes("x", data))
+        assert whole.size == (width, height)
+        for about in (30, 64, 100, 300):
+            smaller = open_image(ImageBytes("x", data), about=about)
+            shrunk = round(width / smaller.width)
+            assert shrunk in (1, 2, 4, 8)
+            assert shrunk == 1 or min(smaller.size) >= 2 * about
+            assert shrunk == 8 or min(width, height) < 2 * about * 2 * shrunk
+            side = Image.Resampling.BICUBIC
+            a, b = (np.asarray(x.resize((about, about), side)).astype(float) for x in (whole, smaller))
+            assert np.abs(a - b).mean() < 2
+    assert open_image(ImageBytes("x", encoded("PNG")), about=1).size == (24, 16)
+
+
+def odd(name, kind, target=""):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return (name, member)
+
+
+EVIL = [
+    ([("/etc/x.jpg", b"1")], "leaves its folder"),
+    ([("../x.jpg", b"1")], "leaves its folder"),
+    ([("a/../../x.jpg", b"1")], "leaves its folder"),
+    ([("./../x.jpg", b"1")], "leaves its folder"),
+    ([("C:/x.jpg", b"1")], "leaves its folder"),
+    ([("a\\x.jpg", b"1")], "backslash or control characters"),
+    ([("a\nx.jpg", b"1")], "backslash or control characters"),
+    ([("a\udcffx.jpg", b"1")], "backslash or control characters"),
+    ([odd("x.jpg", tarfile.SYMTYPE, "/etc/passwd")], "is a link"),
+    ([("x.jpg", b"1"), odd("y.jpg", tarfile.LNKTYPE, "x.jpg")], "is a link"),
+    ([odd("x.jpg", tarfile.CHRTYPE)], "is no plain file"),
+    ([odd("x.jpg", tarfile.FIFOTYPE)], "is no plain file"),
+    ([("x.jpg", b"1"), ("x.jpg", b"2")], "is there twice"),
+    ([("x.jpg", b"1"), ("./x.jpg", b"2")], "is there twice"),
+    ([odd("../folder", tarfile.DIRTYPE)], "leaves its folder"),
+    *(([(f"x.{suffix}", b"1")], "is a pickle") for suffix in ("pyd", "pkl", "pickle", "pth", "data.PKL")),
+]
+
+
+@pytest.mark.parametrize(("members", "message"), EVIL)
+def test_tars_with_odd_members_are_refused(tmp_path, members, message):
+    write_tar(tmp_path / "x.tar", [("good.txt", b"caption"), ("good.jpg", b"1"), *members])
+    with pytest.raises(ValueError) as raised:
+        open_source(str(tmp_path / "x.tar"))
+    assert message in str(raised.value) and "x.tar: member '" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_name_with_a_nul_is_refused(tmp_path):
+    member = tarfile.TarInfo("short.jpg")
+    member.pax_headers = {"path": "a\0b.jpg"}
+    write_tar(tmp_path / "x.tar", [("", member)], format=tarfile.PAX_FORMAT)
+    with pytest.raises(ValueError, match=r"control characters"):
+        open_source(str(tmp_path / "x.tar"))
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_compressed_tars_are_refused(tmp_path, kind):
+    for name in ("x.tar", f"x.tar.{kind}"):
+        write_tar(tmp_path / name, [("x.jpg", b"1")], kind=f"w:{kind}")
+        with pytest.raises(ValueError, match=r"is compressed \(.*\), which allows no random access"):
+            open_source(str(tmp_path / name))
+
+
+def test_damaged_tars_are_refused_wherever_they_end(tmp_path):
+    whole = write_tar(tmp_path / "x.tar", [(f"{i}.txt", b"x" * 600) for i in range(3)]).read_bytes()
+    for cut in (0, 100, 512, 513, 1000, 1111, 1112, 1536, 1600, 2048, 3000):
+        (tmp_path / "cut.tar").write_bytes(whole[:cut])
+        try:
+            assert len(open_source(str(tmp_path / "cut.tar"))) == cut / 1536  # cut between two members
+        except ValueError as error:
+            assert "\n" not in str(error) and "cut.tar" in str(error)
+            assert cut % 1536 or not cut
+    (tmp_path / "odd.tar").write_bytes(whole[:1536] + b"\x01" * 512 + whole[2048:])
+    with pytest.raises(ValueError, match="what stands at byte 1536 is no header"):
+        open_source(str(tmp_path / "odd.tar"))
+    (tmp_path / "text.tar").write_bytes(b"hello" * 1000)
+    with pytest.raises(ValueError, match="is no whole tar"):
+        open_source(str(tmp_path / "text.tar"))
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["x.pkl", "x.pickle", "x.pth", "x.pt", "x.json", "x.tar", "x.parquet", "x.jsonl"])
+def test_pickles_are_never_loaded(tmp_path, monkeypatch, name):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data = pickle.dumps(Evil(tmp_path / "loaded"))
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises((ValueError, datasets.exceptions.DatasetGenerationError)):
+        open_source(str(tmp_path / name))
+    (tmp_path / name).write_bytes(gzip.compress(data))
+    with pytest.raises((ValueError, datasets.exceptions.DatasetGenerationError)):
+        open_source(str(tmp_path / name))
+    assert not (tmp_path / "loaded").exists()
+    assert pickle.loads(data) is None and (tmp_path / "loaded").exists()  # it would have shown
+
+
+def test_nothing_of_ours_can_unpickle_or_run_a_sets_code():
+    folder = images.Path(images.__file__).parent
+    for path in folder.glob("*.py"):
+        text = path.read_text()
+        for word in (
+            "import pickle",
+            "torch.load",
+            "trust_remote_code",
+            "allow_pickle",
+            "yaml.load(",
+            "eval(",
+            "exec(",
+        ):
+            assert word not in text, path
+
+
+def test_large_members_are_not_read(tmp_path, monkeypatch):
+    from cdistill.data import shards
+
+    write_tar(tmp_path / "x.tar", [("a.txt", b"x" * 50), ("a.jpg", b"y" * 50), ("b.txt", b"x"), ("b.jpg", b"y" * 50)])
+    source = open_source(str(tmp_path / "x.tar"))
+    monkeypatch.setattr(shards, "LONGEST_RECORD", 10)
+    monkeypatch.setattr(shards, "MAX_BYTES", 10)
+    assert [refused(source.__getitem__, i) for i in (0, 1)] == ["not a record", "image too large"]
+
+
+def test_long_lines_and_records_do_not_fill_the_memory(tmp_path, monkeypatch):
+    from cdistill.data import scan
+
+    monkeypatch.setattr(scan, "CHUNK", 64)
+    monkeypatch.setattr(scan, "LONGEST_RECORD", 1000)
+    (tmp_path / "lines.jsonl").write_text('{"a": "' + "x" * 2000 + '"}\n')
+    with pytest.raises(ValueError, match="line 1 is longer than 1000 bytes"):
+        open_source(str(tmp_path / "lines.jsonl"))
+    (tmp_path / "list.json").write_text('[{"a": "' + "x" * 100_000)
+    read = []
+    monkeypatch.setattr(scan._Window, "_more", lambda self, more=scan._Window._more: read.append(1) or more(self))
+    with pytest.raises(ValueError, match="line 1 column 8: unterminated string"):
+        open_source(str(tmp_path / "list.json"))
+    assert len(read) < 30
+
+
+def test_an_image_file_is_not_read_beyond_the_limit(tmp_path, monkeypatch):
+    (tmp_path / "x.jpg").write_bytes(encoded() + bytes(5000))
+    monkeypatch.setattr(images, "MAX_BYTES", 3000)
+    assert refused(open_image, ImageFile(tmp_path / "x.jpg")) == "image too large"
