@@ -127,19 +127,20 @@ def _rendered(template: Template, sample: Sample) -> Iterator[tuple[str, bool]]:
 def _encoded(
     encoder: Encoder, sample: Sample, images: Sequence[Image.Image]
 ) -> tuple[list[tuple[str, bool]], tuple[int, int, int]]:
-    """Pieces of the decoded tokens, an image's being written once, and the number of tokens, visual and learned ones."""
+    """Pieces of the decoded tokens, an image's being written once with their number, and the number of tokens, visual and learned ones."""
     encoded = encoder(sample.messages, images)
     tokens, learned = encoded.input_ids.tolist(), (encoded.labels >= 0).tolist()
     mark = encoder.template.image_token
-    visual = encoder.tokenizer.convert_tokens_to_ids(mark) if mark is not None else None
+    visual = None if mark is None else encoder.tokenizer.convert_tokens_to_ids(mark)
     kinds = [(token == visual, flag) for token, flag in zip(tokens, learned, strict=True)]
     pieces, written, before = [], [], ""
     for (is_visual, flag), run in groupby(zip(kinds, tokens, strict=True), key=lambda pair: pair[0]):
         ids = [token for _, token in run]
         written += ids[:1] if is_visual else ids
         text = encoder.tokenizer.decode(written, clean_up_tokenization_spaces=False)
-        piece = text.removeprefix(before)  # by itself it might lose the space that it begins with
-        pieces.append((f"{piece} x {len(ids)} " if is_visual else piece, flag))
+        # By itself a piece might lose the space that it begins with.
+        piece = text[len(before) :] if text.startswith(before) else encoder.tokenizer.decode(ids)
+        pieces.append((f"{piece}({len(ids)})" if is_visual else piece, flag))
         before = text
     return pieces, (len(tokens), tokens.count(visual), sum(learned))
 
