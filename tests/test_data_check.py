@@ -286,19 +286,21 @@ def said(question, answer, *images, id="x"):
 def test_any_source_will_do_and_equal_bytes_are_the_same_image(tmp_path):
     maker = Maker(tmp_path)
     one, two = ((tmp_path / maker.image()).read_bytes() for _ in range(2))
+    image = (ImageBytes("1.jpg", one),)
     items = [
-        said("a", "b", ImageBytes("1.jpg", one), id="1"),
+        said("a", "b", *image, id="1"),
         said("a", "b", ImageBytes("2.jpg", two), id="2"),
         said("a", "b", ImageBytes("3.jpg", one), id="3"),
         said("ab", "", id="4"),
         said("a", "b", id="5"),
         BadSampleError("some reason", "some detail"),
+        Sample("7", (Message("user", ("a", Mark.IMAGE)), Message("assistant", ("b",))), image, "elsewhere"),
     ]
     bad = []
     (totals,) = checking.check([Given(items)], workers=1, on_bad=lambda source, record: bad.append(record))
-    assert totals.good.tolist() == [True, True, False, True, True, False]
+    assert totals.good.tolist() == [True, True, False, True, True, False, True]
     assert [record.reason for record in bad] == ["duplicate record", "some reason"]
-    assert (totals.images, totals.text_only) == (3, 2)
+    assert (totals.images, totals.text_only) == (4, 2)
 
 
 def test_a_process_that_dies_ends_the_check(tmp_path, monkeypatch):

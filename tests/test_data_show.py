@@ -98,7 +98,7 @@ def test_tokens_of_a_processor(made_up, capsys):
         assert marked == sum(len(answer.split()) + 1 for answer in answers(record))  # each is closed by </s>
         assert total == images + said + turns + turns // 2  # a word for who speaks before each turn
         assert [part.split() for part in learned(text)] == [[*answer.split(), "</s>"] for answer in answers(record)]
-        assert (f"<image>({visual}) " in text) == (i != 1)
+        assert (f"<image>({visual}) " in text) == (i != 1) == text.count("<image>")
 
 
 def test_a_terminal_gets_colours_and_no_commands(tmp_path, capsys, monkeypatch):
