@@ -127,7 +127,7 @@ def _rendered(template: Template, sample: Sample) -> Iterator[tuple[str, bool]]:
 def _encoded(
     encoder: Encoder, sample: Sample, images: Sequence[Image.Image]
 ) -> tuple[list[tuple[str, bool]], tuple[int, int, int]]:
-    """Pieces of the decoded tokens, an image's being written once with their number, and the number of tokens, visual and learned ones."""
+    """Pieces of the decoded tokens, a run of visual ones written as one with their number; how many of all there are."""
     encoded = encoder(sample.messages, images)
     tokens, learned = encoded.input_ids.tolist(), (encoded.labels >= 0).tolist()
     mark = encoder.template.image_token
