@@ -77,10 +77,9 @@ class Maker:
             turns[-1]["value"] = self.rng.choice(("", " ", "\n"))
         elif kind == "wrong order of turns":
             turns.insert(1, {"from": "human", "value": "and?"})
-        elif kind == "not a record":
-            record = self.rng.choice(({"id": record["id"]}, {"id": record["id"], "conversations": "x"}))
         else:
-            raise AssertionError(kind)
+            assert kind == "not a record"
+            record = self.rng.choice(({"id": record["id"]}, {"id": record["id"], "conversations": "x"}))
         return record
 
 
@@ -316,13 +315,10 @@ def test_interrupted_it_leaves_no_process_and_no_file(tmp_path, capsys, monkeypa
     write(path, [maker.record() for _ in range(20)] + [maker.faulty("missing image")], lines=True)
     real = checking.check
 
-    def interrupted(sources, *, progress, **options):
-        def stop(records):
-            raise KeyboardInterrupt
+    def stop(records):
+        raise KeyboardInterrupt
 
-        return real(sources, progress=stop, **options)
-
-    monkeypatch.setattr(checking, "check", interrupted)
+    monkeypatch.setattr(checking, "check", lambda *given, **options: real(*given, **(options | {"progress": stop})))
     assert main(["data", "check", str(path), "--workers", "2"]) == 130
     assert capsys.readouterr().err.strip().endswith("stopped")
     assert not multiprocessing.active_children()
