@@ -6,8 +6,10 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cdistill import __version__, demo
+from cdistill.data import command as data
 from cdistill.eval import command as evaluation
 from cdistill.train import plan_command as planning
 from cdistill.train.launch import RunError, environment, tell
@@ -55,6 +57,17 @@ def _cache(options: argparse.Namespace) -> int:
     return 0
 
 
+def _data(options: argparse.Namespace) -> int:
+    def load(reference: str) -> Any:
+        from cdistill.models.load import load_tokenizer, resolve_folder
+        from cdistill.models.processor import has_image_processor, load_processor
+
+        folder = resolve_folder(reference, "processor")
+        return (load_processor if has_image_processor(folder) else load_tokenizer)(folder, "processor")
+
+    return data.main(options, load)
+
+
 def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
     pass
 
@@ -100,6 +113,7 @@ COMMANDS = {
     "train": Command("train a recipe's stages", _train_arguments, _train),
     "plan": Command("tell what a recipe needs on each GPU", planning.add_arguments, _plan),
     "cache": Command("keep what a recipe's teacher gives, to train without it", _cache_arguments, _cache),
+    "data": Command("check data sets, look at samples, list the paper's sets", data.add_arguments, _data),
     "eval": Command("measure a model on the built-in task", evaluation.add_arguments, evaluation.main),
     "export": Command("write a model that plain transformers loads", _export_arguments, _export),
     "recipes": Command("list the shipped recipes", _recipes_arguments, _recipes),

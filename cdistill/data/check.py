@@ -1,0 +1,338 @@
+"""Looks at every record and decodes every image of a data set before a run does, in as many processes as there are cores."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cdistill.data.images import named_format, open_image, true_format
+from cdistill.data.presets import TEXT_ONLY
+from cdistill.data.samples import BadSampleError, ImageBytes, ImageFile, Mark, Sample, Source
+
+CHUNK = 128  # records that a process takes at a time
+DUPLICATE, MISNAMED, SAME_ID = "duplicate record", "misnamed image", "duplicate id"
+
+
+class CheckError(RuntimeError):
+    """The check itself could not be finished."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bad:
+    """A record that cannot be trained on: the id and place that people find it by, and why."""
+
+    id: str
+    place: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Good:
+    """What is kept of a record that can be trained on; ``content`` and ``name`` are hashes of 64 bits."""
+
+    content: int
+    name: int
+    id: str
+    place: str
+    folder: str | None
+    misnamed: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What a process found in a chunk: images of the readable records, how many of these have none, and the records."""
+
+    images: int
+    text_only: int
+    records: list[_Good | Bad]
+
+
+@dataclass
+class Totals:
+    """What was found in a source.
+
+    Attributes:
+        samples: records looked at.
+        images: images of the readable records.
+        text_only: readable records without an image.
+        faults: bad records by reason.
+        warnings: records by what is odd about them but does not keep them from being trained on.
+        examples: by reason, the first record with it and what is wrong there.
+        folders: by folder asked for, good records whose first image lies there; those without an image are `TEXT_ONLY`.
+        good: (N,) bool, which records can be trained on.
+    """
+
+    samples: int = 0
+    images: int = 0
+    text_only: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    warnings: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    folders: Counter[str] = field(default_factory=Counter)
+    good: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
+
+    @property
+    def bad(self) -> int:
+        """Records that cannot be trained on."""
+        return self.faults.total()
+
+
+def check(
+    sources: Sequence[Source],
+    *,
+    workers: int | None = None,
+    folders: Sequence[str] = (),
+    on_bad: Callable[[Source, Bad], object] = lambda source, bad: None,
+    progress: Callable[[int], object] = lambda records: None,
+) -> list[Totals]:
+    """What is found in each of several sources; it does not depend on the number of processes.
+
+    A record that repeats the conversation and the images of an earlier good one of its source is bad, too.
+
+    Args:
+        sources: those of a mix, or one.
+        workers: processes; None for one per core, 1 for none besides this one.
+        folders: folders such as ``coco/train2017`` whose records are counted.
+        on_bad: called with every bad record, in order.
+        progress: called with the number of records just looked at.
+
+    Raises:
+        CheckError: a process died, as one without memory does.
+        ValueError: ``workers`` is less than 1.
+    """
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    _look_at.cache_clear()
+    tallies = [_Tally(source) for source in sources]
+    tasks = [
+        (k, start, min(start + CHUNK, len(source)))
+        for k, source in enumerate(sources)
+        for start in range(0, len(source), CHUNK)
+    ]
+    looked = _look_at_all(sources, tasks, workers or len(os.sched_getaffinity(0)), folders)
+    for (k, start, stop), seen in zip(tasks, looked, strict=True):
+        for bad in tallies[k].add(start, seen):
+            on_bad(sources[k], bad)
+        progress(stop - start)
+    return [tally.totals for tally in tallies]
+
+
+class _Tally:
+    """Adds up the chunks of a source in order, and finds what repeats."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.totals = Totals(good=np.zeros(len(source), bool))
+        self._contents: dict[int, int] = {}
+        self._names: set[int] = set()
+
+    def add(self, start: int, seen: _Seen) -> Iterator[Bad]:
+        """Count a chunk; gives its bad records."""
+        totals = self.totals
+        totals.samples += len(seen.records)
+        totals.images += seen.images
+        totals.text_only += seen.text_only
+        for index, record in enumerate(seen.records, start):
+            if isinstance(record, _Good):
+                record = self._unless_repeated(index, record)
+            if isinstance(record, Bad):
+                self._count(totals.faults, record.reason, record.place, record.detail)
+                yield record
+            else:
+                totals.good[index] = True
+                self._warn(record)
+
+    def _unless_repeated(self, index: int, record: _Good) -> _Good | Bad:
+        first = self._contents.setdefault(record.content, index)
+        if first == index:
+            return record
+        return Bad(
+            record.id, record.place, DUPLICATE, f"says the same of the same images as {place_of(self.source, first)}"
+        )
+
+    def _warn(self, record: _Good) -> None:
+        if record.folder is not None:
+            self.totals.folders[record.folder] += 1
+        if record.misnamed is not None:
+            self._count(self.totals.warnings, MISNAMED, record.place, record.misnamed)
+        if record.name in self._names:
+            self._count(
+                self.totals.warnings, SAME_ID, record.place, f"{record.id!r} is the id of an earlier record, too"
+            )
+        self._names.add(record.name)
+
+    def _count(self, counter: Counter[str], reason: str, place: str, detail: str) -> None:
+        counter[reason] += 1
+        self.totals.examples.setdefault(reason, f"{place}: {detail}")
+
+
+def _look_at_all(
+    sources: Sequence[Source], tasks: list[tuple[int, int, int]], workers: int, folders: Sequence[str]
+) -> Iterator[_Seen]:
+    """What is seen in every chunk, in order."""
+    if workers == 1 or len(tasks) < 2:
+        for k, start, stop in tasks:
+            yield look(sources[k], start, stop, folders)
+        return
+    with ProcessPoolExecutor(min(workers, len(tasks)), initializer=_start, initargs=(sources, folders)) as pool:
+        try:
+            yield from pool.map(_work, tasks)
+        except BrokenProcessPool:
+            raise CheckError(
+                "a process that looked at records died, perhaps without memory: try fewer --workers"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_given: tuple[Sequence[Source], Sequence[str]] = ((), ())
+
+
+def _start(sources: Sequence[Source], folders: Sequence[str]) -> None:
+    """Make a process ready; Ctrl-C is left to the one that started it."""
+    global _given
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _given = (sources, folders)
+
+
+def _work(task: tuple[int, int, int]) -> _Seen:
+    k, start, stop = task
+    sources, folders = _given
+    return look(sources[k], start, stop, folders)
+
+
+def look(source: Source, start: int, stop: int, folders: Sequence[str] = ()) -> _Seen:
+    """What is seen in some records of a source without regard to the others."""
+    images = text_only = 0
+    records: list[_Good | Bad] = []
+    for index in range(start, stop):
+        try:
+            sample = source[index]
+        except BadSampleError as error:
+            records.append(_bad(source, index, error))
+            continue
+        images += len(sample.images)
+        text_only += not sample.images
+        records.append(_look_at_images(sample, folders))
+    return _Seen(images, text_only, records)
+
+
+def _bad(source: Source, index: int, error: BadSampleError) -> Bad:
+    """With the place and the id, for sources that tell them of records that are no samples."""
+    place = place_of(source, index)
+    name = ""
+    if hasattr(source, "record"):
+        try:
+            record = source.record(index)
+            name = str(record.get("id", "")) if isinstance(record, dict) else ""
+        except BadSampleError:
+            pass  # it cannot be read at all
+    return Bad(name, place, error.reason, error.detail.removeprefix(f"{place}: "))
+
+
+def place_of(source: Source, index: int) -> str:
+    """Where a record stands, as its sample's ``place`` does, whether it is one or not."""
+    if hasattr(source, "locate"):
+        part, index = source.locate(index)
+        source = source.parts[part].source  # type: ignore[attr-defined]
+    return source.place(index) if hasattr(source, "place") else f"{source.name}[{index}]"
+
+
+def _look_at_images(sample: Sample, folders: Sequence[str]) -> _Good | Bad:
+    oddities = []
+    for image in sample.images:
+        fault, odd = _look_at(image) if isinstance(image, ImageFile) else _decode(image)
+        if fault is not None:
+            return Bad(sample.id, sample.place, *fault)
+        oddities += [odd] if odd is not None else []
+    odd = oddities[0] if oddities else None
+    return _Good(
+        _hash_content(sample),
+        _hash(sample.id.encode("utf-8", "surrogatepass")),
+        sample.id,
+        sample.place,
+        _folder(sample, folders),
+        odd,
+    )
+
+
+def _folder(sample: Sample, folders: Sequence[str]) -> str | None:
+    if not sample.images:
+        return TEXT_ONLY
+    first = sample.images[0]
+    path = first.path.as_posix() if isinstance(first, ImageFile) else first.name
+    return next((folder for folder in folders if f"/{folder}/" in f"/{path}"), None)
+
+
+def _hash_content(sample: Sample) -> int:
+    """Of who says what about which images; an image file is its path."""
+    pieces = []
+    for message in sample.messages:
+        parts = ("" if isinstance(part, Mark) else f"text {part}" for part in message.parts)
+        pieces += [f"role {message.role}", *parts]
+    images = (os.fsencode(i.path) if isinstance(i, ImageFile) else i.data for i in sample.images)
+    return _hash(*(piece.encode("utf-8", "surrogatepass") for piece in pieces), *images)
+
+
+def _hash(*pieces: bytes) -> int:
+    """64 bits of several pieces, whose bounds count."""
+    digest = blake2b(digest_size=8)
+    for piece in pieces:
+        digest.update(len(piece).to_bytes(8, "little") + piece)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _decode(image: ImageFile | ImageBytes) -> tuple[tuple[str, str] | None, str | None]:
+    """The fault (reason and detail) that keeps an image from being decoded whole, or else how its name misleads."""
+    try:
+        open_image(image).close()
+    except BadSampleError as error:
+        return (error.reason, error.detail), None
+    name = str(image.path) if isinstance(image, ImageFile) else image.name
+    named, found = named_format(name), true_format(image)
+    return None, None if named in (None, found) else f"{name} is a {found}"
+
+
+_look_at = lru_cache(maxsize=2**16)(_decode)  # several records have the same image
+
+
+def write_good(source: Any, good: np.ndarray, like: Path, output: Path) -> None:
+    """Write the good records of a file of annotations to a new one, byte for byte, as a list if the old one is a list.
+
+    Args:
+        source: with ``raw(index)``, the bytes of a record.
+        good: (N,) bool.
+        like: the old file.
+        output: there is nothing or all of it.
+    """
+    is_list = _is_list(like)
+    opening, between, closing = (b"[\n", b",\n", b"\n]\n") if is_list else (b"", b"\n", b"\n")
+    partial = output.with_name(output.name + ".part")
+    try:
+        with open(partial, "wb") as file:
+            file.write(opening)
+            for i, index in enumerate(np.flatnonzero(good).tolist()):
+                file.write(between * (i > 0) + source.raw(index))
+            file.write(closing)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _is_list(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")

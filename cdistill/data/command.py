@@ -1,0 +1,249 @@
+"""The ``cdistill data`` command: check a data set, look at samples of it, and what the paper's sets are."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+from cdistill.data import presets
+
+if TYPE_CHECKING:
+    from cdistill.data.check import Bad, Totals
+    from cdistill.data.samples import Source
+
+INTERRUPTED = 130
+LoadProcessor = Callable[[str], Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command's three parts take."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, text, declare in (
+        ("check", "look at every record and image of a data set before a run does", _check_arguments),
+        ("show", "show samples, and what of them a model learns", _show_arguments),
+        ("presets", "tell what the paper's data sets are made of", _presets_arguments),
+    ):
+        declare(actions.add_parser(name, help=text, description=text))
+
+
+def main(options: argparse.Namespace, load_processor: LoadProcessor) -> int:
+    """Do one of the parts; gives the exit code. ``load_processor`` gives the processor (or tokenizer) of a model."""
+    try:
+        if options.action == "show":
+            return _show(options, load_processor)
+        return {"check": _check, "presets": _presets}[options.action](options)
+    except KeyboardInterrupt:
+        print("cdistill: stopped", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"cdistill: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _source_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "path", help="annotations (.json, .jsonl), a mix file (.yaml), a folder, shards or a set's name"
+    )
+    parser.add_argument("--images", metavar="ROOT", help="folder that image paths start from (default: the file's)")
+    parser.add_argument(
+        "--columns", nargs="+", metavar="NAME=COLUMN", help="columns of a Hugging Face set, as in images=picture"
+    )
+    parser.add_argument("--split", help="split of a Hugging Face set")
+
+
+def _open(options: argparse.Namespace) -> Source:
+    from cdistill.data.mix import open_source
+
+    columns = None
+    if options.columns is not None:
+        wrong = [pair for pair in options.columns if not all(pair.partition("="))]
+        if wrong:
+            raise ValueError(f"columns must be pairs such as images=picture, got {wrong[0]!r}")
+        columns = dict(pair.split("=", 1) for pair in options.columns)
+    return open_source(options.path, images=options.images, columns=columns, split=options.split)
+
+
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    _source_arguments(parser)
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    parser.add_argument("--fix", type=Path, metavar="OUT", help="write the good records to a new file")
+    parser.add_argument(
+        "--bad", type=Path, metavar="FILE", help="where bad records are listed (default: PATH.bad.jsonl)"
+    )
+    parser.add_argument("--preset", metavar="NAME", help="compare the counts with those of a set of the paper")
+
+
+def _check(options: argparse.Namespace) -> int:
+    """1 if a record is bad or a part of the preset is missing, else 0."""
+    from tqdm import tqdm
+
+    from cdistill.data.check import CheckError, check, write_good
+
+    folders = presets.folders(options.preset) if options.preset is not None else ()
+    source = _open(options)
+    sources = [part.source for part in getattr(source, "parts", [])] or [source]
+    path = Path(options.path)
+    if options.fix is not None:
+        _refuse_to_fix(sources, path, options.fix)
+    listed = options.bad or Path(options.path.rstrip("/") + ".bad.jsonl" if path.exists() else f"{path.name}.bad.jsonl")
+    bar = tqdm(total=sum(map(len, sources)), unit=" records", disable=None)
+    try:
+        with bar, _bad_list(listed) as write:
+            found = check(sources, workers=options.workers, folders=folders, on_bad=write, progress=bar.update)
+    except CheckError as error:
+        print(f"cdistill: error: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(table(sources, found)))
+    bad = sum(totals.bad for totals in found)
+    if bad:
+        print(f"\nbad records are listed in {listed}")
+    if any(t.images and t.faults["missing image"] == t.samples - t.text_only for t in found):
+        print("not one image is where its path says: is --images the folder that these start from?")
+    if options.fix is not None:
+        write_good(sources[0], found[0].good, path, options.fix)
+        print(f"{found[0].samples - bad:,} good records -> {options.fix}")
+    complete = options.preset is None or _compare(options, sources, found)
+    return 0 if complete and not bad else 1
+
+
+def _refuse_to_fix(sources: list[Source], path: Path, output: Path) -> None:
+    if not path.is_file() or len(sources) != 1 or not hasattr(sources[0], "raw"):
+        raise ValueError("fix works on one file of annotations (.json, .jsonl): fix those of a mix one by one")
+    if output.exists():
+        raise ValueError(f"fix never overwrites a file: {str(output)!r} is there already")
+    if not output.parent.is_dir():
+        raise ValueError(f"fix: there is no folder {str(output.parent)!r}")
+
+
+@contextmanager
+def _bad_list(path: Path) -> Iterator[Callable[[Source, Bad], None]]:
+    """A function that writes bad records to a file, of which nothing is seen before the end; no file where none is bad."""
+    if not path.parent.is_dir():
+        raise ValueError(f"bad: there is no folder {str(path.parent)!r}")
+    partial = path.with_name(path.name + ".part")
+    count = 0
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+
+            def write(source: Source, bad: Bad) -> None:
+                nonlocal count
+                count += 1
+                file.write(json.dumps({"source": source.name, **asdict(bad)}) + "\n")
+
+            yield write
+        if count:
+            os.replace(partial, path)
+        else:
+            path.unlink(missing_ok=True)  # of an earlier check
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def table(sources: Sequence[Source], found: Sequence[Totals]) -> list[str]:
+    """Lines with the counts of every source, and of every fault and oddity with its first place."""
+    rows: list[tuple[str, ...]] = [("source", "records", "good", "bad", "images", "text only")]
+    for source, t in zip(sources, found, strict=True):
+        rows.append((source.name, *(f"{n:,}" for n in (t.samples, t.samples - t.bad, t.bad, t.images, t.text_only))))
+    if len(found) > 1:
+        sums = zip(*((t.samples, t.samples - t.bad, t.bad, t.images, t.text_only) for t in found), strict=True)
+        rows.append(("all", *(f"{sum(column):,}" for column in sums)))
+    lines = presets.aligned(rows)
+    for title, kind in (("bad", "faults"), ("odd, but good", "warnings")):
+        reasons: list[tuple[str, ...]] = [
+            (reason, f"{count:,}", source.name, t.examples[reason])
+            for source, t in zip(sources, found, strict=True)
+            for reason, count in getattr(t, kind).most_common()
+        ]
+        if reasons:
+            lines += ["", *_with_examples((title, "records", "source", "the first of them"), reasons, len(found) > 1)]
+    return lines
+
+
+def _with_examples(head: tuple[str, ...], rows: list[tuple[str, ...]], sources: bool) -> list[str]:
+    columns = (0, 1, 2, 3) if sources else (0, 1, 3)
+    widths = [max(len(row[c]) for row in [head, *rows]) for c in columns[:-1]]
+    return [
+        "  ".join(
+            [f"{row[c]:{'>' if c == 1 else '<'}{w}}" for c, w in zip(columns[:-1], widths, strict=True)] + [row[3]]
+        )
+        for row in [head, *rows]
+    ]
+
+
+def _compare(options: argparse.Namespace, sources: list[Source], found: list[Totals]) -> bool:
+    """Print what a preset misses; whether it misses nothing."""
+    names = [source.name for source in sources]
+    if len(sources) == 1 == len(presets.find_preset(options.preset).parts):
+        names = [PurePath(presets.find_preset(options.preset).parts[0].annotation).stem]
+    counts = {name: (t.samples - t.bad, t.folders) for name, t in zip(names, found, strict=True)}
+    lines, complete = presets.compare(options.preset, counts)
+    print("\n" + "\n".join(lines))
+    return complete
+
+
+def _show_arguments(parser: argparse.ArgumentParser) -> None:
+    _source_arguments(parser)
+    parser.add_argument("-n", type=int, default=4, metavar="N", help="how many (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="show random ones instead of the first")
+    parser.add_argument(
+        "--processor", metavar="MODEL", help="count tokens as this model does: its folder, or builtin:NAME"
+    )
+    parser.add_argument(
+        "--template", metavar="NAME", help="auto (the model's own), plain, qwen2_base, vicuna_v1 or chatml"
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the images instead")
+
+
+def _show(options: argparse.Namespace, load_processor: LoadProcessor) -> int:
+    if options.n < 1:
+        raise ValueError(f"n must be at least 1, got {options.n}")
+    if options.html is not None and not options.html.parent.is_dir():
+        raise ValueError(f"html: there is no folder {str(options.html.parent)!r}")
+    source = _open(options)
+
+    from cdistill.data.conversations import Encoder
+    from cdistill.data.show import as_html, as_text, choose, show, without_tokenizer
+
+    renderer: Any = None
+    if options.processor is not None:
+        renderer = Encoder(load_processor(options.processor), options.template or "auto")
+    elif options.template is not None:
+        if options.template == "auto":
+            raise ValueError("template auto is a model's own: name the model by --processor")
+        renderer = without_tokenizer(options.template)
+    shown = [show(source, index, renderer) for index in choose(len(source), options.n, options.seed)]
+    if options.html is None:
+        print(as_text(shown, coloured=sys.stdout.isatty()), end="")
+    else:
+        options.html.write_text(as_html(shown, f"{len(shown)} samples of {options.path}"), encoding="utf-8")
+        print(f"written: {options.html}")
+    return 0
+
+
+def _presets_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", help="tell all about this one (default: list them)")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write its mix file, to be put into the data root")
+
+
+def _presets(options: argparse.Namespace) -> int:
+    if options.name is None:
+        if options.write is not None:
+            raise ValueError("write needs the name of a preset")
+        width = max(map(len, presets.PRESETS))
+        for name, preset in presets.PRESETS.items():
+            print(f"{name:{width}}  {preset.records:>9,}  {preset.title}")
+        return 0
+    print("\n".join(presets.describe(options.name)))
+    if options.write is not None:
+        if options.write.exists() or not options.write.parent.is_dir():
+            raise ValueError(f"write needs a new file in a folder that exists, got {str(options.write)!r}")
+        options.write.write_text(presets.mix(options.name), encoding="utf-8")
+        print(f"\nwritten: {options.write}")
+    return 0

@@ -1,0 +1,399 @@
+"""`cdistill data check` on made-up sets: it finds the faults that were put in, no others, and leaves a clean copy."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cdistill.cli import main
+from cdistill.data import check as checking
+from cdistill.data import presets
+from cdistill.data.samples import BadSampleError, ImageBytes, Mark, Message, Sample
+
+
+class Maker:
+    """Makes records, each with an image of its own, and puts faults into them."""
+
+    def __init__(self, folder, seed=0):
+        self.folder, self.rng, self.count = folder, random.Random(seed), 0
+
+    def image(self, suffix=".jpg", kind="JPEG"):
+        self.count += 1
+        name = f"pictures/{self.rng.randrange(10)}/{self.count}{suffix}"
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = self.rng.randint(20, 60), self.rng.randint(20, 60)
+        noise = Image.frombytes("RGB", size, self.rng.randbytes(3 * size[0] * size[1]))
+        noise.save(path, kind)
+        return name
+
+    def words(self):
+        return " ".join(self.rng.choice(("ein", "zwei", "ünf", "naïve", "„x“", "\\", "\n")) for _ in range(5)) + str(
+            self.count
+        )
+
+    def record(self, image="", turns=None):
+        """A good record; ``image`` None makes it text."""
+        self.count += 1
+        image = self.image() if image == "" else image
+        turns = self.rng.randint(1, 3) if turns is None else turns
+        said = [{"from": ("human", "gpt")[i % 2], "value": self.words()} for i in range(2 * turns)]
+        record = {"id": f"r{self.count}", "conversations": said}
+        if image is not None:
+            said[0]["value"] = "<image>\n" + said[0]["value"]
+            record["image"] = image
+        return record
+
+    def broken_file(self, content):
+        name = self.image()
+        path = self.folder / name
+        path.write_bytes(content(path.read_bytes()))
+        return self.record(name)
+
+    def faulty(self, kind):
+        """A record with the fault of that name."""
+        if kind == "missing image":
+            return self.record(f"pictures/none{self.count}.jpg")
+        if kind == "truncated image":
+            return self.broken_file(lambda data: data[: self.rng.randint(len(data) // 4, len(data) // 2)])
+        if kind == "unreadable image":
+            return self.broken_file(lambda data: self.rng.choice((b"", b"<html>not here</html>", bytes(500))))
+        if kind == "image outside its root":
+            return self.record(self.rng.choice(("../secret.jpg", "/etc/passwd", "pictures/../../x.png", "out/x.jpg")))
+        record = self.record()
+        turns = record["conversations"]
+        if kind == "unknown role":
+            turns[-1]["from"] = self.rng.choice(("GPT", "bot", ""))
+        elif kind == "image count":
+            turns[0]["value"] += self.rng.choice(("<image>", "<image><image>"))
+        elif kind == "empty answer":
+            turns[-1]["value"] = self.rng.choice(("", " ", "\n"))
+        elif kind == "wrong order of turns":
+            turns.insert(1, {"from": "human", "value": "and?"})
+        else:
+            assert kind == "not a record"
+            record = self.rng.choice(({"id": record["id"]}, {"id": record["id"], "conversations": "x"}))
+        return record
+
+
+KINDS = (
+    "missing image",
+    "truncated image",
+    "unreadable image",
+    "image outside its root",
+    "unknown role",
+    "image count",
+    "empty answer",
+    "wrong order of turns",
+    "not a record",
+)
+
+
+def made_up_set(folder, faults, *, seed, good=12, text=3, duplicates=2, misnamed=2, same_ids=2):
+    """Records in random order, and by id the reason why they are bad; ids of what is good but odd are among them, too."""
+    outside = folder.parent / "outside"
+    outside.mkdir(exist_ok=True)
+    folder.mkdir()
+    (folder / "out").symlink_to(outside)
+    maker = Maker(folder, seed)
+    records = [maker.record() for _ in range(good)] + [maker.record(None) for _ in range(text)]
+    bad = {}
+    for kind, count in faults.items():
+        for _ in range(count):
+            records.append(maker.faulty(kind))
+            bad[records[-1]["id"]] = kind
+    for _ in range(misnamed):
+        records.append(maker.record(maker.image(".jpg", maker.rng.choice(("GIF", "PNG")))))
+    maker.rng.shuffle(records)
+    clean = [record for record in records if record["id"] not in bad]
+    for original in maker.rng.sample(clean, duplicates):
+        copy = original | {"id": f"copy{original['id']}"}
+        records.insert(maker.rng.randint(records.index(original) + 1, len(records)), copy)
+        bad[copy["id"]] = "duplicate record"
+    for original in maker.rng.sample(clean, same_ids):
+        records.append(maker.record() | {"id": original["id"]})
+    return records, bad
+
+
+def write(path, records, *, lines):
+    texts = [json.dumps(record, ensure_ascii=i % 2 == 0) for i, record in enumerate(records)]
+    body = "\n".join(texts) + "\n" if lines else "[\n  " + ",\n  ".join(texts) + "\n]"
+    path.write_text(body, encoding="utf-8")
+    return texts
+
+
+def listed(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@given(
+    faults=st.fixed_dictionaries({kind: st.integers(0, 3) for kind in KINDS}),
+    lines=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+def test_finds_what_was_put_in(tmp_path_factory, capsys, faults, lines, seed):
+    folder = tmp_path_factory.mktemp("set") / "root"
+    records, bad = made_up_set(folder, faults, seed=seed)
+    path = folder / ("set.jsonl" if lines else "set.json")
+    texts = write(path, records, lines=lines)
+    fixed = folder / "fixed.json"
+
+    assert main(["data", "check", str(path), "--workers", "1", "--fix", str(fixed)]) == 1
+
+    found = listed(folder / f"{path.name}.bad.jsonl")
+    assert {entry["id"]: entry["reason"] for entry in found} == bad
+    assert [entry["id"] for entry in found] == [record["id"] for record in records if record["id"] in bad]
+    assert all(entry["place"] and entry["detail"] and "\n" not in entry["detail"] for entry in found)
+    out = capsys.readouterr().out
+    for kind in set(bad.values()):
+        count = sum(reason == kind for reason in bad.values())
+        assert any(
+            line.split("  ")[0] == kind and line.split()[len(kind.split())] == str(count) for line in out.splitlines()
+        )
+    assert f"{len(records) - len(bad)} good records" in out
+
+    good = [text for text, record in zip(texts, records, strict=True) if record["id"] not in bad]
+    assert [line.rstrip(",") for line in fixed.read_text(encoding="utf-8").splitlines() if line not in "[]"] == good
+    if not lines:
+        assert json.loads(fixed.read_text(encoding="utf-8")) == [r for r in records if r["id"] not in bad]
+    assert main(["data", "check", str(fixed), "--workers", "1"]) == 0
+    assert not (folder / "fixed.json.bad.jsonl").exists()
+    out = capsys.readouterr().out
+    assert "misnamed image        2" in out and "duplicate id          2" in out
+
+
+def test_does_not_depend_on_the_number_of_processes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(checking, "CHUNK", 3)
+    records, bad = made_up_set(tmp_path / "root", dict.fromkeys(KINDS, 2), seed=5)
+    path = tmp_path / "root" / "set.jsonl"
+    write(path, records, lines=True)
+    results = []
+    for workers in (1, 3):
+        listed_in = tmp_path / f"bad{workers}.jsonl"
+        assert main(["data", "check", str(path), "--workers", str(workers), "--bad", str(listed_in)]) == 1
+        results.append((listed_in.read_text(), capsys.readouterr().out.replace(listed_in.name, "")))
+    assert results[0] == results[1]
+    assert len(results[0][0].splitlines()) == len(bad)
+
+
+def test_unreadable_lines_are_told_with_line_and_column(tmp_path, capsys):
+    maker = Maker(tmp_path)
+    texts = write(tmp_path / "set.jsonl", [maker.record(None) for _ in range(3)], lines=True)
+    broken = texts[1].replace('"conversations"', "'conversations'")
+    (tmp_path / "set.jsonl").write_text("\n".join([texts[0], broken, texts[2]]), encoding="utf-8")
+    assert main(["data", "check", str(tmp_path / "set.jsonl"), "--fix", str(tmp_path / "fixed.jsonl")]) == 1
+    (entry,) = listed(tmp_path / "set.jsonl.bad.jsonl")
+    assert entry["reason"] == "unreadable JSON" and entry["place"].endswith("line 2")
+    assert f"column {broken.index(chr(39)) + 1}" in entry["detail"]
+    assert (tmp_path / "fixed.jsonl").read_text(encoding="utf-8").splitlines() == [texts[0], texts[2]]
+
+    (tmp_path / "list.json").write_text(f"[{texts[0]},\n  {broken}]", encoding="utf-8")
+    capsys.readouterr()
+    assert main(["data", "check", str(tmp_path / "list.json")]) == 2
+    told = capsys.readouterr().err
+    assert "line 2" in told and f"column {broken.index(chr(39)) + 3}" in told
+
+
+def test_a_clean_set_leaves_no_list_and_removes_an_old_one(tmp_path, capsys):
+    maker = Maker(tmp_path)
+    path = tmp_path / "set.json"
+    write(path, [maker.record(), maker.record(None)], lines=False)
+    (tmp_path / "set.json.bad.jsonl").write_text("{}\n")
+    assert main(["data", "check", str(path)]) == 0
+    assert not (tmp_path / "set.json.bad.jsonl").exists()
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["none.json"], "none.json"),
+        (["set.json", "--workers", "0"], "workers"),
+        (["set.json", "--preset", "x"], "llava-665k"),
+        (["set.json", "--fix", "set.json"], "fix"),
+        (["set.json", "--fix", "link.json"], "fix"),
+        (["set.json", "--fix", "no/where.json"], "fix"),
+        (["mix.yaml", "--fix", "new.json"], "fix"),
+        (["set.json", "--bad", "no/where.jsonl"], "bad"),
+        (["set.json", "--columns", "images"], "columns"),
+    ],
+)
+def test_mistakes_of_users_change_nothing(tmp_path, monkeypatch, capsys, arguments, told):
+    monkeypatch.chdir(tmp_path)
+    maker = Maker(tmp_path)
+    write(tmp_path / "set.json", [maker.record(None), maker.faulty("empty answer")], lines=False)
+    (tmp_path / "link.json").symlink_to("set.json")
+    sources = [{"path": "set.json"}, {"path": "set.json", "name": "again"}]
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"sources": sources}))
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.*")}
+    assert main(["data", "check", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and told in captured.err
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.*")} == before
+
+
+def test_a_mix_is_told_by_source(tmp_path, capsys):
+    maker = Maker(tmp_path)
+    write(tmp_path / "one.json", [maker.record(), maker.faulty("missing image")], lines=False)
+    write(tmp_path / "two.jsonl", [maker.record(None), maker.faulty("missing image"), maker.record()], lines=True)
+    sources = [{"path": "one.json"}, {"path": "two.jsonl"}]
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"sources": sources}))
+    assert main(["data", "check", str(tmp_path / "mix.yaml")]) == 1
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["one", "2", "1", "1", "2", "0"] in rows
+    assert ["two", "3", "2", "1", "2", "1"] in rows
+    assert ["all", "5", "3", "2", "4", "1"] in rows
+    assert [entry["source"] for entry in listed(tmp_path / "mix.yaml.bad.jsonl")] == ["one", "two"]
+
+
+class Given:
+    """A source of given samples; what is no sample is raised, or kills the process."""
+
+    name = "given"
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        item = self.items[index]
+        if isinstance(item, Exception):
+            raise item
+        if item is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item
+
+    def sizes(self):
+        return None
+
+
+def said(question, answer, *images, id="x"):
+    parts = (*[Mark.IMAGE] * len(images), question)
+    return Sample(id, (Message("user", parts), Message("assistant", (answer,))), images, f"place of {id}")
+
+
+def test_any_source_will_do_and_equal_bytes_are_the_same_image(tmp_path):
+    maker = Maker(tmp_path)
+    one, two = ((tmp_path / maker.image()).read_bytes() for _ in range(2))
+    image = (ImageBytes("1.jpg", one),)
+    items = [
+        said("a", "b", *image, id="1"),
+        said("a", "b", ImageBytes("2.jpg", two), id="2"),
+        said("a", "b", ImageBytes("3.jpg", one), id="3"),
+        said("ab", "", id="4"),
+        said("a", "b", id="5"),
+        BadSampleError("some reason", "some detail"),
+        Sample("7", (Message("user", ("a", Mark.IMAGE)), Message("assistant", ("b",))), image, "elsewhere"),
+    ]
+    bad = []
+    (totals,) = checking.check([Given(items)], workers=1, on_bad=lambda source, record: bad.append(record))
+    assert totals.good.tolist() == [True, True, False, True, True, False, True]
+    assert [record.reason for record in bad] == ["duplicate record", "some reason"]
+    assert (totals.images, totals.text_only) == (4, 2)
+
+
+def test_a_process_that_dies_ends_the_check(tmp_path, monkeypatch):
+    monkeypatch.setattr(checking, "CHUNK", 1)
+    with pytest.raises(checking.CheckError, match="workers"):
+        checking.check([Given([said("a", "b"), None, said("c", "d")])], workers=2)
+
+
+def test_interrupted_it_leaves_no_process_and_no_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(checking, "CHUNK", 1)
+    maker = Maker(tmp_path)
+    path = tmp_path / "set.jsonl"
+    write(path, [maker.record() for _ in range(20)] + [maker.faulty("missing image")], lines=True)
+    real = checking.check
+
+    def stop(records):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checking, "check", lambda *given, **options: real(*given, **(options | {"progress": stop})))
+    assert main(["data", "check", str(path), "--workers", "2"]) == 130
+    assert capsys.readouterr().err.strip().endswith("stopped")
+    assert not multiprocessing.active_children()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pictures", "set.jsonl"]
+
+
+@pytest.fixture
+def preset(monkeypatch):
+    parts = (presets.Part("a/set.json", ".", 5, {"pictures/one": 3, "two": 1}, text_only=1),)
+    made_up = presets.Preset("made up", "DFT", parts, (presets.Download("http://example.org/x", "a"),), ())
+    monkeypatch.setattr(presets, "PRESETS", {"made-up": made_up})
+    return made_up
+
+
+def test_a_preset_tells_what_is_missing(tmp_path, capsys, preset):
+    maker = Maker(tmp_path)
+    records = [maker.record(f"{folder}/{i}.png") for folder, n in (("pictures/one", 3), ("two", 1)) for i in range(n)]
+    for record in records[1:]:
+        (tmp_path / record["image"]).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / record["image"])
+    records.append(maker.record(None))
+    path = tmp_path / "renamed.json"
+    write(path, records, lines=False)
+    assert main(["data", "check", str(path), "--preset", "made-up"]) == 1
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["a/set.json", "5", "4", "1"] in rows
+    assert ["pictures/one", "3", "2", "1"] in rows
+    assert ["two", "1", "1", "0"] in rows
+    assert ["text", "only", "1", "1", "0"] in rows
+
+    write(path, records[1:], lines=False)  # nothing is bad, one record is not there
+    assert main(["data", "check", str(path), "--preset", "made-up"]) == 1
+    Image.new("RGB", (9, 9)).save(tmp_path / records[0]["image"])
+    write(path, records, lines=False)
+    assert main(["data", "check", str(path), "--preset", "made-up"]) == 0
+
+
+def test_presets_are_listed_and_described(capsys):
+    assert main(["data", "presets"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in presets.PRESETS)
+    for name, preset in presets.PRESETS.items():
+        assert main(["data", "presets", name]) == 0
+        out = capsys.readouterr().out
+        assert all(f"{part.annotation}" in out and f"{part.records:,}" in out for part in preset.parts)
+        assert all(download.url in out for download in preset.downloads)
+    assert main(["data", "presets", "none"]) == 2
+    assert main(["data", "presets", "--write", "x.yaml"]) == 2
+
+
+def test_counts_of_presets_add_up():
+    for preset in presets.PRESETS.values():
+        for part in preset.parts:
+            if part.folders:
+                assert sum(part.folders.values()) + part.text_only == part.records
+    assert presets.PRESETS["llava-665k"].records == 665_298
+    assert presets.PRESETS["extended"].records == 1_110_107
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_the_mix_file_of_a_preset_opens(tmp_path, capsys, name):
+    mix = tmp_path / "mix.yaml"
+    assert main(["data", "presets", name, "--write", str(mix)]) == 0
+    maker = Maker(tmp_path)
+    for part in presets.PRESETS[name].parts:
+        path = tmp_path / part.annotation
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = maker.record()
+        inside = tmp_path / part.images / record["image"]
+        inside.parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / record["image"]).replace(inside)
+        write(path, [record], lines=path.suffix == ".jsonl")
+    capsys.readouterr()
+    assert main(["data", "check", str(mix), "--preset", name]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    for part in presets.PRESETS[name].parts:
+        assert [part.annotation, f"{part.records:,}", "1", f"{part.records - 1:,}"] in [line.split() for line in lines]
+    assert main(["data", "presets", name, "--write", str(mix)]) == 2
