@@ -122,7 +122,7 @@ def test_no_file_and_no_records(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5])
 def test_values_cut_by_the_end_of_a_chunk(tmp_path, monkeypatch, chunk):
-    values = [12345, -1.5e3, True, None, "\u00e9\ud83d\ude00", [], {}, 7]
+    values = [12345, -1.5e3, True, None, "\u00e9\U0001f600", [], {}, 7]
     (tmp_path / "set.json").write_text(json.dumps(values))
     monkeypatch.setattr(scan, "CHUNK", chunk)
     source = LlavaJson(tmp_path / "set.json")
