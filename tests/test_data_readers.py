@@ -120,6 +120,15 @@ def test_no_file_and_no_records(tmp_path):
         source[0]
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5])
+def test_values_cut_by_the_end_of_a_chunk(tmp_path, monkeypatch, chunk):
+    values = [12345, -1.5e3, True, None, "\u00e9\U0001f600", [], {}, 7]
+    (tmp_path / "set.json").write_text(json.dumps(values))
+    monkeypatch.setattr(scan, "CHUNK", chunk)
+    source = LlavaJson(tmp_path / "set.json")
+    assert [source.record(i) for i in range(len(source))] == values
+
+
 def test_bad_lines_are_bad_samples_with_line_and_column(tmp_path):
     good = json.dumps(record(1, 0))
     cut = good[:20] + "\n"

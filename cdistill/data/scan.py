@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 CHUNK = 1 << 22
 LONGEST_RECORD = 1 << 26
+LOOKAHEAD = 16  # more characters than there are in any token but strings and numbers
 _BOM = b"\xef\xbb\xbf"
 _SPACE = " \t\r\n"
 _SKIP = re.compile(f"[{_SPACE}]*")
@@ -112,13 +113,14 @@ class _Window:
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.at)
-                if end == len(self.text) and self._more():  # a number may go on
+                length = end - self.at
+                if end > len(self.text) - LOOKAHEAD and self._more():  # a number may go on: 15, 15.5, 15e+5
                     continue
-                self._advance(end)
+                self._advance(self.at + length)
                 return value
             except json.JSONDecodeError as error:
                 inside = error.pos - self.at
-                cut = error.pos > len(self.text) - 16 or error.msg.startswith("Unterminated string")
+                cut = error.pos > len(self.text) - LOOKAHEAD or error.msg.startswith("Unterminated string")
                 if not (cut and len(self.text) - self.at < LONGEST_RECORD and self._more()):
                     raise self._error(self.at + inside, error.msg) from error
             except (ValueError, RecursionError) as error:
