@@ -90,12 +90,12 @@ def test_local_sets_of_datasets(tmp_path, monkeypatch, form, streaming):
 
 
 def test_streams_need_a_size_and_end_somewhere():
-    stream = datasets.Dataset.from_dict({"image": [b"x"], "caption": ["y"]}).to_iterable_dataset()
+    stream = datasets.Dataset.from_dict({"image": [b"x", b"z"], "caption": ["y", "y"]}).to_iterable_dataset()
     with pytest.raises(ValueError, match="size must be given for rows"):
         HubDataset(stream, name="rows")
-    source = HubDataset(stream, size=2, name="rows")
+    source = HubDataset(stream, size=5, name="rows")
     assert spoken(source[0]) == [("user", "<image>"), ("assistant", "y")]
-    assert reason(source, 1) == "end of stream"
+    assert [source[i].images[0].data for i in (1, 2, 4, 3)] == [b"z", b"x", b"x", b"z"], "it begins again at its end"
 
 
 def test_rows_that_are_bad(tmp_path):

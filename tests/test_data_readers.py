@@ -138,7 +138,7 @@ def test_bad_lines_are_bad_samples_with_line_and_column(tmp_path):
     source = LlavaJson(tmp_path / "set.txt")
     assert [spoken(source[i])[1][1] for i in (0, 2)] == ["it is 1"] * 2
     assert [reason(source, i) for i in (1, 3, 4, 5)] == ["unreadable JSON"] * 4
-    with pytest.raises(BadSampleError, match=r"set.txt\[1\] line 3 column 10: Expecting value"):
+    with pytest.raises(BadSampleError, match=r"set.txt\[1\] line 3: unreadable JSON: column 10: Expecting value"):
         source[1]
     assert list(source.sizes().characters[[1, 3]]) == [0, 0]
 

@@ -231,7 +231,6 @@ def look(source: Source, start: int, stop: int, folders: Sequence[str] = ()) -> 
 
 def _bad(source: Source, index: int, error: BadSampleError) -> Bad:
     """With the place and the id, for sources that tell them of records that are no samples."""
-    place = place_of(source, index)
     name = ""
     if hasattr(source, "record"):
         try:
@@ -239,7 +238,7 @@ def _bad(source: Source, index: int, error: BadSampleError) -> Bad:
             name = str(record.get("id", "")) if isinstance(record, dict) else ""
         except BadSampleError:
             pass  # it cannot be read at all
-    return Bad(name, place, error.reason, error.detail.removeprefix(f"{place}: "))
+    return Bad(name, error.place or place_of(source, index), error.reason, error.detail)
 
 
 def place_of(source: Source, index: int) -> str:

@@ -67,7 +67,7 @@ class SampleDataset(Dataset):
                 images = [open_image(image, about=self.about) for image in sample.images]
                 return self.encoder(sample.messages, images), tuple(left_out)
             except BadSampleError as error:
-                left_out.append(BadSample(place, error.reason, error.detail))
+                left_out.append(BadSample(error.place or place, error.reason, error.detail))
             index = self._substitute(number, index, attempt)
         last = left_out[-1]
         raise ValueError(

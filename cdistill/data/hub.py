@@ -95,7 +95,8 @@ class HubDataset:
         allow_urls: images may be named by http and https URLs, and are then fetched with every access.
         name: what the source is called.
 
-    A stream is read in order: each access moves on from the last one, and going back starts it anew.
+    A stream is read in order: each access moves on from the last one, and going back starts it anew. One that is shorter than
+    ``size`` begins again at its end.
 
     Raises:
         ValueError: ``columns`` names something else or a column that is not there, no column holds text, or a stream has
@@ -128,12 +129,13 @@ class HubDataset:
         self._stream: Iterator[dict[str, Any]] | None = None
         self._row: dict[str, Any] = {}
         self._index = -1  # of the row
+        self._length: int | None = None  # of the stream, once its end has been seen
 
     def __len__(self) -> int:
         return self._size
 
     def __getitem__(self, index: int) -> Sample:
-        """Raises BadSampleError for a row that is no sample or is behind a stream's end, IndexError beyond the last."""
+        """Raises BadSampleError for a row that is no sample, IndexError beyond the last."""
         index = range(len(self))[index]
         place = f"{self.name}[{index}]"
         with at(place):
@@ -163,14 +165,18 @@ class HubDataset:
         return {**self.__dict__, "_stream": None, "_row": {}, "_index": -1}
 
     def _from_stream(self, index: int) -> dict[str, Any]:
+        if self._length is not None:
+            index %= self._length
         if self._stream is None or index < self._index:
-            self._stream, self._index = iter(self._data), -1
+            # Not iter(): in a worker process it would give a share of the rows, or none.
+            self._stream, self._index = (_row(rows) for rows in self._data.iter(1)), -1
         while self._index < index:
             row = next(self._stream, None)
             if row is None:
-                raise BadSampleError(
-                    "end of stream", f"the stream has only {self._index + 1} samples; set size to that"
-                )
+                self._length = self._index + 1
+                if not self._length:
+                    raise ValueError(f"{self.name}: the stream has no samples")
+                return self._from_stream(index % self._length)
             self._row, self._index = row, self._index + 1
         return self._row
 
@@ -213,6 +219,10 @@ class HubDataset:
         if self.images is None and isinstance(name, str):
             raise BadSampleError("bad image path", f"images must say where paths start from, got the path {name!r}")
         return find_image(self.images or Path(), name, allow_urls=self.allow_urls)
+
+
+def _row(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
+    return {name: values[0] for name, values in rows.items()}
 
 
 def find_columns(there: list[str], given: Mapping[str, str], name: str) -> dict[str, str]:

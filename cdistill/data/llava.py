@@ -67,7 +67,7 @@ class LlavaJson:
         try:
             return parse(data)
         except ValueError as error:
-            raise BadSampleError("unreadable JSON", f"{self.place(index)} {error}") from error
+            raise BadSampleError("unreadable JSON", str(error), self.place(index)) from error
 
     def raw(self, index: int) -> bytes:
         """The bytes of a record."""

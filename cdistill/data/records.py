@@ -53,7 +53,7 @@ def at(place: str) -> Iterator[None]:
     try:
         yield
     except BadSampleError as error:
-        raise BadSampleError(error.reason, f"{place}: {error.detail}") from error
+        raise BadSampleError(error.reason, error.detail, place) from error
 
 
 def caption_messages(caption: str, images: int) -> tuple[Message, ...]:

@@ -75,14 +75,15 @@ class BadSampleError(ValueError):
     Args:
         reason: which kind of fault, a few words that are the same for all samples with it (they are counted by it).
         detail: the fault of this sample, in one line.
+        place: where it stands, once that is known.
     """
 
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
+    def __init__(self, reason: str, detail: str, place: str = "") -> None:
+        super().__init__(f"{place}: {reason}: {detail}" if place else f"{reason}: {detail}")
+        self.reason, self.detail, self.place = reason, detail, place
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.reason, self.detail)
+        return type(self), (self.reason, self.detail, self.place)
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def show(source: Source, index: int, renderer: Encoder | Template | None) -> Sho
         elif renderer is not None:
             pieces = list(_rendered(renderer, sample))
     except BadSampleError as error:
-        fault = f"{error.reason}: {error.detail.removeprefix(f'{place_of(source, index)}: ')}"
+        fault = f"{error.reason}: {error.detail}"
     return Shown(title, pictures, pieces, tokens, fault)
 
 

@@ -186,7 +186,8 @@ class DataConfig(Mixture):
             that the i-th stages of two recipes with the same seed and data see the same samples.
         path: what `cdistill.data.mix.open_source` opens: LLaVA-format JSON or JSON Lines, tar shards, a data set of Hugging
             Face `datasets`, or a mix file of several.
-        images: folder under which the images of ``path`` lie, if it names them.
+        images: folder under which the images of ``path`` lie, or one for each first part of their names.
+        allow_urls: images may be named by http and https URLs, and are then fetched.
         columns: which columns of a Hugging Face data set hold what.
         split: its split.
         streaming: read it as a stream, in its order.
@@ -196,7 +197,8 @@ class DataConfig(Mixture):
 
     seed: int | None = None
     path: str | None = None
-    images: str | None = None
+    images: str | dict[str, str] | None = None
+    allow_urls: bool = False
     columns: dict[str, str] | None = None
     split: str | None = None
     streaming: bool = False
@@ -207,8 +209,9 @@ class DataConfig(Mixture):
         super().__post_init__()
         _choice("template", self.template, TEMPLATES)
         _at_least("max_length", self.max_length, 2)
-        if self.path is None and (self.images or self.columns or self.split or self.streaming):
-            raise ValueError("path must be given where images, columns, split or streaming are")
+        given = [n for n in ("images", "allow_urls", "columns", "split", "streaming") if getattr(self, n)]
+        if self.path is None and given:
+            raise ValueError(f"path must be given where {given[0]} is")
 
 
 @dataclass(frozen=True)

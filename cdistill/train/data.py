@@ -1,5 +1,6 @@
 """Datasets and collators of the stages: of files, or of the built-in task."""
 
+import json
 import random
 from collections.abc import Sequence
 from functools import lru_cache
@@ -138,19 +139,21 @@ class PackedCollator:
 
 def open_stage_source(data: DataConfig, size: int) -> Source:
     """The data set that a stage of ``size`` samples names. Raises ValueError if it cannot be opened."""
+    options: dict[str, Any] = {
+        "images": data.images,
+        "columns": data.columns,
+        "split": data.split,
+        "allow_urls": data.allow_urls,
+    }
     assert data.path is not None
-    columns = None if data.columns is None else tuple(sorted(data.columns.items()))
-    return _open(data.path, data.images, columns, data.split, size if data.streaming else None)
+    if data.streaming:
+        options |= {"streaming": True, "size": size}
+    return _open(data.path, json.dumps(options, sort_keys=True))
 
 
 @lru_cache(maxsize=8)  # stages of one data set look through it once
-def _open(
-    path: str, images: str | None, columns: tuple[tuple[str, str], ...] | None, split: str | None, streamed: int | None
-) -> Source:
-    columns_ = None if columns is None else dict(columns)
-    return open_source(
-        path, images=images, columns=columns_, split=split, streaming=streamed is not None, size=streamed
-    )
+def _open(path: str, options: str) -> Source:
+    return open_source(path, **json.loads(options))
 
 
 def stage_encoder(stage: StageConfig, models: Models) -> Encoder:
