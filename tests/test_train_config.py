@@ -1,11 +1,13 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 from cdistill.cli import main
+from cdistill.data.presets import find_preset
 from cdistill.train.build import vat_config
 from cdistill.train.config import (
     first_difference,
@@ -269,3 +271,17 @@ def test_help_imports_nothing_heavy():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_papers_recipes_train_on_its_sets():
+    """The files that `cdistill data presets` tells to download, below the folder data, once each."""
+    expected = {"dpt": "llava-558k", "dft": "llava-665k", "sft": "llava-665k"}
+    for name in ("paper-qwen1.5-1.8b", "paper-mobilellama-1.4b", "qwen2.5-vl-3b", "qwen3-vl-2b", "official"):
+        recipe = load_recipe(name)
+        for stage, preset in expected.items():
+            (part,), data = find_preset(preset).parts, recipe.stage[stage].data
+            assert (data.path, Path(data.images)) == (f"data/{part.annotation}", Path("data") / part.images)
+            assert recipe.stage[stage].samples == part.records
+    extended = load_recipe("paper-extended")
+    assert {extended.stage[stage].samples for stage in ("dft", "sft")} == {find_preset("extended").records}
+    assert load_recipe("paper-mobilellama-1.4b").stage["sft"].data.template == "vicuna_v1"
