@@ -94,7 +94,12 @@ MAIN = "paper-qwen1.5-1.8b"
         ),
         (
             "paper-mobilellama-1.4b",
-            {"student.base": "checkpoints/mobilellama-1.4b", "teacher": "checkpoints/llava-mobilellama-2.7b"},
+            {
+                "student.base": "checkpoints/mobilellama-1.4b",
+                "teacher": "checkpoints/llava-mobilellama-2.7b",
+                "stage.dft.data.template": "vicuna_v1",
+                "stage.sft.data.template": "vicuna_v1",
+            },
         ),
         ("ablation-no-vat", {"vat.enabled": False}),
         ("ablation-no-taf", {"student.taf": False}),
