@@ -193,7 +193,7 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", type=int, default=4, metavar="N", help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="show random ones instead of the first")
     parser.add_argument(
-        "--processor", metavar="MODEL", help="count tokens as this model does: its folder, or builtin:NAME"
+        "--processor", metavar="MODEL", help="count tokens as this model does: its folder or a run's, or builtin:NAME"
     )
     parser.add_argument(
         "--template", metavar="NAME", help="auto (the model's own), plain, qwen2_base, vicuna_v1 or chatml"

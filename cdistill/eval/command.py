@@ -7,7 +7,7 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
-    parser.add_argument("model", help="folder made by save_pretrained, or builtin:NAME")
+    parser.add_argument("model", help="folder of a model or a run (its last finished stage), or builtin:NAME")
     parser.add_argument("--n", type=int, default=500, help="questions per sub-type (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes and questions (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON, too")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from cdistill.models.processor import COMPOSITIONS, Processor, ProcessorFiles, b
 from cdistill.models.taf import MERGED, TAFAdapter, TAFLlavaConfig, TAFLlavaForConditionalGeneration
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-RECIPE = "recipe.yaml"
 CODE = "modeling_cdistill_taf"
 
 
@@ -70,7 +68,7 @@ def export(
     output = Path(os.path.abspath(output))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output: {output} exists and is no empty folder")
-    folder = _model_folder(resolve_folder(str(model), "model"))
+    folder = resolve_folder(str(model), "model")
     adapted = (folder / ADAPTER_CONFIG).is_file()
     folders = [_base_of(folder), folder] if adapted else [folder]
     processor, remarks = _check(folders)  # before the weights, which may take long
@@ -125,16 +123,6 @@ def _product(adapter: TAFAdapter) -> tuple[Tensor, Tensor]:
     if last.bias is not None:
         bias = bias + weight @ last.bias.detach().double()
     return weight @ last.weight.detach().double(), bias
-
-
-def _model_folder(folder: Path) -> Path:
-    """The folder itself, or the last finished stage of a run: stages appear under their names when they are finished."""
-    if (folder / "config.json").is_file() or not (folder / RECIPE).is_file():
-        return folder
-    stages = [path for path in folder.iterdir() if re.fullmatch(r"\d+-\w+", path.name) and path.is_dir()]
-    if not stages:
-        raise ValueError(f"model: the run in {folder} has no finished stage")
-    return max(stages, key=lambda path: int(path.name.partition("-")[0]))
 
 
 def _base_of(folder: Path) -> Path:

@@ -1,6 +1,7 @@
 """Loading models and tokenizers from folders made by ``save_pretrained``, with errors that name the file."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,6 +19,7 @@ from transformers import (
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BUILTIN = "builtin:"
+RECIPE = "recipe.yaml"  # in the folder of a run
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # A LLaVA or a causal language model; their attributes have too many types in transformers to be worth checking.
@@ -29,13 +31,22 @@ def one_line(error: Exception) -> str:
 
 
 def resolve_folder(reference: str, key: str) -> Path:
-    """Folder of a checkpoint: a path, or ``builtin:NAME`` for package data. Raises ValueError naming ``key``."""
+    """Folder of a checkpoint: a path (of a run, its last finished stage) or ``builtin:NAME`` for package data.
+
+    Raises ValueError naming ``key``.
+    """
     builtin = reference.startswith(BUILTIN)
     folder = ASSETS / reference.removeprefix(BUILTIN) if builtin else Path(reference)
     if not folder.is_dir():
         known = ", ".join(sorted(f"{BUILTIN}{p.name}" for p in ASSETS.glob("*") if p.is_dir())) or "none"
         raise ValueError(f"{key}: there is no folder {reference!r}" + (f"; built-in: {known}" if builtin else ""))
-    return folder
+    if (folder / "config.json").is_file() or not (folder / RECIPE).is_file():
+        return folder
+    # The stages of a run appear under their names when they are finished.
+    stages = [path for path in folder.iterdir() if re.fullmatch(r"\d+-\w+", path.name) and path.is_dir()]
+    if not stages:
+        raise ValueError(f"{key}: the run in {folder} has no finished stage")
+    return max(stages, key=lambda path: int(path.name.partition("-")[0]))
 
 
 def load_model(

@@ -294,7 +294,7 @@ class Recipe:
         save_steps: steps between checkpoints to resume from inside a stage, 0 for none but that of a stopped run.
         max_nonfinite_steps: steps in a row that may be skipped because a loss or gradient is not finite; that many end
             the run.
-        teacher: folder made by ``save_pretrained``, or ``builtin:NAME``.
+        teacher: folder made by ``save_pretrained``, or of a run (its last finished stage), or ``builtin:NAME``.
         teacher_memory: how the teacher is held.
         stages: names of sections of `stage`, in the order they run.
     """

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from cdistill.data.render import PATCH_CLASSES
-from cdistill.models.load import Model, load_model
+from cdistill.models.load import RECIPE, Model, load_model
 from cdistill.models.parts import language_model
 from cdistill.train import checkpoints, launch
 from cdistill.train.alignment import make_vat, vat_of
@@ -35,7 +35,6 @@ from cdistill.train.trainer import METRICS, DistillTrainer, RunLog, training_arg
 from cdistill.train.zero import deepspeed_config
 from cdistill.vat import attention_layers
 
-RECIPE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
 CHAT_TEMPLATE = "chat_template.jinja"  # of a processor, in its folder
 METRICS_BYTES = 1_000_000
