@@ -175,21 +175,23 @@ def test_impossible_sizes_are_refused(wrong, message):
         evaluate(llava(), **wrong)
 
 
-def test_command_evaluates_a_folder(tmp_path, capsys):
+def test_command_evaluates_a_folder_and_the_last_stage_of_a_run(tmp_path, capsys):
     import argparse
 
     torch.manual_seed(4)
     model = llava()
-    model.save_pretrained(tmp_path / "model")
-    TOKENIZER.save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "run" / "10-sft")
+    TOKENIZER.save_pretrained(tmp_path / "run" / "10-sft")
+    (tmp_path / "run" / "9-dft").mkdir()
+    (tmp_path / "run" / "recipe.yaml").touch()
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     file = tmp_path / "result.json"
-    options = parser.parse_args([str(tmp_path / "model"), "--n", "4", "--seed", "5", "--json", str(file)])
+    options = parser.parse_args([str(tmp_path / "run"), "--n", "4", "--seed", "5", "--json", str(file)])
     assert command.main(options) == 0
     assert json.loads(file.read_text()) == evaluate(model, n=4, seed=5)
     printed = capsys.readouterr().out
     assert all(subtype in printed for subtypes in FAMILIES.values() for subtype in subtypes)
-    for wrong in (["nowhere"], [str(tmp_path / "model"), "--json", str(tmp_path / "missing" / "x.json")]):
+    for wrong in (["nowhere"], [str(tmp_path / "run" / "10-sft"), "--json", str(tmp_path / "missing" / "x.json")]):
         with pytest.raises(ValueError, match="there is no folder"):
             command.main(parser.parse_args(wrong))
