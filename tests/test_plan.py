@@ -114,13 +114,17 @@ def test_the_predicted_peak_of_two_processes(sized, tmp_path):
 def test_gradients_of_tied_embeddings_and_of_zero_3(tied, tmp_path):
     options = {"gpus": 1, "device": "cpu", "precision": "fp32", "length": 640, "visual": VISUAL, "answers": 200}
 
-    def dft(zero):
-        return plan(recipe_of(tmp_path / "run", tied, stages=["dft"], deepspeed=zero), **options).stages[0].phases
+    def dft(zero, gpus=1):
+        recipe = recipe_of(tmp_path / "run", tied, stages=["dft"], deepspeed=zero)
+        return plan(recipe, **options | {"gpus": gpus}).stages[0].phases
 
     whole, embeddings = dft("off")["optimizer step"]["gradients"], 4 * 32000 * 256
     assert dft("off")["backward of the embeddings"]["gradients"] == whole + embeddings
     assert dft(2)["losses"]["gradients"] == 0
     assert dft(3)["losses"]["gradients"] == 2 * whole  # a partition, which here is all of them, and a bucket
+    weights = dft(2)["losses"]["student weights"]
+    assert dft(3)["losses"]["student weights"] == weights  # nothing to gather
+    assert dft(3, gpus=2)["losses"]["student weights"] == weights // 2 + weights
 
 
 def test_an_aligned_layer_keeps_its_slice(sized, tmp_path):

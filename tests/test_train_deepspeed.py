@@ -1,8 +1,10 @@
+import gc
 import json
 import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +86,50 @@ def test_a_resumed_zero_2_run_ends_with_the_same_bits(models, one_process, tmp_p
 def _saved_names(folder):
     state = torch.load(next(folder.rglob("*model_states.pt")), weights_only=False)
     return list(state["module"])
+
+
+@pytest.fixture
+def older_objects_hidden():
+    """Only what is made in the test is seen by the garbage collector, which makes it quick, too."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def tensor_bytes():
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]  # isinstance calls lazy proxies
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+class Held(TrainerCallback):
+    """Bytes of all tensors when the first step of a stage begins, by folder of the stage."""
+
+    def __init__(self):
+        self.bytes = {}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.bytes[Path(args.output_dir).name] = tensor_bytes()
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_a_stage_leaves_nothing_behind(models, tmp_path, older_objects_hidden, zero):
+    """Later stages hold what they hold where a run goes on with them, and a run leaves nothing, failed or not."""
+    options = {"deepspeed": zero, "teacher_memory": {"zero": 3}}
+    whole, second, small = Held(), Held(), 1000
+    run(make_recipe(tmp_path / "whole", models, **options), callbacks=[whole])
+    assert tensor_bytes() < small
+    recipe = make_recipe(tmp_path / "crashed", models, **options)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, callbacks=[Crash()])
+    gc.collect()
+    assert tensor_bytes() < small
+    run(recipe, resume=True, callbacks=[second])
+    assert list(whole.bytes) == ["1-dpt", *second.bytes] == ["1-dpt", "2-dft", "3-sft"]
+    for stage, held in second.bytes.items():
+        assert held > 100 * small and whole.bytes[stage] == pytest.approx(held, abs=small)
+    assert tensor_bytes() < small
 
 
 def test_callbacks_cannot_cross_into_other_processes(models, tmp_path):

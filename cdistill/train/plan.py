@@ -278,9 +278,12 @@ def _size(dtype: torch.dtype) -> int:
 
 
 def _weights(student: Blueprint, s: Setting) -> int:
-    """fp32 under plain torch; in the precision under DeepSpeed, which ZeRO-3 partitions and gathers as it goes."""
+    """fp32 under plain torch; in the precision under DeepSpeed, which ZeRO-3 partitions and gathers as it goes.
+
+    One GPU alone has no parts to gather.
+    """
     whole = student.total * _size(s.student)
-    if s.zero != 3:
+    if s.zero != 3 or s.gpus == 1:
         return whole
     return whole // s.gpus + min(student.total, LIVE_PARAMETERS) * _size(s.student)
 
@@ -349,7 +352,8 @@ def _gathered(recipe: Recipe, teacher: Blueprint, s: Setting) -> Bytes:
     memory, item = recipe.teacher_memory, _size(s.half)
     if memory.zero == 3:  # nothing is fetched ahead
         head = head_of(teacher.model).weight.numel()
-        return {"pass": item * max(head, _largest_layer(teacher)), "losses": item * head}
+        alone = s.gpus == 1 and not memory.offload  # nothing to gather, but the head is copied
+        return {"pass": 0 if alone else item * max(head, _largest_layer(teacher)), "losses": item * head}
     return {"pass": item * max(_linear_sizes(teacher)) if memory.quantization else 0, "losses": 0}
 
 

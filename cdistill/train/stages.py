@@ -4,7 +4,7 @@ import shutil
 import signal
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch.distributed as dist
 import yaml
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from cdistill.data.render import PATCH_CLASSES
 from cdistill.models.load import RECIPE, Model, load_model
@@ -32,7 +31,7 @@ from cdistill.train.objectives import OBJECTIVES, set_trained
 from cdistill.train.stop import StopCallback, StopRequest, stop_on_signals
 from cdistill.train.teacher import Teacher, hold_teacher
 from cdistill.train.trainer import METRICS, DistillTrainer, RunLog, training_arguments
-from cdistill.train.zero import deepspeed_config
+from cdistill.train.zero import deepspeed_config, releasing_engines
 from cdistill.vat import attention_layers
 
 CHECKPOINTS = "checkpoints"
@@ -84,12 +83,13 @@ def run_stages(
             if folder.is_dir():
                 _remove_leftovers(output, folder)
                 continue
-            if index:
-                models.student = load_model(folders[index - 1])
-            try:
-                _run_stage(recipe, index, models, output, folder, callbacks, request)
-            finally:
-                unset_hf_deepspeed_config()  # else transformers loads the next models in this process as ZeRO-3's shards
+            with releasing_engines() as at_end:
+                if index:
+                    models.student = load_model(folders[index - 1])
+                try:
+                    _run_stage(recipe, index, models, output, folder, callbacks, request, at_end)
+                finally:
+                    models.student = None
             if folder != folders[-1]:
                 _stop_if(request.agreed(), f"{folder.name}: done, and stopped")
     return folders[-1]
@@ -212,6 +212,7 @@ def _run_stage(
     folder: Path,
     callbacks: Sequence[TrainerCallback],
     request: StopRequest,
+    at_end: ExitStack,
 ) -> None:
     name = recipe.stages[index]
     stage, objective = recipe.stage[name], OBJECTIVES[recipe.stage[name].objective]
@@ -294,6 +295,7 @@ def _run_stage(
         data_collator=collator,
         callbacks=[log, *callbacks, stop],
     )
+    at_end.callback(trainer.destroy_engine)
     checkpoint = launch.on_first_process(lambda: checkpoints.choose(saved, processes=world))
     start = 0 if checkpoint is None else checkpoints.checkpoint_step(checkpoint)
     if first:
@@ -334,7 +336,6 @@ def _run_stage(
         loss = "none" if log.last["loss"] is None else f"{log.last['loss']:.4f}"
         print(f"{folder.name}: done in {seconds:.0f} s ({rate:,.0f} samples/s), loss {loss}{skipped} -> {folder}")
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.free_memory()
 
 
 def _move(teacher: Any, recipe: Recipe, device: torch.device | str) -> None:

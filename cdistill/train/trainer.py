@@ -189,6 +189,12 @@ class DistillTrainer(Trainer):
             self.bad.load_state_dict(progress["bad"])
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def destroy_engine(self) -> None:
+        """Remove DeepSpeed's hooks from the model, if it has trained under DeepSpeed; it cannot be trained or saved then."""
+        wrapper = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
+        if wrapper is not None:
+            wrapper.engine.destroy()
+
 
 @contextmanager
 def in_one_line() -> Iterator[None]:

@@ -1,5 +1,7 @@
-"""The DeepSpeed configuration: the one place that writes it."""
+"""The DeepSpeed configuration, written in this one place, and the end of DeepSpeed's engines."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 BUCKET = 500_000_000
@@ -55,3 +57,37 @@ def teacher_config(*, precision: str, offload: bool) -> dict[str, Any]:
         | ({"offload_param": {"device": "cpu"}} if offload else {}),
         "steps_per_print": 10**12,
     }
+
+
+@contextmanager
+def releasing_engines() -> Iterator[ExitStack]:
+    """Free what was made inside and nothing outside holds, DeepSpeed's engines too: call ``engine.destroy`` on the exit stack.
+
+    Gradient hooks hold an engine until it is destroyed. Under ZeRO-3 two more things hold its module, and with it weights,
+    gradients and optimizer, for as long as the process lives: the stack of running modules, at whose bottom every engine
+    puts its own, and a cache over a method, whose keys are modules. And transformers would load the next models as shards.
+    An engine that lives on needs none of these.
+    """
+    from accelerate.utils import release_memory
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    depth = len(FWD_MODULE_STACK)
+    try:
+        with ExitStack() as at_end:
+            yield at_end
+    finally:
+        del FWD_MODULE_STACK[depth:]
+        _clear_caches(PartitionedParameterCoordinator)
+        unset_hf_deepspeed_config()
+        release_memory()
+
+
+def _clear_caches(kind: type) -> None:
+    """Clear every `functools.lru_cache` over a method of a class, also inside another decorator."""
+    for method in vars(kind).values():
+        closure = getattr(method, "__closure__", None) or ()
+        for function in (method, *(cell.cell_contents for cell in closure)):
+            if hasattr(function, "cache_clear"):
+                function.cache_clear()
