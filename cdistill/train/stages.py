@@ -83,7 +83,7 @@ def run_stages(
             if folder.is_dir():
                 _remove_leftovers(output, folder)
                 continue
-            with releasing_engines() as at_end:
+            with releasing_engines() if recipe.deepspeed != "off" else ExitStack() as at_end:
                 if index:
                     models.student = load_model(folders[index - 1])
                 try:
