@@ -61,12 +61,12 @@ def teacher_config(*, precision: str, offload: bool) -> dict[str, Any]:
 
 @contextmanager
 def releasing_engines() -> Iterator[ExitStack]:
-    """Free what was made inside and nothing outside holds, DeepSpeed's engines too: call ``engine.destroy`` on the exit stack.
+    """Free what was made inside and nothing outside holds, DeepSpeed's engines too.
 
-    Gradient hooks hold an engine until it is destroyed. Under ZeRO-3 two more things hold its module, and with it weights,
-    gradients and optimizer, for as long as the process lives: the stack of running modules, at whose bottom every engine
-    puts its own, and a cache over a method, whose keys are modules. And transformers would load the next models as shards.
-    An engine that lives on needs none of these.
+    Gradient hooks hold an engine until it is destroyed: put its ``destroy`` on the exit stack. Under ZeRO-3 two more things
+    hold its module, and with it weights, gradients and optimizer, for as long as the process lives: the stack of running
+    modules, at whose bottom every engine puts its own, and a cache over a method, whose keys are modules. And transformers
+    would load the next models as shards. An engine that lives on needs none of these.
     """
     from accelerate.utils import release_memory
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
