@@ -469,7 +469,11 @@ def test_data_needs_the_tokenizer_it_was_written_for(models, tmp_path):
     recipe = make_recipe(
         tmp_path / "run", models, teacher=None, stages=["text"], student={"base": str(tmp_path / "base")}
     )
-    refused(recipe, tmp_path / "run", r"stage\.text\.data needs the built-in tokenizer: there is no token")
+    refused(
+        recipe,
+        tmp_path / "run",
+        r"stage\.text\.data: path must be given, or the tokenizer be the built-in one: there is no token",
+    )
 
 
 def test_vision_stage_learns_patches(models, tmp_path):

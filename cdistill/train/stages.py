@@ -31,7 +31,7 @@ from cdistill.train.objectives import OBJECTIVES, set_trained
 from cdistill.train.stop import StopCallback, StopRequest, stop_on_signals
 from cdistill.train.teacher import Teacher, hold_teacher
 from cdistill.train.trainer import METRICS, DistillTrainer, RunLog, training_arguments
-from cdistill.train.zero import deepspeed_config, releasing_engines
+from cdistill.train.zero import deepspeed_config, released
 from cdistill.vat import attention_layers
 
 CHECKPOINTS = "checkpoints"
@@ -83,7 +83,7 @@ def run_stages(
             if folder.is_dir():
                 _remove_leftovers(output, folder)
                 continue
-            with releasing_engines() if recipe.deepspeed != "off" else ExitStack() as at_end:
+            with released(engines=recipe.deepspeed != "off") as at_end:
                 if index:
                     models.student = load_model(folders[index - 1])
                 try:

@@ -60,8 +60,8 @@ def teacher_config(*, precision: str, offload: bool) -> dict[str, Any]:
 
 
 @contextmanager
-def releasing_engines() -> Iterator[ExitStack]:
-    """Free what was made inside and nothing outside holds, DeepSpeed's engines too.
+def released(*, engines: bool) -> Iterator[ExitStack]:
+    """Free what was made inside and nothing outside holds, with ``engines`` DeepSpeed's engines too.
 
     Gradient hooks hold an engine until it is destroyed: put its ``destroy`` on the exit stack. Under ZeRO-3 two more things
     hold its module, and with it weights, gradients and optimizer, for as long as the process lives: the stack of running
@@ -69,19 +69,26 @@ def releasing_engines() -> Iterator[ExitStack]:
     would load the next models as shards. An engine that lives on needs none of these.
     """
     from accelerate.utils import release_memory
+
+    try:
+        with ExitStack() as at_end:
+            if engines:
+                _let_go_of_modules(at_end)
+            yield at_end
+    finally:
+        release_memory()
+
+
+def _let_go_of_modules(at_end: ExitStack) -> None:
+    """Have the exit stack empty DeepSpeed's and transformers' globals of what is put into them from now on."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     depth = len(FWD_MODULE_STACK)
-    try:
-        with ExitStack() as at_end:
-            yield at_end
-    finally:
-        del FWD_MODULE_STACK[depth:]
-        _clear_caches(PartitionedParameterCoordinator)
-        unset_hf_deepspeed_config()
-        release_memory()
+    at_end.callback(FWD_MODULE_STACK.__delitem__, slice(depth, None))
+    at_end.callback(_clear_caches, PartitionedParameterCoordinator)
+    at_end.callback(unset_hf_deepspeed_config)
 
 
 def _clear_caches(kind: type) -> None:
