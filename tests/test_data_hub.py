@@ -1,5 +1,6 @@
 """Sets of Hugging Face datasets as samples: every form of file, streams, columns."""
 
+import json
 import pickle
 
 import datasets
@@ -20,6 +21,7 @@ PLAIN = [
     ({"query": "<image>\nwhat?", "response": "this", "text": "other"}, None),
     ({"q": "what?", "answer": "this", "caption": "other"}, {"question": "q"}),
     ({"caption": "this", "conversations": turns("no", "no")}, {"caption": "caption"}),
+    ({"conversations": json.dumps(turns("<image>\nwhat?", "this"))}, None),
     ({"said": turns("<image>\nwhat?", "this"), "question": "no", "answer": "no"}, {"conversations": "said"}),
 ]
 
@@ -105,6 +107,15 @@ def test_rows_that_are_bad(tmp_path):
     assert [reason(source, i) for i in (1, 2, 3)] == ["image count", "image outside its root", "empty answer"]
     assert source.sizes().images.tolist() == [1, 0, 1, 1]
     assert reason(HubDataset(datasets.Dataset.from_dict(rows), name="rows"), 0) == "bad image path"
+
+
+@pytest.mark.parametrize("turns", [{"from": ["human", "gpt"], "value": ["q"]}, '[{"from": "human"', "[" * 10_000, None])
+def test_turns_that_cannot_be_read_are_bad_samples(turns):
+    data = datasets.Dataset.from_list([{"conversations": turns, "id": "x7"}])
+    source = HubDataset(data, columns={"conversations": "conversations"}, name="rows")
+    assert reason(source, 0) == "not a record"
+    assert source.sizes().characters.tolist() == [0]
+    assert source.record(0) == {"conversations": turns, "id": "x7"}
 
 
 def test_images_of_pil_and_lists_of_images():

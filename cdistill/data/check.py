@@ -158,9 +158,8 @@ class _Tally:
         first = self._contents.setdefault(record.content, index)
         if first == index:
             return record
-        return Bad(
-            record.id, record.place, DUPLICATE, f"says the same of the same images as {place_of(self.source, first)}"
-        )
+        said = f"says the same of the same images as {self.source.place(first)}"
+        return Bad(record.id, record.place, DUPLICATE, said)
 
     def _warn(self, record: _Good) -> None:
         if record.folder is not None:
@@ -230,23 +229,14 @@ def look(source: Source, start: int, stop: int, folders: Sequence[str] = ()) -> 
 
 
 def _bad(source: Source, index: int, error: BadSampleError) -> Bad:
-    """With the place and the id, for sources that tell them of records that are no samples."""
-    name = ""
-    if hasattr(source, "record"):
-        try:
-            record = source.record(index)
-            name = str(record.get("id", "")) if isinstance(record, dict) else ""
-        except BadSampleError:
-            pass  # it cannot be read at all
-    return Bad(name, error.place or place_of(source, index), error.reason, error.detail)
-
-
-def place_of(source: Source, index: int) -> str:
-    """Where a record stands, as its sample's ``place`` does, whether it is one or not."""
-    if hasattr(source, "locate"):
-        part, index = source.locate(index)
-        source = source.parts[part].source  # type: ignore[attr-defined]
-    return source.place(index) if hasattr(source, "place") else f"{source.name}[{index}]"
+    """With the place, and the id where there is one."""
+    name = None
+    try:
+        record = source.record(index)
+        name = record.get("id") if isinstance(record, dict) else None
+    except BadSampleError:
+        pass  # it cannot be read at all
+    return Bad("" if name is None else str(name), source.place(index), error.reason, error.detail)
 
 
 def _look_at_images(sample: Sample, folders: Sequence[str]) -> _Good | Bad:

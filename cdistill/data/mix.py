@@ -110,6 +110,8 @@ class Part:
 class Mix:
     """Several sources as one: the samples that each may give, one source after the other."""
 
+    in_order = False
+
     def __init__(self, parts: Sequence[Part], *, name: str) -> None:
         self.name, self.parts = name, tuple(parts)
         self._starts = np.cumsum([0, *(len(part.kept) for part in self.parts)])
@@ -120,6 +122,14 @@ class Mix:
     def __getitem__(self, index: int) -> Sample:
         part, inside = self.locate(index)
         return self.parts[part].source[inside]
+
+    def record(self, index: int) -> Any:
+        part, inside = self.locate(index)
+        return self.parts[part].source.record(inside)
+
+    def place(self, index: int) -> str:
+        part, inside = self.locate(index)
+        return self.parts[part].source.place(inside)
 
     def locate(self, index: int) -> tuple[int, int]:
         """The number of the part that a sample belongs to, and its index in that part's source."""
@@ -241,7 +251,7 @@ class Order:
         parts = source.parts if isinstance(source, Mix) else (Part(source, np.arange(len(source))),)
         self._counts = [len(part.kept) for part in parts]
         self._weights = [part.weight for part in parts]
-        self._in_order = [bool(getattr(part.source, "in_order", False)) for part in parts]
+        self._in_order = [part.source.in_order for part in parts]
         self.epoch_size = sum(round(weight * count) for weight, count in zip(self._weights, self._counts, strict=True))
         if not self.epoch_size:
             raise ValueError(f"{source.name} has no samples")

@@ -98,11 +98,18 @@ class Source(Protocol):
     """A set of samples with random access; copies of one in worker processes hold no parsed records."""
 
     name: str
+    in_order: bool  # a stream: samples are read one after the other
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample:
         """The sample at a place. Raises BadSampleError for a record that is none."""
+
+    def record(self, index: int) -> Any:
+        """What the sample is made of, as it stands. Raises BadSampleError where it cannot be read."""
+
+    def place(self, index: int) -> str:
+        """The place of a sample, whether it is one or not."""
 
     def sizes(self) -> Sizes | None:
         """None where it is not known before samples are read (streams)."""

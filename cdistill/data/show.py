@@ -12,7 +12,6 @@ from itertools import groupby
 
 from PIL import Image
 
-from cdistill.data.check import place_of
 from cdistill.data.conversations import Encoder
 from cdistill.data.images import open_image, true_format
 from cdistill.data.samples import BadSampleError, ImageBytes, ImageFile, Mark, Sample, Source
@@ -65,7 +64,7 @@ def show(source: Source, index: int, renderer: Encoder | Template | None) -> Sho
     """
     pictures: list[Picture] = []
     pieces: list[tuple[str, bool]] = []
-    title, tokens, fault = place_of(source, index), None, None
+    title, tokens, fault = source.place(index), None, None
     try:
         sample = source[index]
         title = f"{sample.id}  ({sample.place})"
