@@ -44,6 +44,8 @@ _FIRST_BYTES = {
 
 _URL = re.compile(r"[a-zA-Z][\w+.-]*://|data:")
 
+_FLAGS = os.O_NONBLOCK | os.O_NOFOLLOW  # a pipe would let us wait; a link came after the path was resolved
+
 Roots = Path | Mapping[str, Path]
 
 
@@ -157,8 +159,8 @@ def _format_of(data: bytes) -> str | None:
 
 
 def _read(path: Path, most: int) -> bytes:
-    try:  # a pipe would let us wait for its writer
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _FLAGS)) as file:
             status = os.fstat(file.fileno())
             if stat.S_ISREG(status.st_mode):
                 return file.read(min(most, status.st_size))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from cdistill.data.shards import TarShards
 
 _ROWS = (".parquet", ".arrow", ".csv")
 _MIX = (".yaml", ".yml")
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel = 2
 _PICKLES = (".pkl", ".pickle", ".pyd", ".pth", ".pt")
 
 
@@ -147,6 +150,28 @@ class Mix:
         return Sizes(characters, np.concatenate([sizes.images[kept] for sizes, kept in known]))
 
 
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(k, str) and _is_name(v) for k, v in value.items())
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+_KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("path", "config", "split", "name"), ("a string", _is_name)),
+    **dict.fromkeys(("cap", "size"), ("a whole number above 0", _is_count)),
+    **dict.fromkeys(("streaming", "allow_urls"), ("true or false", lambda value: isinstance(value, bool))),
+    "images": ("a folder or a mapping to folders", lambda value: _is_name(value) or _are_names(value)),
+    "columns": ("a mapping to names of columns", _are_names),
+    "weight": ("above 0 and at most 1000", lambda value: type(value) in (int, float) and 0 < value <= 1000),
+}
+
+
 @dataclass(frozen=True)
 class Entry:
     """One source of a mix file: options as of `open_source`; at most ``cap`` samples, ``weight`` times an epoch."""
@@ -164,14 +189,11 @@ class Entry:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.path, str):
-            raise ValueError(f"path must be a string, got {self.path!r}")
-        if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not 0 < self.weight <= 1000:
-            raise ValueError(f"weight must be above 0 and at most 1000, got {self.weight!r}")
-        for name in ("cap", "size"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number above 0, got {value!r}")
+        for key in fields(self):
+            kind, fits = _KINDS[key.name]
+            value = getattr(self, key.name)
+            if not fits(value) and (value is not None or key.default is not None):
+                raise ValueError(f"{key.name} must be {kind}, got {_BRIEF.repr(value)}")
 
 
 def open_mix(path: str, *, seed: int = 0, name: str | None = None) -> Mix:
@@ -187,7 +209,7 @@ def open_mix(path: str, *, seed: int = 0, name: str | None = None) -> Mix:
     try:
         with open(path, encoding="utf-8") as file:
             content = yaml.safe_load(file)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if isinstance(content, Mapping):
         if unknown := [str(key) for key in content if key != "sources"]:
@@ -207,7 +229,7 @@ def open_mix(path: str, *, seed: int = 0, name: str | None = None) -> Mix:
 def _part(entry: Any, folder: Path, seed: int, number: int) -> Part:
     known = [field.name for field in fields(Entry)]
     if not isinstance(entry, Mapping) or "path" not in entry:
-        raise ValueError(f"a source is a mapping with a path, got {entry!r}")
+        raise ValueError(f"a source is a mapping with a path, got {_BRIEF.repr(entry)}")
     if unknown := [str(key) for key in entry if key not in known]:
         raise ValueError(f"unknown key {unknown[0]!r}, there are {', '.join(known)}")
     entry = Entry(**entry)
