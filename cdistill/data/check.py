@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +21,7 @@ import numpy as np
 from cdistill.data.images import named_format, open_image, true_format
 from cdistill.data.presets import TEXT_ONLY
 from cdistill.data.samples import BadSampleError, ImageBytes, ImageFile, Mark, Sample, Source
+from cdistill.data.scan import starts_list
 
 CHUNK = 128  # records that a process takes at a time
 DUPLICATE, MISNAMED, SAME_ID = "duplicate record", "misnamed image", "duplicate id"
@@ -188,7 +191,7 @@ def _look_at_all(
     with ProcessPoolExecutor(min(workers, len(tasks)), initializer=_start, initargs=(sources, folders)) as pool:
         try:
             yield from pool.map(_work, tasks)
-        except BrokenProcessPool:
+        except (BrokenProcessPool, MemoryError):
             raise CheckError(
                 "a process that looked at records died, perhaps without memory: try fewer --workers"
             ) from None
@@ -200,10 +203,17 @@ _given: tuple[Sequence[Source], Sequence[str]] = ((), ())
 
 
 def _start(sources: Sequence[Source], folders: Sequence[str]) -> None:
-    """Make a process ready; Ctrl-C is left to the one that started it."""
+    """Make a process ready; Ctrl-C is left to the one that started it, without which this one ends, too."""
     global _given
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     _given = (sources, folders)
+
+
+def _end_with(process: Any) -> None:
+    process.join()
+    os._exit(1)
 
 
 def _work(task: tuple[int, int, int]) -> _Seen:
@@ -261,8 +271,9 @@ def _folder(sample: Sample, folders: Sequence[str]) -> str | None:
     if not sample.images:
         return TEXT_ONLY
     first = sample.images[0]
-    path = first.path.as_posix() if isinstance(first, ImageFile) else first.name
-    return next((folder for folder in folders if f"/{folder}/" in f"/{path}"), None)
+    path = "/" + (first.path.as_posix() if isinstance(first, ImageFile) else first.name)
+    ends = {path.rfind(f"/{folder}/"): folder for folder in folders}  # a root may be called as one of them
+    return ends[max(ends)] if max(ends, default=-1) >= 0 else None
 
 
 def _hash_content(sample: Sample) -> int:
@@ -306,7 +317,7 @@ def write_good(source: Any, good: np.ndarray, like: Path, output: Path) -> None:
         like: the old file.
         output: there is nothing or all of it.
     """
-    is_list = _is_list(like)
+    is_list = starts_list(like)
     opening, between, closing = (b"[\n", b",\n", b"\n]\n") if is_list else (b"", b"\n", b"\n")
     partial = output.with_name(output.name + ".part")
     try:
@@ -320,8 +331,3 @@ def write_good(source: Any, good: np.ndarray, like: Path, output: Path) -> None:
         os.replace(partial, output)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _is_list(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
