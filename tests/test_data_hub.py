@@ -135,6 +135,25 @@ def test_images_of_pil_and_lists_of_images():
     assert open_image(source[0].images[0]).size == (3, 2)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_that_cannot_be_read_are_told_in_one_line(tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.Dataset.from_dict({"text": [f"words {i}" for i in range(500)]}).to_parquet(tmp_path / "whole.parquet")
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "damaged.parquet").write_bytes(whole[:4] + bytes(len(whole) // 2) + whole[4 + len(whole) // 2 :])
+    (tmp_path / "bytes.csv").write_bytes(b"text\n\xff\xfe")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{")
+    for name in ("cut.parquet", "damaged.parquet", "bytes.csv", "saved"):
+        with pytest.raises(ValueError) as raised:
+            source = HubDataset(load_hub(str(tmp_path / name), streaming=streaming), size=500, name="rows")
+            [source[i] for i in range(500)]
+        assert "\n" not in str(raised.value)
+        if not streaming or name in ("cut.parquet", "saved"):
+            assert str(tmp_path / name) in str(raised.value)
+
+
 def test_a_saved_set_without_the_split(tmp_path):
     datasets.DatasetDict(val=datasets.Dataset.from_dict({"text": ["x"]})).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match="has no split 'train', it has val"):

@@ -7,6 +7,7 @@ import glob
 import io
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +43,29 @@ def load_hub(path: str, *, config: str | None = None, split: str = "train", stre
             .jsonl, .parquet, .arrow or .csv. Files are converted once into the cache of ``datasets``, unless streamed.
 
     Raises:
-        ValueError: it is none of these, or has no such split.
+        ValueError: it is none of these, cannot be read, or has no such split.
+        OSError: the hub cannot be reached.
     """
+    with _told(path):
+        return _load(path, config, split, streaming)
+
+
+@contextmanager
+def _told(path: str) -> Iterator[None]:
+    """What ``datasets`` and Arrow say of a file that cannot be read, as a ValueError of one line."""
+    import datasets
+
+    try:
+        yield
+    except ConnectionError:
+        raise
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetsError) else None
+        told = " ".join(str(cause or error).split())
+        raise ValueError(told if path in told else f"{path} cannot be read: {told}") from error
+
+
+def _load(path: str, config: str | None, split: str, streaming: bool) -> Any:
     import datasets
 
     if path.startswith(HUB):
@@ -182,7 +204,8 @@ class HubDataset:
             # Not iter(): in a worker process it would give a share of the rows, or none.
             self._stream, self._index = (_row(rows) for rows in self._data.iter(1)), -1
         while self._index < index:
-            row = next(self._stream, None)
+            with _told(self.name):
+                row = next(self._stream, None)
             if row is None:
                 self._length = self._index + 1
                 if not self._length:
