@@ -5,9 +5,15 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import datasets
 import pytest
 import yaml
+from data_files import write_tar
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -206,7 +212,7 @@ def test_a_clean_set_leaves_no_list_and_removes_an_old_one(tmp_path, capsys):
     maker = Maker(tmp_path)
     path = tmp_path / "set.json"
     write(path, [maker.record(), maker.record(None)], lines=False)
-    (tmp_path / "set.json.bad.jsonl").write_text("{}\n")
+    (tmp_path / "set.json.bad.jsonl").write_text('{"source": "set"}\n')
     assert main(["data", "check", str(path)]) == 0
     assert not (tmp_path / "set.json.bad.jsonl").exists()
     assert not list(tmp_path.glob("*.part"))
@@ -223,6 +229,14 @@ def test_a_clean_set_leaves_no_list_and_removes_an_old_one(tmp_path, capsys):
         (["set.json", "--fix", "no/where.json"], "fix"),
         (["mix.yaml", "--fix", "new.json"], "fix"),
         (["set.json", "--bad", "no/where.jsonl"], "bad"),
+        (["set.json", "--bad", "set.json"], "bad"),
+        (["set.json", "--bad", "mix.yaml"], "bad"),
+        (["set.json", "--bad", "pictures"], "bad"),
+        (["set.json", "--fix", "new.json", "--bad", "new.json"], "bad"),
+        (["set.json", "--fix", "/proc/new.json"], "fix"),
+        (["set.json", "--bad", "/proc/new.jsonl"], "bad"),
+        (["set.json", "--streaming"], "size"),
+        (["set.json", "--config", "x"], "config"),
         (["set.json", "--columns", "images"], "columns"),
     ],
 )
@@ -258,6 +272,7 @@ class Given:
     """A source of given samples; what is no sample is raised, or kills the process."""
 
     name = "given"
+    in_order = False
 
     def __init__(self, items):
         self.items = items
@@ -272,6 +287,12 @@ class Given:
         if item is None:
             os.kill(os.getpid(), signal.SIGKILL)
         return item
+
+    def record(self, index):
+        raise BadSampleError("unreadable", "it was made up")
+
+    def place(self, index):
+        return f"given[{index}]"
 
     def sizes(self):
         return None
@@ -320,9 +341,86 @@ def test_interrupted_it_leaves_no_process_and_no_file(tmp_path, capsys, monkeypa
 
     monkeypatch.setattr(checking, "check", lambda *given, **options: real(*given, **(options | {"progress": stop})))
     assert main(["data", "check", str(path), "--workers", "2"]) == 130
-    assert capsys.readouterr().err.strip().endswith("stopped")
+    assert capsys.readouterr().err.strip().endswith("interrupted")
     assert not multiprocessing.active_children()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pictures", "set.jsonl"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_ended_from_outside_it_leaves_no_process(tmp_path, number):
+    maker = Maker(tmp_path)
+    path = tmp_path / "set.jsonl"
+    write(path, [maker.record(None) for _ in range(2000)] + [maker.record() for _ in range(6)], lines=True)
+    for image in tmp_path.glob("pictures/*/*.jpg"):
+        Image.new("RGB", (8000, 8000)).save(image)  # takes a while
+    shown = subprocess.Popen([sys.executable, "-m", "cdistill", "data", "check", path, "--workers", "2"])
+    children = Path(f"/proc/{shown.pid}/task/{shown.pid}/children")
+    while len(found := children.read_text().split()) < 2:
+        time.sleep(0.05)
+    shown.send_signal(number)
+    assert shown.wait(30) == (128 + number if number == signal.SIGTERM else -number)
+    end = time.monotonic() + 20
+    while any(Path(f"/proc/{child}/exe").exists() for child in found):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    if number == signal.SIGTERM:
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["pictures", "set.jsonl"]
+
+
+def test_text_that_the_terminal_cannot_write(tmp_path):
+    turns = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "ä"}]
+    record = {"id": "a\ud800", "image": "\x9b\u2028ä.jpg", "conversations": turns}
+    path = tmp_path / os.fsdecode(b"x\xff.json")
+    path.write_text(json.dumps([record]))
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    for arguments, code in (
+        (["check", path], 1),
+        (["show", path], 0),
+        (["show", path, "--html", tmp_path / "p.html"], 0),
+    ):
+        command = [sys.executable, "-m", "cdistill", "data", *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="ascii")
+        assert (done.returncode, "Traceback" in done.stderr) == (code, False)
+        assert "missing image" in done.stdout or "p.html" in done.stdout
+        assert all(line.isprintable() for line in done.stdout.splitlines())
+    (entry,) = listed(path.with_name(path.name + ".bad.jsonl"))
+    assert entry["id"] == "a\ud800"
+
+
+def test_output_that_nobody_reads_on(tmp_path):
+    write(tmp_path / "set.jsonl", [Maker(tmp_path).record(None) for _ in range(5)], lines=True)
+    command = [sys.executable, "-m", "cdistill", "data", "show", tmp_path / "set.jsonl"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_lists_after_much_white_space_stay_lists(tmp_path):
+    record = Maker(tmp_path).record(None)
+    path = tmp_path / "set.json"
+    path.write_text(" " * 70_000 + json.dumps([record]))
+    assert main(["data", "check", str(path), "--fix", str(tmp_path / "new.json")]) == 0
+    assert json.loads((tmp_path / "new.json").read_text()) == [record]
+
+
+def test_bad_samples_of_every_reader_have_ids(tmp_path, capsys):
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": ""}]
+    write_tar(
+        tmp_path / "a.tar", [("key.txt", b"no image"), ("k2.json", json.dumps({"conversations": turns}).encode())]
+    )
+    datasets.Dataset.from_list([{"id": 7, "conversations": turns}]).save_to_disk(tmp_path / "b")
+    for name, ids in (("a.tar", ["key", "k2"]), ("b", ["7"])):
+        assert main(["data", "check", str(tmp_path / name)]) == 1
+        assert [entry["id"] for entry in listed(tmp_path / f"{name}.bad.jsonl")] == ids
+
+
+def test_a_folder_counts_by_the_end_of_a_path(tmp_path):
+    maker = Maker(tmp_path / "vg" / "images")
+    image = ImageBytes("/data/vg/coco/train/x.jpg", (maker.folder / maker.image()).read_bytes())
+    (totals,) = checking.check([Given([said("a", "b", image)])], workers=1, folders=["vg", "coco/train", "gqa"])
+    assert totals.folders == {"coco/train": 1}
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Sets of Hugging Face datasets as samples: every form of file, streams, columns."""
 
+import json
 import pickle
 
 import datasets
@@ -20,6 +21,7 @@ PLAIN = [
     ({"query": "<image>\nwhat?", "response": "this", "text": "other"}, None),
     ({"q": "what?", "answer": "this", "caption": "other"}, {"question": "q"}),
     ({"caption": "this", "conversations": turns("no", "no")}, {"caption": "caption"}),
+    ({"conversations": json.dumps(turns("<image>\nwhat?", "this"))}, None),
     ({"said": turns("<image>\nwhat?", "this"), "question": "no", "answer": "no"}, {"conversations": "said"}),
 ]
 
@@ -107,6 +109,15 @@ def test_rows_that_are_bad(tmp_path):
     assert reason(HubDataset(datasets.Dataset.from_dict(rows), name="rows"), 0) == "bad image path"
 
 
+@pytest.mark.parametrize("turns", [{"from": ["human", "gpt"], "value": ["q"]}, '[{"from": "human"', "[" * 10_000, None])
+def test_turns_that_cannot_be_read_are_bad_samples(turns):
+    data = datasets.Dataset.from_list([{"conversations": turns, "id": "x7"}])
+    source = HubDataset(data, columns={"conversations": "conversations"}, name="rows")
+    assert reason(source, 0) == "not a record"
+    assert source.sizes().characters.tolist() == [0]
+    assert source.record(0) == {"conversations": turns, "id": "x7"}
+
+
 def test_images_of_pil_and_lists_of_images():
     picture = Image.new("RGB", (3, 2), "red")
     features = datasets.Features({"images": datasets.List(datasets.Image()), "caption": datasets.Value("string")})
@@ -122,6 +133,25 @@ def test_images_of_pil_and_lists_of_images():
 
     source = HubDataset(datasets.IterableDataset.from_generator(rows), size=1, name="rows")
     assert open_image(source[0].images[0]).size == (3, 2)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_that_cannot_be_read_are_told_in_one_line(tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.Dataset.from_dict({"text": [f"words {i}" for i in range(500)]}).to_parquet(tmp_path / "whole.parquet")
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "damaged.parquet").write_bytes(whole[:4] + bytes(len(whole) // 2) + whole[4 + len(whole) // 2 :])
+    (tmp_path / "bytes.csv").write_bytes(b"text\n\xff\xfe")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{")
+    for name in ("cut.parquet", "damaged.parquet", "bytes.csv", "saved"):
+        with pytest.raises(ValueError) as raised:
+            source = HubDataset(load_hub(str(tmp_path / name), streaming=streaming), size=500, name="rows")
+            [source[i] for i in range(500)]
+        assert "\n" not in str(raised.value)
+        if not streaming or name in ("cut.parquet", "saved"):
+            assert str(tmp_path / name) in str(raised.value)
 
 
 def test_a_saved_set_without_the_split(tmp_path):

@@ -30,6 +30,9 @@ def test_files_that_are_no_images(tmp_path):
     assert refused(open_image, on_file("page.jpg", b"<html>404</html>")) == "unreadable image"
     assert refused(open_image, on_file("x" * 300)) == "unreadable image"
     assert refused(open_image, ImageFile(tmp_path)) == "unreadable image"
+    (tmp_path / "good.jpg").write_bytes(encoded())
+    (tmp_path / "swapped.jpg").symlink_to(tmp_path / "good.jpg")  # after the reader resolved it
+    assert refused(open_image, on_file("swapped.jpg")) == "unreadable image"
     os.mkfifo(tmp_path / "pipe.jpg")
     assert refused(open_image, on_file("pipe.jpg")) == "unreadable image"
     for kind in ("PPM", "ICO", "PDF", "EPS"):  # what else PIL would open, or start another program for

@@ -185,6 +185,24 @@ def test_bad_records_are_bad_samples_and_stop_nothing(tmp_path, bad, why, lines)
         source[1]
 
 
+def test_faults_are_told_in_one_short_line(tmp_path):
+    long, ask = "\n\u2028\x9b" * 10_000, turns("<image>q", "a")
+    made = [
+        {"image": "\\" + long, "conversations": ask},
+        {"image": "C:" + "\u2028\x9b" * 300, "conversations": ask},
+        {"image": {"x": long}, "conversations": ask},
+        {"conversations": turns("q", "a", says=("human", long))},
+        {"conversations": [{"role": "user", "content": [{"type": long}]}]},
+    ]
+    (tmp_path / "set.json").write_bytes(as_json(made, lines=False))
+    source = LlavaJson(tmp_path / "set.json")
+    for i in range(len(source)):
+        with pytest.raises(BadSampleError) as raised:
+            source[i]
+        assert len(raised.value.detail) <= 500 and raised.value.detail.isprintable()
+        assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
+
+
 def test_bytes_that_are_no_utf8_spoil_their_own_record_only(tmp_path):
     path = tmp_path / "set.json"
     path.write_bytes(
@@ -204,6 +222,7 @@ def test_messages_are_read_as_conversations_are(tmp_path):
         {"messages": [system, {"role": "user", "content": parts}, answer], "images": ["a.jpg"]},
         {"messages": [{"role": "user", "content": named}, answer]},
         {"messages": [{"role": "user", "content": named}, answer], "image": "a.jpg"},
+        {"messages": [{"from": None, "role": "user", "value": None, "content": "q"}, {"from": None, **answer}]},
         {"conversations": [system, *turns("greeting", says=("gpt",)), *turns("q", "a")], "image": None},
     ]
     (tmp_path / "set.jsonl").write_bytes(as_json(made, lines=True))
@@ -212,8 +231,9 @@ def test_messages_are_read_as_conversations_are(tmp_path):
     assert source[0].messages[1].parts == ("see ", Mark.IMAGE, " there")
     assert (source[1].images, source[1].id) == ((ImageFile(tmp_path / "b.jpg"),), "1")
     assert reason(source, 2) == "image count"
-    assert spoken(source[3]) == [("system", "be brief"), ("user", "q"), ("assistant", "a")]
-    for i in (0, 1, 3):
+    assert spoken(source[3]) == [("user", "q"), ("assistant", "yes")]
+    assert spoken(source[4]) == [("system", "be brief"), ("user", "q"), ("assistant", "a")]
+    for i in (0, 1, 3, 4):
         assert source.sizes().characters[i] == characters(source[i])
         assert source.sizes().images[i] == len(source[i].images)
 

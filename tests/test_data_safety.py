@@ -143,6 +143,20 @@ def test_urls_are_fetched_only_where_a_flag_allows_it(tmp_path, server, monkeypa
     assert refused(open_image, source[0].images[0]) == "image too large"
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "http://127.0.0.1:9/x.parquet",
+        "https://127.0.0.1:9/x.csv",
+        "zip://x.csv::http://127.0.0.1:9/x.zip",
+        "s3://x/x.arrow",
+    ],
+)
+def test_sets_are_never_read_from_urls(path):
+    with pytest.raises(ValueError, match="never from URLs"):
+        open_source(path, columns={"caption": "text"})
+
+
 def odd(name, kind, target=""):
     member = tarfile.TarInfo(name)
     member.type, member.linkname = kind, target
@@ -182,6 +196,32 @@ def test_a_name_with_a_nul_is_refused(tmp_path):
     member.pax_headers = {"path": "a\0b.jpg"}
     write_tar(tmp_path / "x.tar", [("", member)], format=tarfile.PAX_FORMAT)
     with pytest.raises(ValueError, match=r"control characters"):
+        open_source(str(tmp_path / "x.tar"))
+
+
+def header(name, kind, size):
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def block(data):
+    return data + bytes(-len(data) % 512)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (header("long", tarfile.GNUTYPE_LONGNAME, 2) + block(b"a\0")) * 2000,
+        (header("pax", tarfile.XHDTYPE, 12) + block(b"12 comment=\n")) * 2000,
+        header("pax", tarfile.XHDTYPE, 46) + block(b"22 GNU.sparse.map=a,b\n24 GNU.sparse.size=12345\n"),
+        header("pax", tarfile.XHDTYPE, 44) + block(b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"),
+    ],
+    ids=["long names of long names", "headers of headers", "sparse by no numbers", "sparse without a map"],
+)
+def test_tars_whose_headers_mislead_are_refused(tmp_path, data):
+    (tmp_path / "x.tar").write_bytes(data + header("a.txt", tarfile.REGTYPE, 5) + block(b"hello") + bytes(1024))
+    with pytest.raises(ValueError, match=r"x.tar is no whole tar: [^\n]*$"):
         open_source(str(tmp_path / "x.tar"))
 
 

@@ -4,7 +4,7 @@ import json
 import tarfile
 
 import pytest
-from data_files import reason, record, spoken, write_tar
+from data_files import reason, record, refused, spoken, write_tar
 
 from cdistill.data.mix import open_source
 from cdistill.data.samples import ImageBytes
@@ -42,6 +42,9 @@ def test_tars_group_members_by_key(tmp_path):
     assert source.sizes().characters[0] == len(said)
     with pytest.raises(IndexError):
         source[7]
+    assert source.record(0) == json.loads(said) and source.record(3)["id"] == 0
+    assert source.record(1) == {"id": "a/2", "caption": "a birdŁs eye\n"} and source.place(1) == source[1].place
+    assert reason(source, 4) == refused(source.record, 4)
 
 
 def test_several_tars_by_pattern(tmp_path):
@@ -57,6 +60,8 @@ def test_several_tars_by_pattern(tmp_path):
         assert [path.name for path in find_shards(str(tmp_path / pattern))] == wanted
     with pytest.raises(ValueError, match=r"no such file: .*s-012.tar"):
         TarShards(tmp_path / "s-{011..012}.tar")
+    with pytest.raises(ValueError, match="names more than"):
+        TarShards(tmp_path / "s-{000..999}-{0..99999999999}.tar")
     with pytest.raises(ValueError, match="no tar at"):
         TarShards(tmp_path / "t-*.tar")
 

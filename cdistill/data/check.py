@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +21,7 @@ import numpy as np
 from cdistill.data.images import named_format, open_image, true_format
 from cdistill.data.presets import TEXT_ONLY
 from cdistill.data.samples import BadSampleError, ImageBytes, ImageFile, Mark, Sample, Source
+from cdistill.data.scan import starts_list
 
 CHUNK = 128  # records that a process takes at a time
 DUPLICATE, MISNAMED, SAME_ID = "duplicate record", "misnamed image", "duplicate id"
@@ -158,9 +161,8 @@ class _Tally:
         first = self._contents.setdefault(record.content, index)
         if first == index:
             return record
-        return Bad(
-            record.id, record.place, DUPLICATE, f"says the same of the same images as {place_of(self.source, first)}"
-        )
+        said = f"says the same of the same images as {self.source.place(first)}"
+        return Bad(record.id, record.place, DUPLICATE, said)
 
     def _warn(self, record: _Good) -> None:
         if record.folder is not None:
@@ -189,7 +191,7 @@ def _look_at_all(
     with ProcessPoolExecutor(min(workers, len(tasks)), initializer=_start, initargs=(sources, folders)) as pool:
         try:
             yield from pool.map(_work, tasks)
-        except BrokenProcessPool:
+        except (BrokenProcessPool, MemoryError):
             raise CheckError(
                 "a process that looked at records died, perhaps without memory: try fewer --workers"
             ) from None
@@ -201,10 +203,17 @@ _given: tuple[Sequence[Source], Sequence[str]] = ((), ())
 
 
 def _start(sources: Sequence[Source], folders: Sequence[str]) -> None:
-    """Make a process ready; Ctrl-C is left to the one that started it."""
+    """Make a process ready; Ctrl-C is left to the one that started it, without which this one ends, too."""
     global _given
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     _given = (sources, folders)
+
+
+def _end_with(process: Any) -> None:
+    process.join()
+    os._exit(1)
 
 
 def _work(task: tuple[int, int, int]) -> _Seen:
@@ -230,23 +239,14 @@ def look(source: Source, start: int, stop: int, folders: Sequence[str] = ()) -> 
 
 
 def _bad(source: Source, index: int, error: BadSampleError) -> Bad:
-    """With the place and the id, for sources that tell them of records that are no samples."""
-    name = ""
-    if hasattr(source, "record"):
-        try:
-            record = source.record(index)
-            name = str(record.get("id", "")) if isinstance(record, dict) else ""
-        except BadSampleError:
-            pass  # it cannot be read at all
-    return Bad(name, error.place or place_of(source, index), error.reason, error.detail)
-
-
-def place_of(source: Source, index: int) -> str:
-    """Where a record stands, as its sample's ``place`` does, whether it is one or not."""
-    if hasattr(source, "locate"):
-        part, index = source.locate(index)
-        source = source.parts[part].source  # type: ignore[attr-defined]
-    return source.place(index) if hasattr(source, "place") else f"{source.name}[{index}]"
+    """With the place, and the id where there is one."""
+    name = None
+    try:
+        record = source.record(index)
+        name = record.get("id") if isinstance(record, dict) else None
+    except BadSampleError:
+        pass  # it cannot be read at all
+    return Bad("" if name is None else str(name), source.place(index), error.reason, error.detail)
 
 
 def _look_at_images(sample: Sample, folders: Sequence[str]) -> _Good | Bad:
@@ -271,8 +271,9 @@ def _folder(sample: Sample, folders: Sequence[str]) -> str | None:
     if not sample.images:
         return TEXT_ONLY
     first = sample.images[0]
-    path = first.path.as_posix() if isinstance(first, ImageFile) else first.name
-    return next((folder for folder in folders if f"/{folder}/" in f"/{path}"), None)
+    path = "/" + (first.path.as_posix() if isinstance(first, ImageFile) else first.name)
+    ends = {path.rfind(f"/{folder}/"): folder for folder in folders}  # a root may be called as one of them
+    return ends[max(ends)] if max(ends, default=-1) >= 0 else None
 
 
 def _hash_content(sample: Sample) -> int:
@@ -316,7 +317,7 @@ def write_good(source: Any, good: np.ndarray, like: Path, output: Path) -> None:
         like: the old file.
         output: there is nothing or all of it.
     """
-    is_list = _is_list(like)
+    is_list = starts_list(like)
     opening, between, closing = (b"[\n", b",\n", b"\n]\n") if is_list else (b"", b"\n", b"\n")
     partial = output.with_name(output.name + ".part")
     try:
@@ -330,8 +331,3 @@ def write_good(source: Any, good: np.ndarray, like: Path, output: Path) -> None:
         os.replace(partial, output)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _is_list(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from cdistill.data.check import Bad, Totals
     from cdistill.data.samples import Source
 
-INTERRUPTED = 130
+_LINE = b'{"source": '  # starts each line of a list of bad records
 LoadProcessor = Callable[[str], Any]
 
 
@@ -35,13 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace, load_processor: LoadProcessor) -> int:
     """Do one of the parts; gives the exit code. ``load_processor`` gives the processor (or tokenizer) of a model."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if options.action == "show":
             return _show(options, load_processor)
         return {"check": _check, "presets": _presets}[options.action](options)
-    except KeyboardInterrupt:
-        print("cdistill: stopped", file=sys.stderr)
-        return INTERRUPTED
+    except BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"cdistill: error: {error}", file=sys.stderr)
         return 1
@@ -55,7 +59,13 @@ def _source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--columns", nargs="+", metavar="NAME=COLUMN", help="columns of a Hugging Face set, as in images=picture"
     )
+    parser.add_argument("--config", help="configuration of a set on the hub")
     parser.add_argument("--split", help="split of a Hugging Face set")
+    parser.add_argument(
+        "--streaming", action="store_true", help="read a Hugging Face set as a stream, --size rows of it"
+    )
+    parser.add_argument("--size", type=int, metavar="N", help="read so many rows of a Hugging Face set")
+    parser.add_argument("--allow-urls", action="store_true", help="fetch images that are named by URLs")
 
 
 def _open(options: argparse.Namespace) -> Source:
@@ -67,7 +77,8 @@ def _open(options: argparse.Namespace) -> Source:
         if wrong:
             raise ValueError(f"columns must be pairs such as images=picture, got {wrong[0]!r}")
         columns = dict(pair.split("=", 1) for pair in options.columns)
-    return open_source(options.path, images=options.images, columns=columns, split=options.split)
+    names = ("images", "config", "split", "streaming", "size", "allow_urls")
+    return open_source(options.path, columns=columns, **{name: getattr(options, name) for name in names})
 
 
 def _check_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +96,7 @@ def _check(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from cdistill.data.check import CheckError, check, write_good
+    from cdistill.data.samples import printable
 
     folders = presets.folders(options.preset) if options.preset is not None else ()
     source = _open(options)
@@ -92,15 +104,19 @@ def _check(options: argparse.Namespace) -> int:
     path = Path(options.path)
     if options.fix is not None:
         _refuse_to_fix(sources, path, options.fix)
-    listed = options.bad or Path(options.path.rstrip("/") + ".bad.jsonl" if path.exists() else f"{path.name}.bad.jsonl")
+    beside = os.path.abspath(path) if path.is_dir() else options.path if path.exists() else path.name
+    listed = options.bad or Path(f"{beside}.bad.jsonl")
+    if listed == options.fix:
+        raise ValueError(f"bad and fix must be two files, got {str(listed)!r} twice")
     bar = tqdm(total=sum(map(len, sources)), unit=" records", disable=None)
     try:
-        with bar, _bad_list(listed) as write:
+        with bar, _bad_list(listed) as write, _ending_in_order():
             found = check(sources, workers=options.workers, folders=folders, on_bad=write, progress=bar.update)
     except CheckError as error:
         print(f"cdistill: error: {error}", file=sys.stderr)
         return 1
-    print("\n".join(table(sources, found)))
+    for line in table(sources, found):
+        print(printable(line, 10_000))
     bad = sum(totals.bad for totals in found)
     if bad:
         print(f"\nbad records are listed in {listed}")
@@ -116,21 +132,46 @@ def _check(options: argparse.Namespace) -> int:
 def _refuse_to_fix(sources: list[Source], path: Path, output: Path) -> None:
     if not path.is_file() or len(sources) != 1 or not hasattr(sources[0], "raw"):
         raise ValueError("fix works on one file of annotations (.json, .jsonl): fix those of a mix one by one")
-    if output.exists():
-        raise ValueError(f"fix never overwrites a file: {str(output)!r} is there already")
-    if not output.parent.is_dir():
-        raise ValueError(f"fix: there is no folder {str(output.parent)!r}")
+    _try_new(output, "fix")
+
+
+def _try_new(path: Path, option: str) -> None:
+    """Raise ValueError unless a file can be made, before long work is done for it."""
+    try:
+        path.touch(exist_ok=False)
+        path.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"{option} must be a new file where it can be written, got {str(path)!r}: {error.strerror}"
+        ) from None
+
+
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """SIGTERM ends the program as Ctrl-C does: without leaving processes and files behind."""
+
+    def end(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
 def _bad_list(path: Path) -> Iterator[Callable[[Source, Bad], None]]:
     """A function that writes bad records to a file, of which nothing is seen before the end; no file where none is bad."""
-    if not path.parent.is_dir():
-        raise ValueError(f"bad: there is no folder {str(path.parent)!r}")
     partial = path.with_name(path.name + ".part")
+    _refuse_to_replace(path)
+    try:
+        file = open(partial, "w", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(f"bad must be a file that can be written, got {str(path)!r}: {error.strerror}") from None
     count = 0
     try:
-        with open(partial, "w", encoding="utf-8") as file:
+        with file:
 
             def write(source: Source, bad: Bad) -> None:
                 nonlocal count
@@ -144,6 +185,12 @@ def _bad_list(path: Path) -> Iterator[Callable[[Source, Bad], None]]:
             path.unlink(missing_ok=True)  # of an earlier check
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _refuse_to_replace(path: Path) -> None:
+    """Raise ValueError for anything but the list of an earlier check."""
+    if path.is_dir() or (path.exists() and path.open("rb").read(len(_LINE)) not in (_LINE, b"")):
+        raise ValueError(f"bad replaces no other file: {str(path)!r} is no list of bad records, name another")
 
 
 def table(sources: Sequence[Source], found: Sequence[Totals]) -> list[str]:
@@ -222,7 +269,8 @@ def _show(options: argparse.Namespace, load_processor: LoadProcessor) -> int:
     if options.html is None:
         print(as_text(shown, coloured=sys.stdout.isatty()), end="")
     else:
-        options.html.write_text(as_html(shown, f"{len(shown)} samples of {options.path}"), encoding="utf-8")
+        page = as_html(shown, f"{len(shown)} samples of {options.path}")
+        options.html.write_text(page, encoding="utf-8", errors="backslashreplace")
         print(f"written: {options.html}")
     return 0
 
@@ -240,10 +288,11 @@ def _presets(options: argparse.Namespace) -> int:
         for name, preset in presets.PRESETS.items():
             print(f"{name:{width}}  {preset.records:>9,}  {preset.title}")
         return 0
-    print("\n".join(presets.describe(options.name)))
+    lines = presets.describe(options.name)
     if options.write is not None:
-        if options.write.exists() or not options.write.parent.is_dir():
-            raise ValueError(f"write needs a new file in a folder that exists, got {str(options.write)!r}")
+        _try_new(options.write, "write")
+    print("\n".join(lines))
+    if options.write is not None:
         options.write.write_text(presets.mix(options.name), encoding="utf-8")
         print(f"\nwritten: {options.write}")
     return 0

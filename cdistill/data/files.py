@@ -1,10 +1,13 @@
-"""Parts of files that were looked through once: read by offset, and refused when the file is no longer the same."""
+"""Parts of files that were looked through once, refused when the file is no longer the same; and which names are allowed."""
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+_ODD = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +43,13 @@ class KnownFile:
             return b"".join(parts)
         finally:
             os.close(handle)
+
+
+def is_odd(name: str) -> bool:
+    """Whether a name within a data set holds backslashes, control characters or what is no UTF-8."""
+    return _ODD.search(name) is not None
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether a name with ``/`` leads, as it is written, out of the folder that it starts from."""
+    return name.startswith("/") or name[1:2] == ":" or ".." in name.split("/")

@@ -7,6 +7,7 @@ import glob
 import io
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 from cdistill.data.images import Roots, find_image
 from cdistill.data.records import at, caption_messages, measure, question_messages, read_record, split_text
 from cdistill.data.samples import BadSampleError, ImageBytes, ImageFile, Message, Sample, Sizes
+from cdistill.data.scan import parse
 
 if TYPE_CHECKING:
     import datasets
@@ -41,12 +43,35 @@ def load_hub(path: str, *, config: str | None = None, split: str = "train", stre
             .jsonl, .parquet, .arrow or .csv. Files are converted once into the cache of ``datasets``, unless streamed.
 
     Raises:
-        ValueError: it is none of these, or has no such split.
+        ValueError: it is none of these, cannot be read, or has no such split.
+        OSError: the hub cannot be reached.
     """
+    with _told(path):
+        return _load(path, config, split, streaming)
+
+
+@contextmanager
+def _told(path: str) -> Iterator[None]:
+    """What ``datasets`` and Arrow say of a file that cannot be read, as a ValueError of one line."""
+    import datasets
+
+    try:
+        yield
+    except ConnectionError:
+        raise
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetsError) else None
+        told = " ".join(str(cause or error).split())
+        raise ValueError(told if path in told else f"{path} cannot be read: {told}") from error
+
+
+def _load(path: str, config: str | None, split: str, streaming: bool) -> Any:
     import datasets
 
     if path.startswith(HUB):
         return datasets.load_dataset(path.removeprefix(HUB), config, split=split, streaming=streaming)
+    if "://" in path:
+        raise ValueError(f"sets are read from local files or from the hub ({HUB}owner/name), never from URLs: {path}")
     if config is not None:
         raise ValueError(f"config is for names on the hub ({HUB}owner/name), got {config!r} for {path}")
     if is_saved(path):
@@ -88,8 +113,8 @@ class HubDataset:
 
     Args:
         data: a ``datasets.Dataset`` or ``IterableDataset``, as `load_hub` gives.
-        columns: which column holds ``conversations`` (turns as in `read_record`), or ``question`` and ``answer``, or
-            ``caption``; and ``image`` and ``id``. Columns of usual names are found without it.
+        columns: which column holds ``conversations`` (turns as in `read_record`, or these in JSON), or ``question`` and
+            ``answer``, or ``caption``; and ``image`` and ``id``. Columns of usual names are found without it.
         images: where paths in the image column start from (see `resolve_image`); encoded images need none.
         size: how many rows count: must be given for a stream, whose length nobody knows.
         allow_urls: images may be named by http and https URLs, and are then fetched with every access.
@@ -137,18 +162,26 @@ class HubDataset:
     def __getitem__(self, index: int) -> Sample:
         """Raises BadSampleError for a row that is no sample, IndexError beyond the last."""
         index = range(len(self))[index]
-        place = f"{self.name}[{index}]"
+        place, row = self.place(index), self.record(index)
+        values = _present(row.get("image"))
         with at(place):
-            row = self._from_stream(index) if self.in_order else self._decoded(self._data[index])[0]
-            row = {key: row.get(column) for key, column in self.columns.items()}
-            values = _present(row.get("image"))
             if "conversations" not in row:
                 id = str(index) if row.get("id") is None else str(row["id"])
                 messages = self._messages(row, len(values))
                 return Sample(id, messages, tuple(self._image(value, place) for value in values), place)
-        record = {"conversations": _turns(row["conversations"]), "id": row.get("id")}
+            record = {"conversations": _turns(row["conversations"]), "id": row.get("id")}
         beside = values if "image" in self.columns else None
         return read_record(record, lambda value: self._image(value, place), id=str(index), place=place, beside=beside)
+
+    def record(self, index: int) -> dict[str, Any]:
+        """A row: what stands in its columns, by what they hold."""
+        index = range(len(self))[index]
+        row = self._from_stream(index) if self.in_order else self._decoded(self._data[index])[0]
+        return {key: row.get(column) for key, column in self.columns.items()}
+
+    def place(self, index: int) -> str:
+        """Name of the source and number of a row."""
+        return f"{self.name}[{index}]"
 
     def sizes(self) -> Sizes | None:
         """None for a stream. The first call reads all text, and no image."""
@@ -171,7 +204,8 @@ class HubDataset:
             # Not iter(): in a worker process it would give a share of the rows, or none.
             self._stream, self._index = (_row(rows) for rows in self._data.iter(1)), -1
         while self._index < index:
-            row = next(self._stream, None)
+            with _told(self.name):
+                row = next(self._stream, None)
             if row is None:
                 self._length = self._index + 1
                 if not self._length:
@@ -197,9 +231,9 @@ class HubDataset:
         return question_messages(_text(row["question"]), _text(row["answer"]), images)
 
     def _measure(self, row: Mapping[str, Any]) -> tuple[int, int]:
-        if "conversations" in self.columns:
-            return measure({"conversations": _turns(row[self.columns["conversations"]])})
         try:
+            if "conversations" in self.columns:
+                return measure({"conversations": _turns(row[self.columns["conversations"]])})
             parts = [part for text in row.values() for part in split_text(_text(text))]
         except BadSampleError:
             return 0, 0
@@ -254,9 +288,14 @@ def _text(value: Any) -> Any:
 
 
 def _turns(value: Any) -> Any:
-    """A list of turns; an old form of ``datasets`` keeps it as an object of lists."""
-    if isinstance(value, Mapping) and all(isinstance(column, list) for column in value.values()):
-        return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
+    """A list of turns, of which some sets keep the JSON, and an old form of ``datasets`` an object of lists."""
+    try:
+        if isinstance(value, str):
+            return parse(value.encode("utf-8", "surrogatepass"))
+        if isinstance(value, Mapping) and all(isinstance(column, list) for column in value.values()):
+            return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
+    except ValueError as error:
+        raise BadSampleError("not a record", f"the turns cannot be read: {error}") from error
     return value
 
 

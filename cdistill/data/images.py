@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from cdistill.data.files import is_odd, leaves_folder
 from cdistill.data.samples import BadSampleError, ImageBytes, ImageFile
 
 MAX_PIXELS = 1 << 26  # 67 million: 8192 x 8192
@@ -42,7 +43,8 @@ _FIRST_BYTES = {
 }
 
 _URL = re.compile(r"[a-zA-Z][\w+.-]*://|data:")
-_ODD = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\\]")
+
+_FLAGS = os.O_NONBLOCK | os.O_NOFOLLOW  # a pipe would let us wait; a link came after the path was resolved
 
 Roots = Path | Mapping[str, Path]
 
@@ -69,9 +71,9 @@ def resolve_image(roots: Roots, name: object) -> ImageFile:
         raise BadSampleError("bad image path", f"an image is named by its path, got {name!r}")
     if _URL.match(name):
         raise BadSampleError("image by URL", f"URLs are not fetched unless allow_urls is set: {name[:200]!r}")
-    if _ODD.search(name):
+    if is_odd(name):
         raise BadSampleError("bad image path", f"backslashes and control characters are refused: {name!r}")
-    if name.startswith("/") or name[1:2] == ":" or ".." in name.split("/"):
+    if leaves_folder(name):
         raise BadSampleError("image outside its root", f"absolute paths and '..' are refused: {name!r}")
     root, inner = _root_of(roots, name)
     path = os.path.realpath(os.path.join(root, inner))
@@ -157,8 +159,8 @@ def _format_of(data: bytes) -> str | None:
 
 
 def _read(path: Path, most: int) -> bytes:
-    try:  # a pipe would let us wait for its writer
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _FLAGS)) as file:
             status = os.fstat(file.fileno())
             if stat.S_ISREG(status.st_mode):
                 return file.read(min(most, status.st_size))

@@ -32,6 +32,8 @@ class LlavaJson:
             A line of JSON Lines that cannot be read is a bad sample.
     """
 
+    in_order = False
+
     def __init__(
         self, path: str | Path, images: Roots | None = None, *, allow_urls: bool = False, name: str | None = None
     ) -> None:
@@ -62,7 +64,7 @@ class LlavaJson:
         return read_record(record, self._find, id=str(index), place=self.place(index))
 
     def record(self, index: int) -> Any:
-        """The object of JSON as it stands. Raises BadSampleError for a line that cannot be read."""
+        """The value of JSON as it stands. Raises BadSampleError for a line that cannot be read."""
         data = self.raw(index)
         try:
             return parse(data)

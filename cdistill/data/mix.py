@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from cdistill.data.shards import TarShards
 
 _ROWS = (".parquet", ".arrow", ".csv")
 _MIX = (".yaml", ".yml")
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel = 2
 _PICKLES = (".pkl", ".pickle", ".pyd", ".pth", ".pt")
 
 
@@ -110,6 +113,8 @@ class Part:
 class Mix:
     """Several sources as one: the samples that each may give, one source after the other."""
 
+    in_order = False
+
     def __init__(self, parts: Sequence[Part], *, name: str) -> None:
         self.name, self.parts = name, tuple(parts)
         self._starts = np.cumsum([0, *(len(part.kept) for part in self.parts)])
@@ -120,6 +125,14 @@ class Mix:
     def __getitem__(self, index: int) -> Sample:
         part, inside = self.locate(index)
         return self.parts[part].source[inside]
+
+    def record(self, index: int) -> Any:
+        part, inside = self.locate(index)
+        return self.parts[part].source.record(inside)
+
+    def place(self, index: int) -> str:
+        part, inside = self.locate(index)
+        return self.parts[part].source.place(inside)
 
     def locate(self, index: int) -> tuple[int, int]:
         """The number of the part that a sample belongs to, and its index in that part's source."""
@@ -135,6 +148,28 @@ class Mix:
             return None
         characters = np.concatenate([sizes.characters[kept] for sizes, kept in known])
         return Sizes(characters, np.concatenate([sizes.images[kept] for sizes, kept in known]))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(k, str) and _is_name(v) for k, v in value.items())
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+_KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("path", "config", "split", "name"), ("a string", _is_name)),
+    **dict.fromkeys(("cap", "size"), ("a whole number above 0", _is_count)),
+    **dict.fromkeys(("streaming", "allow_urls"), ("true or false", lambda value: isinstance(value, bool))),
+    "images": ("a folder or a mapping to folders", lambda value: _is_name(value) or _are_names(value)),
+    "columns": ("a mapping to names of columns", _are_names),
+    "weight": ("above 0 and at most 1000", lambda value: type(value) in (int, float) and 0 < value <= 1000),
+}
 
 
 @dataclass(frozen=True)
@@ -154,14 +189,11 @@ class Entry:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.path, str):
-            raise ValueError(f"path must be a string, got {self.path!r}")
-        if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not 0 < self.weight <= 1000:
-            raise ValueError(f"weight must be above 0 and at most 1000, got {self.weight!r}")
-        for name in ("cap", "size"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number above 0, got {value!r}")
+        for key in fields(self):
+            kind, fits = _KINDS[key.name]
+            value = getattr(self, key.name)
+            if not fits(value) and (value is not None or key.default is not None):
+                raise ValueError(f"{key.name} must be {kind}, got {_BRIEF.repr(value)}")
 
 
 def open_mix(path: str, *, seed: int = 0, name: str | None = None) -> Mix:
@@ -177,7 +209,7 @@ def open_mix(path: str, *, seed: int = 0, name: str | None = None) -> Mix:
     try:
         with open(path, encoding="utf-8") as file:
             content = yaml.safe_load(file)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if isinstance(content, Mapping):
         if unknown := [str(key) for key in content if key != "sources"]:
@@ -197,7 +229,7 @@ def open_mix(path: str, *, seed: int = 0, name: str | None = None) -> Mix:
 def _part(entry: Any, folder: Path, seed: int, number: int) -> Part:
     known = [field.name for field in fields(Entry)]
     if not isinstance(entry, Mapping) or "path" not in entry:
-        raise ValueError(f"a source is a mapping with a path, got {entry!r}")
+        raise ValueError(f"a source is a mapping with a path, got {_BRIEF.repr(entry)}")
     if unknown := [str(key) for key in entry if key not in known]:
         raise ValueError(f"unknown key {unknown[0]!r}, there are {', '.join(known)}")
     entry = Entry(**entry)
@@ -241,7 +273,7 @@ class Order:
         parts = source.parts if isinstance(source, Mix) else (Part(source, np.arange(len(source))),)
         self._counts = [len(part.kept) for part in parts]
         self._weights = [part.weight for part in parts]
-        self._in_order = [bool(getattr(part.source, "in_order", False)) for part in parts]
+        self._in_order = [part.source.in_order for part in parts]
         self.epoch_size = sum(round(weight * count) for weight, count in zip(self._weights, self._counts, strict=True))
         if not self.epoch_size:
             raise ValueError(f"{source.name} has no samples")

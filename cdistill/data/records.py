@@ -129,10 +129,10 @@ def _messages(turns: list[Any]) -> tuple[tuple[Message, ...], list[Any]]:
 def _message(turn: Any, images: list[Any]) -> Message:
     if not isinstance(turn, dict):
         raise BadSampleError("not a record", f"a turn is an object, got {_kind(turn)}")
-    said_by = turn.get("from", turn.get("role"))
+    said_by = _first(turn, "from", "role")
     if not isinstance(said_by, str) or said_by not in _ROLES:
         raise BadSampleError("unknown role", f"roles are {', '.join(_ROLES)}, got {said_by!r}")
-    text = turn.get("value", turn.get("content"))
+    text = _first(turn, "value", "content")
     if not isinstance(text, list):
         return Message(_ROLES[said_by], split_text(text))
     return Message(_ROLES[said_by], tuple(piece for part in text for piece in _part(part, images)))
@@ -146,6 +146,11 @@ def _part(part: Any, images: list[Any]) -> tuple[str | Mark, ...]:
         raise BadSampleError("not a record", f"parts of a message are text or image, got {kind!r}")
     images += [part[key] for key in ("image", "path", "url") if part.get(key) is not None]
     return (Mark.IMAGE,)
+
+
+def _first(turn: dict[str, Any], *keys: str) -> Any:
+    """The value of the first key that has one: rows of a table have all keys of all forms."""
+    return next((turn[key] for key in keys if turn.get(key) is not None), None)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+LONGEST_DETAIL = 500
 ROLES = ("system", "user", "assistant")
 
 
@@ -69,16 +70,23 @@ class Sample:
         ]
 
 
+def printable(text: str, most: int = LONGEST_DETAIL) -> str:
+    """One line of at most so many characters, without what could command a terminal."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: most + 1])
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
 class BadSampleError(ValueError):
     """A sample that cannot be trained on.
 
     Args:
         reason: which kind of fault, a few words that are the same for all samples with it (they are counted by it).
-        detail: the fault of this sample, in one line.
+        detail: the fault of this sample; what is not `printable` of it is cut or written out.
         place: where it stands, once that is known.
     """
 
     def __init__(self, reason: str, detail: str, place: str = "") -> None:
+        detail = printable(detail)
         super().__init__(f"{place}: {reason}: {detail}" if place else f"{reason}: {detail}")
         self.reason, self.detail, self.place = reason, detail, place
 
@@ -98,11 +106,18 @@ class Source(Protocol):
     """A set of samples with random access; copies of one in worker processes hold no parsed records."""
 
     name: str
+    in_order: bool  # a stream: samples are read one after the other
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample:
         """The sample at a place. Raises BadSampleError for a record that is none."""
+
+    def record(self, index: int) -> Any:
+        """What the sample is made of, as it stands. Raises BadSampleError where it cannot be read."""
+
+    def place(self, index: int) -> str:
+        """The place of a sample, whether it is one or not."""
 
     def sizes(self) -> Sizes | None:
         """None where it is not known before samples are read (streams)."""

@@ -37,13 +37,17 @@ def scan(path: Path) -> Iterator[Found]:
         ValueError: a list that cannot be read (with line and column); lines none of which is an object; an empty file.
     """
     with open(path, "rb") as file:
-        start = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
-        file.seek(start)
-        first = _first_byte(file)
+        start, first = _first_byte(file)
         if not first:
             raise ValueError(f"{path} is empty")
         file.seek(start)
         yield from _Window(path, file, start).elements() if first == b"[" else _lines(path, file, start)
+
+
+def starts_list(path: Path) -> bool:
+    """Whether a file holds a JSON list, as `scan` takes it."""
+    with open(path, "rb") as file:
+        return _first_byte(file)[1] == b"["
 
 
 def parse(data: bytes) -> Any:
@@ -57,11 +61,14 @@ def parse(data: bytes) -> Any:
         raise ValueError(f"column 1: {str(error).split(';')[0]}") from error
 
 
-def _first_byte(file: BinaryIO) -> bytes:
+def _first_byte(file: BinaryIO) -> tuple[int, bytes]:
+    """Where the text starts, and its first byte that is no white space."""
+    start = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
+    file.seek(start)
     while chunk := file.read(CHUNK):
         if rest := chunk.lstrip(_SPACE.encode()):
-            return rest[:1]
-    return b""
+            return start, rest[:1]
+    return start, b""
 
 
 def _lines(path: Path, file: BinaryIO, offset: int) -> Iterator[Found]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import math
 import os
 import re
 import tarfile
@@ -14,15 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from cdistill.data.files import KnownFile
+from cdistill.data.files import KnownFile, is_odd, leaves_folder
 from cdistill.data.images import MAX_BYTES, named_format
 from cdistill.data.records import at, caption_messages, read_record
 from cdistill.data.samples import BadSampleError, ImageBytes, Sample, Sizes
 from cdistill.data.scan import LONGEST_RECORD, parse
 
+MOST_SHARDS = 100_000
 _PICKLES = {"pyd", "pkl", "pickle", "pth", "pt"}
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_ODD = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\\]")
+_TURNS = {"conversations", "messages"}
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -41,6 +43,8 @@ class TarShards:
         ValueError: there is no tar, one is compressed or cut, or has a member that is refused: an absolute name, ``..``,
             control characters, a link, a device, the same name twice, a pickle.
     """
+
+    in_order = False
 
     def __init__(self, path: str | Path, *, name: str | None = None) -> None:
         self.name = name or os.path.basename(str(path).rstrip("/")).removesuffix(".tar")
@@ -64,24 +68,35 @@ class TarShards:
 
     def __getitem__(self, index: int) -> Sample:
         """Raises BadSampleError for a sample without text or with a bad record, IndexError beyond the last."""
-        first, last = self._range(index)
-        file = self._files[self._shards[index]]
-        key, _ = split_name(self._names[first])
-        place = f"{file.path}:{key}"
-        images = [member for member in range(first, last) if named_format(self._names[member])]
-        texts = {split_name(self._names[member])[1]: member for member in range(first, last)}
+        record, place, file = self.record(index), self.place(index), self._files[self._shards[index]]
+        images = [member for member in self._members(index) if named_format(self._names[member])]
+        if record.keys() & _TURNS:
+            key = self._key(index)
+            return read_record(record, lambda member: self._image(file, member), id=key, place=place, beside=images)
         with at(place):
+            found = tuple(self._image(file, member) for member in images)
+            return Sample(record["id"], caption_messages(record["caption"].strip(), len(found)), found, place)
+
+    def record(self, index: int) -> dict[str, Any]:
+        """What a sample's .json holds, or its caption as ``caption``; ``id`` is the key where it says no other.
+
+        Raises BadSampleError where there is neither.
+        """
+        file, key = self._files[self._shards[index]], self._key(index)
+        texts = {split_name(self._names[member])[1]: member for member in self._members(index)}
+        with at(self.place(index)):
             record = self._text(file, texts["json"]) if "json" in texts else None
-            if isinstance(record, dict) and not record.keys() & {"conversations", "messages"}:
-                record = record.get("caption")
-            if "txt" in texts and not isinstance(record, dict):
-                record = self._text(file, texts["txt"])
-            if record is None:
-                raise BadSampleError("not a record", "it has neither a .json of messages nor a .txt")
-            if isinstance(record, str):
-                found = tuple(self._image(file, member) for member in images)
-                return Sample(key, caption_messages(record.strip(), len(found)), found, place)
-        return read_record(record, lambda member: self._image(file, member), id=key, place=place, beside=images)
+            if isinstance(record, dict) and record.keys() & _TURNS:
+                return {"id": key} | record
+            caption = record.get("caption") if isinstance(record, dict) else None
+            caption = self._text(file, texts["txt"]) if "txt" in texts else caption
+            if not isinstance(caption, str):
+                raise BadSampleError("not a record", "it has neither a .json of messages nor a caption")
+            return {"id": key, "caption": caption}
+
+    def place(self, index: int) -> str:
+        """Shard and key of a sample."""
+        return f"{self._files[self._shards[index]].path}:{self._key(index)}"
 
     def sizes(self) -> Sizes:
         """Images are exact; characters are the bytes of the sample's text members, more than what will be read."""
@@ -93,9 +108,12 @@ class TarShards:
         most = np.iinfo(np.int32).max
         return Sizes(characters.clip(0, most).astype(np.int32), images.clip(0, 32767).astype(np.int16))
 
-    def _range(self, index: int) -> tuple[int, int]:
+    def _members(self, index: int) -> range:
         index = range(len(self))[index]
-        return int(self._firsts[index]), int(self._firsts[index + 1])
+        return range(int(self._firsts[index]), int(self._firsts[index + 1]))
+
+    def _key(self, index: int) -> str:
+        return split_name(self._names[self._members(index)[0]])[0]
 
     def _text(self, file: KnownFile, member: int) -> Any:
         """The value of a .json, the text of a .txt."""
@@ -147,7 +165,10 @@ def find_shards(path: str) -> list[Path]:
         found = sorted(glob.glob(path))
     else:
         pieces = _RANGE.split(path)  # text, first, last, text, first, last, ..., text
-        ranges = [_numbers(first, last) for first, last in zip(pieces[1::3], pieces[2::3], strict=True)]
+        bounds = list(zip(pieces[1::3], pieces[2::3], strict=True))
+        if math.prod(max(0, int(last) - int(first) + 1) for first, last in bounds) > MOST_SHARDS:
+            raise ValueError(f"{path} names more than {MOST_SHARDS} tars")
+        ranges = [_numbers(first, last) for first, last in bounds]
         alternatives = [[text] for text in pieces[::3]]
         for i, numbers in enumerate(ranges):
             alternatives.insert(2 * i + 1, numbers)
@@ -190,20 +211,25 @@ def _members(file: KnownFile) -> Iterator[tarfile.TarInfo]:
         if first.startswith(magic):
             raise ValueError(f"{file.path} is compressed ({kind}), which allows no random access: unpack it to a tar")
     seen = set()
+    for member in _headers(file):
+        member.name = member.name.removeprefix("./")
+        if fault := _fault(member, file.size):
+            raise ValueError(f"{file.path}: member {member.name[:200]!r} {fault}; make the shard anew without it")
+        if member.isdir():
+            continue
+        if member.name in seen:
+            raise ValueError(f"{file.path}: member {member.name[:200]!r} is there twice; make the shard anew")
+        seen.add(member.name)
+        yield member
+
+
+def _headers(file: KnownFile) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.open(file.path, "r:") as tar:
-            for member in tar:
-                member.name = member.name.removeprefix("./")
-                if fault := _fault(member, file.size):
-                    raise ValueError(f"{file.path}: member {member.name!r} {fault}; make the shard anew without it")
-                if member.isdir():
-                    continue
-                if member.name in seen:
-                    raise ValueError(f"{file.path}: member {member.name!r} is there twice; make the shard anew")
-                seen.add(member.name)
-                yield member
+            yield from tar
             end = tar.offset
-    except (tarfile.TarError, EOFError, OverflowError) as error:
+    # tarfile lets through what int() says of odd numbers, and calls itself for every header of a header
+    except (tarfile.TarError, EOFError, OverflowError, ValueError, RecursionError) as error:
         raise ValueError(f"{file.path} is no whole tar: {error}") from error
     if end < file.size and any(file.read(end, min(512, file.size - end))):
         raise ValueError(f"{file.path} is no whole tar: what stands at byte {end} is no header")
@@ -212,9 +238,9 @@ def _members(file: KnownFile) -> Iterator[tarfile.TarInfo]:
 def _fault(member: tarfile.TarInfo, size: int) -> str | None:
     """Why a member is refused."""
     name = member.name
-    if not name or _ODD.search(name):
+    if not name or is_odd(name):
         return "has no name, or a backslash or control characters in it"
-    if name.startswith("/") or name[1:2] == ":" or ".." in name.split("/"):
+    if leaves_folder(name):
         return "leaves its folder by its name"
     if member.issym() or member.islnk():
         return "is a link"

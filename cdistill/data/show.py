@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,10 +13,9 @@ from itertools import groupby
 
 from PIL import Image
 
-from cdistill.data.check import place_of
 from cdistill.data.conversations import Encoder
 from cdistill.data.images import open_image, true_format
-from cdistill.data.samples import BadSampleError, ImageBytes, ImageFile, Mark, Sample, Source
+from cdistill.data.samples import BadSampleError, ImageBytes, ImageFile, Mark, Sample, Source, printable
 from cdistill.data.templates import Template
 
 THUMBNAIL = 320  # pixels
@@ -25,10 +25,10 @@ COLOURED = ("\x1b[32m", "\x1b[0m")
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of a sample: a line of facts, and the image itself."""
+    """An image of a sample: a line of facts, and a small copy."""
 
     facts: str
-    image: Image.Image
+    thumbnail: Image.Image
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,17 @@ def show(source: Source, index: int, renderer: Encoder | Template | None) -> Sho
     """
     pictures: list[Picture] = []
     pieces: list[tuple[str, bool]] = []
-    title, tokens, fault = place_of(source, index), None, None
+    title, tokens, fault = source.place(index), None, None
     try:
         sample = source[index]
         title = f"{sample.id}  ({sample.place})"
         pieces = list(_said(sample))
-        pictures += map(_picture, sample.images)
+        images = []
+        for image in sample.images:
+            images.append(open_image(image))
+            pictures.append(_picture(image, images[-1]))
         if isinstance(renderer, Encoder):
-            pieces, tokens = _encoded(renderer, sample, [picture.image for picture in pictures])
+            pieces, tokens = _encoded(renderer, sample, images)
         elif renderer is not None:
             pieces = list(_rendered(renderer, sample))
     except BadSampleError as error:
@@ -96,14 +99,15 @@ class _AnyTokenizer:
         return dict.fromkeys(("<|endoftext|>", "</s>", "<|im_start|>", "<|im_end|>"), 0)
 
 
-def _picture(image: ImageFile | ImageBytes) -> Picture:
-    opened = open_image(image)
+def _picture(image: ImageFile | ImageBytes, opened: Image.Image) -> Picture:
     name = str(image.path) if isinstance(image, ImageFile) else image.name
     stored = image.path if isinstance(image, ImageFile) else io.BytesIO(image.data)
     kind = true_format(image)
     with Image.open(stored, formats=[kind] if kind else None) as header:
         mode, (width, height) = header.mode, header.size
-    return Picture(f"{name}: {kind}, {width} x {height}, {mode}", opened)
+    small = opened.copy()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    return Picture(f"{name}: {kind}, {width} x {height}, {mode}", small)
 
 
 def _said(sample: Sample) -> Iterator[tuple[str, bool]]:
@@ -171,8 +175,8 @@ def _counts(tokens: tuple[int, int, int]) -> str:
 
 
 def _printable(text: str) -> str:
-    """Without what could command a terminal."""
-    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """Lines of text, whole."""
+    return "\n".join(printable(line, sys.maxsize) for line in text.split("\n"))
 
 
 _STYLE = """
@@ -206,7 +210,7 @@ def as_html(shown: Sequence[Shown], title: str) -> str:
 
 def _section(sample: Shown) -> str:
     figures = "".join(
-        f'<figure><img src="{_thumbnail(picture.image)}" alt="{escape(picture.facts)}">'
+        f'<figure><img src="{_encode(picture.thumbnail)}" alt="{escape(picture.facts)}">'
         f"<figcaption>{escape(picture.facts)}</figcaption></figure>"
         for picture in sample.pictures
     )
@@ -221,9 +225,7 @@ def _section(sample: Shown) -> str:
     )
 
 
-def _thumbnail(image: Image.Image) -> str:
-    small = image.copy()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
+def _encode(image: Image.Image) -> str:
     data = io.BytesIO()
-    small.save(data, "JPEG", quality=85)
+    image.save(data, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
