@@ -357,3 +357,10 @@ def test_recipes_of_the_builtin_task_can_be_planned():
     for name in ("builtin-teacher", "demo-compodistill"):
         planned = plan(load_recipe(name), gpus=1)
         assert 10**9 < planned.total < 3 * 10**9
+
+
+def test_a_set_in_files_is_planned_by_its_max_length_without_opening_it(models, tmp_path):
+    data = {"path": "nowhere.json", "max_length": 300, "modality": "text"}
+    changes = {"stages": ["dft"], "stage__dft__data": data}
+    (stage,) = plan(make_recipe(tmp_path / "run", models, **changes), gpus=1, device="cpu").stages
+    assert (stage.setting.length, stage.setting.visual) == (300, 36)

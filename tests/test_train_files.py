@@ -1,7 +1,10 @@
 """Training on files: bad samples left out and counted, the same samples for any workers and after a resume, packing, caches."""
 
 import json
+import multiprocessing
+import os
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,15 +14,20 @@ from PIL import Image
 from test_train_stages import Crash, metrics, same, weights
 from test_train_teacher import assert_close, losses
 from torch.utils.data import DataLoader
-from transformers import AutoProcessor
+from transformers import AutoProcessor, AutoTokenizer, TrainerCallback
 
 from cdistill.cli import main
-from cdistill.data.dataset import BAD
+from cdistill.data.dataset import BAD, BadSample
+from cdistill.models.processor import save_chat_template
 from cdistill.train import run
+from cdistill.train.bad_samples import BadSamples
 from cdistill.train.build import build_models
 from cdistill.train.cache import write_cache
 from cdistill.train.config import recipe_to_dict
 from cdistill.train.data import stage_dataset
+from cdistill.train.launch import BadDataError, ProcessError
+from cdistill.train.stages import read_recipe
+from cdistill.train.trainer import in_one_line
 
 QUESTIONS = ("what colour is the ring ?", "how many objects are there ?", "is there a red ring ?")
 ANSWERS = ("red", "blue", "yes", "no", "two")
@@ -118,6 +126,90 @@ def test_processes_count_their_bad_samples_together(models, files, tmp_path, cap
     told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("cdistill: error:")]
     assert ": 3 bad samples, more than max_bad_samples 2" in told[0] and "failed with exit code 1" in told[1]
     assert len(told) == 2 and len({bad["place"] for bad in bad_samples(tmp_path / "run")}) == 3
+
+
+def test_a_bad_sample_of_two_processes_counts_once(tmp_path, monkeypatch, capsys):
+    one, other = (BadSample(f"set[{i}]", "missing image", "no file") for i in range(2))
+    bad = BadSamples(1, tmp_path, "1-dft")
+    monkeypatch.setattr("cdistill.train.bad_samples.gathered", lambda number: [number, 1])
+    for theirs in (one, other):
+        monkeypatch.setattr("cdistill.train.bad_samples.gathered_objects", lambda mine, t=theirs: [mine, [t]])
+        assert bad.take({"labels": 0, BAD: [one]}) == {"labels": 0}
+        if theirs is one:
+            bad.on_step_end(None, None, None)
+    with pytest.raises(BadDataError, match="step 3: 2 bad samples, more than max_bad_samples 1"):
+        bad.on_step_end(None, SimpleNamespace(global_step=3), None)
+    assert [b["place"] for b in bad_samples(tmp_path)] == ["set[0]", "set[1]"]
+
+
+def test_a_run_goes_on_with_other_workers_and_a_higher_limit(models, files, plain, tmp_path):
+    def recipe(**changes):
+        return recipe_of(tmp_path / "run", models, files, save_steps=1, **changes)
+
+    with pytest.raises(BadDataError):
+        run(recipe(workers=1, max_bad_samples=1))
+    final = run(recipe(max_bad_samples=5), resume=True)
+    assert same(weights(final), weights(plain[0])) and losses(tmp_path / "run") == losses(plain[1])
+    assert read_recipe(tmp_path / "run").max_bad_samples == 5, "processes of the run read it"
+    with pytest.raises(ValueError, match="holds a different run: packing differs"):
+        run(recipe(packing=True), resume=True)
+
+
+def test_a_data_set_is_opened_once_in_a_run_and_anew_in_the_next(models, files, tmp_path):
+    records = [r for r in json.loads((files / "set.json").read_text()) if r["id"] not in ("empty", "cut", "missing")]
+    for i, count in enumerate((len(records), 5)):
+        (tmp_path / "set.json").write_text(json.dumps(records[:count]))
+        recipe = recipe_of(tmp_path / f"{i}", models, files, data={"path": str(tmp_path / "set.json")})
+        built = build_models(recipe)
+        first, second = (stage_dataset(recipe, 0, built)[0] for _ in range(2))
+        assert first.source is second.source and len(first.source) == count
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (
+            "DataLoader worker (pid 7) is killed by signal: Killed. ",
+            ProcessError,
+            "a process that reads samples has died",
+        ),
+        (
+            "Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: sizes differ",
+            RuntimeError,
+            "sizes differ",
+        ),
+    ],
+)
+def test_errors_of_processes_that_read_samples(error, kind, message):
+    with pytest.raises(kind, match=message) as raised, in_one_line():
+        raise RuntimeError(error)
+    assert type(raised.value) is kind
+
+
+def test_signals_to_the_run_do_not_reach_processes_that_read_samples(models, files, tmp_path):
+    groups = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            groups.append({os.getpgid(child.pid) for child in multiprocessing.active_children()})
+
+    recipe = recipe_of(tmp_path / "run", models, files, workers=1, save_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, callbacks=[Look(), Crash(3)])
+    run(recipe, resume=True, callbacks=[Look()])  # what skips batches is another loader
+    assert groups[0] and groups[3] and not any(os.getpgrp() in group for group in groups)
+
+
+def test_the_template_of_training_takes_the_place_of_older_forms(models, files, tmp_path):
+    """transformers prefers chat_template.json, and a chat template within the configuration of a processor."""
+    final = run(recipe_of(tmp_path / "run", models, files, stages=["sft"], data={"template": "plain"}))
+    (final / "chat_template.json").write_text(json.dumps({"chat_template": "older"}))
+    for name in ("processor_config.json", "tokenizer_config.json"):
+        values = json.loads((final / name).read_text())
+        (final / name).write_text(json.dumps(values | {"chat_template": "older"}))
+    save_chat_template(final, "newer")
+    for auto in (AutoProcessor, AutoTokenizer):
+        assert auto.from_pretrained(final).chat_template == "newer"
 
 
 def test_substitutes_are_of_the_same_kind(models, files, tmp_path):

@@ -65,6 +65,18 @@ class ProcessorFiles:
             shutil.copyfile(path, target)
 
 
+def save_chat_template(folder: Path, source: str) -> None:
+    """Make this the chat template of the processor and tokenizer in a folder, in place of one in any older form."""
+    (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
+    (folder / "chat_template.json").unlink(missing_ok=True)  # transformers would prefer it
+    for name in ("processor_config.json", "tokenizer_config.json"):
+        path = folder / name
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if "chat_template" in values:
+            del values["chat_template"]
+            path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _check_json(path: Path, key: str) -> None:
     try:
         json.loads(path.read_text(encoding="utf-8"))

@@ -7,18 +7,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainingArguments
 
 from cdistill.data.dataset import BAD, BadSample
 from cdistill.train import checkpoints
-from cdistill.train.launch import BadDataError, gathered
+from cdistill.train.launch import BadDataError, first_process, gathered, gathered_objects
 
 FILE = "bad_samples.jsonl"
 
 
 class BadSamples(TrainerCallback):
-    """Follows the bad samples that batches tell of; each counts once, however often its turn comes.
+    """Follows the bad samples that batches tell of; each counts once, however often its turn comes and in whichever process.
 
     Args:
         limit: bad samples of a stage that are put up with, over all processes.
@@ -28,16 +27,20 @@ class BadSamples(TrainerCallback):
 
     def __init__(self, limit: int, output: Path, label: str) -> None:
         self.limit, self.path, self.label = limit, output / FILE, label
-        self.found: dict[str, BadSample] = {}  # by place
+        self.found: dict[str, BadSample] = {}  # of all processes, by place
+        self._new: list[BadSample] = []  # of this process, since the last step
 
     def take(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch without what it tells of bad samples, which is noted."""
-        self.found |= {bad.place: bad for bad in batch.pop(BAD, ())}
+        self._new += [bad for bad in batch.pop(BAD, ()) if bad.place not in self.found]
         return batch
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Raises BadDataError on all processes after the same step."""
-        total = sum(gathered(len(self.found)))
+        if any(gathered(len(self._new))):
+            self.found |= {bad.place: bad for share in gathered_objects(self._new) for bad in share}
+            self._new = []
+        total = len(self.found)
         if total > self.limit:
             self.report()
             raise BadDataError(
@@ -46,15 +49,9 @@ class BadSamples(TrainerCallback):
             )
 
     def report(self) -> None:
-        """Tell on the first process how many there were and write them to the file. Every process must call it."""
-        shares: list[Any] = [self.found]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            shares = [None] * dist.get_world_size()
-            dist.all_gather_object(shares, self.found)
-            if dist.get_rank():
-                return
-        found = sorted({place: bad for share in shares for place, bad in share.items()}.values())
-        if not found:
+        """Tell on the first process how many there were and write them to the file."""
+        found = sorted(self.found.values())
+        if not found or not first_process():
             return
         kept = []
         if self.path.is_file():
@@ -67,7 +64,7 @@ class BadSamples(TrainerCallback):
         print(f"{self.label}: {len(found)} bad {noun} left out ({reasons}) -> {self.path}", flush=True)
 
     def state_dict(self) -> list[list[str]]:
-        """What a checkpoint needs of this process."""
+        """What a checkpoint needs."""
         return [list(bad) for bad in self.found.values()]
 
     def load_state_dict(self, state: list[list[str]]) -> None:

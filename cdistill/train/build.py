@@ -1,7 +1,7 @@
 """The models of a run, built and checked before anything is written."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from cdistill.data.builtin import IMAGE_TOKEN, build_tokenizer
+from cdistill.data.samples import Source
 from cdistill.models.llava import Llava, compose
 from cdistill.models.load import DTYPES, Model, load_model, load_multimodal, load_tokenizer, resolve_folder
 from cdistill.models.pair import check_pair
@@ -35,7 +36,7 @@ class Models:
 
     ``processor`` is what a result's folder holds beside the weights, the tokenizer alone where there are no images;
     ``reader`` makes batches of conversations, None where images always become the same tokens; ``held`` is the teacher as
-    a recipe wants it held, once it is.
+    a recipe wants it held, once it is; ``sources`` are the data sets that stages have opened.
     """
 
     student: Model
@@ -44,6 +45,7 @@ class Models:
     processor: Processor
     reader: Any = None
     held: Any = None
+    sources: dict[str, Source] = field(default_factory=dict)
 
 
 def build_models(recipe: Recipe) -> Models:

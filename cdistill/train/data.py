@@ -3,7 +3,6 @@
 import json
 import random
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -105,13 +104,15 @@ def _builtin_dataset(recipe: Recipe, stage: StageConfig, seed: int, models: Mode
 def _file_dataset(recipe: Recipe, stage: StageConfig, seed: int, models: Models) -> Any:
     """As `_builtin_dataset`, of the files that a recipe names."""
     size, options = stage.steps * stage.global_batch_size, stage.data
-    source = open_stage_source(options, size)
+    source = _open(models, options, size)
     order = Order(source, seed)
     encoder = stage_encoder(stage, models)
     data = SampleDataset(source, order, encoder, size=size, seed=seed, about=_resized_to(models))
     collate: Any = PaddingCollator(encoder.pad_token_id)
     if recipe.packing:
-        check_packable(models.student)
+        for model in (models.student, models.teacher):
+            if model is not None:
+                check_packable(model)
         collate = PackedCollator(PackingCollator(encoder.pad_token_id, options.max_length), models.student)
     visual = getattr(models.student.config, "image_seq_length", USUAL_VISUAL_TOKENS)
 
@@ -137,8 +138,8 @@ class PackedCollator:
         return batch | {"position_ids": packed_position_ids(self.model, batch)}
 
 
-def open_stage_source(data: DataConfig, size: int) -> Source:
-    """The data set that a stage of ``size`` samples names. Raises ValueError if it cannot be opened."""
+def _open(models: Models, data: DataConfig, size: int) -> Source:
+    """The data set that a stage of ``size`` samples names, opened once in a run. Raises ValueError if it cannot be."""
     options: dict[str, Any] = {
         "images": data.images,
         "columns": data.columns,
@@ -148,12 +149,10 @@ def open_stage_source(data: DataConfig, size: int) -> Source:
     assert data.path is not None
     if data.streaming:
         options |= {"streaming": True, "size": size}
-    return _open(data.path, json.dumps(options, sort_keys=True))
-
-
-@lru_cache(maxsize=8)  # stages of one data set look through it once
-def _open(path: str, options: str) -> Source:
-    return open_source(path, **json.loads(options))
+    key = json.dumps({"path": data.path, **options}, sort_keys=True)
+    if key not in models.sources:
+        models.sources[key] = open_source(data.path, **options)
+    return models.sources[key]
 
 
 def stage_encoder(stage: StageConfig, models: Models) -> Encoder:

@@ -276,6 +276,24 @@ def gathered(number: int) -> list[int]:
     return numbers.tolist()
 
 
+def gathered_objects(value: Any) -> list[Any]:
+    """A value of every process, on all of them, by way of the CPU."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_group_on_cpu(dist.group.WORLD))
+    return values
+
+
+def first_process() -> bool:
+    """Whether this is the first process of a run, or its only one."""
+    import torch.distributed as dist
+
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 @lru_cache(maxsize=1)
 def _group_on_cpu(world: Any) -> Any:
     import torch.distributed as dist

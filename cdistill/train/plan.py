@@ -187,8 +187,9 @@ def _tokens(
     """Tokens of a sample: in all, visual, and labelled."""
     config = student.model.config
     most = getattr(config.get_text_config(), "max_position_embeddings", PAPER_LENGTH)
-    length = min(PAPER_LENGTH, most) if length is None else length
-    if not has_vision(student.model) or stage.data.modality == "text":
+    if length is None:
+        length = min(PAPER_LENGTH, most) if stage.data.path is None else stage.data.max_length
+    if not has_vision(student.model) or (stage.data.path is None and stage.data.modality == "text"):
         visual = 0
     elif visual is None:
         visual = getattr(config, "image_seq_length", None)

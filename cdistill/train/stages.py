@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from cdistill.data.render import PATCH_CLASSES
 from cdistill.models.load import RECIPE, Model, load_model
 from cdistill.models.parts import language_model
+from cdistill.models.processor import save_chat_template
 from cdistill.train import checkpoints, launch
 from cdistill.train.alignment import make_vat, vat_of
 from cdistill.train.bad_samples import BadSamples
@@ -35,8 +36,8 @@ from cdistill.train.zero import deepspeed_config, released
 from cdistill.vat import attention_layers
 
 CHECKPOINTS = "checkpoints"
-CHAT_TEMPLATE = "chat_template.jinja"  # of a processor, in its folder
 METRICS_BYTES = 1_000_000
+FREE = ("output", "workers", "max_bad_samples")  # keys of a recipe that may change when it is resumed
 LOSS_NAMES = {"patch": "patch cross-entropy", "ar": "AR", "ground": "grounding", "kd": "KD", "vat": "VAT"}
 
 
@@ -99,14 +100,14 @@ def _stop_if(number: int, message: str) -> None:
     """Raise Stopped for a signal, once the first process has told it."""
     if not number:
         return
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if launch.first_process():
         print(f"{message} by {signal.Signals(number).name}; go on with --resume", flush=True)
     raise launch.Stopped(number)
 
 
 def _remove_leftovers(output: Path, folder: Path) -> None:
     """Remove what a run that was killed after a stage's last rename has left of it."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if launch.first_process():
         shutil.rmtree(output / CHECKPOINTS / folder.name, ignore_errors=True)
         with suppress(OSError):  # it holds those of another stage, or has never been
             (output / CHECKPOINTS).rmdir()
@@ -146,7 +147,7 @@ def _prepare(recipe: Recipe, output: Path, resume: bool) -> Models:
     text = yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False)
     with checkpoints.saving(output / RECIPE, len(text)):
         output.mkdir(parents=True, exist_ok=True)
-        if not (output / RECIPE).is_file():
+        if not (output / RECIPE).is_file() or (output / RECIPE).read_text(encoding="utf-8") != text:
             checkpoints.write_atomically(output / RECIPE, text)
     return models
 
@@ -181,7 +182,8 @@ def _check_output(recipe: Recipe, output: Path, resume: bool) -> None:
     if not (output / RECIPE).is_file():
         raise ValueError(f"output {output} is not empty and holds no run: choose another folder")
     mine, theirs = recipe_to_dict(recipe), recipe_to_dict(read_recipe(output))
-    del mine["output"], theirs["output"]
+    for name in FREE:
+        del mine[name], theirs[name]
     key = first_difference(mine, theirs)
     if key is not None:
         raise ValueError(f"output {output} holds a different run: {key} differs; choose another folder")
@@ -348,7 +350,7 @@ def _save_processor(stage: StageConfig, models: Models, folder: Path) -> None:
     """What stands beside the weights; its chat template is the one that conversations were written by."""
     models.processor.save_pretrained(folder)
     if stage.data.path is not None and stage.data.template not in ("auto", "plain"):
-        (folder / CHAT_TEMPLATE).write_text(stage_encoder(stage, models).template.source, encoding="utf-8")
+        save_chat_template(folder, stage_encoder(stage, models).template.source)
 
 
 def checkpoint_activations(student: Model, *, reentrant: bool) -> None:

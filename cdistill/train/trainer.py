@@ -1,14 +1,16 @@
 """DistillTrainer: transformers.Trainer on a `DistillationModel`, with losses logged one by one and resumable stages."""
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from cdistill.data.builtin import IGNORE_INDEX
@@ -67,6 +69,13 @@ class DistillTrainer(Trainer):
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(dataset)
 
+    def get_train_dataloader(self) -> DataLoader:
+        """As of Trainer, but signals to the run's group of processes do not reach those that read samples."""
+        loader = super().get_train_dataloader()
+        inner: Any = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
+        inner.worker_init_fn = partial(_start_worker, inner.worker_init_fn)
+        return loader
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the trained parameters; matrices decay, vectors (biases, norms) do not. No group is empty."""
         if self.optimizer is None:
@@ -86,8 +95,7 @@ class DistillTrainer(Trainer):
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor | None]:
         """The micro-batches of one step and the number of labels in it over all processes."""
-        with in_one_line():
-            batches = [self.bad.take(batch) for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        batches = [self.bad.take(batch) for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not batches:
             return batches, None
         # Position 0 predicts nothing and is never labelled; the patches of objective vision are all labelled.
@@ -187,7 +195,15 @@ class DistillTrainer(Trainer):
             self._logged_step = progress["logged_step"]
             self.finite.load_state_dict(progress)
             self.bad.load_state_dict(progress["bad"])
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with in_one_line():  # the death of a process that reads samples is told at any time, by a signal
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+
+def _start_worker(start: Callable[[int], None] | None, worker: int) -> None:
+    """Start a process that reads samples, in a group of its own: a SIGTERM of the run's would end it at once."""
+    os.setpgrp()
+    if start is not None:
+        start(worker)
 
     def destroy_engine(self) -> None:
         """Remove DeepSpeed's hooks from the model, if it has trained under DeepSpeed; it cannot be trained or saved then."""
@@ -205,7 +221,7 @@ def in_one_line() -> Iterator[None]:
         _, found, message = str(error).rpartition("\nValueError: ")
         raise ValueError(message.strip() if found else str(error)) from None
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):
             raise
         raise ProcessError(f"a process that reads samples has died: {str(error).splitlines()[0]}") from None
 
