@@ -198,18 +198,18 @@ class DistillTrainer(Trainer):
         with in_one_line():  # the death of a process that reads samples is told at any time, by a signal
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def destroy_engine(self) -> None:
+        """Remove DeepSpeed's hooks from the model, if it has trained under DeepSpeed; it cannot be trained or saved then."""
+        wrapper = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
+        if wrapper is not None:
+            wrapper.engine.destroy()
+
 
 def _start_worker(start: Callable[[int], None] | None, worker: int) -> None:
     """Start a process that reads samples, in a group of its own: a SIGTERM of the run's would end it at once."""
     os.setpgrp()
     if start is not None:
         start(worker)
-
-    def destroy_engine(self) -> None:
-        """Remove DeepSpeed's hooks from the model, if it has trained under DeepSpeed; it cannot be trained or saved then."""
-        wrapper = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
-        if wrapper is not None:
-            wrapper.engine.destroy()
 
 
 @contextmanager
