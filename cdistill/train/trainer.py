@@ -219,7 +219,9 @@ def in_one_line() -> Iterator[None]:
         yield
     except ValueError as error:
         _, found, message = str(error).rpartition("\nValueError: ")
-        raise ValueError(message.strip() if found else str(error)) from None
+        if not found:
+            raise
+        raise ValueError(message.strip()) from None
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise
