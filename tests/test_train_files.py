@@ -293,6 +293,7 @@ def test_the_result_speaks_as_it_was_taught(models, files, tmp_path):
         ({"data": {"template": "chatml"}}, r"stage\.dft\.data: template chatml needs the token <\|im_start\|>"),
         ({"data": {"template": "alpaca"}}, r"data\.template must be one of auto, plain, .*, got 'alpaca'"),
         ({"data": {"path": None}}, r"data\.path must be given where images is"),
+        ({"data": {"seed": -1}}, r"stage\.dft\.data: seed must be at least 0 for a data set in files, got -1"),
         ({"data": {"max_length": 1}}, r"data\.max_length must be at least 2, got 1"),
         ({"packing": True, "vat__engine": "auto"}, r"packing needs vat\.engine sdpa, got 'auto'"),
         ({"packing": True, "teacher_memory__cache": "kept"}, r"packing must be false with teacher_memory\.cache"),

@@ -104,6 +104,8 @@ def _builtin_dataset(recipe: Recipe, stage: StageConfig, seed: int, models: Mode
 def _file_dataset(recipe: Recipe, stage: StageConfig, seed: int, models: Models) -> Any:
     """As `_builtin_dataset`, of the files that a recipe names."""
     size, options = stage.steps * stage.global_batch_size, stage.data
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0 for a data set in files, got {seed}")
     source = _open(models, options, size)
     order = Order(source, seed)
     encoder = stage_encoder(stage, models)

@@ -33,7 +33,7 @@ def hidden_states(model: Model, inputs: dict[str, Any], recorder: Any) -> Tensor
     if not has_images and "input_ids" in inputs and has_vision(model) and is_partitioned(model):
         raise ValueError(
             "a micro-batch holds no image: under ZeRO-3 (deepspeed, teacher_memory.zero) processes with and without one "
-            f"would wait for each other forever in a {model.config.model_type} model"
+            f"would wait for each other forever in a {model.config.model_type} model; use deepspeed 2 or samples with images"
         )
     extra = {} if recorder is None else {KEYWORD: recorder}
     whole = language_model(model) if "inputs_embeds" in inputs else model.model
