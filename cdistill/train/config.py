@@ -189,6 +189,7 @@ class DataConfig(Mixture):
         images: folder under which the images of ``path`` lie, or one for each first part of their names.
         allow_urls: images may be named by http and https URLs, and are then fetched.
         columns: which columns of a Hugging Face data set hold what.
+        config: which configuration of a set on the hub.
         split: its split.
         streaming: read it as a stream, in its order.
         template: how a conversation becomes text (`cdistill.data.templates`); ``auto`` is the processor's own chat template.
@@ -200,6 +201,7 @@ class DataConfig(Mixture):
     images: str | dict[str, str] | None = None
     allow_urls: bool = False
     columns: dict[str, str] | None = None
+    config: str | None = None
     split: str | None = None
     streaming: bool = False
     template: str = "auto"
@@ -209,7 +211,7 @@ class DataConfig(Mixture):
         super().__post_init__()
         _choice("template", self.template, TEMPLATES)
         _at_least("max_length", self.max_length, 2)
-        given = [n for n in ("images", "allow_urls", "columns", "split", "streaming") if getattr(self, n)]
+        given = [n for n in ("images", "allow_urls", "columns", "config", "split", "streaming") if getattr(self, n)]
         if self.path is None and given:
             raise ValueError(f"path must be given where {given[0]} is")
 

@@ -145,6 +145,7 @@ def _open(models: Models, data: DataConfig, size: int) -> Source:
     options: dict[str, Any] = {
         "images": data.images,
         "columns": data.columns,
+        "config": data.config,
         "split": data.split,
         "allow_urls": data.allow_urls,
     }
