@@ -256,6 +256,14 @@ def test_states_that_pass_between_samples_are_not_packed(models, files, tmp_path
         run(recipe_of(tmp_path / "run", models, files, packing=True, **changes))
 
 
+def test_states_of_the_teacher_are_not_packed_either(models, files, tmp_path):
+    recipe = recipe_of(tmp_path / "run", models, files, packing=True)
+    built = build_models(recipe)
+    built.teacher.config.text_config.layer_types = ["conv", "full_attention"]
+    with pytest.raises(ValueError, match=r"stage\.dft\.data: packing: .* has layers of type conv"):
+        stage_dataset(recipe, 0, built)
+
+
 def test_training_from_a_cache_of_files(models, files, plain, tmp_path):
     vocabulary = build_models(recipe_of(tmp_path / "run", models, files)).student.config.text_config.vocab_size
     kept = {"teacher_memory__cache": str(tmp_path / "cache"), "teacher_memory__top_k": vocabulary - 1}
@@ -294,6 +302,7 @@ def test_the_result_speaks_as_it_was_taught(models, files, tmp_path):
         ({"data": {"template": "alpaca"}}, r"data\.template must be one of auto, plain, .*, got 'alpaca'"),
         ({"data": {"path": None}}, r"data\.path must be given where images is"),
         ({"data": {"seed": -1}}, r"stage\.dft\.data: seed must be at least 0 for a data set in files, got -1"),
+        ({"data": {"turns": 3}}, r"data\.turns is of the built-in task: leave it out, or 6, where path is given"),
         ({"data": {"max_length": 1}}, r"data\.max_length must be at least 2, got 1"),
         ({"packing": True, "vat__engine": "auto"}, r"packing needs vat\.engine sdpa, got 'auto'"),
         ({"packing": True, "teacher_memory__cache": "kept"}, r"packing must be false with teacher_memory\.cache"),

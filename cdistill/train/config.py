@@ -214,6 +214,9 @@ class DataConfig(Mixture):
         given = [n for n in ("images", "allow_urls", "columns", "config", "split", "streaming") if getattr(self, n)]
         if self.path is None and given:
             raise ValueError(f"path must be given where {given[0]} is")
+        for f in fields(Mixture):
+            if self.path is not None and getattr(self, f.name) != f.default:
+                raise ValueError(f"{f.name} is of the built-in task: leave it out, or {f.default}, where path is given")
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,11 @@ def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCall
     output = Path(recipe.output)
     if launch.launched():
         launch.init_process_group()
-        launch.on_first_process(lambda: _prepare(recipe, output, resume) and None)  # models stay where they are
-        return run_stages(recipe, output, resume=resume, callbacks=callbacks)
+        prepared: list[Models] = []  # stays where it is
+        launch.on_first_process(lambda: prepared.append(_prepare(recipe, output, resume)))
+        return run_stages(
+            recipe, output, resume=resume, callbacks=callbacks, models=prepared.pop() if prepared else None
+        )
     if recipe.processes > 1 and callbacks:
         raise ValueError("callbacks need recipe.processes 1: the stages of this recipe run in processes of their own")
     with launch.quiet():
