@@ -41,8 +41,11 @@ def main(options: argparse.Namespace, load_processor: LoadProcessor) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if options.action == "show":
-            return _show(options, load_processor)
-        return {"check": _check, "presets": _presets}[options.action](options)
+            code = _show(options, load_processor)
+        else:
+            code = {"check": _check, "presets": _presets}[options.action](options)
+        sys.stdout.flush()  # here, where a broken pipe is caught
+        return code
     except BrokenPipeError:  # of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
