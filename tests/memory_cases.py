@@ -3,6 +3,7 @@
 import gc
 import json
 import sys
+import time
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -65,11 +66,25 @@ class Batches:
         return {"input_ids": ids, "labels": labels, "pixel_values": torch.randn(len(items), 3, size, size)}
 
 
+def tensor_bytes() -> int:
+    """Bytes of all tensors that Python knows of."""
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]  # isinstance calls lazy proxies
+    storages = [x.untyped_storage() for x in tensors if not x.is_meta]
+    return sum({x.data_ptr(): x.nbytes() for x in storages}.values())
+
+
 class Marks(TrainerCallback):
-    """Marks the second step of every stage and its end in the profile; one-off allocations of the first are left out."""
+    """Marks the second step of every stage and its end in the profile; one-off allocations of the first are left out.
+
+    ``held`` are the bytes of tensors when these steps begin.
+    """
+
+    def __init__(self) -> None:
+        self.held: list[int] = []
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 1:
+            self.held.append(tensor_bytes())
             with record_function(BEGIN):
                 pass
 
@@ -86,26 +101,35 @@ def recipe_of(output, models, **changes: Any) -> Recipe:
     return recipe_from_dict(values)
 
 
-def timeline(recipe: Recipe, batches: Batches, monkeypatch):
-    """(time, live bytes) of torch's CPU allocator in the run of a recipe, and the marked spans of its stages."""
-    monkeypatch.setattr(stages, "stage_dataset", lambda *_: (batches, batches.collate))
-    gc.collect()  # what is freed inside would count as negative
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run(recipe, callbacks=[Marks()])
-    events = sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns())
-    memory = [e for e in events if e.name() == "[memory]"]
-    live = list(zip([e.start_ns() for e in memory], accumulate(e.nbytes() for e in memory), strict=True))
-    marks = [[e.start_ns() for e in events if e.name() == name] for name in (BEGIN, END)]
-    return live, list(zip(*marks, strict=True))
-
-
 def measured_peaks(recipe: Recipe, batches: Batches, monkeypatch) -> dict[str, int]:
-    """Most bytes that tensors hold at one time in the second step of every stage."""
-    live, spans = timeline(recipe, batches, monkeypatch)
-    return {
-        name: max(n for t, n in live if begin <= t <= end)
-        for name, (begin, end) in zip(recipe.stages, spans, strict=True)
-    }
+    """Most bytes that tensors hold at one time in the second step of every stage.
+
+    What they hold when it begins is counted, and the profile of torch's CPU allocator tells what comes and goes: it misses
+    what gloo's threads free, and would add that up from step to step.
+    """
+    monkeypatch.setattr(stages, "stage_dataset", lambda *_: (batches, batches.collate))
+    gc.collect()  # what an earlier run has left would be freed inside
+    before, marks = tensor_bytes(), Marks()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run(recipe, callbacks=[marks])
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    begins, ends = ([e.start_ns() for e in events if e.name() == name] for name in (BEGIN, END))
+    peaks = []
+    for held, begin, end in zip(marks.held, begins, ends, strict=True):
+        changes = [e.nbytes() for e in events if e.name() == "[memory]" and begin <= e.start_ns() <= end]
+        peaks.append(held - before + max(accumulate(changes, initial=0)))
+    return dict(zip(recipe.stages, peaks, strict=True))
+
+
+def lingering(collective: Any) -> Any:
+    """A collective that returns after gloo's thread has let go of its tensors: the profiler sees what this thread frees."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = collective(*args, **kwargs)
+        time.sleep(0.02)
+        return result
+
+    return call
 
 
 def main() -> None:
@@ -113,6 +137,7 @@ def main() -> None:
     output, models, changes, length, answers = json.loads(sys.argv[1])
     recipe = recipe_of(Path(output), Path(models), **changes)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "all_reduce", lingering(torch.distributed.all_reduce))
         print("peaks", json.dumps(measured_peaks(recipe, Batches(length, answers), patch)))
 
 

@@ -69,7 +69,7 @@ RUNS = {
         128,
         0.04,
     ),
-    "ZeRO-3, bf16": ({"stages": ["dft"], "deepspeed": 3, "precision": "bf16"}, 512, 128, 0.1),
+    "ZeRO-3, bf16": ({"stages": ["dpt", "dft", "sft"], "deepspeed": 3, "precision": "bf16"}, 384, 64, 0.04),
 }
 
 
@@ -360,7 +360,7 @@ def test_recipes_of_the_builtin_task_can_be_planned():
 
 
 def test_a_set_in_files_is_planned_by_its_max_length_without_opening_it(models, tmp_path):
-    data = {"path": "nowhere.json", "max_length": 300, "modality": "text"}
+    data = {"path": "nowhere.json", "max_length": 300}
     changes = {"stages": ["dft"], "stage__dft__data": data}
     (stage,) = plan(make_recipe(tmp_path / "run", models, **changes), gpus=1, device="cpu").stages
     assert (stage.setting.length, stage.setting.visual) == (300, 36)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from builtin_models import make_recipe
+from memory_cases import tensor_bytes
 from transformers import TrainerCallback
 
 from cdistill.models.load import load_model
@@ -95,11 +96,6 @@ def older_objects_hidden():
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-def tensor_bytes():
-    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]  # isinstance calls lazy proxies
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
 class Held(TrainerCallback):
