@@ -69,8 +69,16 @@ class Batches:
 def tensor_bytes() -> int:
     """Bytes of all tensors that Python knows of."""
     tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]  # isinstance calls lazy proxies
-    storages = [x.untyped_storage() for x in tensors if not x.is_meta]
-    return sum({x.data_ptr(): x.nbytes() for x in storages}.values())
+    return sum({pointer: size for pointer, size in map(_storage, tensors) if pointer}.values())
+
+
+def _storage(x: torch.Tensor) -> tuple[int, int]:
+    """Where a tensor's bytes lie and how many they are; (0, 0) for meta tensors and what a compiler or a plan has made up."""
+    try:
+        storage = x.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+    except (RuntimeError, NotImplementedError):
+        return 0, 0
 
 
 class Marks(TrainerCallback):
