@@ -54,7 +54,7 @@ class Encoder:
 
     Args:
         processor: of a multimodal model, or a tokenizer, for text alone; the tokenizer must be a fast one.
-        template: one of `cdistill.data.templates.TEMPLATES`.
+        template: one of `cdistill.data.mixture.TEMPLATES`.
         max_length: tokens of a sample at most, those of its images included; None for any number.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What the samples of the built-in task are made of; light, so that recipes can be checked without importing torch."""
+"""What recipes may say of samples, checked without importing torch: the built-in task's mixture, names of templates."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ from cdistill.data.questions import COMPOSITIONAL, DIRECT
 
 SUBTYPES = (*DIRECT, *COMPOSITIONAL)
 MODALITIES = ("image", "text")
+TEMPLATES = ("auto", "plain", "qwen2_base", "vicuna_v1", "chatml")  # see `cdistill.data.templates`
 
 
 @dataclass(frozen=True)

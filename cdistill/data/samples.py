@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import numpy as np
 
 LONGEST_DETAIL = 500
-ROLES = ("system", "user", "assistant")
 
 
 class Mark(Enum):
@@ -22,7 +21,7 @@ class Mark(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What one side says: text and marks, in order; ``role`` is one of `ROLES`."""
+    """What one side says: text and marks, in order; ``role`` is system, user or assistant."""
 
     role: str
     parts: tuple[str | Mark, ...]
@@ -55,19 +54,6 @@ class Sample:
     messages: tuple[Message, ...]
     images: tuple[ImageFile | ImageBytes, ...]
     place: str
-
-    def chat(self) -> list[dict[str, Any]]:
-        """The messages as chat templates of transformers take them; images are ``{"type": "image"}``."""
-        return [
-            {
-                "role": message.role,
-                "content": [
-                    {"type": "image"} if isinstance(part, Mark) else {"type": "text", "text": part}
-                    for part in message.parts
-                ],
-            }
-            for message in self.messages
-        ]
 
 
 def printable(text: str, most: int = LONGEST_DETAIL) -> str:

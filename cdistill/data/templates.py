@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from cdistill.data.mixture import TEMPLATES
 from cdistill.data.samples import Mark, Message
 
 SYSTEM = (
@@ -81,7 +82,6 @@ _NAMED = {
     "vicuna_v1": _Named(_TURNS, "</s>", tokens=("</s>",)),
     "chatml": _Named(_CHATML, "<|im_end|>", "You are a helpful assistant.", ("<|im_start|>", "<|im_end|>")),
 }
-TEMPLATES = ("auto", *_NAMED)
 
 
 class Rendered(NamedTuple):
@@ -101,7 +101,7 @@ class Template:
 
     Args:
         processor: of a multimodal model, or a tokenizer.
-        name: one of `TEMPLATES`.
+        name: one of `cdistill.data.mixture.TEMPLATES`.
 
     Attributes:
         source: the template in Jinja, to be kept as chat template of models that were trained with it.

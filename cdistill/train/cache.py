@@ -220,11 +220,13 @@ class CacheWriter:
         if model.vat.config.heads == "each":
             heads = [model.teacher.model.config.get_text_config().num_attention_heads]
         rows, cols = ((x >= 0).sum(1).tolist() for x in (regions.rows, regions.cols))
+        whole = torch.stack(targets).to(self.dtypes[1]).cpu() if targets else None
         found = []
         for b, (height, width) in enumerate(zip(rows, cols, strict=True)):
             target = torch.zeros(len(model.vat.matches), *heads, height, width, dtype=self.dtypes[1])
             if target.numel():
-                target = torch.stack([t[b, ..., :height, :width] for t in targets]).to(self.dtypes[1]).cpu()
+                assert whole is not None
+                target = whole[:, b, ..., :height, :width].clone()
             found.append(target)
         return found
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from cdistill.data.mixture import Mixture
+from cdistill.data.mixture import TEMPLATES, Mixture
 from cdistill.train.objectives import OBJECTIVES
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -24,7 +24,6 @@ SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 TAF_ACTIVATIONS = ("linear", "gelu")
 QUANTIZATIONS = ("8bit", "4bit")
-TEMPLATES = ("auto", "plain", "qwen2_base", "vicuna_v1", "chatml")
 
 T = TypeVar("T")
 

@@ -108,7 +108,7 @@ def _file_dataset(recipe: Recipe, stage: StageConfig, seed: int, models: Models)
         raise ValueError(f"seed must be at least 0 for a data set in files, got {seed}")
     source = _open(models, options, size)
     order = Order(source, seed)
-    encoder = stage_encoder(stage, models)
+    encoder = _encoder(stage, models)
     data = SampleDataset(source, order, encoder, size=size, seed=seed, about=_resized_to(models))
     collate: Any = PaddingCollator(encoder.pad_token_id)
     if recipe.packing:
@@ -158,7 +158,7 @@ def _open(models: Models, data: DataConfig, size: int) -> Source:
     return models.sources[key]
 
 
-def stage_encoder(stage: StageConfig, models: Models) -> Encoder:
+def _encoder(stage: StageConfig, models: Models) -> Encoder:
     """What makes tokens of a stage's samples. Raises ValueError if student and template do not go together."""
     processor: Any = models.reader or models.processor
     if has_vision(models.student) and not hasattr(processor, "image_processor"):

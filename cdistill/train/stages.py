@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from cdistill.data.render import PATCH_CLASSES
+from cdistill.data.templates import Template
 from cdistill.models.load import RECIPE, Model, load_model
 from cdistill.models.parts import language_model
 from cdistill.models.processor import save_chat_template
@@ -24,7 +25,7 @@ from cdistill.train.bad_samples import BadSamples
 from cdistill.train.build import Models, build_models, count_parameters, precision_of
 from cdistill.train.cache import CachedCollator, CachedDataset, StageCache, fingerprint, stage_cache
 from cdistill.train.config import Recipe, StageConfig, first_difference, recipe_from_dict, recipe_to_dict
-from cdistill.train.data import stage_dataset, stage_encoder
+from cdistill.train.data import stage_dataset
 from cdistill.train.finite import FiniteSteps
 from cdistill.train.lora import add_lora
 from cdistill.train.model import DistillationModel
@@ -353,7 +354,7 @@ def _save_processor(stage: StageConfig, models: Models, folder: Path) -> None:
     """What stands beside the weights; its chat template is the one that conversations were written by."""
     models.processor.save_pretrained(folder)
     if stage.data.path is not None and stage.data.template not in ("auto", "plain"):
-        save_chat_template(folder, stage_encoder(stage, models).template.source)
+        save_chat_template(folder, Template(models.reader or models.processor, stage.data.template).source)
 
 
 def checkpoint_activations(student: Model, *, reentrant: bool) -> None:

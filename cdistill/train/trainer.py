@@ -62,7 +62,8 @@ class DistillTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.finite, self.bad = finite, bad
         finite.watch(self)
-        self.add_callback(bad)
+        if stage.data.path is not None:  # the built-in task has no bad samples to tell each other of
+            self.add_callback(bad)
         self._logged_step = 0
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
