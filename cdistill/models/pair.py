@@ -1,15 +1,17 @@
-"""Whether a student and a teacher can be distilled: same tokens, same images cut into the same visual tokens, same P_T."""
+"""What of a student and a teacher is run, and whether they can be distilled: same tokens, same visual tokens, same P_T."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from cdistill.models.llava import Llava
 from cdistill.models.load import Model
-from cdistill.models.parts import has_vision
+from cdistill.models.parts import has_vision, part_of
 from cdistill.models.taf import TAFAdapter
 
 # What decides how many visual tokens an image becomes, in the configurations of transformers' families.
@@ -25,6 +27,45 @@ _OF_THE_MODEL = (
 )
 MOST_PADDING = 256  # tokens, or 1 %: of embeddings that are padded
 _OF_THE_ENCODER = ("image_size", "patch_size", "spatial_merge_size", "temporal_patch_size")
+
+
+def unwrapped(model: Any, side: str) -> Any:
+    """The model of transformers inside what a caller holds: itself, or what a peft model or ``torch.compile`` wraps.
+
+    Its layers are run without the wrapper, so only wrappers that add nothing to them are taken off. Raises ValueError, naming
+    the ``side``, for all others: prompt, P- and prefix tuning, tuners with a forward pass or a loss of their own, and what
+    belongs around both models (DistributedDataParallel, an engine).
+    """
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, PreTrainedModel):
+        return model
+    if not hasattr(model, "peft_config"):
+        kind = type(model)
+        raise ValueError(
+            f"the {side} must be a model of transformers or a peft model, got {kind.__module__}.{kind.__qualname__}: "
+            "wrap what distill() returns, not what it is given"
+        )
+    _check_adapters(model, side)
+    return unwrapped(model.get_base_model(), side)
+
+
+def _check_adapters(model: Any, side: str) -> None:
+    """Raise ValueError unless a peft model computes what its base model does, whose layers hold the adapters."""
+    from peft.tuners.tuners_utils import BaseTuner
+
+    for config in model.peft_config.values():
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if config.is_prompt_learning:
+            why = "puts tokens before the text that the base model does not have"
+        elif getattr(config, "alora_invocation_tokens", None):
+            why = "needs the places of its invocation tokens (alora_invocation_tokens)"
+        elif kind == "ADALORA" and side == "student" and config.orth_reg_weight:
+            why = f"adds a regulariser to the loss (orth_reg_weight {config.orth_reg_weight}); set it to 0, or"
+        elif kind != "ADALORA" and getattr(type(model.base_model), "forward", None) is not BaseTuner.forward:
+            why = "has a forward pass of its own"
+        else:
+            continue
+        raise ValueError(f"the {side}'s {kind} {why}: use LoRA or another peft method that changes layers alone")
 
 
 def shares_encoder(student: Model, teacher: Model) -> bool:
@@ -61,6 +102,77 @@ def check_pair(student: Model, teacher: Model, *, shared: bool = True) -> None:
             raise ValueError("multi_modal_projector differs: the student's fetched adapter is not this teacher's")
 
 
+def common_parameters(
+    student: Model, teacher: Model, *, frozen: Collection[nn.Parameter] = ()
+) -> dict[str, nn.Parameter]:
+    """The student's parameters, by name, whose memory is the teacher's, too.
+
+    Raises ValueError if one is trained, those that are about to be ``frozen`` left out.
+    """
+    theirs, spared = {_memory(p) for p in teacher.parameters()}, {id(p) for p in frozen}
+    common = {name: p for name, p in student.named_parameters() if _memory(p) in theirs}
+    check_frozen({name: p for name, p in common.items() if id(p) not in spared})
+    return common
+
+
+def check_frozen(common: Mapping[str, nn.Parameter]) -> None:
+    """Raise ValueError if one of the parameters that student and teacher have in common is trained."""
+    trained = next((name for name, p in common.items() if p.requires_grad), None)
+    if trained is not None:
+        raise ValueError(
+            f"{trained} is trained and also the teacher's: give distill() a teacher with weights of its own, such as "
+            "copy.deepcopy(teacher) before the student gets its LoRA"
+        )
+
+
+def _memory(parameter: nn.Parameter) -> Any:
+    """What two parameters have in common if one changes with the other; empty and partitioned ones are told by identity."""
+    local = getattr(parameter, "_local_tensor", parameter)
+    if local.is_meta or not local.numel():
+        return id(parameter)
+    return local.device, local.data_ptr()
+
+
+class CommonEncoder:
+    """Whether two LLaVAs can look at an image once, asked before every batch: what either holds may change in between.
+
+    They can while their vision encoders (and with TAF the fetched adapter and the teacher's) are equal and nothing of them
+    is trained. Weights are compared again when they were written to, moved or replaced, but not while an engine holds them in
+    parts.
+    """
+
+    def __init__(self, student: Model, teacher: Model) -> None:
+        self.student, self.teacher = student, teacher
+        self._state: Any = None
+        self._equal = False
+
+    def __call__(self) -> bool:
+        """Whether images are to be looked at once now."""
+        if not isinstance(self.student, Llava) or not isinstance(self.teacher, Llava):
+            return False
+        ours = [p for name, p in self.student.named_parameters() if part_of(name) in ("vision", "fetched")]
+        if any(p.requires_grad for p in ours):
+            return False
+        theirs = [p for name, p in self.teacher.named_parameters() if part_of(name) in ("vision", "adapter", "fetched")]
+        if self._state is not None and any(map(_in_parts, (*ours, *theirs))):
+            return self._equal
+        state = [(_memory(p), 0 if p.is_inference() else p._version) for p in (*ours, *theirs)]
+        if state != self._state:
+            self._state, self._equal = state, shares_encoder(self.student, self.teacher) and self._same_adapter()
+        return self._equal
+
+    def _same_adapter(self) -> bool:
+        try:
+            check_pair(self.student, self.teacher, shared=False)
+        except ValueError:
+            return False
+        return True
+
+
+def _in_parts(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_local_tensor")
+
+
 def _check_vocabulary(student: Any, teacher: Any) -> None:
     """One tokenizer's embeddings may be padded to different sizes, and their special tokens have the same ids."""
     ours, theirs = student.vocab_size, teacher.vocab_size
@@ -80,6 +192,8 @@ def _check_equal(name: str, student: Any, teacher: Any, prefix: str = "") -> Non
 
 def _equal(a: nn.Module, b: nn.Module) -> bool:
     mine, theirs = a.state_dict(), b.state_dict()
+    if any(t.is_meta or hasattr(t, "_local_tensor") for t in (*mine.values(), *theirs.values())):
+        return False  # offloaded, or a part of the whole: each model looks for itself
     return mine.keys() == theirs.keys() and all(_same(mine[name], theirs[name]) for name in mine)
 
 
@@ -88,6 +202,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
     if hasattr(a, "ds_id") or hasattr(b, "ds_id"):
         raise ValueError(
             "models that ZeRO-3 has partitioned cannot be compared: put them together before the engine does"
+        )
+    if a.is_meta or b.is_meta:
+        raise ValueError(
+            "the teacher's multi_modal_projector is offloaded: keep it in memory (device_map) for a student that fetches it"
         )
     dtype = min(a.dtype, b.dtype, key=lambda d: d.itemsize)
     return torch.equal(a.to(b.device, dtype), b.to(dtype))

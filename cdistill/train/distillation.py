@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cdistill.data.builtin import IGNORE_INDEX
 from cdistill.models.load import Model
-from cdistill.models.pair import check_pair, shares_encoder
+from cdistill.models.pair import CommonEncoder, check_frozen, check_pair, common_parameters, unwrapped
 from cdistill.models.parts import part_of
 from cdistill.train.config import KDConfig
 from cdistill.train.model import DistillationModel
@@ -26,9 +26,18 @@ class Distillation(nn.Module):
     The student is ``distillation.student``.
     """
 
-    def __init__(self, losses: DistillationModel, student: Model, *, vat_weight: float) -> None:
+    def __init__(
+        self,
+        losses: DistillationModel,
+        student: Model,
+        *,
+        vat_weight: float,
+        common: Mapping[str, nn.Parameter],
+        looks_once: Callable[[], bool],
+    ) -> None:
         super().__init__()
         self.losses, self.vat_weight = losses, vat_weight
+        self._common = (common, looks_once)
         self._given = (student,)  # a tuple hides it from nn.Module, which has its layers already
 
     @property
@@ -58,6 +67,7 @@ class Distillation(nn.Module):
             if given.get(name) is None:
                 raise ValueError(f"{name} must be in the batch")
         self._follow(given["input_ids"].device)
+        self._look_again()
         sums = self.losses(**given)
         labels = given["labels"]
         tokens = (labels[:, 1:] != IGNORE_INDEX).sum().clamp(min=1)
@@ -67,11 +77,20 @@ class Distillation(nn.Module):
         terms = [result[name] * weight for name, weight in weights.items() if name in result]
         return {"loss": torch.stack([*terms, sums["idle"]] if "idle" in sums else terms).sum()} | result
 
+    def _look_again(self) -> None:
+        """What was true of the models when they were given may have changed: trained parameters, weights loaded since."""
+        common, looks_once = self._common
+        check_frozen(common)
+        if self.losses.teacher is not None:
+            self.losses.teacher.shares_vision = looks_once()
+
     def _follow(self, device: torch.device) -> None:
         """Bring the teacher to the batch: an accelerator moves the student alone."""
         model: Any = self.losses.teacher and self.losses.teacher.model
+        if model is None or model.device == device:
+            return
         held = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
-        if model is not None and not held and model.device != device:
+        if not held and not any(p.is_meta for p in model.parameters()):  # meta: offloaded
             model.to(device)
 
 
@@ -82,6 +101,7 @@ def distill(
     vat: VATConfig | VAT | None = None,
     kd: KDConfig | None = None,
     vat_weight: float = 1.0,
+    train_vision: bool = False,
 ) -> Distillation:
     """Wrap a teacher and a student for training with any loop (SPEC section 4: L_ar + L_kd + L_vat)::
 
@@ -89,8 +109,9 @@ def distill(
         losses = distillation(batch)
         losses["loss"].backward()
 
-    The teacher is frozen, put into eval mode and follows the batches to their device; what of the student is trained is up to
-    the caller. Two LLaVAs with one vision encoder, frozen, look at the images once; other models each look for themselves.
+    The teacher is frozen, put into eval mode and follows the batches to their device. The student's vision encoder is frozen,
+    as in the paper; what else is trained is up to the caller, and so is all of a peft model. Two LLaVAs look at the images
+    once while their vision encoders are equal and frozen; other models each look for themselves.
 
     Args:
         teacher, student: multimodal models of transformers with one tokenizer and one image processor, in whatever dtypes;
@@ -98,19 +119,24 @@ def distill(
         vat: visual attention alignment (paper section 4.1), by default `VATConfig()`; a `VAT` for adaptive matching.
         kd: divergence over the vocabulary and its weight, by default `KDConfig()`; with weight 0 it is left out.
         vat_weight: weight of the alignment; with 0 it is left out.
+        train_vision: leave the student's vision encoder as it is given, instead of freezing it.
 
     Raises:
         ValueError: the models cannot be distilled: other visual tokens or vocabularies, attention that cannot be aligned,
-            layers that cannot be matched, a head that is more than a linear layer.
+            layers that cannot be matched, a head that is more than a linear layer, a peft method that does more than change
+            layers, a trained parameter that is the teacher's, too.
     """
     for name, value in (("vat_weight", vat_weight), ("kd.weight", (kd or KDConfig()).weight)):
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be at least 0 and finite, got {value}")
     kd = kd or KDConfig()
     given = student
-    # A peft model's layers are in the model that it wraps.
-    student, teacher = (m.get_base_model() if hasattr(m, "get_base_model") else m for m in (student, teacher))
+    student, teacher = unwrapped(student, "student"), unwrapped(teacher, "teacher")
     check_pair(student, teacher, shared=False)
+    freezes = not train_vision and not hasattr(given, "peft_config")
+    encoder = [p for name, p in student.named_parameters() if part_of(name) == "vision"] if freezes else []
+    common = common_parameters(student, teacher, frozen=encoder)
+    looks_once = CommonEncoder(student, teacher)
     used = {"ar": True, "kd": kd.weight > 0, "vat": vat_weight > 0}
     aligned = vat if isinstance(vat, VAT) else None
     if aligned is None and used["vat"]:
@@ -119,15 +145,11 @@ def distill(
     model = DistillationModel(
         student,
         Objective(tuple(name for name, is_used in used.items() if is_used), ("language", "adapter")),
-        teacher=Teacher(teacher, shares_vision=shares_encoder(student, teacher) and _is_frozen(student)),
+        teacher=Teacher(teacher, shares_vision=looks_once()),
         kd=kd,
         vat=aligned if used["vat"] else None,
         pads_right=False,
     )
-    return Distillation(model, given, vat_weight=vat_weight)
-
-
-def _is_frozen(student: Model) -> bool:
-    """Whether nothing is trained of what a LLaVA would share with its teacher."""
-    shared = [p for name, p in student.named_parameters() if part_of(name) in ("vision", "fetched")]
-    return not any(p.requires_grad for p in shared)
+    for parameter in encoder:
+        parameter.requires_grad_(False)
+    return Distillation(model, given, vat_weight=vat_weight, common=common, looks_once=looks_once)

@@ -61,13 +61,15 @@ class VocabularyLosses(nn.Module):
             hidden,
             head.weight.to(hidden.dtype),
             teacher_hidden,
-            None if teacher_hidden is None or teacher_head is None else teacher_head.weight.to(teacher_hidden.dtype),
+            None if teacher_hidden is None or teacher_head is None else teacher_head.weight.to(teacher_hidden),
             labels,
             divergence=self.kd.divergence,
             temperature=self.kd.temperature,
             beta=self.kd.beta,
             student_bias=head.bias,
-            teacher_bias=None if teacher_head is None else teacher_head.bias,
+            teacher_bias=None
+            if teacher_head is None or teacher_head.bias is None
+            else teacher_head.bias.to(hidden.device),
             teacher_topk=topk,
             loss_weights=(1.0, self.kd.weight),
         )
@@ -75,6 +77,7 @@ class VocabularyLosses(nn.Module):
 
 
 # What some families do to logits after the head (Gemma, Cohere, Granite).
+_WHOLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 AFTER_THE_HEAD = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling")
 
 
@@ -91,6 +94,12 @@ def _require_plain_head(model: Model, side: str, *, linear: bool) -> None:
         raise ValueError(
             f"the {side}'s lm_head must be a torch.nn.Linear for the KD loss, got {type(head).__module__}."
             f"{type(head).__qualname__}: leave lm_head out of LoRA's target_modules and modules_to_save and out of quantisation"
+        )
+    weight = head.weight
+    if linear and not (type(weight).__module__.startswith("torch.") and weight.dtype in _WHOLE):
+        raise ValueError(
+            f"the {side}'s lm_head has a quantised weight ({type(weight).__qualname__}, {weight.dtype}): leave lm_head out of "
+            "quantisation for the KD loss"
         )
 
 
@@ -133,11 +142,8 @@ class DistillationModel(nn.Module):
         if teacher is not None and not isinstance(inner, Teacher):
             teacher = Teacher(teacher, shares_vision=isinstance(student, Llava) and isinstance(teacher, Llava))
         self._teacher = (teacher if objective.distils else None,)  # a tuple hides it from nn.Module
-        if "ar" in objective.losses:
-            _require_plain_head(student, "student", linear="kd" in objective.losses)
+        self._require_plain_heads()
         if "kd" in objective.losses:
-            if self.teacher is not None:
-                _require_plain_head(self.teacher.model, "teacher", linear=True)
             self.vocabulary_losses = VocabularyLosses(self.kd)
         if "patch" in objective.losses:
             self.patch_head = nn.Linear(student.config.vision_config.hidden_size, sum(patch_classes))
@@ -148,6 +154,13 @@ class DistillationModel(nn.Module):
             self._visual_token_ids = visual_token_ids(student)
         if vat is not None or "ground" in objective.losses:
             install(student)
+
+    def _require_plain_heads(self) -> None:
+        """Before every batch, too: what a caller holds may change."""
+        if "ar" in self.objective.losses:
+            _require_plain_head(self.student, "student", linear="kd" in self.objective.losses)
+        if "kd" in self.objective.losses and self.teacher is not None:
+            _require_plain_head(self.teacher.model, "teacher", linear=True)
 
     @property
     def teacher(self) -> Teacher | None:
@@ -318,6 +331,7 @@ class DistillationModel(nn.Module):
     def _vocabulary_losses(
         self, hidden: Tensor, targets: Tensor, teacher_hidden: Tensor | None, topk: tuple[Tensor, Tensor] | None
     ) -> dict[str, Tensor]:
+        self._require_plain_heads()
         head = head_of(self.student)
         if "kd" not in self.objective.losses:
             return {"ar": F.cross_entropy(head(hidden).float(), targets, reduction="sum")}

@@ -69,9 +69,11 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, labelled: Tensor, recorder: Any, shared: SharedVision | None = None, **inputs: Any) -> Tensor:
         """(N, d_T) hidden states at the labelled places (N,) of the batch's B * T tokens; ``recorder`` sees the attention."""
+        self.eval()  # the student's train() reaches modules that the two have in common
         if self.shares_vision:
             inputs["inputs_embeds"] = teacher_embeddings(self.model, inputs.pop("input_ids"), shared)
-        return hidden_states(self.model, inputs, recorder).flatten(0, 1)[labelled]
+        hidden = hidden_states(self.model, inputs, recorder)
+        return hidden.to(labelled.device).flatten(0, 1)[labelled]  # a device map may end on another device
 
     def train(self, mode: bool = True) -> Teacher:
         """Stay in eval mode."""
@@ -79,15 +81,28 @@ class Teacher(nn.Module):
 
     @contextmanager
     def head(self) -> Iterator[nn.Linear]:
-        """The layer that makes logits, gathered if it is partitioned."""
+        """The layer that makes logits, gathered if it is partitioned, loaded if it is offloaded."""
         head = head_of(self.model)
         if not is_partitioned(head):
-            yield head
+            yield from _loaded(head)
             return
         import deepspeed
 
         with deepspeed.zero.GatheredParameters(list(head.parameters())):
             yield head
+
+
+def _loaded(layer: nn.Linear) -> Iterator[nn.Linear]:
+    """The layer, with its weights while it is in use if accelerate has offloaded them."""
+    hook: Any = getattr(layer, "_hf_hook", None)
+    if not layer.weight.is_meta or hook is None:
+        yield layer
+        return
+    hook.pre_forward(layer)
+    try:
+        yield layer
+    finally:
+        hook.post_forward(layer, None)
 
 
 def partitioned(teacher: Teacher, *, precision: str, offload: bool) -> Any:
