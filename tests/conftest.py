@@ -53,3 +53,13 @@ def models(tmp_path_factory):
     save_teacher(folder / "teacher")
     save_base(folder / "base")
     return folder
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Warm processes of a distributed run (`ranks.Ranks`)."""
+    from ranks import Ranks
+
+    held = Ranks()
+    yield held
+    held.close()

@@ -112,8 +112,8 @@ class SharedVision(NamedTuple):
 def share_vision(student: Llava, pixel_values: Tensor | None, *, idle: bool = False) -> SharedVision | None:
     """Look at (I, 3, H, W) pixels with the frozen parts of the student that are also the teacher's; None without images.
 
-    With ``idle`` a blank is looked at where there are none: under ZeRO-3 every process must run the same modules in the same
-    order, and another one may have images.
+    With ``idle`` a blank is looked at where there are none: every process must have the same graph, and another one may have
+    images (`cdistill.train.blank`).
     """
     shown = pixel_values is not None
     if pixel_values is None:
@@ -154,5 +154,6 @@ def _embeddings(model: Llava, input_ids: Tensor, shared: SharedVision | None, to
     if shared is None or shared.shown:
         return merge_visual_tokens(model, input_ids, tokens)
     assert tokens is not None
-    embeds = merge_visual_tokens(model, input_ids, None)
-    return embeds + 0.0 * tokens.sum().to(embeds.dtype)  # keeps the adapter in the graph
+    embeds = merge_visual_tokens(model, input_ids, None)  # refuses image tokens
+    nowhere = torch.zeros_like(input_ids, dtype=torch.bool).unsqueeze(-1)
+    return embeds.masked_scatter(nowhere, tokens.to(embeds.dtype))  # as in `merge_visual_tokens`: the same graph

@@ -12,12 +12,12 @@ from cdistill.data.builtin import IGNORE_INDEX
 from cdistill.models.llava import Llava, SharedVision, share_vision, student_embeddings
 from cdistill.models.load import Model
 from cdistill.models.parts import has_vision, head_of, part_of
-from cdistill.models.taf import TAFAdapter
 from cdistill.ops import linear_distillation
+from cdistill.train.blank import is_partitioned, must_look
 from cdistill.train.config import KDConfig
 from cdistill.train.inside import inside, open_inside
 from cdistill.train.objectives import Objective
-from cdistill.train.teacher import Teacher, hidden_states, is_partitioned
+from cdistill.train.teacher import Teacher, hidden_states
 from cdistill.vat import (
     VAT,
     LayerDistances,
@@ -191,7 +191,8 @@ class DistillationModel(nn.Module):
         Samples packed into rows come with the ``position_ids`` that tell them apart, and without ``attention_mask``.
         ``samples`` is how many a batch holds. What a teacher gave earlier comes as ``teacher_values`` and ``teacher_indices``
         (N, K), its largest log-probabilities, and ``teacher_targets`` (L, B, [Hq,] R, V).
-        ``idle`` is a zero that keeps trained parameters without work in the graph: all ranks reduce the same gradients.
+        ``idle`` is a zero that keeps an adapter without work in the graph; with several processes a micro-batch without
+        images runs the vision path on a blank instead (`cdistill.train.blank`): all ranks reduce the same gradients.
         """
         if "patch" in self.objective.losses:
             assert pixel_values is not None
@@ -312,15 +313,14 @@ class DistillationModel(nn.Module):
         if key_mask is not None:
             inputs["attention_mask"] = key_mask
         if self._composed:
-            partitioned = pixel_values is None and self._is_partitioned()
-            return share_vision(self.student, pixel_values, idle=partitioned), inputs
+            idle = pixel_values is None and (must_look(self.student) or self._teacher_is_partitioned())
+            return share_vision(self.student, pixel_values, idle=idle), inputs
         if pixel_values is not None:
             inputs["pixel_values"] = pixel_values
         return None, inputs
 
-    def _is_partitioned(self) -> bool:
-        """Whether ZeRO-3 holds the student or the teacher."""
-        return is_partitioned(self.student) or (self.teacher is not None and is_partitioned(self.teacher))
+    def _teacher_is_partitioned(self) -> bool:
+        return self.teacher is not None and is_partitioned(self.teacher)
 
     def _patches(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
         hidden = self.student.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
@@ -368,16 +368,12 @@ class DistillationModel(nn.Module):
         return StudentAlignment(matches, regions, [target] * len(matches), key_mask=None)
 
     def _idle_adapter(self) -> dict[str, Tensor]:
-        if not self._composed:
-            named = self.student.named_parameters()
-            trained = [p for name, p in named if p.requires_grad and part_of(name) == "adapter"]
-            return {"idle": 0.0 * torch.stack([p.float().sum() for p in trained]).sum()} if trained else {}
-        if self._is_partitioned():
-            return {}  # it has run on a blank
-        adapter = self.student.model.multi_modal_projector
-        layer: Any = adapter.map if isinstance(adapter, TAFAdapter) else adapter
-        first = next(m for m in layer.modules() if isinstance(m, nn.Linear))
-        return {"idle": 0.0 * layer(first.weight.new_zeros(1, first.in_features)).float().sum()}
+        """A zero that gives the adapter gradients of 0 in a single process, where the vision path need not run for it."""
+        if must_look(self.student) or (self._composed and self._teacher_is_partitioned()):
+            return {}  # it has looked at a blank
+        named = self.student.named_parameters()
+        trained = [p for name, p in named if p.requires_grad and part_of(name) == "adapter"]
+        return {"idle": 0.0 * torch.stack([p.float().sum() for p in trained]).sum()} if trained else {}
 
 
 def _labelled(labels: Tensor) -> Tensor:

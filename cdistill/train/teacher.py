@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from cdistill.models.llava import Llava, SharedVision, teacher_embeddings
 from cdistill.models.load import DTYPES, Model
-from cdistill.models.parts import VISUAL_MODULES, has_vision, head_of, language_model
+from cdistill.models.parts import VISUAL_MODULES, head_of, language_model
 from cdistill.models.taf import TAFAdapter
+from cdistill.train.blank import is_partitioned, looking
 from cdistill.train.config import TeacherMemory
 from cdistill.train.zero import teacher_config
 from cdistill.vat.hook import KEYWORD
@@ -21,23 +22,15 @@ from cdistill.vat.hook import KEYWORD
 TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids")
 
 
-def is_partitioned(model: nn.Module) -> bool:
-    """Whether ZeRO-3 has partitioned a model's parameters: then every rank must run the same modules."""
-    return any(hasattr(p, "ds_id") for p in model.parameters())
-
-
 def hidden_states(model: Model, inputs: dict[str, Any], recorder: Any) -> Tensor:
     """(B, T, d) last hidden states of a language model or, with its own vision encoder, of a multimodal model."""
-    if has_images := any(name not in TEXT_INPUTS for name in inputs if name != "inputs_embeds"):
-        inputs = {name: _as_model(model, value) for name, value in inputs.items()}
-    if not has_images and "input_ids" in inputs and has_vision(model) and is_partitioned(model):
-        raise ValueError(
-            "a micro-batch holds no image: under ZeRO-3 (deepspeed, teacher_memory.zero) processes with and without one "
-            f"would wait for each other forever in a {model.config.model_type} model; use deepspeed 2 or samples with images"
-        )
     extra = {} if recorder is None else {KEYWORD: recorder}
-    whole = language_model(model) if "inputs_embeds" in inputs else model.model
-    return whole(**inputs, use_cache=False, **extra).last_hidden_state
+    if "inputs_embeds" in inputs:
+        return language_model(model)(**inputs, use_cache=False, **extra).last_hidden_state
+    with looking(model, inputs) as inputs:
+        if any(name not in TEXT_INPUTS for name in inputs):
+            inputs = {name: _as_model(model, value) for name, value in inputs.items()}
+        return model.model(**inputs, use_cache=False, **extra).last_hidden_state
 
 
 def _as_model(model: Model, value: Any) -> Any:

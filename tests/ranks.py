@@ -1,0 +1,135 @@
+"""Processes of a distributed run that stay alive between calls: ``Ranks`` runs functions of test modules on them.
+
+They are forked from one process with everything imported (multiprocessing's fork server), join one gloo group and then wait
+for calls, so that a call costs no start. A group in which a call failed or hung is replaced by a new one.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+HANGS = 120  # seconds, for a call that takes a few
+ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+PRELOADED = ["rank_imports"]
+
+
+class RankError(AssertionError):
+    """A call failed or hung on a rank; the message is its traceback."""
+
+
+class Ranks:
+    """Groups of processes, one for each number of them that is asked for; a group of 1 is a plain process without a group."""
+
+    def __init__(self):
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(PRELOADED)
+        self.groups = {}
+        self.folder = tempfile.TemporaryDirectory()
+
+    def call(self, function, *args, world=2, timeout=HANGS):
+        """What a function of a module, called by every rank with the same arguments, returns on each of them."""
+        results = self.start(function, *args, world=world)
+        return results(timeout)
+
+    def start(self, function, *args, world=2):
+        """As `call`, but returns at once a function that waits for the results."""
+        if world not in self.groups:
+            self.groups[world] = self._fork(world)
+        pipes = self.groups[world][1]
+        for pipe in pipes:
+            pipe.send((function, args))
+        return lambda timeout=HANGS: self._results(world, timeout)
+
+    def _results(self, world, timeout):
+        pipes = self.groups[world][1]
+        deadline, answers = time.monotonic() + timeout, {}
+        while len(answers) < world and not any(error for error, _ in answers.values()):
+            waiting = [pipe for i, pipe in enumerate(pipes) if i not in answers]
+            ready = multiprocessing.connection.wait(waiting, max(0, deadline - time.monotonic()))
+            if not ready:
+                answers |= {i: ("it hangs", None) for i in range(world) if i not in answers}
+            for pipe in ready:
+                try:
+                    answers[pipes.index(pipe)] = pipe.recv()
+                except EOFError:
+                    answers[pipes.index(pipe)] = ("it has died", None)
+        failed = {rank: error for rank, (error, _) in answers.items() if error}
+        if failed:
+            self._end(world)
+            raise RankError("\n".join(f"rank {rank} of {world}: {error}" for rank, error in failed.items()))
+        return [answers[rank][1] for rank in range(world)]
+
+    def _fork(self, world):
+        before = dict(os.environ)
+        path = os.pathsep.join((str(ROOT), str(ROOT / "tests"), before.get("PYTHONPATH", "")))
+        os.environ.update({**ENVIRONMENT, "PYTHONPATH": path})  # of the fork server, if this starts it
+        store = Path(self.folder.name) / f"{world}-{time.monotonic_ns()}"
+        processes, pipes = [], []
+        try:
+            for rank in range(world):
+                ours, theirs = self.context.Pipe()
+                process = self.context.Process(target=_serve, args=(theirs, rank, world, str(store)), daemon=True)
+                process.start()
+                theirs.close()
+                processes.append(process)
+                pipes.append(ours)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        return processes, pipes
+
+    def _end(self, world):
+        processes, pipes = self.groups.pop(world)
+        for process, pipe in zip(processes, pipes, strict=True):
+            pipe.close()
+            process.kill()
+            process.join()
+
+    def close(self):
+        """End all processes."""
+        for world in list(self.groups):
+            self._end(world)
+        self.folder.cleanup()
+
+
+def _serve(pipe, rank, world, store):
+    """Carry out calls until the other end of the pipe is closed."""
+    import torch
+    import torch.distributed as dist
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    os.environ.update(ENVIRONMENT)
+    if world > 1:
+        here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        os.environ.update({name: str(value) for name, value in here.items()})
+        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            break
+        before = dict(os.environ)
+        try:
+            answer = None, function(*args)
+        except BaseException:
+            answer = traceback.format_exc(), None
+        os.environ.clear()
+        os.environ.update(before)
+        sys.stdout.flush()
+        with contextlib.suppress(BrokenPipeError):
+            pipe.send(answer)
+    os._exit(0)  # not through what atexit does with a group whose other ranks may be gone
