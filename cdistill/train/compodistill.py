@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,7 +143,7 @@ def _opened(value: Any) -> Image.Image:
         return value
     if isinstance(value, bytes):
         return open_image(ImageBytes("an image of the batch", value))
-    return open_image(find_image("/", value, allow_urls=False))
+    return open_image(find_image(Path("/"), value, allow_urls=False))
 
 
 class CompoDistillTrainer(Trainer):
@@ -182,7 +183,7 @@ class CompoDistillTrainer(Trainer):
         model: PreTrainedModel | nn.Module | str,
         teacher_model: PreTrainedModel | nn.Module | str,
         args: CompoDistillConfig | None = None,
-        data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         train_dataset: Dataset | Any | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | Any | None = None,
         processing_class: Any = None,
@@ -201,17 +202,17 @@ class CompoDistillTrainer(Trainer):
                 f"one process sees {args.n_gpu} GPUs, and torch.nn.DataParallel cannot split a teacher: start one process for "
                 "each (torchrun, accelerate launch), or let this one see a single GPU (CUDA_VISIBLE_DEVICES=0)"
             )
-        model = _loaded(model, args.model_init_kwargs)
-        teacher_model = _loaded(teacher_model, args.teacher_model_init_kwargs)
+        student: Any = _loaded(model, args.model_init_kwargs)
+        teacher = _loaded(teacher_model, args.teacher_model_init_kwargs)
         if peft_config is not None:
-            if hasattr(model, "peft_config"):
+            if hasattr(student, "peft_config"):
                 raise ValueError("peft_config must be None: the model is a peft model already")
             from peft import get_peft_model
 
-            model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+            student = get_peft_model(student, peft_config)
         self.distillation = distill(
-            teacher_model,
-            model,
+            teacher,
+            student,
             vat=_made(VATConfig, "vat", args.vat) if vat is None else vat,
             kd=_made(KDConfig, "kd", args.kd),
             vat_weight=args.vat_weight,
@@ -222,7 +223,7 @@ class CompoDistillTrainer(Trainer):
         if data_collator is None:
             raise ValueError("data_collator or processing_class must be given, to make batches of the rows")
         super().__init__(
-            model=model,
+            model=student,
             args=args,
             data_collator=data_collator,
             train_dataset=train_dataset,
@@ -240,8 +241,8 @@ class CompoDistillTrainer(Trainer):
         self._train_terms: dict[str, Tensor] = {}
         self._eval_terms: dict[str, Tensor] = {}
         self._logged_step = 0
-        if hasattr(model, "add_model_tags"):
-            model.add_model_tags(self._tag_names)
+        if hasattr(student, "add_model_tags"):
+            student.add_model_tags(self._tag_names)
 
     def _refuse_parallelism(self) -> None:
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
@@ -258,15 +259,6 @@ class CompoDistillTrainer(Trainer):
         """The teacher."""
         teacher = self.distillation.losses.teacher
         return None if teacher is None else teacher.model
-
-    def _set_signature_columns_if_needed(self) -> None:
-        """Also those from which `ConversationCollator` makes batches."""
-        super()._set_signature_columns_if_needed()
-        columns: Any = self._signature_columns
-        if isinstance(self.data_collator, ConversationCollator):
-            self._signature_columns = [
-                *dict.fromkeys([*columns, "messages", "conversations", "prompt", "completion", "image", "images", "id"])
-            ]
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """Labels of the batches and, kept for `compute_loss`, their samples, over all processes that average them."""
@@ -347,7 +339,8 @@ class CompoDistillTrainer(Trainer):
             terms[name] = total / max(count, 1)
         if terms:
             loss = sum(self.distillation.weights[name] * value for name, value in terms.items())
-            output.metrics.update({f"{prefix}_{name}": value for name, value in {"loss": loss, **terms}.items()})
+            metrics: Any = output.metrics
+            metrics.update({f"{prefix}_{name}": value for name, value in {"loss": loss, **terms}.items()})
         return output
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -188,8 +188,8 @@ class Distillation(nn.Module):
         if samples is None:
             samples = sums.get("samples", torch.ones(()))
         tokens, samples = (torch.as_tensor(n, device=labels.device).clamp(min=1) for n in (tokens, samples))
-        result = {name: sums[name] / tokens for name in ("ar", "kd") if name in sums}
-        result |= {name: sums[name] / samples for name in ("vat", "vat_layers") if name in sums}
+        result: dict[str, Tensor] = {name: sums[name] / tokens for name in ("ar", "kd") if name in sums}
+        result.update({name: sums[name] / samples for name in ("vat", "vat_layers") if name in sums})
         terms = [result[name] * weight for name, weight in self.weights.items() if name in result]
         return {"loss": torch.stack([*terms, sums["idle"]] if "idle" in sums else terms).sum()} | result
 
