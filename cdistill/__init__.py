@@ -5,11 +5,19 @@ transformers in the same process TAF students load by its auto classes (`cdistil
 """
 
 import sys
+from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cdistill._register import install as _install
+
+if TYPE_CHECKING:
+    from cdistill.train.compodistill import CompoDistillConfig as CompoDistillConfig
+    from cdistill.train.compodistill import CompoDistillTrainer as CompoDistillTrainer
+    from cdistill.train.distillation import Distillation as Distillation
+    from cdistill.train.distillation import distill as distill
 
 __version__ = "0.1.0"
 
@@ -32,9 +40,19 @@ _mount_kernels()
 _install()
 
 
-def __getattr__(name: str) -> object:
-    if name == "distill":
-        from cdistill.train.distillation import distill
+_LAZY = {
+    "distill": "cdistill.train.distillation",
+    "Distillation": "cdistill.train.distillation",
+    "CompoDistillTrainer": "cdistill.train.compodistill",
+    "CompoDistillConfig": "cdistill.train.compodistill",
+}
 
-        return distill
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_LAZY]

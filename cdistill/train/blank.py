@@ -125,8 +125,10 @@ def _blank(model: Any, method: str, pixels: str, grid: str) -> dict[str, Tensor]
         return {pixels: image}
     sizes = torch.tensor([[height, width]])
     pinpoints = getattr(config, "image_grid_pinpoints", None)
-    if pinpoints is None:
-        return {pixels: image, "image_sizes": sizes}
+    if pinpoints is None:  # LLaVA's encoders but Pixtral have no sizes to divide
+        tower = getattr(model.model, "vision_tower", None)
+        sized = tower is None or hasattr(tower, "patch_size")
+        return {pixels: image, "image_sizes": sizes} if sized else {pixels: image}
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
     tiles = image_size_to_num_patches([height, width], pinpoints, size)

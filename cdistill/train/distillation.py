@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,9 @@ from cdistill.data.builtin import IGNORE_INDEX
 from cdistill.models.load import Model
 from cdistill.models.pair import CommonEncoder, check_frozen, check_pair, common_parameters, unwrapped
 from cdistill.models.parts import part_of
+from cdistill.train.callers import Route, Window, window_of_trainer
 from cdistill.train.config import KDConfig
+from cdistill.train.inside import inside, open_inside
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import Objective
 from cdistill.train.teacher import Teacher
@@ -22,9 +25,14 @@ from cdistill.vat import VAT, VATConfig, attention_layers
 class Distillation(nn.Module):
     """Two models as one module from a batch to its losses; made by `cdistill.distill`.
 
-    Its parameters are the student's alone: hand it to an optimizer, an accelerator or an engine in the student's place.
-    The student is ``distillation.student``.
+    It stands in the student's place, for an optimizer, an accelerator, an engine or transformers' Trainer: parameters,
+    modules and ``state_dict`` are the student's alone, under the student's names, and what is not defined here
+    (``config``, ``save_pretrained``, ``generate``, ``gradient_checkpointing_enable``, ...) is the student's, too.
+    The student is ``distillation.student``, the teacher in none of the lists.
     """
+
+    accepts_loss_kwargs = True  # transformers' Trainer: losses are divided by num_items_in_batch
+    loss_type = "ForCausalLM"  # and labels are shifted here
 
     def __init__(
         self,
@@ -36,16 +44,68 @@ class Distillation(nn.Module):
         looks_once: Callable[[], bool],
     ) -> None:
         super().__init__()
-        self.losses, self.vat_weight = losses, vat_weight
+        for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+            self.__dict__[name] = student.__dict__[name]  # the same objects: what is replaced there is replaced here
+        self.training = student.training
+        self.vat_weight = vat_weight
         self._common = (common, looks_once)
-        self._given = (student,)  # a tuple hides it from nn.Module, which has its layers already
+        self._held = (losses, student)  # a tuple hides them from nn.Module, which has the student's modules already
+        for module in {id(m): m for m in (student, losses.student)}.values():
+            open_inside(module)
+        self._route = Route(student)
+        self._window: Window | None = None
 
     @property
     def student(self) -> Model:
         """The trained model, as it was given."""
-        return self._given[0]
+        return self._held[1]
 
-    def forward(self, batch: Mapping[str, Tensor] | None = None, **inputs: Tensor) -> dict[str, Tensor]:
+    @property
+    def losses(self) -> DistillationModel:
+        """What computes the losses, as sums."""
+        return self._held[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student is."""
+        return self.student.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the student."""
+        return self.student.dtype
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_held" not in self.__dict__:
+                raise
+            return getattr(self.student, name)
+
+    def train(self, mode: bool = True) -> Distillation:
+        """Put the student into training mode; the teacher stays in eval mode."""
+        super().train(mode)
+        self.student.train(mode)
+        return self
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """Write the student as its own ``save_pretrained`` does."""
+        self.student.save_pretrained(save_directory, **options)
+
+    def forward(
+        self,
+        batch: Mapping[str, Tensor] | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        num_samples_in_batch: Tensor | int | None = None,
+        **inputs: Tensor,
+    ) -> dict[str, Tensor]:
         """The losses of a batch, given as a mapping or as keywords.
 
         Args:
@@ -53,29 +113,105 @@ class Distillation(nn.Module):
                 either side, pixel values and whatever else the family takes; and ``labels`` (B, T), not shifted, -100 outside
                 the answers. Samples packed into rows come without ``attention_mask`` but with the ``position_ids`` that tell
                 them apart (`cdistill.vat.packed_regions`), and with labels -100 at their first tokens.
+            num_items_in_batch: labels (from each row's second token on) of the whole batch where this is a part of it, as
+                with accumulated gradients: ``ar`` and ``kd`` are divided by it. By default the labels given.
+            num_samples_in_batch: samples of the whole batch, by which ``vat`` is divided. By default those given or, in a
+                ``transformers.Trainer``, those of the batches whose gradients it accumulates.
 
         Returns:
             fp32 scalars ``loss`` = ar + kd.weight * kd + vat_weight * vat, to be differentiated, and its terms: ``ar`` and
             ``kd`` in nats, means over the labels of the batch, ``vat``, the mean over its samples (those without image count
-            0); ``vat_layers`` (L,), detached, vat of every matched student layer.
+            0); ``vat_layers`` (L,), detached, vat of every matched student layer. A batch without labels gives zeros.
 
         Raises:
-            ValueError: labels or input_ids are missing.
+            ValueError: labels or input_ids are missing; only one of the two numbers is given; or the call goes around what
+                wraps the student (DistributedDataParallel, an engine), or around the number of items that Trainer counted.
         """
-        given = {**(batch or {}), **inputs}
+        named = {
+            "input_ids": input_ids,
+            "labels": labels,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "pixel_values": pixel_values,
+        }
+        given: dict[str, Any] = {**(batch or {}), **{k: v for k, v in named.items() if v is not None}, **inputs}
+        num_items_in_batch = given.pop("num_items_in_batch", num_items_in_batch)
+        num_samples_in_batch = given.pop("num_samples_in_batch", num_samples_in_batch)
+        if getattr(self, "_is_replica", False):
+            raise ValueError(
+                "torch.nn.DataParallel splits a batch between threads, which cannot share a teacher: start one process for "
+                "each GPU (torchrun, accelerate launch), or let this one see a single GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
+        if torch.is_grad_enabled():
+            self._route.check(self, counted=num_items_in_batch is not None)
+        if num_items_in_batch is not None and num_samples_in_batch is None and self.losses.vat is not None:
+            num_samples_in_batch = self._samples_of_window(given)
+        return self.through(self.student, given, tokens=num_items_in_batch, samples=num_samples_in_batch)
+
+    def through(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Tensor],
+        *,
+        tokens: Tensor | int | None = None,
+        samples: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        """As `forward`, by a call of ``model``: the student, or whatever has been wrapped around it.
+
+        ``tokens`` and ``samples`` are those of the whole batch where this is a part.
+        """
         for name in ("input_ids", "labels"):
-            if given.get(name) is None:
+            if batch.get(name) is None:
                 raise ValueError(f"{name} must be in the batch")
-        self._follow(given["input_ids"].device)
-        self._look_again()
-        sums = self.losses(**given)
-        labels = given["labels"]
-        tokens = (labels[:, 1:] != IGNORE_INDEX).sum().clamp(min=1)
-        result = {name: sums[name] / tokens for name in ("ar", "kd") if name in sums}
-        result |= {name: sums[name] / sums["samples"] for name in ("vat", "vat_layers") if name in sums}
-        weights = {"ar": 1.0, "kd": self.losses.kd.weight, "vat": self.vat_weight}
-        terms = [result[name] * weight for name, weight in weights.items() if name in result]
+        base = self.losses.student
+
+        def means(**given: Any) -> dict[str, Tensor]:
+            self._follow(given["input_ids"].device)
+            self._look_again()
+            return self._means(self.losses(**given), given["labels"], tokens, samples)
+
+        def of_base(**given: Any) -> dict[str, Tensor]:
+            return base(**given, **inside(means))
+
+        return model(**batch, **inside(means if base is self.student else of_base))
+
+    def count(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Labels and samples of a batch, as the losses are divided by them."""
+        labels = batch["labels"]
+        return (labels[:, 1:] != IGNORE_INDEX).sum(), self.losses.count_samples(**batch)
+
+    def _means(
+        self, sums: dict[str, Tensor], labels: Tensor, tokens: Tensor | int | None, samples: Tensor | int | None
+    ) -> dict[str, Tensor]:
+        if tokens is None:
+            tokens = (labels[:, 1:] != IGNORE_INDEX).sum()
+        if samples is None:
+            samples = sums.get("samples", torch.ones(()))
+        tokens, samples = (torch.as_tensor(n, device=labels.device).clamp(min=1) for n in (tokens, samples))
+        result: dict[str, Tensor] = {name: sums[name] / tokens for name in ("ar", "kd") if name in sums}
+        result.update({name: sums[name] / samples for name in ("vat", "vat_layers") if name in sums})
+        terms = [result[name] * weight for name, weight in self.weights.items() if name in result]
         return {"loss": torch.stack([*terms, sums["idle"]] if "idle" in sums else terms).sum()} | result
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of each term in the loss."""
+        return {"ar": 1.0, "kd": self.losses.kd.weight, "vat": self.vat_weight}
+
+    @torch.compiler.disable
+    def _samples_of_window(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Samples of the batches whose gradients a Trainer accumulates, over all processes, for its number of items."""
+        window = window_of_trainer(batch)
+        if window is None:
+            raise ValueError(
+                "num_samples_in_batch must be given beside num_items_in_batch: vat is a mean over the samples of the whole "
+                "batch (in transformers.Trainer it is found; cdistill.CompoDistillTrainer counts both)"
+            )
+        if self._window is None or self._window.batches is not window.batches:
+            count = torch.stack([self.count(b)[1] for b in window.batches]).sum()
+            self._window = Window(window.batches, window.reduce(count))  # without the trainer, which holds this module
+        assert self._window.samples is not None
+        return self._window.samples
 
     def _look_again(self) -> None:
         """What was true of the models when they were given may have changed: trained parameters, weights loaded since."""

@@ -15,6 +15,7 @@ from cdistill.models.parts import has_vision, head_of, part_of
 from cdistill.ops import linear_distillation
 from cdistill.train.blank import is_partitioned, must_look
 from cdistill.train.config import KDConfig
+from cdistill.train.inside import inside, open_inside
 from cdistill.train.objectives import Objective
 from cdistill.train.teacher import Teacher, hidden_states
 from cdistill.vat import (
@@ -90,7 +91,7 @@ def _require_plain_head(model: Model, side: str, *, linear: bool) -> None:
     for name in AFTER_THE_HEAD:
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise ValueError(f"the {side}'s {name} {getattr(config, name)} is not supported")
-    if linear and type(head) is not nn.Linear:
+    if linear and not (isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward):
         raise ValueError(
             f"the {side}'s lm_head must be a torch.nn.Linear for the KD loss, got {type(head).__module__}."
             f"{type(head).__qualname__}: leave lm_head out of LoRA's target_modules and modules_to_save and out of quantisation"
@@ -335,13 +336,20 @@ class DistillationModel(nn.Module):
         head = head_of(self.student)
         if "kd" not in self.objective.losses:
             return {"ar": F.cross_entropy(head(hidden).float(), targets, reduction="sum")}
+        open_inside(head)  # what gathers its weight is a hook on its call
         if topk is not None:
-            ar, kd = self.vocabulary_losses(hidden, head, None, None, targets, topk)
+            ar, kd = head(hidden, **inside(lambda x: self.vocabulary_losses(x, head, None, None, targets, topk)))
             return {"ar": ar, "kd": kd}
         assert self.teacher is not None
-        with self.teacher.head() as teacher_head:
-            ar, kd = self.vocabulary_losses(hidden, head, teacher_hidden, teacher_head, targets)
+        with self.teacher.head() as theirs:
+            ar, kd = head(hidden, **inside(lambda x: self.vocabulary_losses(x, head, teacher_hidden, theirs, targets)))
         return {"ar": ar, "kd": kd}
+
+    def count_samples(
+        self, labels: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **more: Tensor
+    ) -> Tensor:
+        """How many samples a batch holds, as alignment is divided by them."""
+        return _count(self._regions(input_ids, labels, attention_mask, more), labels)
 
     def _alignment(self, recorder: Any, ar: Tensor) -> dict[str, Tensor]:
         assert self.vat is not None

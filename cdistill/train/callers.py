@@ -1,0 +1,133 @@
+"""Who calls a `Distillation`: what wraps its student, and the `transformers.Trainer` whose step it is.
+
+A call that goes around DistributedDataParallel, or around the number of items that Trainer has counted, gives losses that look
+right and gradients that are not. Neither is told to a model, so both are looked for.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+LOOKS = 3  # calls with gradients before which wrappers are looked for: the first may be a trial before one wraps
+
+
+class Route:
+    """Whether a call of the student reaches what wraps it; ``check`` is for every call with gradients."""
+
+    def __init__(self, student: nn.Module) -> None:
+        self.student, self._calls = student, 0
+        self._wrappers: list[Any] = []
+
+    @torch.compiler.disable
+    def check(self, distillation: nn.Module, *, counted: bool) -> None:
+        """Raise ValueError for a call that goes around a wrapper or, not ``counted``, around Trainer's number of items."""
+        if not counted:
+            _require_counted()
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return
+        if self._calls < LOOKS:
+            self._calls += 1
+            _refuse_fsdp1(self.student)
+            self._wrappers = _wrappers(next((p for p in self.student.parameters() if p.requires_grad), None))
+        for wrapper in self._wrappers:
+            if not any(frame.f_locals.get("self") is wrapper for frame in _frames()):
+                kind = type(wrapper).__name__
+                raise ValueError(
+                    f"the student's gradients belong to a {kind}, and this call goes around it, so that processes would train "
+                    f"students of their own: call the {kind} of what distill() returned, or use cdistill.CompoDistillTrainer"
+                )
+
+
+def _wrappers(parameter: nn.Parameter | None) -> list[Any]:
+    """Every DistributedDataParallel and engine of DeepSpeed that holds a parameter."""
+    if parameter is None:
+        return []
+    kinds: tuple[type, ...] = (nn.parallel.DistributedDataParallel,)
+    if "deepspeed" in sys.modules:
+        kinds += (sys.modules["deepspeed"].DeepSpeedEngine,)
+    found = [o for o in gc.get_objects() if issubclass(type(o), kinds)]
+    return [wrapper for wrapper in found if any(p is parameter for p in wrapper.parameters())]
+
+
+def _refuse_fsdp1(student: nn.Module) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    wrapped = any(isinstance(m, FullyShardedDataParallel) for m in student.modules())
+    parameters = list(student.parameters())
+    if wrapped or not parameters or any(getattr(p, "_fsdp_flattened", False) for p in parameters):
+        raise ValueError(
+            "FullyShardedDataParallel (FSDP 1) flattens the weights that the losses read: shard with "
+            "torch.distributed.fsdp.fully_shard, or set accelerate's fsdp_version (fsdp_config's version) to 2"
+        )
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _calls_of_trainer() -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Methods of transformers' own Trainer that are running, from the innermost: name, trainer and local variables."""
+    module = sys.modules.get("transformers.trainer")
+    if module is None:
+        return
+    names = ("compute_loss", "training_step", "prediction_step", "_run_epoch", "_inner_training_loop")
+    codes = {getattr(module.Trainer, n).__code__: n for n in names if hasattr(module.Trainer, n)}
+    for frame in _frames():
+        if (name := codes.get(frame.f_code)) is not None:
+            found = frame.f_locals
+            yield name, found["self"], found
+
+
+def _require_counted() -> None:
+    for name, trainer, found in _calls_of_trainer():
+        if name != "training_step":
+            continue
+        items = found.get("num_items_in_batch")
+        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+        undivided = trainer.model_accepts_loss_kwargs and items is not None if scaled is None else scaled
+        steps = getattr(trainer, "current_gradient_accumulation_steps", 1)
+        if undivided and steps > 1:
+            raise ValueError(
+                f"gradients of {steps} batches are added up, and Trainer leaves their mean to the loss: hand "
+                "num_items_in_batch on (distillation(**inputs, num_items_in_batch=num_items_in_batch)), or use "
+                "cdistill.CompoDistillTrainer"
+            )
+        return
+
+
+@dataclass
+class Window:
+    """The batches whose gradients a Trainer adds up."""
+
+    batches: list[Mapping[str, Tensor]]
+    samples: Tensor | None = None  # of all of them and, where Trainer counts so, of all processes
+    trainer: Any = None
+
+    def reduce(self, count: Tensor) -> Tensor:
+        """A count over the processes that `transformers.Trainer` counts items over."""
+        args = self.trainer.args
+        if args.world_size == 1 or not args.average_tokens_across_devices:
+            return count
+        return self.trainer.accelerator.reduce(count.to(args.device), "sum")
+
+
+def window_of_trainer(batch: Mapping[str, Tensor]) -> Window | None:
+    """The window of the Trainer that has asked for the loss of a batch; None where no Trainer has."""
+    for name, trainer, found in _calls_of_trainer():
+        if name == "prediction_step":
+            return Window([batch], trainer=trainer)
+        if "batch_samples" in found:
+            return Window(found["batch_samples"], trainer=trainer)
+    return None

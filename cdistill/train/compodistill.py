@@ -1,0 +1,370 @@
+"""`cdistill.CompoDistillTrainer`: the losses of CompoDistill in transformers' Trainer, in the habits of TRL's trainers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import AutoModelForImageTextToText, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from cdistill.data.batches import PaddingCollator
+from cdistill.data.conversations import Encoder
+from cdistill.data.images import find_image, open_image
+from cdistill.data.records import read_record
+from cdistill.data.samples import ImageBytes
+from cdistill.train.config import KDConfig
+from cdistill.train.distillation import distill
+from cdistill.vat import VATConfig
+
+TERMS = ("ar", "kd", "vat")
+
+
+@dataclass
+class CompoDistillConfig(TrainingArguments):
+    """transformers' `TrainingArguments` and what CompoDistill adds (SPEC section 4: L_ar + L_kd + L_vat).
+
+    Attributes:
+        vat: fields of `cdistill.vat.VATConfig` that are not at their defaults.
+        kd: fields of the divergence over the vocabulary: divergence, temperature, beta, weight.
+        vat_weight: weight of the alignment; 0 leaves it out, as ``kd={"weight": 0}`` does with the divergence.
+        train_vision: train the student's vision encoder, too.
+        template: for rows that the trainer encodes: how a conversation becomes text (`cdistill.data.templates.Template`).
+        max_length: their tokens at most, visual ones included; a longer sample is cut, never within an image.
+        model_init_kwargs, teacher_model_init_kwargs: for ``from_pretrained``, of models given by name.
+
+    Columns that the models do not know stay in the rows (``remove_unused_columns``), and gradient checkpointing is
+    non-reentrant, unless said otherwise.
+
+    Raises:
+        ValueError: a field of ``vat`` or ``kd`` that there is not, or that has another value than it may; reentrant gradient
+            checkpointing, which loses the gradient of the alignment; label smoothing.
+    """
+
+    _VALID_DICT_FIELDS = [  # noqa: RUF012 (as in TrainingArguments)
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "vat",
+        "kd",
+        "model_init_kwargs",
+        "teacher_model_init_kwargs",
+    ]
+
+    remove_unused_columns: bool = False
+    vat: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Fields of the visual attention alignment, such as {'layers': 'all'}."}
+    )
+    kd: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Fields of the divergence over the vocabulary, such as {'weight': 0.5}."}
+    )
+    vat_weight: float = field(default=1.0, metadata={"help": "Weight of the visual attention alignment."})
+    train_vision: bool = field(default=False, metadata={"help": "Train the student's vision encoder, too."})
+    template: str = field(default="auto", metadata={"help": "How a conversation becomes text."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens of a sample at most."})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keywords of from_pretrained for a student given by name."}
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keywords of from_pretrained for a teacher given by name."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("vat", "kd"):
+            value: Any = getattr(self, name)
+            if is_dataclass(value) and not isinstance(value, type):
+                setattr(self, name, asdict(value))
+        super().__post_init__()
+        _made(VATConfig, "vat", self.vat)
+        _made(KDConfig, "kd", self.kd)
+        if not 0 <= self.vat_weight < float("inf"):
+            raise ValueError(f"vat_weight must be at least 0 and finite, got {self.vat_weight}")
+        given: Any = self.gradient_checkpointing_kwargs
+        reentrant = isinstance(given, Mapping) and given.get("use_reentrant")
+        if reentrant and self.vat_weight:
+            raise ValueError(
+                "gradient_checkpointing_kwargs: use_reentrant loses the gradient of the alignment: set it to False, or "
+                "vat_weight to 0"
+            )
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor must be 0: the losses are taken without logits")
+
+
+def _made(kind: Callable[..., Any], name: str, values: Any) -> Any:
+    """A frozen configuration of a field's values. Raises ValueError naming the field."""
+    if values is not None and not isinstance(values, Mapping):
+        raise ValueError(f"{name} must be a mapping of its fields, got {values!r}")
+    try:
+        return kind(**(values or {}))
+    except TypeError as error:
+        raise ValueError(f"{name}: {str(error).partition(') ')[2] or error}") from None
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(name) else f"{name}.{error}") from None
+
+
+class ConversationCollator:
+    """Batches of rows with ``messages`` or ``conversations`` (or ``prompt`` and ``completion``) and ``image`` or ``images``.
+
+    Images are those of PIL, encoded bytes, or paths. Labels are -100 outside the answers.
+
+    Args:
+        processor: of the student, or a tokenizer for text alone.
+        template, max_length: as in `CompoDistillConfig`.
+    """
+
+    def __init__(self, processor: Any, template: str = "auto", max_length: int | None = None) -> None:
+        self.encoder = Encoder(processor, template, max_length)
+        self.collate = PaddingCollator(self.encoder.pad_token_id)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        encoded = []
+        for number, given in enumerate(rows):
+            row = {name: value for name, value in given.items() if value is not None}
+            if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
+                row["messages"] = [*row.pop("prompt"), *row.pop("completion")]
+            sample = read_record(row, _Found, id=str(number), place=f"row {number} of a batch")  # type: ignore[arg-type]
+            images: Any = sample.images
+            encoded.append(self.encoder(sample.messages, [_opened(image.value) for image in images]))
+        return self.collate(encoded)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    value: Any
+
+
+def _opened(value: Any) -> Image.Image:
+    if isinstance(value, Mapping):
+        value = value["path"] if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, bytes):
+        return open_image(ImageBytes("an image of the batch", value))
+    return open_image(find_image(Path("/"), value, allow_urls=False))
+
+
+class CompoDistillTrainer(Trainer):
+    """Distils a teacher into a student by transformers' Trainer (paper section 4)::
+
+        trainer = CompoDistillTrainer(model=student, teacher_model=teacher, args=CompoDistillConfig("out"),
+                                      train_dataset=dataset, processing_class=processor)
+        trainer.train()
+
+    The student is the trainer's model: what is wrapped, evaluated, saved and pushed. The teacher is frozen, follows the
+    batches to their device and is in no checkpoint. ``ar`` and ``kd`` are means over the labels of the global batch (all
+    processes, all accumulated batches), ``vat`` over its samples; each is logged beside ``loss``, and evaluation gives
+    ``eval_loss``, ``eval_ar``, ``eval_kd`` and ``eval_vat``, means over the whole set. One process, DistributedDataParallel,
+    FSDP 2 and DeepSpeed's ZeRO give the same gradients.
+
+    Args:
+        model: the student, or a name for ``AutoModelForImageTextToText.from_pretrained``; it may be a peft model.
+        teacher_model: the teacher, or its name.
+        args: by default `CompoDistillConfig` with ``output_dir`` "compodistill".
+        data_collator: makes what `Distillation.forward` takes, labels included; by default, with ``processing_class``, a
+            `ConversationCollator`.
+        processing_class: the student's processor, saved beside it.
+        peft_config: of the adapters that the student is to get, by ``peft.get_peft_model``.
+        vat: a `cdistill.vat.VAT` in place of ``args.vat``, for adaptive matching.
+        options: Trainer's own: train_dataset, eval_dataset, compute_metrics, callbacks, optimizers,
+            preprocess_logits_for_metrics, ...
+
+    Raises:
+        ValueError: models that cannot be distilled (`cdistill.distill`), or ways to train that cannot work: several GPUs in one
+            process, FSDP 1, tensor, context or sequence parallelism, a loss function of one's own.
+    """
+
+    _tag_names = ["cdistill", "compodistill"]  # noqa: RUF012 (as in TRL)
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str,
+        teacher_model: PreTrainedModel | nn.Module | str,
+        args: CompoDistillConfig | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Dataset | Any | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | Any | None = None,
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        peft_config: Any = None,
+        vat: Any = None,
+        **options: Any,
+    ) -> None:
+        args = CompoDistillConfig("compodistill") if args is None else args
+        if not isinstance(args, CompoDistillConfig):
+            raise ValueError(f"args must be a CompoDistillConfig, got {type(args).__name__}")
+        if options.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func must be None: the losses are CompoDistill's (args.kd, args.vat)")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {args.n_gpu} GPUs, and torch.nn.DataParallel cannot split a teacher: start one process for "
+                "each (torchrun, accelerate launch), or let this one see a single GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
+        student: Any = _loaded(model, args.model_init_kwargs)
+        teacher = _loaded(teacher_model, args.teacher_model_init_kwargs)
+        if peft_config is not None:
+            if hasattr(student, "peft_config"):
+                raise ValueError("peft_config must be None: the model is a peft model already")
+            from peft import get_peft_model
+
+            student = get_peft_model(student, peft_config)
+        self.distillation = distill(
+            teacher,
+            student,
+            vat=_made(VATConfig, "vat", args.vat) if vat is None else vat,
+            kd=_made(KDConfig, "kd", args.kd),
+            vat_weight=args.vat_weight,
+            train_vision=args.train_vision,
+        )
+        if data_collator is None and processing_class is not None:
+            data_collator = ConversationCollator(processing_class, args.template, args.max_length)
+        if data_collator is None:
+            raise ValueError("data_collator or processing_class must be given, to make batches of the rows")
+        super().__init__(
+            model=student,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            **options,
+        )
+        self._refuse_parallelism()
+        # compute_loss divides by the global batch (the second says so since transformers 5.20)
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self.label_names = ["labels"]
+        self._samples: Tensor | None = None  # of the global batch, beside Trainer's num_items_in_batch
+        self._train_terms: dict[str, Tensor] = {}
+        self._eval_terms: dict[str, Tensor] = {}
+        self._logged_step = 0
+        if hasattr(student, "add_model_tags"):
+            student.add_model_tags(self._tag_names)
+
+    def _refuse_parallelism(self) -> None:
+        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+            raise ValueError(
+                "FSDP 1 flattens the weights that the losses read: set fsdp_config's version (accelerate's fsdp_version) to 2"
+            )
+        sizes = {"tensor": self.get_tp_size(), "context": self.get_cp_size(), "sequence": self.get_sp_size()}
+        for kind, size in sizes.items():
+            if size > 1:
+                raise ValueError(f"{kind} parallelism of {size} is not supported: use FSDP 2 or DeepSpeed")
+
+    @property
+    def teacher_model(self) -> Any:
+        """The teacher."""
+        teacher = self.distillation.losses.teacher
+        return None if teacher is None else teacher.model
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """Labels of the batches and, kept for `compute_loss`, their samples, over all processes that average them."""
+        if not batch_samples or batch_samples[0].get("labels") is None:
+            return None
+        counts = [torch.stack(self.distillation.count(batch)) for batch in batch_samples]
+        total = torch.stack(counts).sum(0).to(device)
+        if self._over_processes:
+            total = self.accelerator.reduce(total, "sum")
+        self._samples = total[1]
+        return total[0]
+
+    @property
+    def _over_processes(self) -> bool:
+        return self.args.world_size > 1 and self.args.average_tokens_across_devices
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The weighted sum of the losses of a batch, by a call of whatever has been wrapped around the student."""
+        counted = num_items_in_batch is not None
+        losses = self.distillation.through(
+            model, inputs, tokens=num_items_in_batch, samples=self._samples if counted else None
+        )
+        if counted and self._over_processes:  # which average gradients
+            losses = {name: value * self.args.world_size for name, value in losses.items()}
+        if model.training:
+            for name in TERMS:
+                if name in losses:
+                    _add(self._train_terms, name, losses[name])
+        return (losses["loss"], losses) if return_outputs else losses["loss"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, and beside a training loss the mean of each of its terms since the last time."""
+        if "loss" in logs:
+            steps = max(1, self.state.global_step - self._logged_step)
+            self._logged_step = self.state.global_step
+            terms, self._train_terms = self._train_terms, {}
+            for name, value in terms.items():
+                logs[name] = self.accelerator.reduce(value / steps, "mean").item()
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Losses of a batch and, where metrics ask for them, the student's logits."""
+        inputs = self._prepare_inputs(inputs)
+        labels, loss = inputs.get("labels"), None
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if labels is not None:
+                loss, losses = self.compute_loss(model, inputs, return_outputs=True)
+                tokens, samples = self.distillation.count(inputs)
+                counts = {"ar": tokens, "kd": tokens, "vat": samples}
+                for name, value in losses.items():
+                    if name in counts:
+                        _add(self._eval_terms, name, torch.stack((value * counts[name], counts[name])))
+            if prediction_loss_only:
+                return loss, None, None
+            logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+        return loss, logits.detach(), labels
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As of Trainer; loss and terms are means over all labels and samples of the set, and not of its batches."""
+        self._eval_terms = {}
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        terms = {}
+        for name, value in self._eval_terms.items():
+            total, count = self.accelerator.reduce(value, "sum").tolist()
+            terms[name] = total / max(count, 1)
+        if terms:
+            loss = sum(self.distillation.weights[name] * value for name, value in terms.items())
+            metrics: Any = output.metrics
+            metrics.update({f"{prefix}_{name}": value for name, value in {"loss": loss, **terms}.items()})
+        return output
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as Trainer does."""
+        self._train_terms = {}
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._logged_step = 0
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._init_training_state(*args, **kwargs)
+        self._logged_step = self.state.global_step  # where a resumed run goes on
+        return result
+
+
+def _loaded(model: Any, options: Any) -> Any:
+    if isinstance(model, str):
+        return AutoModelForImageTextToText.from_pretrained(model, **(options or {}))
+    if options:
+        raise ValueError("model_init_kwargs and teacher_model_init_kwargs are for models given by name")
+    return model
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    value = value.detach()
+    sums[name] = sums[name] + value if name in sums else value

@@ -1,0 +1,228 @@
+"""One global batch, one gradient: `CompoDistillTrainer` and `Distillation` on two processes against a plain loop on one."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
+from family_models import build_pair, collate, draw_samples
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
+
+import cdistill
+from cdistill.vat import VATConfig
+
+STEPS, RATE = 3, 0.05
+ALL = VATConfig(layers="all")
+ZERO = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+    "gradient_clipping": "auto",  # 1.0 without it
+}
+MODES = {
+    "ddp": {},
+    "fsdp2": {"fsdp": True},
+    "zero2": {"deepspeed": {**ZERO, "zero_optimization": {"stage": 2}}},
+    "zero3": {
+        "deepspeed": {
+            **ZERO,
+            "zero_optimization": {
+                "stage": 3,
+                "stage3_gather_16bit_weights_on_model_save": True,
+                "stage3_param_persistence_threshold": 0,
+            },
+        }
+    },
+}
+
+
+def samples_of(name):
+    """Eight, whose micro-batches hold images, several or none, and other numbers of labels."""
+    return draw_samples(name, 3) + draw_samples(name, 4)
+
+
+def sgd(model):
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+
+
+def oracle(name):
+    """Weights after three steps of a plain loop on the whole batch, and its losses."""
+    student, teacher = build_pair(name)
+    distillation = cdistill.distill(teacher, student, vat=ALL).train()
+    optimizer, history, batch = sgd(distillation), [], collate(name, samples_of(name))[0]
+    for _ in range(STEPS):
+        losses = distillation(batch)
+        losses["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append({key: losses[key].item() for key in ("loss", "ar", "kd", "vat")})
+    return {key: value.detach() for key, value in student.state_dict().items()}, history
+
+
+class InOrder(cdistill.CompoDistillTrainer):
+    def _get_train_sampler(self, *args):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def arguments(kind, output, **options):
+    common = {
+        "learning_rate": RATE,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+    return kind(output_dir=str(output), **(common | options))
+
+
+def fresh_accelerator():
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+
+
+def train_on_a_rank(name, mode, output, options):
+    """The losses that a rank logs; it leaves the student in a folder."""
+    warnings.simplefilter("ignore")
+    fresh_accelerator()
+    student, teacher = build_pair(name)
+    settings = copy.deepcopy(MODES[mode]) | options
+    if mode == "fsdp2":
+        settings["fsdp_config"] = {
+            "transformer_layer_cls_to_wrap": [type(student.model.language_model.layers[0]).__name__]
+        }
+    trainer = InOrder(
+        model=student,
+        teacher_model=teacher,
+        args=arguments(cdistill.CompoDistillConfig, output, vat={"layers": "all"}, **settings),
+        train_dataset=samples_of(name),
+        data_collator=lambda samples: collate(name, samples)[0],
+    )
+    trainer.train()
+    trainer.save_model(str(output))
+    names = ("loss", "ar", "kd", "vat")
+    return [{key: entry[key] for key in names} for entry in trainer.state.log_history if "ar" in entry]
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "options"),
+    [
+        ("llava_llama", "ddp", {}),
+        ("qwen2_vl", "ddp", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}),
+        ("llava_llama", "fsdp2", {}),
+        ("qwen2_vl", "fsdp2", {"gradient_checkpointing": True}),
+        ("qwen2_vl", "zero2", {"gradient_checkpointing": True}),
+        ("llava_llama", "zero2", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}),
+        ("llava_llama", "zero3", {}),
+    ],
+)
+def test_trainer_on_two_processes_trains_as_a_plain_loop(ranks, tmp_path, name, mode, options):
+    weights, history = oracle(name)
+    logged = ranks.call(train_on_a_rank, name, mode, tmp_path, options)
+    for found, expected in zip(logged[0], history, strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+    saved = AutoModelForImageTextToText.from_pretrained(tmp_path).state_dict()
+    assert saved.keys() == weights.keys()
+    for key, value in weights.items():
+        torch.testing.assert_close(saved[key], value, rtol=1e-4, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def gradients_of(student):
+    full = [
+        (n, p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad) for n, p in student.named_parameters()
+    ]
+    return {name: grad for name, grad in full if grad is not None}
+
+
+def distillation_on_a_rank(name, way):
+    """Gradients of one step on this rank's half of the batch, with the numbers of the whole batch."""
+    from torch.distributed.fsdp import fully_shard
+
+    student, teacher = build_pair(name)
+    layers = student.model.language_model.layers
+    if way == "fully_shard before":
+        for module in (*layers, student.lm_head, student):
+            fully_shard(module)
+    distillation = cdistill.distill(teacher, student, vat=ALL).train()
+    if way == "fully_shard after":
+        for module in (*layers, distillation):
+            fully_shard(module)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    parts = [collate(name, samples_of(name)[i::world])[0] for i in range(world)]
+    tokens, samples = (sum(n) for n in zip(*(distillation.count(part) for part in parts), strict=True))
+    model = DistributedDataParallel(distillation) if way == "ddp" else distillation
+    for step in range(2):  # the second finds all hooks as the first did
+        student.zero_grad()
+        losses = model(parts[rank], num_items_in_batch=tokens, num_samples_in_batch=samples)
+        (losses["loss"] * world).backward()
+        assert step in (0, 1)
+    return gradients_of(student)
+
+
+@pytest.mark.parametrize("way", ["ddp", "fully_shard before", "fully_shard after"])
+def test_distillation_on_two_processes_has_the_gradient_of_one(ranks, way):
+    name = "qwen2_vl"
+    student, teacher = build_pair(name)
+    cdistill.distill(teacher, student, vat=ALL).train()(collate(name, samples_of(name))[0])["loss"].backward()
+    expected = gradients_of(student)
+    for found in ranks.call(distillation_on_a_rank, name, way):
+        assert found.keys() == expected.keys()
+        for key, exact in expected.items():
+            scale = expected[key.replace("k_proj.bias", "k_proj.weight")].abs().max()
+            assert (found[key] - exact).abs().max() <= 2e-5 * scale, key
+
+
+def misuse_on_a_rank(name, way):
+    """What a call says that goes around what wraps the student."""
+    warnings.simplefilter("ignore")
+    fresh_accelerator()
+    student, teacher = build_pair(name)
+    distillation = cdistill.distill(teacher, student)
+    samples = samples_of(name)
+    batch = collate(name, samples[:2])[0]
+    try:
+        if way == "trainer":
+
+            class Beside(Trainer):
+                def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+                    return distillation(inputs)["loss"]
+
+            args = arguments(TrainingArguments, "unused", gradient_accumulation_steps=1)
+            Beside(model=student, args=args, train_dataset=samples, data_collator=lambda s: collate(name, s)[0]).train()
+        elif way == "fsdp1":
+            wrapped = torch.distributed.fsdp.FullyShardedDataParallel(distillation, device_id=torch.device("cpu"))
+            wrapped(batch)
+        else:
+            wrapped = DistributedDataParallel(student if way == "student" else distillation)
+            with torch.no_grad():
+                distillation(batch)  # evaluation may go around it
+            distillation(batch)
+        del wrapped
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ("student", "belong to a DistributedDataParallel, and this call goes around it"),
+        ("distillation", "belong to a DistributedDataParallel, and this call goes around it"),
+        ("trainer", "use cdistill.CompoDistillTrainer"),
+        ("fsdp1", "FSDP 1"),
+    ],
+)
+def test_calls_around_what_wraps_the_student_are_refused(ranks, way, message):
+    for said in ranks.call(misuse_on_a_rank, "qwen2_vl", way):
+        assert message in said and "\n" not in said
