@@ -177,7 +177,7 @@ def test_overrides_reach_every_level_and_are_yaml(path):
     [
         ("sede=1", r"sede is not a known key; allowed: name, output"),
         ("stage.dft.lr=1", r"stage\.dft\.lr is not a known key"),
-        ("vat.rows=question", r"vat\.rows must be one of answer, text, visual, all, got 'question'"),
+        ("vat.rows=question", r"vat\.rows must be one of answer, predicting, text, visual, all, got 'question'"),
         ("vat.layers=middle", r"vat\.layers must be one of early"),
         ("vat.sink_filter=true", r"vat\.sink_filter needs reduction column"),
         ("vat.enabled=maybe", r"vat\.enabled must be true or false"),

@@ -86,7 +86,7 @@ class VATOptions:
         _choice("loss", self.loss, ("cosine", "mse", "kl"))
         _choice("reduction", self.reduction, ("row", "matrix", "column"))
         _choice("layers", self.layers, ("early", "intermediate", "later", "all", "official"))
-        _choice("rows", self.rows, ("answer", "text", "visual", "all"))
+        _choice("rows", self.rows, ("answer", "predicting", "text", "visual", "all"))
         _choice("heads", self.heads, ("mean", "each"))
         libraries = ("torch_flash", "torch_cudnn", "flash_attn_2", "flash_attn_3", "flash_attn_4")
         _choice("engine", self.engine, ("sdpa", "auto", "triton", *libraries))
