@@ -118,7 +118,7 @@ class _Values:
                 return Word(node.value)
             return self.loader.construct_object(node)
         if node in self.around:
-            raise self._error(node, f"{key or 'the document'} contains itself by an alias")
+            raise self._error(node, f"{key} is an alias of what it stands in")
         self.around.append(node)
         try:
             if isinstance(node, yaml.SequenceNode):

@@ -22,6 +22,7 @@ SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 TAF_ACTIVATIONS = ("linear", "gelu")
 QUANTIZATIONS = ("8bit", "4bit")
+LAST_SEED = 4_294_967_000  # numpy's seeds have 32 bits, and every stage adds its number
 
 
 def _choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
@@ -32,6 +33,11 @@ def _choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
 def _at_least(name: str, value: float, least: float) -> None:
     if not value >= least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _finite(name: str, value: float) -> None:
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be at least 0 and finite, got {value}")
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,7 @@ class KDConfig:
             raise ValueError(f"temperature must be above 0 and finite, got {self.temperature}")
         if not 0 < self.beta < 1:
             raise ValueError(f"beta must be between 0 and 1, got {self.beta}")
-        if not 0 <= self.weight < float("inf"):
-            raise ValueError(f"weight must be at least 0 and finite, got {self.weight}")
+        _finite("weight", self.weight)
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class VATOptions:
     measure_samples: int = 256
 
     def __post_init__(self) -> None:
-        _at_least("weight", self.weight, 0)
+        _finite("weight", self.weight)
         _at_least("measure_samples", self.measure_samples, 1)
         _choice("matching", self.matching, ("group", "simple", "adaptive"))
         _choice("loss", self.loss, ("cosine", "mse", "kl"))
@@ -204,6 +209,7 @@ class DataConfig(Mixture):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _at_least("seed", self.seed or 0, 0)
         _choice("template", self.template, TEMPLATES)
         _at_least("max_length", self.max_length, 2)
         given = [n for n in ("images", "allow_urls", "columns", "config", "split", "streaming") if getattr(self, n)]
@@ -241,8 +247,8 @@ class StageConfig:
             raise ValueError(
                 f"samples must be at least global_batch_size ({self.global_batch_size}), got {self.samples}"
             )
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate must be above 0 and finite, got {self.learning_rate}")
         if self.micro_batch_size is not None and (
             self.micro_batch_size < 1 or self.global_batch_size % self.micro_batch_size
         ):
@@ -254,7 +260,7 @@ class StageConfig:
             raise ValueError(f"warmup_ratio must lie between 0 and 1, got {self.warmup_ratio}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie between 0 and 1, got {list(self.betas)}")
-        _at_least("weight_decay", self.weight_decay, 0)
+        _finite("weight_decay", self.weight_decay)
         if not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0, got {self.max_grad_norm}")
         if self.data.path is not None:
@@ -325,6 +331,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _at_least("seed", self.seed, 0)
+        if self.seed > LAST_SEED:
+            raise ValueError(f"seed must be at most {LAST_SEED}, got {self.seed}")
         _at_least("processes", self.processes, 1)
         _at_least("logging_steps", self.logging_steps, 1)
         _at_least("save_steps", self.save_steps, 0)
