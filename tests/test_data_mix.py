@@ -119,7 +119,7 @@ sources:
         ("[{path: a.json, images: [x]}]", "images must be a folder or a mapping to folders"),
         ("[{path: a.json, images: {x: 5}}]", "images must be a folder or a mapping to folders"),
         ("[{path: a.json, columns: image}]", "columns must be a mapping to names of columns"),
-        ("[{path: a.json, weight: 2001-99-99}]", "is no YAML: month must be"),
+        ("[{path: a.json, weight: 2001-99-99}]", "source 1: weight must be above 0 and at most 1000, got '2001-99-99'"),
         ("[" * 3000, "is no YAML"),
         ("[[&a [x, x, x], &b [*a, *a, *a], &c [*b, *b, *b], &d [*c, *c, *c], [*d, *d, *d]]]", "a mapping with a path"),
         ("[{path: none.json}]", "source 1: no such file"),

@@ -170,11 +170,15 @@ def test_a_batch_of_words_only_and_nothing_of_the_adapter_to_train():
 
 
 @pytest.mark.parametrize("name", ["llava_qwen2", "qwen2_vl"])
-@pytest.mark.parametrize("rows", [[[0, 1, 2, 3]], [[0, 1, 2], [3]]], ids=["one row", "a row filled up"])
-def test_packed_samples_lose_what_they_lose_by_themselves(name, rows):
+@pytest.mark.parametrize(
+    ("rows", "compared"),
+    [([[0, 1, 2, 3]], "answer"), ([[0, 1, 2], [3]], "answer"), ([[0, 1, 2], [3]], "predicting")],
+    ids=["one row", "a row filled up", "a row filled up, predicting rows"],
+)
+def test_packed_samples_lose_what_they_lose_by_themselves(name, rows, compared):
     """However a row is filled up behind them; KD and AR are means over labels, VAT over samples."""
     student, teacher = build_pair(name)
-    distillation = cdistill.distill(teacher, student, vat=VATConfig(layers="all"))
+    distillation = cdistill.distill(teacher, student, vat=VATConfig(layers="all", rows=compared))
     samples = draw_samples(name, 12)
     found = distillation(pack(name, samples, rows, student).batch)
     single = [distillation(collate(name, [sample])[0]) for sample in samples]

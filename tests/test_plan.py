@@ -127,11 +127,12 @@ def test_gradients_of_tied_embeddings_and_of_zero_3(tied, tmp_path):
     assert dft(3, gpus=2)["losses"]["student weights"] == weights // 2 + weights
 
 
-def test_an_aligned_layer_keeps_its_slice(sized, tmp_path):
+@pytest.mark.parametrize("rows", ["answer", "predicting"])
+def test_an_aligned_layer_keeps_its_slice(sized, tmp_path, rows):
     options = {"gpus": 1, "device": "cpu", "precision": "fp32", "length": 640, "visual": VISUAL, "answers": 200}
     kept = []
     for vat in ({"enabled": False}, {"layers": "all"}):
-        recipe = recipe_of(tmp_path / "run", sized, stages=["dft"], vat=vat | {"rows": "answer"})
+        recipe = recipe_of(tmp_path / "run", sized, stages=["dft"], vat=vat | {"rows": rows})
         kept.append(plan(recipe, **options).stages[0].phases["losses"])
     slices = 4 * 4 * 2 * 200 * VISUAL  # 4 layers, fp32, 2 samples
     assert kept[1]["targets"] - kept[0]["targets"] == slices

@@ -383,7 +383,8 @@ class Answers:
         return item
 
 
-def test_samples_without_labels(models, tmp_path, monkeypatch):
+@pytest.mark.parametrize("rows", ["answer", "predicting"])
+def test_samples_without_labels(models, tmp_path, monkeypatch, rows):
     """One beside another sample, for what is aligned is as wide as the regions of both, and a batch of two."""
     from cdistill.train import stages
 
@@ -395,7 +396,7 @@ def test_samples_without_labels(models, tmp_path, monkeypatch):
 
     monkeypatch.setattr(stages, "stage_dataset", dataset)
     monkeypatch.setattr(cache, "stage_dataset", dataset)
-    options = {"stages": ["dft"], "teacher_memory__top_k": 50, "vat__rows": "answer", "stage__dft__micro_batch_size": 2}
+    options = {"stages": ["dft"], "teacher_memory__top_k": 50, "vat__rows": rows, "stage__dft__micro_batch_size": 2}
     recipe = cached(tmp_path / "run", models, tmp_path / "cache", **options)
     cache.write_cache(recipe)
     run(recipe)

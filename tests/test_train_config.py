@@ -177,7 +177,7 @@ def test_overrides_reach_every_level_and_are_yaml(path):
     [
         ("sede=1", r"sede is not a known key; allowed: name, output"),
         ("stage.dft.lr=1", r"stage\.dft\.lr is not a known key"),
-        ("vat.rows=question", r"vat\.rows must be one of answer, text, visual, all, got 'question'"),
+        ("vat.rows=question", r"vat\.rows must be one of answer, predicting, text, visual, all, got 'question'"),
         ("vat.layers=middle", r"vat\.layers must be one of early"),
         ("vat.sink_filter=true", r"vat\.sink_filter needs reduction column"),
         ("vat.enabled=maybe", r"vat\.enabled must be true or false"),
@@ -217,12 +217,97 @@ def test_overrides_reach_every_level_and_are_yaml(path):
         ("name.deep=1", r"override 'name\.deep=1': name has no keys below it"),
         ("seed", r"must have the form key=value"),
         ("seed=[", r"is not valid YAML"),
+        ("vat.wieght=2", r"vat\.wieght is not a known key; allowed: .*; did you mean weight\?$"),
+        ("sede=1", r"; did you mean seed\?$"),
+        ("stage.dft.data.max_lenght=64", r"; did you mean max_length\?$"),
+        ("kd={weight: 1, weight: 2}", r"^override 'kd=\{weight: 1, weight: 2\}': kd\.weight is given twice"),
+        ("seed=010", r"seed must be a whole number, got '010'"),
+        ("stage.dft.samples=1:30", r"stage\.dft\.samples must be a whole number, got '1:30'"),
+        ("stage.dft.samples=1e3", r"stage\.dft\.samples must be a whole number, got 1000\.0"),
+        ("vat.enabled='no'", r"vat\.enabled must be true or false, got 'no'"),
+        ("name=12", r"name must be a string, got 12"),
+        ("stage.dft.learning_rate=.inf", r"stage\.dft\.learning_rate must be above 0 and finite, got inf"),
+        ("stage.dft.learning_rate=.nan", r"stage\.dft\.learning_rate must be above 0 and finite, got nan"),
+        ("vat.weight=.inf", r"vat\.weight must be at least 0 and finite, got inf"),
+        ("stage.dft.weight_decay=.inf", r"stage\.dft\.weight_decay must be at least 0 and finite, got inf"),
+        ("seed=4294967295", r"seed must be at most 4294967000, got 4294967295"),
+        ("stage.dft.data.seed=-1", r"stage\.dft\.data\.seed must be at least 0, got -1"),
     ],
 )
 def test_bad_values_are_one_line_that_names_the_key(path, override, message):
     with pytest.raises(ValueError, match=message) as error:
         load_recipe(path, [override])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"), [(name, stage) for name in sorted(shipped_recipes()) for stage in load_recipe(name).stage]
+)
+def test_an_override_of_a_stage_changes_that_stage_alone(name, stage):
+    """The shipped recipes share sections by YAML's anchors."""
+    expected = recipe_to_dict(load_recipe(name))
+    expected["stage"][stage]["data"]["seed"] = 77
+    expected["stage"][stage]["betas"] = [0.5, 0.6]
+    overrides = [f"stage.{stage}.data.seed=77", f"stage.{stage}.betas=[0.5, 0.6]"]
+    assert recipe_to_dict(load_recipe(name, overrides)) == expected
+
+
+def test_overrides_share_nothing_either(path):
+    shared = "stage={dpt: &a {samples: 64, learning_rate: 1e-3, data: &d {turns: 2}}, dft: {<<: *a, data: *d}}"
+    recipe = load_recipe(path, [shared, "stage.dft.data.caption=0.5"])
+    assert [recipe.stage[name].data.caption for name in ("dpt", "dft")] == [0.0, 0.5]
+    assert [recipe.stage[name].data.turns for name in ("dpt", "dft")] == [2, 2]
+
+
+def test_a_key_that_stands_twice_in_a_recipe(path, tmp_path):
+    text = path.read_text()
+    path.write_text(f"{text}vat: {{loss: kl}}\nseed: 1\nvat: {{rows: text}}\n")
+    line = len(text.splitlines()) + 1
+    message = rf"recipe {path}, line {line + 2}: vat is given twice \(first in line {line}\): leave one of them out"
+    with pytest.raises(ValueError, match=message):
+        load_recipe(path)
+    (tmp_path / "mine.yaml").write_text(f"extends: {path}\n")
+    with pytest.raises(ValueError, match=message):
+        load_recipe(tmp_path / "mine.yaml")
+    (tmp_path / "mine.json").write_text(
+        '{"extends": "paper-qwen1.5-1.8b", "kd": {"weight": 1, "beta": 0.5, "weight": 2}}'
+    )
+    with pytest.raises(ValueError, match=r"mine\.json: kd\.weight is given twice"):
+        load_recipe(tmp_path / "mine.json")
+
+
+def test_overrides_that_undo_others(path):
+    def refused(*overrides):
+        with pytest.raises(ValueError, match=r"^override .* undoes .*: leave one of them out$") as error:
+            load_recipe(path, overrides)
+        assert repr(overrides[-1]) in str(error.value) and repr(overrides[0]) in str(error.value)
+
+    refused("stage.dft.samples=64", "seed=1", "stage.dft.samples=128")
+    refused("stage.dft.samples=64", "stage.dft={samples: 128, learning_rate: 1e-3}")
+    refused("stage.dft.samples=64", "seed=1", "stage.dft={learning_rate: 1e-3}")
+    refused("stage.dft={samples: 64, learning_rate: 1e-3}", "stage.dft.samples=128")
+    refused("vat.enabled=true", "vat.enabled=1")
+    refused("student.lora.r=8", "student.lora=null")
+    recipe = load_recipe(path, ["stage.dft={samples: 64, learning_rate: 1e-3}", "stage.dft.weight_decay=0.1", "seed=2"])
+    assert (recipe.stage["dft"].samples, recipe.stage["dft"].weight_decay) == (64, 0.1)
+    assert load_recipe(path, ["seed=2", "seed=2", "student.lora={r: 8}", "student.lora.alpha=4"]).student.lora.r == 8
+
+
+def test_words_and_numbers_of_a_recipe_mean_what_their_key_wants(path):
+    path.write_text(
+        "vat: {enabled: no}\npacking: off\ngradient_checkpointing: on\ndeepspeed: off\ngroup_by: ~\nname: no\noutput: o\n"
+        "student: {text_config: {model_type: qwen2, tie: no, eps: 1e-6}}\nstages: [on]\nstage:\n"
+        "  on: {objective: sft, learning_rate: 1e-3, samples: 1_000}\n"
+        "  010: {objective: sft, learning_rate: 2, samples: 64}\n"
+    )
+    recipe = load_recipe(path)
+    assert (recipe.vat.enabled, recipe.packing, recipe.gradient_checkpointing) == (False, False, True)
+    assert (recipe.deepspeed, recipe.group_by, recipe.name, recipe.stages) == ("off", None, "no", ("on",))
+    assert list(recipe.stage) == ["on", "010"]
+    assert recipe.stage["on"].learning_rate == 0.001 and recipe.stage["on"].samples == 1000
+    assert recipe.student.text_config == {"model_type": "qwen2", "tie": False, "eps": 1e-6}
+    values = recipe_to_dict(recipe)
+    assert yaml.safe_load(yaml.safe_dump(values)) == values, "words have become strings"
 
 
 def test_distilling_stages_need_a_teacher(path):

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -142,17 +143,30 @@ def test_a_bad_sample_of_two_processes_counts_once(tmp_path, monkeypatch, capsys
     assert [b["place"] for b in bad_samples(tmp_path)] == ["set[0]", "set[1]"]
 
 
-def test_a_run_goes_on_with_other_workers_and_a_higher_limit(models, files, plain, tmp_path):
+def test_a_run_goes_on_with_other_workers_a_higher_limit_and_moved_images(models, files, plain, tmp_path):
     def recipe(**changes):
         return recipe_of(tmp_path / "run", models, files, save_steps=1, **changes)
 
     with pytest.raises(BadDataError):
         run(recipe(workers=1, max_bad_samples=1))
-    final = run(recipe(max_bad_samples=5), resume=True)
+    shutil.copytree(files / "images", tmp_path / "moved")
+    final = run(recipe(max_bad_samples=5, data={"images": str(tmp_path / "moved")}), resume=True)
     assert same(weights(final), weights(plain[0])) and losses(tmp_path / "run") == losses(plain[1])
     assert read_recipe(tmp_path / "run").max_bad_samples == 5, "processes of the run read it"
     with pytest.raises(ValueError, match="holds a different run: packing differs"):
         run(recipe(packing=True), resume=True)
+
+
+def test_a_corrected_folder_of_images_ends_what_an_attempt_had_to_say(models, files, plain, tmp_path):
+    """A few images are in the wrong one; a step may have been taken, but none has been logged or saved."""
+    output, wrong = tmp_path / "run", tmp_path / "wrong"
+    shutil.copytree(files / "images", wrong, ignore=shutil.ignore_patterns("?.jpg"))
+    with pytest.raises(BadDataError, match=r"1-dft, step \d: \d+ bad samples"):
+        run(recipe_of(output, models, files, max_bad_samples=1, logging_steps=6, data={"images": str(wrong)}))
+    assert bad_samples(output)
+    final = run(recipe_of(output, models, files, max_bad_samples=3))
+    assert same(weights(final), weights(plain[0])) and losses(output) == losses(plain[1])
+    assert bad_samples(output) == bad_samples(plain[1])
 
 
 def test_a_data_set_is_opened_once_in_a_run_and_anew_in_the_next(models, files, tmp_path):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from cdistill.vat import check_same_visual_tokens, grounded_regions, token_regions
+from cdistill.vat import check_same_visual_tokens, grounded_regions, packed_regions, token_regions
+from cdistill.vat.regions import ROWS
 
 IMAGE, VIDEO = 60, 61
 
@@ -30,6 +31,7 @@ def expected_regions(ids, labels, mask, rows):
         chosen.append(
             {
                 "answer": [t for t in after if labels[b, t] != -100],
+                "predicting": [t for t in after if t + 1 in real and labels[b, t + 1] != -100],
                 "text": [t for t in after if t not in visual],
                 "visual": visual,
                 "all": after,
@@ -50,7 +52,7 @@ def unpad(positions):
     return lists
 
 
-@pytest.mark.parametrize("rows", ["answer", "text", "visual", "all"])
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("seed", range(4))
 def test_regions_follow_their_definition(rows, seed):
     ids, labels, mask = draw_batch(seed)
@@ -59,6 +61,40 @@ def test_regions_follow_their_definition(rows, seed):
     assert unpad(regions.rows) == chosen
     assert unpad(regions.cols) == columns
     assert not regions.rows[0].ge(0).any()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_packed_samples_have_the_rows_they_have_by_themselves(rows):
+    """Whatever stands behind them in their row of tokens: a sample whose first token is labelled, or padding."""
+    ids, labels, mask = draw_batch(9)
+    labels[:, 0] = ids[:, 0]
+    samples = [(b, *mask[b].nonzero()[[0, -1], 0].tolist()) for b in range(len(ids))]
+    places = [[(b, t) for b, start, end in samples[i : i + 2] for t in range(start, end + 1)] for i in (0, 2, 4)]
+    width = max(map(len, places)) + 2
+    packed = torch.zeros(3, 3, width, dtype=torch.long)  # ids, labels, positions
+    packed[1] = -100
+    real = torch.zeros(3, width, dtype=torch.long)
+    for row, those in enumerate(places):
+        where = tuple(torch.tensor(those).T)
+        first = torch.tensor([samples[b][1] for b, _ in those])
+        packed[:, row, : len(those)] = torch.stack((ids[where], labels[where], where[1] - first))
+        real[row, : len(those)] = 1
+    options = {"visual_token_ids": [IMAGE, VIDEO], "rows": rows}
+    found = packed_regions(packed[0], packed[1], packed[2], attention_mask=real, **options)
+    chosen, columns = expected_regions(ids, labels, mask, rows)
+    starts = [start for _, start, _ in samples]
+    assert unpad(found.rows) == [[t - start for t in those] for those, start in zip(chosen, starts, strict=True)]
+    assert unpad(found.cols) == [[t - start for t in those] for those, start in zip(columns, starts, strict=True)]
+
+
+def test_predicting_rows_decide_a_single_token():
+    """The prompt's last row is all there is to align; none is there where the image comes after it."""
+    ids = torch.tensor([[1, IMAGE, 2, 3, 4], [1, 2, 3, 4, IMAGE], [0, 0, IMAGE, 3, 4]])
+    labels = torch.full_like(ids, -100)
+    labels[0, 4], labels[1, 3], labels[2, 2] = 4, 4, IMAGE
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    regions = token_regions(ids, labels, mask, visual_token_ids=IMAGE, rows="predicting")
+    assert regions.rows.tolist() == [[3], [-1], [-1]]
 
 
 def test_token_types_replace_token_ids():
@@ -79,7 +115,7 @@ def test_one_token_id_and_no_mask():
     assert regions.cols.tolist() == [[1, 2]]
 
 
-@pytest.mark.parametrize("rows", ["answer", "text", "visual", "all"])
+@pytest.mark.parametrize("rows", ROWS)
 def test_batch_without_visual_tokens(rows):
     ids = torch.arange(10).view(2, 5)
     regions = token_regions(ids, ids, None, visual_token_ids=IMAGE, rows=rows)
@@ -95,7 +131,7 @@ def test_answers_before_the_image_are_left_out():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rows": "question"}, "answer, text, visual, all"),
+        ({"rows": "question"}, "answer, predicting, text, visual, all"),
         ({"labels": None}, "labels are needed"),
         ({"visual_token_ids": None}, "visual_token_ids must name"),
         ({"visual_token_ids": []}, "visual_token_ids must name"),

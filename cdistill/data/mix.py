@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from cdistill.data import strict_yaml
 from cdistill.data.hub import HUB, HubDataset, is_saved, load_hub
 from cdistill.data.images import Roots
 from cdistill.data.llava import LlavaJson
@@ -207,10 +207,10 @@ def open_mix(path: str, *, seed: int = 0, name: str | None = None) -> Mix:
     if not os.path.isfile(path):
         raise ValueError(f"no such file: {path}")
     try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    content = strict_yaml.load(text, path, invalid="is no YAML")
     if isinstance(content, Mapping):
         if unknown := [str(key) for key in content if key != "sources"]:
             raise ValueError(f"{path}: unknown key {unknown[0]!r}, a mix has sources")
@@ -231,8 +231,11 @@ def _part(entry: Any, folder: Path, seed: int, number: int) -> Part:
     if not isinstance(entry, Mapping) or "path" not in entry:
         raise ValueError(f"a source is a mapping with a path, got {_BRIEF.repr(entry)}")
     if unknown := [str(key) for key in entry if key not in known]:
-        raise ValueError(f"unknown key {unknown[0]!r}, there are {', '.join(known)}")
-    entry = Entry(**entry)
+        raise ValueError(
+            f"unknown key {unknown[0]!r}, there are {', '.join(known)}{strict_yaml.nearest(unknown[0], known)}"
+        )
+    switches = {key: strict_yaml.switch(entry[key]) for key in ("streaming", "allow_urls") if key in entry}
+    entry = Entry(**{**entry, **switches})
     if os.path.splitext(entry.path)[1].lower() in _MIX:
         raise ValueError(f"a mix holds no mixes, got {entry.path}")
     options = {name: getattr(entry, name) for name in known if name not in ("path", "weight", "cap", "images")}

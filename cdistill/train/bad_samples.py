@@ -51,14 +51,16 @@ class BadSamples(TrainerCallback):
     def report(self) -> None:
         """Tell on the first process how many there were and write them to the file."""
         found = sorted(self.found.values())
-        if not found or not first_process():
+        if not first_process() or not (found or self.path.is_file()):
             return
         kept = []
-        if self.path.is_file():
+        if self.path.is_file():  # an earlier attempt at the stage may have read another set
             lines = self.path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if json.loads(line)["stage"] != self.label]
         kept += [json.dumps({"stage": self.label, **bad._asdict()}) for bad in found]
         checkpoints.write_atomically(self.path, "".join(f"{line}\n" for line in kept))
+        if not found:
+            return
         reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(bad.reason for bad in found).most_common())
         noun = "sample" if len(found) == 1 else "samples"
         print(f"{self.label}: {len(found)} bad {noun} left out ({reasons}) -> {self.path}", flush=True)

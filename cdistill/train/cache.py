@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from cdistill.data import strict_yaml
 from cdistill.data.builtin import IGNORE_INDEX
 from cdistill.data.dataset import BAD
 from cdistill.models.load import DTYPES, Model, resolve_folder
@@ -435,7 +435,7 @@ def write_cache(recipe: Recipe) -> Path:
 def _start_processes(recipe: Recipe) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
-        path.write_text(yaml.safe_dump(recipe_to_dict(recipe)), encoding="utf-8")
+        path.write_text(strict_yaml.dump(recipe_to_dict(recipe)), encoding="utf-8")
         try:
             launch.start_processes(recipe.processes, "cache", path)
         except launch.Stopped as stopped:

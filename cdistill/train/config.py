@@ -5,17 +5,15 @@ Importing this module imports neither torch nor transformers, so that listing re
 
 import dataclasses
 import os
-import re
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
-import yaml
-
+from cdistill.data import strict_yaml
 from cdistill.data.mixture import TEMPLATES, Mixture
 from cdistill.train.objectives import OBJECTIVES
+from cdistill.train.values import build, differences, override
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -24,8 +22,7 @@ SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 TAF_ACTIVATIONS = ("linear", "gelu")
 QUANTIZATIONS = ("8bit", "4bit")
-
-T = TypeVar("T")
+LAST_SEED = 4_294_967_000  # numpy's seeds have 32 bits, and every stage adds its number
 
 
 def _choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
@@ -36,6 +33,11 @@ def _choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
 def _at_least(name: str, value: float, least: float) -> None:
     if not value >= least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _finite(name: str, value: float) -> None:
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be at least 0 and finite, got {value}")
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,7 @@ class KDConfig:
             raise ValueError(f"temperature must be above 0 and finite, got {self.temperature}")
         if not 0 < self.beta < 1:
             raise ValueError(f"beta must be between 0 and 1, got {self.beta}")
-        if not 0 <= self.weight < float("inf"):
-            raise ValueError(f"weight must be at least 0 and finite, got {self.weight}")
+        _finite("weight", self.weight)
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,13 @@ class VATOptions:
     measure_samples: int = 256
 
     def __post_init__(self) -> None:
-        _at_least("weight", self.weight, 0)
+        _finite("weight", self.weight)
         _at_least("measure_samples", self.measure_samples, 1)
         _choice("matching", self.matching, ("group", "simple", "adaptive"))
         _choice("loss", self.loss, ("cosine", "mse", "kl"))
         _choice("reduction", self.reduction, ("row", "matrix", "column"))
         _choice("layers", self.layers, ("early", "intermediate", "later", "all", "official"))
-        _choice("rows", self.rows, ("answer", "text", "visual", "all"))
+        _choice("rows", self.rows, ("answer", "predicting", "text", "visual", "all"))
         _choice("heads", self.heads, ("mean", "each"))
         libraries = ("torch_flash", "torch_cudnn", "flash_attn_2", "flash_attn_3", "flash_attn_4")
         _choice("engine", self.engine, ("sdpa", "auto", "triton", *libraries))
@@ -208,6 +209,7 @@ class DataConfig(Mixture):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _at_least("seed", self.seed or 0, 0)
         _choice("template", self.template, TEMPLATES)
         _at_least("max_length", self.max_length, 2)
         given = [n for n in ("images", "allow_urls", "columns", "config", "split", "streaming") if getattr(self, n)]
@@ -245,8 +247,8 @@ class StageConfig:
             raise ValueError(
                 f"samples must be at least global_batch_size ({self.global_batch_size}), got {self.samples}"
             )
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate must be above 0 and finite, got {self.learning_rate}")
         if self.micro_batch_size is not None and (
             self.micro_batch_size < 1 or self.global_batch_size % self.micro_batch_size
         ):
@@ -258,7 +260,7 @@ class StageConfig:
             raise ValueError(f"warmup_ratio must lie between 0 and 1, got {self.warmup_ratio}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie between 0 and 1, got {list(self.betas)}")
-        _at_least("weight_decay", self.weight_decay, 0)
+        _finite("weight_decay", self.weight_decay)
         if not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0, got {self.max_grad_norm}")
         if self.data.path is not None:
@@ -329,6 +331,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _at_least("seed", self.seed, 0)
+        if self.seed > LAST_SEED:
+            raise ValueError(f"seed must be at most {LAST_SEED}, got {self.seed}")
         _at_least("processes", self.processes, 1)
         _at_least("logging_steps", self.logging_steps, 1)
         _at_least("save_steps", self.save_steps, 0)
@@ -413,11 +417,14 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] =
     """Read a recipe: the name of a shipped one or the path of a YAML file, changed by ``a.b=value`` overrides.
 
     A file may begin from another: ``extends: NAME`` (or a path); its name and output are then those of its file unless it
-    says otherwise. Values of overrides are parsed as YAML. Raises ValueError for an unknown recipe, key or value, naming it.
+    says otherwise. Values of overrides are YAML, too (`cdistill.data.strict_yaml`).
+
+    Raises:
+        ValueError: an unknown recipe, key or value, which the message names, a key that a file gives twice, or an override
+            that undoes another.
     """
     content = _read(name_or_path, ())
-    for override in overrides:
-        _override(content, override)
+    override(content, overrides)
     return recipe_from_dict(content)
 
 
@@ -433,9 +440,10 @@ def _read(name_or_path: str | os.PathLike[str], read: tuple[Path, ...]) -> dict[
     if path.resolve() in read:
         raise ValueError(f"recipe {path} extends itself")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe {path} is not valid YAML: {_one_line(error)}") from None
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"recipe {path} is not UTF-8 text: {error}") from None
+    content = strict_yaml.load(text, f"recipe {path}")
     if not isinstance(content, dict):
         raise ValueError(f"recipe {path} must be a mapping of keys to values")
     extended = content.pop("extends", None)
@@ -455,8 +463,7 @@ def _laid_over(below: Any, above: Any) -> Any:
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """A recipe changed by ``a.b=value`` overrides. Raises ValueError as `load_recipe`."""
     content = recipe_to_dict(recipe)
-    for override in overrides:
-        _override(content, override)
+    override(content, overrides)
     return recipe_from_dict(content)
 
 
@@ -469,12 +476,12 @@ def recipe_from_dict(content: Mapping[str, Any]) -> Recipe:
             name: {"objective": name, **section} if isinstance(section, Mapping) else section
             for name, section in sections.items()
         }
-    if content.get("deepspeed") is False:  # YAML 1.1 reads a bare `off` as false
+    if strict_yaml.switch(content.get("deepspeed")) is False:
         content["deepspeed"] = "off"
     memory = content.get("teacher_memory")
-    if isinstance(memory, Mapping) and memory.get("zero") is False:
+    if isinstance(memory, Mapping) and strict_yaml.switch(memory.get("zero")) is False:
         content["teacher_memory"] = {**memory, "zero": "off"}
-    return _build(Recipe, content, "")
+    return build(Recipe, content)
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -488,107 +495,6 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     return plain(dataclasses.asdict(recipe))
 
 
-def first_difference(a: Any, b: Any, key: str = "") -> str | None:
+def first_difference(a: Any, b: Any) -> str | None:
     """Dotted key of the first value in which two recipes (as plain values) differ, or None."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        for name in [*a, *(name for name in b if name not in a)]:
-            path = f"{key}.{name}" if key else str(name)
-            if name not in a or name not in b:
-                return path
-            found = first_difference(a[name], b[name], path)
-            if found is not None:
-                return found
-        return None
-    return None if a == b else key
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _override(content: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ValueError(f"override {override!r} must have the form key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"override {override!r} is not valid YAML: {_one_line(error)}") from None
-    *parents, last = key.split(".")
-    node = content
-    for depth, name in enumerate(parents):
-        if node.get(name) is None:
-            node[name] = {}
-        node = node[name]
-        if not isinstance(node, dict):
-            raise ValueError(f"override {override!r}: {'.'.join(parents[: depth + 1])} has no keys below it")
-    node[last] = value
-
-
-def _build(cls: type[T], content: Any, path: str) -> T:
-    """An instance of a configuration dataclass; every error names the dotted key."""
-    prefix = f"{path}." if path else ""
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} must be a mapping of keys to values, got {content!r}")
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    for name in content:
-        if name not in known:
-            raise ValueError(f"{prefix}{name} is not a known key; allowed: {', '.join(known)}")
-    hints = get_type_hints(cls)
-    values = {}
-    for name, f in known.items():
-        if name in content:
-            values[name] = _convert(hints[name], content[name], prefix + name)
-        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise ValueError(f"{prefix}{name} is missing")
-    try:
-        return cls(**values)
-    except ValueError as error:
-        raise ValueError(f"{prefix}{error}") from None
-
-
-_WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", types.NoneType: "null"}
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    """``value`` as the annotated type, or ValueError naming the key and what it may be."""
-    origin, args = get_origin(hint), get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, path)  # type: ignore[arg-type]
-    if origin in (Union, types.UnionType):
-        for option in args:
-            if _matches(option, value):
-                return _convert(option, value, path)
-        raise ValueError(f"{path} must be {' or '.join(_describe(a) for a in args)}, got {value!r}")
-    if not _matches(hint, value):
-        raise ValueError(f"{path} must be {_describe(hint)}, got {value!r}")
-    if hint is float:
-        return float(value)
-    if origin is tuple:
-        items = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        return tuple(_convert(item, v, f"{path}[{i}]") for i, (item, v) in enumerate(zip(items, value, strict=True)))
-    if origin is dict:
-        return {str(k): _convert(args[1], v, f"{path}.{k}") if args[1] is not Any else v for k, v in value.items()}
-    return value
-
-
-def _matches(hint: Any, value: Any) -> bool:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is tuple:
-        return isinstance(value, list | tuple) and (args[-1] is Ellipsis or len(value) == len(args))
-    if origin is dict or dataclasses.is_dataclass(hint):
-        return isinstance(value, Mapping)
-    if hint is float:
-        if isinstance(value, str):  # YAML 1.1 reads 1e-3, without a point, as a string
-            return re.fullmatch(r"[+-]?\d+(\.\d*)?e[+-]?\d+", value) is not None
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _describe(hint: Any) -> str:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is tuple:
-        return "a list" if args[-1] is Ellipsis else f"a list of {len(args)}"
-    return "a mapping" if origin is dict or dataclasses.is_dataclass(hint) else _WORDS[hint]
+    return next((key for key, _, _ in differences(a, b)), None)

@@ -389,8 +389,8 @@ def _aligned(recipe: Recipe, objective: Objective, student: Blueprint, s: Settin
     if not (recipe.vat.enabled and "vat" in objective.losses and s.visual):
         return 0, 0
     layers, _ = VAT.spans(vat_config(recipe), attention_layers(student.model), attention_layers(student.model))
-    text = s.length - s.visual
-    return len(layers), {"answer": s.answers, "text": text, "visual": s.visual, "all": s.length}[recipe.vat.rows]
+    rows = {"text": s.length - s.visual, "visual": s.visual, "all": s.length}
+    return len(layers), rows.get(recipe.vat.rows, s.answers)  # each label has one row, its own or the one before
 
 
 def _slice(recipe: Recipe, student: Blueprint, rows: int, s: Setting) -> int:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
+from cdistill.data import strict_yaml
 from cdistill.data.render import PATCH_CLASSES
 from cdistill.data.templates import Template
 from cdistill.models.load import RECIPE, Model, load_model
@@ -24,43 +24,53 @@ from cdistill.train.alignment import make_vat, vat_of
 from cdistill.train.bad_samples import BadSamples
 from cdistill.train.build import Models, build_models, count_parameters, precision_of
 from cdistill.train.cache import CachedCollator, CachedDataset, StageCache, fingerprint, stage_cache
-from cdistill.train.config import Recipe, StageConfig, first_difference, recipe_from_dict, recipe_to_dict
+from cdistill.train.config import Recipe, StageConfig, recipe_from_dict, recipe_to_dict
 from cdistill.train.data import stage_dataset
 from cdistill.train.finite import FiniteSteps
 from cdistill.train.lora import add_lora
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES, set_trained
+from cdistill.train.run_folder import (
+    CHECKPOINTS,
+    METRICS,
+    begun_stages,
+    locked,
+    refuse_other_run,
+    stage_folders,
+    tell_changes,
+)
 from cdistill.train.stop import StopCallback, StopRequest, stop_on_signals
 from cdistill.train.teacher import Teacher, hold_teacher
-from cdistill.train.trainer import METRICS, DistillTrainer, RunLog, training_arguments
+from cdistill.train.trainer import DistillTrainer, RunLog, training_arguments
 from cdistill.train.zero import deepspeed_config, released
 from cdistill.vat import attention_layers
 
-CHECKPOINTS = "checkpoints"
 METRICS_BYTES = 1_000_000
-FREE = ("output", "workers", "max_bad_samples")  # keys of a recipe that may change when it is resumed
 LOSS_NAMES = {"patch": "patch cross-entropy", "ar": "AR", "ground": "grounding", "kd": "KD", "vat": "VAT"}
 
 
 def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     """See `cdistill.train.run`."""
     output = Path(recipe.output)
-    if launch.launched():
-        launch.init_process_group()
-        prepared: list[Models] = []  # stays where it is
-        launch.on_first_process(lambda: prepared.append(_prepare(recipe, output, resume)))
-        return run_stages(
-            recipe, output, resume=resume, callbacks=callbacks, models=prepared.pop() if prepared else None
-        )
-    if recipe.processes > 1 and callbacks:
-        raise ValueError("callbacks need recipe.processes 1: the stages of this recipe run in processes of their own")
-    with launch.quiet():
-        models: Models | None = _prepare(recipe, output, resume)
-    if recipe.processes > 1:
-        models = None  # the processes load their own
-        launch.start_processes(recipe.processes, "train", output)
-        return stage_folders(recipe, output)[-1]
-    return run_stages(recipe, output, resume=resume, callbacks=callbacks, models=models)
+    with ExitStack() as at_end:
+        if launch.launched():
+            launch.init_process_group()
+            prepared: list[Models] = []  # stays where it is
+            launch.on_first_process(lambda: prepared.append(_prepare(recipe, output, resume, at_end)))
+            return run_stages(
+                recipe, output, resume=resume, callbacks=callbacks, models=prepared.pop() if prepared else None
+            )
+        if recipe.processes > 1 and callbacks:
+            raise ValueError(
+                "callbacks need recipe.processes 1: the stages of this recipe run in processes of their own"
+            )
+        with launch.quiet():
+            models: Models | None = _prepare(recipe, output, resume, at_end)
+        if recipe.processes > 1:
+            models = None  # the processes load their own
+            launch.start_processes(recipe.processes, "train", output)
+            return stage_folders(recipe, output)[-1]
+        return run_stages(recipe, output, resume=resume, callbacks=callbacks, models=models)
 
 
 def run_stages(
@@ -117,25 +127,23 @@ def _remove_leftovers(output: Path, folder: Path) -> None:
             (output / CHECKPOINTS).rmdir()
 
 
-def stage_folders(recipe: Recipe, output: Path) -> list[Path]:
-    """Folders of the results of a recipe's stages, in order."""
-    return [output / f"{i}-{name}" for i, name in enumerate(recipe.stages, 1)]
-
-
 def read_recipe(output: Path) -> Recipe:
     """The recipe of the run in an output folder. Raises ValueError if the file is not one."""
     path = output / RECIPE
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        content = strict_yaml.load(path.read_text(encoding="utf-8"), str(path))
+    except ValueError:
         content = None
     if not isinstance(content, dict):
         raise ValueError(f"output: {path} is not a recipe")
     return recipe_from_dict(content)
 
 
-def _prepare(recipe: Recipe, output: Path, resume: bool) -> Models:
-    """Check everything a run needs, then make its folder hold the recipe."""
+def _prepare(recipe: Recipe, output: Path, resume: bool, at_end: ExitStack) -> Models:
+    """Check everything a run needs, then make its folder, which is locked until the end, hold the recipe."""
+    was_there = output.is_dir()
+    if was_there:
+        at_end.enter_context(locked(output))
     _check_output(recipe, output, resume)
     check_batches(recipe)
     precision_of(recipe)
@@ -148,9 +156,14 @@ def _prepare(recipe: Recipe, output: Path, resume: bool) -> Models:
             StageCache(stage_cache(recipe, index), fingerprint(recipe, index, models, vat))
     if resume:
         _check_stages(output, stage_folders(recipe, output))
-    text = yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False)
+    text = strict_yaml.dump(recipe_to_dict(recipe))
     with checkpoints.saving(output / RECIPE, len(text)):
         output.mkdir(parents=True, exist_ok=True)
+        if not was_there:
+            at_end.enter_context(locked(output))
+            _check_output(recipe, output, resume)  # another run may have made it meanwhile
+        if (output / RECIPE).is_file():
+            tell_changes(recipe, output, read_recipe(output))
         if not (output / RECIPE).is_file() or (output / RECIPE).read_text(encoding="utf-8") != text:
             checkpoints.write_atomically(output / RECIPE, text)
     return models
@@ -185,13 +198,9 @@ def _check_output(recipe: Recipe, output: Path, resume: bool) -> None:
         return
     if not (output / RECIPE).is_file():
         raise ValueError(f"output {output} is not empty and holds no run: choose another folder")
-    mine, theirs = recipe_to_dict(recipe), recipe_to_dict(read_recipe(output))
-    for name in FREE:
-        del mine[name], theirs[name]
-    key = first_difference(mine, theirs)
-    if key is not None:
-        raise ValueError(f"output {output} holds a different run: {key} differs; choose another folder")
-    if not resume:
+    held = read_recipe(output)
+    refuse_other_run(recipe, held, output)
+    if not resume and begun_stages(held, output):
         raise ValueError(f"output {output} already holds a run of this recipe: continue it with --resume")
 
 

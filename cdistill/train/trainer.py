@@ -21,8 +21,8 @@ from cdistill.train.finite import FiniteAdamW, FiniteSteps, poisoned
 from cdistill.train.launch import ProcessError, launched
 from cdistill.train.lora import merged_state
 from cdistill.train.model import DistillationModel
+from cdistill.train.run_folder import METRICS
 
-METRICS = "metrics.jsonl"
 WEIGHTS = "model.pt"
 PROGRESS = "progress_{}.pt"  # of one process: sums of losses not yet logged, and counters
 LOSSES = ("patch", "ar", "ground", "kd", "vat", "vat_layers")

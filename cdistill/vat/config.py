@@ -22,7 +22,8 @@ class VATConfig:
     """Every choice of visual attention alignment (paper section 4.1 and the ablations of 5.3).
 
     - ``matching``: group, simple, adaptive; ``loss``: cosine, mse, kl; ``reduction``: row, matrix, column;
-      ``rows``: answer, text, visual, all; ``heads``: mean over heads, or each head by itself (equal head counts only);
+      ``rows``: answer, predicting, text, visual, all (`token_regions`); ``heads``: mean over heads, or each head by itself
+      (equal head counts only);
     - ``layers``: span of both models' layers; ``student_layers`` and ``teacher_layers`` override it for one side
       (everything `layer_range` takes: a name, "first-last", a list of indices);
     - ``engine``: "sdpa", transformers' own attention beside the alignment; "auto" or an engine of

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-Rows: TypeAlias = Literal["answer", "text", "visual", "all"]
+Rows: TypeAlias = Literal["answer", "predicting", "text", "visual", "all"]
 ROWS: tuple[str, ...] = get_args(Rows)
 IGNORE_INDEX = -100
 VISUAL_TOKEN_TYPES = (1, 2)  # image and video in the mm_token_type_ids of transformers' processors
@@ -52,7 +53,9 @@ def token_regions(
     ``mm_token_type_ids`` is given (Qwen's processors; those of InternVL and Idefics3 mark the tokens around an image, too),
     otherwise those whose id is in ``visual_token_ids`` (`cdistill.vat.visual_token_ids`). ``rows`` chooses the queries:
 
-    - ``answer``: positions whose label is not ignored (needs ``labels``);
+    - ``answer``: positions whose label is not ignored, the paper's answer tokens read literally (needs ``labels``);
+    - ``predicting``: positions whose next token is real and labelled, those that decide the answers: the prompt's last is
+      one, that of what ends the answer is not (needs ``labels``);
     - ``text``: every real token after the first visual token that is not visual itself;
     - ``visual``: the visual tokens (the authors' code);
     - ``all``: every real token from the first visual token on (section 4.1 takes all rows).
@@ -90,9 +93,10 @@ def token_regions(
     elif rows == "text":
         chosen = after_first & ~visual
     elif labels is None:
-        raise ValueError("labels are needed for rows='answer'")
+        raise ValueError(f"labels are needed for rows={rows!r}")
     else:
-        chosen = after_first & (labels != IGNORE_INDEX)
+        learned = real & (labels != IGNORE_INDEX)
+        chosen = after_first & (learned if rows == "answer" else F.pad(learned[:, 1:], (0, 1)))
 
     both = torch.stack((chosen, visual))  # (2, B, T)
     position = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)
