@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +82,7 @@ def distill(
     vat: VATConfig | VAT | None = None,
     kd: KDConfig | None = None,
     vat_weight: float = 1.0,
+    visual_token_ids: int | Sequence[int] | None = None,
 ) -> Distillation:
     """Wrap a teacher and a student for training with any loop (SPEC section 4: L_ar + L_kd + L_vat)::
 
@@ -98,6 +99,7 @@ def distill(
         vat: visual attention alignment (paper section 4.1), by default `VATConfig()`; a `VAT` for adaptive matching.
         kd: divergence over the vocabulary and its weight, by default `KDConfig()`; with weight 0 it is left out.
         vat_weight: weight of the alignment; with 0 it is left out.
+        visual_token_ids: ids of both models' visual tokens, by default what the student's configuration names.
 
     Raises:
         ValueError: the models cannot be distilled: other visual tokens or vocabularies, attention that cannot be aligned,
@@ -123,6 +125,7 @@ def distill(
         kd=kd,
         vat=aligned if used["vat"] else None,
         pads_right=False,
+        visual_tokens=(visual_token_ids,) if isinstance(visual_token_ids, int) else visual_token_ids,
     )
     return Distillation(model, given, vat_weight=vat_weight)
 

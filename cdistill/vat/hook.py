@@ -136,6 +136,10 @@ def _attention_modules(model: "PreTrainedModel", text_model: "PreTrainedModel") 
             f"{name} sees images by cross-attention, which visual attention alignment does not support: it needs visual "
             "tokens in the language model's own sequence"
         )
+    if any((getattr(config, cycles, None) or 1) > 1 for cycles in ("H_cycles", "L_cycles")):
+        raise ValueError(
+            f"{name} runs its layers several times in a pass, which visual attention alignment does not support"
+        )
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError(
             f"{name} has layers of chunked attention, which visual attention alignment does not support; use another family"
