@@ -20,7 +20,16 @@ from family_models import (
     without_visual,
 )
 from peft import LoraConfig, get_peft_model
-from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
+from transformers import (
+    CLIPVisionConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2Config,
+)
 
 import cdistill
 from cdistill.models.parts import part_of
@@ -299,3 +308,49 @@ def test_arguments_and_batches_that_do_not_fit():
         cdistill.distill(teacher, student)(batch)
     with pytest.raises(ValueError, match="needs them"):
         cdistill.distill(teacher, student, vat=VATConfig(matching="adaptive"))
+
+
+def test_visual_tokens_may_be_given():
+    student, teacher = build_pair("llava_qwen2")
+    batch = draw("llava_qwen2", 41)
+    expected = cdistill.distill(teacher, student)(batch)
+    for given in (ID["<image>"], [ID["<image>"]]):
+        found = cdistill.distill(teacher, student, visual_token_ids=given)(batch)
+        assert torch.equal(found["vat"], expected["vat"])
+    others = cdistill.distill(teacher, student, visual_token_ids=[ID["<image>"], ID["w1"]])(batch)
+    assert not torch.equal(others["vat"], expected["vat"])
+    assert torch.equal(others["ar"], expected["ar"])
+
+
+def small_experts(cls, config, **options):
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+    }
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 1, "intermediate_size": 32}
+    return cls(config(**shape, **experts, pad_token_id=PAD, **options))
+
+
+def test_a_router_loss_that_is_asked_for_is_not_left_out_silently():
+    def model(**options):
+        return small_experts(MixtralForCausalLM, MixtralConfig, **options)
+
+    def distil(student):
+        return cdistill.distill(model(output_router_logits=True), student, visual_token_ids=5)
+
+    with pytest.raises(ValueError, match="output_router_logits asks for its experts' router loss") as refused:
+        distil(model(output_router_logits=True))
+    assert "\n" not in str(refused.value)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    for student in (model(), model(output_router_logits=True, router_aux_loss_coef=0.0)):
+        losses = distil(student)({"input_ids": ids, "labels": ids})
+        torch.testing.assert_close(losses["ar"], student(input_ids=ids, labels=ids).loss)
+
+
+def test_models_whose_hidden_states_cannot_be_read_are_refused():
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=2)
+    with pytest.raises(ValueError, match="the student's class GPT2LMHeadModel has no submodule `model`"):
+        cdistill.distill(GPT2LMHeadModel(config), GPT2LMHeadModel(config), visual_token_ids=5)

@@ -1,13 +1,12 @@
 """The transformers hook and its recorders on tiny Llava models, against transformers' eager attention matrices."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AttentionInterface, Qwen2ForCausalLM
+from transformers import AttentionInterface, LlavaForConditionalGeneration, Qwen2ForCausalLM
 from vat_models import (
     IMAGE,
     STUDENT_LAYERS,
@@ -33,11 +32,12 @@ from cdistill.vat import (
     install,
     installed,
     layer_distances,
+    packed_regions,
     token_regions,
     uninstall,
 )
 from cdistill.vat import recorders as recorders_module
-from cdistill.vat.hook import IMPLEMENTATION
+from cdistill.vat.hook import is_installed
 
 
 def check_against_eager(student, teacher, batch, config):
@@ -273,26 +273,105 @@ def test_generation_still_works():
     assert torch.equal(student.generate(**batch, **options), expected)
 
 
+def implementations(model):
+    return [model.config.text_config._attn_implementation, model.config.vision_config._attn_implementation]
+
+
 def test_install_switches_the_text_model_only_and_twice_is_once():
     student, _ = student_and_teacher()
-    before = student.config.vision_config._attn_implementation
+    student.set_attn_implementation("eager")
     for _ in range(2):
         install(student)
-        assert student.config.text_config._attn_implementation == IMPLEMENTATION
-        assert student.config.vision_config._attn_implementation == before != IMPLEMENTATION
+        assert implementations(student) == ["sdpa", "eager"]
+        assert is_installed(student)
     uninstall(student)
-    assert student.config.text_config._attn_implementation == "sdpa"
-    student.set_attn_implementation({"text_config": "eager"})
+    assert implementations(student) == ["sdpa", "eager"]
+    assert not is_installed(student)
+    uninstall(student, "eager")
+    for _ in range(2):
+        with installed(student):
+            assert implementations(student) == ["sdpa", "eager"]
+            assert is_installed(student)
+        assert implementations(student) == ["eager", "eager"]
+        assert not is_installed(student)
+    install(student)
     with installed(student):
-        assert student.config.text_config._attn_implementation == IMPLEMENTATION
-    assert student.config.text_config._attn_implementation == "eager"
+        pass
+    assert is_installed(student)
+
+
+def test_nothing_of_the_hook_is_saved_and_copies_keep_it(tmp_path):
+    student, teacher = student_and_teacher()
+    install(student)
+    batch = draw_batch(21)
+    student.save_pretrained(tmp_path)
+    assert "cdistill" not in "".join(path.read_text() for path in tmp_path.glob("*.json"))
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(**batch).logits, student(**batch).logits)
+    slices = record_everything(student, batch).slices[1]
+    assert torch.equal(record_everything(copy.deepcopy(student), batch).slices[1], slices)
+    for other in (loaded, teacher):  # of the same process, and not installed
+        with pytest.raises(ValueError, match=r"layers \[1\] were not recorded"):
+            _ = record_everything(other, batch).slices
+    uninstall(student)
+    with pytest.raises(ValueError, match=r"layers \[1\] were not recorded"):
+        _ = record_everything(student, batch).slices
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_masks_that_a_model_writes_into_are_refused(packed):
+    """As sparse attention may do, beside making a mask anew."""
+    student, _ = student_and_teacher()
+    install(student)
+    batch = draw_batch(22, "left")
+    length = batch["input_ids"].shape[1]
+    given, recorder = inputs(batch), None
+    if packed:
+        positions = torch.cat((torch.arange(5), torch.arange(length - 5))).expand(4, -1)
+        given |= {"attention_mask": None, "position_ids": positions, "use_cache": False}
+        regions = packed_regions(batch["input_ids"], batch["labels"], positions, visual_token_ids=IMAGE)
+        recorder = SliceRecorder([1, 2], regions, key_mask=None, impl="torch")
+
+    def hide_keys(module, args, kwargs):
+        kwargs["attention_mask"].logical_and_(torch.arange(length) != 3)
+
+    recorder = recorder or SliceRecorder([1, 2], regions_of(batch), key_mask=batch["attention_mask"], impl="torch")
+    student(**given, cdistill_vat=recorder)
+    handle = student.model.language_model.layers[2].self_attn.register_forward_pre_hook(hide_keys, with_kwargs=True)
+    message = "must keep the packed samples" if packed else "layer 2 uses a mask other than causality and padding"
+    with pytest.raises(ValueError, match=message):
+        student(**given, cdistill_vat=recorder)
+    handle.remove()
+
+
+def test_functions_of_others_are_wrapped_and_called():
+    """Another library may put its own function in SDPA's place after a model was installed."""
+    student, _ = student_and_teacher()
+    install(student)
+    before = AttentionInterface()["sdpa"]
+    calls = []
+
+    def theirs(*args, **kwargs):
+        calls.append(kwargs)
+        return before.__wrapped__(*args, **kwargs)
+
+    batch = draw_batch(23)
+    expected = student(**batch).logits
+    AttentionInterface.register("sdpa", theirs)
+    try:
+        install(student)
+        assert torch.equal(student(**batch).logits, expected)
+        assert record_everything(student, batch).slices
+    finally:
+        AttentionInterface.register("sdpa", before)
+    assert calls
+    assert not any("cdistill_vat" in kwargs for kwargs in calls)
 
 
 def test_vision_layers_are_not_recorded():
     student, _ = student_and_teacher()
     install(student)
-    student.set_attn_implementation(IMPLEMENTATION)  # as a plain string it reaches the vision tower too
-    assert student.config.vision_config._attn_implementation == IMPLEMENTATION
+    assert implementations(student) == ["sdpa", "sdpa"]
     batch = draw_batch(13)
     seen = []
 
@@ -429,17 +508,18 @@ def test_masks_other_than_causality_and_padding_are_refused():
         ({"position_bias": torch.zeros(1, 2, 4, 4)}, "position bias"),
         ({"is_causal": False}, "bidirectional"),
         ({"sliding_window": 3}, "sliding window of 3 of 4"),
-        ({"keys": 6}, r"cache \(4 queries, 6 keys\)"),
+        ({"keys": 6}, r"4 queries on 6 keys \(a key-value cache"),
     ],
 )
 def test_attention_that_is_not_plain_is_refused_in_recorded_layers_only(options, message):
-    install(tiny_llava(0, "qwen2", 1, 32, 2, 1))
-    attention = AttentionInterface()[IMPLEMENTATION]
+    model = tiny_llava(0, "qwen2", 4, 32, 2, 1)
+    install(model)
+    attention = AttentionInterface()["sdpa"]
     q, k = torch.randn(1, 2, 4, 16), torch.randn(1, 2, options.pop("keys", 4), 16)
     recorder = SliceRecorder(
         [3], token_regions(torch.full((1, 4), IMAGE), None, None, visual_token_ids=IMAGE, rows="all"), key_mask=None
     )
     with pytest.raises(ValueError, match=f"layer 3 uses .*{message}"):
-        attention(SimpleNamespace(layer_idx=3), q, k, k, None, cdistill_vat=recorder, **options)
+        attention(model.model.language_model.layers[3].self_attn, q, k, k, None, cdistill_vat=recorder, **options)
     if "softcap" not in options:  # which SDPA itself refuses
-        attention(SimpleNamespace(layer_idx=2), q, k, k, None, cdistill_vat=recorder, **options)
+        attention(model.model.language_model.layers[2].self_attn, q, k, k, None, cdistill_vat=recorder, **options)

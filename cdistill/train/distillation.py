@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -238,6 +238,7 @@ def distill(
     kd: KDConfig | None = None,
     vat_weight: float = 1.0,
     train_vision: bool = False,
+    visual_token_ids: int | Sequence[int] | None = None,
 ) -> Distillation:
     """Wrap a teacher and a student for training with any loop (SPEC section 4: L_ar + L_kd + L_vat)::
 
@@ -256,6 +257,7 @@ def distill(
         kd: divergence over the vocabulary and its weight, by default `KDConfig()`; with weight 0 it is left out.
         vat_weight: weight of the alignment; with 0 it is left out.
         train_vision: leave the student's vision encoder as it is given, instead of freezing it.
+        visual_token_ids: ids of both models' visual tokens, by default what the student's configuration names.
 
     Raises:
         ValueError: the models cannot be distilled: other visual tokens or vocabularies, attention that cannot be aligned,
@@ -285,6 +287,7 @@ def distill(
         kd=kd,
         vat=aligned if used["vat"] else None,
         pads_right=False,
+        visual_tokens=(visual_token_ids,) if isinstance(visual_token_ids, int) else visual_token_ids,
     )
     for parameter in encoder:
         parameter.requires_grad_(False)

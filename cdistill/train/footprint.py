@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from cdistill.models.load import Model
 from cdistill.models.parts import language_model
-from cdistill.vat import LayerMatch, Regions, StudentAlignment, hook, install, uninstall
+from cdistill.vat import LayerMatch, Regions, StudentAlignment, hook, install
 
 # The hook's attention under another name, whose mask function makes none: transformers reads the values of positions to tell
 # whether samples are packed, and fake tensors have none.
@@ -115,7 +115,7 @@ def prepare(model: Model) -> None:
     install(model)
     AttentionInterface.register(IMPLEMENTATION, AttentionInterface()[hook.IMPLEMENTATION])
     AttentionMaskInterface.register(IMPLEMENTATION, lambda **_: None)
-    uninstall(model, IMPLEMENTATION)
+    hook.text_model_of(model).set_attn_implementation(IMPLEMENTATION)
 
 
 def decoder_footprint(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -78,8 +79,10 @@ class VocabularyLosses(nn.Module):
 
 
 # What some families do to logits after the head (Gemma, Cohere, Granite).
-_WHOLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 AFTER_THE_HEAD = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling")
+# How transformers' mixtures of experts name the weight of the loss that balances their experts.
+ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
+_WHOLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes whose values are the weights
 
 
 def _require_plain_head(model: Model, side: str, *, linear: bool) -> None:
@@ -104,6 +107,23 @@ def _require_plain_head(model: Model, side: str, *, linear: bool) -> None:
         )
 
 
+def _require_body(model: Model, side: str) -> None:
+    """Raise ValueError for a class whose hidden states cannot be read, or whose own loss has a term that is not here."""
+    if not isinstance(getattr(model, "model", None), nn.Module):
+        raise ValueError(
+            f"the {side}'s class {type(model).__name__} has no submodule `model` that gives hidden states; take one of the "
+            "README's families"
+        )
+    configs = (model.config, model.config.get_text_config())
+    weights = [getattr(config, name, None) for config in configs for name in ROUTER_WEIGHTS]
+    asked = any(getattr(config, "output_router_logits", False) for config in configs)
+    if side == "student" and asked and any(weights):
+        raise ValueError(
+            "the student's output_router_logits asks for its experts' router loss (router_aux_loss_coef), which the losses "
+            "here leave out; set output_router_logits to False in its configuration"
+        )
+
+
 class DistillationModel(nn.Module):
     """The losses of one stage, as sums.
 
@@ -119,10 +139,11 @@ class DistillationModel(nn.Module):
         pads_right: batches are padded on the right, so causality alone hides the padding from every real token and neither
             model is given a padding mask.
         patch_classes: classes of each label that the throw-away head of ``vision`` predicts.
+        visual_tokens: ids of the visual tokens, by default those that the student's configuration names.
 
     Raises:
         ValueError: logits that are more than the head gives (scaled, soft-capped), or for ``kd`` a head that is more than a
-            linear layer, such as one with LoRA.
+            linear layer, such as one with LoRA; a class without `model`; a student that asks for its router loss.
     """
 
     def __init__(
@@ -135,6 +156,7 @@ class DistillationModel(nn.Module):
         vat: VAT | None = None,
         pads_right: bool = True,
         patch_classes: tuple[int, ...] = (),
+        visual_tokens: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.student: Model = student
@@ -143,6 +165,10 @@ class DistillationModel(nn.Module):
         if teacher is not None and not isinstance(inner, Teacher):
             teacher = Teacher(teacher, shares_vision=isinstance(student, Llava) and isinstance(teacher, Llava))
         self._teacher = (teacher if objective.distils else None,)  # a tuple hides it from nn.Module
+        if "ar" in objective.losses:
+            _require_body(student, "student")
+            if self.teacher is not None:
+                _require_body(self.teacher.model, "teacher")
         self._require_plain_heads()
         if "kd" in objective.losses:
             self.vocabulary_losses = VocabularyLosses(self.kd)
@@ -152,7 +178,7 @@ class DistillationModel(nn.Module):
         if vat is not None:
             if self.teacher is not None:
                 install(self.teacher.model)
-            self._visual_token_ids = visual_token_ids(student)
+            self._visual_token_ids = visual_token_ids(student) if visual_tokens is None else tuple(visual_tokens)
         if vat is not None or "ground" in objective.losses:
             install(student)
 

@@ -2,9 +2,10 @@
 
 A recorder may make the output itself, where alignment and attention share their passes.
 
-Attention function and mask function are registered under one name, because transformers silently drops the padding mask
-of a batch when an attention implementation has no mask function. The recorder travels as a keyword of the model's
-forward pass, so the hook itself keeps no state::
+A model's implementation stays "sdpa", by name and by what it computes: models ask for that name to build sparse masks, to
+shorten queries and more, and another name would silently change what they compute. So transformers' own functions of that
+name are wrapped, once for the process; without the keyword they do what they did. `install` marks the modules whose queries
+and keys a recorder may see. The recorder travels as a keyword of the model's forward pass, so the hook keeps no state::
 
     install(model)
     recorder = TeacherTargets(matches, regions, key_mask=batch["attention_mask"])
@@ -13,7 +14,7 @@ forward pass, so the hook itself keeps no state::
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,14 +26,17 @@ from cdistill.vat.regions import require_on_device
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# transformers checks that a model supports SDPA when "sdpa" is part of the name
-IMPLEMENTATION = "cdistill_vat_sdpa"
+IMPLEMENTATION = "sdpa"
 KEYWORD = "cdistill_vat"
 
-# The (B, T) padding mask, kept on a (B, 1, T, T) mask that is causality and padding alone: the attention function could
-# not tell that without reading T * T values.
+# On a module of an installed text model: recorders may see its queries and keys.
+_MARK = "_cdistill_vat"
+# On a function of transformers' registries: it is our wrapper.
+_WRAPPER = "_cdistill_wrapper"
+# The (B, T) padding mask and the version of the (B, 1, T, T) mask that it stands on, which is causality and padding alone: the
+# attention function could not tell that without reading T * T values.
 _PADDING = "_cdistill_padding"
-# The recorder's (B, T) sequence numbers, kept on a mask that has been found to be their packing.
+# The recorder's (B, T) sequence numbers, kept with its version on a mask that has been found to be their packing.
 _PACKING = "_cdistill_packing"
 
 # Keywords by which transformers' models change the scores or the visible keys of a layer.
@@ -42,70 +46,121 @@ _UNSUPPORTED = {
     "sinks": "attention sinks",
     "position_bias": "a position bias",
     "indices": "sparse key selection",
+    "block_indices": "sparse key selection",
     "cache": "a paged cache",
 }
 
 
 def install(model: "PreTrainedModel") -> None:
-    """Switch the text model of ``model`` to the hook; outputs stay those of SDPA, bit for bit, unless a recorder makes them.
+    """Let recorders see the attention of the text model of ``model``, which runs on SDPA; outputs stay SDPA's, bit for bit.
 
-    ``model`` is a Llava-like transformers model or a plain causal language model. A vision tower keeps its own
-    attention. Installing twice is harmless, and the implementation is not part of a saved model. Raises ValueError for
-    a text model that does not choose its attention through transformers' AttentionInterface or does not support SDPA.
+    (Unless a recorder makes them.) ``model`` is a Llava-like transformers model or a plain causal language model. A vision
+    tower keeps its own attention, a text model of another implementation is switched to SDPA. Installing twice is harmless,
+    copies of the model are installed, and nothing of it is part of a saved model. Raises ValueError for a model whose text
+    model is not causal softmax attention over one sequence that holds the visual tokens: encoder-decoders, cross-attention,
+    chunked attention, attention that does not run on SDPA or is not chosen through transformers' AttentionInterface.
     """
+    text_model = text_model_of(model)
+    modules = _attention_modules(model, text_model)
     _register()
-    _switch(model, IMPLEMENTATION)
+    if text_model.config._attn_implementation != IMPLEMENTATION:
+        text_model.set_attn_implementation(IMPLEMENTATION)
+    for module in modules:
+        setattr(module, _MARK, True)
 
 
 def uninstall(model: "PreTrainedModel", implementation: str = "sdpa") -> None:
-    """Switch the text model back to one of transformers' own attention implementations."""
-    _switch(model, implementation)
+    """Hide the text model from recorders, and switch it to one of transformers' own attention implementations."""
+    text_model = text_model_of(model)
+    for module in text_model.modules():
+        vars(module).pop(_MARK, None)
+    if text_model.config._attn_implementation != implementation:
+        text_model.set_attn_implementation(implementation)
 
 
 @contextmanager
 def installed(model: "PreTrainedModel") -> Iterator["PreTrainedModel"]:
-    """`install` for the duration of a ``with`` block; afterwards the text model has its previous implementation."""
-    text_config = model.config.get_text_config(decoder=True)
-    previous = text_config._attn_implementation
+    """`install` for the duration of a ``with`` block; afterwards the text model is as it was before."""
+    text_model = text_model_of(model)
+    previous = text_model.config._attn_implementation
+    was_installed = is_installed(model)
     install(model)
     try:
         yield model
     finally:
-        uninstall(model, previous)
+        if not was_installed:
+            uninstall(model, previous)
 
 
-def _switch(model: "PreTrainedModel", implementation: str) -> None:
+def is_installed(model: "PreTrainedModel") -> bool:
+    """Whether recorders see the attention of ``model``."""
+    return any(hasattr(module, _MARK) for module in text_model_of(model).modules())
+
+
+def text_model_of(model: "PreTrainedModel") -> "PreTrainedModel":
+    """The submodule of ``model`` that owns its text configuration; ValueError if there is none."""
     from transformers import PreTrainedModel
 
     text_config = model.config.get_text_config(decoder=True)
-    if text_config._attn_implementation == implementation:
-        return
     text_model = next((m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is text_config), None)
     if text_model is None:
         raise ValueError(f"{type(model).__name__} has no submodule that owns its text configuration")
-    if implementation == IMPLEMENTATION and not text_model._supports_sdpa:
+    return text_model
+
+
+def _attention_modules(model: "PreTrainedModel", text_model: "PreTrainedModel") -> list[nn.Module]:
+    """The modules of the text model that know their layer; ValueError for attention that cannot be aligned whatever is run."""
+    name, config = type(text_model).__name__, text_model.config
+    if getattr(model.config, "is_encoder_decoder", False) or getattr(config, "is_encoder_decoder", False):
         raise ValueError(
-            f"{type(text_model).__name__} does not run on SDPA, because its attention is no plain softmax of q k^T (such as "
+            f"{type(model).__name__} is an encoder-decoder, which visual attention alignment does not support: it needs a "
+            "causal language model whose sequence holds the visual tokens"
+        )
+    if not text_model._supports_sdpa:
+        raise ValueError(
+            f"{name} does not run on SDPA, because its attention is no plain softmax of q k^T (such as "
             "logit soft-capping or attention sinks), which visual attention alignment does not support"
         )
-    text_model.set_attn_implementation(implementation)
-    if text_config._attn_implementation != implementation:
+    modules = [
+        m
+        for m in text_model.modules()
+        if getattr(m, "layer_idx", None) is not None and type(getattr(m, "config", config)) is type(config)
+    ]
+    if not text_model._can_set_attn_implementation() or not modules:
         raise ValueError(
-            f"{type(text_model).__name__} does not choose its attention through transformers' AttentionInterface; "
+            f"{name} does not choose its attention through transformers' AttentionInterface; "
             "visual attention alignment needs a model that does"
         )
+    if any("CrossAttention" in type(m).__name__ for m in text_model.modules()):
+        raise ValueError(
+            f"{name} sees images by cross-attention, which visual attention alignment does not support: it needs visual "
+            "tokens in the language model's own sequence"
+        )
+    if any((getattr(config, cycles, None) or 1) > 1 for cycles in ("H_cycles", "L_cycles")):
+        raise ValueError(
+            f"{name} runs its layers several times in a pass, which visual attention alignment does not support"
+        )
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(
+            f"{name} has layers of chunked attention, which visual attention alignment does not support; use another family"
+        )
+    return modules
 
 
-@cache
 def _register() -> None:
+    """Wrap what transformers holds for SDPA, unless it is wrapped; others may have put their own function there meanwhile."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import causal_mask_function
 
-    AttentionInterface.register(IMPLEMENTATION, _attention(AttentionInterface()["sdpa"]))
-    AttentionMaskInterface.register(IMPLEMENTATION, _mask(AttentionMaskInterface()["sdpa"], causal_mask_function))
+    attention, mask = AttentionInterface()[IMPLEMENTATION], AttentionMaskInterface()[IMPLEMENTATION]
+    if not hasattr(attention, _WRAPPER):
+        AttentionInterface.register(IMPLEMENTATION, _attention(attention))
+    if not hasattr(mask, _WRAPPER):
+        AttentionMaskInterface.register(IMPLEMENTATION, _mask(mask, causal_mask_function))
 
 
 def _attention(sdpa: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[Tensor, None]]:
+    @wraps(sdpa)
     def attention(
         module: nn.Module,
         query: Tensor,  # (B, Hq, T, D)
@@ -121,6 +176,7 @@ def _attention(sdpa: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[
                 return out.transpose(1, 2).contiguous(), None
         return sdpa(module, query, key, value, attention_mask, **kwargs)
 
+    setattr(attention, _WRAPPER, True)
     return attention
 
 
@@ -135,17 +191,17 @@ def _record(
     kwargs: dict[str, Any],
 ) -> Tensor | None:
     """Show a layer's queries and keys to the recorder if it wants them; the layer's attention if it has made that, too."""
-    layer = getattr(module, "layer_idx", None)  # vision towers have none
-    if layer is None:
+    if not hasattr(module, _MARK):  # a vision tower's, or a model that is not installed
         return None
     if not isinstance(recorder, Recorder):
         raise ValueError(f"{KEYWORD} must be a recorder of cdistill.vat, got {type(recorder).__name__}")
+    layer: Any = module.layer_idx
     if layer not in recorder.layers:
         return None
     sequence = getattr(recorder, "sequence", None)
     _require_plain_causal(layer, module, query, key, attention_mask, kwargs, packed=sequence is not None)
     if sequence is None:
-        _require_same_padding(recorder.key_mask, getattr(attention_mask, _PADDING, None))
+        _require_same_padding(recorder.key_mask, getattr(attention_mask, _PADDING, (None, None))[0])
     else:
         _require_same_packing(sequence, query, attention_mask)
     out = recorder.record(layer, query, key, value, scale=kwargs.get("scaling"), causal=True)
@@ -155,16 +211,33 @@ def _record(
 
 
 def _mask(sdpa_mask: Callable[..., Tensor | None], causal: Callable[..., Any]) -> Callable[..., Tensor | None]:
-    def mask(**kwargs: Any) -> Tensor | None:
-        result = sdpa_mask(**kwargs)
+    @wraps(sdpa_mask)
+    def mask(*args: Any, **kwargs: Any) -> Tensor | None:
+        result = sdpa_mask(*args, **kwargs)
+        if result is None or torch.compiler.is_compiling():
+            return result
         local_size = kwargs.get("local_size")
         # a window as wide as the sequence hides nothing; transformers forbids the skip where it overlays anything else
-        wide = local_size is not None and kwargs["kv_length"] <= local_size and kwargs["allow_is_causal_skip"]
-        if result is not None and (kwargs["mask_function"] is causal or wide):
-            setattr(result, _PADDING, kwargs["attention_mask"])
+        wide = (
+            local_size is not None and kwargs["kv_length"] <= local_size and kwargs.get("allow_is_causal_skip", False)
+        )
+        if kwargs.get("mask_function") is causal or wide:
+            setattr(result, _PADDING, (kwargs.get("attention_mask"), _version(result)))
         return result
 
+    setattr(mask, _WRAPPER, True)
     return mask
+
+
+def _version(mask: Tensor) -> int:
+    """Counts what is written into a mask; tensors of inference mode do not count it."""
+    return -1 if mask.is_inference() else mask._version
+
+
+def _is_causality_and_padding(mask: Tensor) -> bool:
+    """Whether a mask is as `_mask` left it: models also write sparse selections into it."""
+    _, version = getattr(mask, _PADDING, (None, None))
+    return version == _version(mask)
 
 
 def _require_plain_causal(
@@ -194,16 +267,19 @@ def _require_plain_causal(
     if not is_causal or not getattr(getattr(module, "config", None), "is_causal", True):
         raise refuse("bidirectional attention")
     if query.shape[2] != key.shape[2]:
-        raise refuse(f"a key-value cache ({query.shape[2]} queries, {key.shape[2]} keys)")
+        raise refuse(
+            f"{query.shape[2]} queries on {key.shape[2]} keys (a key-value cache, cross-attention, or logits_to_keep that "
+            "leaves out queries)"
+        )
     if packed:
         return
     window = kwargs.get("sliding_window")
     if window is not None and window < key.shape[2]:
         raise refuse(f"a sliding window of {window} of {key.shape[2]} tokens")
-    if attention_mask is not None and not hasattr(attention_mask, _PADDING):
+    if attention_mask is not None and not _is_causality_and_padding(attention_mask):
         raise refuse(
-            "a mask other than causality and padding (bidirectional images, a 4-D mask, or packed samples without "
-            "cdistill.vat.packed_regions)"
+            "a mask other than causality and padding (bidirectional images, sparse attention, a 4-D mask, or packed samples "
+            "without cdistill.vat.packed_regions)"
         )
 
 
@@ -236,10 +312,12 @@ def _require_same_packing(sequence: Tensor, query: Tensor, attention_mask: Tenso
         raise ValueError(f"the recorder has packed rows {tuple(sequence.shape)}, not {query.shape[0], query.shape[2]}")
     if attention_mask is None:  # plain causality
         require_on_device((sequence == 0).all(), message)
-    elif getattr(attention_mask, _PACKING, None) is not sequence:
+        return
+    checked, version = getattr(attention_mask, _PACKING, (None, None))
+    if checked is not sequence or version != _version(attention_mask):
         batch, length = sequence.shape
         if attention_mask.dtype != torch.bool or attention_mask.shape != (batch, 1, length, length):
             raise ValueError(message)
         expected = (sequence[:, :, None] == sequence[:, None, :]).tril()[:, None]
         require_on_device((attention_mask == expected.to(attention_mask.device)).all(), message)
-        setattr(attention_mask, _PACKING, sequence)
+        setattr(attention_mask, _PACKING, (sequence, _version(attention_mask)))
