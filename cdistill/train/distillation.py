@@ -110,7 +110,7 @@ def distill(
     given = student
     # A peft model's layers are in the model that it wraps.
     student, teacher = (m.get_base_model() if hasattr(m, "get_base_model") else m for m in (student, teacher))
-    check_pair(student, teacher, shared=False)
+    check_pair(student, teacher)
     used = {"ar": True, "kd": kd.weight > 0, "vat": vat_weight > 0}
     aligned = vat if isinstance(vat, VAT) else None
     if aligned is None and used["vat"]:
