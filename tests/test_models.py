@@ -158,15 +158,19 @@ def test_bad_pairs_are_refused(generator):
     teacher = build(LlamaConfig, 48, 3, 1)
     student = build(Qwen2Config, 32, 2, 2, teacher)
     check_pair(student, teacher)
+    check_pair(build(Qwen2Config, 32, 2, 3), teacher)  # an encoder of its own, without TAF
+    other = build(LlamaConfig, 48, 3, 4)
     with pytest.raises(ValueError, match="vision_tower"):
-        check_pair(build(Qwen2Config, 32, 2, 3), teacher)
+        check_pair(student, other)
     other = build(LlamaConfig, 48, 3, 1)
     nn.init.normal_(other.model.multi_modal_projector.linear_1.weight)
     with pytest.raises(ValueError, match="multi_modal_projector"):
         check_pair(student, other)
     other = build(LlamaConfig, 48, 3, 1)
-    other.config.image_seq_length = 16
-    with pytest.raises(ValueError, match="visual tokens"):
+    other.config.image_seq_length = 16  # transformers does not read it
+    check_pair(student, other)
+    other.config.vision_feature_select_strategy = "default"
+    with pytest.raises(ValueError, match=r"visual tokens of an image differ: student 9 .*, teacher 8"):
         check_pair(student, other)
     wide = build(LlamaConfig, 64, 2, 1)
     with pytest.raises(ValueError, match="teacher adapter"):

@@ -79,7 +79,10 @@ def export(
         loaded = _merge_adapter(loaded.float(), folder)  # sums in a narrower format would lose what was learnt
     is_taf = isinstance(loaded, TAFLlavaForConditionalGeneration)
     if merge_taf and is_taf and loaded.config.taf_activation == "linear":
-        loaded, merged = merge_taf_map(loaded, target), [*merged, "TAF"]
+        if can_merge_taf(loaded):
+            loaded, merged = merge_taf_map(loaded, target), [*merged, "TAF"]
+        else:
+            remarks.append("TAF was left as trained: the teacher's adapter has more activations than a LLaVA's")
     loaded = loaded.to(target)
     if code and not isinstance(loaded, TAFLlavaForConditionalGeneration):
         remarks.append(f"--code: {type(loaded).__name__} is part of transformers and needs none")
@@ -90,16 +93,20 @@ def export(
 
 
 def merge_taf_map(model: TAFLlavaForConditionalGeneration, dtype: torch.dtype) -> LlavaForConditionalGeneration:
-    """A model with the parts of a linear TAF student, M multiplied into the last layer of P_T, which it follows directly.
+    """A model with the parts of a linear TAF student, M multiplied into the layers of P_T after its activation.
 
-    It is a stock LLaVA if d_T = d_S and the teacher's adapter has biases, else a `TAFLlavaForConditionalGeneration` with a
-    `MergedAdapter`. The product is taken in fp64 and rounded once, to ``dtype``; the rest is not copied.
+    It is a stock LLaVA if P_T is d_S wide at its activation, else a `TAFLlavaForConditionalGeneration` with a `MergedAdapter`.
+    The product is taken in fp64 and rounded once, to ``dtype``; the rest is not copied.
     """
     adapter: Any = model.model.multi_modal_projector
+    first = adapter.fetched[0]
     config: Any = copy.deepcopy(model.config)
+    config.teacher_adapter, config.teacher_hidden_size = None, first.out_features
+    config.projector_hidden_act = adapter.activations[1]
     kind: type[LlavaForConditionalGeneration] = TAFLlavaForConditionalGeneration
-    if config.teacher_hidden_size == config.text_config.hidden_size and config.multimodal_projector_bias:
+    if config.teacher_hidden_size == config.text_config.hidden_size:
         kind = LlavaForConditionalGeneration
+        config.multimodal_projector_bias = True  # M has one; the first layer's may be 0
         own = {"model_type", *(set(TAFLlavaConfig().to_dict()) - set(LlavaConfig().to_dict()))}
         config = LlavaConfig.from_dict({name: value for name, value in config.to_dict().items() if name not in own})
     else:
@@ -108,7 +115,9 @@ def merge_taf_map(model: TAFLlavaForConditionalGeneration, dtype: torch.dtype) -
         result = kind(config)
     projector: Any = result.model.multi_modal_projector
     weight, bias = _product(adapter)
-    state = {f"linear_1.{name}": value.detach() for name, value in adapter.teacher[0].state_dict().items()}
+    state = {f"linear_1.{name}": value.detach() for name, value in first.state_dict().items()}
+    if projector.linear_1.bias is not None and first.bias is None:
+        state["linear_1.bias"] = first.weight.new_zeros(first.out_features).detach()
     state |= {"linear_2.weight": weight.to(dtype), "linear_2.bias": bias.to(dtype)}
     projector.load_state_dict(state, assign=True)
     result.model.vision_tower, result.model.language_model = model.model.vision_tower, model.model.language_model
@@ -116,13 +125,20 @@ def merge_taf_map(model: TAFLlavaForConditionalGeneration, dtype: torch.dtype) -
     return result.eval()
 
 
+def can_merge_taf(model: TAFLlavaForConditionalGeneration) -> bool:
+    """Whether P_T has one activation, after its first layer, as a LLaVA's adapter: what follows are products of matrices."""
+    adapter: Any = model.model.multi_modal_projector
+    return adapter.activations[1] is not None and not any(adapter.activations[2:])
+
+
 def _product(adapter: TAFAdapter) -> tuple[Tensor, Tensor]:
-    """Weight (d_S, d_T) and bias (d_S,) of M after P_T's last layer, fp64."""
-    last: Any = adapter.teacher[2]
+    """Weight (d_S, d) and bias (d_S,) of M after all of P_T's layers but the first, fp64."""
     weight, bias = adapter.map.weight.detach().double(), adapter.map.bias.detach().double()
-    if last.bias is not None:
-        bias = bias + weight @ last.bias.detach().double()
-    return weight @ last.weight.detach().double(), bias
+    for layer in reversed(adapter.fetched[1:]):
+        if layer.bias is not None:
+            bias = bias + weight @ layer.bias.detach().double()
+        weight = weight @ layer.weight.detach().double()
+    return weight, bias
 
 
 def _base_of(folder: Path) -> Path:

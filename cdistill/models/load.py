@@ -8,7 +8,10 @@ from typing import Any, TypeAlias
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -143,6 +146,32 @@ def load_multimodal(folder: Path, key: str, *, language: bool = True, **options:
     model = _load(AutoModelForImageTextToText, folder, key, config=shallow, **options)
     model.config = config
     return model
+
+
+def encoder_config(folder: Path, key: str) -> PretrainedConfig:
+    """Configuration of the vision encoder in a folder that holds one alone or beside a text encoder (SigLIP, CLIP).
+
+    Raises ValueError naming the missing or corrupt file, or saying that there is no encoder that a LLaVA could have.
+    """
+    config = load_config(folder, key)
+    vision = getattr(config, "vision_config", config)
+    others = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if (
+        others
+        or type(vision) not in MODEL_MAPPING
+        or not all(hasattr(vision, x) for x in ("image_size", "hidden_size"))
+    ):
+        raise ValueError(
+            f"{key}: {folder} holds a {config.model_type} model: neither a LLaVA nor a vision encoder for one"
+        )
+    if hasattr(vision, "vision_use_head"):
+        vision.vision_use_head = False  # of SigLIP: a LLaVA takes hidden states
+    return vision
+
+
+def load_encoder(folder: Path, key: str) -> Model:
+    """Vision encoder that `encoder_config` finds in a folder, fp32. Raises ValueError as it does."""
+    return _load(AutoModel, folder, key, config=encoder_config(folder, key))
 
 
 def load_tokenizer(folder: Path, key: str) -> PreTrainedTokenizerBase:

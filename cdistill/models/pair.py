@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cdistill.models.llava import Llava
+from cdistill.models.llava import Llava, VisualTokens, visual_tokens
 from cdistill.models.load import Model
 from cdistill.models.parts import has_vision, part_of
-from cdistill.models.taf import TAFAdapter
+from cdistill.models.taf import TAFAdapter, adapter_layers, linear_layers
 
 # What decides how many visual tokens an image becomes, in the configurations of transformers' families.
 _OF_THE_MODEL = (
@@ -25,8 +25,8 @@ _OF_THE_MODEL = (
     "scale_factor",
     "downsample_ratio",
 )
-MOST_PADDING = 256  # tokens, or 1 %: of embeddings that are padded
 _OF_THE_ENCODER = ("image_size", "patch_size", "spatial_merge_size", "temporal_patch_size")
+MOST_PADDING = 256  # tokens, or 1 %: of embeddings that are padded
 
 
 def unwrapped(model: Any, side: str) -> Any:
@@ -69,37 +69,77 @@ def _check_adapters(model: Any, side: str) -> None:
 
 
 def shares_encoder(student: Model, teacher: Model) -> bool:
-    """Whether two LLaVAs have one frozen vision encoder, so that an image need be looked at once."""
+    """Whether two LLaVAs have one vision encoder and take the same of it, so that an image need be looked at once."""
     if not isinstance(student, Llava) or not isinstance(teacher, Llava):
         return False
-    same = student.config.vision_feature_layer == teacher.config.vision_feature_layer
+    ours, theirs = student.config, teacher.config
+    same = ours.vision_feature_select_strategy == theirs.vision_feature_select_strategy
+    same = same and _feature_layers(ours) == _feature_layers(theirs)
     return same and _equal(student.model.vision_tower, teacher.model.vision_tower)
 
 
-def check_pair(student: Model, teacher: Model, *, shared: bool = True) -> None:
-    """Raise ValueError unless two models can be distilled: same visual tokens, and the same P_T with TAF.
+def check_pair(student: Model, teacher: Model) -> None:
+    """Raise ValueError unless two models can be distilled: same visual tokens, and with TAF one encoder and the same P_T.
 
-    ``shared`` also asks LLaVAs for one vision encoder (`shares_encoder`), as the paper has it.
+    LLaVAs without TAF may have vision encoders of their own, if their visual tokens stand for the same patches.
     """
     if has_vision(student) != has_vision(teacher):
         raise ValueError(f"only the {'student' if has_vision(student) else 'teacher'} has a vision encoder")
     _check_vocabulary(student.config.get_text_config(), teacher.config.get_text_config())
+    if isinstance(student, Llava) and isinstance(teacher, Llava):
+        _check_equal("image_token_id", student.config, teacher.config)
+        _check_visual_tokens(student, teacher)
+        _check_fetched(student, teacher)
+        return
     for name in _OF_THE_MODEL:
         _check_equal(name, student.config, teacher.config)
     if has_vision(student):
         for name in _OF_THE_ENCODER:
             _check_equal(name, student.config.vision_config, teacher.config.vision_config, "vision_config.")
-    if not isinstance(student, Llava) or not isinstance(teacher, Llava):
-        return
-    if shared and not shares_encoder(student, teacher):
-        raise ValueError("vision_tower differs: student and teacher must share one frozen vision encoder")
+
+
+def _feature_layers(config: Any) -> list[int]:
+    """Feature layers counted from the first: of 3 layers, whose hidden states are 4, -2 is 2."""
+    layers = config.vision_feature_layer
+    layers = [layers] if isinstance(layers, int) else list(layers)
+    count = getattr(config.vision_config, "num_hidden_layers", None)
+    return layers if count is None else [layer % (count + 1) for layer in layers]
+
+
+def _check_visual_tokens(student: Llava, teacher: Llava) -> None:
+    """Every position among an image's visual tokens must be the same patch for both models."""
+    for name in ("image_size", "patch_size"):
+        _check_equal(name, student.config.vision_config, teacher.config.vision_config, "vision_config.")
+    ours, theirs = visual_tokens(student.config), visual_tokens(teacher.config)
+    if ours != theirs:
+        raise ValueError(
+            f"visual tokens of an image differ: student {_told(ours, student)}, teacher {_told(theirs, teacher)}"
+        )
+
+
+def _told(tokens: VisualTokens | None, model: Llava) -> str:
+    config: Any = model.config
+    how = f"{config.vision_config.model_type}, {config.vision_feature_select_strategy}"
+    if tokens is None:
+        return f"any number ({how})"
+    more = f", {tokens.special} of them no patches" if tokens.special else ""
+    return f"{tokens.total} ({how}{more}{', without the first patch' if tokens.dropped else ''})"
+
+
+def _check_fetched(student: Llava, teacher: Llava) -> None:
     adapter = student.model.multi_modal_projector
-    if isinstance(adapter, TAFAdapter):
-        fetched = [p for layer in (adapter.teacher[0], adapter.teacher[2]) for p in layer.parameters()]
-        trained = list(teacher.model.multi_modal_projector.parameters())
-        same = len(fetched) == len(trained) and all(map(_same, fetched, trained))
-        if not same:
-            raise ValueError("multi_modal_projector differs: the student's fetched adapter is not this teacher's")
+    if not isinstance(adapter, TAFAdapter):
+        return
+    if not shares_encoder(student, teacher):
+        raise ValueError(
+            "vision_tower differs: a student with TAF sees through its teacher's encoder, at the same vision_feature_layer and "
+            "vision_feature_select_strategy; this teacher has another"
+        )
+    trained = [p for layer in linear_layers(teacher.model.multi_modal_projector) for p in layer.parameters()]
+    fetched = [p for layer in adapter.fetched for p in layer.parameters()]
+    same = adapter.activations == [layer["activation"] for layer in adapter_layers(teacher)]
+    if not same or len(fetched) != len(trained) or not all(map(_same, fetched, trained)):
+        raise ValueError("multi_modal_projector differs: the student's fetched adapter is not this teacher's")
 
 
 def common_parameters(
@@ -163,7 +203,7 @@ class CommonEncoder:
 
     def _same_adapter(self) -> bool:
         try:
-            check_pair(self.student, self.teacher, shared=False)
+            check_pair(self.student, self.teacher)
         except ValueError:
             return False
         return True
@@ -186,8 +226,7 @@ def _check_vocabulary(student: Any, teacher: Any) -> None:
 def _check_equal(name: str, student: Any, teacher: Any, prefix: str = "") -> None:
     ours, theirs = getattr(student, name, None), getattr(teacher, name, None)
     if ours != theirs:
-        what = "visual tokens" if name == "image_seq_length" else ""
-        raise ValueError(f"{prefix}{name} differs: student {ours}, teacher {theirs} {what}".rstrip())
+        raise ValueError(f"{prefix}{name} differs: student {ours}, teacher {theirs}")
 
 
 def _equal(a: nn.Module, b: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from cdistill.models.llava import encoder_positions, image_size
 from cdistill.models.load import one_line
 from cdistill.models.taf import TAFLlavaConfig
 
@@ -106,20 +107,22 @@ def build_processor(
     """
     vision: Any = config.vision_config  # type: ignore[attr-defined]
     if source is not None and has_image_processor(source):
-        images = _load(AutoImageProcessor, source, key)
+        images = load_image_processor(source, key)
     else:
         images = _usual_image_processor(vision, key)
+    size = image_pixels(images, vision)
+    positions = encoder_positions(vision, size)
+    assert positions is not None, "images of any size have processors of their own"
     processor = LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,  # type: ignore[attr-defined]
-        num_additional_image_tokens=int(vision.model_type == "clip_vision_model"),  # its class token
+        num_additional_image_tokens=positions[0] - positions[1],  # class token, registers
         image_token=tokenizer.convert_ids_to_tokens(config.image_token_id),  # type: ignore[attr-defined]
         chat_template=tokenizer.chat_template,
     )
-    blank = Image.new("RGB", (vision.image_size, vision.image_size))
-    ids = processor(text=processor.image_token, images=blank, add_special_tokens=False)["input_ids"][0]
+    ids = processor(text=processor.image_token, images=_blank(vision), add_special_tokens=False)["input_ids"][0]
     image_id, wanted = config.image_token_id, config.image_seq_length  # type: ignore[attr-defined]
     if ids != [image_id] * wanted:
         raise ValueError(
@@ -128,14 +131,32 @@ def build_processor(
     return processor
 
 
+def _blank(vision: Any) -> Image.Image:
+    height, width = image_size(vision)
+    return Image.new("RGB", (width, height))
+
+
+def load_image_processor(folder: Path, key: str) -> Any:
+    """The image processor in a folder that has one. Raises ValueError if it cannot be loaded."""
+    return _load(AutoImageProcessor, folder, key)
+
+
+def image_pixels(images: Any, vision: Any) -> tuple[int, int]:
+    """Height and width in pixels of what an image processor makes of a square image."""
+    height, width = images(_blank(vision), return_tensors="np")["pixel_values"].shape[-2:]
+    return height, width
+
+
 def _usual_image_processor(vision: Any, key: str) -> Any:
-    size = {"height": vision.image_size, "width": vision.image_size}
+    height, width = image_size(vision)
+    size = {"height": height, "width": width}
     if vision.model_type == "siglip_vision_model":
         return SiglipImageProcessorPil(size=size)
     if vision.model_type == "clip_vision_model":
-        return CLIPImageProcessorPil(size={"shortest_edge": vision.image_size}, crop_size=size)
+        return CLIPImageProcessorPil(size={"shortest_edge": min(height, width)}, crop_size=size)
     raise ValueError(
-        f"{key}: preprocessor_config.json is missing, and {vision.model_type} has no usual image processor"
+        f"{key}: preprocessor_config.json is missing, and {vision.model_type} has no usual image processor: put that of the "
+        "vision encoder beside its weights"
     )
 
 

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from cdistill.data.builtin import build_tokenizer
-from cdistill.models.llava import Llava, compose
-from cdistill.models.load import Model, load_config, resolve_folder
+from cdistill.models.llava import INHERITED, Llava, compose, visual_tokens
+from cdistill.models.load import Model, encoder_config, load_config, resolve_folder
 from cdistill.models.parts import has_vision
-from cdistill.train.build import check_objectives, check_same_kind, fresh_config
+from cdistill.train.build import check_objectives, check_same_kind, fresh_config, holds_llava, set_visual_tokens
 from cdistill.train.config import LoRAConfig, Recipe, StudentConfig
 from cdistill.train.footprint import prepare
 from cdistill.train.lora import add_lora
@@ -94,30 +94,37 @@ def _student(student: str, teacher_reference: str | None) -> Model:
         if hasattr(base, "vision_config"):
             model = _from_folder(config.base, "student.base")
             check_same_kind(config, model)
+            if is_llava(model):
+                set_visual_tokens(model.config, "student.base", resolve_folder(config.base, "student.base"))
             return model
         text: Any = base
     else:
         known = teacher.config.get_text_config().vocab_size if teacher is not None else len(build_tokenizer())
         text = fresh_config(config.text_config, "student.text_config", vocab_size=known)
     source: Any = teacher
+    vision: Any = None
+    folder = None if teacher_reference is None else resolve_folder(teacher_reference, "teacher")
     if not config.taf and config.vision is not None:
-        source = _from_folder(config.vision, "student.vision")
+        folder = resolve_folder(config.vision, "student.vision")
+        source = _from_folder(config.vision, "student.vision") if holds_llava(folder, "student.vision") else None
+        vision = encoder_config(folder, "student.vision") if source is None else None
+    if config.vision_config is not None:
+        vision, source = fresh_config(config.vision_config, "student.vision_config"), None
+    elif source is not None:
+        vision = source.config.vision_config
     with torch.device("meta"):
-        if config.vision_config is not None:
-            vision: Any = fresh_config(config.vision_config, "student.vision_config")
-            length = (vision.image_size // vision.patch_size) ** 2
-        elif source is not None:
-            vision, length = source.config.vision_config, source.config.image_seq_length
-        else:
+        if vision is None:
             return AutoModelForCausalLM.from_config(text, attn_implementation="sdpa")
-        return compose(
+        model = compose(
             vision,
             text,
             image_token_id=0,
-            image_seq_length=length,
+            source=source,
             teacher=teacher if config.taf else None,
             taf_activation=config.taf_activation,
         )
+    set_visual_tokens(model.config, "student", folder)
+    return model
 
 
 def _from_folder(reference: str, key: str) -> Model:
@@ -130,4 +137,14 @@ def _from_folder(reference: str, key: str) -> Model:
 
 def is_llava(model: Model) -> bool:
     """Whether what a model holds of its images is known (`cdistill.train.footprint.encoder_footprint`)."""
-    return isinstance(model, Llava)
+    return isinstance(model, Llava) and visual_tokens(model.config) is not None
+
+
+def shares_vision(student: Model, teacher: Model) -> bool:
+    """Whether a student may have its teacher's vision encoder, as far as configurations tell."""
+    if not isinstance(student, Llava) or not isinstance(teacher, Llava):
+        return False
+    ours: Any = student.config.vision_config
+    theirs: Any = teacher.config.vision_config
+    same = all(getattr(student.config, name) == getattr(teacher.config, name) for name in INHERITED[:2])
+    return same and ours.to_dict() == theirs.to_dict()

@@ -11,9 +11,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from cdistill.data.builtin import IMAGE_TOKEN, build_tokenizer
 from cdistill.data.samples import Source
-from cdistill.models.llava import Llava, compose
-from cdistill.models.load import DTYPES, Model, load_model, load_multimodal, load_tokenizer, resolve_folder
-from cdistill.models.pair import check_pair
+from cdistill.models.llava import Llava, compose, visual_tokens
+from cdistill.models.load import (
+    DTYPES,
+    Model,
+    load_config,
+    load_encoder,
+    load_model,
+    load_multimodal,
+    load_tokenizer,
+    resolve_folder,
+)
+from cdistill.models.pair import check_pair, shares_encoder
 from cdistill.models.parts import has_vision
 from cdistill.models.processor import (
     COMPOSITIONS,
@@ -22,6 +31,8 @@ from cdistill.models.processor import (
     build_processor,
     check_image_processors,
     has_image_processor,
+    image_pixels,
+    load_image_processor,
     load_processor,
 )
 from cdistill.models.taf import TAFAdapter
@@ -36,7 +47,8 @@ class Models:
 
     ``processor`` is what a result's folder holds beside the weights, the tokenizer alone where there are no images;
     ``reader`` makes batches of conversations, None where images always become the same tokens; ``held`` is the teacher as
-    a recipe wants it held, once it is; ``sources`` are the data sets that stages have opened.
+    a recipe wants it held, once it is; ``sources`` are the data sets that stages have opened; with ``shares_vision`` both
+    models look at an image once, through the encoder they have in common.
     """
 
     student: Model
@@ -46,6 +58,7 @@ class Models:
     reader: Any = None
     held: Any = None
     sources: dict[str, Source] = field(default_factory=dict)
+    shares_vision: bool = False
 
 
 def build_models(recipe: Recipe) -> Models:
@@ -62,9 +75,18 @@ def build_models(recipe: Recipe) -> Models:
     if teacher is not None:
         check_pair(student, teacher)
         check_image_processors({"teacher": folder, **_student_folders(recipe)})
+        if isinstance(teacher, Llava):
+            _set_visual_tokens(teacher, "teacher", folder)
     check_objectives(recipe, student, teacher)
     models = Models(student, teacher, tokenizer, _processor(recipe, student, tokenizer))
-    if has_vision(student) and student.config.model_type not in COMPOSITIONS:
+    models.shares_vision = teacher is not None and shares_encoder(student, teacher)
+    if isinstance(student, Llava) and isinstance(teacher, Llava) and not models.shares_vision:
+        print("student and teacher have vision encoders of their own: each looks at the images itself", flush=True)
+    if isinstance(student, Llava):
+        folder = _processor_folder(recipe)
+        if visual_tokens(student.config) is None and folder is not None:
+            models.reader = load_processor(folder, "student")
+    elif has_vision(student):
         assert recipe.student.base is not None
         models.reader = load_processor(resolve_folder(recipe.student.base, "student.base"), "student.base")
     if teacher is not None and recipe.teacher_memory.cache is not None:
@@ -97,20 +119,63 @@ def _load_teacher(recipe: Recipe, folder: Path) -> Model:
 
 
 def _processor(recipe: Recipe, student: Model, tokenizer: PreTrainedTokenizerBase) -> Processor:
+    """What goes beside the weights. Raises ValueError if it cannot be made although a stage reads images from files."""
     if not has_vision(student):
         return tokenizer
+    if student.config.model_type not in COMPOSITIONS:
+        return ProcessorFiles(list(_student_folders(recipe).values())[:1], "student.base")
+    try:
+        source = _processor_folder(recipe)
+        _set_visual_tokens(student, "student", source)
+        if visual_tokens(student.config) is None:
+            if source is None:
+                raise ValueError(
+                    f"student: preprocessor_config.json is missing in {', '.join(map(str, _folders(recipe)))}"
+                )
+            return ProcessorFiles([source], "student")
+        return build_processor(student.config, tokenizer, "student", source=source)
+    except ValueError as error:
+        if any(recipe.stage[name].data.path is not None for name in recipe.stages):
+            raise
+        print(f"the student is saved without a processor: {error}", flush=True)
+        return tokenizer
+
+
+def _folders(recipe: Recipe) -> list[Path]:
+    """Folders that an image processor may be taken from, the first that has one first."""
     folders = list(_student_folders(recipe).values())
     if recipe.needs_teacher:
         assert recipe.teacher is not None
         folders.append(resolve_folder(recipe.teacher, "teacher"))
-    if student.config.model_type not in COMPOSITIONS:
-        return ProcessorFiles(folders[:1], "student.base")
-    source = next((folder for folder in folders if has_image_processor(folder)), None)
+    return folders
+
+
+def _processor_folder(recipe: Recipe) -> Path | None:
+    return next((folder for folder in _folders(recipe) if has_image_processor(folder)), None)
+
+
+def set_visual_tokens(config: Any, key: str, folder: Path | None) -> str | None:
+    """Let a LLaVA's configuration say how many visual tokens an image really becomes, with the image processor in a folder.
+
+    Returns a line about it if it said otherwise. Raises ValueError if the encoder does not take the processor's images.
+    """
+    size = None
+    if folder is not None and has_image_processor(folder) and visual_tokens(config) is not None:
+        size = image_pixels(load_image_processor(folder, key), config.vision_config)
     try:
-        return build_processor(student.config, tokenizer, "student", source=source)
+        tokens = visual_tokens(config, size)
     except ValueError as error:
-        print(f"the student is saved without a processor: {error}", flush=True)
-        return tokenizer
+        raise ValueError(f"{key}: {error}") from None
+    if tokens is None or tokens.total == config.image_seq_length:
+        return None
+    said, config.image_seq_length = config.image_seq_length, tokens.total
+    return f"{key}: its config.json says image_seq_length {said}, its images become {tokens.total} visual tokens"
+
+
+def _set_visual_tokens(model: Llava, key: str, folder: Path | None) -> None:
+    line = set_visual_tokens(model.config, key, folder)
+    if line is not None:
+        print(f"{line}: {model.config.image_seq_length} is taken", flush=True)  # type: ignore[attr-defined]
 
 
 def _student_folders(recipe: Recipe) -> dict[str, Path]:
@@ -180,19 +245,24 @@ def _build_student(
         tokenizer = teacher_tokenizer or build_tokenizer()
         text = fresh_config(config.text_config, "student.text_config", vocab_size=len(tokenizer), **_special(tokenizer))
     source: Model = teacher
+    encoder: Model = None
     if teacher is not None and not isinstance(teacher, Llava):
         raise ValueError(
             f"student.base must be a {teacher.config.model_type} model, like the teacher: only a LLaVA's vision encoder can be "
             "put before another language model"
         )
     if not config.taf and config.vision is not None:
-        source = load_multimodal(resolve_folder(config.vision, "student.vision"), "student.vision")
+        folder = resolve_folder(config.vision, "student.vision")
+        source = load_multimodal(folder, "student.vision") if holds_llava(folder, "student.vision") else None
+        encoder = load_encoder(folder, "student.vision") if source is None else None
     torch.manual_seed(seed)  # after loading, which may or may not draw random numbers
     if config.vision_config is not None:
         vision = fresh_config(config.vision_config, "student.vision_config")
         source = None
+    elif encoder is not None:
+        vision = encoder.config
     elif source is not None:
-        vision = source.config.vision_config
+        vision, encoder = source.config.vision_config, source.model.vision_tower
     else:
         return _with_vocabulary(language or AutoModelForCausalLM.from_config(text), tokenizer), tokenizer
     if IMAGE_TOKEN not in tokenizer.get_vocab() and teacher is None:
@@ -200,17 +270,22 @@ def _build_student(
     student: Model = compose(
         vision,
         text,
-        image_token_id=int(source.config.image_token_id if source else tokenizer.get_vocab()[IMAGE_TOKEN]),
-        image_seq_length=source.config.image_seq_length if source else (vision.image_size // vision.patch_size) ** 2,
+        image_token_id=int(teacher.config.image_token_id if teacher else tokenizer.get_vocab()[IMAGE_TOKEN]),  # type: ignore[attr-defined]
+        source=source,
         teacher=teacher if config.taf else None,
         taf_activation=config.taf_activation,
     )
-    if source is not None:
-        student.model.vision_tower.load_state_dict(source.model.vision_tower.state_dict())
+    if encoder is not None:
+        student.model.vision_tower.load_state_dict(encoder.state_dict())
     if language is not None:
         student.model.language_model.load_state_dict(language.model.state_dict())
         student.lm_head.load_state_dict(language.lm_head.state_dict())
     return _with_vocabulary(student, tokenizer), tokenizer
+
+
+def holds_llava(folder: Path, key: str) -> bool:
+    """Whether a folder holds a LLaVA, and not a vision encoder alone."""
+    return load_config(folder, key).model_type in COMPOSITIONS
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:

@@ -469,7 +469,14 @@ def _write_stage(recipe: Recipe, index: int, models: Models) -> None:
     if work.missing:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         if models.held is None:
-            models.held = hold_teacher(recipe.teacher_memory, models.teacher, models.student, precision, device)
+            models.held = hold_teacher(
+                recipe.teacher_memory,
+                models.teacher,
+                models.student,
+                precision,
+                device,
+                shares_vision=models.shares_vision,
+            )
         if getattr(models.held, "module", models.held).shares_vision:
             _send_shared_vision(models.student, device)
         model = DistillationModel(

@@ -20,7 +20,6 @@ from cdistill.data.render import patch_labels, render
 from cdistill.data.samples import Source
 from cdistill.data.scenes import sample_scene
 from cdistill.models.load import Model
-from cdistill.models.parts import has_vision
 from cdistill.train.build import Models
 from cdistill.train.config import DataConfig, Recipe, StageConfig
 from cdistill.vat import check_packable, packed_position_ids
@@ -161,8 +160,6 @@ def _open(models: Models, data: DataConfig, size: int) -> Source:
 def _encoder(stage: StageConfig, models: Models) -> Encoder:
     """What makes tokens of a stage's samples. Raises ValueError if student and template do not go together."""
     processor: Any = models.reader or models.processor
-    if has_vision(models.student) and not hasattr(processor, "image_processor"):
-        raise ValueError("path needs an image processor, which neither the teacher's folder nor the student's has")
     return Encoder(processor, stage.data.template, stage.data.max_length)
 
 

@@ -270,7 +270,7 @@ def distill(
     kd = kd or KDConfig()
     given = student
     student, teacher = unwrapped(student, "student"), unwrapped(teacher, "teacher")
-    check_pair(student, teacher, shared=False)
+    check_pair(student, teacher)
     freezes = not train_vision and not hasattr(given, "peft_config")
     encoder = [p for name, p in student.named_parameters() if part_of(name) == "vision"] if freezes else []
     common = common_parameters(student, teacher, frozen=encoder)

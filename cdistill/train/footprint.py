@@ -21,8 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from cdistill.models.llava import features_of, image_size
 from cdistill.models.load import Model
 from cdistill.models.parts import language_model
+from cdistill.models.taf import feature_width
 from cdistill.vat import LayerMatch, Regions, StudentAlignment, hook, install
 
 # The hook's attention under another name, whose mask function makes none: transformers reads the values of positions to tell
@@ -159,8 +161,8 @@ def encoder_footprint(model: Model, images: int, *, dtype: torch.dtype, autocast
 
     def make() -> Callable[[], Sequence[Tensor]]:
         tower, config = without_data(model.model.vision_tower, dtype), model.config.vision_config
-        pixels = torch.empty(images, config.num_channels, config.image_size, config.image_size)
-        return lambda: [tower(pixels.to(dtype), output_hidden_states=True).hidden_states[-2]]
+        pixels = torch.empty(images, config.num_channels, *image_size(config))
+        return lambda: [features_of(tower, model.config, pixels.to(dtype))]
 
     return footprint(make, autocast, trained=False)
 
@@ -172,11 +174,11 @@ def patch_footprint(
 
     def make() -> Callable[[], Sequence[Tensor]]:
         tower, config = without_data(model.model.vision_tower, dtype), model.config.vision_config
-        pixels = torch.empty(images, config.num_channels, config.image_size, config.image_size, dtype=dtype)
-        head = torch.empty(classes, config.hidden_size, dtype=dtype, requires_grad=True)
+        pixels = torch.empty(images, config.num_channels, *image_size(config), dtype=dtype)
+        head = torch.empty(classes, feature_width(model.config), dtype=dtype, requires_grad=True)
 
         def run() -> Sequence[Tensor]:
-            hidden = tower(pixels, output_hidden_states=True).hidden_states[model.config.vision_feature_layer]
+            hidden = features_of(tower, model.config, pixels)
             return [F.linear(hidden, head).flatten(0, 1).float().log_softmax(-1)]
 
         return run

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdistill.data.builtin import IGNORE_INDEX
-from cdistill.models.llava import Llava, SharedVision, share_vision, student_embeddings
+from cdistill.models.llava import Llava, SharedVision, share_vision, student_embeddings, vision_features
 from cdistill.models.load import Model
+from cdistill.models.pair import shares_encoder
 from cdistill.models.parts import has_vision, head_of, part_of
+from cdistill.models.taf import feature_width
 from cdistill.ops import linear_distillation
 from cdistill.train.blank import is_partitioned, must_look
 from cdistill.train.config import KDConfig
@@ -163,7 +165,7 @@ class DistillationModel(nn.Module):
         self.objective, self.kd, self.vat, self.pads_right = objective, kd or KDConfig(), vat, pads_right
         inner = getattr(teacher, "module", teacher)  # of an engine
         if teacher is not None and not isinstance(inner, Teacher):
-            teacher = Teacher(teacher, shares_vision=isinstance(student, Llava) and isinstance(teacher, Llava))
+            teacher = Teacher(teacher, shares_vision=shares_encoder(student, teacher))
         self._teacher = (teacher if objective.distils else None,)  # a tuple hides it from nn.Module
         if "ar" in objective.losses:
             _require_body(student, "student")
@@ -173,7 +175,7 @@ class DistillationModel(nn.Module):
         if "kd" in objective.losses:
             self.vocabulary_losses = VocabularyLosses(self.kd)
         if "patch" in objective.losses:
-            self.patch_head = nn.Linear(student.config.vision_config.hidden_size, sum(patch_classes))
+            self.patch_head = nn.Linear(feature_width(student.config), sum(patch_classes))
             self.patch_classes = list(patch_classes)
         if vat is not None:
             if self.teacher is not None:
@@ -340,7 +342,8 @@ class DistillationModel(nn.Module):
             inputs["attention_mask"] = key_mask
         if self._composed:
             idle = pixel_values is None and (must_look(self.student) or self._teacher_is_partitioned())
-            return share_vision(self.student, pixel_values, idle=idle), inputs
+            sizes = inputs.pop("image_sizes", None)
+            return share_vision(self.student, pixel_values, sizes, idle=idle), inputs
         if pixel_values is not None:
             inputs["pixel_values"] = pixel_values
         return None, inputs
@@ -349,8 +352,7 @@ class DistillationModel(nn.Module):
         return self.teacher is not None and is_partitioned(self.teacher)
 
     def _patches(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        hidden = self.student.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
-        logits = self.patch_head(hidden[self.student.config.vision_feature_layer])
+        logits = self.patch_head(vision_features(self.student, pixel_values))
         parts = logits.flatten(0, 1).float().split(self.patch_classes, 1)
         patch = [F.cross_entropy(p, y, reduction="sum") for p, y in zip(parts, labels.flatten(0, 1).T, strict=True)]
         return {"patch": torch.stack(patch).sum()}

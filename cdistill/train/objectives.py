@@ -35,6 +35,7 @@ def set_trained(student: Any, objective: Objective) -> None:
     """Let the objective's parts of a model take gradients, and nothing else; of a language model with LoRA, that alone."""
     import torch
 
+    from cdistill.models.llava import image_size, vision_features
     from cdistill.models.parts import part_of
 
     parts = {name: part_of(name) for name, _ in student.named_parameters()}
@@ -46,10 +47,9 @@ def set_trained(student: Any, objective: Objective) -> None:
     if "vision" in objective.trained:
         # Layers above the one whose features are used get no gradient, yet under ZeRO weight decay would move them.
         tower = student.model.vision_tower.requires_grad_(True)
-        size = student.config.vision_config.image_size
-        example = next(tower.parameters())
-        pixels = example.new_zeros(1, 3, size, size)
-        features = tower(pixels, output_hidden_states=True).hidden_states[student.config.vision_feature_layer]
+        vision = student.config.vision_config
+        pixels = next(tower.parameters()).new_zeros(1, vision.num_channels, *image_size(vision))
+        features = vision_features(student, pixels)
         parameters = list(tower.parameters())
         for p, gradient in zip(
             parameters, torch.autograd.grad(features.sum(), parameters, allow_unused=True), strict=True

@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from cdistill.data.render import PATCH_CLASSES
+from cdistill.models.llava import Llava, image_size
 from cdistill.models.load import DTYPES
 from cdistill.models.parts import has_vision, head_of, language_model
-from cdistill.models.taf import TAFAdapter
+from cdistill.models.taf import TAFAdapter, feature_width
 from cdistill.ops._vocabulary import ROW_UNIT, chunk_rows
-from cdistill.train.blueprint import Blueprint, check_models, is_llava, student_of, teacher_of
+from cdistill.train.blueprint import Blueprint, check_models, is_llava, shares_vision, student_of, teacher_of
 from cdistill.train.build import vat_config
 from cdistill.train.config import Recipe, StageConfig
 from cdistill.train.footprint import (
@@ -192,7 +193,8 @@ def _tokens(
     if not has_vision(student.model) or (stage.data.path is None and stage.data.modality == "text"):
         visual = 0
     elif visual is None:
-        visual = getattr(config, "image_seq_length", None)
+        known = is_llava(student.model) or not isinstance(student.model, Llava)
+        visual = getattr(config, "image_seq_length", None) if known else None
         if visual is None:
             raise ValueError(f"visual must be given: images of a {config.model_type} have any number of tokens")
     if length < 2:
@@ -335,7 +337,7 @@ def _teacher_weights(recipe: Recipe, student: Blueprint, teacher: Blueprint, s: 
     if memory.cache is not None:
         return 0
     held = teacher.total
-    if is_llava(student.model) and is_llava(teacher.model):
+    if shares_vision(student.model, teacher.model):
         shared = [teacher.model.model.vision_tower]
         if isinstance(student.model.model.multi_modal_projector, TAFAdapter):
             shared.append(teacher.model.model.multi_modal_projector)
@@ -377,8 +379,8 @@ def _images(student: Blueprint, s: Setting) -> Bytes:
     encoder = _encoder(student, count, s.student, s.autocast)
     fetched = config.teacher_hidden_size if isinstance(adapter, TAFAdapter) else 0
     tokens = count * config.image_seq_length
-    size = config.vision_config.image_size**2 * config.vision_config.num_channels * 4
-    kept = count * size + tokens * (config.vision_config.hidden_size * _size(s.student) + fetched * _size(s.half))
+    size = math.prod(image_size(config.vision_config)) * config.vision_config.num_channels * 4
+    kept = count * size + tokens * (feature_width(config) * _size(s.student) + fetched * _size(s.half))
     return {"peak": count * size + encoder.forward, "kept": kept}
 
 

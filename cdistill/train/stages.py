@@ -279,7 +279,12 @@ def _run_stage(
         layers = attention_layers(student), attention_layers(models.teacher)
         if recipe.teacher_memory.cache is None:
             models.held = models.held or hold_teacher(
-                recipe.teacher_memory, models.teacher, student, precision, arguments.device
+                recipe.teacher_memory,
+                models.teacher,
+                student,
+                precision,
+                arguments.device,
+                shares_vision=models.shares_vision,
             )
             teacher = models.held
             _move(teacher, recipe, arguments.device)

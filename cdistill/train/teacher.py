@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cdistill.models.llava import Llava, SharedVision, teacher_embeddings
+from cdistill.models.llava import SharedVision, teacher_embeddings
 from cdistill.models.load import DTYPES, Model
 from cdistill.models.parts import VISUAL_MODULES, head_of, language_model
 from cdistill.models.taf import TAFAdapter
@@ -128,9 +128,11 @@ def quantized(kind: str, dtype: torch.dtype) -> Any:
     )
 
 
-def hold_teacher(memory: TeacherMemory, model: Model, student: Model, precision: str, device: torch.device) -> Any:
+def hold_teacher(
+    memory: TeacherMemory, model: Model, student: Model, precision: str, device: torch.device, *, shares_vision: bool
+) -> Any:
     """The teacher as a recipe wants it held, without what the student has, too: a `Teacher`, or an engine around one."""
-    teacher = Teacher(model, shares_vision=isinstance(student, Llava) and isinstance(model, Llava))
+    teacher = Teacher(model, shares_vision=shares_vision)
     teacher.leave_to(student)
     if memory.zero == 3:
         return partitioned(teacher.to(dtype=DTYPES[precision]), precision=precision, offload=memory.offload)
