@@ -82,7 +82,7 @@ def recipe_values(output: Path, models: Path, **changes: Any) -> dict[str, Any]:
         "logging_steps": 1,
         "teacher": str(models / "teacher"),
         "student": {"base": str(models / "base"), "taf": True},
-        "vat": {"layers": "all"},
+        "vat": {"layers": "all", "rows": "answer"},
         "stages": ["dpt", "dft", "sft"],
         "stage": sections,
     }

@@ -75,7 +75,7 @@ def test_paper_recipes_hold_the_papers_hyper_parameters(name):
     vat, lora = recipe.vat, recipe.student.lora
     chosen = (vat.reduction, vat.rows, vat.layers, vat.sink_filter, vat.layer_sum)
     assert chosen == (
-        ("column", "visual", "official", True, True) if official else ("row", "answer", "intermediate", False, False)
+        ("column", "visual", "official", True, True) if official else ("row", "text", "intermediate", False, False)
     )
     assert (None if lora is None else (lora.r, lora.alpha)) == ((128, 256) if official else None)
 
