@@ -15,6 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from cdistill.data.builtin import IGNORE_INDEX
 from cdistill.train import checkpoints
+from cdistill.train.agreement import RanksAgree
 from cdistill.train.bad_samples import BadSamples
 from cdistill.train.config import LoRAConfig, StageConfig
 from cdistill.train.finite import FiniteAdamW, FiniteSteps, poisoned
@@ -64,6 +65,8 @@ class DistillTrainer(Trainer):
         finite.watch(self)
         if stage.data.path is not None:  # the built-in task has no bad samples to tell each other of
             self.add_callback(bad)
+        zero = self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0
+        self.add_callback(RanksAgree(model, finite.label, ordered=zero >= 2))
         self._logged_step = 0
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
