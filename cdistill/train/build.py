@@ -83,9 +83,9 @@ def build_models(recipe: Recipe) -> Models:
     if isinstance(student, Llava) and isinstance(teacher, Llava) and not models.shares_vision:
         print("student and teacher have vision encoders of their own: each looks at the images itself", flush=True)
     if isinstance(student, Llava):
-        folder = _processor_folder(recipe)
-        if visual_tokens(student.config) is None and folder is not None:
-            models.reader = load_processor(folder, "student")
+        source = _processor_folder(recipe)
+        if visual_tokens(student.config) is None and source is not None:
+            models.reader = load_processor(source, "student")
     elif has_vision(student):
         assert recipe.student.base is not None
         models.reader = load_processor(resolve_folder(recipe.student.base, "student.base"), "student.base")
