@@ -21,7 +21,7 @@ from PIL import Image
 from cdistill.cli import main
 from cdistill.data import check as checking
 from cdistill.data import presets
-from cdistill.data.samples import BadSampleError, ImageBytes, Mark, Message, Sample
+from cdistill.data.samples import BadSampleError, ImageBytes, Mark, Message, Sample, Unread
 
 
 class Maker:
@@ -238,6 +238,8 @@ def test_a_clean_set_leaves_no_list_and_removes_an_old_one(tmp_path, capsys):
         (["set.json", "--streaming"], "size"),
         (["set.json", "--config", "x"], "config"),
         (["set.json", "--columns", "images"], "columns"),
+        (["set.json", "--max-length", "9"], "max_length needs a model"),
+        (["set.json", "--processor", "builtin:teacher", "--max-length", "1"], "max_length"),
     ],
 )
 def test_mistakes_of_users_change_nothing(tmp_path, monkeypatch, capsys, arguments, told):
@@ -294,6 +296,9 @@ class Given:
     def place(self, index):
         return f"given[{index}]"
 
+    def unread(self, most=None):
+        return Unread({}, len(self))
+
     def sizes(self):
         return None
 
@@ -321,6 +326,42 @@ def test_any_source_will_do_and_equal_bytes_are_the_same_image(tmp_path):
     assert totals.good.tolist() == [True, True, False, True, True, False, True]
     assert [record.reason for record in bad] == ["duplicate record", "some reason"]
     assert (totals.images, totals.text_only) == (4, 2)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_with_a_processor_it_finds_what_training_would(tmp_path, capsys, monkeypatch, workers):
+    monkeypatch.setattr(checking, "CHUNK", 3)
+    maker = Maker(tmp_path)
+    records = [maker.record() for _ in range(5)]
+    records.insert(3, {"id": "sys", "system": "Be brief.", **maker.record(turns=1)} | {"id": "sys"})
+    maker.image()
+    thin = "pictures/thin.png"
+    (tmp_path / "pictures").mkdir(exist_ok=True)
+    Image.new("RGB", (3000, 1)).save(tmp_path / thin)
+    records.append(maker.record(thin) | {"id": "thin"})
+    records.append(
+        {"id": "long", "conversations": [{"from": "human", "value": "a " * 400}, {"from": "gpt", "value": "b"}]}
+    )
+    write(tmp_path / "set.json", records, lines=False)
+    arguments = ["data", "check", str(tmp_path / "set.json"), "--workers", str(workers)]
+    assert main(arguments) == 0
+    assert main([*arguments, "--processor", "builtin:teacher", "--max-length", "300"]) == 1
+    listed = [json.loads(line) for line in (tmp_path / "set.json.bad.jsonl").read_text().splitlines()]
+    assert {bad["id"]: bad["reason"] for bad in listed} == {"sys": "chat template", "long": "too long"}
+    capsys.readouterr()
+
+
+def test_what_is_not_read_is_told(tmp_path, capsys):
+    maker = Maker(tmp_path)
+    records = [maker.record() | {"model": "x", "source": None} for _ in range(3)]
+    write(tmp_path / "a.json", records, lines=False)
+    write(tmp_path / "b.json", [maker.record() | {"score": 0}], lines=True)
+    (tmp_path / "mix.yaml").write_text("[{path: a.json}, {path: b.json}]")
+    assert main(["data", "check", str(tmp_path / "a.json"), "--workers", "1"]) == 0
+    assert "\nnot read: model (3)\n" in capsys.readouterr().out
+    assert main(["data", "check", str(tmp_path / "mix.yaml"), "--workers", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "not read of a: model (3)" in out and "not read of b: score (1)" in out
 
 
 def test_a_process_that_dies_ends_the_check(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from family_models import FAMILIES, build, build_pair, processor
 from family_table import ID
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import UndefinedError
 
 import cdistill
 from cdistill.data.batches import PackingCollator, PaddingCollator, next_fit
@@ -145,6 +146,82 @@ def test_bad_samples(messages, images, message):
     with pytest.raises(BadSampleError, match=re.escape(message)) as error:
         encoder(messages, [picture(8, 8)] * images)
     assert "\n" not in str(error.value)
+
+
+def raising(error):
+    def raises(*given, **options):
+        raise error
+
+    return raises
+
+
+FAULTS = [
+    ValueError("absolute aspect ratio must be smaller than 200"),
+    TypeError("an odd one"),
+    RuntimeError(""),
+    KeyError("x"),
+]
+
+
+@pytest.mark.parametrize(
+    "error", [*FAULTS, UndefinedError("no such key"), OSError(5, "read"), ZeroDivisionError("by zero")]
+)
+@pytest.mark.parametrize("part", ["chat template", "tokenizer", "image processor"])
+def test_what_others_code_raises_at_a_sample_makes_it_a_bad_one(monkeypatch, error, part):
+    encoder = Encoder(processor("llava_qwen2"), "vicuna_v1")
+    where = {
+        "chat template": (Template, "_render"),
+        "tokenizer": (encoder, "_tokenize"),
+        "image processor": (encoder, "processor"),
+    }
+    monkeypatch.setattr(*where[part], raising(error))
+    messages = conversation(((Mark.IMAGE, "what?"), "this"))
+    with pytest.raises(BadSampleError) as raised:
+        encoder(messages, [picture(20, 30)])
+    assert raised.value.reason == part and raised.value.detail
+    assert isinstance(error, ValueError) or type(error).__name__ in raised.value.detail
+
+
+@pytest.mark.parametrize("error", [MemoryError(), NameError("nobody"), ImportError("torchvision"), KeyboardInterrupt()])
+def test_faults_of_the_machine_and_of_programs_are_no_bad_samples(monkeypatch, error):
+    encoder = Encoder(processor("llava_qwen2"), "vicuna_v1")
+    messages = conversation(((Mark.IMAGE, "what?"), "this"))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(encoder, "processor", raising(error))
+        encoder(messages, [picture(20, 30)])
+    monkeypatch.setattr(encoder, "_expand", raising(TypeError("ours")))
+    with pytest.raises(TypeError, match="ours"):
+        encoder(messages, [picture(20, 30)])
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("size", [(1, 2000), (2000, 1), (1, 1), (3, 700)])
+def test_images_of_odd_shapes_are_read_or_bad_in_every_family(name, size):
+    encoder = Encoder(processor(name), "vicuna_v1")
+    messages = conversation(((Mark.IMAGE, "what?"), "this"))
+    try:
+        found = encoder(messages, [picture(*size)])
+    except BadSampleError as error:
+        assert error.reason in ("image processor", "image too large")
+        assert max(size) / min(size) > 200
+    else:
+        assert (found.labels >= 0).any()
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "qwen2_base"])
+def test_an_answer_of_weight_0_is_no_label(template):
+    encoder = Encoder(byte_level_processor("llava_qwen2"), template)
+    asked, answers = [f"question {i}" for i in range(3)], [f"reply {i}" for i in range(3)]
+    messages = conversation(*(((q,), a) for q, a in zip(asked, answers, strict=True)))
+    whole = encoder(messages, [])
+    for left_out in range(3):
+        messages_here = list(messages)
+        messages_here[2 * left_out + 1] = Message("assistant", (answers[left_out],), learned=False)
+        found = encoder(messages_here, [])
+        assert torch.equal(found.input_ids, whole.input_ids)
+        labels = encoder.tokenizer.decode(found.labels[found.labels >= 0])
+        assert [answer in labels for answer in answers] == [i != left_out for i in range(3)]
+        assert torch.equal(found.labels[found.labels >= 0], found.input_ids[found.labels >= 0])
 
 
 def test_a_tokenizer_by_itself():

@@ -2,6 +2,7 @@
 
 import os
 import struct
+import time
 import zlib
 
 import numpy as np
@@ -9,7 +10,11 @@ import pytest
 from data_files import encoded, pixels, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
+from transformers.image_utils import load_image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from cdistill.data import images
 from cdistill.data.images import named_format, open_image, true_format
@@ -142,10 +147,60 @@ def test_animations_give_their_first_image():
         assert open_image(ImageBytes("x", data)).getpixel((3, 3)) == (255, 0, 0)
 
 
-def test_pixels_stay_as_they_are_stored():
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
-    assert open_image(ImageBytes("x", encoded("JPEG", exif=exif))).size == (24, 16)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_images_are_turned_as_transformers_turns_them(kind, tmp_path):
+    for orientation in range(10):  # 1 to 8 mean something
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options = {"lossless": True} if kind == "WEBP" else {}
+        data = encoded(kind, Image.fromarray(pixels(24, 16, seed=orientation)), exif=exif, **options)
+        (tmp_path / "x").write_bytes(data)
+        expected = load_image(str(tmp_path / "x"))
+        assert np.array_equal(open_image(ImageBytes("x", data)), expected), orientation
+        stored = open_image(ImageBytes("x", data), exif=False)
+        if kind != "TIFF":  # PIL turns these when it reads them
+            assert np.array_equal(stored, Image.open(tmp_path / "x").convert("RGB"))
+            assert np.array_equal(stored, expected) == (orientation not in range(2, 9))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.binary(max_size=60), st.sampled_from([b"Exif\0\0", b"Exif\0\0II*\0\x08\0\0\0", b"Exif\0\0MM\0*\0\0\0\x08"]))
+def test_exif_data_that_cannot_be_read_does_not_spoil_an_image(noise, start):
+    data = encoded("JPEG", exif=start + noise)
+    assert open_image(ImageBytes("x", data)).size in ((24, 16), (16, 24))
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_png_with_too_much_text_is_too_large(behind):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * 3_000_000, zip=True)
+    data = encoded("PNG", pnginfo=text)
+    if behind:  # the pixels
+        at, end = data.index(b"zTXt") - 4, data.index(b"IEND") - 4
+        stop = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        data = data[:at] + data[stop:end] + data[at:stop] + data[end:]
+    assert refused(open_image, ImageBytes("x", data)) == "image too large"
+
+
+@pytest.mark.parametrize("size", [(3000, 1), (1, 3000), (30_000, 8)])
+def test_images_that_a_processor_would_make_huge_are_refused_before_it_does(size):
+    clip = CLIPImageProcessorPil(size={"shortest_edge": 336})
+    started = time.process_time()
+    assert refused(images.check_resizing, clip, *size) == "image too large"
+    padding = LlavaImageProcessorPil(do_pad=True, size={"height": 16, "width": 16})
+    if max(size) > 10_000:
+        assert refused(images.check_resizing, padding, *size) == "image too large"
+    assert time.process_time() - started < 1
+    fixed = SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    images.check_resizing(fixed, *size)
+    assert fixed(images=[Image.new("RGB", size)])["pixel_values"][0].shape == (3, 16, 16)
+    images.check_resizing(None, *size)
+
+
+def test_usual_images_are_let_through_by_every_processor():
+    for size in ((640, 480), (8192, 8192), (4000, 400), (1, 1), (100, 1)):
+        for made in (CLIPImageProcessorPil(), LlavaImageProcessorPil(), SiglipImageProcessorPil()):
+            images.check_resizing(made, *size)
 
 
 def test_large_jpegs_are_decoded_smaller_but_never_below_twice_the_side():

@@ -169,7 +169,7 @@ def test_bad_lines_are_bad_samples_with_line_and_column(tmp_path):
         ({"image": ["x.jpg"], "conversations": turns("<image><image>", "a")}, "image count"),
         ({"image": "x.jpg", "conversations": turns("q", "<image>a")}, "image in an answer"),
         ({"image": 5, "conversations": turns("<image>q", "a")}, "bad image path"),
-        ({"image": "", "conversations": turns("<image>q", "a")}, "bad image path"),
+        ({"image": "", "conversations": turns("<image>q", "a")}, "image count"),
         ({"conversations": turns("\ud800", "a")}, "unreadable text"),
     ],
 )

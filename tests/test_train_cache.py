@@ -18,6 +18,7 @@ from builtin_models import make_recipe, save_base, save_teacher
 from safetensors.torch import load_file, save_file
 from test_train_stages import metrics, refused, weights
 from test_train_teacher import assert_close, losses
+from transformers import AutoTokenizer
 
 from cdistill.cli import main
 from cdistill.models.load import load_model
@@ -81,6 +82,23 @@ def test_training_from_a_cache_is_training_with_the_teacher(models, kept, tmp_pa
     for name, value in weights(reference).items():
         if "k_proj.bias" not in name:
             torch.testing.assert_close(weights(final)[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_padding_of_the_students_head_is_left_out_as_with_the_teacher(models, tmp_path):
+    base, words = load_model(models / "base"), AutoTokenizer.from_pretrained(models / "base")
+    known = base.config.vocab_size
+    base.resize_token_embeddings(known + 50, mean_resizing=False)
+    with torch.no_grad():
+        base.get_input_embeddings().weight[known:] = 3.0  # a loss that sees it is another
+        base.get_output_embeddings().weight[known:] = 3.0
+    base.save_pretrained(tmp_path / "padded")
+    words.save_pretrained(tmp_path / "padded")
+    few = {"stages": ["dft"], "stage__dft__samples": 8, "student__base": str(tmp_path / "padded")}
+    run(make_recipe(tmp_path / "with", models, **few))
+    recipe = cached(tmp_path / "run", models, tmp_path / "cache", **few, teacher_memory__top_k=known - 1)
+    cache.write_cache(recipe)
+    run(recipe)
+    assert_close(losses(tmp_path / "run"), losses(tmp_path / "with"), 1e-5)
 
 
 @pytest.fixture(scope="module")

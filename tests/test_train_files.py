@@ -92,6 +92,19 @@ def test_bad_samples_are_left_out_counted_and_told(models, files, tmp_path, caps
     assert all("set.json[" in bad["place"] for bad in told)
 
 
+def test_what_a_template_refuses_is_a_bad_sample_and_what_is_not_read_is_told(models, files, tmp_path, capsys):
+    records = [json.loads(json.dumps(r)) for r in json.loads((files / "set.json").read_text())]
+    good = [r for r in records if "image" not in r and len(r["conversations"]) > 1]
+    for i, one in enumerate(good):
+        one |= {"source": "made up"} if i % 2 else {"system": "be brief .", "id": f"sys{i}"}
+    (tmp_path / "set.json").write_text(json.dumps(good))
+    recipe = recipe_of(tmp_path / "run", models, files, data={"path": str(tmp_path / "set.json")})
+    run(recipe)
+    assert {bad["reason"] for bad in bad_samples(tmp_path / "run")} == {"chat template"}
+    assert len(bad_samples(tmp_path / "run")) == (len(good) + 1) // 2
+    assert f"1-dft: set: not read: source ({len(good) // 2})" in capsys.readouterr().out.splitlines()
+
+
 def test_workers_change_nothing(models, files, plain, tmp_path):
     final = run(recipe_of(tmp_path / "run", models, files, workers=2))
     assert same(weights(final), weights(plain[0])) and losses(tmp_path / "run") == losses(plain[1])

@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from cdistill.data.conversations import Encoder
+from cdistill.data.dataset import encode
 from cdistill.data.images import named_format, open_image, true_format
 from cdistill.data.presets import TEXT_ONLY
-from cdistill.data.samples import BadSampleError, ImageBytes, ImageFile, Mark, Sample, Source
+from cdistill.data.samples import BadSampleError, ImageBytes, ImageFile, Mark, Sample, Source, Unread
 from cdistill.data.scan import starts_list
 
 CHUNK = 128  # records that a process takes at a time
@@ -75,6 +77,7 @@ class Totals:
         examples: by reason, the first record with it and what is wrong there.
         folders: by folder asked for, good records whose first image lies there; those without an image are `TEXT_ONLY`.
         good: (N,) bool, which records can be trained on.
+        unread: keys that no sample is made of.
     """
 
     samples: int = 0
@@ -85,6 +88,7 @@ class Totals:
     examples: dict[str, str] = field(default_factory=dict)
     folders: Counter[str] = field(default_factory=Counter)
     good: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
+    unread: Unread = field(default_factory=lambda: Unread({}, 0))
 
     @property
     def bad(self) -> int:
@@ -97,6 +101,7 @@ def check(
     *,
     workers: int | None = None,
     folders: Sequence[str] = (),
+    encoder: Encoder | None = None,
     on_bad: Callable[[Source, Bad], object] = lambda source, bad: None,
     progress: Callable[[int], object] = lambda records: None,
 ) -> list[Totals]:
@@ -108,6 +113,7 @@ def check(
         sources: those of a mix, or one.
         workers: processes; None for one per core, 1 for none besides this one.
         folders: folders such as ``coco/train2017`` whose records are counted.
+        encoder: also makes tokens and pixels of every record, as training does.
         on_bad: called with every bad record, in order.
         progress: called with the number of records just looked at.
 
@@ -124,11 +130,13 @@ def check(
         for k, source in enumerate(sources)
         for start in range(0, len(source), CHUNK)
     ]
-    looked = _look_at_all(sources, tasks, workers or len(os.sched_getaffinity(0)), folders)
+    looked = _look_at_all(sources, tasks, workers or len(os.sched_getaffinity(0)), folders, encoder)
     for (k, start, stop), seen in zip(tasks, looked, strict=True):
         for bad in tallies[k].add(start, seen):
             on_bad(sources[k], bad)
         progress(stop - start)
+    for tally in tallies:
+        tally.totals.unread = tally.source.unread(None)
     return [tally.totals for tally in tallies]
 
 
@@ -181,14 +189,20 @@ class _Tally:
 
 
 def _look_at_all(
-    sources: Sequence[Source], tasks: list[tuple[int, int, int]], workers: int, folders: Sequence[str]
+    sources: Sequence[Source],
+    tasks: list[tuple[int, int, int]],
+    workers: int,
+    folders: Sequence[str],
+    encoder: Encoder | None,
 ) -> Iterator[_Seen]:
     """What is seen in every chunk, in order."""
     if workers == 1 or len(tasks) < 2:
         for k, start, stop in tasks:
-            yield look(sources[k], start, stop, folders)
+            yield look(sources[k], start, stop, folders, encoder)
         return
-    with ProcessPoolExecutor(min(workers, len(tasks)), initializer=_start, initargs=(sources, folders)) as pool:
+    with ProcessPoolExecutor(
+        min(workers, len(tasks)), initializer=_start, initargs=(sources, folders, encoder)
+    ) as pool:
         try:
             yield from pool.map(_work, tasks)
         except (BrokenProcessPool, MemoryError):
@@ -199,16 +213,16 @@ def _look_at_all(
             pool.shutdown(cancel_futures=True)
 
 
-_given: tuple[Sequence[Source], Sequence[str]] = ((), ())
+_given: tuple[Sequence[Source], Sequence[str], Encoder | None] = ((), (), None)
 
 
-def _start(sources: Sequence[Source], folders: Sequence[str]) -> None:
+def _start(sources: Sequence[Source], folders: Sequence[str], encoder: Encoder | None) -> None:
     """Make a process ready; Ctrl-C is left to the one that started it, without which this one ends, too."""
     global _given
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-    _given = (sources, folders)
+    _given = (sources, folders, encoder)
 
 
 def _end_with(process: Any) -> None:
@@ -218,11 +232,11 @@ def _end_with(process: Any) -> None:
 
 def _work(task: tuple[int, int, int]) -> _Seen:
     k, start, stop = task
-    sources, folders = _given
-    return look(sources[k], start, stop, folders)
+    sources, folders, encoder = _given
+    return look(sources[k], start, stop, folders, encoder)
 
 
-def look(source: Source, start: int, stop: int, folders: Sequence[str] = ()) -> _Seen:
+def look(source: Source, start: int, stop: int, folders: Sequence[str] = (), encoder: Encoder | None = None) -> _Seen:
     """What is seen in some records of a source without regard to the others."""
     images = text_only = 0
     records: list[_Good | Bad] = []
@@ -234,7 +248,13 @@ def look(source: Source, start: int, stop: int, folders: Sequence[str] = ()) -> 
             continue
         images += len(sample.images)
         text_only += not sample.images
-        records.append(_look_at_images(sample, folders))
+        record = _look_at_images(sample, folders)
+        if encoder is not None and isinstance(record, _Good):
+            try:
+                encode(sample, encoder)
+            except BadSampleError as error:
+                record = Bad(sample.id, sample.place, error.reason, error.detail)
+        records.append(record)
     return _Seen(images, text_only, records)
 
 

@@ -43,7 +43,7 @@ def main(options: argparse.Namespace, load_processor: LoadProcessor) -> int:
         if options.action == "show":
             code = _show(options, load_processor)
         else:
-            code = {"check": _check, "presets": _presets}[options.action](options)
+            code = _check(options, load_processor) if options.action == "check" else _presets(options)
         sys.stdout.flush()  # here, where a broken pipe is caught
         return code
     except BrokenPipeError:  # of `| head`
@@ -60,7 +60,7 @@ def _source_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--images", metavar="ROOT", help="folder that image paths start from (default: the file's)")
     parser.add_argument(
-        "--columns", nargs="+", metavar="NAME=COLUMN", help="columns of a Hugging Face set, as in images=picture"
+        "--columns", nargs="+", metavar="NAME=COLUMN", help="columns of a Hugging Face set, as in image=picture"
     )
     parser.add_argument("--config", help="configuration of a set on the hub")
     parser.add_argument("--split", help="split of a Hugging Face set")
@@ -78,7 +78,7 @@ def _open(options: argparse.Namespace) -> Source:
     if options.columns is not None:
         wrong = [pair for pair in options.columns if not all(pair.partition("="))]
         if wrong:
-            raise ValueError(f"columns must be pairs such as images=picture, got {wrong[0]!r}")
+            raise ValueError(f"columns must be pairs such as image=picture, got {wrong[0]!r}")
         columns = dict(pair.split("=", 1) for pair in options.columns)
     names = ("images", "config", "split", "streaming", "size", "allow_urls")
     return open_source(options.path, columns=columns, **{name: getattr(options, name) for name in names})
@@ -92,9 +92,20 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
         "--bad", type=Path, metavar="FILE", help="where bad records are listed (default: PATH.bad.jsonl)"
     )
     parser.add_argument("--preset", metavar="NAME", help="compare the counts with those of a set of the paper")
+    _processor_arguments(parser, "also make tokens and pixels of every record, as this model does")
+    parser.add_argument(
+        "--max-length", type=int, metavar="N", help="tokens of a sample at most, as in a recipe (default: any number)"
+    )
 
 
-def _check(options: argparse.Namespace) -> int:
+def _processor_arguments(parser: argparse.ArgumentParser, purpose: str) -> None:
+    parser.add_argument("--processor", metavar="MODEL", help=f"{purpose}: its folder or a run's, or builtin:NAME")
+    parser.add_argument(
+        "--template", metavar="NAME", help="auto (the model's own), plain, qwen2_base, vicuna_v1 or chatml"
+    )
+
+
+def _check(options: argparse.Namespace, load_processor: LoadProcessor) -> int:
     """1 if a record is bad or a part of the preset is missing, else 0."""
     from tqdm import tqdm
 
@@ -111,10 +122,18 @@ def _check(options: argparse.Namespace) -> int:
     listed = options.bad or Path(f"{beside}.bad.jsonl")
     if listed == options.fix:
         raise ValueError(f"bad and fix must be two files, got {str(listed)!r} twice")
+    encoder = _encoder(options, load_processor)
     bar = tqdm(total=sum(map(len, sources)), unit=" records", disable=None)
     try:
         with bar, _bad_list(listed) as write, _ending_in_order():
-            found = check(sources, workers=options.workers, folders=folders, on_bad=write, progress=bar.update)
+            found = check(
+                sources,
+                workers=options.workers,
+                folders=folders,
+                encoder=encoder,
+                on_bad=write,
+                progress=bar.update,
+            )
     except CheckError as error:
         print(f"cdistill: error: {error}", file=sys.stderr)
         return 1
@@ -130,6 +149,20 @@ def _check(options: argparse.Namespace) -> int:
         print(f"{found[0].samples - bad:,} good records -> {options.fix}")
     complete = options.preset is None or _compare(options, sources, found)
     return 0 if complete and not bad else 1
+
+
+def _encoder(options: argparse.Namespace, load_processor: LoadProcessor) -> Any:
+    if options.processor is None:
+        given = next((name for name in ("template", "max_length") if getattr(options, name) is not None), None)
+        if given is not None:
+            raise ValueError(f"{given} needs a model: name it by --processor")
+        return None
+
+    from cdistill.data.conversations import Encoder
+
+    if options.max_length is not None and options.max_length < 2:
+        raise ValueError(f"max_length must be at least 2, got {options.max_length}")
+    return Encoder(load_processor(options.processor), options.template or "auto", options.max_length)
 
 
 def _refuse_to_fix(sources: list[Source], path: Path, output: Path) -> None:
@@ -213,6 +246,11 @@ def table(sources: Sequence[Source], found: Sequence[Totals]) -> list[str]:
         ]
         if reasons:
             lines += ["", *_with_examples((title, "records", "source", "the first of them"), reasons, len(found) > 1)]
+    for source, t in zip(sources, found, strict=True):
+        if t.unread.keys:
+            of = f" of {source.name}" if len(found) > 1 else ""
+            some = f", of the first {t.unread.records:,} records" if t.unread.records < t.samples else ""
+            lines += ["", f"not read{of}{some}: {t.unread}"]
     return lines
 
 
@@ -242,12 +280,7 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
     _source_arguments(parser)
     parser.add_argument("-n", type=int, default=4, metavar="N", help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="show random ones instead of the first")
-    parser.add_argument(
-        "--processor", metavar="MODEL", help="count tokens as this model does: its folder or a run's, or builtin:NAME"
-    )
-    parser.add_argument(
-        "--template", metavar="NAME", help="auto (the model's own), plain, qwen2_base, vicuna_v1 or chatml"
-    )
+    _processor_arguments(parser, "count tokens as this model does")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the images instead")
 
 

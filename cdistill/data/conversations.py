@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cdistill.data.builtin import IGNORE_INDEX, BuiltinDataset
-from cdistill.data.samples import BadSampleError, Mark, Message
+from cdistill.data.images import check_resizing
+from cdistill.data.samples import BadSampleError, Mark, Message, blamed_on_sample
 from cdistill.data.templates import Template
 
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # what processors may say of every token
@@ -104,11 +105,13 @@ class Encoder:
 
     def _tokens(self, messages: Sequence[Message]) -> tuple[list[int], np.ndarray]:
         """The tokens of a text with one mark per image, and which of them are answers, (T,) bool."""
-        text, answers = self.template(messages)
-        ids, offsets = self._tokenize(text)
+        with blamed_on_sample("chat template"):
+            text, answers = self.template(messages)
+        with blamed_on_sample("tokenizer"):
+            ids, offsets = self._tokenize(text)
         labelled = np.zeros(len(ids), bool)
         first, after = offsets.T
-        for start, stop in answers:
+        for start, stop in learned_ranges(messages, answers):
             # Some tokenizers (GPT-2's) do not count spaces to a token: of one there is left an empty range, at its end.
             inside = np.flatnonzero((after > start) & ((first < stop) | ((first == after) & (after <= stop))))
             self._require_answer(text[start:stop], [ids[i] for i in inside])
@@ -159,7 +162,10 @@ class Encoder:
             return _Seen([], {name: [] for name in self._types}, {})
         between = self.tokenizer.eos_token or self.tokenizer.pad_token
         marks = between.join([self.template.image_token or ""] * len(images))
-        made = dict(self.processor(text=[marks], images=[images], add_special_tokens=False, return_tensors="pt"))
+        for image in images:
+            check_resizing(getattr(self.processor, "image_processor", None), *image.size)
+        with blamed_on_sample("image processor"):
+            made = dict(self.processor(text=[marks], images=[images], add_special_tokens=False, return_tensors="pt"))
         ids = made.pop("input_ids")[0].tolist()
         made.pop("attention_mask", None)
         separator = self.tokenizer.convert_tokens_to_ids(between)
@@ -201,6 +207,16 @@ class Encoder:
                 f"{type(self.processor).__name__} makes {len(expected)} tokens of a conversation about two images, "
                 f"{len(found)} of its words and its images by themselves: labels cannot be placed"
             )
+
+
+def learned_ranges(messages: Sequence[Message], answers: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The ranges of the answers that are learned: all, unless a message says it is not."""
+    turns = [message for message in messages if message.role == "assistant"]
+    if all(turn.learned for turn in turns):
+        return answers
+    if len(answers) != len(turns):
+        raise BadSampleError("weight of a turn", f"the template writes {len(answers)} of {len(turns)} answers")
+    return [answer for answer, turn in zip(answers, turns, strict=True) if turn.learned]
 
 
 class ConversationDataset(Dataset):

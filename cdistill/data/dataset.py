@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from cdistill.data.conversations import Encoded, Encoder
 from cdistill.data.images import open_image
 from cdistill.data.mix import Order
-from cdistill.data.samples import BadSampleError, Source
+from cdistill.data.samples import BadSampleError, Sample, Source
 
 BAD = "bad_samples"  # key of a batch
 ATTEMPTS = 100
@@ -24,6 +24,12 @@ class BadSample(NamedTuple):
     place: str
     reason: str
     detail: str
+
+
+def encode(sample: Sample, encoder: Encoder, *, about: int | None = None, exif: bool = True) -> Encoded:
+    """What training reads of a sample. Raises BadSampleError for whatever keeps it from being read."""
+    images = [open_image(image, about=about, exif=exif) for image in sample.images]
+    return encoder(sample.messages, images)
 
 
 class SampleDataset(Dataset):
@@ -38,16 +44,25 @@ class SampleDataset(Dataset):
         encoder: makes tokens and pixels of them.
         seed: of the draw of substitutes, which have an image if what they stand in for has one.
         about: the side in pixels that images are resized to, if it is the same for all (`open_image`).
+        exif: whether images are turned as their EXIF orientation says.
 
     Raises:
         ValueError: from `__getitem__`, if `ATTEMPTS` samples in a row cannot be used.
     """
 
     def __init__(
-        self, source: Source, order: Order, encoder: Encoder, *, size: int, seed: int, about: int | None = None
+        self,
+        source: Source,
+        order: Order,
+        encoder: Encoder,
+        *,
+        size: int,
+        seed: int,
+        about: int | None = None,
+        exif: bool = True,
     ) -> None:
         self.source, self.order, self.encoder, self.size = source, order, encoder, size
-        self.seed, self.about = seed, about
+        self.seed, self.about, self.exif = seed, about, exif
         sizes = source.sizes()
         self._has_image = None if sizes is None else sizes.images > 0
 
@@ -64,8 +79,7 @@ class SampleDataset(Dataset):
             try:
                 sample = self.source[index]
                 place = sample.place
-                images = [open_image(image, about=self.about) for image in sample.images]
-                return self.encoder(sample.messages, images), tuple(left_out)
+                return encode(sample, self.encoder, about=self.about, exif=self.exif), tuple(left_out)
             except BadSampleError as error:
                 left_out.append(BadSample(error.place or place, error.reason, error.detail))
             index = self._substitute(number, index, attempt)

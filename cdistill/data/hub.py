@@ -4,33 +4,43 @@ from __future__ import annotations
 
 import csv
 import glob
-import io
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
+from cdistill.data.fields import is_blank
 from cdistill.data.images import Roots, find_image
-from cdistill.data.records import at, caption_messages, measure, question_messages, read_record, split_text
-from cdistill.data.samples import BadSampleError, ImageBytes, ImageFile, Message, Sample, Sizes
-from cdistill.data.scan import parse
+from cdistill.data.records import (
+    ANSWERS,
+    CAPTIONS,
+    IMAGES,
+    KEYS,
+    QUESTIONS,
+    SYSTEMS,
+    TURNS,
+    measure,
+    read_record,
+)
+from cdistill.data.samples import FIRST_RECORDS, ImageBytes, ImageFile, Sample, Sizes, Unread
 
 if TYPE_CHECKING:
     import datasets
 
 HUB = "hf:"
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
-_USUAL = {
-    "conversations": ("conversations", "messages", "conversation"),
-    "question": ("question", "query", "prompt", "instruction"),
-    "answer": ("answer", "response", "output"),
-    "caption": ("caption", "text"),
-    "image": ("image", "images"),
+_SLOTS = {
+    "conversations": TURNS,
+    "question": QUESTIONS,
+    "answer": ANSWERS,
+    "caption": CAPTIONS,
+    "image": ("image",),
     "id": ("id",),
+    "system": SYSTEMS,
 }
 _FORMS = (("conversations",), ("question", "answer"), ("caption",))
 
@@ -114,7 +124,8 @@ class HubDataset:
     Args:
         data: a ``datasets.Dataset`` or ``IterableDataset``, as `load_hub` gives.
         columns: which column holds ``conversations`` (turns as in `read_record`, or these in JSON), or ``question`` and
-            ``answer``, or ``caption``; and ``image`` and ``id``. Columns of usual names are found without it.
+            ``answer``, or ``caption``; and ``system``, ``image`` and ``id``. Columns of the names that `read_record` knows
+            are found without it, and read as it says.
         images: where paths in the image column start from (see `resolve_image`); encoded images need none.
         size: how many rows count: must be given for a stream, whose length nobody knows.
         allow_urls: images may be named by http and https URLs, and are then fetched with every access.
@@ -146,11 +157,14 @@ class HubDataset:
             raise ValueError(f"size must be at least 1 for {name}, got {size}")
         there = list(data.column_names or next(iter(data), {}))
         self.columns = find_columns(there, columns or {}, name)
-        data = data.select_columns(sorted(set(self.columns.values())))
-        self._features = data.features
+        self._image_columns = [column for column, key in self.columns.items() if IMAGES.fullmatch(key)]
+        self._others = [column for column in there if column not in self.columns]
+        self._all = data
+        data = data.select_columns(sorted(self.columns))
+        self._features = _without_decoding(data.features)
         self._data = data.with_format("arrow") if not self.in_order else data.decode(False) if data.features else data
         self._size = size or 0 if self.in_order else min(len(data), size or len(data))
-        self._sizes: Sizes | None = None
+        self._known: tuple[Sizes, Unread] | None = None
         self._stream: Iterator[dict[str, Any]] | None = None
         self._row: dict[str, Any] = {}
         self._index = -1  # of the row
@@ -162,22 +176,18 @@ class HubDataset:
     def __getitem__(self, index: int) -> Sample:
         """Raises BadSampleError for a row that is no sample, IndexError beyond the last."""
         index = range(len(self))[index]
-        place, row = self.place(index), self.record(index)
-        values = _present(row.get("image"))
-        with at(place):
-            if "conversations" not in row:
-                id = str(index) if row.get("id") is None else str(row["id"])
-                messages = self._messages(row, len(values))
-                return Sample(id, messages, tuple(self._image(value, place) for value in values), place)
-            record = {"conversations": _turns(row["conversations"]), "id": row.get("id")}
-        beside = values if "image" in self.columns else None
-        return read_record(record, lambda value: self._image(value, place), id=str(index), place=place, beside=beside)
+        place = self.place(index)
+
+        def find(value: Any) -> ImageFile | ImageBytes:
+            return find_image(self.images, value, allow_urls=self.allow_urls, place=place)
+
+        return read_record(self.record(index), find, id=str(index), place=place)
 
     def record(self, index: int) -> dict[str, Any]:
-        """A row: what stands in its columns, by what they hold."""
+        """A row: what stands in the columns that are read, by their keys as in `read_record`."""
         index = range(len(self))[index]
         row = self._from_stream(index) if self.in_order else self._decoded(self._data[index])[0]
-        return {key: row.get(column) for key, column in self.columns.items()}
+        return self._renamed(row)
 
     def place(self, index: int) -> str:
         """Name of the source and number of a row."""
@@ -185,14 +195,37 @@ class HubDataset:
 
     def sizes(self) -> Sizes | None:
         """None for a stream. The first call reads all text, and no image."""
-        if self._sizes is None and not self.in_order:
-            texts = [column for key, column in self.columns.items() if key not in ("image", "id")]
-            found = [self._measure(row) for rows in self._parts(texts) for row in self._decoded(rows)]
-            characters, marks = np.asarray(found, np.int64).reshape(-1, 2).T
-            if "image" in self.columns:
-                marks = np.concatenate([_counts(rows.column(0)) for rows in self._parts([self.columns["image"]])])
-            self._sizes = Sizes(characters.astype(np.int32), marks.astype(np.int16))
-        return self._sizes
+        return None if self.in_order else self._look_through()[0]
+
+    def unread(self, most: int | None = FIRST_RECORDS) -> Unread:
+        """Of all rows, with columns that are not read at all; of a stream its first row."""
+        if not self.in_order:
+            return self._look_through()[1]
+        row: dict[str, Any] = next(iter(self._all.decode(False) if self._all.features else self._all), {})
+        keys = [column for column in self._others if not is_blank(row.get(column))]
+        return Unread(Counter([*keys, *measure(self._renamed(row)).unread]), 1)
+
+    def _look_through(self) -> tuple[Sizes, Unread]:
+        """What is known of all rows without an image."""
+        if self._known is None:
+            data, keys = self._all.select(range(len(self))).with_format("arrow"), Counter[str]()
+            images = np.zeros(len(self), np.int64)
+            for column in (*self._image_columns, *self._others):
+                counts = [_counts(rows.column(0)) for rows in data.select_columns([column]).iter(1000)]
+                count = np.concatenate(counts) if counts else images
+                if column in self._others:
+                    keys[column] = int((count > 0).sum())
+                else:
+                    images += count
+            texts = [column for column in self.columns if column not in self._image_columns]
+            parts = (rows for part in data.select_columns(texts).iter(1000) for rows in self._decoded(part))
+            # Where there are image columns, a row without an image there may name some in its messages.
+            found = [measure(self._renamed(row), int(n) or None) for row, n in zip(parts, images, strict=True)]
+            keys.update(key for of in found for key in of.unread)
+            characters, marks = np.asarray([of[:2] for of in found], np.int64).reshape(-1, 2).T
+            marks = np.maximum(marks, images).clip(0, 32767)
+            self._known = Sizes(characters.astype(np.int32), marks.astype(np.int16)), Unread(+keys, len(self))
+        return self._known
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stream": None, "_row": {}, "_index": -1}
@@ -216,43 +249,16 @@ class HubDataset:
 
     def _decoded(self, rows: Any) -> list[dict[str, Any]]:
         """Rows of an Arrow table in Python's types; encoded images stay as they are."""
-        import datasets
+        features = self._features if len(self._features) == rows.num_columns else None
+        features = features or type(self._features)({name: self._features[name] for name in rows.column_names})
+        return [features.decode_example(row) for row in rows.to_pylist()]
 
-        plain = {name: self._features[name] for name in rows.column_names if name != self.columns.get("image")}
-        features = datasets.Features(plain)
-        return [row | features.decode_example({name: row[name] for name in plain}) for row in rows.to_pylist()]
-
-    def _parts(self, columns: list[str]) -> Iterator[Any]:
-        return self._data.select(range(len(self))).select_columns(columns).iter(1000)
-
-    def _messages(self, row: Mapping[str, Any], images: int) -> tuple[Message, ...]:
-        if "caption" in row:
-            return caption_messages(_text(row["caption"]), images)
-        return question_messages(_text(row["question"]), _text(row["answer"]), images)
-
-    def _measure(self, row: Mapping[str, Any]) -> tuple[int, int]:
-        try:
-            if "conversations" in self.columns:
-                return measure({"conversations": _turns(row[self.columns["conversations"]])})
-            parts = [part for text in row.values() for part in split_text(_text(text))]
-        except BadSampleError:
-            return 0, 0
-        texts = [part for part in parts if isinstance(part, str)]
-        return sum(map(len, texts)), len(parts) - len(texts)
-
-    def _image(self, value: Any, place: str) -> ImageFile | ImageBytes:
-        """The image that a value of the column stands for: its bytes, a path, ``{"bytes", "path"}`` or one of PIL."""
-        name = value.get("path") if isinstance(value, Mapping) else value
-        data = value.get("bytes") if isinstance(value, Mapping) else value
-        if isinstance(data, bytes):
-            return ImageBytes(place, data)
-        if isinstance(data, Image.Image):
-            buffer = io.BytesIO()
-            data.save(buffer, "PNG")
-            return ImageBytes(place, buffer.getvalue())
-        if self.images is None and isinstance(name, str):
-            raise BadSampleError("bad image path", f"images must say where paths start from, got the path {name!r}")
-        return find_image(self.images or Path(), name, allow_urls=self.allow_urls)
+    def _renamed(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row as a record of the keys that `read_record` knows, names of classes in the place of their numbers."""
+        features = self._all.features or {}
+        return {
+            key: _with_names(row[column], features.get(column)) for column, key in self.columns.items() if column in row
+        }
 
 
 def _row(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
@@ -260,50 +266,73 @@ def _row(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
 
 
 def find_columns(there: list[str], given: Mapping[str, str], name: str) -> dict[str, str]:
-    """The columns to read, by what they hold; see `HubDataset`. Raises ValueError where that cannot be decided."""
+    """The columns to read, each with the key that `read_record` takes it for. Raises ValueError where that is not clear.
+
+    A column that is given for a key hides those of the key's usual names, and those of other forms.
+    """
     for key, column in given.items():
-        if key not in _USUAL:
-            raise ValueError(f"columns of {name}: {key!r} is none of {', '.join(_USUAL)}")
+        if key not in _SLOTS:
+            raise ValueError(f"columns of {name}: {key!r} is none of {', '.join(_SLOTS)}")
         if column not in there:
             raise ValueError(f"columns of {name}: {key} is {column!r}, there are {', '.join(there)}")
-    found = {key: column for key, names in _USUAL.items() for column in reversed(names) if column in there}
-    found |= given
-    forms = sorted(_FORMS, key=lambda form: not given.keys() & set(form))  # what is given comes first
-    form = next((form for form in forms if found.keys() >= set(form)), None)
-    if form is None or (given.keys() & {key for form in _FORMS for key in form}) - set(form):
+    forms = [form for form in _FORMS if given.keys() & set(form)] or list(_FORMS)
+    filled = {key for key, names in _SLOTS.items() if key in given or not set(names).isdisjoint(there)}
+    if len({key for form in _FORMS for key in form} & given.keys() - set(forms[0])) or not any(
+        filled >= set(form) for form in forms
+    ):
         wanted = " or ".join(" and ".join(form) for form in _FORMS)
         raise ValueError(f"columns of {name}: say which hold {wanted}; there are {', '.join(there)}")
-    return {key: found[key] for key in (*form, "image", "id") if key in found}
+    hidden = {n for key in given for n in (_SLOTS[key] if key != "image" else filter(IMAGES.fullmatch, there))}
+    if given.keys() & {key for form in _FORMS for key in form}:
+        hidden |= {n for form in _FORMS if form not in forms for key in form for n in _SLOTS[key]}
+    known = {column: column for column in there if column in KEYS or IMAGES.fullmatch(column)}
+    usual = {column: key for column, key in known.items() if column not in hidden}
+    return {**usual, **{column: key for key, column in given.items()}}
 
 
-def _present(value: Any) -> list[Any]:
-    """The images of a row: none, one or several."""
-    values = value if isinstance(value, list) else [value]
-    return [v for v in values if v not in (None, "", {"bytes": None, "path": None})]
+def _without_decoding(feature: Any) -> Any:
+    """Features whose images, sounds and videos stay encoded, however deep they lie."""
+    if isinstance(feature, dict):
+        return type(feature)({name: _without_decoding(inner) for name, inner in feature.items()})
+    changes: dict[str, Any] = {"decode": False} if getattr(feature, "decode", False) is True else {}
+    if hasattr(feature, "feature"):
+        changes["feature"] = _without_decoding(feature.feature)
+    return replace(feature, **changes) if changes else feature
 
 
-def _text(value: Any) -> Any:
-    """A number is an answer, too."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _turns(value: Any) -> Any:
-    """A list of turns, of which some sets keep the JSON, and an old form of ``datasets`` an object of lists."""
-    try:
-        if isinstance(value, str):
-            return parse(value.encode("utf-8", "surrogatepass"))
-        if isinstance(value, Mapping) and all(isinstance(column, list) for column in value.values()):
-            return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
-    except ValueError as error:
-        raise BadSampleError("not a record", f"the turns cannot be read: {error}") from error
+def _with_names(value: Any, feature: Any) -> Any:
+    """A value with the names of classes in the place of their numbers."""
+    if hasattr(feature, "int2str"):
+        return feature.int2str(value) if isinstance(value, int) and value >= 0 else None
+    if isinstance(value, list) and hasattr(feature, "feature"):
+        return [_with_names(inner, feature.feature) for inner in value]
+    if isinstance(value, dict) and isinstance(feature, dict):
+        return {name: _with_names(inner, feature.get(name)) for name, inner in value.items()}
     return value
 
 
 def _counts(column: Any) -> np.ndarray:
-    """How many images stand in each row of an Arrow column."""
+    """How many values that are not blank stand in each row of an Arrow column: of a list its elements, else 0 or 1."""
+    return np.concatenate([np.zeros(0, np.int64), *(_counts_of(chunk) for chunk in column.chunks)])
+
+
+def _counts_of(array: Any) -> np.ndarray:
     import pyarrow as arrow
     from pyarrow import compute
 
-    one = not (arrow.types.is_list(column.type) or arrow.types.is_large_list(column.type))
-    counts = compute.is_valid(column) if one else compute.fill_null(compute.list_value_length(column), 0)
-    return np.asarray(counts.to_pylist(), dtype=np.int64)
+    if isinstance(array.type, arrow.BaseExtensionType):
+        array = array.storage
+    kinds = arrow.types
+    if kinds.is_list(array.type) or kinds.is_large_list(array.type) or kinds.is_fixed_size_list(array.type):
+        inside = _counts_of(compute.list_flatten(array)) > 0
+        return np.bincount(np.asarray(compute.list_parent_indices(array))[inside], minlength=len(array))
+    there = np.asarray(compute.is_valid(array))
+    if kinds.is_struct(array.type):
+        fields = [_counts_of(compute.struct_field(array, i)) > 0 for i in range(array.type.num_fields)]
+        there = there & np.any([np.zeros(len(array), bool), *fields], axis=0)
+    elif kinds.is_string(array.type) or kinds.is_large_string(array.type):
+        words = compute.not_equal(compute.utf8_trim_whitespace(array), "")
+        there = np.asarray(compute.fill_null(words, False))
+    elif kinds.is_floating(array.type):
+        there = np.asarray(compute.fill_null(compute.invert(compute.is_nan(array)), False))
+    return there.astype(np.int64)

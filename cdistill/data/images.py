@@ -1,11 +1,12 @@
 """Images of samples: which paths are allowed, and decoding that survives any bytes.
 
-Pixels stay as they are stored: an EXIF orientation is not applied, as in LLaVA's own pipeline. What is transparent becomes
-white.
+An EXIF orientation is applied, as transformers does where a model is used; LLaVA's own pipeline leaves pixels as they are
+stored. What is transparent becomes white.
 """
 
 from __future__ import annotations
 
+import base64
 import http.client
 import io
 import os
@@ -14,15 +15,17 @@ import stat
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from cdistill.data.files import is_odd, leaves_folder
 from cdistill.data.samples import BadSampleError, ImageBytes, ImageFile
 
 MAX_PIXELS = 1 << 26  # 67 million: 8192 x 8192
 MAX_BYTES = 1 << 28
+MAX_RESIZED = 1 << 25  # pixels on the way through a processor: 4 s and 0.5 GB
 FETCH_SECONDS = 20
 FORMATS = {
     "JPEG": (".jpg", ".jpeg"),
@@ -33,6 +36,15 @@ FORMATS = {
     "TIFF": (".tif", ".tiff"),
 }
 _FORMAT_OF_SUFFIX = {suffix: name for name, suffixes in FORMATS.items() for suffix in suffixes}
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _FIRST_BYTES = {
     "JPEG": rb"\xff\xd8\xff",
     "PNG": rb"\x89PNG\r\n\x1a\n",
@@ -49,11 +61,43 @@ _FLAGS = os.O_NONBLOCK | os.O_NOFOLLOW  # a pipe would let us wait; a link came 
 Roots = Path | Mapping[str, Path]
 
 
-def find_image(roots: Roots, name: object, *, allow_urls: bool) -> ImageFile | ImageBytes:
-    """`resolve_image`, or `fetch_image` for a URL where that is allowed."""
-    if allow_urls and isinstance(name, str) and _URL.match(name):
-        return fetch_image(name)
-    return resolve_image(roots, name)
+def find_image(roots: Roots | None, value: object, *, allow_urls: bool, place: str = "") -> ImageFile | ImageBytes:
+    """The image that a value of a record stands for.
+
+    Args:
+        roots: where paths start from (`resolve_image`); None where nobody has said it.
+        value: a path, a URL (which is fetched where that is allowed), a ``data:`` URI, the encoded bytes, these as
+            ``{"bytes", "path"}`` as ``datasets`` keeps them, or an image of PIL's.
+        place: what bytes are called.
+
+    Raises:
+        BadSampleError: it is none of these, a path that is refused, or a URL that is not fetched.
+    """
+    if isinstance(value, Mapping):
+        value = next((value[key] for key in ("bytes", "path", "url") if value.get(key) is not None), None)
+    if isinstance(value, bytes):
+        return ImageBytes(place, value)
+    if isinstance(value, Image.Image):
+        buffer = io.BytesIO()
+        value.save(buffer, "PNG")
+        return ImageBytes(place, buffer.getvalue())
+    if isinstance(value, str) and value.startswith("data:"):
+        return ImageBytes(place, _decode_uri(value))
+    if allow_urls and isinstance(value, str) and _URL.match(value):
+        return fetch_image(value)
+    if roots is None and isinstance(value, str):
+        raise BadSampleError("bad image path", f"images must say where paths start from, got the path {value!r}")
+    return resolve_image(Path() if roots is None else roots, value)
+
+
+def _decode_uri(uri: str) -> bytes:
+    head, comma, data = uri.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise BadSampleError("unreadable image", f"a data: URI holds an image in base64, got {uri[:60]!r}")
+    try:
+        return base64.b64decode("".join(data.split()), validate=True)
+    except ValueError as error:
+        raise BadSampleError("unreadable image", f"the base64 of {head[:60]!r} cannot be read: {error}") from error
 
 
 def resolve_image(roots: Roots, name: object) -> ImageFile:
@@ -108,13 +152,14 @@ def fetch_image(url: str) -> ImageBytes:
         raise BadSampleError("missing image", f"{url}: {error}") from error
 
 
-def open_image(image: ImageFile | ImageBytes, *, about: int | None = None) -> Image.Image:
+def open_image(image: ImageFile | ImageBytes, *, about: int | None = None, exif: bool = True) -> Image.Image:
     """Decode an image, the first one of an animation, to RGB of 8 bits.
 
     Args:
         image: what a reader found.
         about: the side in pixels that it will be resized to. Then a JPEG of which both sides are at least four times as
             long is decoded at a half, a quarter or an eighth of its size, never below twice ``about``.
+        exif: turn it as its EXIF orientation says, which `transformers.image_utils.load_image` does, too.
 
     Raises:
         BadSampleError: the image is missing, unreadable, truncated or too large (`MAX_PIXELS`, `MAX_BYTES`).
@@ -134,14 +179,35 @@ def open_image(image: ImageFile | ImageBytes, *, about: int | None = None) -> Im
                 raise Image.DecompressionBombError(f"{picture.width} x {picture.height} pixels, at most {MAX_PIXELS}")
             if about is not None:
                 picture.draft(None, (2 * about, 2 * about))
-            return _to_rgb(picture)
+            return _to_rgb(_upright(picture) if exif else picture)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSampleError("image too large", f"{name}: {error}") from error
     except MemoryError:
         raise
     except Exception as error:  # decoders raise nearly anything at bytes that somebody made up
         message = str(error).split("<_io")[0].split("\n")[0]
+        if "MAX_TEXT" in message:  # PIL's limits of what is written beside the pixels of a PNG
+            raise BadSampleError("image too large", f"{name}: its text: {message}") from error
         raise BadSampleError("truncated image", f"{name}: {kind}, {type(error).__name__}: {message}") from error
+
+
+def check_resizing(processor: Any, width: int, height: int) -> None:
+    """Raise BadSampleError for an image that an image processor would first make huge, however small its file.
+
+    The shorter side is enlarged to a length and the longer one with it (CLIP's), or the image is padded to a square (LLaVA's).
+    """
+    most = max(MAX_RESIZED, width * height)
+    size: Any = getattr(processor, "size", None)
+    sizes: dict[str, Any] = {} if size is None or isinstance(size, int) else dict(size)
+    if getattr(processor, "do_pad", False) and type(processor).__name__.startswith("LlavaImageProcessor"):
+        width = height = max(width, height)
+    shortest: int | None = None if sizes.get("longest_edge") else sizes.get("shortest_edge")
+    if shortest and getattr(processor, "do_resize", False) and width * height <= most:
+        scale = shortest / min(width, height)
+        width, height = round(scale * width), round(scale * height)
+    if width * height > most:
+        told = f"its processor would make {width:,} x {height:,} pixels of it, at most {MAX_RESIZED:,} are allowed"
+        raise BadSampleError("image too large", told)
 
 
 def true_format(image: ImageFile | ImageBytes) -> str | None:
@@ -169,6 +235,16 @@ def _read(path: Path, most: int) -> bytes:
     except OSError as error:
         raise BadSampleError("unreadable image", f"{path}: {error.strerror}") from error
     raise BadSampleError("unreadable image", f"{path}: not a file")
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """As its EXIF orientation says; one that cannot be read says nothing."""
+    picture.load()  # its faults are not those of the EXIF data, for which some formats load it
+    try:
+        turn = _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # of bytes that somebody made up: what stands beside the pixels does not spoil them
+        return picture
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import reprlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,7 +16,7 @@ from cdistill.data import strict_yaml
 from cdistill.data.hub import HUB, HubDataset, is_saved, load_hub
 from cdistill.data.images import Roots
 from cdistill.data.llava import LlavaJson
-from cdistill.data.samples import Sample, Sizes, Source
+from cdistill.data.samples import FIRST_RECORDS, Sample, Sizes, Source, Unread
 from cdistill.data.shards import TarShards
 
 _ROWS = (".parquet", ".arrow", ".csv")
@@ -133,6 +134,11 @@ class Mix:
     def place(self, index: int) -> str:
         part, inside = self.locate(index)
         return self.parts[part].source.place(inside)
+
+    def unread(self, most: int | None = FIRST_RECORDS) -> Unread:
+        """Of all its sources together; ``most`` counts for each."""
+        found = [part.source.unread(most) for part in self.parts]
+        return Unread(sum((Counter(of.keys) for of in found), Counter()), sum(of.records for of in found))
 
     def locate(self, index: int) -> tuple[int, int]:
         """The number of the part that a sample belongs to, and its index in that part's source."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 LONGEST_DETAIL = 500
+FIRST_RECORDS = 1000  # looked at where a run begins, of sets that are not read before
+MOST_KEYS = 12  # that a line names
 
 
 class Mark(Enum):
@@ -21,10 +24,14 @@ class Mark(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What one side says: text and marks, in order; ``role`` is system, user or assistant."""
+    """What one side says: text and marks, in order; ``role`` is system, user or assistant.
+
+    An answer that is not ``learned`` is read and never a label.
+    """
 
     role: str
     parts: tuple[str | Mark, ...]
+    learned: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +87,44 @@ class BadSampleError(ValueError):
         return type(self), (self.reason, self.detail, self.place)
 
 
+@contextmanager
+def blamed_on_sample(reason: str) -> Iterator[None]:
+    """What others' code (an image processor, a chat template, a tokenizer) raises at a sample, as a BadSampleError.
+
+    They raise nearly anything at contents they were not written for, so it is the call that counts, not the type; no more
+    than that call stands under it. What no content can cause goes through: a lack of memory, or of a module or a name.
+    """
+    try:
+        yield
+    except (BadSampleError, MemoryError, ImportError, NameError):
+        raise
+    except Exception as error:
+        said = str(error).strip()
+        told = said if said and isinstance(error, ValueError) else f"{type(error).__name__}: {said}"
+        raise BadSampleError(reason, told) from error
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What is known of all samples without reading any again: ``characters`` (N,) int32 of text, ``images`` (N,) int16."""
 
     characters: np.ndarray
     images: np.ndarray
+
+
+@dataclass(frozen=True)
+class Unread:
+    """What records say that no sample is made of: by key, in how many of the ``records`` looked at it says something."""
+
+    keys: Mapping[str, int]
+    records: int
+
+    def __str__(self) -> str:
+        """Keys with their counts, the most frequent first; "" where there is none."""
+        most = sorted(self.keys.items(), key=lambda item: (-item[1], item[0]))
+        told = [f"{printable(name, 60)} ({count:,})" for name, count in most[:MOST_KEYS]]
+        rest = len(most) - len(told)
+        return ", ".join(told) + (f" and {rest} more" if rest else "")
 
 
 class Source(Protocol):
@@ -105,6 +144,9 @@ class Source(Protocol):
     def place(self, index: int) -> str:
         """The place of a sample, whether it is one or not."""
 
+    def unread(self, most: int | None = FIRST_RECORDS) -> Unread:
+        """What of the records is not read. Where that is not known already, it looks at ``most`` of them (None: all)."""
+
     def sizes(self) -> Sizes | None:
         """None where it is not known before samples are read (streams)."""
 
@@ -121,6 +163,8 @@ def check_messages(messages: Sequence[Message], images: int) -> None:
     for m in turns[1::2]:
         if not "".join(p for p in m.parts if isinstance(p, str)).strip():
             raise BadSampleError("empty answer", "an answer holds no text")
+    if not any(m.learned for m in turns[1::2]):
+        raise BadSampleError("nothing to learn", "every answer has weight 0")
     marks = {m.role: sum(isinstance(p, Mark) for p in m.parts) for m in messages}
     count = sum(isinstance(p, Mark) for m in messages for p in m.parts)
     if marks.get("assistant") or marks.get("system"):

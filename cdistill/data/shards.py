@@ -9,7 +9,9 @@ import os
 import re
 import tarfile
 from array import array
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,13 @@ import numpy as np
 
 from cdistill.data.files import KnownFile, is_odd, leaves_folder
 from cdistill.data.images import MAX_BYTES, named_format
-from cdistill.data.records import at, caption_messages, read_record
-from cdistill.data.samples import BadSampleError, ImageBytes, Sample, Sizes
+from cdistill.data.records import ANSWERS, CAPTIONS, TURNS, at, measure, read_record
+from cdistill.data.samples import FIRST_RECORDS, BadSampleError, ImageBytes, Sample, Sizes, Unread
 from cdistill.data.scan import LONGEST_RECORD, parse
 
 MOST_SHARDS = 100_000
 _PICKLES = {"pyd", "pkl", "pickle", "pth", "pt"}
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_TURNS = {"conversations", "messages"}
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -70,33 +71,42 @@ class TarShards:
         """Raises BadSampleError for a sample without text or with a bad record, IndexError beyond the last."""
         record, place, file = self.record(index), self.place(index), self._files[self._shards[index]]
         images = [member for member in self._members(index) if named_format(self._names[member])]
-        if record.keys() & _TURNS:
-            key = self._key(index)
-            return read_record(record, lambda member: self._image(file, member), id=key, place=place, beside=images)
-        with at(place):
-            found = tuple(self._image(file, member) for member in images)
-            return Sample(record["id"], caption_messages(record["caption"].strip(), len(found)), found, place)
+        key = self._key(index)
+        if isinstance(record.get("caption"), str):
+            record["caption"] = record["caption"].strip()
+        return read_record(record, lambda member: self._image(file, member), id=key, place=place, beside=images)
 
     def record(self, index: int) -> dict[str, Any]:
-        """What a sample's .json holds, or its caption as ``caption``; ``id`` is the key where it says no other.
+        """What a sample's .json holds, with the text of its .txt as ``caption``; ``id`` is the key where it says no other.
 
-        Raises BadSampleError where there is neither.
+        Raises BadSampleError where there is no text.
         """
         file, key = self._files[self._shards[index]], self._key(index)
         texts = {split_name(self._names[member])[1]: member for member in self._members(index)}
         with at(self.place(index)):
-            record = self._text(file, texts["json"]) if "json" in texts else None
-            if isinstance(record, dict) and record.keys() & _TURNS:
-                return {"id": key} | record
-            caption = record.get("caption") if isinstance(record, dict) else None
-            caption = self._text(file, texts["txt"]) if "txt" in texts else caption
-            if not isinstance(caption, str):
+            found = self._text(file, texts["json"]) if "json" in texts else None
+            record: dict[str, Any] = {"id": key} | (found if isinstance(found, dict) else {})
+            if "txt" in texts:
+                record["caption"] = self._text(file, texts["txt"])
+            if record.keys().isdisjoint((*TURNS, *ANSWERS, *CAPTIONS)):
                 raise BadSampleError("not a record", "it has neither a .json of messages nor a caption")
-            return {"id": key, "caption": caption}
+            return record
 
     def place(self, index: int) -> str:
         """Shard and key of a sample."""
         return f"{self._files[self._shards[index]].path}:{self._key(index)}"
+
+    def unread(self, most: int | None = FIRST_RECORDS) -> Unread:
+        """Of the first records, whose text is read for it."""
+        count = len(self) if most is None else min(len(self), most)
+        keys = Counter[str]()
+        for index in range(count):
+            images = sum(named_format(self._names[member]) is not None for member in self._members(index))
+            names = (self._names[m] for m in self._members(index) if not named_format(self._names[m]))
+            keys.update(f"*.{rest}" for _, rest in map(split_name, names) if rest not in ("json", "txt"))
+            with suppress(BadSampleError):
+                keys.update(measure(self.record(index), images).unread)
+        return Unread(keys, count)
 
     def sizes(self) -> Sizes:
         """Images are exact; characters are the bytes of the sample's text members, more than what will be read."""

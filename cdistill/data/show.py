@@ -13,7 +13,7 @@ from itertools import groupby
 
 from PIL import Image
 
-from cdistill.data.conversations import Encoder
+from cdistill.data.conversations import Encoder, learned_ranges
 from cdistill.data.images import open_image, true_format
 from cdistill.data.samples import BadSampleError, ImageBytes, ImageFile, Mark, Sample, Source, printable
 from cdistill.data.templates import Template
@@ -114,14 +114,14 @@ def _said(sample: Sample) -> Iterator[tuple[str, bool]]:
     for message in sample.messages:
         text = "".join("<image>" if isinstance(part, Mark) else part for part in message.parts)
         yield f"{message.role}: ", False
-        yield text, message.role == "assistant"
+        yield text, message.role == "assistant" and message.learned
         yield "\n", False
 
 
 def _rendered(template: Template, sample: Sample) -> Iterator[tuple[str, bool]]:
     text, answers = template(sample.messages)
     end = 0
-    for start, stop in answers:
+    for start, stop in learned_ranges(sample.messages, answers):
         yield text[end:start], False
         yield text[start:stop], True
         end = stop

@@ -266,7 +266,7 @@ class CacheWriter:
 
 
 class StageCache:
-    """Reads what `CacheWriter` has kept for one stage.
+    """Reads what `CacheWriter` has kept for one stage; ``vocabulary`` is how many tokens both models know.
 
     Raises:
         ValueError: the cache is missing, unfinished or of another run (naming the key that differs), or a shard is missing,
@@ -279,6 +279,7 @@ class StageCache:
             state = "is not finished" if folder.is_dir() and any(folder.iterdir()) else "does not exist"
             raise ValueError(f"teacher_memory.cache: {folder} {state}; run `cdistill cache` with this recipe")
         self.folder, self.samples, self.per_shard = folder, facts["samples"], index["per_shard"]
+        self.vocabulary: int = facts["vocabulary"]
         for shard in range(-(-self.samples // self.per_shard)):
             self._require_whole(shard, contents=False)
         self._read = lru_cache(SHARDS_IN_MEMORY)(self._load)

@@ -192,6 +192,8 @@ class DataConfig(Mixture):
         config: which configuration of a set on the hub.
         split: its split.
         streaming: read it as a stream, in its order.
+        exif: turn images as their EXIF orientation says, as transformers does where the model is used. Set it to false for
+            pixels as LLaVA's own pipeline trains on, or where answers give places in the pixels as they are stored.
         template: how a conversation becomes text (`cdistill.data.templates`); ``auto`` is the processor's own chat template.
         max_length: tokens of a sample, visual tokens included, beyond which it is cut.
     """
@@ -204,6 +206,7 @@ class DataConfig(Mixture):
     config: str | None = None
     split: str | None = None
     streaming: bool = False
+    exif: bool = True
     template: str = "auto"
     max_length: int = 2048
 
@@ -213,6 +216,7 @@ class DataConfig(Mixture):
         _choice("template", self.template, TEMPLATES)
         _at_least("max_length", self.max_length, 2)
         given = [n for n in ("images", "allow_urls", "columns", "config", "split", "streaming") if getattr(self, n)]
+        given += [] if self.exif else ["exif"]
         if self.path is None and given:
             raise ValueError(f"path must be given where {given[0]} is")
         for f in fields(Mixture):

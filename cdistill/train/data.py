@@ -108,7 +108,8 @@ def _file_dataset(recipe: Recipe, stage: StageConfig, seed: int, models: Models)
     source = _open(models, options, size)
     order = Order(source, seed)
     encoder = _encoder(stage, models)
-    data = SampleDataset(source, order, encoder, size=size, seed=seed, about=_resized_to(models))
+    about = _resized_to(models)
+    data = SampleDataset(source, order, encoder, size=size, seed=seed, about=about, exif=options.exif)
     collate: Any = PaddingCollator(encoder.pad_token_id)
     if recipe.packing:
         for model in (models.student, models.teacher):
@@ -126,6 +127,19 @@ def _file_dataset(recipe: Recipe, stage: StageConfig, seed: int, models: Models)
         return known.characters[indices] // CHARACTERS_PER_TOKEN + visual * images, images
 
     return data, TellingCollator(collate), sizes
+
+
+def unread(stage: StageConfig, models: Models) -> list[str]:
+    """One line for each data set of a stage whose records say what no sample is made of."""
+    if stage.objective == "vision" or stage.data.path is None:
+        return []
+    source = _open(models, stage.data, stage.steps * stage.global_batch_size)
+    lines = []
+    for part in [part.source for part in getattr(source, "parts", [])] or [source]:
+        found = part.unread()
+        some = f", of the first {found.records:,} records" if found.records < len(part) else ""
+        lines += [f"{part.name}: not read{some}: {found}"] if found.keys else []
+    return lines
 
 
 class PackedCollator:

@@ -54,23 +54,31 @@ class VocabularyLosses(nn.Module):
         teacher_head: nn.Linear | None,
         labels: Tensor,
         topk: tuple[Tensor, Tensor] | None = None,
+        vocabulary: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Sums of L_ar and L_kd over labels (N,), of hidden (N,Hs) and teacher_hidden (N,Ht), or the teacher's ``topk``."""
+        """Sums of L_ar and L_kd over labels (N,), of hidden (N,Hs) and teacher_hidden (N,Ht), or the teacher's ``topk``.
+
+        The student's head counts as far as ``vocabulary``, beyond which it is padding for a teacher that is not here.
+        """
         device = hidden.device.type
         if torch.is_autocast_enabled(device):  # as for any linear layer; norms leave fp32 behind
             dtype = torch.get_autocast_dtype(device)
             hidden = hidden.to(dtype)
             teacher_hidden = None if teacher_hidden is None else teacher_hidden.to(dtype)
+        weight: Tensor = head.weight
+        bias: Tensor | None = head.bias
+        if vocabulary is not None and vocabulary < len(weight):
+            weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
         result = linear_distillation(
             hidden,
-            head.weight.to(hidden.dtype),
+            weight.to(hidden.dtype),
             teacher_hidden,
             None if teacher_hidden is None or teacher_head is None else teacher_head.weight.to(teacher_hidden),
             labels,
             divergence=self.kd.divergence,
             temperature=self.kd.temperature,
             beta=self.kd.beta,
-            student_bias=head.bias,
+            student_bias=bias,
             teacher_bias=None
             if teacher_head is None or teacher_head.bias is None
             else teacher_head.bias.to(hidden.device),
@@ -140,6 +148,7 @@ class DistillationModel(nn.Module):
         vat: alignment of the two, None to leave that loss out.
         pads_right: batches are padded on the right, so causality alone hides the padding from every real token and neither
             model is given a padding mask.
+        vocabulary: tokens of the teacher that batches hold the log-probabilities of, if they do.
         patch_classes: classes of each label that the throw-away head of ``vision`` predicts.
         visual_tokens: ids of the visual tokens, by default those that the student's configuration names.
 
@@ -157,10 +166,12 @@ class DistillationModel(nn.Module):
         kd: KDConfig | None = None,
         vat: VAT | None = None,
         pads_right: bool = True,
+        vocabulary: int | None = None,
         patch_classes: tuple[int, ...] = (),
         visual_tokens: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        self._teachers_vocabulary = vocabulary
         self.student: Model = student
         self.objective, self.kd, self.vat, self.pads_right = objective, kd or KDConfig(), vat, pads_right
         inner = getattr(teacher, "module", teacher)  # of an engine
@@ -366,7 +377,8 @@ class DistillationModel(nn.Module):
             return {"ar": F.cross_entropy(head(hidden).float(), targets, reduction="sum")}
         open_inside(head)  # what gathers its weight is a hook on its call
         if topk is not None:
-            ar, kd = head(hidden, **inside(lambda x: self.vocabulary_losses(x, head, None, None, targets, topk)))
+            known = self._teachers_vocabulary
+            ar, kd = head(hidden, **inside(lambda x: self.vocabulary_losses(x, head, None, None, targets, topk, known)))
             return {"ar": ar, "kd": kd}
         assert self.teacher is not None
         with self.teacher.head() as theirs:

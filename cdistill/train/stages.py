@@ -25,7 +25,7 @@ from cdistill.train.bad_samples import BadSamples
 from cdistill.train.build import Models, build_models, count_parameters, precision_of
 from cdistill.train.cache import CachedCollator, CachedDataset, StageCache, fingerprint, stage_cache
 from cdistill.train.config import Recipe, StageConfig, recipe_from_dict, recipe_to_dict
-from cdistill.train.data import stage_dataset
+from cdistill.train.data import stage_dataset, unread
 from cdistill.train.finite import FiniteSteps
 from cdistill.train.lora import add_lora
 from cdistill.train.model import DistillationModel
@@ -273,7 +273,7 @@ def _run_stage(
         on_cpu=on_cpu,
     )
     dataset, collator = stage_dataset(recipe, index, models)
-    teacher = vat = None
+    teacher = vat = vocabulary = None
     if objective.distils:
         assert models.teacher is not None
         layers = attention_layers(student), attention_layers(models.teacher)
@@ -293,10 +293,18 @@ def _run_stage(
             vat = make_vat(recipe, layers, student.to(arguments.device), teacher, batches)
         if recipe.teacher_memory.cache is not None:
             kept = StageCache(stage_cache(recipe, index), fingerprint(recipe, index, models, vat))
-            dataset, collator = CachedDataset(dataset, kept), CachedCollator(collator)
+            dataset, collator, vocabulary = CachedDataset(dataset, kept), CachedCollator(collator), kept.vocabulary
     else:
         _move(models.held, recipe, "cpu")  # from the GPU, where an earlier stage has left it
-    model = DistillationModel(student, objective, teacher=teacher, kd=recipe.kd, vat=vat, patch_classes=PATCH_CLASSES)
+    model = DistillationModel(
+        student,
+        objective,
+        teacher=teacher,
+        kd=recipe.kd,
+        vat=vat,
+        vocabulary=vocabulary,
+        patch_classes=PATCH_CLASSES,
+    )
     first = arguments.process_index == 0
     log = RunLog(
         output, folder.name, name, per_step=stage.global_batch_size, steps=stage.steps, layers=recipe.log_layers
@@ -327,6 +335,8 @@ def _run_stage(
             + (f", from step {start}" if start else ""),
             flush=True,
         )
+        for line in unread(stage, models):
+            print(f"{folder.name}: {line}", flush=True)
     began = time.perf_counter()
     with checkpoints.saving(output / METRICS, METRICS_BYTES):  # checkpoints speak for themselves
         try:
