@@ -246,7 +246,7 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
         "--processor", metavar="MODEL", help="count tokens as this model does: its folder or a run's, or builtin:NAME"
     )
     parser.add_argument(
-        "--template", metavar="NAME", help="auto (the model's own), plain, qwen2_base, vicuna_v1 or chatml"
+        "--template", metavar="NAME", help="auto (the model's own), plain, qwen2_base, vicuna_v1, chatml or FILE.jinja"
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the images instead")
 

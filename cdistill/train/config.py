@@ -14,7 +14,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from cdistill.data.mixture import TEMPLATES, Mixture
+from cdistill.data.mixture import TEMPLATE_FILE, TEMPLATES, Mixture
 from cdistill.train.objectives import OBJECTIVES
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -191,7 +191,8 @@ class DataConfig(Mixture):
         config: which configuration of a set on the hub.
         split: its split.
         streaming: read it as a stream, in its order.
-        template: how a conversation becomes text (`cdistill.data.templates`); ``auto`` is the processor's own chat template.
+        template: how a conversation becomes text (`cdistill.data.templates`); ``auto`` is the processor's own chat template,
+            a path that ends in ``.jinja`` one of your own.
         max_length: tokens of a sample, visual tokens included, beyond which it is cut.
     """
 
@@ -208,7 +209,8 @@ class DataConfig(Mixture):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _choice("template", self.template, TEMPLATES)
+        if not self.template.endswith(TEMPLATE_FILE):
+            _choice("template", self.template, (*TEMPLATES, f"a path that ends in {TEMPLATE_FILE}"))
         _at_least("max_length", self.max_length, 2)
         given = [n for n in ("images", "allow_urls", "columns", "config", "split", "streaming") if getattr(self, n)]
         if self.path is None and given:
