@@ -101,7 +101,7 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
 def _processor_arguments(parser: argparse.ArgumentParser, purpose: str) -> None:
     parser.add_argument("--processor", metavar="MODEL", help=f"{purpose}: its folder or a run's, or builtin:NAME")
     parser.add_argument(
-        "--template", metavar="NAME", help="auto (the model's own), plain, qwen2_base, vicuna_v1 or chatml"
+        "--template", metavar="NAME", help="auto (the model's own), plain, qwen2_base, vicuna_v1, chatml or FILE.jinja"
     )
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cdistill.data.builtin import IGNORE_INDEX, BuiltinDataset
+from cdistill.data.contract import LabelContract
 from cdistill.data.images import check_resizing
 from cdistill.data.samples import BadSampleError, Mark, Message, blamed_on_sample
-from cdistill.data.templates import Template
 
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # what processors may say of every token
 
@@ -47,20 +47,20 @@ class _Seen(NamedTuple):
 class Encoder:
     """Makes tokens, labels and pixels of conversations with images at any place, one sample at a time.
 
-    The text is tokenised with one mark per image, so that characters of answers are found among its tokens however much an
-    image becomes; the marks are then replaced by the tokens that the processor gives for these images.
+    The text is tokenised with one mark per image (`LabelContract`, which decides what is learned); the marks are then replaced
+    by the tokens that the processor gives for these images.
 
     A sample longer than ``max_length`` ends with its last token of an answer within it: an answer is cut, a question is left
     out, and so are the images from there on. No image is cut.
 
     Args:
         processor: of a multimodal model, or a tokenizer, for text alone; the tokenizer must be a fast one.
-        template: one of `cdistill.data.mixture.TEMPLATES`.
+        template: as for `cdistill.data.templates.Template`.
         max_length: tokens of a sample at most, those of its images included; None for any number.
 
     Raises:
-        ValueError: a template that does not fit (`Template`), a tokenizer without offsets or padding, or a processor that
-            does not expand marks in place.
+        ValueError: a template that does not fit (`Template`), a tokenizer that is slow or without padding, or a processor
+            that does not expand marks in place.
     """
 
     def __init__(self, processor: Any, template: str = "auto", max_length: int | None = None) -> None:
@@ -71,7 +71,8 @@ class Encoder:
             raise ValueError(f"{type(self.tokenizer).__name__} is not a fast tokenizer, which labels need")
         if self.tokenizer.pad_token_id is None:
             raise ValueError(f"{type(self.tokenizer).__name__} has no pad_token, which batches need")
-        self.template = Template(processor, template)
+        self.contract = LabelContract(processor, template)
+        self.template = self.contract.template
         self.pad_token_id: int = self.tokenizer.pad_token_id
         self._types: tuple[str, ...] = ()
         self._visual = [
@@ -98,41 +99,14 @@ class Encoder:
                     )
         if images and self._image_id is None:
             raise BadSampleError("image count", f"{len(images)} images for a model that takes none")
-        ids, labelled = self._tokens(messages)
+        ids, labelled = self.contract(messages)
         if (count := sum(token == self._image_id for token in ids)) != len(images):
             raise BadSampleError("image count", f"{count} marks in the text, {len(images)} images")
         return self._fit(ids, labelled, [image if image.mode == "RGB" else image.convert("RGB") for image in images])
 
-    def _tokens(self, messages: Sequence[Message]) -> tuple[list[int], np.ndarray]:
-        """The tokens of a text with one mark per image, and which of them are answers, (T,) bool."""
-        with blamed_on_sample("chat template"):
-            text, answers = self.template(messages)
-        with blamed_on_sample("tokenizer"):
-            ids, offsets = self._tokenize(text)
-        labelled = np.zeros(len(ids), bool)
-        first, after = offsets.T
-        for start, stop in learned_ranges(messages, answers):
-            # Some tokenizers (GPT-2's) do not count spaces to a token: of one there is left an empty range, at its end.
-            inside = np.flatnonzero((after > start) & ((first < stop) | ((first == after) & (after <= stop))))
-            self._require_answer(text[start:stop], [ids[i] for i in inside])
-            labelled[inside] = True
-        return ids, labelled
-
-    def _tokenize(self, text: str) -> tuple[list[int], np.ndarray]:
-        """Ids and (T, 2) ranges of characters; special tokens are added unless the template wrote them."""
-        bos = self.tokenizer.bos_token
-        add = bos is None or not text.startswith(bos)
-        written = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=add, verbose=False)
-        return written["input_ids"], np.array(written["offset_mapping"]).reshape(-1, 2)
-
-    def _require_answer(self, answer: str, labels: list[int]) -> None:
-        """What is labelled must read as the answer does by itself, but for the spaces that tokenizers add to a text."""
-        expected, found = (
-            "".join(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False).split())
-            for ids in (self.tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"], labels)
-        )
-        if expected != found:
-            raise BadSampleError("labels", f"the answer {answer[:40]!r} would be learned as {found[:40]!r}")
+    def _tokenize(self, *texts: str) -> list[list[int]]:
+        """Tokens of texts that a template has written, as the processor makes them of words alone."""
+        return [self.contract.text_ids(text) for text in texts]
 
     def _fit(self, ids: list[int], labelled: np.ndarray, images: list[Image.Image]) -> Encoded:
         """Put tokens in place of the marks, and shorten the sample until it fits."""
@@ -189,7 +163,7 @@ class Encoder:
         return origins, tokens, types
 
     def _check(self) -> None:
-        """Encode a made-up conversation, and see that the processor makes the same tokens of its text."""
+        """Encode a made-up conversation, and see that the processor makes the same tokens of its generation prompt."""
         image = () if self._image_id is None else (Mark.IMAGE,)
         turns = [((*image, "See?"), "Yes."), ((*image, "And here?"), "Not at all.")]
         messages = [m for q, a in turns for m in (Message("user", q), Message("assistant", (a,)))]
@@ -198,25 +172,18 @@ class Encoder:
             return
         images = [Image.new("RGB", (64, 48)), Image.new("RGB", (48, 64))]
         self._types = tuple(self._see(images).types)
-        found = self(messages, images).input_ids.tolist()
-        text, bos = self.template(messages).text, self.tokenizer.bos_token
+        self(messages, images)
+        asked = Message("user", (Mark.IMAGE, "See?", Mark.IMAGE))
+        found = self([asked, messages[-1]], images)
+        prompt = found.input_ids[: int((found.labels != IGNORE_INDEX).nonzero()[0])].tolist()
+        text, bos = self.template.prompt([asked])[0], self.tokenizer.bos_token
         add = bos is None or not text.startswith(bos)
         (expected,) = self.processor(text=[text], images=[images], add_special_tokens=add)["input_ids"]
-        if found != list(expected):
+        if prompt != list(expected):
             raise ValueError(
-                f"{type(self.processor).__name__} makes {len(expected)} tokens of a conversation about two images, "
-                f"{len(found)} of its words and its images by themselves: labels cannot be placed"
+                f"{type(self.processor).__name__} makes {len(expected)} tokens of a question about two images, "
+                f"{len(prompt)} of its words and its images by themselves: labels cannot be placed"
             )
-
-
-def learned_ranges(messages: Sequence[Message], answers: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The ranges of the answers that are learned: all, unless a message says it is not."""
-    turns = [message for message in messages if message.role == "assistant"]
-    if all(turn.learned for turn in turns):
-        return answers
-    if len(answers) != len(turns):
-        raise BadSampleError("weight of a turn", f"the template writes {len(answers)} of {len(turns)} answers")
-    return [answer for answer, turn in zip(answers, turns, strict=True) if turn.learned]
 
 
 class ConversationDataset(Dataset):

@@ -7,6 +7,7 @@ from cdistill.data.questions import COMPOSITIONAL, DIRECT
 SUBTYPES = (*DIRECT, *COMPOSITIONAL)
 MODALITIES = ("image", "text")
 TEMPLATES = ("auto", "plain", "qwen2_base", "vicuna_v1", "chatml")  # see `cdistill.data.templates`
+TEMPLATE_FILE = ".jinja"  # what the path of a template of one's own ends in
 
 
 @dataclass(frozen=True)

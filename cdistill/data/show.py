@@ -13,7 +13,8 @@ from itertools import groupby
 
 from PIL import Image
 
-from cdistill.data.conversations import Encoder, learned_ranges
+from cdistill.data.contract import learned_ranges
+from cdistill.data.conversations import Encoder
 from cdistill.data.images import open_image, true_format
 from cdistill.data.samples import BadSampleError, ImageBytes, ImageFile, Mark, Sample, Source, printable
 from cdistill.data.templates import Template

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from cdistill.data.mixture import TEMPLATES
-from cdistill.data.samples import Mark, Message
+from cdistill.data.mixture import TEMPLATE_FILE, TEMPLATES
+from cdistill.data.samples import BadSampleError, Mark, Message
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Special tokens of models that belong to what is said: places in an image, and thoughts.
+_CONTENT = re.compile(r"[<\[][|/]?(object_ref|ref|box|quad|point|loc|seg|think)", re.IGNORECASE)
+_PRIVATE_USE = range(0xE000, 0xF900)
 
 # As LLaVA prepares its data: the only image of a message comes first, with a line break between it and the words.
 # Several images stay where they stand.
@@ -48,8 +53,8 @@ _TURNS = """\
     {%- if message.role == "user" -%}
         {{- "USER: " ~ said(message) ~ " " -}}
     {%- elif message.role == "assistant" -%}
-        {{- "ASSISTANT: " -}}
-        {%- generation -%}{{- said(message) ~ end -}}{%- endgeneration -%}
+        {{- "ASSISTANT:" -}}
+        {%- generation -%}{{- " " ~ said(message) ~ end -}}{%- endgeneration -%}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- "ASSISTANT:" -}}{%- endif -%}
@@ -84,6 +89,9 @@ _NAMED = {
 }
 
 
+_CHOOSE = f"choose one of {', '.join(_NAMED)}, or give a {TEMPLATE_FILE} file of your own"
+
+
 class Rendered(NamedTuple):
     """A conversation as text; ``answers`` are the [start, stop) characters of what the assistant has to write."""
 
@@ -92,28 +100,39 @@ class Rendered(NamedTuple):
 
 
 class Template:
-    """Writes conversations as a named template or a model's own chat template does.
+    """Writes conversations as a named template, a file or a model's own chat template does.
 
     ``plain`` (captions: the question is left out), ``qwen2_base``, ``vicuna_v1`` and ``chatml`` are those of LLaVA's training
-    code; a BOS comes from tokenizers that put one before every text. ``auto`` is the chat template of the processor, or
-    of the tokenizer: answers are what it marks as generated or, where it marks nothing, what is added by each of
-    the assistant's turns.
+    code. ``auto`` is the chat template of the processor, or of the tokenizer. A path that ends in ``.jinja`` is a chat
+    template of one's own, with ``{% generation %}`` blocks around answers.
+
+    An answer begins where the generation prompt ends, and stops after the token that closes it. Where a template marks
+    answers as generated, the mark says where one stops, else what the assistant's turn adds does. A closing token that
+    the template writes right behind its mark belongs to the answer, and a generation prompt that ends in other white space
+    than the template writes before an answer takes its place, because a model is asked with the generation prompt.
 
     Args:
         processor: of a multimodal model, or a tokenizer.
-        name: one of `cdistill.data.mixture.TEMPLATES`.
+        name: one of `cdistill.data.mixture.TEMPLATES`, or the path of a file.
 
     Attributes:
-        source: the template in Jinja, to be kept as chat template of models that were trained with it.
+        source: the template in Jinja, to be kept as chat template of models that were trained with it. For a tokenizer by
+            itself a named one writes the BOS that the tokenizer puts before every text: transformers' tokenizers add none
+            to a chat, while its processors do.
+        end: the token that closes every answer; None for ``plain``, whose line break is often part of another token.
+        remarks: lines on what was chosen because the template leaves it open.
 
     Raises:
-        ValueError: an unknown name, a tokenizer without the marks of the template, or for ``auto`` no chat template, or
-            one that writes no mark for an image.
+        ValueError: an unknown name, a file that is missing, wrong or without marks, a tokenizer without the tokens of the
+            template, or a chat template that cannot be learned from: it writes no mark for an image, closes an answer with no
+            special token, rewrites earlier turns, or has another generation prompt than it writes before an answer.
     """
 
     def __init__(self, processor: Any, name: str = "auto") -> None:
-        if name not in TEMPLATES:
-            raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {name!r}")
+        if name not in TEMPLATES and not name.endswith(TEMPLATE_FILE):
+            raise ValueError(
+                f"template must be one of {', '.join(TEMPLATES)}, or a path that ends in {TEMPLATE_FILE}, got {name!r}"
+            )
         tokenizer = getattr(processor, "tokenizer", processor)
         self.name, self._special_tokens = name, dict(tokenizer.special_tokens_map)
         takes_images = getattr(processor, "image_processor", None) is not None
@@ -121,57 +140,181 @@ class Template:
         if takes_images and self.image_token is None:
             raise ValueError(f"{type(processor).__name__} has no image_token, by which its images are placed in a text")
         self._image = _image_mark(self.image_token or "<image>")
-        self.source = _own_template(processor, tokenizer) if name == "auto" else _named_template(name, self._image)
-        missing = [] if name == "auto" else [t for t in _NAMED[name].tokens if t not in tokenizer.get_vocab()]
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        self._special = sorted({str(t) for t in added if t.special}, key=len, reverse=True)
+        control = [re.escape(t) for t in self._special if len(t) > 1 and not _CONTENT.match(t)]
+        self._control = re.compile("|".join(control)) if control else None
+        named = _NAMED.get(name)
+        self._named = named is not None
+        if named is not None:
+            self.source = _named_template(named, self._image, bos=processor is tokenizer and _puts_bos(tokenizer))
+        else:
+            self.source = _own_template(processor, tokenizer) if name == "auto" else _template_file(name)
+        missing = [t for t in named.tokens if t not in tokenizer.get_vocab()] if named is not None else []
         if missing:
             raise ValueError(
                 f"template {name} needs the token {missing[0]}, which the tokenizer does not have; choose another template"
             )
+        self._about = "template auto: the model's chat template" if name == "auto" else f"template {name}: the file"
         self._marks_answers = GENERATION.search(self.source) is not None
-        self._takes_parts = name != "auto" or self._probe(parts=True)
+        self._takes_parts = named is not None or self._probe(parts=True)
         if not self._takes_parts and not self._probe(parts=False):
-            raise ValueError(
-                f"template auto: the model's chat template writes no {self.image_token or 'text'} for such a part of a "
-                f"message; choose one of {', '.join(_NAMED)}"
-            )
+            raise ValueError(self._unwritten())
+        self.remarks: tuple[str, ...] = ()
+        self.end: str | None = named.end if named is not None and named.end in named.tokens else None
+        if named is None and self._special:
+            self._find_end()
 
     def __call__(self, messages: Sequence[Message]) -> Rendered:
         """The text of a conversation that ends with an answer.
 
         Raises:
-            ValueError: without generation blocks, a template that changes what it wrote when the conversation grows.
+            BadSampleError: the template refuses the messages, writes them otherwise when the conversation grows, or does not
+                close an answer as it closes others.
         """
-        chat = [self._chat_message(message, self._takes_parts) for message in messages]
-        if self._marks_answers:
-            text, answers = self._render(chat)
-            return Rendered(text, [(start, stop) for start, stop in answers if start < stop])
-        text, _ = self._render(chat)
-        answers = []
-        for turn, message in enumerate(messages):
-            if message.role == "assistant":
-                before, _ = self._render(chat[:turn], add_generation_prompt=True)
-                after = self._render(chat[: turn + 1])[0].rstrip()
-                if not after.startswith(before) or not text.startswith(after):
-                    raise ValueError(
-                        "template auto: the model's chat template rewrites earlier turns, so answers cannot be found in "
-                        f"its text; choose one of {', '.join(_NAMED)}"
-                    )
-                answers.append((len(before), len(after)))
-        return Rendered(text, answers)
+        return self.rendered(messages)[0]
+
+    def rendered(self, messages: Sequence[Message]) -> tuple[Rendered, list[int]]:
+        """As a call, and the places where the text has to be cut to keep words of a message from being read as a special
+        token: each lies inside of one that was written out in a message."""
+        filler, chat = self._chat(messages)
+        found = self._spans(chat)
+        if filler is None:
+            return found, []
+        removed = [i for i, character in enumerate(found.text) if character == filler]
+        moved = [(a - bisect_left(removed, a), b - bisect_left(removed, b)) for a, b in found.answers]
+        return Rendered(found.text.replace(filler, ""), moved), [at - i for i, at in enumerate(removed)]
+
+    def prompt(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
+        """The text that asks for an answer to messages of which the last is the user's, and where it has to be cut."""
+        filler, chat = self._chat(messages)
+        text, _ = self._render(chat, add_generation_prompt=True)
+        if filler is None:
+            return text, []
+        removed = [i for i, character in enumerate(text) if character == filler]
+        return text.replace(filler, ""), [at - i for i, at in enumerate(removed)]
+
+    def _chat(self, messages: Sequence[Message]) -> tuple[str | None, list[dict[str, Any]]]:
+        """Messages for the template, and the character that stands inside of special tokens written out in them."""
+        words = [part for message in messages for part in message.parts if isinstance(part, str)]
+        filler = None
+        if self._control is not None and any(self._control.search(part) for part in words):
+            filler = next(c for c in map(chr, _PRIVATE_USE) if not any(c in part for part in words))
+        return filler, [self._chat_message(message, self._takes_parts, filler) for message in messages]
+
+    def _spans(self, chat: list[dict[str, Any]]) -> Rendered:
+        """The text of messages, and its answers: for templates of others by writing the prompt of every turn, too."""
+        text, all_marks = self._render(chat)
+        if self._named:
+            return Rendered(text, [(start, stop) for start, stop in all_marks if start < stop])
+        written, answers, done = "", [], 0
+        for turn, message in enumerate(chat):
+            if message["role"] != "assistant":
+                continue
+            last = turn + 1 == len(chat)
+            after, marks = (text, all_marks) if last else self._render(chat[: turn + 1])
+            stop = marks[-1][1] if marks else len(after.rstrip())
+            if text[:stop] != after[:stop]:
+                raise BadSampleError(
+                    "labels",
+                    f"{self._about} rewrites earlier turns, so answers cannot be found in its text; {_CHOOSE}",
+                )
+            prompt, _ = self._render(chat[:turn], add_generation_prompt=True)
+            kept, start = self._meet(prompt, text, done, message)
+            if stop <= start or (self._marks_answers and not marks):
+                raise BadSampleError("labels", f"{self._about} marks nothing of an answer as generated; {_CHOOSE}")
+            stop = self._closed(text, start, stop)
+            written += text[done:kept] + prompt[kept:]
+            answers.append((len(written), len(written) + stop - start))
+            written += text[start:stop]
+            done = stop
+        return Rendered(written + text[done:], answers)
+
+    def _meet(self, prompt: str, text: str, done: int, answer: dict[str, Any]) -> tuple[int, int]:
+        """Where text and generation prompt part, and where the answer begins in the text after the same white space."""
+        if text.startswith(prompt):
+            return len(prompt), len(prompt)
+        kept = _common_prefix(prompt, text)
+        spaces = len(text[kept:]) - len(text[kept:].lstrip())
+        if kept < done or prompt[kept:].strip():
+            raise BadSampleError(
+                "labels",
+                f"{self._about} ends its generation prompt in {prompt[kept:][-40:]!r}, but writes {text[kept:][:40]!r} there; "
+                f"{_CHOOSE}",
+            )
+        content = answer["content"]
+        words = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+        own = words[: len(words) - len(words.lstrip())]
+        return kept, kept + spaces - (len(own) if text[kept : kept + spaces].endswith(own) else 0)
+
+    def _closed(self, text: str, start: int, stop: int) -> int:
+        """The place behind the token that closes an answer."""
+        if not self._special:
+            return stop
+        said = text[start:stop].rstrip()
+        end = next((t for t in self._special if said.endswith(t)), None)
+        if end is not None:
+            stop = start + len(said)
+        elif self._marks_answers:
+            behind = text[stop:].lstrip()
+            end = next((t for t in self._special if behind.startswith(t)), None)
+            stop = len(text) - len(behind) + len(end or "")
+        if end is None or end != (self.end or end):
+            raise BadSampleError(
+                "labels",
+                f"{self._about} closes an answer with {end or 'no special token'}"
+                f"{'' if self.end is None else f', others with {self.end}'}, so a model would not learn to stop; {_CHOOSE}",
+            )
+        return stop
+
+    def _find_end(self) -> None:
+        """Write a conversation of two turns, and see which token closes an answer."""
+        said = ("all right", "not quite")
+        messages = [m for words in said for m in (Message("user", ("see this",)), Message("assistant", (words,)))]
+        try:
+            text, answers = self(messages)
+            self.end = next(t for t in self._special if text[slice(*answers[0])].endswith(t))
+            self(messages)
+        except BadSampleError as error:
+            raise ValueError(error.detail) from None
+        chat = self._chat(messages)[1]
+        full, marks = self._render(chat)
+        prompt, _ = self._render(chat[:1], add_generation_prompt=True)
+        remarks = []
+        if self._marks_answers and not full[: marks[-1][1]].rstrip().endswith(self.end):
+            remarks.append(f"{self._about} does not mark {self.end}, which closes an answer; it is learned, too")
+        if not full.startswith(prompt):
+            kept = _common_prefix(prompt, full)
+            before = full[kept : full.index(said[0])]
+            remarks.append(
+                f"{self._about} writes {before!r} before an answer, and {prompt[kept:]!r} to ask for one; the latter is used"
+            )
+        self.remarks = tuple(remarks)
 
     def _render(self, chat: list[dict[str, Any]], **options: Any) -> tuple[str, list[tuple[int, int]]]:
-        rendered: Any = render_jinja_template(
-            conversations=[chat],
-            chat_template=self.source,
-            return_assistant_tokens_mask=self._marks_answers,
-            **self._special_tokens,
-            **options,
-        )
+        try:
+            rendered: Any = render_jinja_template(
+                conversations=[chat],
+                chat_template=self.source,
+                return_assistant_tokens_mask=self._marks_answers,
+                **self._special_tokens,
+                **options,
+            )
+        except (TemplateError, TypeError) as error:
+            roles = ", ".join(message["role"] for message in chat)
+            raise BadSampleError(
+                "refused by the template", f"{self._about} refuses messages of {roles}: {_line(error)}"
+            ) from None
         (text,), answers = rendered
         return text, answers[0] if answers else []
 
-    def _chat_message(self, message: Message, parts: bool) -> dict[str, Any]:
-        said = message.parts if self.name != "auto" else _without_breaks_at_images(message.parts)
+    def _chat_message(self, message: Message, parts: bool, filler: str | None = None) -> dict[str, Any]:
+        said: Sequence[str | Mark] = message.parts if self._named else _without_breaks_at_images(message.parts)
+        if filler is not None and self._control is not None:
+            said = [
+                part if isinstance(part, Mark) else self._control.sub(lambda m: m[0][0] + filler + m[0][1:], part)
+                for part in said
+            ]
         if parts:
             content: Any = [
                 {"type": "image"} if isinstance(part, Mark) else {"type": "text", "text": part} for part in said
@@ -186,10 +329,22 @@ class Template:
         messages = (Message("user", (*image, "see this")), Message("assistant", ("all right",)))
         try:
             text, _ = self._render([self._chat_message(message, parts) for message in messages])
-        except (TemplateError, TypeError):
+        except BadSampleError as error:
+            self._refusal = error.detail
             return False
         images = text.count(self.image_token) if self.image_token else 0
         return "see this" in text and "all right" in text and "'type'" not in text and images == len(image)
+
+    def _unwritten(self) -> str:
+        refusal = getattr(self, "_refusal", None)
+        if refusal is not None and self.name != "auto":
+            return refusal
+        return f"{self._about} writes no {self.image_token or 'text'} for such a part of a message; {_CHOOSE}"
+
+
+def _puts_bos(tokenizer: Any) -> bool:
+    """Whether a tokenizer begins every text with its BOS."""
+    return callable(tokenizer) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def _image_mark(image_token: str) -> str:
@@ -197,10 +352,36 @@ def _image_mark(image_token: str) -> str:
     return f"<|vision_start|>{image_token}<|vision_end|>" if image_token == "<|image_pad|>" else image_token
 
 
-def _named_template(name: str, image: str) -> str:
-    named = _NAMED[name]
+def _named_template(named: _Named, image: str, *, bos: bool) -> str:
     values = {"image": image, "end": named.end, "system": named.system}
-    return "".join(f"{{%- set {k} = {json.dumps(v)} -%}}\n" for k, v in values.items()) + _SAID + named.body
+    head = "".join(f"{{%- set {k} = {json.dumps(v)} -%}}\n" for k, v in values.items())
+    return head + _SAID + ("{{- bos_token -}}\n" if bos else "") + named.body
+
+
+def _common_prefix(one: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _template_file(name: str) -> str:
+    try:
+        source = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"template {name}: the file cannot be read ({_line(error)})") from None
+    try:
+        _compile_jinja_template(source)
+    except TemplateError as error:
+        raise ValueError(f"template {name}: line {getattr(error, 'lineno', '?')}: {_line(error)}") from None
+    if GENERATION.search(source) is None:
+        raise ValueError(
+            f"template {name}: put {{% generation %}} and {{% endgeneration %}} around what the assistant writes: it marks no "
+            "answer"
+        )
+    return source
 
 
 def _own_template(processor: Any, tokenizer: Any) -> str:
@@ -208,9 +389,7 @@ def _own_template(processor: Any, tokenizer: Any) -> str:
     if isinstance(source, dict):
         source = source.get("default")
     if not source:
-        raise ValueError(
-            f"template auto: {type(processor).__name__} has no chat template; choose one of {', '.join(_NAMED)}"
-        )
+        raise ValueError(f"template auto: {type(processor).__name__} has no chat template; {_CHOOSE}")
     return source
 
 

@@ -78,6 +78,15 @@ def save_chat_template(folder: Path, source: str) -> None:
             path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def stop_at(model: Any, tokens: Sequence[int]) -> None:
+    """Let generation of a model stop at these tokens, too, in what is saved of it as well."""
+    known = model.generation_config.eos_token_id
+    known = [] if known is None else [known] if isinstance(known, int) else list(known)
+    ids = [*(token for token in tokens if token not in known), *known]
+    if ids:
+        model.generation_config.eos_token_id = ids[0] if len(ids) == 1 else ids
+
+
 def _check_json(path: Path, key: str) -> None:
     try:
         json.loads(path.read_text(encoding="utf-8"))

@@ -280,6 +280,7 @@ def _build_student(
     if language is not None:
         student.model.language_model.load_state_dict(language.model.state_dict())
         student.lm_head.load_state_dict(language.lm_head.state_dict())
+        student.generation_config.eos_token_id = language.generation_config.eos_token_id
     return _with_vocabulary(student, tokenizer), tokenizer
 
 

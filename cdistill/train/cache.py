@@ -27,13 +27,14 @@ from tqdm import tqdm
 from cdistill.data import strict_yaml
 from cdistill.data.builtin import IGNORE_INDEX
 from cdistill.data.dataset import BAD
+from cdistill.data.templates import Template
 from cdistill.models.load import DTYPES, Model, resolve_folder
 from cdistill.models.processor import FILES, IMAGE_PROCESSORS, has_image_processor
 from cdistill.models.taf import TAFAdapter
 from cdistill.train import checkpoints, launch
 from cdistill.train.alignment import vat_of
 from cdistill.train.build import Models, build_models, precision_of
-from cdistill.train.config import Recipe, first_difference, recipe_to_dict
+from cdistill.train.config import Recipe, StageConfig, first_difference, recipe_to_dict
 from cdistill.train.data import stage_dataset, stage_seed
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES
@@ -87,9 +88,17 @@ def fingerprint(recipe: Recipe, index: int, models: Models, vat: VAT | None) -> 
         "samples": stage.steps * stage.global_batch_size,
         "seed": stage_seed(recipe, index),
         "data": {key: value for key, value in data.items() if key != "seed"},
+        "template": _template(models, stage),
         "group_by": recipe.group_by,
         "global_batch_size": stage.global_batch_size if recipe.group_by else None,  # it orders the samples
     }
+
+
+def _template(models: Models, stage: StageConfig) -> int | None:
+    """Checksum of the template, which decides what is an answer's: a file may change under its name."""
+    if stage.data.path is None:
+        return None
+    return zlib.crc32(Template(models.reader or models.processor, stage.data.template).source.encode())
 
 
 def _vocabulary(model: Model) -> int:

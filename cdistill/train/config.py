@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cdistill.data import strict_yaml
-from cdistill.data.mixture import TEMPLATES, Mixture
+from cdistill.data.mixture import TEMPLATE_FILE, TEMPLATES, Mixture
 from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.values import build, differences, override
 
@@ -194,7 +194,8 @@ class DataConfig(Mixture):
         streaming: read it as a stream, in its order.
         exif: turn images as their EXIF orientation says, as transformers does where the model is used. Set it to false for
             pixels as LLaVA's own pipeline trains on, or where answers give places in the pixels as they are stored.
-        template: how a conversation becomes text (`cdistill.data.templates`); ``auto`` is the processor's own chat template.
+        template: how a conversation becomes text (`cdistill.data.templates`); ``auto`` is the processor's own chat template,
+            a path that ends in ``.jinja`` one of your own.
         max_length: tokens of a sample, visual tokens included, beyond which it is cut.
     """
 
@@ -213,7 +214,8 @@ class DataConfig(Mixture):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least("seed", self.seed or 0, 0)
-        _choice("template", self.template, TEMPLATES)
+        if not self.template.endswith(TEMPLATE_FILE):
+            _choice("template", self.template, (*TEMPLATES, f"a path that ends in {TEMPLATE_FILE}"))
         _at_least("max_length", self.max_length, 2)
         given = [n for n in ("images", "allow_urls", "columns", "config", "split", "streaming") if getattr(self, n)]
         given += [] if self.exif else ["exif"]

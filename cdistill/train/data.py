@@ -80,6 +80,11 @@ def stage_dataset(recipe: Recipe, index: int, models: Models) -> tuple[Dataset, 
     return Subset(data, modality_grouped(lengths, images, stage.global_batch_size, seed)), collate
 
 
+def encoder_of(dataset: Dataset) -> Encoder | None:
+    """What makes tokens of the samples of a stage; None where the built-in task does that itself."""
+    return getattr(dataset.dataset if isinstance(dataset, Subset) else dataset, "encoder", None)
+
+
 def _builtin_dataset(recipe: Recipe, stage: StageConfig, seed: int, models: Models) -> Any:
     """Dataset, collator, and what tells lengths and numbers of images of all samples."""
     size = stage.steps * stage.global_batch_size

@@ -14,18 +14,18 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from cdistill.data import strict_yaml
+from cdistill.data.conversations import Encoder
 from cdistill.data.render import PATCH_CLASSES
-from cdistill.data.templates import Template
 from cdistill.models.load import RECIPE, Model, load_model
 from cdistill.models.parts import language_model
-from cdistill.models.processor import save_chat_template
+from cdistill.models.processor import save_chat_template, stop_at
 from cdistill.train import checkpoints, launch
 from cdistill.train.alignment import make_vat, vat_of
 from cdistill.train.bad_samples import BadSamples
 from cdistill.train.build import Models, build_models, count_parameters, precision_of
 from cdistill.train.cache import CachedCollator, CachedDataset, StageCache, fingerprint, stage_cache
-from cdistill.train.config import Recipe, StageConfig, recipe_from_dict, recipe_to_dict
-from cdistill.train.data import stage_dataset, unread
+from cdistill.train.config import Recipe, recipe_from_dict, recipe_to_dict
+from cdistill.train.data import encoder_of, stage_dataset, unread
 from cdistill.train.finite import FiniteSteps
 from cdistill.train.lora import add_lora
 from cdistill.train.model import DistillationModel
@@ -273,6 +273,9 @@ def _run_stage(
         on_cpu=on_cpu,
     )
     dataset, collator = stage_dataset(recipe, index, models)
+    encoder = encoder_of(dataset)
+    if encoder is not None:
+        stop_at(student, encoder.contract.end_ids)
     teacher = vat = vocabulary = None
     if objective.distils:
         assert models.teacher is not None
@@ -335,8 +338,14 @@ def _run_stage(
             + (f", from step {start}" if start else ""),
             flush=True,
         )
-        for line in unread(stage, models):
+        remarks = [] if encoder is None else encoder.template.remarks
+        for line in (*unread(stage, models), *remarks):
             print(f"{folder.name}: {line}", flush=True)
+        if encoder is not None and encoder.template.end is None and index + 1 == len(recipe.stages):
+            print(
+                f"{folder.name}: template plain ends answers with a line break, where generation does not stop",
+                flush=True,
+            )
     began = time.perf_counter()
     with checkpoints.saving(output / METRICS, METRICS_BYTES):  # checkpoints speak for themselves
         try:
@@ -356,7 +365,7 @@ def _run_stage(
     with checkpoints.saving(part, trainer.bytes_to_save(optimizer=False)):
         trainer.save_student(part)
         if first:
-            _save_processor(stage, models, part)
+            _save_processor(encoder, models, part)
         checkpoints.seal(part, stage=name, step=step)
     if first:
         checkpoints.publish(part, folder)
@@ -374,11 +383,11 @@ def _move(teacher: Any, recipe: Recipe, device: torch.device | str) -> None:
         teacher.to(device)
 
 
-def _save_processor(stage: StageConfig, models: Models, folder: Path) -> None:
+def _save_processor(encoder: Encoder | None, models: Models, folder: Path) -> None:
     """What stands beside the weights; its chat template is the one that conversations were written by."""
     models.processor.save_pretrained(folder)
-    if stage.data.path is not None and stage.data.template not in ("auto", "plain"):
-        save_chat_template(folder, Template(models.reader or models.processor, stage.data.template).source)
+    if encoder is not None and encoder.template.name not in ("auto", "plain"):
+        save_chat_template(folder, encoder.template.source)
 
 
 def checkpoint_activations(student: Model, *, reentrant: bool) -> None:
