@@ -145,11 +145,18 @@ def gradients_of(student):
     return {name: grad for name, grad in full if grad is not None}
 
 
+def pair_with_one_encoder(name):
+    student, teacher = build_pair(name)
+    if name == "llava_qwen2":
+        teacher.model.vision_tower.load_state_dict(student.model.vision_tower.state_dict())
+    return student, teacher
+
+
 def distillation_on_a_rank(name, way):
     """Gradients of one step on this rank's half of the batch, with the numbers of the whole batch."""
     from torch.distributed.fsdp import fully_shard
 
-    student, teacher = build_pair(name)
+    student, teacher = pair_with_one_encoder(name)
     layers = student.model.language_model.layers
     if way == "fully_shard before":
         for module in (*layers, student.lm_head, student):
@@ -170,10 +177,12 @@ def distillation_on_a_rank(name, way):
     return gradients_of(student)
 
 
-@pytest.mark.parametrize("way", ["ddp", "fully_shard before", "fully_shard after"])
-def test_distillation_on_two_processes_has_the_gradient_of_one(ranks, way):
-    name = "qwen2_vl"
-    student, teacher = build_pair(name)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [("qwen2_vl", "ddp"), ("llava_qwen2", "fully_shard before"), ("llava_qwen2", "fully_shard after")],
+)
+def test_distillation_on_two_processes_has_the_gradient_of_one(ranks, name, way):
+    student, teacher = pair_with_one_encoder(name)
     cdistill.distill(teacher, student, vat=ALL).train()(collate(name, samples_of(name))[0])["loss"].backward()
     expected = gradients_of(student)
     for found in ranks.call(distillation_on_a_rank, name, way):
@@ -181,6 +190,25 @@ def test_distillation_on_two_processes_has_the_gradient_of_one(ranks, way):
         for key, exact in expected.items():
             scale = expected[key.replace("k_proj.bias", "k_proj.weight")].abs().max()
             assert (found[key] - exact).abs().max() <= 2e-5 * scale, key
+
+
+def sharded_teacher_on_a_rank(name):
+    """What a call says whose teacher FSDP 2 shards as a whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    student, teacher = build_pair(name)
+    distillation = cdistill.distill(teacher, student)
+    fully_shard(teacher)
+    try:
+        distillation(collate(name, samples_of(name)[:2])[0])
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_teacher_that_is_sharded_as_a_whole_is_refused(ranks):
+    for said in ranks.call(sharded_teacher_on_a_rank, "qwen2_vl"):
+        assert said.startswith("the teacher is sharded as a whole by fully_shard") and "\n" not in said
 
 
 def misuse_on_a_rank(name, way):

@@ -194,7 +194,7 @@ class CommonEncoder:
         if any(p.requires_grad for p in ours):
             return False
         theirs = [p for name, p in self.teacher.named_parameters() if part_of(name) in ("vision", "adapter", "fetched")]
-        if self._state is not None and any(map(_in_parts, (*ours, *theirs))):
+        if self._state is not None and (_is_sharded(self.student) or _is_sharded(self.teacher)):
             return self._equal
         state = [(_memory(p), 0 if p.is_inference() else p._version) for p in (*ours, *theirs)]
         if state != self._state:
@@ -209,8 +209,13 @@ class CommonEncoder:
         return True
 
 
-def _in_parts(parameter: nn.Parameter) -> bool:
-    return hasattr(parameter, "ds_id") or hasattr(parameter, "_local_tensor")
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether ZeRO-3 or FSDP 2 holds a model in parts, also while a forward pass has them together."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(hasattr(p, "ds_id") for p in model.parameters()) or any(
+        isinstance(m, FSDPModule) for m in model.modules()
+    )
 
 
 def _check_vocabulary(student: Any, teacher: Any) -> None:
@@ -230,7 +235,9 @@ def _check_equal(name: str, student: Any, teacher: Any, prefix: str = "") -> Non
 
 
 def _equal(a: nn.Module, b: nn.Module) -> bool:
-    mine, theirs = a.state_dict(), b.state_dict()
+    mine, theirs = (
+        {**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (a, b)
+    )  # state_dict() shards FSDP's
     if any(t.is_meta or hasattr(t, "_local_tensor") for t in (*mine.values(), *theirs.values())):
         return False  # offloaded, or a part of the whole: each model looks for itself
     return mine.keys() == theirs.keys() and all(_same(mine[name], theirs[name]) for name in mine)

@@ -1,7 +1,7 @@
 """Who calls a `Distillation`: what wraps its student, and the `transformers.Trainer` whose step it is.
 
-A call that goes around DistributedDataParallel, or around the number of items that Trainer has counted, gives losses that look
-right and gradients that are not. Neither is told to a model, so both are looked for.
+A call that goes around DistributedDataParallel, or leaves out the number of items that Trainer has counted, gives losses that
+look right and gradients that are not. Neither is told to a model, so both are looked for.
 """
 
 from __future__ import annotations
@@ -28,10 +28,8 @@ class Route:
         self._wrappers: list[Any] = []
 
     @torch.compiler.disable
-    def check(self, distillation: nn.Module, *, counted: bool) -> None:
-        """Raise ValueError for a call that goes around a wrapper or, not ``counted``, around Trainer's number of items."""
-        if not counted:
-            _require_counted()
+    def check(self) -> None:
+        """Raise ValueError for a call that goes around a wrapper."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return
         if self._calls < LOOKS:
@@ -90,21 +88,25 @@ def _calls_of_trainer() -> Iterator[tuple[str, Any, dict[str, Any]]]:
             yield name, found["self"], found
 
 
-def _require_counted() -> None:
+@torch.compiler.disable
+def items_of_trainer() -> tuple[Tensor | int, int] | None:
+    """The number of items that a Trainer has counted and its ``compute_loss`` has not handed on, and over how many processes
+    it counted; None where a mean over the batch is what it expects.
+
+    Trainer does not divide by the accumulated batches where it leaves that to the loss: without the number its gradient would
+    be so many times too large.
+    """
     for name, trainer, found in _calls_of_trainer():
         if name != "training_step":
             continue
         items = found.get("num_items_in_batch")
         scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
-        undivided = trainer.model_accepts_loss_kwargs and items is not None if scaled is None else scaled
-        steps = getattr(trainer, "current_gradient_accumulation_steps", 1)
-        if undivided and steps > 1:
-            raise ValueError(
-                f"gradients of {steps} batches are added up, and Trainer leaves their mean to the loss: hand "
-                "num_items_in_batch on (distillation(**inputs, num_items_in_batch=num_items_in_batch)), or use "
-                "cdistill.CompoDistillTrainer"
-            )
-        return
+        undivided = trainer.model_accepts_loss_kwargs if scaled is None else scaled
+        if not undivided or items is None:
+            return None
+        args = trainer.args
+        return items, args.world_size if args.average_tokens_across_devices else 1
+    return None
 
 
 @dataclass

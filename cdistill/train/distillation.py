@@ -13,7 +13,7 @@ from cdistill.data.builtin import IGNORE_INDEX
 from cdistill.models.load import Model
 from cdistill.models.pair import CommonEncoder, check_frozen, check_pair, common_parameters, unwrapped
 from cdistill.models.parts import part_of
-from cdistill.train.callers import Route, Window, window_of_trainer
+from cdistill.train.callers import Route, Window, items_of_trainer, window_of_trainer
 from cdistill.train.config import KDConfig
 from cdistill.train.inside import inside, open_inside
 from cdistill.train.model import DistillationModel
@@ -114,7 +114,8 @@ class Distillation(nn.Module):
                 the answers. Samples packed into rows come without ``attention_mask`` but with the ``position_ids`` that tell
                 them apart (`cdistill.vat.packed_regions`), and with labels -100 at their first tokens.
             num_items_in_batch: labels (from each row's second token on) of the whole batch where this is a part of it, as
-                with accumulated gradients: ``ar`` and ``kd`` are divided by it. By default the labels given.
+                with accumulated gradients: ``ar`` and ``kd`` are divided by it. By default the labels given or, in a
+                ``transformers.Trainer`` that has counted them, its number.
             num_samples_in_batch: samples of the whole batch, by which ``vat`` is divided. By default those given or, in a
                 ``transformers.Trainer``, those of the batches whose gradients it accumulates.
 
@@ -125,7 +126,7 @@ class Distillation(nn.Module):
 
         Raises:
             ValueError: labels or input_ids are missing; only one of the two numbers is given; or the call goes around what
-                wraps the student (DistributedDataParallel, an engine), or around the number of items that Trainer counted.
+                wraps the student (DistributedDataParallel, an engine).
         """
         named = {
             "input_ids": input_ids,
@@ -142,11 +143,17 @@ class Distillation(nn.Module):
                 "torch.nn.DataParallel splits a batch between threads, which cannot share a teacher: start one process for "
                 "each GPU (torchrun, accelerate launch), or let this one see a single GPU (CUDA_VISIBLE_DEVICES=0)"
             )
+        processes: int = 1
         if torch.is_grad_enabled():
-            self._route.check(self, counted=num_items_in_batch is not None)
+            self._route.check()
+            if num_items_in_batch is None and (found := items_of_trainer()) is not None:
+                num_items_in_batch, processes = found
         if num_items_in_batch is not None and num_samples_in_batch is None and self.losses.vat is not None:
             num_samples_in_batch = self._samples_of_window(given)
-        return self.through(self.student, given, tokens=num_items_in_batch, samples=num_samples_in_batch)
+        counts: list[Any] = [num_items_in_batch, num_samples_in_batch]
+        if processes > 1:  # whose gradients are averaged
+            counts = [None if n is None else n / processes for n in counts]
+        return self.through(self.student, given, tokens=counts[0], samples=counts[1])
 
     def through(
         self,
@@ -187,7 +194,8 @@ class Distillation(nn.Module):
             tokens = (labels[:, 1:] != IGNORE_INDEX).sum()
         if samples is None:
             samples = sums.get("samples", torch.ones(()))
-        tokens, samples = (torch.as_tensor(n, device=labels.device).clamp(min=1) for n in (tokens, samples))
+        tokens, samples = (torch.as_tensor(n, device=labels.device) for n in (tokens, samples))
+        tokens, samples = (torch.where(n > 0, n, 1) for n in (tokens, samples))  # n of one process may be a fraction
         result: dict[str, Tensor] = {name: sums[name] / tokens for name in ("ar", "kd") if name in sums}
         result.update({name: sums[name] / samples for name in ("vat", "vat_layers") if name in sums})
         terms = [result[name] * weight for name, weight in self.weights.items() if name in result]

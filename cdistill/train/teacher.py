@@ -62,11 +62,22 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, labelled: Tensor, recorder: Any, shared: SharedVision | None = None, **inputs: Any) -> Tensor:
         """(N, d_T) hidden states at the labelled places (N,) of the batch's B * T tokens; ``recorder`` sees the attention."""
+        self._require_unsharded_root()
         self.eval()  # the student's train() reaches modules that the two have in common
         if self.shares_vision:
             inputs["inputs_embeds"] = teacher_embeddings(self.model, inputs.pop("input_ids"), shared)
         hidden = hidden_states(self.model, inputs, recorder)
         return hidden.to(labelled.device).flatten(0, 1)[labelled]  # a device map may end on another device
+
+    def _require_unsharded_root(self) -> None:
+        """Raise ValueError if FSDP 2 gathers the head and embeddings around a call of the whole model, which is not made."""
+        from torch.distributed.fsdp import FSDPModule
+
+        if isinstance(self.model, FSDPModule):
+            raise ValueError(
+                "the teacher is sharded as a whole by fully_shard, and its head is needed by itself: shard its decoder layers "
+                "alone"
+            )
 
     def train(self, mode: bool = True) -> Teacher:
         """Stay in eval mode."""
