@@ -16,7 +16,8 @@
 namespace cdistill {
 namespace {
 
-constexpr double kEps = 1e-8;
+// The smallest normal fp32 number: a smaller share counts as this one, and nothing pulls it up.
+constexpr double kLeastShare = 0x1p-126;
 constexpr int64_t kColBlock = 64;
 
 struct Totals {
@@ -78,7 +79,7 @@ double distance(const Pair& pair, const double* x, const double* y, int64_t n) {
     case Loss::kKl:
       for (int64_t j = 0; j < n; ++j) {
         const double student = x[j] * pair.x_factor, teacher = y[j] * pair.y_factor;
-        sum += teacher * (std::log(teacher + kEps) - std::log(student + kEps));
+        if (teacher != 0) sum += teacher * (std::log(teacher) - std::log(student < kLeastShare ? kLeastShare : student));
       }
       return sum;
   }
@@ -91,8 +92,7 @@ double common_part(const Pair& pair, const double* x, const double* y, int64_t n
   double sum = 0;
   if (pair.loss == Loss::kKl)
     for (int64_t j = 0; j < n; ++j) {
-      const double student = x[j] * pair.x_factor;
-      sum -= student * (y[j] * pair.y_factor) / (student + kEps);
+      if (!(x[j] * pair.x_factor < kLeastShare)) sum -= y[j] * pair.y_factor;
     }
   return sum;
 }
@@ -102,7 +102,7 @@ double entry_gradient(const Pair& pair, double common, double x, double y) {
   switch (pair.loss) {
     case Loss::kCosine: return (student - teacher - common * student) * pair.x_factor;
     case Loss::kMse: return 2 * (student - teacher) / pair.length;
-    case Loss::kKl: return (-teacher / (student + kEps) - common) * pair.x_factor;
+    case Loss::kKl: return ((student < kLeastShare ? 0 : -teacher / student) - common) * pair.x_factor;
   }
   return 0;
 }
@@ -152,7 +152,9 @@ class Sample {
 
   void write(int64_t row, const double* gradient, float* grad) const {
     float* to = grad + offset(row);
-    for (int64_t j = 0; j < n_cols(); ++j) to[cols[j]] = static_cast<float>(gradient[j]);
+    constexpr double kMost = 3.402823466e38;  // the gradient of a faint share may exceed it, and must not become inf
+    for (int64_t j = 0; j < n_cols(); ++j)
+      to[cols[j]] = static_cast<float>(gradient[j] > kMost ? kMost : gradient[j] < -kMost ? -kMost : gradient[j]);
   }
 
  private:

@@ -380,7 +380,7 @@ void add_products(const Problem& p, const Part& part, const Gradient& g, int64_t
       pack_query_pairs(p, part.sample, head, r, s);
       accumulate<true>(s.key_target, c.n, s.tile_columns, 1, kKeyTile, s.queries, pitch(p), (r.n + 1) / 2, p.dim);
     } else {
-      pack_queries(p, part.sample, head, r, s);
+      pack_queries<true>(p, part.sample, head, r, s);
       accumulate<false>(s.key_target, c.n, s.tile, 1, kKeyTile, s.queries, pitch(p), r.n, p.dim);
     }
   }

@@ -78,7 +78,13 @@ inline BitVec load_halves(const void* in, int64_t n) {
   return __builtin_convertvector(narrow, BitVec);
 }
 
-// One token's vector as fp32, zeros up to the pitch.
+// x, with zero for inf and NaN: in products with dS, where what a row does not see must not reach it as 0 * NaN. What it
+// sees reaches it through dS.
+inline Vec finite_or_zero(Vec x) { return x - x == 0.f ? x : Vec{}; }
+inline BitVec finite_or_zero(BitVec bfloat16) { return (bfloat16 & 0x7f80u) == 0x7f80u ? BitVec{} : bfloat16; }
+
+// One token's vector as fp32, zeros up to the pitch; with kFinite zeros for inf and NaN.
+template <bool kFinite>
 void unpack(const Operand& x, const char* from, int64_t dim, float* out) {
   const int64_t width = round_up(dim, kMaxLanes);
   if (x.dtype == DType::kFloat32) {
@@ -87,14 +93,17 @@ void unpack(const Operand& x, const char* from, int64_t dim, float* out) {
     for (int64_t d = 0; d < dim; d += kLanes) store(out + d, widen(load_halves(from + 2 * d, dim - d), x.dtype));
   }
   for (int64_t d = dim; d < width; ++d) out[d] = 0.f;
+  if constexpr (kFinite)
+    for (int64_t d = 0; d < width; d += kLanes) store(out + d, finite_or_zero(load(out + d)));
 }
 
-// Two tokens' bf16 vectors as pairs (first[d], second[d]), zeros up to the pitch; null stands for a vector of zeros.
+// Two tokens' bf16 vectors as pairs (first[d], second[d]), zeros up to the pitch and for inf and NaN; null stands for a
+// vector of zeros.
 void interleave(const char* first, const char* second, int64_t dim, float* out) {
   for (int64_t d = 0; d < round_up(dim, kMaxLanes); d += kLanes) {
     const BitVec low = first && d < dim ? load_halves(first + 2 * d, dim - d) : BitVec{};
     const BitVec high = second && d < dim ? load_halves(second + 2 * d, dim - d) : BitVec{};
-    store(out + d, (Vec)(low | high << 16));
+    store(out + d, (Vec)(finite_or_zero(low) | finite_or_zero(high) << 16));
   }
 }
 
@@ -144,10 +153,11 @@ inline const char* key_address(const Problem& p, int64_t sample, int64_t kv_head
 }
 
 // Keys as rows of fp32, zeros where hidden from all rows.
+template <bool kFinite>
 void pack_keys(const Problem& p, int64_t sample, int64_t kv_head, const Keys& c, Scratch& s) {
   for (int64_t j = 0; j < c.n_panels * kPanel; ++j) {
     const char* from = key_address(p, sample, kv_head, j, s);
-    if (from) unpack(p.k, from, p.dim, s.keys + j * pitch(p));
+    if (from) unpack<kFinite>(p.k, from, p.dim, s.keys + j * pitch(p));
     else memset(s.keys + j * pitch(p), 0, pitch(p) * sizeof(float));
   }
 }
@@ -155,7 +165,7 @@ void pack_keys(const Problem& p, int64_t sample, int64_t kv_head, const Keys& c,
 // Keys as the right operand of dS K: rows of fp32, or pairs of keys.
 template <bool kPairs>
 void pack_key_rows(const Problem& p, int64_t sample, int64_t kv_head, const Keys& c, Scratch& s) {
-  if constexpr (!kPairs) return pack_keys(p, sample, kv_head, c, s);
+  if constexpr (!kPairs) return pack_keys<true>(p, sample, kv_head, c, s);
   for (int64_t j = 0; j < c.n; j += 2)
     interleave(key_address(p, sample, kv_head, j, s), key_address(p, sample, kv_head, j + 1, s), p.dim,
                s.keys + j / 2 * pitch(p));
@@ -178,7 +188,7 @@ void pack_panels(const Problem& p, int64_t sample, int64_t kv_head, const Keys& 
   constexpr int kTogether = 8;  // keys, so that a cache line is written at once
   static_assert(kPanel % kTogether == 0, "panels hold whole groups");
   const bool in_place = kPairs || p.k.dtype == DType::kFloat32;
-  if (!in_place) pack_keys(p, sample, kv_head, c, s);
+  if (!in_place) pack_keys<false>(p, sample, kv_head, c, s);
   for (int64_t j = 0; j < c.n_panels * kPanel; j += kTogether) {
     const char* rows[kTogether];
     for (int u = 0; u < kTogether; ++u) {
@@ -235,10 +245,11 @@ inline const char* query_address(const Problem& p, int64_t sample, int64_t head,
 }
 
 // Queries as rows of fp32.
+template <bool kFinite>
 void pack_queries(const Problem& p, int64_t sample, int64_t head, const Rows& r, Scratch& s) {
   for (int64_t i = 0; i < r.padded; ++i) {
     const char* from = query_address(p, sample, head, r, i, s);
-    if (from) unpack(p.q, from, p.dim, s.queries + i * pitch(p));
+    if (from) unpack<kFinite>(p.q, from, p.dim, s.queries + i * pitch(p));
     else memset(s.queries + i * pitch(p), 0, pitch(p) * sizeof(float));
   }
 }
@@ -253,7 +264,7 @@ void pack_query_pairs(const Problem& p, int64_t sample, int64_t head, const Rows
 template <bool kPairs>
 void find_queries(const Problem& p, int64_t sample, int64_t head, const Rows& r, Scratch& s) {
   const bool in_place = kPairs || p.q.dtype == DType::kFloat32;
-  if (!in_place) pack_queries(p, sample, head, r, s);
+  if (!in_place) pack_queries<false>(p, sample, head, r, s);
   for (int64_t i = 0; i < r.padded; ++i) {
     const char* from = query_address(p, sample, head, r, i, s);
     s.query[i] = in_place ? (from ? from : reinterpret_cast<const char*>(s.zeros))

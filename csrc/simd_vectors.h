@@ -90,7 +90,7 @@ inline BitVec narrow_bfloat16(Vec x) {
   return (bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded;
 }
 
-// e^x to about 1 ulp; 0 below the smallest normal number, inf on overflow, NaN for NaN.
+// e^x to about 1 ulp, or half the spacing of subnormal numbers; inf on overflow, NaN for NaN.
 inline Vec exp(Vec x) {
   // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low mantissa bits
   const float shift = 12582912.f;
@@ -104,9 +104,12 @@ inline Vec exp(Vec x) {
   p = p * f + 0.49999994f;
   p = p * f + 1.f;
   p = p * f + 1.f;
-  // p * 2^n by adding n to the exponent of p, which stays in range between the two limits.
-  const Vec power = (Vec)((BitVec)p + ((BitVec)shifted << 23));
-  const Vec finite = x < -87.33654f ? Vec{} : power;
+  // p * 2^n by adding n to the exponent of p, which stays in range between the two limits: where the result may be
+  // subnormal, n + 64 and a product with 2^-64.
+  const IntVec faint = x < -86.f;
+  const Vec power = (Vec)((BitVec)p + ((BitVec)shifted << 23) + ((BitVec)faint & 64u << 23));
+  const Vec lowered = faint ? power * 0x1p-64f : power;
+  const Vec finite = x < -103.97208f ? Vec{} : lowered;
   return x < 88.72283f ? finite : x + kInfinity;
 }
 

@@ -349,12 +349,17 @@ def attention_arguments(kernel, q, k, rows, causal, scale, key_mask, **gradients
     }
 
 
-def fp16_gain(q: torch.Tensor, grad: torch.Tensor) -> torch.Tensor | None:
-    """(B,) factors that bring the largest gradient of a sample to HEADROOM; only fp16 operands need them."""
+def fp16_gain(q: torch.Tensor, grad: torch.Tensor, bound: torch.Tensor | None = None) -> torch.Tensor | None:
+    """(B,) factors that bring the largest gradient of a sample to HEADROOM; only fp16 operands need them.
+
+    With ``bound`` (B,) that of the products of gradients and probabilities, as far as the gradients stay finite.
+    """
     if q.dtype != torch.float16:
         return None
     peak = torch.linalg.vector_norm(grad, ord=float("inf"), dim=tuple(range(1, grad.ndim)))
-    return HEADROOM.value / peak.clamp(min=1e-30)
+    if bound is None:
+        return HEADROOM.value / peak.clamp(min=1e-30)
+    return torch.minimum(HEADROOM.value / bound.clamp(min=1e-30), 2.0**120 / peak.clamp(min=1e-30))
 
 
 def launch(kernel, grid: tuple[int, ...], device: torch.device, **arguments) -> None:

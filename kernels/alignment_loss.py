@@ -11,7 +11,8 @@ import triton.language as tl
 
 from . import _launch
 
-KL_EPS = tl.constexpr(1e-8)
+LEAST_SHARE = tl.constexpr(2.0**-126)  # a smaller share counts as this one, and nothing pulls it up
+MOST_SLOPE = tl.constexpr(3.0e38)  # that bf16 and fp32 hold: the gradient of a faint share may exceed it
 ROWS_PER_PROGRAM = 32
 
 
@@ -52,6 +53,16 @@ def store_rows(
 @triton.jit
 def nonzero(x):
     return tl.where(x != 0.0, x, 1.0)
+
+
+@triton.jit
+def at_least_share(x):
+    return tl.where(x < LEAST_SHARE, LEAST_SHARE, x)  # NaN stays NaN
+
+
+@triton.jit
+def not_infinite(x):
+    return tl.where(tl.abs(x) > MOST_SLOPE, tl.where(x > 0.0, MOST_SLOPE, -MOST_SLOPE), x)
 
 
 @triton.jit
@@ -98,8 +109,8 @@ def row_size(p_a, p_t, p_col, m_row, V, LOSS: tl.constexpr, BR: tl.constexpr, BV
 def row_sum(p_a, p_t, p_col, m_row, V, size_a, size_t, TERM: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr):
     """(BR,) sums over the rows of a term of s = a / size_a and t = t / size_t.
 
-    cosine: (s - t)^2 / 2, which is 1 - cos without its cancellation; mse: (s - t)^2; kl: t log((t + eps) / (s + eps));
-    slope: s (1 - t / (s + eps)), the part of the kl gradient that keeps the sum of s at one.
+    cosine: (s - t)^2 / 2, which is 1 - cos without its cancellation; mse: (s - t)^2; kl: t (log t - log s); slope: s - t, or
+    s where that is too faint, the part of the kl gradient that keeps the sum of s at one.
     """
     o_v = tl.arange(0, BV)
     b_sum = tl.zeros((BR, BV), tl.float32)
@@ -113,9 +124,10 @@ def row_sum(p_a, p_t, p_col, m_row, V, size_a, size_t, TERM: tl.constexpr, BR: t
         elif TERM == "mse":
             b_sum += b_d * b_d
         elif TERM == "kl":
-            b_sum += b_t * tl.log((b_t + KL_EPS) / (b_s + KL_EPS))
+            b_log = tl.log(at_least_share(b_t)) - tl.log(at_least_share(b_s))
+            b_sum += tl.where(b_t != 0.0, b_t * b_log, 0.0)
         else:
-            b_sum += b_s * ((b_d + KL_EPS) / (b_s + KL_EPS))
+            b_sum += tl.where(b_s < LEAST_SHARE, b_s, b_d)
     return tl.sum(b_sum, 1)
 
 
@@ -198,7 +210,7 @@ def gradient_kernel(
 ):
     """d loss / d a, with s = a / size_a and t = t / size_t of the compared vectors:
 
-    cosine: ((s - t) - (1 - cos) s) / size_a; kl: (f - sum s f) / size_a with f = 1 - t / (s + eps); mse: 2 (s - t).
+    cosine: ((s - t) - (1 - cos) s) / size_a; kl: (f - sum s f) / size_a with f = 1 - t / s, or 1 of a faint s; mse: 2 (s - t).
     The differences are formed first: near agreement the textbook forms lose all digits.
     """
     i_r, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -220,6 +232,8 @@ def gradient_kernel(
         size_t = tl.load(p_size + tl.num_programs(1) + i_n + tl.zeros((BR,), tl.int32))
         b_sum += tl.load(p_sum + i_n)
     b_weight = tl.load(p_weight + i_n) / nonzero(size_a)
+    if LOSS == "kl":
+        b_weight = not_infinite(b_weight)
     m_alive = (size_a != 0.0) & (size_t != 0.0)
 
     for i_v in tl.range(0, V, BV):
@@ -230,10 +244,12 @@ def gradient_kernel(
         if LOSS == "cosine":
             b_g = b_d - b_sum[:, None] * b_s
         elif LOSS == "kl":
-            b_g = (b_d + KL_EPS) / (b_s + KL_EPS) - b_sum[:, None]
+            b_g = tl.where(b_s < LEAST_SHARE, 1.0, b_d / at_least_share(b_s)) - b_sum[:, None]
         else:
             b_g = 2.0 * b_d
         b_g = tl.where(m_pair & m_alive[:, None], b_g * b_weight[:, None], 0.0)
+        if LOSS == "kl":
+            b_g = not_infinite(b_g)
         store_rows(p_grad, b_g, o_r, o_v, R, V)
 
 

@@ -397,14 +397,15 @@ def slice_accumulate(q, k, lse, rows, cols, sums, windows, *, causal, scale, key
             _launch.launch(slice_forward_kernel, grid, p_out=sums[first:], windows=bits, **common)
 
 
-def slice_backward(q, k, lse, rows, cols, grad, base, *, causal, scale, key_mask, each):
+def slice_backward(q, k, lse, rows, cols, grad, base, *, causal, scale, key_mask, each, bound=None):
     """Gradient of ``slice_forward`` at fixed lse, added to dq and dk of ``base(dlse)``; returns dq, dk and dlse.
 
     grad (B,R,V) or (B,Hq,R,V), any strides. dlse (B,Hq,T) fp32 is zero outside the rows. ``base`` None: dq (B,Hq,T,D)
-    and dk (B,Hkv,T,D) in q's dtype, new and otherwise zero. While it runs there live dlse and at most dq of the rows.
+    and dk (B,Hkv,T,D) in q's dtype, new and otherwise zero. bound (B,): what |P*grad| does not exceed, or None. While it
+    runs there live dlse and at most dq of the rows.
     """
     options = {"causal": causal, "scale": scale, "key_mask": key_mask}
-    gain, weight = fp16_gain(q, grad) if grad.numel() else None, 1.0 if each else 1.0 / q.shape[1]
+    gain, weight = fp16_gain(q, grad, bound) if grad.numel() else None, 1.0 if each else 1.0 / q.shape[1]
     grad = grad if each else grad.unsqueeze(1).expand(-1, q.shape[1], -1, -1)
     return through_slice(q, k, rows, cols, grad, base, **options, lse=lse, weight=weight, gain=gain)
 

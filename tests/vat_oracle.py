@@ -40,7 +40,7 @@ def distance(a, t, loss):
     if loss == "mse":
         return (a - t).square().mean(-1)
     a, t = a / a.sum(-1, keepdim=True), t / t.sum(-1, keepdim=True)
-    return (t * ((t + 1e-8).log() - (a + 1e-8).log())).sum(-1)
+    return (torch.xlogy(t, t) - t * a.clamp(min=2.0**-126).log()).sum(-1)
 
 
 def sample_loss(a, t, config):

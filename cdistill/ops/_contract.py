@@ -6,11 +6,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEADS = ("mean", "each")
 LOSSES = ("cosine", "mse", "kl")
 REDUCTIONS = ("row", "matrix", "column")
+# The smallest normal fp32 number: in KL a smaller share counts as this one, and nothing pulls it up.
+LEAST_SHARE = 2.0**-126
 
 
 class SliceArguments(NamedTuple):
@@ -55,9 +58,13 @@ def require_bool(name: str, value: object) -> None:
 
 
 def require_tensor(name: str, value: object) -> None:
-    """Raise ValueError unless value is a tensor."""
+    """Raise ValueError unless value is a tensor, without a tangent: forward-mode derivatives would come out as zero."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise ValueError(
+            f"{name} has a forward-mode tangent, but the op has a backward pass only: use torch.func.vjp or grad"
+        )
 
 
 def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...], axes: str) -> None:

@@ -77,7 +77,7 @@ def _zeros(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     def zeros(x: Tensor) -> Tensor:
         gradient = torch.empty_like(x)
         if gradient.stride(3) != 1:
-            gradient = torch.empty(x.shape, dtype=x.dtype)
+            gradient = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         _C.fill_with_zeros(gradient.data_ptr(), gradient.nbytes, torch.get_num_threads())
         return gradient
 
@@ -132,7 +132,7 @@ def slice_forward(
 
 def _empty_slice(q: Tensor, rows: Tensor, cols: Tensor, each: bool) -> Tensor:
     heads = q.shape[1:2] if each else ()
-    return torch.empty((q.shape[0], *heads, rows.shape[1], cols.shape[1]), dtype=torch.float32)
+    return torch.empty((q.shape[0], *heads, rows.shape[1], cols.shape[1]), dtype=torch.float32, device=q.device)
 
 
 def slice_forward_with_lse(
@@ -152,7 +152,7 @@ def slice_forward_with_lse(
     """
     rows, cols = rows.int(), cols.int()
     a = _empty_slice(q, rows, cols, each)
-    lse = torch.empty((*q.shape[:2], rows.shape[1]), dtype=torch.float32)
+    lse = torch.empty((*q.shape[:2], rows.shape[1]), dtype=torch.float32, device=q.device)
     problem = _problem(q, k, rows, cols, causal, scale, key_mask)
     _C.slice_forward_with_lse(problem, lse.data_ptr(), a.data_ptr(), each, torch.get_num_threads())
     return a, to_rows(lse, rows, q.shape[2])
@@ -191,6 +191,7 @@ def slice_backward(
     scale: float,
     key_mask: Tensor | None,
     each: bool,
+    bound: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of ``slice_forward``, dS = P * G, added to that of ``base(dlse)``; dlse_i = -sum_j dS_ij, (B,Hq,T)."""
     assert grad.dtype == torch.float32
@@ -269,7 +270,7 @@ def alignment_loss(
 ) -> Tensor:
     """Distance of a from target (N,R,V) over valid rows and columns, (N,); 0 for a sample without either."""
     alignment = _alignment(a, target, row_valid, col_valid, loss, reduction, sink_filter)
-    losses = torch.empty(a.shape[0], dtype=torch.float32)
+    losses = torch.empty(a.shape[0], dtype=torch.float32, device=a.device)
     _C.alignment_loss(alignment, losses.data_ptr(), torch.get_num_threads())
     return losses
 

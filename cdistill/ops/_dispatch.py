@@ -115,10 +115,12 @@ class Backend(Protocol):
         scale: float,
         key_mask: Tensor | None,
         each: bool,
+        bound: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient of ``slice_forward`` in q, k and lse (B,Hq,T), zero outside the rows.
 
         ``base(dlse)`` gives the gradients of q and k to which those of the slice are added; None stands for zero.
+        ``bound`` (B,) is what |grad * P| of any head does not exceed, where |grad| itself may be huge.
         """
 
     def slice_forward_with_lse(
@@ -237,6 +239,20 @@ class Backend(Protocol):
         all others. ``gradient`` turns student into that of ce_weight * ce + kd_weight * kd; without it student
         may hold anything afterwards.
         """
+
+
+def save_for_backward(ctx: Any, *tensors: Tensor | None) -> None:
+    """Save tensors for `saved_for_backward`, also those made in inference mode, which autograd itself refuses.
+
+    Those cannot have a gradient or be changed in place, so they may wait on ``ctx``.
+    """
+    ctx.inference = [x if x is not None and x.is_inference() else None for x in tensors]
+    ctx.save_for_backward(*(x if y is None else None for x, y in zip(tensors, ctx.inference, strict=True)))
+
+
+def saved_for_backward(ctx: Any) -> list[Tensor | None]:
+    """What `save_for_backward` was given; to be called once, as gradient checkpointing allows no second time."""
+    return [x if y is None else y for x, y in zip(ctx.saved_tensors, ctx.inference, strict=True)]
 
 
 def without_autocast(op: Callable[..., T]) -> Callable[..., T]:

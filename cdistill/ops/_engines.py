@@ -111,6 +111,35 @@ def _dense(dout: Tensor) -> Tensor:
     return dout.contiguous() if dout.stride(-1) != 1 or 0 in dout.stride() else dout
 
 
+def _without_hidden(x: Attention) -> Attention:
+    """x with zeros for the keys and values that key_mask hides, and for inf and NaN in their tokens' queries.
+
+    Kernels multiply what is hidden by zero, and 0 * NaN would reach the results of real tokens.
+    """
+    if x.key_mask is None:
+        return x
+    hidden = ~x.key_mask[:, None, :, None]
+    k, v = (y.masked_fill(hidden, 0.0) for y in (x.k, x.v))
+    return x._replace(q=x.q.masked_fill(hidden & ~x.q.isfinite(), 0.0), k=k, v=v)
+
+
+def _finite(x: Attention) -> tuple[Attention, Tensor | None]:
+    """x with zeros for inf and NaN, and which rows of out (B,Hq,T) would have had them; None if x is finite already.
+
+    A block of torch's CPU kernel multiplies keys and values of the future by zero, and 0 * NaN would reach earlier rows.
+    """
+    if all(y.isfinite().all() for y in (x.q, x.k, x.v)):
+        return x, None
+    bad_q, bad_k, bad_v = (~y.isfinite().all(3) for y in (x.q, x.k, x.v))
+    bad = bad_k | bad_v
+    if x.key_mask is not None:
+        bad = bad & x.key_mask[:, None]
+    bad = (bad.cumsum(2) if x.causal else bad.sum(2, keepdim=True).expand_as(bad)) > 0
+    affected = bad_q | bad.repeat_interleave(x.q.shape[1] // x.k.shape[1], 1)
+    q, k, v = (y.nan_to_num(0.0, 0.0, 0.0) for y in (x.q, x.k, x.v))
+    return x._replace(q=q, k=k, v=v), affected
+
+
 def _refuse(x: Attention, *, width: int, capability: tuple[int, int], most: tuple[int, int] = (99, 0)) -> str | None:
     """What the libraries' CUDA kernels have in common: 16-bit types, no key mask, a range of GPUs and head dims."""
     if x.q.device.type != "cuda":
@@ -144,6 +173,7 @@ class Triton(Engine):
     def forward(self, x: Attention) -> tuple[Tensor, Tensor]:
         from cdistill.kernels.flash_attention import flash_forward
 
+        x = _without_hidden(x)
         return flash_forward(x.q, x.k, x.v, **x.options)
 
     def backward(
@@ -160,6 +190,7 @@ class Triton(Engine):
 
         if dout is not None and dout.stride(-1) != 1:
             dout = dout.contiguous()
+        x = _without_hidden(x)
         return flash_backward(dout, dlse, x.q, x.k, x.v, out, lse, **x.options)
 
 
@@ -173,10 +204,17 @@ class TorchFlash(FoldingEngine):
 
     def forward(self, x: Attention) -> tuple[Tensor, Tensor]:
         if x.q.device.type == "cpu":
+            if not x.q.numel():
+                return torch.empty_like(x.q), x.q.new_empty(x.q.shape[:3], dtype=torch.float32)
+            x, affected = _finite(x)
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 *self._ungrouped(x), 0.0, x.causal, attn_mask=self._mask(x), scale=x.scale
             )
-            return out, lse.masked_fill(~self._sees_key(x), -torch.inf).contiguous()
+            lse = lse.masked_fill(~self._sees_key(x), -torch.inf).contiguous()
+            if affected is not None:
+                affected = affected & self._sees_key(x)
+                out, lse = out.masked_fill(affected[..., None], torch.nan), lse.masked_fill(affected, torch.nan)
+            return out, lse
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             x.q, x.k, x.v, 0.0, x.causal, False, scale=x.scale
         )
@@ -184,7 +222,13 @@ class TorchFlash(FoldingEngine):
 
     def plain_backward(self, x: Attention, out: Tensor, lse: Tensor, dout: Tensor) -> Gradients:
         if x.q.device.type == "cpu":
+            if not x.q.numel():
+                return torch.zeros_like(x.q), torch.zeros_like(x.k), torch.zeros_like(x.v)
+            x, affected = _finite(x)
             lse = lse.masked_fill(lse == -torch.inf, 0.0)
+            if affected is not None:  # these rows give nothing to other tokens, unless their dout is not finite either
+                lse = lse.masked_fill(affected, torch.inf)
+                out = out.masked_fill(affected[..., None], 0.0)
             dq, *grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 dout, *self._ungrouped(x), out, lse, 0.0, x.causal, attn_mask=self._mask(x), scale=x.scale
             )

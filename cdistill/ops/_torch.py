@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from cdistill.ops._contract import LEAST_SHARE
 from cdistill.ops._rows import at_rows, fold_dlse, lse_at_rows, regions, to_rows, unfold_dlse
 
 __all__ = [
@@ -33,12 +34,12 @@ FUSES_HEAD_COSINE = False
 
 BLOCK_BYTES = 16 * 2**20
 LOGITS_BYTES = 4 * 2**20  # of a block of logits in fp32, of which several exist at a time
-KL_EPS = 1e-8
+MOST_SLOPE = torch.finfo(torch.float32).max  # the gradient of a faint share may exceed it, and must not become inf
 
 
 def _row_blocks(batch: int, rows: int, keys: int) -> Iterator[slice]:
     """Slices of the R axis for which a (B, rows, keys) block of fp32 scores stays under BLOCK_BYTES."""
-    step = max(1, BLOCK_BYTES // (4 * batch * keys))
+    step = max(1, BLOCK_BYTES // max(4 * batch * keys, 1))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
@@ -64,6 +65,14 @@ def _hidden(rows: Tensor, keys: Tensor, causal: bool, key_mask: Tensor | None) -
     if causal:
         visible &= keys[:, None] <= rows[:, :, None]
     return visible.logical_not_()
+
+
+def _finite(x: Tensor) -> Tensor:
+    """x with zero for inf and NaN, in products with dS: what a row does not see must not reach it as 0 * NaN.
+
+    What it does see reaches it through dS.
+    """
+    return x.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _fp32_zeros(x: Tensor) -> Tensor:
@@ -115,8 +124,8 @@ def row_lse_backward(
             k_all = k[:, h // group].float()
             ds = (q_rows @ k_all.mT).sub_(lse[:, h, block, None]).exp_().mul_(dlse[:, h, block, None])
             ds.masked_fill_(hidden, 0.0)
-            _scatter_add(dq[:, h], rows[:, block], (ds @ k_all).mul_(scale))
-            dk[:, h // group] += ds.mT @ q_rows
+            _scatter_add(dq[:, h], rows[:, block], (ds @ _finite(k_all)).mul_(scale))
+            dk[:, h // group] += ds.mT @ _finite(q_rows)
     return (dq, dk) if into is None else (into[0].add_(dq), into[1].add_(dk))
 
 
@@ -187,6 +196,7 @@ def slice_backward(
     scale: float,
     key_mask: Tensor | None,
     each: bool,
+    bound: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of ``slice_forward``, dS = P * G, added to that of ``base(dlse)``; dlse_i = -sum_j dS_ij, (B,Hq,T)."""
     batch, q_heads, tokens, _ = q.shape
@@ -205,8 +215,8 @@ def slice_backward(
             ds = (q_rows @ k_cols.mT).sub_(lse[:, h, block, None]).exp_()
             ds.mul_(grad[:, h, block] if mean_grad is None else mean_grad).masked_fill_(hidden, 0.0)
             dlse[:, h, block] = ds.sum(2).neg_()
-            _scatter_add(dq[:, h], rows[:, block], (ds @ k_cols).mul_(scale))
-            dk_cols.baddbmm_(ds.mT, q_rows)
+            _scatter_add(dq[:, h], rows[:, block], (ds @ _finite(k_cols)).mul_(scale))
+            dk_cols.baddbmm_(ds.mT, _finite(q_rows))
             if (h + 1) % group == 0:
                 _scatter_add(dk[:, h // group], cols, dk_cols)
     dlse = to_rows(dlse, rows, tokens)
@@ -267,16 +277,19 @@ def _normalise_sum(x: Tensor) -> tuple[Tensor, Tensor]:
 def _kl(x: Tensor, y: Tensor, length: Tensor) -> Tensor:
     student, student_total = _normalise_sum(x)
     target, target_total = _normalise_sum(y)
-    log_ratio = (target + KL_EPS).log_().sub_(student.add_(KL_EPS).log_())
-    divergence = log_ratio.mul_(target).sum(2)
+    log_ratio = target.clamp(min=LEAST_SHARE).log_().sub_(student.clamp_(min=LEAST_SHARE).log_())
+    divergence = log_ratio.mul_(target).masked_fill_(target == 0, 0.0).sum(2)
     return divergence.masked_fill_((student_total + target_total).isinf()[:, :, 0], 0.0)
 
 
 def _kl_grad(x: Tensor, y: Tensor, length: Tensor) -> Tensor:
     student, student_total = _normalise_sum(x)
     target, target_total = _normalise_sum(y)
-    grad = target.div_(student + KL_EPS).neg_()
-    grad.sub_(student.mul_(grad).sum(2, keepdim=True)).div_(student_total)
+    faint = student < LEAST_SHARE
+    difference = torch.sub(student, target, out=target)
+    common = torch.where(faint, student, difference).sum(2, keepdim=True)
+    grad = difference.div_(student).masked_fill_(faint, 1.0).sub_(common).div_(student_total)
+    grad.clamp_(-MOST_SLOPE, MOST_SLOPE)
     return grad.masked_fill_(target_total.isinf(), 0.0)
 
 
@@ -286,7 +299,7 @@ _DISTANCES = {"cosine": (_cosine, _cosine_grad), "mse": (_mse, _mse_grad), "kl":
 def _column_weights(a: Tensor, target: Tensor, valid: Tensor, n_rows: Tensor, sink_filter: bool) -> Tensor:
     """Weights w (N,R,V) or (N,1,1) such that u = sum_r w * A and v = sum_r w * T are the compared columns."""
     if not sink_filter:
-        return 1.0 / n_rows[:, None, None]
+        return n_rows[:, None, None].float().reciprocal()
     count = valid.sum((1, 2), keepdim=True)
     keep = target != 0
     for x in (a, target):
@@ -294,7 +307,7 @@ def _column_weights(a: Tensor, target: Tensor, valid: Tensor, n_rows: Tensor, si
         centred = (x - mean).masked_fill_(~valid, 0.0)
         deviation = (centred.square_().sum((1, 2), keepdim=True) / (count - 1).clamp(min=1)).sqrt_()
         keep &= x <= mean + deviation
-    return keep / keep.sum(1, keepdim=True).clamp(min=1)
+    return keep.float() / keep.sum(1, keepdim=True).clamp(min=1)
 
 
 def _masked(
@@ -355,6 +368,8 @@ def alignment_grad(
         u, v = (a * weights).sum(1, keepdim=True), (target * weights).sum(1, keepdim=True)
         grad = distance_grad(u, v, n_cols).mul_(grad_out[:, None, None]) * weights
         grad = grad.expand_as(a).contiguous()
+    if loss == "kl":
+        grad.clamp_(-MOST_SLOPE, MOST_SLOPE)
     return grad.masked_fill_(~valid, 0.0)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cdistill.ops._contract import SliceArguments, require_loss, require_target, slice_arguments
-from cdistill.ops._dispatch import Backend, backend, without_autocast
+from cdistill.ops._dispatch import Backend, backend, save_for_backward, saved_for_backward, without_autocast
 from cdistill.ops.attention_slice import (
     Base,
     Gradients,
@@ -73,7 +73,11 @@ class Alignment(NamedTuple):
         slices = q.shape[1] if arguments.each else 1
         grad = (grad / slices).repeat_interleave(slices)
         da = impl.alignment_grad(*self._slices(kept), grad, **self._options(), dtype=q.dtype)
-        return slice_backward(impl, arguments, own_lse, da.unflatten(0, kept.shape[:-2]), base)
+        da = da.unflatten(0, kept.shape[:-2])
+        bound = None
+        if self.loss == "kl" and q.dtype == torch.float16:  # whose range a gradient as large as 1/a would use up
+            bound = (q.shape[1] // slices) * (da * kept).abs().flatten(1).amax(1)
+        return slice_backward(impl, arguments, own_lse, da, base, bound)
 
     def _by_rows(self, impl: Backend, arguments: SliceArguments) -> bool:
         """Whether the losses are those of the rows of every head, which ``impl`` computes without any slice."""
@@ -81,7 +85,7 @@ class Alignment(NamedTuple):
 
     def _row_weight(self, arguments: SliceArguments) -> Tensor:
         """(B,) what each row of each head counts."""
-        return 1.0 / (arguments.q.shape[1] * self.row_valid.sum(1).clamp(min=1))
+        return (arguments.q.shape[1] * self.row_valid.sum(1).clamp(min=1)).float().reciprocal()
 
     def _slices(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Slices and targets with one per sample, or per sample and head, and what is valid: (N,R,V) twice, (N,R), (N,V)."""
@@ -168,14 +172,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     *tensors, causal, scale, each, target, loss, reduction, sink_filter, impl = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, target, *output[1:])
+    save_for_backward(ctx, *tensors, target, *output[1:])
     ctx.options = (causal, scale, each, loss, reduction, sink_filter, impl)
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 14
-    saved = ctx.saved_tensors  # read once: gradient checkpointing allows no second time
+    saved = saved_for_backward(ctx)
     dq, dk, dlse = torch.ops.cdistill.attention_alignment_backward(grad, *saved, *ctx.options)
     return dq, dk, None if saved[2] is None else dlse, *(None,) * 11
 
@@ -205,7 +209,9 @@ def attention_alignment(
     Args:
         target: the teacher's slice (B,R,V), or (B,Hq,R,V) for heads="each", any floating dtype. It is a constant and
             gets no gradient. Its values at padding are ignored.
-        loss: "cosine" (1 - cos), "mse", or "kl" (target against student, both renormalised to sum one).
+        loss: "cosine" (1 - cos), "mse", or "kl" (target against student, both renormalised to sum one; no epsilon, but a
+            student's share below 2^-126, the smallest normal fp32 number, counts as that, and nothing pulls it up: a
+            target that has mass on a column which the row does not see costs 87.3 times that mass).
         reduction: what is compared: "row" each row, then the mean over rows; "matrix" the whole slice; "column" the
             mean over rows.
         sink_filter: with reduction="column", leave entries above mean + one standard deviation out of the mean (the

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cdistill.ops._contract import SliceArguments, laid_out_like, require_positions, require_sums, slice_arguments
-from cdistill.ops._dispatch import Backend, backend, without_autocast
+from cdistill.ops._dispatch import Backend, backend, save_for_backward, saved_for_backward, without_autocast
 
 
 def checked_regions(impl: Backend, arguments: SliceArguments) -> tuple[Tensor, Tensor]:
@@ -58,15 +58,23 @@ def lse_and_base(impl: Backend, arguments: SliceArguments, own_lse: Tensor) -> t
 
 
 def slice_backward(
-    impl: Backend, arguments: SliceArguments, own_lse: Tensor, grad: Tensor, base: Base | None = None
+    impl: Backend,
+    arguments: SliceArguments,
+    own_lse: Tensor,
+    grad: Tensor,
+    base: Base | None = None,
+    bound: Tensor | None = None,
 ) -> Gradients:
-    """Gradients of q, k and lse for that of the slice; ``base`` as in `Backend.slice_backward`, of the caller's lse."""
+    """Gradients of q, k and lse for that of the slice.
+
+    ``base`` and ``bound`` are as in `Backend.slice_backward`; a ``base`` is of the caller's lse.
+    """
     q, k, lse, rows, cols, *_ = arguments
     options = arguments.options | {"each": arguments.each}
     if lse is None and impl.FUSES_DENOMINATOR:
         return *impl.slice_backward_with_denominator(q, k, own_lse, rows, cols, grad, **options), no_lse(q)
     lse, denominator = lse_and_base(impl, arguments, own_lse)
-    return impl.slice_backward(q, k, lse, rows, cols, grad, base or denominator, **options)
+    return impl.slice_backward(q, k, lse, rows, cols, grad, base or denominator, **options, bound=bound)
 
 
 def slice_gradients(arguments: SliceArguments, differentiate: Callable[[], Gradients]) -> Gradients:
@@ -146,14 +154,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     *tensors, causal, scale, each, impl = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[1])
+    save_for_backward(ctx, *tensors, output[1])
     ctx.options = (causal, scale, each, impl)
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 10
-    q, k, lse, rows, cols, key_mask, own_lse = ctx.saved_tensors
+    q, k, lse, rows, cols, key_mask, own_lse = saved_for_backward(ctx)
     dq, dk, dlse = torch.ops.cdistill.attention_slice_backward(
         grad, q, k, lse, own_lse, rows, cols, key_mask, *ctx.options
     )

@@ -20,7 +20,7 @@ from cdistill.ops._contract import (
     require_target,
     slice_arguments,
 )
-from cdistill.ops._dispatch import backend, without_autocast
+from cdistill.ops._dispatch import backend, save_for_backward, saved_for_backward, without_autocast
 from cdistill.ops._engines import Attention, engine
 from cdistill.ops.attention_alignment import Alignment
 from cdistill.ops.attention_slice import checked_regions
@@ -121,14 +121,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     out, _, *intermediate = output
     ctx.mark_non_differentiable(*intermediate)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:7], out, *intermediate)
+    save_for_backward(ctx, *inputs[:7], out, *intermediate)
     ctx.options = inputs[7:]
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dout is None and dloss is None:
         return (None,) * 15
-    grads = torch.ops.cdistill.attention_with_alignment_backward(dout, dloss, *ctx.saved_tensors, *ctx.options)
+    grads = torch.ops.cdistill.attention_with_alignment_backward(dout, dloss, *saved_for_backward(ctx), *ctx.options)
     return *grads, *(None,) * 12
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cdistill.ops._contract import attention_options, laid_out_like, positive_scale, require_attention_values
-from cdistill.ops._dispatch import backend, without_autocast
+from cdistill.ops._dispatch import backend, save_for_backward, saved_for_backward, without_autocast
 from cdistill.ops._engines import ENGINES, Attention, Engine
 
 _IMPLS = {"triton": "triton", "torch": "torch_flash"}
@@ -69,14 +69,14 @@ def _(dout, dlse, q, k, v, *_):
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, causal, scale, impl = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output)
+    save_for_backward(ctx, *tensors, *output)
     ctx.options = (causal, scale, impl)
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None and dlse is None:
         return (None,) * 7
-    grads = torch.ops.cdistill.flash_attention_backward(dout, dlse, *ctx.saved_tensors, *ctx.options)
+    grads = torch.ops.cdistill.flash_attention_backward(dout, dlse, *saved_for_backward(ctx), *ctx.options)
     return *grads, *(None,) * 4
 
 

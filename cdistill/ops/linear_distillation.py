@@ -18,7 +18,7 @@ from cdistill.ops._contract import (
     require_shape,
     require_tensor,
 )
-from cdistill.ops._dispatch import backend, warn_once, without_autocast
+from cdistill.ops._dispatch import backend, save_for_backward, saved_for_backward, warn_once, without_autocast
 from cdistill.ops._vocabulary import BLOCK, Inputs, Options, Wanted, empty_results, losses_and_gradients
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -145,10 +145,7 @@ def _(dce: Tensor | None, dkd: Tensor | None, *arguments: Any) -> tuple[Tensor, 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    # Only another ratio will need the inputs. Those made in inference mode, such as a teacher's, autograd does not save.
-    ctx.inference = [x if x is not None and x.is_inference() else None for x in inputs[:_INPUT_COUNT]]
-    saved = [x if y is None else None for x, y in zip(inputs[:_INPUT_COUNT], ctx.inference, strict=True)]
-    ctx.save_for_backward(*output[3:], *saved)
+    save_for_backward(ctx, *output[3:], *inputs[:_INPUT_COUNT])  # only another ratio will need the inputs
     ctx.settings = inputs[_INPUT_COUNT:-3]
 
 
@@ -156,9 +153,8 @@ def _differentiate(ctx: Any, dce: Tensor | None, dkd: Tensor | None, *_: None) -
     rest = (None,) * (_INPUT_COUNT + len(ctx.settings))
     if dce is None and dkd is None:
         return None, None, None, *rest
-    saved = ctx.saved_tensors
-    inputs = (x if y is None else y for x, y in zip(saved[3:], ctx.inference, strict=True))
-    made, settings = saved[:3], (*inputs, *ctx.settings)
+    saved: list[Any] = saved_for_backward(ctx)
+    made, settings = tuple(saved[:3]), (*saved[3:], *ctx.settings)
     keep = torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
     if type(made[0]) is Tensor and not keep:
         # No other backward pass will read what was kept, so it may become the result, instead of a second (V,Hs).

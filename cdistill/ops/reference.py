@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cdistill.ops._contract import LEAST_SHARE
 from cdistill.ops.linear_distillation import LinearDistillation
 
 
@@ -76,7 +77,7 @@ def _vector_distance(student: Tensor, target: Tensor, loss: str) -> Tensor:
     if not student.sum() or not target.sum():
         return student.sum() * 0
     t, s = target / target.sum(), student / student.sum()
-    return (t * ((t + 1e-8).log() - (s + 1e-8).log())).sum()
+    return (torch.xlogy(t, t) - t * s.clamp(min=LEAST_SHARE).log()).sum()
 
 
 def slice_distance(a: Tensor, t: Tensor, loss: str, reduction: str, sink_filter: bool = False) -> Tensor:

@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from cdistill.ops._contract import LEAST_SHARE
 from cdistill.vat.recorders import AnyRegions, SliceRecorder
-
-EPS = 1e-8
 
 
 class LayerDistances:
@@ -75,11 +74,11 @@ def _distance_sums(student_slices: Sequence[Tensor], teacher_slices: Sequence[Te
     rows = torch.zeros_like(total)
     for j, teacher in enumerate(teacher_slices):
         t, t_valid = _distribution(teacher)
-        log_t = (t + EPS).log()
+        log_t = t.clamp(min=LEAST_SHARE).log()
         for i, student in enumerate(student_slices):
             s, s_valid = _distribution(student)
             valid = t_valid & s_valid
-            kl = (t * (log_t - (s + EPS).log())).sum(-1)
+            kl = (t * (log_t - s.clamp(min=LEAST_SHARE).log())).sum(-1)
             total[i, j] = torch.where(valid, kl, 0).sum(dtype=torch.float64)
             rows[i, j] = valid.sum()
     return total, rows
