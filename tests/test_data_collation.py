@@ -1,6 +1,7 @@
 """Encoding and batches in every family: against the processor called on all at once, and against samples by themselves."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -171,10 +172,13 @@ def test_what_others_code_raises_at_a_sample_makes_it_a_bad_one(monkeypatch, err
     encoder = Encoder(processor("llava_qwen2"), "vicuna_v1")
     where = {
         "chat template": (Template, "_render"),
-        "tokenizer": (encoder, "_tokenize"),
+        "tokenizer": (type(encoder.tokenizer), "backend_tokenizer"),
         "image processor": (encoder, "processor"),
     }
-    monkeypatch.setattr(*where[part], raising(error))
+    broken = raising(error)
+    if part == "tokenizer":
+        broken = SimpleNamespace(no_truncation=lambda: None, no_padding=lambda: None, encode=broken)
+    monkeypatch.setattr(*where[part], broken)
     messages = conversation(((Mark.IMAGE, "what?"), "this"))
     with pytest.raises(BadSampleError) as raised:
         encoder(messages, [picture(20, 30)])

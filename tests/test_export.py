@@ -273,15 +273,16 @@ def test_merging_is_one_product_in_fp64_rounded_once():
             assert (ours - exact).abs().max() <= allowed
 
 
-def test_a_teacher_without_biases_leaves_a_merged_adapter(tmp_path):
+def test_a_teacher_without_biases_leaves_a_llava_that_has_the_maps(tmp_path):
     student = taf_student(width=32)
     student.config.multimodal_projector_bias = False
     student = TAFLlavaForConditionalGeneration(student.config).eval()
+    torch.nn.init.normal_(student.model.multi_modal_projector.map.bias)
     save(student, tmp_path / "student")
     result = export(tmp_path / "student", tmp_path / "out")
-    assert result.model_class == "TAFLlavaForConditionalGeneration" and result.merged == ("TAF",)
+    assert result.model_class == "LlavaForConditionalGeneration" and result.merged == ("TAF",)
     loaded = load_model(tmp_path / "out")
-    assert loaded.model.multi_modal_projector.linear_1.bias is None
+    assert not loaded.model.multi_modal_projector.linear_1.bias.any()
     torch.testing.assert_close(loaded(**batch()).logits, student(**batch()).logits, rtol=1e-4, atol=1e-4)
 
 

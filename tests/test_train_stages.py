@@ -490,6 +490,7 @@ def test_vision_stage_learns_patches(models, tmp_path):
 
 def test_idle_adapters_stay_in_the_graph(models, tmp_path):
     built = build_models(make_recipe(tmp_path / "run", models))
+    built.student.model.vision_tower.requires_grad_(False)
     model = DistillationModel(built.student, OBJECTIVES["sft"])
     batch = batch_of_three(seed=3)
     text = {name: batch[name][1:2] for name in ("input_ids", "labels", "attention_mask")}
