@@ -328,7 +328,7 @@ def test_the_result_speaks_as_it_was_taught(models, files, tmp_path):
         ({"data": {"template": "chatml"}}, r"stage\.dft\.data: template chatml needs the token <\|im_start\|>"),
         ({"data": {"template": "alpaca"}}, r"data\.template must be one of auto, plain, .*, got 'alpaca'"),
         ({"data": {"path": None}}, r"data\.path must be given where images is"),
-        ({"data": {"seed": -1}}, r"stage\.dft\.data: seed must be at least 0 for a data set in files, got -1"),
+        ({"data": {"seed": -1}}, r"stage\.dpt\.data\.seed must be at least 0, got -1"),
         ({"data": {"turns": 3}}, r"data\.turns is of the built-in task: leave it out, or 6, where path is given"),
         ({"data": {"max_length": 1}}, r"data\.max_length must be at least 2, got 1"),
         ({"packing": True, "vat__engine": "auto"}, r"packing needs vat\.engine sdpa, got 'auto'"),

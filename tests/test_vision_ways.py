@@ -122,7 +122,7 @@ def test_the_shared_pass_is_what_transformers_computes(way):
     *how, count = way
     teacher = teacher_of(*how)
     tokens = visual_tokens(teacher.config)
-    assert (None if tokens is None else tokens.count) == count
+    assert (None if tokens is None else tokens.total) == count
     batch = batch_of(how[0], count)
     sizes = batch.get("image_sizes")
     inputs = {name: value for name, value in batch.items() if name != "labels"}

@@ -303,7 +303,7 @@ class Template:
         except (TemplateError, TypeError) as error:
             roles = ", ".join(message["role"] for message in chat)
             raise BadSampleError(
-                "refused by the template", f"{self._about} refuses messages of {roles}: {_line(error)}"
+                "chat template", f"{self._about} refuses messages of {roles}: {_line(error)}"
             ) from None
         (text,), answers = rendered
         return text, answers[0] if answers else []
