@@ -238,9 +238,14 @@ def _equal(a: nn.Module, b: nn.Module) -> bool:
     mine, theirs = (
         {**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (a, b)
     )  # state_dict() shards FSDP's
-    if any(t.is_meta or hasattr(t, "_local_tensor") for t in (*mine.values(), *theirs.values())):
+    if any(t.is_meta or _is_part(t) for t in (*mine.values(), *theirs.values())):
         return False  # offloaded, or a part of the whole: each model looks for itself
     return mine.keys() == theirs.keys() and all(_same(mine[name], theirs[name]) for name in mine)
+
+
+def _is_part(tensor: Tensor) -> bool:
+    """Whether ZeRO-3 or FSDP 2 holds a part of a tensor here."""
+    return hasattr(tensor, "ds_id") or hasattr(tensor, "_local_tensor")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
