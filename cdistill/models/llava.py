@@ -97,7 +97,7 @@ def _positions(
 ) -> tuple[int, int] | None:
     vision = kind.from_dict(json.loads(values))
     with torch.device("meta"):
-        tower = AutoModel.from_config(vision)
+        tower = AutoModel._model_mapping[type(vision)](vision)  # from_config would shard it where ZeRO-3 is on
     if takes_image_sizes(tower):
         return None
     height, width = size or image_size(vision)
