@@ -20,6 +20,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     PretrainedConfig,
 )
+from transformers.models.auto.auto_factory import _get_model_class
 
 from cdistill.models.load import one_line
 from cdistill.models.taf import (
@@ -91,13 +92,20 @@ def encoder_positions(
     return _positions(key, kind, None if size is None else tuple(size), layers)
 
 
+def _encoder_class(vision: Any) -> Any:
+    """The class of an encoder by its configuration. Raises ValueError if transformers has none."""
+    if type(vision) not in AutoModel._model_mapping:
+        raise ValueError(f"vision_config.model_type {vision.model_type} is not a model of transformers' AutoModel")
+    return _get_model_class(vision, AutoModel._model_mapping)
+
+
 @lru_cache(maxsize=32)
 def _positions(
     values: str, kind: Any, size: tuple[int, int] | None, layers: int | tuple[int, ...]
 ) -> tuple[int, int] | None:
     vision = kind.from_dict(json.loads(values))
     with torch.device("meta"):
-        tower = AutoModel._model_mapping[type(vision)](vision)  # from_config would shard it where ZeRO-3 is on
+        tower = _encoder_class(vision)(vision)  # from_config would shard it where ZeRO-3 is on
     if takes_image_sizes(tower):
         return None
     height, width = size or image_size(vision)
@@ -105,7 +113,7 @@ def _positions(
     try:
         pixels = torch.empty(1, getattr(vision, "num_channels", 3), height, width, device="meta", dtype=tower.dtype)
         hidden = tower(pixels, output_hidden_states=True).hidden_states
-    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{where}: images of {height} x {width} pixels do not fit: {one_line(error)}") from None
     chosen = (layers,) if isinstance(layers, int) else layers
     for layer in chosen:
