@@ -12,6 +12,7 @@ from cdistill.train.blank import is_partitioned
 from cdistill.train.launch import AgreedError, gathered, gathered_objects
 
 CHECKED_STEPS = 2
+CHUNK = 2**20  # bytes summed at a time: torch widens them to int64 before it adds
 
 
 class RanksAgree(TrainerCallback):
@@ -54,8 +55,8 @@ class RanksAgree(TrainerCallback):
         self._compare(ready, state.global_step, "gradients that become ready")
         if not is_partitioned(self.model):
             parameters = dict(self.model.named_parameters())
-            sums = [int(parameters[name].detach().view(torch.uint8).sum()) for name in self.names]
-            self._compare(sums, state.global_step, "weights after the step")
+            sums = torch.stack([_sum_of_bytes(parameters[name]) for name in self.names])
+            self._compare(sums.tolist(), state.global_step, "weights after the step")
         if state.global_step >= self._last:
             for hook in self._hooks:
                 hook.remove()
@@ -73,3 +74,9 @@ class RanksAgree(TrainerCallback):
             f"{self.label}, step {step}: process 0 and process {rank} differ in their {what}, first at {self.names[index]}: "
             "the sums over processes would be wrong; every process must run the same modules on every micro-batch"
         )
+
+
+def _sum_of_bytes(parameter: torch.Tensor) -> torch.Tensor:
+    """A scalar that differs if two tensors do, but for rare cases; it takes 8 * CHUNK bytes of memory."""
+    octets = parameter.detach().reshape(-1).view(torch.uint8)
+    return torch.stack([chunk.sum() for chunk in octets.split(CHUNK)]).sum()
