@@ -108,6 +108,7 @@ def _serve(pipe, rank, world, store):
     """Carry out calls until the other end of the pipe is closed."""
     import torch
     import torch.distributed as dist
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -129,6 +130,7 @@ def _serve(pipe, rank, world, store):
             answer = traceback.format_exc(), None
         os.environ.clear()
         os.environ.update(before)
+        unset_hf_deepspeed_config()  # with ZeRO-3's the models of later calls would be made in parts
         sys.stdout.flush()
         with contextlib.suppress(BrokenPipeError):
             pipe.send(answer)

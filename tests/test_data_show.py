@@ -70,15 +70,18 @@ def test_messages_as_they_are(made_up, capsys):
         assert str(path) in text
 
 
-@pytest.mark.parametrize(("template", "end"), [("vicuna_v1", "</s>"), ("chatml", "<|im_end|>"), ("plain", "\n")])
-def test_a_template_without_a_processor(made_up, capsys, template, end):
+@pytest.mark.parametrize(
+    ("template", "start", "end"),
+    [("vicuna_v1", " ", "</s>"), ("chatml", "", "<|im_end|>"), ("plain", "", "\n")],
+)
+def test_a_template_without_a_processor(made_up, capsys, template, start, end):
     path, records = made_up
     assert main(["data", "show", str(path), "-n", "3", "--template", template]) == 0
     shown = blocks(capsys.readouterr().out, records)
     assert len(shown) == 3
     for record in records[:3]:
         found = [re.sub(r"\n    ", "\n", text) for text in learned(shown[record["id"]])]
-        assert found == [answer + end for answer in answers(record)]
+        assert found == [start + answer + end for answer in answers(record)]
 
 
 def test_tokens_of_a_processor(made_up, capsys):
