@@ -1,20 +1,24 @@
 """Registers, spills and shared memory of every Triton kernel, compiled ahead of time: `python -m benchmarks.aot`.
 
-Needs no GPU. The launchers run on meta tensors with the launch recorded instead of made, so what is compiled is exactly
+The table, benchmarks/results/aot.csv, names each configuration by a hash of the kernel's code and of what it is compiled for:
+after a change only what changed is compiled again. Needs no GPU.
+
+The launchers run on meta tensors with the launch recorded instead of made, so what is compiled is exactly
 what they would launch.
 """
 
 import argparse
 import ast
 import csv
+import functools
 import hashlib
 import itertools
-import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
@@ -24,6 +28,7 @@ import triton
 from cdistill.kernels import _launch, backend, flash_attention, vocabulary_losses
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 # Compute capability -> shared memory in bytes that a program may take, and that a multiprocessor has.
 SHARED_MEMORY = {
@@ -46,21 +51,34 @@ POINTERS = {
     torch.int64: "*i64",
     torch.uint8: "*u8",
 }
+COMPILED_FOR = ("num_warps", "num_stages")
+TABLE = Path(__file__).parent / "results/aot.csv"
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def fingerprint() -> str:
-    """Hash of the code of the kernels and their launchers, without comments, docstrings and the list of imports."""
-    code = hashlib.sha256()
-    for path in sorted((Path(__file__).parent.parent / "kernels").glob("*.py")):
-        if path.name == "backend.py":
-            continue
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-        code.update(f"{path.name}\n{ast.unparse(tree)}\n".encode())
-    return code.hexdigest()[:16]
+@functools.cache
+def code(kernel: JITFunction) -> str:
+    """Hash of a kernel's code and of the functions and constants of ours that it names, without comments and docstrings."""
+    tree = ast.parse(textwrap.dedent(kernel.src))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    parts = [ast.unparse(tree)]
+    for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}):
+        value = kernel.fn.__globals__.get(name)
+        if isinstance(value, JITFunction):
+            parts.append(code(value))
+        elif isinstance(value, triton.language.constexpr | int | float | str):
+            parts.append(f"{name} = {value}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def key(launch: tuple, arch: int) -> str:
+    """What names a configuration in the table: the hash of all that its compilation depends on but the compiler."""
+    kernel, args = launch
+    options = [args[name] for name in COMPILED_FOR if name in args]
+    parts = (code(kernel), arch, *specialised(kernel, args), options)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
 def recorded(call, arch: int, multiprocessors: int = 1) -> list[tuple]:
@@ -215,7 +233,7 @@ def compile_one(launch: tuple, arch: int) -> dict:
     kernel, args = launch
     signature, constants, attributes = specialised(kernel, args)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {name: args[name] for name in ("num_warps", "num_stages") if name in args}
+    options = {name: args[name] for name in COMPILED_FOR if name in args}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -247,32 +265,52 @@ def compile_one(launch: tuple, arch: int) -> dict:
     }
 
 
-def compile_all(job: tuple) -> list[dict]:
-    """Compile one job: ("losses", arch) or (dtype name, arch, head dim)."""
-    dtype, arch, *head_dim = job
+def grid() -> list[tuple]:
+    """All cells; a head dimension shares its tiles with the next power of 2, and bf16 with fp16."""
+    cells: list[tuple] = [
+        (dtype, arch, d) for dtype in DTYPES for arch in ARCHITECTURES for d in (16, 32, 64, 128, 256)
+    ]
+    cells += [("bf16", arch, d) for arch in ARCHITECTURES for d in (24, 40, 72, 96, 192)]
+    return cells + [("losses", arch) for arch in ARCHITECTURES]
+
+
+def configurations(cell: tuple) -> dict[str, tuple]:
+    """Key -> (launch, dtype, head dimension) of all that is compiled for ("losses", arch) or (dtype name, arch, head dim)."""
+    dtype, arch, *head_dim = cell
     if dtype == "losses":
-        cells = [("fp32", 0, loss_launches(arch))]
-        cells += [(name, 0, vocabulary_launches(arch, of)) for name, of in DTYPES.items()]
+        parts = [("fp32", 0, loss_launches(arch))]
+        parts += [(name, 0, vocabulary_launches(arch, of)) for name, of in DTYPES.items()]
     else:
-        cells = [(dtype, *head_dim, attention_launches(arch, *head_dim, DTYPES[dtype]))]
-    rows: dict[tuple, dict] = {}
-    for name, width, launches in cells:
-        for kernel, args in launches:
-            signature, constants, _ = specialised(kernel, args)
-            key = (kernel.__name__, str(signature), str(constants))
-            if key not in rows:
-                rows[key] = {**compile_one((kernel, args), arch), "dtype": name, "head_dim": width}
-    return list(rows.values())
+        parts = [(dtype, *head_dim, attention_launches(arch, *head_dim, DTYPES[dtype]))]
+    found: dict[str, tuple] = {}
+    for name, width, launches in parts:
+        for launch in launches:
+            found.setdefault(key(launch, arch), (launch, name, width))
+    return found
 
 
-def jobs(quick: bool) -> list[tuple]:
-    """All cells of the grid; a head dimension shares its tiles with the next power of 2, bf16 with fp16."""
-    if quick:
-        wanted: list[tuple] = [("bf16", arch, d) for arch, d in ((80, 64), (86, 128), (89, 64), (90, 128), (100, 128))]
-        return [*wanted, ("bf16", 120, 64), ("fp16", 89, 72), ("fp32", 80, 24), ("losses", 90)]
-    wanted = [(dtype, arch, d) for dtype in DTYPES for arch in ARCHITECTURES for d in (16, 32, 64, 128, 256)]
-    wanted += [("bf16", arch, d) for arch in ARCHITECTURES for d in (24, 40, 72, 96, 192)]
-    return wanted + [("losses", arch) for arch in ARCHITECTURES]
+def compile_cell(cell: tuple, known: dict[str, dict]) -> list[dict]:
+    """The rows of a cell; those whose key is ``known`` are not compiled again."""
+    rows = []
+    for name, (launch, dtype, width) in configurations(cell).items():
+        row = known.get(name) or compiled_row(name, launch, cell[1], dtype, width)
+        rows.append({**row, "dtype": dtype, "head_dim": width})  # a key may stand in several cells
+    return rows
+
+
+def compiled_row(key: str, launch: tuple, arch: int, dtype: str, head_dim: int) -> dict:
+    """A configuration's row of the table, compiled now."""
+    row = {"key": key, **compile_one(launch, arch), "dtype": dtype, "head_dim": head_dim}
+    return {**row, "problem": problem(row)}
+
+
+def read_table() -> tuple[str, list[dict]]:
+    """The version of triton that made the kept table, and its rows (all values are text)."""
+    if not TABLE.exists():
+        return "", []
+    with TABLE.open() as file:
+        version = file.readline().split()[-1]
+        return version, list(csv.DictReader(file))
 
 
 def problem(row: dict) -> str:
@@ -287,40 +325,38 @@ def problem(row: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the part of the grid that the tests compile")
     parser.add_argument(
-        "--only", nargs=3, action="append", metavar=("DTYPE", "ARCH", "HEAD_DIM"), help="one cell of it"
+        "--only", nargs="+", metavar="DTYPE ARCH [HEAD_DIM]", action="append", help="print one cell of the grid"
     )
-    parser.add_argument("--output", type=Path, help="write the rows as CSV to this file, too")
-    parser.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
+    parser.add_argument("--all", action="store_true", help="compile what the kept table already holds, too")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("unset TRITON_INTERPRET: the interpreter's kernels cannot be compiled")
-    wanted = [(t, int(a), int(d)) for t, a, d in options.only] if options.only else jobs(options.quick)
+    version, kept = read_table()
+    known = {r["key"]: r for r in kept} if version == triton.__version__ and not options.all else {}
+    cells = [(dtype, *map(int, numbers)) for dtype, *numbers in options.only] if options.only else grid()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor(2) as pool:
-            results = list(itertools.chain.from_iterable(pool.map(compile_all, wanted)))
-    for r in results:
-        r["problem"] = problem(r)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        with options.output.open("w", newline="") as file:
-            file.write(f"# triton {triton.__version__}, kernels {fingerprint()}\n")
-            table = csv.DictWriter(file, list(results[0]), lineterminator="\n")
+            rows = list(itertools.chain.from_iterable(pool.map(compile_cell, cells, itertools.repeat(known))))
+    if not options.only:
+        with TABLE.open("w", newline="") as file:
+            file.write(f"# triton {triton.__version__}\n")
+            table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             table.writeheader()
-            table.writerows(results)
-    if options.json:
-        json.dump(results, sys.stdout)
-        return
-    print(f"triton {triton.__version__}, {len(results)} configurations")
-    for r in results:
-        print(
-            f"sm_{r['arch']:<4} {r['kernel']:<28} {r['variant']:<20} {r['dtype']} D={r['head_dim']:<4} "
-            f"{r['tile']:<8} {r['num_warps']} warps  registers {r['registers']:<4} spill {r['spill_bytes']:<5} "
-            f"shared {r['shared']:<7} CTAs {r['ctas_per_multiprocessor']} register wgmma {r['register_wgmma']} {r['problem']}"
-        )
-    if any(r["problem"] for r in results):
+            table.writerows(rows)
+    print(
+        f"triton {triton.__version__}, {len(rows)} configurations, {sum(r['key'] not in known for r in rows)} of them compiled"
+    )
+    for r in rows:
+        if options.only or r["problem"]:
+            print(
+                f"sm_{r['arch']:<4} {r['kernel']:<28} {r['variant']:<20} {r['dtype']} D={r['head_dim']:<4} "
+                f"{r['tile']:<8} {r['num_warps']} warps  registers {r['registers']:<4} spill {r['spill_bytes']:<5} "
+                f"shared {r['shared']:<7} CTAs {r['ctas_per_multiprocessor']} register wgmma {r['register_wgmma']} "
+                f"{r['problem']}"
+            )
+    if any(r["problem"] for r in rows):
         sys.exit("configurations with a problem must not be in the tile table")
 
 
