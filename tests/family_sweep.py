@@ -22,6 +22,9 @@ from cdistill.vat import Regions, SliceRecorder, attention_layers, install, unin
 from cdistill.vat.hook import text_model_of
 
 LENGTH, MOST_PARAMETERS = 16, 20_000_000
+# In each sample, of real tokens.
+ROWS, COLS = torch.tensor([[8, 12, 15], [4, 8, 11]]), torch.tensor([[3, 5, 6, 7], [0, 1, 2, 3]])
+REGIONS = Regions(ROWS.int(), COLS.int())
 
 # Values of fields of the configurations, wherever they have a number there.
 _BY_VALUE = {
@@ -35,10 +38,11 @@ _BY_VALUE = {
     4: """num_hidden_layers num_layers n_layer n_layers num_decoder_layers decoder_layers encoder_layers num_experts
         n_routed_experts num_local_experts moe_num_experts index_topk index_block_size patch_size mamba_n_heads""",
     2: """num_attention_heads num_heads n_head n_heads encoder_attention_heads decoder_attention_heads num_key_value_heads
-        num_kv_heads linear_num_key_heads linear_num_value_heads num_experts_per_tok moe_topk moe_k top_k_experts
+        num_kv_heads linear_num_key_heads linear_num_value_heads linear_num_heads num_experts_per_tok num_experts_per_token
+        moe_topk moe_k top_k_experts
         index_topk_blocks altup_num_inputs num_codebooks num_kv_shared_layers index_kpool""",
     1: """depth n_group topk_group n_shared_experts moe_num_shared_experts index_n_heads index_local_blocks decoder_sparse_step
-        first_k_dense_replace mamba_n_groups n_groups""",
+        first_k_dense_replace mamba_n_groups n_groups num_expert_group""",
     160: "vocab_size vocab_size_per_layer_input",
     128: "max_position_embeddings n_positions",
 }
@@ -49,6 +53,7 @@ _LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "moe_layers", "hea
 _TOWERS = ("vision", "audio", "vq", "visual", "perceiver", "qformer")
 _GEMMA = ["sliding_attention", "full_attention"] * 2  # the last two layers use keys of the first two
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_MROPE = {"text_config.rope_parameters": _ROPE | {"mrope_section": [4, 2, 2]}}
 # What the rule above gets wrong, by family: fields of the configuration, dotted.
 _FIELDS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
@@ -61,6 +66,58 @@ _FIELDS: dict[str, dict[str, Any]] = {
         for sections, names in {(4, 2, 2): "glm4v glm46v glm_ocr glmga", (2, 1, 1): "glm4v_moe"}.items()
         for name in names.split()
     },
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "paddleocr_vl"), _MROPE),
+    **{name: {"head_dim": 16} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
+    "hunyuan_vl": {"text_config.head_dim": 16, "text_config.rope_parameters": _ROPE | {"mrope_section": [2, 2, 2, 2]}},
+    "nemotron": {"num_key_value_heads": 1},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "cohere_compass": {"text_config.rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "mistral4": {
+        "rope_parameters": _ROPE | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8},
+        "head_dim": 16,
+    },
+    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"] * 2, "text_config.num_experts_per_tok": 2},
+    "chameleon": {
+        "vocabulary_map": {"<image>": 120, "IMGIMGA": 121},
+        "vq_config.base_channels": 32,
+        "vq_config.channel_multiplier": [1, 1],
+    },
+    "emu3": {
+        "vocabulary_map": {"<image>": 120, "<|extra_200|>": 121},
+        "vq_config.base_channels": 32,
+        "vq_config.channel_multiplier": [1, 1],
+    },
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_d_head": 8, "mamba_n_heads": 4},
+    "codegen": {"n_head": 4, "n_embd": 64, "rotary_dim": 8},
+    "gptj": {"rotary_dim": 8},
+    "ernie4_5_vl_moe": {
+        "text_config.moe_intermediate_size": [16, 16],
+        "text_config.rope_parameters": _ROPE | {"mrope_section": [2, 2, 4]},
+    },
+    "gpt_neo": {
+        "attention_types": [[["global", "local"], 2]],
+        "num_layers": 4,
+        "attention_layers": ["global", "local"] * 2,
+    },
+    "xlnet": {"d_head": 16},
+    "mamba2": {"num_heads": 4, "head_dim": 16},
+    "zaya": {"num_experts_per_tok": 1},
+    "step3p7": {"text_config.sliding_window": 8},
+    "qwen4_exp_text": {"num_experts": 4},
+    "molmo2": {"adapter_config.vision_feature_layer": [0, 0], "text_config.rope_scaling_layers": []},
+    "muse_spark": {
+        "audio_config.patch_sizes": [4],
+        "audio_config.hidden_sizes": [32],
+        "audio_config.depths": [1],
+        "audio_config.num_hidden_layers": 1,
+    },
+    "longcat_flash": {"num_key_value_heads": 2, "expert_ffn_hidden_size": 16, "zero_expert_num": 2},
+    "qwen3_omni_moe_thinker": _MROPE | {"vision_start_token_id": 125},
+    "qwen2_5_omni_thinker": _MROPE | {"vision_start_token_id": 125},
+    **{name: {"image_token_index": 120, "num_query_tokens": 4} for name in ("blip-2", "instructblip")},
+    "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.kv_n_heads": 1, "attn_config.clip_qkv": 8.0},
     "mistral_large4": {"text_config.kv_source_layers": None},
     "minimax_m3_vl": {"text_config.layer_types": ["full_attention"] + ["minimax_m3_sparse"] * 3},
 }
@@ -133,7 +190,13 @@ def draw(model: Any) -> dict[str, Tensor]:
     mask = torch.ones_like(ids)
     mask[0, :3] = mask[1, -4:] = 0
     types = {"token_type_ids": torch.zeros_like(ids)} if model.config.model_type in ("gemma3", "shieldgemma2") else {}
-    return {"input_ids": ids, "attention_mask": mask, **types}
+    pixels = {}
+    if model.config.model_type in ("blip-2", "instructblip"):  # they do not run on words alone
+        pixels = {"pixel_values": torch.ones(2, 3, 16, 16)}
+        ids.scatter_(1, COLS, model.config.image_token_index)
+    if model.config.model_type == "instructblip":
+        pixels |= {"qformer_input_ids": ids[:, :4], "qformer_attention_mask": mask[:, 3:7]}
+    return {"input_ids": ids, "attention_mask": mask, **types, **pixels}
 
 
 def run(model: Any, batch: dict[str, Tensor], **more: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -157,11 +220,6 @@ def same(a: tuple[Tensor, dict[str, Tensor]], b: tuple[Tensor, dict[str, Tensor]
 
 class OtherOutput(AssertionError):
     """With the hook a model computes something else, or a recorder sees something else than the model's attention."""
-
-
-# In each sample, of real tokens.
-ROWS, COLS = torch.tensor([[8, 12, 15], [4, 8, 11]]), torch.tensor([[3, 5, 6, 7], [0, 1, 2, 3]])
-REGIONS = Regions(ROWS.int(), COLS.int())
 
 
 def result_of(family: str) -> str:
@@ -240,6 +298,7 @@ def _line(error: Exception) -> str:
     text = re.sub(
         r" \((bidirectional|such as|a key-value)[^)]*\)", "", text.split(", which visual attention alignment")[0]
     )
+    text = re.sub(r": run a model that.*; if it was, its layers", ": the layers", text)
     text = re.split(r"; (visual attention alignment needs|pass the ids)|: it needs", text)[0]
     return f"{'' if isinstance(error, ValueError) else type(error).__name__ + ': '}{text}"[:160]
 
