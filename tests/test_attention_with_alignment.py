@@ -21,7 +21,7 @@ PAIRS = (
     if CUDA
     else [("torch", "torch_flash"), ("cpp", "torch_flash"), ("triton", "torch_flash"), ("triton", "triton")]
 )
-SMALL = Case(tokens=21, width=16)
+SMALL = Case(q_heads=2, k_heads=1, tokens=21, width=16)
 LOSSES = [(loss, reduction, False) for loss in ("cosine", "mse", "kl") for reduction in ("row", "matrix", "column")]
 LOSSES += [("cosine", "column", True)]
 
@@ -83,10 +83,17 @@ def test_matches_float64(name, impl, engine):
         assert_matches_float64(case, {}, impl, engine)
 
 
-@pytest.mark.parametrize(("impl", "engine"), PAIRS)
-@pytest.mark.parametrize("heads", ["mean", "each"])
+@pytest.mark.parametrize(
+    ("impl", "engine", "heads"),
+    [
+        (*pair, heads)
+        for pair in PAIRS
+        for heads in ("mean", "each")
+        if (*pair, heads) != ("triton", "torch_flash", "each")
+    ],
+)
 @pytest.mark.parametrize(("loss", "reduction", "sink_filter"), LOSSES)
-def test_every_loss_matches_float64(loss, reduction, sink_filter, heads, impl, engine):
+def test_every_loss_matches_float64(loss, reduction, sink_filter, impl, engine, heads):
     options = {"loss": loss, "reduction": reduction, "sink_filter": sink_filter, "heads": heads}
     assert_matches_float64(replace(SMALL, dtype=torch.float16) if CUDA else SMALL, options, impl, engine, seed=3)
 

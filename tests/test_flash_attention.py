@@ -11,7 +11,7 @@ from cdistill.ops import flash_attention, reference
 from cdistill.ops._engines import ENGINES
 
 IMPLS = ("torch", "triton")
-SMALL = Case(tokens=21, width=16)
+SMALL = Case(q_heads=2, k_heads=1, tokens=21, width=16)
 
 
 def inputs_of(case, impl, seed=0):
@@ -60,8 +60,11 @@ def ours(inputs, case, use, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("use", [("out",), ("lse",), ("out", "lse")], ids="-".join)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [(name, ("out", "lse")) for name in CASES]
+    + [(name, (one,)) for name in ("full-left", "transposed-right") for one in ("out", "lse")],
+)
 def test_matches_float64(name, use, impl):
     case = CASES[name]
     inputs = inputs_of(case, impl)

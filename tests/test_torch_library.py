@@ -15,7 +15,7 @@ from cdistill.ops import (
     linear_distillation,
 )
 
-CASE = Case(tokens=13, width=16, rows=4, cols=5, padding=1)
+CASE = Case(q_heads=2, k_heads=1, tokens=13, width=16, rows=4, cols=5, padding=1)
 IMPLS = ("torch", "cpp", "triton")
 ENGINES = {"torch": "torch_flash", "cpp": "torch_flash", "triton": "triton"}
 
