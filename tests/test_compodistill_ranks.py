@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from family_models import build_pair, collate, draw_samples
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForImageTextToText
 
@@ -138,6 +139,36 @@ def test_trainer_on_two_processes_trains_as_a_plain_loop(ranks, tmp_path, name, 
         torch.testing.assert_close(saved[key], value, rtol=1e-4, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}")
 
 
+def evaluate_on_a_rank(name, output, size):
+    """Losses of five samples, of which two processes get whole batches."""
+    fresh_accelerator()
+    student, teacher = build_pair(name)
+    trainer = cdistill.CompoDistillTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=arguments(
+            cdistill.CompoDistillConfig,
+            output,
+            vat={"layers": "all", "rows": "all"},
+            per_device_eval_batch_size=size,
+        ),
+        eval_dataset=samples_of(name)[:5],
+        data_collator=lambda samples: collate(name, samples)[0],
+    )
+    found = trainer.evaluate()
+    return {key: found[f"eval_{key}"] for key in ("loss", "ar", "kd", "vat")}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_evaluation_counts_no_sample_twice(ranks, tmp_path, size):
+    student, teacher = build_pair("qwen2_vl")
+    batch = collate("qwen2_vl", samples_of("qwen2_vl")[:5])[0]
+    with torch.no_grad():
+        expected = cdistill.distill(teacher, student, vat=VATConfig(layers="all", rows="all"))(batch)
+    for found in ranks.call(evaluate_on_a_rank, "qwen2_vl", tmp_path, size):
+        assert found == pytest.approx({key: expected[key].item() for key in found}, rel=1e-5)
+
+
 def gradients_of(student):
     full = [
         (n, p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad) for n, p in student.named_parameters()
@@ -169,11 +200,10 @@ def distillation_on_a_rank(name, way):
     parts = [collate(name, samples_of(name)[i::world])[0] for i in range(world)]
     tokens, samples = (sum(n) for n in zip(*(distillation.count(part) for part in parts), strict=True))
     model = DistributedDataParallel(distillation) if way == "ddp" else distillation
-    for step in range(2):  # the second finds all hooks as the first did
+    for _ in range(2):  # the second finds all hooks as the first did
         student.zero_grad()
         losses = model(parts[rank], num_items_in_batch=tokens, num_samples_in_batch=samples)
         (losses["loss"] * world).backward()
-        assert step in (0, 1)
     return gradients_of(student)
 
 
@@ -212,12 +242,15 @@ def test_a_teacher_that_is_sharded_as_a_whole_is_refused(ranks):
 
 
 def misuse_on_a_rank(name, way):
-    """What a call says that goes around what wraps the student."""
+    """What a call says that goes around what wraps the student, or that FSDP 1 wraps."""
     student, teacher = build_pair(name)
     distillation = cdistill.distill(teacher, student)
     samples = samples_of(name)
     batch = collate(name, samples[:2])[0]
     try:
+        if way == "FSDP 1":
+            FullyShardedDataParallel(distillation, device_id=torch.device("cpu"), use_orig_params=True)(batch)
+            return "nothing"
         wrapped = DistributedDataParallel(student if way == "student" else distillation)
         with torch.no_grad():
             distillation(batch)  # evaluation may go around it
@@ -228,8 +261,14 @@ def misuse_on_a_rank(name, way):
     return "nothing"
 
 
-@pytest.mark.parametrize("way", ["student", "distillation"])
-def test_calls_around_what_wraps_the_student_are_refused(ranks, way):
-    message = "belong to a DistributedDataParallel, and this call goes around it"
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ("student", "belong to a DistributedDataParallel, and this call goes around it"),
+        ("distillation", "belong to a DistributedDataParallel, and this call goes around it"),
+        ("FSDP 1", "FullyShardedDataParallel (FSDP 1) flattens the weights that the losses read"),
+    ],
+)
+def test_calls_that_would_go_around_what_wraps_the_student_are_refused(ranks, way, message):
     for said in ranks.call(misuse_on_a_rank, "qwen2_vl", way):
         assert message in said and "\n" not in said

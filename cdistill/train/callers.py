@@ -59,7 +59,8 @@ def _wrappers(parameter: nn.Parameter | None) -> list[Any]:
 def _refuse_fsdp1(student: nn.Module) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    wrapped = any(isinstance(m, FullyShardedDataParallel) for m in student.modules())
+    around = (frame.f_locals.get("self") for frame in _frames())
+    wrapped = any(isinstance(m, FullyShardedDataParallel) for m in (*student.modules(), *around))
     parameters = list(student.parameters())
     if wrapped or not parameters or any(getattr(p, "_fsdp_flattened", False) for p in parameters):
         raise ValueError(
@@ -80,7 +81,7 @@ def _calls_of_trainer() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     module = sys.modules.get("transformers.trainer")
     if module is None:
         return
-    names = ("compute_loss", "training_step", "prediction_step", "_run_epoch", "_inner_training_loop")
+    names = ("compute_loss", "training_step", "prediction_step", "_run_epoch", "_inner_training_loop", "save_model")
     codes = {getattr(module.Trainer, n).__code__: n for n in names if hasattr(module.Trainer, n)}
     for frame in _frames():
         if (name := codes.get(frame.f_code)) is not None:
@@ -106,6 +107,15 @@ def items_of_trainer() -> tuple[Tensor | int, int] | None:
             return None
         args = trainer.args
         return items, args.world_size if args.average_tokens_across_devices else 1
+    return None
+
+
+@torch.compiler.disable
+def folder_of_trainer() -> str | None:
+    """Where a Trainer is saving its model, on the process that writes."""
+    for name, trainer, found in _calls_of_trainer():
+        if name == "save_model":
+            return str(found["output_dir"]) if trainer.args.should_save else None
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from cdistill.data.batches import PaddingCollator
+from cdistill.data.builtin import IGNORE_INDEX
 from cdistill.data.conversations import Encoder
 from cdistill.data.images import find_image, open_image
 from cdistill.data.records import read_record
@@ -23,6 +25,10 @@ from cdistill.train.distillation import distill
 from cdistill.vat import VATConfig
 
 TERMS = ("ar", "kd", "vat")
+COMPILED = (
+    "torch_compile must be False: a compiled model hides the attention that is aligned; compile the student's layers before "
+    "(for layer in student.model.language_model.layers: layer.compile())"
+)
 
 
 @dataclass
@@ -43,7 +49,8 @@ class CompoDistillConfig(TrainingArguments):
 
     Raises:
         ValueError: a field of ``vat`` or ``kd`` that there is not, or that has another value than it may; reentrant gradient
-            checkpointing, which loses the gradient of the alignment; label smoothing.
+            checkpointing, which loses the gradient of the alignment; label smoothing; ``torch_compile``, which does not see
+            that gradient's layers.
     """
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012 (as in TrainingArguments)
@@ -77,6 +84,8 @@ class CompoDistillConfig(TrainingArguments):
             value: Any = getattr(self, name)
             if is_dataclass(value) and not isinstance(value, type):
                 setattr(self, name, asdict(value))
+        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
+            raise ValueError(COMPILED)  # before it is left to accelerate
         super().__post_init__()
         _made(VATConfig, "vat", self.vat)
         _made(KDConfig, "kd", self.kd)
@@ -143,7 +152,10 @@ def _opened(value: Any) -> Image.Image:
         return value
     if isinstance(value, bytes):
         return open_image(ImageBytes("an image of the batch", value))
-    return open_image(find_image(Path("/"), value, allow_urls=False))
+    if isinstance(value, str | Path) and "://" not in str(value):
+        path = Path(value).absolute()
+        return open_image(find_image(path.parent, path.name, allow_urls=False))
+    return open_image(find_image(Path(), value, allow_urls=False))
 
 
 class CompoDistillTrainer(Trainer):
@@ -232,7 +244,7 @@ class CompoDistillTrainer(Trainer):
             callbacks=callbacks,
             **options,
         )
-        self._refuse_parallelism()
+        self._refuse_ways()
         # compute_loss divides by the global batch (the second says so since transformers 5.20)
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -244,7 +256,9 @@ class CompoDistillTrainer(Trainer):
         if hasattr(student, "add_model_tags"):
             student.add_model_tags(self._tag_names)
 
-    def _refuse_parallelism(self) -> None:
+    def _refuse_ways(self) -> None:
+        if self.accelerator.state.dynamo_plugin.backend.value != "NO":  # of accelerate launch
+            raise ValueError(COMPILED)
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
             raise ValueError(
                 "FSDP 1 flattens the weights that the losses read: set fsdp_config's version (accelerate's fsdp_version) to 2"
@@ -317,8 +331,9 @@ class CompoDistillTrainer(Trainer):
         labels, loss = inputs.get("labels"), None
         with torch.no_grad(), self.compute_loss_context_manager():
             if labels is not None:
-                loss, losses = self.compute_loss(model, inputs, return_outputs=True)
-                tokens, samples = self.distillation.count(inputs)
+                once = self._without_repeated(inputs)
+                loss, losses = self.compute_loss(model, once, return_outputs=True)
+                tokens, samples = self.distillation.count(once)
                 counts = {"ar": tokens, "kd": tokens, "vat": samples}
                 for name, value in losses.items():
                     if name in counts:
@@ -327,6 +342,21 @@ class CompoDistillTrainer(Trainer):
                 return loss, None, None
             logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
         return loss, logits.detach(), labels
+
+    def _without_repeated(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch in which samples do not count that accelerate takes twice, to give all processes whole batches at the end.
+
+        Rows that a collator has packed do.
+        """
+        state, labels = self.accelerator.gradient_state, inputs["labels"]
+        world = self.args.world_size
+        if world == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        if len(labels) * world != state.active_dataloader.total_batch_size:
+            return inputs
+        places = torch.arange(len(labels), device=labels.device) + self.args.process_index * len(labels)
+        counted = places < state.remainder
+        return inputs | {"labels": labels.masked_fill(~counted[:, None], IGNORE_INDEX), "counted": counted}
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As of Trainer; loss and terms are means over all labels and samples of the set, and not of its batches."""
@@ -342,6 +372,39 @@ class CompoDistillTrainer(Trainer):
             metrics: Any = output.metrics
             metrics.update({f"{prefix}_{name}": value for name, value in {"loss": loss, **terms}.items()})
         return output
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._holds_weights_whole:
+            self._load_weights(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._holds_weights_whole:
+            self._load_weights(str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+    @property
+    def _holds_weights_whole(self) -> bool:
+        """Whether checkpoints hold the student as ``save_pretrained`` writes it, and not adapters, nor parts of an engine."""
+        adapted = hasattr(self.distillation.student, "peft_config")
+        return not (adapted or self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    def _load_weights(self, folder: str) -> None:
+        """Read weights as ``from_pretrained`` does: files name them otherwise than many models do (LLaVA), and Trainer, which
+        compares the names, would go on with the weights that are there."""
+        student = self.distillation.losses.student
+        dtypes = [value.dtype for value in student.state_dict().values() if value.is_floating_point()]
+        options = {"dtype": reduce(torch.promote_types, dtypes), "local_files_only": True}
+        saved, info = type(student).from_pretrained(folder, output_loading_info=True, **options)
+        state = {name: value for name, value in saved.state_dict().items() if name not in info["missing_keys"]}
+        for name, value in student.state_dict().items():
+            if name not in state or state[name].shape != value.shape:
+                raise ValueError(
+                    f"the checkpoint {folder} is of another student: it has no {name} {tuple(value.shape)}"
+                )
+        student.load_state_dict(state)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer does."""

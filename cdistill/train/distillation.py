@@ -13,7 +13,7 @@ from cdistill.data.builtin import IGNORE_INDEX
 from cdistill.models.load import Model
 from cdistill.models.pair import CommonEncoder, check_frozen, check_pair, common_parameters, unwrapped
 from cdistill.models.parts import part_of
-from cdistill.train.callers import Route, Window, items_of_trainer, window_of_trainer
+from cdistill.train.callers import Route, Window, folder_of_trainer, items_of_trainer, window_of_trainer
 from cdistill.train.config import KDConfig
 from cdistill.train.inside import inside, open_inside
 from cdistill.train.model import DistillationModel
@@ -54,6 +54,7 @@ class Distillation(nn.Module):
             open_inside(module)
         self._route = Route(student)
         self._window: Window | None = None
+        self._has_run = False
 
     @property
     def student(self) -> Model:
@@ -89,9 +90,33 @@ class Distillation(nn.Module):
         self.student.train(mode)
         return self
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Of the student. While transformers' Trainer saves it, tied weights have one name and the configuration lies beside
+        it, as where the student is the trainer's model."""
+        state = super().state_dict(*args, **kwargs)
+        folder = None if kwargs.get("prefix") else folder_of_trainer()
+        if folder is not None:
+            self.student.save_pretrained(folder, **({} if hasattr(self.student, "peft_config") else {"state_dict": {}}))
+            once = dict(self.student.named_parameters())
+            for name, _ in self.student.named_parameters(remove_duplicate=False):
+                if name not in once:
+                    state.pop(name, None)
+        return state
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """Write the student as its own ``save_pretrained`` does."""
         self.student.save_pretrained(save_directory, **options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._has_run = False
+        result = super().__call__(*args, **kwargs)
+        if not self._has_run:
+            raise ValueError(
+                "the forward pass of what distill() returned has been replaced by one whose loss has no teacher (as TRL's "
+                "trainers do): use cdistill.CompoDistillTrainer, or give the trainer the student and call "
+                "distill()'s result in its compute_loss"
+            )
+        return result
 
     def forward(
         self,
@@ -135,6 +160,7 @@ class Distillation(nn.Module):
             "position_ids": position_ids,
             "pixel_values": pixel_values,
         }
+        self._has_run = True
         given: dict[str, Any] = {**(batch or {}), **{k: v for k, v in named.items() if v is not None}, **inputs}
         num_items_in_batch = given.pop("num_items_in_batch", num_items_in_batch)
         num_samples_in_batch = given.pop("num_samples_in_batch", num_samples_in_batch)
@@ -155,6 +181,7 @@ class Distillation(nn.Module):
             counts = [None if n is None else n / processes for n in counts]
         return self.through(self.student, given, tokens=counts[0], samples=counts[1])
 
+    @torch.compiler.disable
     def through(
         self,
         model: nn.Module,
@@ -170,9 +197,11 @@ class Distillation(nn.Module):
         for name in ("input_ids", "labels"):
             if batch.get(name) is None:
                 raise ValueError(f"{name} must be in the batch")
-        base = self.losses.student
+        base, has_run = self.losses.student, False
 
         def means(**given: Any) -> dict[str, Tensor]:
+            nonlocal has_run
+            has_run = True
             self._follow(given["input_ids"].device)
             self._look_again()
             return self._means(self.losses(**given), given["labels"], tokens, samples)
@@ -180,7 +209,13 @@ class Distillation(nn.Module):
         def of_base(**given: Any) -> dict[str, Tensor]:
             return base(**given, **inside(means))
 
-        return model(**batch, **inside(means if base is self.student else of_base))
+        result = model(**batch, **inside(means if base is self.student else of_base))
+        if not has_run:
+            raise ValueError(
+                "the student's forward pass has been replaced since distill() (use_liger_kernel does so) by one that gives "
+                "other losses: leave it as it is, or replace it before"
+            )
+        return result
 
     def count(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Labels and samples of a batch, as the losses are divided by them."""

@@ -15,14 +15,18 @@ from functools import wraps
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 KEYWORD = "cdistill_inside"
 
 
 def inside(function: Callable[..., Any]) -> dict[str, Any]:
-    """The keyword by which a module, or what wraps it, runs ``function`` in place of its forward pass."""
-    return {KEYWORD: function}
+    """The keyword by which a module, or what wraps it, runs ``function`` in place of its forward pass.
+
+    A compiler of the call leaves the function alone; layers in it that are compiled by themselves stay so.
+    """
+    return {KEYWORD: torch.compiler.disable(function)}
 
 
 def open_inside(module: nn.Module) -> None:

@@ -219,6 +219,7 @@ class DistillationModel(nn.Module):
         teacher_values: Tensor | None = None,
         teacher_indices: Tensor | None = None,
         teacher_targets: Tensor | None = None,
+        counted: Tensor | None = None,
         **more: Tensor,
     ) -> dict[str, Tensor]:
         """Losses of a batch: ``ar``, ``kd`` or ``patch`` summed over labels, ``vat``, ``vat_layers`` (L,) over samples.
@@ -228,7 +229,8 @@ class DistillationModel(nn.Module):
         objective ``vision`` only ``pixel_values`` and ``labels`` (I, V, 3) are taken.
         Objective ``ground`` also takes ``grounding`` (B, T, V) and ``places`` (B, V) and gives ``ground``, summed over samples.
         Samples packed into rows come with the ``position_ids`` that tell them apart, and without ``attention_mask``.
-        ``samples`` is how many a batch holds. What a teacher gave earlier comes as ``teacher_values`` and ``teacher_indices``
+        ``samples`` is how many a batch holds: of padded ones those ``counted``, (B,) bool, where it is given, and ``vat`` is
+        theirs. What a teacher gave earlier comes as ``teacher_values`` and ``teacher_indices``
         (N, K), its largest log-probabilities, and ``teacher_targets`` (L, B, [Hq,] R, V).
         ``idle`` is a zero that keeps an adapter without work in the graph; with several processes a micro-batch without
         images runs the vision path on a blank instead (`cdistill.train.blank`): all ranks reduce the same gradients.
@@ -242,7 +244,7 @@ class DistillationModel(nn.Module):
         student_recorder: Any = None
         if "ground" in self.objective.losses:
             student_recorder = self._grounding(grounding, places)
-        regions = self._regions(input_ids, labels, attention_mask, more)
+        regions = self._regions(input_ids, labels, attention_mask, more, counted)
         seen, inputs = self._inputs(input_ids, key_mask, pixel_values, more)
         teacher_hidden: Tensor | None = None
         aligned_with: Any = teacher_targets
@@ -258,13 +260,18 @@ class DistillationModel(nn.Module):
             losses["ground"] = torch.stack(list(student_recorder.losses().values())).mean(0).sum()
         if self.vat is not None:
             losses |= self._alignment(student_recorder, losses["ar"])
-            losses["samples"] = _count(regions, labels)
+            losses["samples"] = _count(regions, labels) if counted is None else counted.sum()
         if pixel_values is None and has_vision(self.student) and "adapter" in self.objective.trained:
             losses |= self._idle_adapter()
         return losses
 
     def _regions(
-        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None, more: dict[str, Tensor]
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None,
+        more: dict[str, Tensor],
+        counted: Tensor | None = None,
     ) -> Any:
         """Rows and columns of a batch; its samples are packed where it has position ids and no padding mask."""
         if self.vat is None:
@@ -272,7 +279,10 @@ class DistillationModel(nn.Module):
         ids = self._visual_token_ids
         if attention_mask is None and "position_ids" in more:
             return self.vat.packed_regions(input_ids, labels, more["position_ids"], visual_token_ids=ids)
-        return self.vat.regions(input_ids, labels, attention_mask, visual_token_ids=ids)
+        regions = self.vat.regions(input_ids, labels, attention_mask, visual_token_ids=ids)
+        if counted is None:
+            return regions
+        return regions._replace(rows=regions.rows.masked_fill(~counted[:, None], -1))
 
     @property
     def vocabulary(self) -> int:
@@ -386,9 +396,16 @@ class DistillationModel(nn.Module):
         return {"ar": ar, "kd": kd}
 
     def count_samples(
-        self, labels: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **more: Tensor
+        self,
+        labels: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        counted: Tensor | None = None,
+        **more: Tensor,
     ) -> Tensor:
         """How many samples a batch holds, as alignment is divided by them."""
+        if counted is not None:
+            return counted.sum()
         return _count(self._regions(input_ids, labels, attention_mask, more), labels)
 
     def _alignment(self, recorder: Any, ar: Tensor) -> dict[str, Tensor]:
