@@ -249,3 +249,24 @@ def test_function_transforms_give_the_numbers_or_refuse(name, transform):
         assert transform == "jvp" and "backward pass only" in str(error)
     except RuntimeError as error:  # torch's own refusal: ops that read their inputs' memory have no rule for batches
         assert (transform in ("vmap", "grad") and "vmap" in str(error)) or "functorch" in str(error), error
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("where", ["query", "column", "masked key", "other key"])
+def test_what_is_not_finite_gives_what_eager_attention_gives(where, value, impl):
+    """Not finite where eager is not; gradients may be finite where eager multiplies 0 by infinity. C++: test_cpp_limits."""
+    if impl == "cpp":
+        return
+    inputs = moved(draw(Case(batch=1, q_heads=2, k_heads=1, masked="right", padding=0)), device_of(impl))
+    token = {"query": inputs["rows"][0, 2], "column": inputs["cols"].min(), "masked key": 36, "other key": 23}[where]
+    inputs["q" if where == "query" else "k"][:, 0, int(token), 3] = value
+
+    def op(x, q, k, impl):
+        options = {"key_mask": x["key_mask"]} | ({"impl": impl} if impl else {})
+        function = attention_slice if impl else reference.attention_slice
+        return function(q, k, x["rows"], x["cols"], **options).sin()
+
+    ours, eager = results(op, impl, inputs), results(op, None, inputs)
+    assert torch.equal(ours[0].isfinite(), eager[0].isfinite())
+    for x, y in zip(ours, eager, strict=True):
+        torch.testing.assert_close(x[y.isfinite()], y[y.isfinite()], rtol=1e-5, atol=1e-6)

@@ -16,7 +16,7 @@ from cdistill.ops._dispatch import Backend
 
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of both buffers together
 ROW_UNIT = 64  # elements by which the rows of a buffer are aligned, more than any vector a kernel reads
-BLOCK = 4096  # vocabulary entries of a head that are converted at a time, where a product needs another dtype
+BLOCK = 1024  # vocabulary entries of a head that are converted at a time, where a product needs another dtype
 # Bring gradients of logits into the range of fp16; those of reverse KL grow with the logarithm of p/q.
 FP16_GAIN = {"forward_kl": 16384.0, "reverse_kl": 64.0, "jsd": 1024.0}
 MOST_PROBABILITY = 1.01  # of a teacher's top-k together, rounded as they may be stored
@@ -116,14 +116,14 @@ def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, out: Tensor) -> N
 
 def _hidden_gradient(dlogits: Tensor, head: Tensor) -> Tensor:
     """dlogits (c,V) @ head (V,H), accumulated in fp32."""
-    if dlogits.dtype == head.dtype:
-        if dlogits.is_cuda and head.dtype != torch.float32:
-            return torch.mm(dlogits, head, out_dtype=torch.float32)
+    if dlogits.dtype == head.dtype == torch.float32:
         return dlogits @ head
-    total = dlogits.new_zeros(len(dlogits), head.shape[1])
-    for start in range(0, len(head), BLOCK):
+    if dlogits.dtype == head.dtype and dlogits.is_cuda:
+        return torch.mm(dlogits, head, out_dtype=torch.float32)
+    total = dlogits.new_zeros(len(dlogits), head.shape[1], dtype=torch.float32)
+    for start in range(0, len(head), BLOCK):  # on CPUs sums over a vocabulary in bf16 are a hundred times as slow
         block = slice(start, start + BLOCK)
-        total.addmm_(dlogits[:, block], head[block].to(dlogits.dtype))
+        total.addmm_(dlogits[:, block].float(), head[block].float())
     return total
 
 
