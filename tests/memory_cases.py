@@ -22,7 +22,7 @@ from cdistill.train.config import Recipe, recipe_from_dict
 VISUAL = 256
 VISION = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
 VISION |= {"image_size": 128, "patch_size": 8}
-STUDENT = {"vocab_size": 32000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
+STUDENT = {"vocab_size": 16000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
 STUDENT |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 4096}
 TEACHER = STUDENT | {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
 TEACHER |= {"num_key_value_heads": 6}
