@@ -45,7 +45,7 @@ class Step:
     """Student, teacher and optimizer of one way, and the batch."""
 
     def __init__(self, way: str, shape: Shape, dtype: torch.dtype = torch.float32) -> None:
-        self.way, self.matches = way, VAT(VATConfig(), shape.layers, shape.layers * 3 // 2).matches
+        self.way, self.matches = way, VAT(VATConfig(rows="answer"), shape.layers, shape.layers * 3 // 2).matches
         torch.manual_seed(0)
         teacher = compose(_vision(shape), _text(shape, 3), image_token_id=IMAGE, image_seq_length=shape.grid**2)
         self.student: Any = compose(
@@ -60,7 +60,7 @@ class Step:
             for model in (self.student, teacher):
                 model.set_attn_implementation({"text_config": "eager"})
         else:
-            vat = VAT(VATConfig(), shape.layers, shape.layers * 3 // 2) if way == ON else None
+            vat = VAT(VATConfig(rows="answer"), shape.layers, shape.layers * 3 // 2) if way == ON else None
             self.losses = DistillationModel(self.student, OBJECTIVES["dft"], teacher=copy.deepcopy(teacher), vat=vat)
         trained = [p for p in self.student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
