@@ -19,6 +19,15 @@ from family_table import BOS, EOS, FAMILIES, ID, PAD, VOCABULARY, WORDS, Family,
 from PIL import Image
 
 STUDENT_LAYERS, TEACHER_LAYERS = 3, 5
+# Of transformers' TrainingArguments: a run on the CPU that logs every step and writes nothing.
+QUIET = {
+    "use_cpu": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "remove_unused_columns": False,
+}
 
 
 def build(

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from conversation_cases import byte_level_processor, picture
-from family_models import build, build_pair, collate, draw, draw_samples
+from family_models import QUIET, build, build_pair, collate, draw, draw_samples
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
@@ -23,12 +23,7 @@ def arguments(kind, output, **options):
         "learning_rate": 0.05,
         "max_steps": 4,
         "per_device_train_batch_size": 2,
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
+        **QUIET,
     }
     return kind(output_dir=str(output), **(common | options))
 

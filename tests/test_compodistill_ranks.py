@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
-from family_models import build_pair, collate, draw_samples
+from family_models import QUIET, build_pair, collate, draw_samples
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForImageTextToText
@@ -78,12 +78,7 @@ def arguments(kind, output, **options):
         "max_steps": STEPS,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
+        **QUIET,
     }
     return kind(output_dir=str(output), **(common | options))
 

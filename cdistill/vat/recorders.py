@@ -60,8 +60,8 @@ def _require_all(layers: Collection[int], recorded: Collection[int]) -> None:
     if missing := sorted(set(layers) - set(recorded)):
         raise ValueError(
             f"layers {missing} were not recorded: run a model that has them, prepared by cdistill.vat.install, "
-            "as model(..., cdistill_vat=recorder); if it was, its layers keep keyword arguments from their attention, "
-            "as stablelm's and nemotron's do, and cannot be aligned"
+            "as model(..., cdistill_vat=recorder); if it was, its layers pass no keyword arguments on to their "
+            "attention (as stablelm's and nemotron's) and cannot be aligned"
         )
 
 
