@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from builtin_models import make_recipe
-from memory_cases import VISUAL, Batches, measured_peaks, recipe_of, save_models
+from memory_cases import STUDENT, VISUAL, Batches, measured_peaks, recipe_of, save_models
 from transformers import LlavaConfig, Qwen2Config, SiglipVisionConfig, TrainerCallback
 
 from cdistill.cli import main
@@ -118,7 +118,7 @@ def test_gradients_of_tied_embeddings_and_of_zero_3(tied, tmp_path):
         recipe = recipe_of(tmp_path / "run", tied, stages=["dft"], deepspeed=zero)
         return plan(recipe, **options | {"gpus": gpus}).stages[0].phases
 
-    whole, embeddings = dft("off")["optimizer step"]["gradients"], 4 * 32000 * 256
+    whole, embeddings = dft("off")["optimizer step"]["gradients"], 4 * STUDENT["vocab_size"] * STUDENT["hidden_size"]
     assert dft("off")["backward of the embeddings"]["gradients"] == whole + embeddings
     assert dft(2)["losses"]["gradients"] == 0
     assert dft(3)["losses"]["gradients"] == 2 * whole  # a partition, which here is all of them, and a bucket
