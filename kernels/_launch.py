@@ -260,7 +260,7 @@ ARCHITECTURE_TILES: dict[int, dict[tuple[str, int, int], Tile]] = {
         ("slice_rows", 2, 64): Tile(64, 32, 8, 2),
         ("slice_rows", 4, 32): Tile(16, 32, 4, 2),
         ("slice_cols", 2, 128): Tile(64, 64, 8, 2),
-        ("row_lse_backward", 2, 128): Tile(64, 64, 4, 2),
+        ("row_lse_backward", 2, 128): Tile(64, 64, 8, 2),
         ("flash_dkdv", 2, 64): Tile(64, 64, 8, 2),
     },
     120: {
