@@ -67,17 +67,17 @@ def require_tensor(name: str, value: object) -> None:
         )
 
 
-def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...], axes: str) -> None:
-    """Raise ValueError unless tensor has this shape; axes are its names for the message."""
+def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...], axes: str, why: str = "") -> None:
+    """Raise ValueError unless tensor has this shape; axes are its names for the message, ``why`` what asks for it."""
     require_tensor(name, tensor)
     if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must have shape ({axes}) = {shape}, got {tuple(tensor.shape)}")
+        raise ValueError(f"{name} must have shape ({axes}) = {shape}{why}, got {tuple(tensor.shape)}")
 
 
-def require_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    """Raise ValueError unless tensor lies on this device."""
+def require_device(name: str, tensor: Tensor, device: torch.device, like: str = "q") -> None:
+    """Raise ValueError unless tensor lies on the device of the argument ``like``."""
     if tensor.device != device:
-        raise ValueError(f"{name} must be on {device} like the other tensors, got {tensor.device}")
+        raise ValueError(f"{name} must be on {device} like {like}, got {tensor.device}")
 
 
 def require_values(ok: Tensor, message: str) -> None:
@@ -198,7 +198,7 @@ def require_target(target: Tensor, q: Tensor, rows: Tensor, cols: Tensor, heads:
     require_tensor("target", target)
     shape = (rows.shape[1], cols.shape[1])
     if heads == "each":
-        require_shape("target", target, (*q.shape[:2], *shape), "B, Hq, R, V")
+        require_shape("target", target, (*q.shape[:2], *shape), "B, Hq, R, V", " for heads='each'")
     else:
         require_shape("target", target, (q.shape[0], *shape), "B, R, V")
     if not target.is_floating_point():
@@ -215,6 +215,10 @@ def require_sums(sums: Tensor, windows: Sequence[int], arguments: SliceArguments
     require_device("sums", sums, arguments.q.device)
     if sums.dtype not in DTYPES:
         raise ValueError(f"sums must be float16, bfloat16 or float32, got {sums.dtype}")
+    if sums.requires_grad:
+        raise ValueError("sums must not require a gradient: it is added to in place, and no gradient is kept")
+    if type(windows) not in (list, tuple):
+        raise ValueError(f"windows must be a list of indices, got {type(windows).__name__}")
     if not sums.is_contiguous():
         raise ValueError(f"sums must be contiguous, got strides {sums.stride()}")
     if any(type(w) is not int or not 0 <= w < count for w in windows) or len(set(windows)) != len(windows):

@@ -168,8 +168,8 @@ def _top_teacher(inputs: Inputs, rows: Tensor, vocab_size: int) -> tuple[Tensor,
     )
     total = values.double().exp().sum(1)
     require_values(
-        ~(total > MOST_PROBABILITY).any(),
-        "teacher_topk values must be log-probabilities: those of a row sum to more than 1",
+        (total <= MOST_PROBABILITY).all(),
+        "teacher_topk values must be log-probabilities: those of a row sum to more than 1, or one is NaN",
     )
     return values, indices, (1.0 - total).clamp(min=SMALLEST_TAIL).log().float()
 
