@@ -217,6 +217,8 @@ def test_slices_accumulate_in_their_windows(dtype, heads, impl):
         ((2, 2, 4, 5), torch.float32, [2], "windows must hold distinct indices from 0 to 1"),
         ((2, 2, 4, 5), torch.float32, [1, 1], "windows must hold distinct indices"),
         ((2, 2, 4, 5), torch.float32, [0.5], "windows must hold distinct indices"),
+        ((2, 2, 4, 5), torch.float32, 0, "windows must be a list of indices, got int"),
+        ((2, 2, 4, 5), torch.float32, None, "windows must be a list of indices, got NoneType"),
         ((2, 2, 4, 5), torch.float32, [True], "windows must hold distinct indices"),
     ],
 )

@@ -15,7 +15,7 @@ from PIL import Image
 from test_train_stages import Crash, metrics, same, weights
 from test_train_teacher import assert_close, losses
 from torch.utils.data import DataLoader
-from transformers import AutoProcessor, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, GenerationConfig, TrainerCallback
 
 from cdistill.cli import main
 from cdistill.data.dataset import BAD, BadSample
@@ -103,6 +103,29 @@ def test_what_a_template_refuses_is_a_bad_sample_and_what_is_not_read_is_told(mo
     assert {bad["reason"] for bad in bad_samples(tmp_path / "run")} == {"chat template"}
     assert len(bad_samples(tmp_path / "run")) == (len(good) + 1) // 2
     assert f"1-dft: set: not read: source ({len(good) // 2})" in capsys.readouterr().out.splitlines()
+
+
+def test_a_result_stops_where_answers_end_though_its_base_ends_elsewhere(models, files, tmp_path):
+    """As Qwen's bases: their texts end in <|endoftext|>, answers in <|im_end|>; saved and exported."""
+    for name in ("teacher", "base"):
+        shutil.copytree(models / name, tmp_path / name)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        end = tokenizer.eos_token_id
+        tokenizer.chat_template = tokenizer.chat_template.replace(
+            "{{- eos_token -}}", "{{- '" + tokenizer.eos_token + "' -}}"
+        )
+        tokenizer.eos_token = tokenizer.unk_token
+        tokenizer.save_pretrained(tmp_path / name)
+        (tmp_path / name / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_token_id}))
+    final = run(recipe_of(tmp_path / "run", tmp_path, files, stages=["dft"]))
+    main(["export", str(tmp_path / "run"), str(tmp_path / "exported")])
+    for folder in (final, tmp_path / "exported"):
+        assert GenerationConfig.from_pretrained(folder).eos_token_id == [end, tokenizer.unk_token_id]
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+        model.lm_head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features)
+        torch.nn.init.constant_(model.lm_head.bias[end], 1e4)  # says </s> to anything
+        said = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=9, do_sample=False)
+        assert said[0, 3:].tolist() == [end]
 
 
 def test_workers_change_nothing(models, files, plain, tmp_path):

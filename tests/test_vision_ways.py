@@ -234,6 +234,7 @@ def test_encoders_of_their_own_are_taken_if_their_tokens_are_the_same_patches():
             "vision_feature_select_strategy default cannot",
         ),
         ("clip", {"vision_feature_layer": 4}, "vision_feature_layer 4 does not exist"),
+        ("clip", {"vision_feature_layer": 0}, r"vision_feature_layer 0 must be written \[0\]"),
         ("siglip", {"vision_feature_layer": [-2, -5]}, "vision_feature_layer -5 does not exist"),
     ],
 )

@@ -70,6 +70,10 @@ def visual_tokens(config: Any, size: tuple[int, int] | None = None) -> VisualTok
     """
     vision = config.vision_config
     layers, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+    if layers == 0:
+        raise ValueError(
+            "vision_feature_layer 0, what goes into the first layer, must be written [0]: transformers takes 0 for none"
+        )
     positions = encoder_positions(vision, size, layers if isinstance(layers, int) else tuple(layers))
     if positions is None:
         if strategy == "default":

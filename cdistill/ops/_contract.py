@@ -17,7 +17,7 @@ LEAST_SHARE = 2.0**-126
 
 
 class SliceArguments(NamedTuple):
-    """Validated arguments of an attention slice, in the form the backends take."""
+    """Validated arguments of an attention slice, in the form the backends take; scale > 0."""
 
     q: Tensor  # (B,Hq,T,D)
     k: Tensor  # (B,Hkv,T,D)
@@ -67,17 +67,17 @@ def require_tensor(name: str, value: object) -> None:
         )
 
 
-def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...], axes: str) -> None:
-    """Raise ValueError unless tensor has this shape; axes are its names for the message."""
+def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...], axes: str, why: str = "") -> None:
+    """Raise ValueError unless tensor has this shape; axes are its names for the message, ``why`` what asks for it."""
     require_tensor(name, tensor)
     if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must have shape ({axes}) = {shape}, got {tuple(tensor.shape)}")
+        raise ValueError(f"{name} must have shape ({axes}) = {shape}{why}, got {tuple(tensor.shape)}")
 
 
-def require_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    """Raise ValueError unless tensor lies on this device."""
+def require_device(name: str, tensor: Tensor, device: torch.device, like: str = "q") -> None:
+    """Raise ValueError unless tensor lies on the device of the argument ``like``."""
     if tensor.device != device:
-        raise ValueError(f"{name} must be on {device} like the other tensors, got {tensor.device}")
+        raise ValueError(f"{name} must be on {device} like {like}, got {tensor.device}")
 
 
 def require_values(ok: Tensor, message: str) -> None:
@@ -198,7 +198,7 @@ def require_target(target: Tensor, q: Tensor, rows: Tensor, cols: Tensor, heads:
     require_tensor("target", target)
     shape = (rows.shape[1], cols.shape[1])
     if heads == "each":
-        require_shape("target", target, (*q.shape[:2], *shape), "B, Hq, R, V")
+        require_shape("target", target, (*q.shape[:2], *shape), "B, Hq, R, V", " for heads='each'")
     else:
         require_shape("target", target, (q.shape[0], *shape), "B, R, V")
     if not target.is_floating_point():
@@ -215,6 +215,10 @@ def require_sums(sums: Tensor, windows: Sequence[int], arguments: SliceArguments
     require_device("sums", sums, arguments.q.device)
     if sums.dtype not in DTYPES:
         raise ValueError(f"sums must be float16, bfloat16 or float32, got {sums.dtype}")
+    if sums.requires_grad:
+        raise ValueError("sums must not require a gradient: it is added to in place, and no gradient is kept")
+    if type(windows) not in (list, tuple):
+        raise ValueError(f"windows must be a list of indices, got {type(windows).__name__}")
     if not sums.is_contiguous():
         raise ValueError(f"sums must be contiguous, got strides {sums.stride()}")
     if any(type(w) is not int or not 0 <= w < count for w in windows) or len(set(windows)) != len(windows):
@@ -248,6 +252,7 @@ def slice_arguments(
         ValueError: an argument has a wrong shape, dtype, device or value; the message names it.
     """
     key_mask, scale = attention_options(q, k, causal=causal, scale=scale, key_mask=key_mask)
+    q, scale = positive_scale(q, scale)
     require_choice("heads", heads, HEADS)
     if lse is not None:
         require_shape("lse", lse, tuple(q.shape[:3]), "B, Hq, T")
@@ -269,7 +274,7 @@ def slice_arguments(
 
 
 def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
-    """q and scale of the same scores with scale > 0, as the flash attention kernels need it."""
+    """q and scale of the same scores with scale > 0, as kernels need it that take the maximum of unscaled scores."""
     if scale > 0:
         return q, scale
     return (-q, -scale) if scale < 0 else (q * 0.0, 1.0)

@@ -16,6 +16,7 @@ from cdistill.ops._rows import at_rows, fold_dlse, lse_at_rows, regions, to_rows
 __all__ = [
     "FUSES_DENOMINATOR",
     "FUSES_HEAD_COSINE",
+    "SPLITS_LSE",
     "alignment_grad",
     "alignment_loss",
     "fold_dlse",
@@ -29,6 +30,7 @@ __all__ = [
     "vocabulary_losses",
 ]
 
+SPLITS_LSE = False
 FUSES_DENOMINATOR = False
 FUSES_HEAD_COSINE = False
 
@@ -84,7 +86,10 @@ def _all_keys(q: Tensor) -> Tensor:
 
 
 def row_lse(q: Tensor, k: Tensor, rows: Tensor, *, causal: bool, scale: float, key_mask: Tensor | None) -> Tensor:
-    """log sum exp(scale * q.k) over all visible keys, (B,Hq,T), written at the rows; +inf for a row without keys."""
+    """log sum exp(scale * q.k) over all visible keys, (B,Hq,T), written at the rows; +inf for a row without keys.
+
+    NaN for a row with a score of +inf, or of nothing but -inf, as its softmax is.
+    """
     batch, q_heads, tokens, _ = q.shape
     group = q_heads // k.shape[1]
     keys = _all_keys(q)
@@ -94,7 +99,8 @@ def row_lse(q: Tensor, k: Tensor, rows: Tensor, *, causal: bool, scale: float, k
         for h in range(q_heads):
             scores = _gather(q[:, h], rows[:, block]).mul_(scale) @ k[:, h // group].float().mT
             scores.masked_fill_(hidden, -torch.inf)
-            top = scores.amax(2, keepdim=True).nan_to_num_(neginf=0.0)
+            top = scores.amax(2, keepdim=True)
+            top.masked_fill_(hidden.all(2, keepdim=True), 0.0)
             lse[:, h, block] = scores.sub_(top).exp_().sum(2).log_().add_(top[:, :, 0])
     return to_rows(lse.masked_fill_(lse == -torch.inf, torch.inf), rows, tokens)
 

@@ -175,7 +175,7 @@ def _require_side(side: str, hidden: Any, head: Any, bias: Tensor | None, rows: 
             raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(tensor.shape)}")
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} must be float16, bfloat16 or float32, got {tensor.dtype}")
-    require_shape(f"{side}_hidden", hidden, (rows, hidden.shape[1]), "N, H")
+    require_shape(f"{side}_hidden", hidden, (rows, hidden.shape[1]), "N, H", " by labels")
     require_shape(f"{side}_head", head, (head.shape[0], hidden.shape[1]), "V, H")
     if head.dtype != hidden.dtype:
         raise ValueError(f"{side}_head must have the dtype of {side}_hidden, {hidden.dtype}, got {head.dtype}")
@@ -308,7 +308,7 @@ def linear_distillation(
         ("labels", labels),
     ):
         if tensor is not None:
-            require_device(name, tensor, student_hidden.device)
+            require_device(name, tensor, student_hidden.device, "student_hidden")
     if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size must be None or a whole number above 0, got {chunk_size!r}")
     if not isinstance(loss_weights, tuple | list) or len(loss_weights) != 2 or not any(loss_weights):

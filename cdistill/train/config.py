@@ -149,8 +149,8 @@ class StudentConfig:
     Attributes:
         base: folder or built-in asset of a causal language model, or of a LLaVA to go on from; None when `text_config`
             describes a fresh language model.
-        vision: LLaVA whose vision encoder (and, for the same widths, nothing else) is taken; None when `vision_config`
-            describes a fresh one, when the teacher's is taken, or when the student has none.
+        vision: folder of a LLaVA whose vision encoder is taken, or of an encoder such as SigLIP or CLIP; None when
+            `vision_config` describes a fresh one, when the teacher's is taken, or when the student has none.
         text_config, vision_config: transformers configuration of a freshly initialised part, ``model_type`` included.
         taf: teacher adapter fetch (paper section 4.2); False gives the student an adapter of its own.
         taf_activation: ``linear`` or ``gelu``.
