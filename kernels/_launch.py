@@ -241,9 +241,23 @@ SCALED_VOCABULARY_TILE = Tile(1, 512, 8, 1)
 # Architecture -> (kernel, bytes per element, padded head dimension) -> tile, where it differs from TILES. "_split" behind a
 # name: where it differs with a split lse, whose second number takes registers.
 ARCHITECTURE_TILES: dict[int, dict[tuple[str, int, int], Tile]] = {
-    80: {("head_cosine", 4, 64): Tile(32, 32, 8, 2)},
-    86: {("slice_rows", 4, 256): Tile(32, 16, 16, 1), ("slice_cols", 2, 256): Tile(32, 32, 4, 1)},
-    89: {("slice_rows", 4, 256): Tile(32, 16, 16, 1), ("slice_cols", 2, 256): Tile(32, 32, 4, 1)},
+    80: {
+        ("slice_forward", 2, 256): Tile(64, 32, 8, 1),
+        ("slice_rows", 2, 64): Tile(64, 64, 8, 1),
+        ("head_cosine", 4, 64): Tile(32, 32, 8, 2),
+    },
+    86: {
+        ("row_lse", 2, 256): Tile(64, 32, 4, 1),
+        ("slice_forward", 2, 256): Tile(64, 32, 8, 1),
+        ("slice_rows", 4, 256): Tile(32, 16, 16, 1),
+        ("slice_cols", 2, 256): Tile(32, 32, 4, 1),
+    },
+    89: {
+        ("row_lse", 2, 256): Tile(64, 32, 4, 1),
+        ("slice_forward", 2, 256): Tile(64, 32, 8, 1),
+        ("slice_rows", 4, 256): Tile(32, 16, 16, 1),
+        ("slice_cols", 2, 256): Tile(32, 32, 4, 1),
+    },
     90: {
         ("slice_forward", 2, 64): Tile(128, 128, 8, 3),
         ("slice_forward", 2, 128): Tile(128, 128, 8, 2),

@@ -164,7 +164,7 @@ def oracle(student, teacher, batch, dtype):
 def test_losses_are_those_of_full_logits_and_full_attention_matrices(models, tmp_path, taf):
     built = build_models(make_recipe(tmp_path / "run", models, student__taf=taf))
     student, teacher = built.student, built.teacher
-    vat = VAT(VATConfig(layers="all"), 2, 4)
+    vat = VAT(VATConfig(layers="all", rows="answer"), 2, 4)
     model = DistillationModel(student, OBJECTIVES["dft"], teacher=teacher, kd=KDConfig(), vat=vat)
     batch = batch_of_three(seed=11)
     ours = model(**batch)
@@ -187,7 +187,9 @@ def test_gradients_of_the_whole_objective_are_those_of_full_matrices(models, tmp
     student, teacher = built.student, built.teacher
     batch = batch_of_three(seed=12)
     name = "model.multi_modal_projector.map.weight"
-    model = DistillationModel(student, OBJECTIVES["dft"], teacher=teacher, vat=VAT(VATConfig(layers="all"), 2, 4))
+    model = DistillationModel(
+        student, OBJECTIVES["dft"], teacher=teacher, vat=VAT(VATConfig(layers="all", rows="answer"), 2, 4)
+    )
     ours = model(**batch)
     exact_student = eager(student, torch.float64)
     exact = oracle(exact_student, eager(teacher, torch.float64), batch, torch.float64)

@@ -38,7 +38,7 @@ from cdistill.vat import (
 )
 
 HYBRID = [name for name, family in FAMILIES.items() if family.layer_types]
-ALL = VATConfig(layers="all")
+ALL = VATConfig(layers="all", rows="answer")
 
 
 @cache
@@ -287,7 +287,7 @@ def test_packing_that_the_model_does_not_see_is_refused():
     with pytest.raises(ValueError, match="key_mask must be None for packed samples"):
         SliceRecorder([1], regions, key_mask=batch.real)
     with pytest.raises(ValueError, match=r"vat\.engine torch_flash cannot make the attention of packed samples"):
-        VAT(VATConfig(engine="torch_flash"), 3, 5).student(regions, [torch.zeros(5, 5, 8)], None)
+        VAT(VATConfig(engine="torch_flash", rows="answer"), 3, 5).student(regions, [torch.zeros(5, 5, 8)], None)
 
 
 def test_one_sample_per_row_needs_no_mask():
@@ -347,7 +347,7 @@ def test_hybrid_models_count_attention_layers_only(name):
     assert attention_layers(student) == ours == attention_layers(student.config.text_config)
     assert attention_layers(teacher) == theirs
     assert len(ours) < STUDENT_LAYERS
-    middle = VAT(VATConfig(), ours, theirs).matches
+    middle = VAT(VATConfig(rows="answer"), ours, theirs).matches
     assert {match.student for match in middle} == set(layer_range(ours, "intermediate")) < set(ours)
     assert {t for match in middle for t in match.teachers} <= set(theirs)
     with pytest.raises(ValueError, match=r"layers \[0\] were not recorded"):

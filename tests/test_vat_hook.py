@@ -252,7 +252,7 @@ def test_teacher_in_inference_mode():
     install(student)
     install(teacher)
     batch = draw_batch(8)
-    vat = VAT(VATConfig(), STUDENT_LAYERS, TEACHER_LAYERS, impl="torch")
+    vat = VAT(VATConfig(rows="answer"), STUDENT_LAYERS, TEACHER_LAYERS, impl="torch")
     expected = vat_loss(student, teacher, batch, vat).loss()
     targets = vat.teacher(regions_of(batch), batch["attention_mask"])
     with torch.inference_mode():

@@ -16,7 +16,7 @@ from cdistill.ops._dispatch import Backend
 
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of both buffers together
 ROW_UNIT = 64  # elements by which the rows of a buffer are aligned, more than any vector a kernel reads
-BLOCK = 4096  # vocabulary entries of a head that are converted at a time, where a product needs another dtype
+BLOCK = 1024  # vocabulary entries of a head that are converted at a time, where a product needs another dtype
 # Bring gradients of logits into the range of fp16; those of reverse KL grow with the logarithm of p/q.
 FP16_GAIN = {"forward_kl": 16384.0, "reverse_kl": 64.0, "jsd": 1024.0}
 MOST_PROBABILITY = 1.01  # of a teacher's top-k together, rounded as they may be stored

@@ -49,8 +49,8 @@ class CompoDistillConfig(TrainingArguments):
 
     Raises:
         ValueError: a field of ``vat`` or ``kd`` that there is not, or that has another value than it may; reentrant gradient
-            checkpointing, which loses the gradient of the alignment; label smoothing; ``torch_compile``, which does not see
-            that gradient's layers.
+            checkpointing, which loses the gradient of the alignment; label smoothing; ``torch_compile``, which hides the
+            attention that is aligned.
     """
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012 (as in TrainingArguments)
