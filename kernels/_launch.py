@@ -4,6 +4,7 @@ Tiles are a frozen table, never autotuned: the interpreter runs one configuratio
 may compile and still be wrong, so every entry has to be checked on its own before it may be chosen.
 """
 
+import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -237,34 +238,77 @@ ROW_TILE = Tile(1, 1024, 4, 2)
 VOCABULARY_TILE = Tile(1, 1024, 4, 1)
 SCALED_VOCABULARY_TILE = Tile(1, 512, 8, 1)
 
-# Architecture -> (kernel, bytes per element, padded head dimension) -> tile, where it differs from TILES.
+# Architecture -> (kernel, bytes per element, padded head dimension) -> tile, where it differs from TILES. "_split" behind a
+# name: where it differs with a split lse, whose second number takes registers.
 ARCHITECTURE_TILES: dict[int, dict[tuple[str, int, int], Tile]] = {
-    80: {("head_cosine", 4, 64): Tile(32, 32, 8, 2)},
-    86: {("slice_rows", 4, 256): Tile(32, 16, 16, 1), ("slice_cols", 2, 256): Tile(32, 32, 4, 1)},
-    89: {("slice_rows", 4, 256): Tile(32, 16, 16, 1), ("slice_cols", 2, 256): Tile(32, 32, 4, 1)},
+    80: {
+        ("slice_forward", 2, 256): Tile(64, 32, 8, 1),
+        ("slice_rows", 2, 64): Tile(64, 32, 8, 1),
+        ("slice_rows_split", 2, 64): Tile(64, 32, 8, 1),
+        ("head_cosine", 4, 64): Tile(32, 32, 8, 2),
+    },
+    86: {
+        ("row_lse", 2, 256): Tile(64, 32, 4, 1),
+        ("slice_forward", 2, 256): Tile(64, 32, 8, 1),
+        ("slice_rows", 4, 64): Tile(32, 32, 8, 1),
+        ("slice_rows", 4, 256): Tile(32, 16, 8, 1),
+        ("slice_cols", 2, 256): Tile(32, 16, 4, 1),
+        ("cosine_rows", 4, 64): Tile(32, 32, 4, 1),
+        ("cosine_rows", 4, 128): Tile(32, 16, 8, 1),
+        ("cosine_cols", 2, 256): Tile(32, 32, 4, 1),
+        ("flash_dq", 4, 64): Tile(32, 32, 4, 1),
+    },
+    89: {
+        ("row_lse", 2, 256): Tile(64, 32, 4, 1),
+        ("slice_forward", 2, 256): Tile(64, 32, 8, 1),
+        ("slice_rows", 4, 64): Tile(32, 32, 8, 1),
+        ("slice_rows", 4, 256): Tile(32, 16, 8, 1),
+        ("slice_cols", 2, 256): Tile(32, 16, 4, 1),
+        ("cosine_rows", 4, 64): Tile(32, 32, 4, 1),
+        ("cosine_rows", 4, 128): Tile(32, 16, 8, 1),
+        ("cosine_cols", 2, 256): Tile(32, 32, 4, 1),
+        ("flash_dq", 4, 64): Tile(32, 32, 4, 1),
+    },
     90: {
         ("slice_forward", 2, 64): Tile(128, 128, 8, 3),
         ("slice_forward", 2, 128): Tile(128, 128, 8, 2),
+        ("slice_forward", 4, 256): Tile(16, 16, 8, 1),
+        ("slice_forward_split", 2, 128): Tile(64, 128, 8, 2),
         ("slice_rows", 2, 64): Tile(128, 64, 8, 3),
-        ("slice_rows", 2, 128): Tile(128, 64, 8, 2),
+        ("slice_rows", 2, 128): Tile(128, 32, 8, 2),
+        ("slice_rows_split", 2, 128): Tile(64, 64, 8, 2),
         ("slice_cols", 2, 64): Tile(64, 128, 8, 3),
         ("slice_cols", 2, 128): Tile(64, 128, 8, 2),
         ("row_lse_backward", 2, 128): Tile(64, 64, 8, 2),
         ("flash_dkdv", 2, 64): Tile(64, 64, 4, 2),
+        ("flash_dkdv", 4, 64): Tile(16, 32, 8, 2),
     },
     100: {
+        ("slice_forward_split", 2, 64): Tile(64, 128, 8, 1),
         ("slice_rows", 2, 64): Tile(64, 32, 8, 2),
         ("slice_rows", 4, 32): Tile(16, 32, 4, 2),
+        ("slice_rows_split", 2, 64): Tile(64, 32, 4, 2),
+        ("slice_cols", 2, 64): Tile(64, 64, 8, 1),
         ("slice_cols", 2, 128): Tile(64, 64, 8, 2),
-        ("row_lse_backward", 2, 128): Tile(64, 64, 4, 2),
+        ("slice_cols", 2, 256): Tile(32, 32, 4, 1),
+        ("cosine_rows", 2, 128): Tile(32, 32, 8, 1),
+        ("cosine_rows", 4, 256): Tile(16, 16, 4, 1),
+        ("row_lse_backward", 2, 64): Tile(64, 64, 8, 1),
+        ("row_lse_backward", 2, 128): Tile(64, 64, 8, 2),
+        ("flash_forward", 4, 256): Tile(16, 16, 8, 1),
         ("flash_dkdv", 2, 64): Tile(64, 64, 8, 2),
     },
     120: {
-        ("slice_rows", 2, 16): Tile(32, 64, 8, 2),
+        ("slice_forward_split", 4, 256): Tile(16, 16, 8, 1),
+        ("slice_rows", 2, 16): Tile(32, 64, 8, 1),
         ("slice_rows", 2, 64): Tile(64, 32, 8, 2),
         ("slice_rows", 2, 128): Tile(64, 32, 8, 2),
-        ("row_lse_backward", 2, 128): Tile(64, 32, 4, 2),
-        ("row_lse_backward", 2, 256): Tile(16, 32, 8, 1),
+        ("slice_rows", 4, 256): Tile(16, 16, 4, 1),
+        ("slice_rows_split", 4, 256): Tile(16, 16, 4, 1),
+        ("slice_cols", 2, 16): Tile(64, 64, 8, 1),
+        ("slice_cols", 2, 256): Tile(32, 32, 4, 1),
+        ("row_lse_backward", 2, 128): Tile(64, 32, 8, 1),
+        ("row_lse_backward", 2, 256): Tile(16, 32, 4, 1),
     },
 }
 
@@ -296,8 +340,9 @@ def attention_tile(kernel: str, q: torch.Tensor) -> Tile:
     arch = architecture(q.device)
     if arch == INTERPRETER:
         return INTERPRETER_TILE
-    key = (kernel, q.element_size(), padded_head_dim(q.shape[-1]))
-    return ARCHITECTURE_TILES.get(arch, {}).get(key) or TILES[key[:2]][key[2]]
+    base, size = kernel.removesuffix("_split"), (q.element_size(), padded_head_dim(q.shape[-1]))
+    own = ARCHITECTURE_TILES.get(arch, {})
+    return own.get((kernel, *size)) or own.get((base, *size)) or TILES[base, size[0]][size[1]]
 
 
 def row_tile(device: torch.device) -> Tile:
@@ -349,14 +394,22 @@ def attention_arguments(kernel, q, k, rows, causal, scale, key_mask, **gradients
     }
 
 
+def lse_arguments(lse: torch.Tensor | None) -> dict:
+    """The launch arguments of a log-sum-exp: natural (B,Hq,T), or split (2,B,Hq,T) into maxima in bits and shares."""
+    if lse is None or lse.dim() == 3:
+        return {"p_lse": lse, "p_share": None}
+    return {"p_lse": lse[0], "p_share": lse[1]}
+
+
 def fp16_gain(q: torch.Tensor, grad: torch.Tensor, bound: torch.Tensor | None = None) -> torch.Tensor | None:
     """(B,) factors that bring the largest gradient of a sample to HEADROOM; only fp16 operands need them.
 
-    With ``bound`` (B,) that of the products of gradients and probabilities, as far as the gradients stay finite.
+    Vectors along the last dimension of grad that are not finite do not count. With ``bound`` (B,) that of the products of
+    gradients and probabilities, as far as the gradients stay finite.
     """
     if q.dtype != torch.float16:
         return None
-    peak = torch.linalg.vector_norm(grad, ord=float("inf"), dim=tuple(range(1, grad.ndim)))
+    peak = torch.linalg.vector_norm(grad, ord=float("inf"), dim=-1).nan_to_num(0.0, 0.0, 0.0).flatten(1).amax(1)
     if bound is None:
         return HEADROOM.value / peak.clamp(min=1e-30)
     return torch.minimum(HEADROOM.value / bound.clamp(min=1e-30), 2.0**120 / peak.clamp(min=1e-30))
@@ -370,3 +423,10 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, **arguments) -> 
     arguments = {n: x for n, x in arguments.items() if n in kernel.arg_names or n in ("num_warps", "num_stages")}
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](**arguments)
+
+
+def launch_checked(kernel, grid: tuple[int, ...], device: torch.device, **arguments) -> None:
+    """`launch`, and once more, with CAREFUL, for the programs that noted a result which is not finite."""
+    again = torch.empty(math.prod(grid), dtype=torch.uint8, device=device)
+    for careful in (False, True):
+        launch(kernel, grid, device, p_again=again, CAREFUL=careful, **arguments)

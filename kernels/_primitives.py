@@ -3,6 +3,14 @@
 Conventions of all kernels: `p_` pointer, `b_` block value, `o_` offset, `m_` mask, `i_` program index; BM rows and BN
 columns per tile, head dimension D padded to BD. A position of -1 is absent: loading it gives zeros, storing to it does
 nothing, it is never visible. Logarithms are base 2 inside a kernel (`exp2` is one instruction), natural outside.
+
+A log-sum-exp in fp32 is off by up to |lse| 2^-25, so that probabilities of large scores do not sum to one. The one that
+these kernels make for themselves is split into two numbers per row instead: the maximum m of the scores in bits, and
+the share 1 / sum_j 2^(s_j - m) of the likeliest key. Every kernel rounds s - m alike, by one fused multiply-add.
+
+What is hidden is cut off after exp2, but a matrix product multiplies it by zero, and 0 * NaN is NaN. Hence programs with
+a result that is not finite run once more (`_launch.launch_checked`). With CAREFUL they put zeros in the place of vectors
+that are not finite: what a row does see reaches it through its scores.
 """
 
 import triton
@@ -95,12 +103,88 @@ def store_vectors(
 
 @triton.jit
 def load_lse(
-    p_lse,  # (T,) of one sample and head, natural
+    p_lse,  # (B, Hq, T), natural; with p_share the maxima in bits
+    p_share,  # (B, Hq, T) or None
+    o_head,  # where the rows of one sample and head begin
     b_row,  # (BM,)
 ):
-    b_lse = tl.load(p_lse + b_row, mask=b_row >= 0, other=float("inf"))
-    # A row without keys may come as -inf, which would turn exp(s - lse) into inf; +inf turns it into 0.
-    return tl.where(b_lse == float("-inf"), float("inf"), b_lse) * LOG2E
+    """(BM,) maxima in bits and shares of rows, the whole lse and 1 where it is not split; +inf for a row without keys."""
+    b_lse = tl.load(p_lse + o_head + b_row, mask=b_row >= 0, other=float("inf"))
+    if p_share is None:
+        # A row without keys may come as -inf, which would turn exp(s - lse) into inf; +inf turns it into 0.
+        b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse) * LOG2E
+        b_share = tl.full(b_row.shape, 1.0, tl.float32)
+    else:
+        b_share = tl.load(p_share + o_head + b_row, mask=b_row >= 0, other=0.0)
+    return b_lse, b_share
+
+
+@triton.jit
+def exponentials(
+    b_s,  # (BX, BY), products of queries and keys
+    scale,  # > 0
+    b_max,  # (BX, 1) or (1, BY), in bits
+):
+    """exp(scale * s) / 2^max; multiplied by the share these are probabilities."""
+    return tl.exp2(tl.fma(b_s, scale * LOG2E, -b_max))
+
+
+@triton.jit
+def finite(b_x):
+    """b_x with zero for inf and NaN."""
+    return tl.where(tl.abs(b_x) < float("inf"), b_x, 0.0).to(b_x.dtype)
+
+
+@triton.jit
+def not_finite(b_x):
+    """(BX,) whether there is an inf or a NaN in each vector of a tile."""
+    return tl.sum(b_x.to(tl.float32) * 0.0, 1) != 0.0
+
+
+@triton.jit
+def runs(p_again, CAREFUL: tl.constexpr):
+    """Whether this program has anything to do: with CAREFUL, if `check` noted it."""
+    again = True
+    if CAREFUL:
+        again = tl.load(p_again + this_program()) != 0
+    return again
+
+
+@triton.jit
+def check(b_x, p_again, CAREFUL: tl.constexpr):
+    """Note whether a result must be made once more, which it is not twice."""
+    again = tl.sum(b_x * 0.0) != 0.0  # over all at once: in two steps it does not compile for Blackwell
+    if CAREFUL:
+        again = False
+    else:
+        tl.store(p_again + this_program(), again.to(tl.uint8))
+    return again
+
+
+@triton.jit
+def this_program():
+    i_z = tl.program_id(2).to(tl.int64)
+    return (i_z * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+
+
+@triton.jit
+def load_finite(
+    b_x,  # (BP, BD)
+    p_x,  # (T, D) of one sample and head
+    b_pos,  # (BP,)
+    stride_t,  # in units of UNIT elements
+    UNIT: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    CAREFUL: tl.constexpr,
+):
+    """b_x, or with CAREFUL the same vectors read once more, and zeros for those that hold an inf or a NaN.
+
+    Read, and not selected: as `accumulate` says, the operand must not come from registers.
+    """
+    if CAREFUL:
+        b_x = load_vectors(p_x, tl.where(not_finite(b_x), -1, b_pos), stride_t, UNIT, D, BD)
+    return b_x
 
 
 @triton.jit
@@ -109,6 +193,15 @@ def scores(
     b_y,  # (BY, BD)
 ):
     return tl.dot(b_x, tl.trans(b_y), input_precision="ieee")
+
+
+if triton.knobs.runtime.interpret:
+    # The matrix product of numpy gives an element other bits in another place of the tile, which that of a GPU does not.
+    # Scores must be the same in every kernel: their last bit decides whether probabilities sum to one.
+
+    @triton.jit
+    def scores(b_x, b_y):
+        return tl.sum(b_x.to(tl.float32)[:, None, :] * b_y.to(tl.float32)[None, :, :], 2)
 
 
 @triton.jit

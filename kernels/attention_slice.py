@@ -1,8 +1,9 @@
 """Softmax probabilities on chosen rows and columns, and their gradients.
 
 With the log-sum-exp of a row known, P = exp(scale*q.k - lse) needs no other key, so the slice is one dot and one exp
-per head. Nothing larger than a tile exists besides inputs and results, every result has one owner, and sums run in a
-fixed order. Rows and columns are gathered vector by vector, so a contiguous image and scattered positions cost the same.
+per head; with a split one (`_primitives`) P = share * exp(scale*q.k) / 2^max. Nothing larger than a tile exists besides
+inputs and results, every result has one owner, and sums run in a fixed order. Rows and columns are gathered vector by
+vector, so a contiguous image and scattered positions cost the same.
 """
 
 import torch
@@ -10,14 +11,17 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._launch import BATCH_DEPENDENT, attention_arguments, fp16_gain
+from ._launch import BATCH_DEPENDENT, attention_arguments, fp16_gain, lse_arguments
 from ._primitives import (
-    LOG2E,
     accumulate,
+    check,
+    exponentials,
+    load_finite,
     load_keys,
     load_lse,
     load_rows,
     load_vectors,
+    runs,
     scores,
     store_vectors,
     visible,
@@ -45,6 +49,7 @@ def slice_forward_kernel(
     p_q,  # (B, Hq, T, D)
     p_k,  # (B, Hkv, T, D)
     p_lse,  # (B, Hq, T)
+    p_share,  # (B, Hq, T) or None
     p_rows,  # (B, R)
     p_cols,  # (B, V)
     p_mask,  # (B, T) or None
@@ -107,22 +112,21 @@ def slice_forward_kernel(
     n_loop = tl.where(tl.min(tl.where(b_col >= 0, b_col, T), 0) <= tl.minimum(last, T - 1), n_loop, 0)
     p_q += i_b * stride_qb * UNIT
     p_k += i_b * stride_kb * UNIT
-    p_lse += i_b * Hq * T
 
     b_acc = tl.zeros((BM, BN), tl.float32)
     if not NEST:
         for i_h in tl.range(i_first, i_first + n_loop):
             b_q = load_vectors(p_q + tl.cast(i_h, tl.int64) * stride_qh * UNIT, b_row, stride_qt, UNIT, D, BD)
             b_k = load_vectors(p_k + tl.cast(i_h // GROUP, tl.int64) * stride_kh * UNIT, b_col, stride_kt, UNIT, D, BD)
-            b_lse = load_lse(p_lse + i_h * T, b_row)
-            b_acc += tl.exp2(scores(b_q, b_k) * (scale * LOG2E) - b_lse[:, None])
+            b_lse, b_share = load_lse(p_lse, p_share, (i_b * Hq + i_h) * T, b_row)
+            b_acc += exponentials(scores(b_q, b_k), scale, b_lse[:, None]) * b_share[:, None]
     else:
         for i_kv in tl.range(i_first // GROUP, i_first // GROUP + n_loop):
             b_k = load_vectors(p_k + tl.cast(i_kv, tl.int64) * stride_kh * UNIT, b_col, stride_kt, UNIT, D, BD)
             for i_h in tl.range(i_kv * GROUP, i_kv * GROUP + GROUP):
                 b_q = load_vectors(p_q + tl.cast(i_h, tl.int64) * stride_qh * UNIT, b_row, stride_qt, UNIT, D, BD)
-                b_lse = load_lse(p_lse + i_h * T, b_row)
-                b_acc += tl.exp2(scores(b_q, b_k) * (scale * LOG2E) - b_lse[:, None])
+                b_lse, b_share = load_lse(p_lse, p_share, (i_b * Hq + i_h) * T, b_row)
+                b_acc += exponentials(scores(b_q, b_k), scale, b_lse[:, None]) * b_share[:, None]
     b_row = load_rows(p_rows + i_b * R, o_m, R, AGAIN=True)
     b_col = load_keys(p_cols + i_b * V, p_mask, o_n, V, AGAIN=True)
     b_a = tl.where(visible(b_row[:, None], b_col[None, :], CAUSAL), b_acc * weight, 0.0)
@@ -144,7 +148,8 @@ def slice_forward_kernel(
 @triton.jit
 def row_factors(
     p_lse,  # (B, Hq, T)
-    p_cosine,  # (3, B, Hq, R) or None
+    p_share,  # (B, Hq, T) or None
+    p_cosine,  # (4, B, Hq, R) or None
     i_b,
     i_h,
     b_row,  # (BM,)
@@ -153,21 +158,23 @@ def row_factors(
     T,
     Hq,
 ):
-    """What the gradient needs of BM rows: the lse, in base 2, and for row cosine the three numbers kept by the forward.
+    """What the gradient needs of BM rows: maximum and share as of `load_lse`, and two more numbers for row cosine.
 
-    With those, a/|a| takes the place of P, and G is cos * a/|a| - t/|t|, times the gradient of the loss.
+    That keeps four numbers of a row from the forward pass: a/|a| takes the place of P, and G is cos * a/|a| - t/|t|, times
+    the gradient of the loss.
     """
     if p_cosine is None:
-        b_lse = load_lse(p_lse + (i_b * Hq + i_h) * T, b_row)
+        b_lse, b_share = load_lse(p_lse, p_share, (i_b * Hq + i_h) * T, b_row)
         b_cos = b_lse
         b_inverse = b_lse
     else:
         p_cosine += (i_b * Hq + i_h) * R + o_m
         count = tl.num_programs(2).to(tl.int64) * Hq * R
-        b_lse = tl.load(p_cosine, mask=b_row >= 0, other=float("inf")) * LOG2E
-        b_cos = tl.load(p_cosine + count, mask=b_row >= 0, other=0.0)
-        b_inverse = tl.load(p_cosine + 2 * count, mask=b_row >= 0, other=0.0)
-    return b_lse, b_cos, b_inverse
+        b_lse = tl.load(p_cosine, mask=b_row >= 0, other=float("inf"))
+        b_share = tl.load(p_cosine + count, mask=b_row >= 0, other=0.0)
+        b_cos = tl.load(p_cosine + 2 * count, mask=b_row >= 0, other=0.0)
+        b_inverse = tl.load(p_cosine + 3 * count, mask=b_row >= 0, other=0.0)
+    return b_lse, b_share, b_cos, b_inverse
 
 
 @triton.jit(do_not_specialize=BATCH_DEPENDENT)
@@ -175,14 +182,16 @@ def slice_backward_rows_kernel(
     p_q,  # (B, Hq, T, D)
     p_k,  # (B, Hkv, T, D)
     p_lse,  # (B, Hq, T)
+    p_share,  # (B, Hq, T) or None
     p_rows,  # (B, R)
     p_cols,  # (B, V)
     p_mask,  # (B, T) or None
     p_grad,  # (B, Hq, R, V)
-    p_cosine,  # (3, B, Hq, R) or None
+    p_cosine,  # (4, B, Hq, R) or None
     p_gain,  # (B,) or None
     p_dq,  # (B, Hq, R, D) fp32, with ADD (B, Hq, T, D); or None
     p_dlse,  # (B, Hq, T) or None
+    p_again,  # (programs,) bytes; None with p_dq
     stride_qb,
     stride_qh,
     stride_qt,
@@ -211,6 +220,7 @@ def slice_backward_rows_kernel(
     BD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):
     """dq_i = scale * sum_j dS_ij k_j, dlse_i = -sum_j dS_ij with dS = weight*P*G, for BM rows of one sample and head.
 
@@ -218,13 +228,15 @@ def slice_backward_rows_kernel(
     bigger. Transposed throughout, dq^T += k^T dS^T with P^T = exp(scale*k.q^T - lse), so that no dot result is a left
     operand.
     """
+    if not runs(p_again, CAREFUL):
+        return
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     o_m = i_m * BM + tl.arange(0, BM)
     if p_mask is not None:
         p_mask += i_b * T
     b_row = load_rows(p_rows + i_b * R, o_m, R)
     b_q = load_vectors(p_q + (i_b * stride_qb + i_h * stride_qh) * UNIT, b_row, stride_qt, UNIT, D, BD)
-    b_lse, b_cos, b_inverse = row_factors(p_lse, p_cosine, i_b, i_h, b_row, o_m, R, T, Hq)
+    b_lse, b_share, b_cos, b_inverse = row_factors(p_lse, p_share, p_cosine, i_b, i_h, b_row, o_m, R, T, Hq)
     p_k += (i_b * stride_kb + (i_h // GROUP) * stride_kh) * UNIT
     p_grad += (i_b * stride_gb + i_h * stride_gh + tl.cast(i_m * BM, tl.int64) * stride_gr) * G_UNIT
     b_gain = 1.0
@@ -240,7 +252,7 @@ def slice_backward_rows_kernel(
         p_tile = p_grad + tl.cast(i_n, tl.int64) * stride_gv
         p_tile = p_tile + tl.arange(0, BM)[None, :] * stride_gr * G_UNIT + tl.arange(0, BN)[:, None] * stride_gv
         b_gT = tl.load(p_tile, mask=(o_m < R)[None, :] & (o_n < V)[:, None], other=0.0).to(tl.float32)
-        b_pT = tl.exp2(scores(b_k, b_q) * (scale * LOG2E) - b_lse[None, :])
+        b_pT = exponentials(scores(b_k, b_q), scale, b_lse[None, :]) * b_share[None, :]
         if p_cosine is not None:
             b_gT = b_pT * b_cos[None, :] - b_gT * b_inverse[None, :]
         b_dsT = b_pT * (b_gT * b_gain)
@@ -248,12 +260,13 @@ def slice_backward_rows_kernel(
             b_dsT = tl.where(visible(b_row[None, :], b_col[:, None], CAUSAL), b_dsT, 0.0)
         b_dlse -= tl.sum(b_dsT, 0)
         if p_dq is not None:
-            b_dqT = accumulate(b_k, b_dsT, b_dqT)
+            b_dqT = accumulate(load_finite(b_k, p_k, b_col, stride_kt, UNIT, D, BD, CAREFUL), b_dsT, b_dqT)
     weight /= b_gain
     if p_dlse is not None:
         tl.store(p_dlse + (i_b * Hq + i_h) * T + b_row, b_dlse * weight, mask=b_row >= 0)
     if p_dq is not None:
         o_row = b_row if ADD else tl.where(b_row >= 0, o_m, -1)
+        o_row = tl.where(check(b_dqT, p_again, CAREFUL), -1, o_row)
         p_dq += (i_b * stride_dqb + i_h * stride_dqh) * UNIT
         store_vectors(p_dq, o_row, b_dqT * (scale * weight), stride_dqt, ADD, UNIT, D, BD)
 
@@ -263,13 +276,15 @@ def slice_backward_cols_kernel(
     p_q,  # (B, Hq, T, D)
     p_k,  # (B, Hkv, T, D)
     p_lse,  # (B, Hq, T)
+    p_share,  # (B, Hq, T) or None
     p_rows,  # (B, R)
     p_cols,  # (B, V)
     p_mask,  # (B, T) or None
     p_grad,  # (B, Hq, R, V)
-    p_cosine,  # (3, B, Hq, R) or None
+    p_cosine,  # (4, B, Hq, R) or None
     p_gain,  # (B,) or None
     p_dk,  # (B, Hkv, T, D)
+    p_again,  # (programs,) bytes
     stride_qb,
     stride_qh,
     stride_qt,
@@ -297,11 +312,14 @@ def slice_backward_cols_kernel(
     BD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):
     """dk_j += scale * sum_i dS_ij q_i with dS = weight*P*G, for one block of columns j of one sample and kv head.
 
     The sum runs over all rows and, within a row block, over the query heads of the group: dk^T += q^T dS.
     """
+    if not runs(p_again, CAREFUL):
+        return
     i_n, i_kv, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     o_n = i_n * BN + tl.arange(0, BN)
     if p_mask is not None:
@@ -314,24 +332,27 @@ def slice_backward_cols_kernel(
         b_gain = tl.load(p_gain + i_b)
 
     b_dkT = tl.zeros((BD, BN), tl.float32)
-    for i_step in tl.range(0, tl.cdiv(R, BM) * GROUP):
+    n_steps = tl.cdiv(R, BM) * GROUP
+    for i_step in tl.range(0, n_steps):
         i_h = i_kv * GROUP + i_step % GROUP
         i_m = (i_step // GROUP) * BM
         o_m = i_m + tl.arange(0, BM)
         b_row = load_rows(p_rows + i_b * R, o_m, R)
-        b_q = load_vectors(p_q + (i_b * stride_qb + i_h * stride_qh) * UNIT, b_row, stride_qt, UNIT, D, BD)
-        b_lse, b_cos, b_inverse = row_factors(p_lse, p_cosine, i_b, i_h, b_row, o_m, R, T, Hq)
+        p_head = p_q + (i_b * stride_qb + i_h * stride_qh) * UNIT
+        b_q = load_vectors(p_head, b_row, stride_qt, UNIT, D, BD)
+        b_lse, b_share, b_cos, b_inverse = row_factors(p_lse, p_share, p_cosine, i_b, i_h, b_row, o_m, R, T, Hq)
         p_tile = p_grad + (i_h * stride_gh + tl.cast(i_m, tl.int64) * stride_gr) * G_UNIT
         p_tile = p_tile + tl.arange(0, BM)[:, None] * stride_gr * G_UNIT + tl.arange(0, BN)[None, :] * stride_gv
         b_g = tl.load(p_tile, mask=(o_m < R)[:, None] & (o_n < V)[None, :], other=0.0).to(tl.float32)
-        b_p = tl.exp2(scores(b_q, b_k) * (scale * LOG2E) - b_lse[:, None])
+        b_p = exponentials(scores(b_q, b_k), scale, b_lse[:, None]) * b_share[:, None]
         if p_cosine is not None:
             b_g = b_p * b_cos[:, None] - b_g * b_inverse[:, None]
         b_ds = b_p * (b_g * b_gain)
         if not wholly_visible(b_row, b_col, CAUSAL):
             b_ds = tl.where(visible(b_row[:, None], b_col[None, :], CAUSAL), b_ds, 0.0)
-        b_dkT = accumulate(b_q, b_ds, b_dkT)
+        b_dkT = accumulate(load_finite(b_q, p_head, b_row, stride_qt, UNIT, D, BD, CAREFUL), b_ds, b_dkT)
     b_dkT *= scale * weight / b_gain
+    b_col = tl.where(check(b_dkT, p_again, CAREFUL), -1, b_col)
     store_vectors(p_dk + (i_b * stride_dkb + i_kv * stride_dkh) * UNIT, b_col, b_dkT, stride_dkt, True, UNIT, D, BD)
 
 
@@ -371,15 +392,22 @@ def _heads(q: torch.Tensor, k: torch.Tensor, each: bool) -> dict:
     return {"EACH": each, "NEST": grouped and _launch.architecture(q.device) in _launch.SHARED_MEMORY_DOTS}
 
 
+def _suffix(lse: torch.Tensor | None) -> str:
+    return "" if lse is None or lse.dim() == 3 else "_split"
+
+
 def slice_forward(q, k, lse, rows, cols, *, causal, scale, key_mask, each):
-    """Attention probabilities on (rows, cols), fp32: their head mean (B,R,V), or every head's (B,Hq,R,V)."""
+    """Attention probabilities on (rows, cols), fp32: their head mean (B,R,V), or every head's (B,Hq,R,V).
+
+    Here and below scale > 0, and lse is natural (B,Hq,T), or split (2,B,Hq,T) as `row_lse` makes it.
+    """
     B, Hq, R, V = q.shape[0], q.shape[1], rows.shape[1], cols.shape[1]
-    common = attention_arguments("slice_forward", q, k, rows, causal, scale, key_mask)
+    common = attention_arguments("slice_forward" + _suffix(lse), q, k, rows, causal, scale, key_mask)
     tiles = (triton.cdiv(V, common["BN"]), triton.cdiv(R, common["BM"]))
     splits = 1 if each else _head_splits(q, k.shape[1], tiles[0] * tiles[1] * B)
     out = torch.empty((B, Hq, R, V) if each else (splits, B, R, V), dtype=torch.float32, device=q.device)
     if out.numel():
-        common.update(p_lse=lse, p_cols=cols, V=V, p_out=out, windows=None, stride_w=None, SPLIT=splits)
+        common.update(**lse_arguments(lse), p_cols=cols, V=V, p_out=out, windows=None, stride_w=None, SPLIT=splits)
         common.update(_heads(q, k, each))
         _launch.launch(slice_forward_kernel, (*tiles, B * (Hq if each else splits)), **common)
     return out if each else out[0] if splits == 1 else out.sum(0)
@@ -389,7 +417,7 @@ def slice_accumulate(q, k, lse, rows, cols, sums, windows, *, causal, scale, key
     """Add the slice to sums[w], (B,R,V) or (B,Hq,R,V) of any floating dtype, for every w in ``windows``."""
     B, Hq, R, V = q.shape[0], q.shape[1], rows.shape[1], cols.shape[1]
     common = attention_arguments("slice_accumulate", q, k, rows, causal, scale, key_mask)
-    common.update(p_lse=lse, p_cols=cols, V=V, stride_w=sums.stride(0), SPLIT=1, **_heads(q, k, each))
+    common.update(**lse_arguments(lse), p_cols=cols, V=V, stride_w=sums.stride(0), SPLIT=1, **_heads(q, k, each))
     grid = (triton.cdiv(V, common["BN"]), triton.cdiv(R, common["BM"]), B * (Hq if each else 1))
     for first in range(0, sums.shape[0] if R * V else 0, WINDOWS_PER_LAUNCH):
         bits = sum(1 << w - first for w in windows if first <= w < first + WINDOWS_PER_LAUNCH)
@@ -422,13 +450,17 @@ def through_slice(q, k, rows, cols, grad, base, *, causal, scale, key_mask, weig
     unit = _launch.common_unit(strides)
     options = {f"stride_g{axis}": stride // unit for axis, stride in zip("bhr", strides, strict=True)}
     options.update(stride_gv=stride_gv, G_UNIT=unit, p_grad=grad, p_gain=gain, weight=weight)
-    options.update(p_lse=lse, p_cosine=cosine, p_cols=cols, V=V)
+    options.update(**lse_arguments(lse), p_cosine=cosine, p_cols=cols, V=V)
     tiles, masks = "slice" if cosine is None else "cosine", (rows, causal, scale, key_mask)
 
     def launch_rows(dq, dlse, add):
-        common = attention_arguments(f"{tiles}_rows", q, k, *masks, dq=dq)
+        common = attention_arguments(f"{tiles}_rows{_suffix(lse)}", q, k, *masks, dq=dq)
         grid = (triton.cdiv(R, common["BM"]), Hq, B)
-        _launch.launch(slice_backward_rows_kernel, grid, p_dlse=dlse, ADD=add, **common, **options)
+        common.update(options, p_dlse=dlse, ADD=add)
+        if dq is None:
+            _launch.launch(slice_backward_rows_kernel, grid, p_again=None, CAREFUL=False, **common)
+        else:
+            _launch.launch_checked(slice_backward_rows_kernel, grid, **common)
 
     # fp32, because the gradient through lse nearly cancels it
     keep = Hq * q.shape[3] <= V
@@ -445,5 +477,5 @@ def through_slice(q, k, rows, cols, grad, base, *, causal, scale, key_mask, weig
         drows = None
         common = attention_arguments(f"{tiles}_cols", q, k, *masks, dk=dk)
         grid = (triton.cdiv(V, common["BN"]), k.shape[1], B)
-        _launch.launch(slice_backward_cols_kernel, grid, **common, **options)
+        _launch.launch_checked(slice_backward_cols_kernel, grid, **common, **options)
     return dq, dk, dlse

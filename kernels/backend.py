@@ -11,6 +11,7 @@ from .vocabulary_losses import vocabulary_losses
 __all__ = [
     "FUSES_DENOMINATOR",
     "FUSES_HEAD_COSINE",
+    "SPLITS_LSE",
     "alignment_grad",
     "alignment_loss",
     "fold_dlse",
@@ -26,5 +27,6 @@ __all__ = [
     "vocabulary_losses",
 ]
 
+SPLITS_LSE = True
 FUSES_DENOMINATOR = False
 FUSES_HEAD_COSINE = True

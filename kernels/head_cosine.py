@@ -1,6 +1,6 @@
 """Row cosine of every head's slice with its own target, without the slice: its sums rescale online, as attention's do.
 
-Between forward and backward only three numbers per head and row live. The gradient is `slice_backward` with these.
+Between forward and backward only four numbers per head and row live. The gradient is `slice_backward` with these.
 """
 
 import torch
@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._launch import BATCH_DEPENDENT, attention_arguments, fp16_gain
-from ._primitives import LN2, LOG2E, load_keys, load_lse, load_rows, load_vectors, scores, visible
+from ._launch import BATCH_DEPENDENT, attention_arguments, fp16_gain, lse_arguments
+from ._primitives import LOG2E, exponentials, load_keys, load_lse, load_rows, load_vectors, scores, visible
 from .alignment_loss import nonzero
 from .attention_slice import through_slice
 
@@ -19,12 +19,13 @@ def head_cosine_kernel(
     p_q,  # (B, Hq, T, D)
     p_k,  # (B, Hkv, T, D)
     p_lse,  # (B, Hq, T)
+    p_share,  # (B, Hq, T) or None
     p_rows,  # (B, R)
     p_cols,  # (B, V)
     p_mask,  # (B, T) or None
     p_target,  # (B, Hq, R, V)
     p_loss,  # (B, Hq, R)
-    p_kept,  # (3, B, Hq, R): lse + log|a|, cos, 1/|t|
+    p_kept,  # (4, B, Hq, R): the maximum of the scores in bits, 1/|a| with a in units of 2^maximum, cos, 1/|t|
     stride_qb,
     stride_qh,
     stride_qt,
@@ -44,7 +45,9 @@ def head_cosine_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """1 - cos(a_i, t_i) with a_ij = exp(scale*q_i.k_j - lse_i) over all columns j, for BM rows of one sample and head.
+    """1 - cos(a_i, t_i) with a_ij = exp(scale*q_i.k_j) over all columns j, for BM rows of one sample and head.
+
+    No factor changes a cosine, so lse_i decides no more than whether the row is zero, or not a number.
 
     Online: a and t are divided by their running maxima, so that the squares of a faint row do not underflow, and the sums
     a.a, a.t, t.t, u.t, u.u of u = a - t are rescaled when a maximum grows. Where a and t are nearly parallel, u is small,
@@ -57,11 +60,13 @@ def head_cosine_kernel(
         p_mask += i_b * T
     b_row = load_rows(p_rows + i_b * R, o_m, R)
     b_q = load_vectors(p_q + (i_b * stride_qb + i_h * stride_qh) * UNIT, b_row, stride_qt, UNIT, D, BD)
-    b_lse = load_lse(p_lse + (i_b * Hq + i_h) * T, b_row)
+    b_lse, b_share = load_lse(p_lse, p_share, (i_b * Hq + i_h) * T, b_row)
+    m_zero = b_lse == float("inf")
+    b_nothing = tl.where(m_zero, 0.0, b_lse) * 0.0 + b_share * 0.0  # or NaN
     p_k += (i_b * stride_kb + (i_h // GROUP) * stride_kh) * UNIT
     p_target += ((i_b * Hq + i_h) * R + i_m * BM) * V
 
-    b_peak_a = tl.full((BM,), float("-inf"), tl.float32)  # of log2 a
+    b_peak_a = tl.full((BM,), float("-inf"), tl.float32)  # in bits
     b_peak_t = tl.zeros((BM,), tl.float32)
     b_aa = tl.zeros((BM,), tl.float32)
     b_at = tl.zeros((BM,), tl.float32)
@@ -77,10 +82,9 @@ def head_cosine_kernel(
         if p_mask is not None:
             b_col = load_keys(p_cols + i_b * V, p_mask, o_n, V)
         b_k = load_vectors(p_k, b_col, stride_kt, UNIT, D, BD)
-        b_a = scores(b_q, b_k) * (scale * LOG2E) - b_lse[:, None]
-        b_a = tl.where(visible(b_row[:, None], b_col[None, :], CAUSAL), b_a, float("-inf"))
+        b_a = tl.where(visible(b_row[:, None], b_col[None, :], CAUSAL), scores(b_q, b_k), float("-inf"))
 
-        b_new_a = tl.maximum(b_peak_a, tl.max(b_a, 1))
+        b_new_a = tl.maximum(b_peak_a, tl.max(b_a, 1) * (scale * LOG2E))
         b_safe = tl.where(b_new_a == float("-inf"), 0.0, b_new_a)
         b_fa = tl.exp2(b_peak_a - b_safe)
         b_new_t = tl.maximum(b_peak_t, tl.max(tl.abs(b_t), 1))
@@ -88,7 +92,7 @@ def head_cosine_kernel(
         b_gap = b_fa - b_ft
         b_uu = b_fa * b_fa * b_uu + 2.0 * b_fa * b_gap * b_ut + b_gap * b_gap * b_tt
         b_ut = b_ft * (b_fa * b_ut + b_gap * b_tt)
-        b_a = tl.exp2(b_a - b_safe[:, None])
+        b_a = exponentials(b_a, scale, b_safe[:, None])
         b_t /= nonzero(b_new_t)[:, None]
         b_u = b_a - b_t
         b_aa = b_fa * b_fa * b_aa + tl.sum(b_a * b_a, 1)
@@ -99,39 +103,40 @@ def head_cosine_kernel(
         b_peak_a = b_new_a
         b_peak_t = b_new_t
 
-    m_both = (b_aa != 0.0) & (b_tt != 0.0)
+    m_both = (b_aa != 0.0) & (b_tt != 0.0) & ~m_zero
     b_cos = tl.where(m_both, b_at / tl.sqrt(nonzero(b_aa)) / tl.sqrt(nonzero(b_tt)), 0.0)
     b_near = (b_uu / nonzero(b_aa) - b_ut / nonzero(b_aa) * (b_ut / nonzero(b_tt))) / (1.0 + tl.maximum(b_cos, 0.0))
     b_loss = tl.where(b_cos > 0.5, tl.maximum(b_near, 0.0), 1.0 - b_cos)
     o_out = (i_b * Hq + i_h) * R + o_m
     m_out = (b_row >= 0) & (o_m < R)
-    tl.store(p_loss + o_out, b_loss, mask=m_out)
-    b_norm = tl.where(m_both, b_peak_a, 0.0) + tl.log2(tl.sqrt(nonzero(b_aa)))
+    tl.store(p_loss + o_out, b_loss + b_nothing, mask=m_out)
     count = tl.num_programs(2).to(tl.int64) * Hq * R
-    tl.store(p_kept + o_out, tl.where(m_both, (b_lse + b_norm) * LN2, float("inf")), mask=m_out)
-    tl.store(p_kept + count + o_out, b_cos, mask=m_out)
+    tl.store(p_kept + o_out, tl.where(m_both, b_peak_a, float("inf")), mask=m_out)
+    b_share = tl.where(m_both, 1.0 / tl.sqrt(nonzero(b_aa)), 0.0) + b_nothing
+    tl.store(p_kept + count + o_out, b_share, mask=m_out)
+    tl.store(p_kept + 2 * count + o_out, b_cos, mask=m_out)
     b_inverse = tl.where(m_both, 1.0 / (nonzero(b_peak_t) * tl.sqrt(nonzero(b_tt))), 0.0)
-    tl.store(p_kept + 2 * count + o_out, b_inverse, mask=m_out)
+    tl.store(p_kept + 3 * count + o_out, b_inverse, mask=m_out)
 
 
 def head_cosine(q, k, lse, rows, cols, target, *, causal, scale, key_mask):
     """1 - cos of every head's slice with target (B,Hq,R,V), any floating dtype, row by row: (B,Hq,R) fp32.
 
-    Also (3,B,Hq,R) for `head_cosine_backward`. Both hold anything where rows are -1.
+    Also (4,B,Hq,R) for `head_cosine_backward`. Both hold anything where rows are -1.
     """
     B, Hq, R, V = target.shape
     loss = torch.ones(B, Hq, R, dtype=torch.float32, device=q.device)
-    kept = torch.empty(3, B, Hq, R, dtype=torch.float32, device=q.device)
+    kept = torch.empty(4, B, Hq, R, dtype=torch.float32, device=q.device)
     common = attention_arguments("head_cosine", q, k, rows, causal, scale, key_mask)
-    common.update(p_lse=lse, p_cols=cols, V=V, p_target=target.contiguous(), p_loss=loss, p_kept=kept)
+    common.update(**lse_arguments(lse), p_cols=cols, V=V, p_target=target.contiguous(), p_loss=loss, p_kept=kept)
     _launch.launch(head_cosine_kernel, (triton.cdiv(R, common["BM"]), Hq, B), **common)
     return loss, kept
 
 
 def head_cosine_backward(q, k, kept, rows, cols, target, grad, base, *, causal, scale, key_mask):
     """Gradient of ``head_cosine`` for grad (B,Hq,R), which is zero where rows are -1; otherwise as `slice_backward`."""
-    lse, *factors = kept
-    cosine = torch.stack([lse, *(x * grad for x in factors)])
+    peak, share, *factors = kept
+    cosine = torch.stack([peak, share, *(x * grad for x in factors)])
     options = {"causal": causal, "scale": scale, "key_mask": key_mask}
-    gain = fp16_gain(q, 2.0 * grad)  # |cos * a/|a| - t/|t|| is at most 2
+    gain = fp16_gain(q, 2.0 * grad.unsqueeze(-1))  # |cos * a/|a| - t/|t|| is at most 2
     return through_slice(q, k, rows, cols, target, base, **options, cosine=cosine, weight=1.0, gain=gain)

@@ -8,16 +8,19 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._launch import BATCH_DEPENDENT, attention_arguments, fp16_gain
+from ._launch import BATCH_DEPENDENT, attention_arguments, fp16_gain, lse_arguments
 from ._primitives import (
     HEADROOM,
-    LN2,
     LOG2E,
     accumulate,
+    check,
+    exponentials,
+    load_finite,
     load_keys,
     load_lse,
     load_rows,
     load_vectors,
+    runs,
     scores,
     store_vectors,
     visible,
@@ -30,7 +33,7 @@ def row_lse_kernel(
     p_k,  # (B, Hkv, T, D)
     p_rows,  # (B, R)
     p_mask,  # (B, T) or None
-    p_lse,  # (B, Hq, T)
+    p_lse,  # (2, B, Hq, T)
     stride_qb,
     stride_qh,
     stride_qt,
@@ -40,7 +43,7 @@ def row_lse_kernel(
     R,
     T,
     Hq,
-    scale,
+    scale,  # > 0: the maximum of s*scale is then that of s
     GROUP: tl.constexpr,
     CAUSAL: tl.constexpr,
     UNIT: tl.constexpr,
@@ -49,10 +52,11 @@ def row_lse_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """lse_i = log sum_j exp(scale*q_i.k_j) over all visible keys j, for BM rows of one sample and head.
+    """lse_i = log sum_j exp(scale*q_i.k_j) over all visible keys j, for BM rows of one sample and head, split.
 
-    Online: with the running maximum m and l = sum_j 2^(s_j - m), a block of keys gives m' = max(m, max s),
-    l' = l*2^(m - m') + sum 2^(s - m'); finally lse = ln 2 * (m + log2 l). A row that saw no key gets +inf.
+    Online, in bits: with the running maximum m and l = sum_j 2^(s_j - m), a block of keys gives m' = max(m, max s),
+    l' = l*2^(m - m') + sum 2^(s - m'); m and 1 / l are kept. A row that sees no key gets +inf and 0, one whose every
+    score is -inf gets NaN for its probabilities, as in eager attention.
     """
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     b_row = load_rows(p_rows + i_b * R, i_m * BM + tl.arange(0, BM), R)
@@ -67,18 +71,22 @@ def row_lse_kernel(
 
     b_max = tl.full((BM,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BM,), tl.float32)
+    b_first = tl.zeros((BN,), tl.int32) + T
     for i_n in tl.range(0, n_keys, BN):
         b_col = load_keys(None, p_mask, i_n + tl.arange(0, BN), T)
         b_k = load_vectors(p_k, b_col, stride_kt, UNIT, D, BD)
-        b_s = scores(b_q, b_k) * (scale * LOG2E)
-        b_s = tl.where(visible(b_row[:, None], b_col[None, :], CAUSAL), b_s, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_s = tl.where(visible(b_row[:, None], b_col[None, :], CAUSAL), scores(b_q, b_k), float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1) * (scale * LOG2E))
         b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_sum = b_sum * tl.exp2(b_max - b_safe) + tl.sum(tl.exp2(b_s - b_safe[:, None]), 1)
+        b_sum = b_sum * tl.exp2(b_max - b_safe) + tl.sum(exponentials(b_s, scale, b_safe[:, None]), 1)
         b_max = b_new
-    m_seen = b_max > float("-inf")
-    b_lse = tl.where(m_seen, (b_max + tl.log2(tl.where(m_seen, b_sum, 1.0))) * LN2, float("inf"))
-    tl.store(p_lse + (i_b * Hq + i_h) * T + b_row, b_lse, mask=b_row >= 0)
+        b_first = tl.minimum(b_first, tl.where(b_col >= 0, b_col, T))
+    first = tl.min(b_first, 0)
+    m_seen = b_row >= (first if CAUSAL else tl.where(first < T, 0, T))
+    p_lse += (i_b * Hq + i_h) * T
+    tl.store(p_lse + b_row, tl.where(m_seen, b_max, float("inf")), mask=b_row >= 0)
+    p_lse += tl.num_programs(2).to(tl.int64) * Hq * T
+    tl.store(p_lse + b_row, tl.where(m_seen, 1.0 / tl.where(m_seen, b_sum, 1.0), 0.0), mask=b_row >= 0)
 
 
 @triton.jit(do_not_specialize=BATCH_DEPENDENT)
@@ -86,10 +94,12 @@ def row_lse_backward_dq_kernel(
     p_q,  # (B, Hq, T, D)
     p_k,  # (B, Hkv, T, D)
     p_lse,  # (B, Hq, T)
+    p_share,  # (B, Hq, T) or None
     p_rows,  # (B, R)
     p_mask,  # (B, T) or None
     p_dlse,  # (B, Hq, T)
     p_dq,  # (B, Hq, T, D)
+    p_again,  # (programs,) bytes
     stride_qb,
     stride_qh,
     stride_qt,
@@ -111,18 +121,21 @@ def row_lse_backward_dq_kernel(
     BD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):
     """dq_i = scale * dlse_i * sum_j P_ij k_j over all visible keys j, for BM rows of one sample and head.
 
-    dlse_i leaves the sum, so the loop is dq^T += k^T P^T with P^T = exp(scale*k.q^T - lse). A block of rows whose
-    dlse is zero reads no key.
+    dlse_i and the share leave the sum, so the loop is dq^T += k^T P^T with P^T = exp(scale*k.q^T) / 2^max. A block of rows
+    whose dlse is zero reads no key.
     """
+    if not runs(p_again, CAREFUL):
+        return
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     b_row = load_rows(p_rows + i_b * R, i_m * BM + tl.arange(0, BM), R)
     o_head = (i_b * Hq + i_h) * T
     b_dlse = tl.load(p_dlse + o_head + b_row, mask=b_row >= 0, other=0.0)
     b_q = load_vectors(p_q + (i_b * stride_qb + i_h * stride_qh) * UNIT, b_row, stride_qt, UNIT, D, BD)
-    b_lse = load_lse(p_lse + o_head, b_row)
+    b_lse, b_share = load_lse(p_lse, p_share, o_head, b_row)
     p_k += (i_b * stride_kb + (i_h // GROUP) * stride_kh) * UNIT
     if p_mask is not None:
         p_mask += i_b * T
@@ -135,10 +148,11 @@ def row_lse_backward_dq_kernel(
     for i_n in tl.range(0, n_keys, BN):
         b_col = load_keys(None, p_mask, i_n + tl.arange(0, BN), T)
         b_k = load_vectors(p_k, b_col, stride_kt, UNIT, D, BD)
-        b_pT = tl.exp2(scores(b_k, b_q) * (scale * LOG2E) - b_lse[None, :])
+        b_pT = exponentials(scores(b_k, b_q), scale, b_lse[None, :])
         b_pT = tl.where(visible(b_row[None, :], b_col[:, None], CAUSAL), b_pT, 0.0)
-        b_dqT = accumulate(b_k, b_pT * HEADROOM, b_dqT)
-    b_dqT *= (b_dlse * (scale / HEADROOM))[None, :]
+        b_dqT = accumulate(load_finite(b_k, p_k, b_col, stride_kt, UNIT, D, BD, CAREFUL), b_pT * HEADROOM, b_dqT)
+    b_dqT *= (b_dlse * b_share * (scale / HEADROOM))[None, :]
+    b_row = tl.where(check(b_dqT, p_again, CAREFUL), -1, b_row)
     store_vectors(p_dq + (i_b * stride_dqb + i_h * stride_dqh) * UNIT, b_row, b_dqT, stride_dqt, ADD, UNIT, D, BD)
 
 
@@ -147,11 +161,13 @@ def row_lse_backward_dk_kernel(
     p_q,  # (B, Hq, T, D)
     p_k,  # (B, Hkv, T, D)
     p_lse,  # (B, Hq, T)
+    p_share,  # (B, Hq, T) or None
     p_rows,  # (B, R)
     p_mask,  # (B, T) or None
     p_dlse,  # (B, Hq, T)
     p_gain,  # (B,) or None
     p_dk,  # (B, Hkv, T, D)
+    p_again,  # (programs,) bytes
     stride_qb,
     stride_qh,
     stride_qt,
@@ -173,12 +189,15 @@ def row_lse_backward_dk_kernel(
     BD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):
     """dk_j = scale * sum_i dS_ij q_i with dS_ij = P_ij dlse_i, for the keys j of one block of one sample and kv head.
 
     The sum runs over all rows and, within a row block, over the query heads of the group: dk^T += q^T dS. With
     ADD, where most dlse are zero, a kv head without any other is skipped.
     """
+    if not runs(p_again, CAREFUL):
+        return
     i_n, i_kv, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     if p_mask is not None:
         p_mask += i_b * T
@@ -202,19 +221,22 @@ def row_lse_backward_dk_kernel(
         i_h = i_kv * GROUP + i_step % GROUP
         o_head = (i_b * Hq + i_h) * T
         b_row = load_rows(p_rows + i_b * R, (i_step // GROUP) * BM + tl.arange(0, BM), R)
-        b_dlse = tl.load(p_dlse + o_head + b_row, mask=b_row >= 0, other=0.0) * b_gain
-        b_q = load_vectors(p_q + (i_b * stride_qb + i_h * stride_qh) * UNIT, b_row, stride_qt, UNIT, D, BD)
-        b_p = tl.exp2(scores(b_q, b_k) * (scale * LOG2E) - load_lse(p_lse + o_head, b_row)[:, None])
-        b_ds = tl.where(visible(b_row[:, None], b_col[None, :], CAUSAL), b_p * b_dlse[:, None], 0.0)
-        b_dkT = accumulate(b_q, b_ds, b_dkT)
+        b_lse, b_share = load_lse(p_lse, p_share, o_head, b_row)
+        b_dlse = tl.load(p_dlse + o_head + b_row, mask=b_row >= 0, other=0.0) * (b_gain * b_share)
+        p_head = p_q + (i_b * stride_qb + i_h * stride_qh) * UNIT
+        b_q = load_vectors(p_head, b_row, stride_qt, UNIT, D, BD)
+        b_ds = exponentials(scores(b_q, b_k), scale, b_lse[:, None]) * b_dlse[:, None]
+        b_ds = tl.where(visible(b_row[:, None], b_col[None, :], CAUSAL), b_ds, 0.0)
+        b_dkT = accumulate(load_finite(b_q, p_head, b_row, stride_qt, UNIT, D, BD, CAREFUL), b_ds, b_dkT)
     b_dkT *= scale / b_gain
+    b_col = tl.where(check(b_dkT, p_again, CAREFUL), -1, b_col)
     store_vectors(p_dk + (i_b * stride_dkb + i_kv * stride_dkh) * UNIT, b_col, b_dkT, stride_dkt, ADD, UNIT, D, BD)
 
 
 def row_lse(q, k, rows, *, causal, scale, key_mask):
-    """Log-sum-exp over all visible keys, (B,Hq,T) fp32: 0 outside the rows, +inf for a row that sees no key."""
+    """Log-sum-exp over all visible keys, split (2,B,Hq,T) fp32: 0 outside the rows, +inf and 0 for a row that sees no key."""
     B, Hq, T, _ = q.shape
-    lse = torch.zeros(B, Hq, T, dtype=torch.float32, device=q.device)
+    lse = torch.zeros(2, B, Hq, T, dtype=torch.float32, device=q.device)
     if rows.numel():
         common = attention_arguments("row_lse", q, k, rows, causal, scale, key_mask)
         grid = (triton.cdiv(rows.shape[1], common["BM"]), Hq, B)
@@ -225,14 +247,15 @@ def row_lse(q, k, rows, *, causal, scale, key_mask):
 def row_lse_backward(q, k, lse, rows, dlse, *, causal, scale, key_mask, into=None):
     """Gradient of ``row_lse``, dq (B,Hq,T,D) and dk (B,Hkv,T,D) in fp32; ``into`` = (dq, dk) to add it to.
 
-    dlse (B,Hq,T) is read at the rows only. fp32, because the slice's own gradient nearly cancels it.
+    lse (2,B,Hq,T) as `row_lse` makes it, or natural (B,Hq,T). dlse (B,Hq,T) is read at the rows only. fp32, because the
+    slice's own gradient nearly cancels it.
     """
     dq, dk = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k)] if into is None else into
     if rows.numel():
         B, Hq, T, _ = q.shape
         common = attention_arguments("row_lse_backward", q, k, rows, causal, scale, key_mask, dq=dq, dk=dk)
-        common.update(p_lse=lse, p_dlse=dlse, ADD=into is not None)
-        _launch.launch(row_lse_backward_dq_kernel, (triton.cdiv(rows.shape[1], common["BM"]), Hq, B), **common)
+        common.update(**lse_arguments(lse), p_dlse=dlse, ADD=into is not None)
+        _launch.launch_checked(row_lse_backward_dq_kernel, (triton.cdiv(rows.shape[1], common["BM"]), Hq, B), **common)
         grid = (triton.cdiv(T, common["BN"]), k.shape[1], B)
-        _launch.launch(row_lse_backward_dk_kernel, grid, p_gain=fp16_gain(q, dlse), **common)
+        _launch.launch_checked(row_lse_backward_dk_kernel, grid, p_gain=fp16_gain(q, dlse.unsqueeze(-1)), **common)
     return dq, dk

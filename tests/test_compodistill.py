@@ -260,6 +260,7 @@ def test_a_compiler_of_the_whole_leaves_it_alone():
         ({"kd": {"weight": -1.0}}, "kd.*weight"),
         ({"kd": "[1]"}, "kd"),
         ({"vat_weight": float("nan")}, "vat_weight must be at least 0"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config: dispatch_batches must be False"),
     ],
 )
 def test_values_that_a_configuration_refuses(tmp_path, options, message):

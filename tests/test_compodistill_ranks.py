@@ -11,6 +11,7 @@ from family_models import QUIET, build_pair, collate, draw_samples
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForImageTextToText
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import cdistill
 from cdistill.vat import VATConfig
@@ -84,12 +85,22 @@ def arguments(kind, output, **options):
 
 
 def fresh_accelerator():
+    unset_hf_deepspeed_config()  # under ZeRO-3's a model would be made in parts
     AcceleratorState._reset_state()
     PartialState._reset_state()
 
 
-def train_on_a_rank(name, mode, output, options):
-    """The losses that a rank logs; it leaves the student in a folder."""
+class Stream(torch.utils.data.IterableDataset):
+    """Samples without a length."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        return iter(self.samples)
+
+
+def trainer_on_a_rank(name, mode, output, *, stream=False, eval_dataset=None, **options):
     warnings.simplefilter("ignore")
     fresh_accelerator()
     student, teacher = build_pair(name)
@@ -98,13 +109,19 @@ def train_on_a_rank(name, mode, output, options):
         settings["fsdp_config"] = {
             "transformer_layer_cls_to_wrap": [type(student.model.language_model.layers[0]).__name__]
         }
-    trainer = InOrder(
+    return InOrder(
         model=student,
         teacher_model=teacher,
         args=arguments(cdistill.CompoDistillConfig, output, vat={"layers": "all"}, **settings),
-        train_dataset=samples_of(name),
+        train_dataset=Stream(samples_of(name)) if stream else samples_of(name),
+        eval_dataset=eval_dataset,
         data_collator=lambda samples: collate(name, samples)[0],
     )
+
+
+def train_on_a_rank(name, mode, output, options):
+    """The losses that a rank logs; it leaves the student in a folder."""
+    trainer = trainer_on_a_rank(name, mode, output, **options)
     trainer.train()
     trainer.save_model(str(output))
     names = ("loss", "ar", "kd", "vat")
@@ -121,6 +138,7 @@ def train_on_a_rank(name, mode, output, options):
         ("qwen2_vl", "zero2", {"gradient_checkpointing": True}),
         ("llava_llama", "zero2", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}),
         ("llava_llama", "zero3", {}),
+        ("qwen2_vl", "ddp", {"stream": True}),
     ],
 )
 def test_trainer_on_two_processes_trains_as_a_plain_loop(ranks, tmp_path, name, mode, options):
@@ -134,7 +152,45 @@ def test_trainer_on_two_processes_trains_as_a_plain_loop(ranks, tmp_path, name, 
         torch.testing.assert_close(saved[key], value, rtol=1e-4, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}")
 
 
-def evaluate_on_a_rank(name, output, size):
+def resume_on_a_rank(name, mode, output):
+    """The losses of a run that logs each of three steps, and of one that goes on after the second."""
+    options = {"save_strategy": "steps", "save_steps": 2}
+    whole = trainer_on_a_rank(name, mode, output, **options)
+    whole.train()
+    whole.save_model(str(output / "whole"))
+    resumed = trainer_on_a_rank(name, mode, output, **options)
+    resumed.train(resume_from_checkpoint=str(output / "checkpoint-2"))
+    resumed.save_model(str(output / "resumed"))
+    return [[entry["loss"] for entry in t.state.log_history if "ar" in entry] for t in (whole, resumed)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_resumed_run_on_two_processes_ends_with_the_same_bits(ranks, tmp_path, mode):
+    for whole, resumed in ranks.call(resume_on_a_rank, "llava_llama", mode, tmp_path):
+        assert len(whole) == STEPS and resumed == whole
+    whole, resumed = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path / which).state_dict() for which in ("whole", "resumed")
+    )
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+
+
+def best_on_a_rank(name, mode, output):
+    """Losses of evaluation after each of three steps, and after the run has loaded the best weights."""
+    each = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    options = {"learning_rate": 2.0, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    trainer = trainer_on_a_rank(name, mode, output, eval_dataset=samples_of(name)[:5], **each, **options)
+    trainer.train()
+    return [h["eval_loss"] for h in trainer.state.log_history if "eval_loss" in h], trainer.evaluate()["eval_loss"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_on_two_processes_ends_with_its_best_weights(ranks, tmp_path, mode):
+    for losses, last in ranks.call(best_on_a_rank, "llava_llama", mode, tmp_path):
+        assert len(losses) == STEPS and min(losses) < losses[-1]
+        assert last == pytest.approx(min(losses), rel=1e-6)
+
+
+def evaluate_on_a_rank(name, output, options):
     """Losses of five samples, of which two processes get whole batches."""
     fresh_accelerator()
     student, teacher = build_pair(name)
@@ -145,7 +201,7 @@ def evaluate_on_a_rank(name, output, size):
             cdistill.CompoDistillConfig,
             output,
             vat={"layers": "all", "rows": "all"},
-            per_device_eval_batch_size=size,
+            **options,
         ),
         eval_dataset=samples_of(name)[:5],
         data_collator=lambda samples: collate(name, samples)[0],
@@ -154,14 +210,48 @@ def evaluate_on_a_rank(name, output, size):
     return {key: found[f"eval_{key}"] for key in ("loss", "ar", "kd", "vat")}
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_evaluation_counts_no_sample_twice(ranks, tmp_path, size):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"per_device_eval_batch_size": 2},
+        {"per_device_eval_batch_size": 4},
+        {"per_device_eval_batch_size": 4, "accelerator_config": {"split_batches": True}},
+        {"per_device_eval_batch_size": 2, "deepspeed": MODES["zero3"]["deepspeed"]},
+    ],
+    ids=str,
+)
+def test_evaluation_counts_no_sample_twice(ranks, tmp_path, options):
     student, teacher = build_pair("qwen2_vl")
     batch = collate("qwen2_vl", samples_of("qwen2_vl")[:5])[0]
     with torch.no_grad():
         expected = cdistill.distill(teacher, student, vat=VATConfig(layers="all", rows="all"))(batch)
-    for found in ranks.call(evaluate_on_a_rank, "qwen2_vl", tmp_path, size):
+    for found in ranks.call(evaluate_on_a_rank, "qwen2_vl", tmp_path, options):
         assert found == pytest.approx({key: expected[key].item() for key in found}, rel=1e-5)
+
+
+def refused_on_a_rank(name, output, options, stream):
+    """What the trainer says, or a later call of evaluate."""
+    samples, said = samples_of(name), []
+    for later in (False, True) if stream else (False,):
+        data = Stream(samples) if stream else samples
+        try:
+            trainer = trainer_on_a_rank(name, "ddp", output, **options, **({} if later else {"eval_dataset": data}))
+            trainer.evaluate(data)
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize(
+    ("options", "stream", "message"),
+    [
+        ({}, True, "eval_dataset must not be a stream on several processes"),
+        ({"accelerator_config": {"even_batches": False}}, False, "accelerator_config: even_batches must be True"),
+    ],
+)
+def test_ways_that_would_hang_or_count_twice_are_refused(ranks, tmp_path, options, stream, message):
+    for said in ranks.call(refused_on_a_rank, "qwen2_vl", tmp_path, options, stream):
+        assert len(said) == 1 + stream and all(message in one and "\n" not in one for one in said)
 
 
 def gradients_of(student):

@@ -1,15 +1,8 @@
 """`cdistill plan`: against the tensors of real runs, against the paper's sizes by hand, and as a command."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from builtin_models import make_recipe
-from memory_cases import STUDENT, VISUAL, Batches, measured_peaks, recipe_of, save_models
+from memory_cases import STUDENT, VISUAL, Batches, measured_peaks, peaks_of_a_rank, recipe_of, save_models
 from transformers import LlavaConfig, Qwen2Config, SiglipVisionConfig, TrainerCallback
 
 from cdistill.cli import main
@@ -85,30 +78,11 @@ def test_the_predicted_peak_with_tied_embeddings(tied, tmp_path, monkeypatch):
     assert_predicted(recipe, 512, 32, 0.04, monkeypatch)
 
 
-def test_the_predicted_peak_of_two_processes(sized, tmp_path):
-    changes = {"stages": ["dft"], "deepspeed": 2, "precision": "bf16", "processes": 2}
-    arguments = [str(tmp_path / "run"), str(sized), changes, 384, 64]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "memory_cases.py"), json.dumps(arguments)],
-            env=os.environ
-            | world
-            | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    recipe = recipe_of(tmp_path / "run", sized, **changes)
+def test_the_predicted_peak_of_two_processes(sized, ranks, tmp_path):
+    recipe = recipe_of(tmp_path / "run", sized, stages=["dft"], deepspeed=2, precision="bf16")
     planned = plan(recipe, gpus=2, device="cpu", length=384, visual=VISUAL, answers=64)
-    for output in outputs:
-        line = next(line for line in output.splitlines() if line.startswith("peaks"))
-        assert json.loads(line.removeprefix("peaks"))["dft"] == pytest.approx(planned.total, rel=0.04)
+    for peaks in ranks.call(peaks_of_a_rank, recipe, Batches(384, 64)):
+        assert peaks["dft"] == pytest.approx(planned.total, rel=0.04)
 
 
 def test_gradients_of_tied_embeddings_and_of_zero_3(tied, tmp_path):

@@ -3,13 +3,10 @@
 import errno
 import io
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -30,15 +27,13 @@ from cdistill.train.config import recipe_to_dict
 from cdistill.train.launch import RunError
 from cdistill.train.teacher import Teacher
 
-# One rank: caches of several recipes, in small shards, then a run.
-RANK = """
-import torch
-from cdistill.train import cache, load_recipe, run
-torch.set_num_threads(1)
-cache.PER_SHARD = 4
-cache.write_cache(load_recipe("zero3.yaml"))
-run(load_recipe("run.yaml"))
-"""
+
+def cache_and_run(to_cache, to_run):
+    """Caches of one recipe, in small shards, then a run of another; what is printed."""
+    with mock.patch.object(cache, "PER_SHARD", 4), redirect_stdout(io.StringIO()) as told:
+        cache.write_cache(to_cache)
+        run(to_run)
+    return told.getvalue()
 
 
 def cached(output, models, folder, **changes):
@@ -102,7 +97,7 @@ def test_padding_of_the_students_head_is_left_out_as_with_the_teacher(models, tm
 
 
 @pytest.fixture(scope="module")
-def two(models, kept, tmp_path_factory):
+def two(models, kept, ranks, tmp_path_factory):
     """A folder in which two processes have made caches, of a teacher whole and partitioned, and a run from another cache.
 
     The command starts those of the first, those of the others are started as a launcher does it.
@@ -111,41 +106,20 @@ def two(models, kept, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("two")
     odd = {"stages": ["dft"], "stage__dft__samples": 15, "stage__dft__global_batch_size": 3}
+    recipes = {}
     for name, memory in {"plain": {}, "zero3": {"zero": 3}, "one": {}}.items():
         memory = {f"teacher_memory__{key}": value for key, value in memory.items()}
         recipe = cached(folder / "unused", models, folder / name, **odd, **memory, deepspeed=2 if memory else "off")
-        write_recipe(recipe, folder / f"{name}.yaml")
+        recipes[name] = recipe
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "PER_SHARD", 4)  # the processes read it from the index
         cache.write_cache(recipe)
         with redirect_stdout(io.StringIO()) as told:
-            assert main(["cache", str(folder / "plain.yaml"), "processes=2"]) == 0
+            assert main(["cache", write_recipe(recipes["plain"], folder / "plain.yaml"), "processes=2"]) == 0
         assert told.getvalue().splitlines()[-1] == f"written: {folder / 'plain'}"
     parts = {f"stage__{stage}__micro_batch_size": 1 for stage in ("dpt", "dft", "sft")}
-    write_recipe(cached(folder / "run", models, kept[0], deepspeed=2, **kept[1], **parts), folder / "run.yaml")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK],
-            env=os.environ | shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=60) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    return folder, recipe, [out for out, _ in outputs]
+    to_run = cached(folder / "run", models, kept[0], deepspeed=2, **kept[1], **parts)
+    return folder, recipe, ranks.call(cache_and_run, recipes["zero3"], to_run)
 
 
 def read_stage(recipe, folder):

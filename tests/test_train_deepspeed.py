@@ -1,10 +1,9 @@
 import gc
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,8 +12,10 @@ from builtin_models import make_recipe
 from memory_cases import tensor_bytes
 from transformers import TrainerCallback
 
+from cdistill.data.builtin import BuiltinDataset
+from cdistill.data.mixture import Mixture
 from cdistill.models.load import load_model
-from cdistill.train import run
+from cdistill.train import run, stages
 from cdistill.train.config import recipe_to_dict
 from cdistill.train.zero import deepspeed_config
 
@@ -59,14 +60,19 @@ def test_zero_2_trains_like_plain_torch(models, one_process, tmp_path):
     assert_close((losses(tmp_path / "run"), weights(final)), one_process)
 
 
-def test_fresh_processes_train_like_this_one(models, one_process, tmp_path):
-    for processes, zero in ((1, 2), (2, 2), (2, 3)):
-        output = tmp_path / f"run{processes}{zero}"
-        recipe = make_recipe(output, models, deepspeed=zero, processes=processes, stages=["dpt", "dft"])
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_to_dict(recipe)))
-        command = [sys.executable, "-m", "cdistill", "train", str(tmp_path / "recipe.yaml")]
-        subprocess.run(command, check=True, capture_output=True)
-        assert_close((losses(output), weights(output / "2-dft")), one_process)
+@pytest.mark.parametrize(("processes", "zero"), [(1, 2), (2, 2), (2, 3)])
+def test_other_processes_train_like_this_one(models, one_process, ranks, tmp_path, processes, zero):
+    recipe = make_recipe(tmp_path / "run", models, deepspeed=zero, stages=["dpt", "dft"])
+    ranks.call(run, recipe, world=processes)
+    assert_close((losses(tmp_path / "run"), weights(tmp_path / "run" / "2-dft")), one_process)
+
+
+def test_the_command_starts_processes_that_train_like_this_one(models, one_process, tmp_path):
+    recipe = make_recipe(tmp_path / "run", models, deepspeed=3, processes=2, stages=["dpt", "dft"])
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_to_dict(recipe)))
+    command = [sys.executable, "-m", "cdistill", "train", str(tmp_path / "recipe.yaml")]
+    subprocess.run(command, check=True, capture_output=True)
+    assert_close((losses(tmp_path / "run"), weights(tmp_path / "run" / "2-dft")), one_process)
 
 
 def test_a_resumed_zero_2_run_ends_with_the_same_bits(models, one_process, tmp_path):
@@ -143,18 +149,9 @@ def test_the_configuration_never_allocates_more_than_the_model_needs():
     assert config["bf16"]["enabled"] and not config["fp16"]["enabled"]
 
 
-# A run whose samples see an image or none in turns of two: under two processes of two samples, one has images, one has not.
-MIXED = """
-import os, sys
-os.environ["DS_ACCELERATOR"] = "cpu"
-import torch
-from cdistill.data.builtin import BuiltinDataset
-from cdistill.data.mixture import Mixture
-from cdistill.train import load_recipe, run, stages
-
-make = stages.stage_dataset
-
 class Mixed(torch.utils.data.Dataset):
+    """Samples with an image or without in turns of two: of two processes with two samples each, one has images, one has not."""
+
     def __init__(self, images, texts):
         self.images, self.texts = images, texts
 
@@ -164,39 +161,27 @@ class Mixed(torch.utils.data.Dataset):
     def __getitem__(self, i):
         return (self.texts if i // 2 % 2 else self.images)[i]
 
-def mixed(recipe, index, models):
-    images, collate = make(recipe, index, models)
-    texts = BuiltinDataset(Mixture(modality="text", turns=2), size=len(images), seed=5, tokenizer=models.tokenizer)
-    return Mixed(images, texts), collate
 
-stages.stage_dataset = mixed
-torch.set_num_threads(1)
-run(load_recipe(sys.argv[1]))
-"""
+def run_mixed(recipe):
+    make = stages.stage_dataset
+
+    def mixed(recipe, index, models):
+        images, collate = make(recipe, index, models)
+        texts = BuiltinDataset(Mixture(modality="text", turns=2), size=len(images), seed=5, tokenizer=models.tokenizer)
+        return Mixed(images, texts), collate
+
+    with mock.patch.object(stages, "stage_dataset", mixed):
+        run(recipe)
 
 
 @pytest.mark.parametrize("taf", [True, False])
-def test_a_process_without_images_beside_one_with_images(models, tmp_path, taf):
+def test_a_process_without_images_beside_one_with_images(models, ranks, tmp_path, taf):
     """Under ZeRO-3, of student and teacher, all processes gather the same parameters in the same order, or wait forever."""
     found = []
-    for name, options in (("one", {}), ("two", {"deepspeed": 3, "teacher_memory": {"zero": 3}})):
-        recipe = make_recipe(tmp_path / name, models, stages=["dpt", "dft"], student__taf=taf, **options)
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe_to_dict(recipe)))
-        command = [sys.executable, "-c", MIXED, str(tmp_path / f"{name}.yaml")]
-        ranks = ("0", "1") if options else ()
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-            shared["MASTER_PORT"] = str(s.getsockname()[1])
-        environments = [os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in ranks] or [
-            dict(os.environ)
-        ]
-        processes = [subprocess.Popen(command, env=e, stderr=subprocess.PIPE, text=True) for e in environments]
-        for process in processes:
-            try:
-                message = process.communicate(timeout=120)[1]
-            finally:
-                process.kill()
-            assert process.returncode == 0, message
-        found.append((losses(tmp_path / name), weights(tmp_path / name / "2-dft")))
+    for world, options in ((1, {}), (2, {"deepspeed": 3, "teacher_memory": {"zero": 3}})):
+        output = tmp_path / f"{world}"
+        ranks.call(
+            run_mixed, make_recipe(output, models, stages=["dpt", "dft"], student__taf=taf, **options), world=world
+        )
+        found.append((losses(output), weights(output / "2-dft")))
     assert_close(*found)

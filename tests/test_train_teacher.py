@@ -1,12 +1,9 @@
 """Teachers that do not fit: partitioned, quantised, without what the student has, or cached and not there at all."""
 
 import importlib.util
-import subprocess
-import sys
 
 import pytest
 import torch
-import yaml
 from builtin_models import make_recipe, save_base, save_teacher
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from test_train_stages import metrics, refused, weights
@@ -14,7 +11,6 @@ from test_train_stages import metrics, refused, weights
 from cdistill.train import run
 from cdistill.train import teacher as teacher_module
 from cdistill.train.build import build_models
-from cdistill.train.config import recipe_to_dict
 from cdistill.train.teacher import Teacher
 
 LOSSES = ("loss", "ar", "kd", "vat")
@@ -89,11 +85,8 @@ def test_a_partitioned_teacher_trains_the_same_student(
             torch.testing.assert_close(weights(final)[name], value, rtol=1e-3, atol=2e-4)
 
 
-def test_a_teacher_partitioned_over_two_processes(wide, whole, tmp_path):
-    recipe = make_recipe(tmp_path / "run", wide, deepspeed=3, processes=2, teacher_memory={"zero": 3})
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_to_dict(recipe)))
-    command = [sys.executable, "-m", "cdistill", "train", str(tmp_path / "recipe.yaml")]
-    subprocess.run(command, check=True, capture_output=True)
+def test_a_teacher_partitioned_over_two_processes(wide, whole, ranks, tmp_path):
+    ranks.call(run, make_recipe(tmp_path / "run", wide, deepspeed=3, teacher_memory={"zero": 3}))
     assert_close(losses(tmp_path / "run"), whole["teacher"][1], 2e-4)
 
 

@@ -17,7 +17,7 @@ LEAST_SHARE = 2.0**-126
 
 
 class SliceArguments(NamedTuple):
-    """Validated arguments of an attention slice, in the form the backends take."""
+    """Validated arguments of an attention slice, in the form the backends take; scale > 0."""
 
     q: Tensor  # (B,Hq,T,D)
     k: Tensor  # (B,Hkv,T,D)
@@ -252,6 +252,7 @@ def slice_arguments(
         ValueError: an argument has a wrong shape, dtype, device or value; the message names it.
     """
     key_mask, scale = attention_options(q, k, causal=causal, scale=scale, key_mask=key_mask)
+    q, scale = positive_scale(q, scale)
     require_choice("heads", heads, HEADS)
     if lse is not None:
         require_shape("lse", lse, tuple(q.shape[:3]), "B, Hq, T")
@@ -273,7 +274,7 @@ def slice_arguments(
 
 
 def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
-    """q and scale of the same scores with scale > 0, as the flash attention kernels need it."""
+    """q and scale of the same scores with scale > 0, as kernels need it that take the maximum of unscaled scores."""
     if scale > 0:
         return q, scale
     return (-q, -scale) if scale < 0 else (q * 0.0, 1.0)

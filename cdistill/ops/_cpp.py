@@ -15,6 +15,7 @@ from cdistill.ops._rows import at_rows, fold_dlse, lse_at_rows, regions, to_rows
 __all__ = [
     "FUSES_DENOMINATOR",
     "FUSES_HEAD_COSINE",
+    "SPLITS_LSE",
     "alignment_grad",
     "alignment_loss",
     "fold_dlse",
@@ -29,6 +30,7 @@ __all__ = [
     "vocabulary_losses",
 ]
 
+SPLITS_LSE = False  # it divides by the sum of a row's probabilities instead
 FUSES_DENOMINATOR = True
 FUSES_HEAD_COSINE = False
 

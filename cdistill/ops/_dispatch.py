@@ -25,10 +25,11 @@ class Backend(Protocol):
     """The primitives of a backend; arguments come validated, every result is fp32 unless it says otherwise.
 
     q (B,Hq,T,D), k (B,Hkv,T,D) with unit stride on D; rows (B,R), cols (B,V) int32 or int64, contiguous, -1 = padding;
-    key_mask (B,T) bool, contiguous, or None. lse and dlse (B,Hq,T) are read at the rows only; a row that sees no key may
-    have any lse. Gradients of q and k come in fp32 or in q's dtype. N below is B, or B*Hq for ``each``.
+    key_mask (B,T) bool, contiguous, or None; scale > 0. lse and dlse (B,Hq,T) are read at the rows only; a row that sees no
+    key may have any lse. Gradients of q and k come in fp32 or in q's dtype. N below is B, or B*Hq for ``each``.
     """
 
+    SPLITS_LSE: bool  # whether the lse that it makes itself is split in two (2,B,Hq,T), for its own primitives to read
     FUSES_HEAD_COSINE: bool  # whether it has `head_cosine` and its backward pass
     FUSES_DENOMINATOR: bool  # whether it has `slice_forward_with_lse` and `slice_backward_with_denominator`
 
@@ -42,7 +43,8 @@ class Backend(Protocol):
     ) -> Tensor:
         """log sum exp(scale * q.k) over all keys a row sees, +inf where there is none: (B,Hq,T), only rows written.
 
-        Only without FUSES_DENOMINATOR.
+        Split with SPLITS_LSE, as large scores need it: P = exp(s - lse) is off by |lse| 2^-24. Only without
+        FUSES_DENOMINATOR.
         """
 
     def row_lse_backward(
@@ -196,7 +198,7 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """1 - cos of the rows of every head's slice with target (B,Hq,R,V): (B,Hq,R), anything where rows are -1.
 
-        Also what the gradient needs of them, (3,B,Hq,R). The slice itself never exists.
+        Also what the gradient needs of them, (4,B,Hq,R). The slice itself never exists.
         """
 
     def head_cosine_backward(

@@ -38,6 +38,7 @@ class Engine(ABC):
 
     name: str
     deterministic = True
+    SPLITS_LSE = False  # whether its forward pass also gives the split lse of `Backend`, which its backward pass takes
 
     def missing(self) -> str | None:
         """What is not installed, and how to install it; None if nothing."""
@@ -50,6 +51,10 @@ class Engine(ABC):
     @abstractmethod
     def forward(self, x: Attention) -> tuple[Tensor, Tensor]:
         """out (B,Hq,T,D), and lse (B,Hq,T) fp32, natural, contiguous; a row that sees no key has out 0 and lse -inf."""
+
+    def forward_split(self, x: Attention) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`forward`, and with SPLITS_LSE the split lse (2,B,Hq,T), else None."""
+        return *self.forward(x), None
 
     @abstractmethod
     def backward(
@@ -64,7 +69,7 @@ class Engine(ABC):
     ) -> Gradients:
         """Gradients of q, k and v, new; ``rows`` (B,R), -1 = padding, are those where dlse may differ from zero.
 
-        ``impl`` does what the engine lacks.
+        ``lse`` as of `forward`, or with SPLITS_LSE as of `forward_split`. ``impl`` does what the engine lacks.
         """
 
 
@@ -111,18 +116,6 @@ def _dense(dout: Tensor) -> Tensor:
     return dout.contiguous() if dout.stride(-1) != 1 or 0 in dout.stride() else dout
 
 
-def _without_hidden(x: Attention) -> Attention:
-    """x with zeros for the keys and values that key_mask hides, and for inf and NaN in their tokens' queries.
-
-    Kernels multiply what is hidden by zero, and 0 * NaN would reach the results of real tokens.
-    """
-    if x.key_mask is None:
-        return x
-    hidden = ~x.key_mask[:, None, :, None]
-    k, v = (y.masked_fill(hidden, 0.0) for y in (x.k, x.v))
-    return x._replace(q=x.q.masked_fill(hidden & ~x.q.isfinite(), 0.0), k=k, v=v)
-
-
 def _finite(x: Attention) -> tuple[Attention, Tensor | None]:
     """x with zeros for inf and NaN, and which rows of out (B,Hq,T) would have had them; None if x is finite already.
 
@@ -159,6 +152,7 @@ class Triton(Engine):
     """Our own kernels: every dtype, head dim and key mask; takes dlse."""
 
     name = "triton"
+    SPLITS_LSE = True
 
     def missing(self) -> str | None:
         return None if find_spec("triton") else "the package triton is not installed: pip install triton"
@@ -171,9 +165,12 @@ class Triton(Engine):
         return None
 
     def forward(self, x: Attention) -> tuple[Tensor, Tensor]:
+        out, lse, _ = self.forward_split(x)
+        return out, lse
+
+    def forward_split(self, x: Attention) -> tuple[Tensor, Tensor, Tensor | None]:
         from cdistill.kernels.flash_attention import flash_forward
 
-        x = _without_hidden(x)
         return flash_forward(x.q, x.k, x.v, **x.options)
 
     def backward(
@@ -190,7 +187,6 @@ class Triton(Engine):
 
         if dout is not None and dout.stride(-1) != 1:
             dout = dout.contiguous()
-        x = _without_hidden(x)
         return flash_backward(dout, dlse, x.q, x.k, x.v, out, lse, **x.options)
 
 

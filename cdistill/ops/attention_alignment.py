@@ -33,8 +33,8 @@ class Alignment(NamedTuple):
     sink_filter: bool
 
     def kept_shape(self, impl: Backend, arguments: SliceArguments) -> tuple[int, ...]:
-        """Shape of what the forward pass keeps for the backward: the slice, or three numbers for each of its rows."""
-        return (3, *arguments.slice_shape[:-1]) if self._by_rows(impl, arguments) else arguments.slice_shape
+        """Shape of what the forward pass keeps for the backward: the slice, or four numbers for each of its rows."""
+        return (4, *arguments.slice_shape[:-1]) if self._by_rows(impl, arguments) else arguments.slice_shape
 
     def forward(self, impl: Backend, arguments: SliceArguments) -> tuple[Tensor, Tensor, Tensor]:
         """Losses (B,), the mean over heads where there is a slice per head; what `backward` needs; own lse of the slice."""
@@ -131,7 +131,7 @@ def _(q, k, lse, rows, cols, key_mask, causal, scale, each, target, loss, reduct
     row_valid, col_valid = (x.new_empty(x.shape, dtype=torch.bool) for x in (rows, cols))
     alignment = Alignment(target, row_valid, col_valid, loss, reduction, sink_filter)
     kept = target.new_empty(alignment.kept_shape(backend(impl, q), arguments), dtype=torch.float32)
-    return kept.new_empty(q.shape[0]), kept, row_valid, col_valid, empty_own_lse(arguments)
+    return kept.new_empty(q.shape[0]), kept, row_valid, col_valid, empty_own_lse(backend(impl, q), arguments)
 
 
 @torch.library.custom_op("cdistill::attention_alignment_backward", mutates_args=())

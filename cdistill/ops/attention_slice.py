@@ -19,7 +19,7 @@ def checked_regions(impl: Backend, arguments: SliceArguments) -> tuple[Tensor, T
 
 
 def with_lse(impl: Backend, arguments: SliceArguments) -> tuple[SliceArguments, Tensor]:
-    """The arguments with an lse (B,Hq,T), and the one that was made for that: empty if one was given or none is needed."""
+    """The arguments with an lse, and the one that was made for that: empty if one was given or none is needed."""
     own_lse = no_lse(arguments.q)
     if arguments.lse is None and not arguments.empty:
         own_lse = impl.row_lse(arguments.q, arguments.k, arguments.rows, **arguments.options)
@@ -33,7 +33,7 @@ def no_lse(q: Tensor) -> Tensor:
 
 
 def slice_forward(impl: Backend, arguments: SliceArguments) -> tuple[Tensor, Tensor]:
-    """Slice (B,R,V) or (B,Hq,R,V), and the lse (B,Hq,T) that was made for it: empty if one was given or none is needed."""
+    """Slice (B,R,V) or (B,Hq,R,V), and the lse that was made for it: empty if one was given or none is needed."""
     q, k, _, rows, cols, *_ = arguments
     options = arguments.options | {"each": arguments.each}
     if arguments.empty:
@@ -87,10 +87,11 @@ def slice_gradients(arguments: SliceArguments, differentiate: Callable[[], Gradi
     return dq, dk, no_lse(q) if lse is None else dlse
 
 
-def empty_own_lse(arguments: SliceArguments) -> Tensor:
+def empty_own_lse(impl: Backend, arguments: SliceArguments) -> Tensor:
     """A tensor of the shape and dtype of the second result of `slice_forward`."""
-    made = arguments.lse is None and not arguments.empty
-    return arguments.q.new_empty(arguments.q.shape[:3] if made else 0, dtype=torch.float32)
+    if arguments.lse is not None or arguments.empty:
+        return no_lse(arguments.q)
+    return arguments.q.new_empty((*(2,) * impl.SPLITS_LSE, *arguments.q.shape[:3]), dtype=torch.float32)
 
 
 def empty_slice_gradients(q: Tensor, k: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,7 +122,7 @@ def _forward(
 @_forward.register_fake
 def _(q, k, lse, rows, cols, key_mask, causal, scale, each, impl):
     arguments = SliceArguments(q, k, lse, rows, cols, key_mask, causal, scale, each)
-    return q.new_empty(arguments.slice_shape, dtype=torch.float32), empty_own_lse(arguments)
+    return q.new_empty(arguments.slice_shape, dtype=torch.float32), empty_own_lse(backend(impl, q), arguments)
 
 
 @torch.library.custom_op("cdistill::attention_slice_backward", mutates_args=())

@@ -14,7 +14,6 @@ from torch import Tensor
 from cdistill.ops._contract import (
     SliceArguments,
     laid_out_like,
-    positive_scale,
     require_attention_values,
     require_loss,
     require_target,
@@ -50,7 +49,9 @@ def _forward(
     attention = engine(engine_name, x)
     arguments = SliceArguments(q, k, None, rows, cols, key_mask, causal, scale, each)
     row_valid, col_valid = checked_regions(chosen, arguments)
-    out, lse = attention.forward(x)
+    out, lse, split = attention.forward_split(x)
+    if chosen.SPLITS_LSE and split is not None:
+        lse = split
     alignment = Alignment(target, row_valid, col_valid, loss, reduction, sink_filter)
     losses, kept, _ = alignment.forward(chosen, arguments._replace(lse=lse))
     return laid_out_like(out, q), losses, lse, kept, row_valid, col_valid
@@ -61,7 +62,8 @@ def _(q, k, v, rows, cols, key_mask, target, causal, scale, each, loss, reductio
     row_valid, col_valid = (x.new_empty(x.shape, dtype=torch.bool) for x in (rows, cols))
     alignment = Alignment(target, row_valid, col_valid, loss, reduction, sink_filter)
     arguments = SliceArguments(q, k, None, rows, cols, key_mask, causal, scale, each)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    split = engine(engine_name, Attention(q, k, v, key_mask, causal, scale)).SPLITS_LSE and backend(impl, q).SPLITS_LSE
+    lse = q.new_empty((*(2,) * split, *q.shape[:3]), dtype=torch.float32)
     kept = lse.new_empty(alignment.kept_shape(backend(impl, q), arguments))
     return torch.empty_like(q), lse.new_empty(q.shape[0]), lse, kept, row_valid, col_valid
 
@@ -179,7 +181,6 @@ def attention_with_alignment(
     require_loss(loss, reduction, sink_filter)
     require_target(target, q, rows, cols, heads)
     q, k, _, rows, cols, key_mask, causal, scale, each = arguments
-    q, scale = positive_scale(q, scale)
     out, losses, *_ = torch.ops.cdistill.attention_with_alignment(
         *(q, k, v, rows, cols, key_mask, target.detach()),
         *(causal, scale, each, loss, reduction, sink_filter, impl, engine),

@@ -29,15 +29,17 @@ def _engine(impl: str | None, x: Attention) -> Engine:
 @without_autocast
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causal: bool, scale: float, impl: str | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     x = Attention(q, k, v, key_mask, causal, scale)
-    out, lse = _engine(impl, x).forward(x)
-    return laid_out_like(out, q), lse
+    out, lse, split = _engine(impl, x).forward_split(x)
+    return laid_out_like(out, q), lse, q.new_empty(0, dtype=torch.float32) if split is None else split
 
 
 @_forward.register_fake
 def _(q, k, v, key_mask, causal, scale, impl):
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    splits = _engine(impl, Attention(q, k, v, key_mask, causal, scale)).SPLITS_LSE
+    return torch.empty_like(q), lse, lse.new_empty((2, *lse.shape) if splits else 0)
 
 
 @torch.library.custom_op("cdistill::flash_attention_backward", mutates_args=())
@@ -51,13 +53,15 @@ def _backward(
     key_mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    split: Tensor,
     causal: bool,
     scale: float,
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = Attention(q, k, v, key_mask, causal, scale)
     dlse = None if dlse is None else dlse.contiguous()
-    dq, dk, dv = _engine(impl, x).backward(x, out, lse, dout, dlse, None, backend(impl, q))
+    chosen = _engine(impl, x)
+    dq, dk, dv = chosen.backward(x, out, split if chosen.SPLITS_LSE else lse, dout, dlse, None, backend(impl, q))
     return laid_out_like(dq, q), laid_out_like(dk, k), laid_out_like(dv, v)
 
 
@@ -66,14 +70,15 @@ def _(dout, dlse, q, k, v, *_):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, causal, scale, impl = inputs
+    ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
     save_for_backward(ctx, *tensors, *output)
     ctx.options = (causal, scale, impl)
 
 
-def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dout is None and dlse is None:
         return (None,) * 7
     grads = torch.ops.cdistill.flash_attention_backward(dout, dlse, *saved_for_backward(ctx), *ctx.options)
@@ -116,4 +121,4 @@ def flash_attention(
     if impl is not None and impl not in _IMPLS:
         raise ValueError(f"impl must be None, 'triton' or 'torch' (there is no C++ flash attention), got {impl!r}")
     q, scale = positive_scale(q, scale)
-    return torch.ops.cdistill.flash_attention(q, k, v, key_mask, causal, scale, impl)
+    return torch.ops.cdistill.flash_attention(q, k, v, key_mask, causal, scale, impl)[:2]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from cdistill.data.batches import PaddingCollator
@@ -50,7 +50,7 @@ class CompoDistillConfig(TrainingArguments):
     Raises:
         ValueError: a field of ``vat`` or ``kd`` that there is not, or that has another value than it may; reentrant gradient
             checkpointing, which loses the gradient of the alignment; label smoothing; ``torch_compile``, which hides the
-            attention that is aligned.
+            attention that is aligned; batches that one process dispatches, which splits images from their samples.
     """
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012 (as in TrainingArguments)
@@ -100,6 +100,13 @@ class CompoDistillConfig(TrainingArguments):
             )
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor must be 0: the losses are taken without logits")
+        batches: Any = self.accelerator_config
+        if batches.dispatch_batches:
+            raise ValueError(
+                "accelerator_config: dispatch_batches must be False: it splits pixel_values, which hold images or patches in "
+                "turn, as if they held samples"
+            )
+        batches.dispatch_batches = False  # by default a stream's batches are
 
 
 def _made(kind: Callable[..., Any], name: str, values: Any) -> Any:
@@ -185,7 +192,8 @@ class CompoDistillTrainer(Trainer):
 
     Raises:
         ValueError: models that cannot be distilled (`cdistill.distill`), or ways to train that cannot work: several GPUs in one
-            process, FSDP 1, tensor, context or sequence parallelism, a loss function of one's own.
+            process, FSDP 1, tensor, context or sequence parallelism, a loss function of one's own, uneven batches or the
+            evaluation of a stream on several processes.
     """
 
     _tag_names = ["cdistill", "compodistill"]  # noqa: RUF012 (as in TRL)
@@ -245,6 +253,7 @@ class CompoDistillTrainer(Trainer):
             **options,
         )
         self._refuse_ways()
+        self._refuse_streams(eval_dataset)
         # compute_loss divides by the global batch (the second says so since transformers 5.20)
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -263,10 +272,24 @@ class CompoDistillTrainer(Trainer):
             raise ValueError(
                 "FSDP 1 flattens the weights that the losses read: set fsdp_config's version (accelerate's fsdp_version) to 2"
             )
+        batches: Any = self.args.accelerator_config
+        if self.args.world_size > 1 and not batches.even_batches:
+            raise ValueError(
+                "accelerator_config: even_batches must be True: a process that has no batch left lets the others wait forever"
+            )
         sizes = {"tensor": self.get_tp_size(), "context": self.get_cp_size(), "sequence": self.get_sp_size()}
         for kind, size in sizes.items():
             if size > 1:
                 raise ValueError(f"{kind} parallelism of {size} is not supported: use FSDP 2 or DeepSpeed")
+
+    def _refuse_streams(self, data: Any) -> None:
+        """Of a stream nobody knows which samples the processes get twice, so that all have whole batches at the end."""
+        sets = data.values() if isinstance(data, dict) else [data]
+        if self.args.world_size > 1 and any(isinstance(one, IterableDataset) for one in sets):
+            raise ValueError(
+                "eval_dataset must not be a stream on several processes, which would take samples of its end twice: load it "
+                "whole (streaming=False), or evaluate in one process"
+            )
 
     @property
     def teacher_model(self) -> Any:
@@ -361,6 +384,8 @@ class CompoDistillTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As of Trainer; loss and terms are means over all labels and samples of the set, and not of its batches."""
         self._eval_terms = {}
+        loader: Any = args[0] if args else kwargs["dataloader"]
+        self._refuse_streams(loader.dataset)
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         terms = {}
