@@ -22,7 +22,6 @@ from cdistill.models.parts import has_vision, head_of, language_model
 from cdistill.models.taf import TAFAdapter, feature_width
 from cdistill.ops._vocabulary import ROW_UNIT, chunk_rows
 from cdistill.train.blueprint import Blueprint, check_models, is_llava, shares_vision, student_of, teacher_of
-from cdistill.train.build import vat_config
 from cdistill.train.config import Recipe, StageConfig
 from cdistill.train.footprint import (
     Footprint,
@@ -390,7 +389,7 @@ def _aligned(recipe: Recipe, objective: Objective, student: Blueprint, s: Settin
         return len(layer_range(attention_layers(student.model), "intermediate")), s.length
     if not (recipe.vat.enabled and "vat" in objective.losses and s.visual):
         return 0, 0
-    layers, _ = VAT.spans(vat_config(recipe), attention_layers(student.model), attention_layers(student.model))
+    layers, _ = VAT.spans(recipe.vat, attention_layers(student.model), attention_layers(student.model))
     rows = {"text": s.length - s.visual, "visual": s.visual, "all": s.length}
     return len(layers), rows.get(recipe.vat.rows, s.answers)  # each label has one row, its own or the one before
 
