@@ -1,6 +1,7 @@
 """The layout's promises: a cheap import, one direction of imports, the kernels mount, an installable package."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,11 @@ def sources():
 def test_imports_point_one_way(room, path):
     rooms = imported_rooms(path, "cdistill") & (ALLOWED.keys() | {"train"})
     assert rooms <= reachable(room), f"{path.relative_to(ROOT)} imports {rooms - reachable(room)} from above"
+
+
+def test_the_page_says_what_each_room_may_import():
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
+    assert {room: set(re.findall(r"`(\w+)`", below)) for room, below in rows} == ALLOWED
 
 
 def test_import_is_cheap():
