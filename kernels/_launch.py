@@ -15,6 +15,7 @@ import torch
 from ._primitives import HEADROOM
 
 INTERPRETER = 0
+OPTIONS = ("num_warps", "num_stages")  # of a launch
 
 # Compute capabilities, as two digits, for which every entry of the tile table has been compiled.
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -415,12 +416,18 @@ def fp16_gain(q: torch.Tensor, grad: torch.Tensor, bound: torch.Tensor | None = 
     return torch.minimum(HEADROOM.value / bound.clamp(min=1e-30), 2.0**120 / peak.clamp(min=1e-30))
 
 
+def taken(kernel, arguments: dict) -> dict:
+    """Of arguments that several kernels share, those that this one takes and those of its launch."""
+    return {n: x for n, x in arguments.items() if n in kernel.arg_names or n in ("device", *OPTIONS)}
+
+
 def launch(kernel, grid: tuple[int, ...], device: torch.device, **arguments) -> None:
     """Run ``kernel`` on the device its tensors live on, which need not be the current one.
 
-    Arguments that the kernel does not take are left out.
+    Raises TypeError for an argument that the kernel does not take: it would change nothing.
     """
-    arguments = {n: x for n, x in arguments.items() if n in kernel.arg_names or n in ("num_warps", "num_stages")}
+    if strange := [name for name in arguments if name not in kernel.arg_names and name not in OPTIONS]:
+        raise TypeError(f"{kernel.__name__} takes no {', '.join(strange)}")
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](**arguments)
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._launch import BATCH_DEPENDENT, attention_arguments, fp16_gain, lse_arguments
+from ._launch import BATCH_DEPENDENT, attention_arguments, fp16_gain, lse_arguments, taken
 from ._primitives import (
     accumulate,
     check,
@@ -471,7 +471,8 @@ def through_slice(q, k, rows, cols, grad, base, *, causal, scale, key_mask, weig
     if grad.numel():
         if keep:
             common = attention_arguments(f"{tiles}_rows", q, k, *masks, dq=dq)
-            _launch.launch(add_rows_kernel, (triton.cdiv(R, common["BM"]), Hq, B), p_drows=drows, **common)
+            grid = (triton.cdiv(R, common["BM"]), Hq, B)
+            _launch.launch(add_rows_kernel, grid, p_drows=drows, **taken(add_rows_kernel, common))
         else:
             launch_rows(dq, None, True)
         drows = None

@@ -546,7 +546,9 @@ def _launch_blocks(kernel, name: str, owner: str, tensors: dict, launch=_launch.
     unit = _launch.common_unit(strides.values())
     arguments.update({f"p_{x}": tensor for x, tensor in tensors.items()})
     arguments.update({x: stride // unit for x, stride in strides.items()})
-    arguments.update(T=T, UNIT=unit, D=D, BD=_launch.padded_head_dim(D), BM=tile.BM, BN=tile.BN)
+    arguments.update(T=T, UNIT=unit, D=D, BD=_launch.padded_head_dim(D), BM=tile.BM)
+    if "BN" in kernel.arg_names:  # flash_rows_kernel takes whole rows
+        arguments["BN"] = tile.BN
     arguments.update(num_warps=tile.num_warps, num_stages=tile.num_stages)
     block = tile.BN if owner == "dk" else tile.BM
     launch(kernel, (triton.cdiv(T, block), heads, B), tensors[owner].device, **arguments)

@@ -90,7 +90,7 @@ def fold_dlse(out, dout, dlse, rows):
         common = _launch.attention_arguments("slice_rows", out, dout, rows, False, 1.0, None)
         grid = (triton.cdiv(rows.shape[1], common["BM"]), out.shape[1], out.shape[0])
         arguments = {"p_out": out, "p_dout": dout, "p_dlse": dlse, "p_saved": saved, "p_rest": rest}
-        _launch.launch(fold_kernel, grid, **arguments, **common)
+        _launch.launch(fold_kernel, grid, **arguments, **_launch.taken(fold_kernel, common))
     return saved, rest
 
 
@@ -99,4 +99,4 @@ def unfold_dlse(out, saved, rows):
     if saved.numel():
         common = _launch.attention_arguments("slice_rows", out, out, rows, False, 1.0, None)
         grid = (triton.cdiv(rows.shape[1], common["BM"]), out.shape[1], out.shape[0])
-        _launch.launch(unfold_kernel, grid, p_out=out, p_saved=saved, **common)
+        _launch.launch(unfold_kernel, grid, p_out=out, p_saved=saved, **_launch.taken(unfold_kernel, common))

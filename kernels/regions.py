@@ -108,6 +108,6 @@ def regions(rows, cols, key_mask, *, causal, tokens):
             "num_warps": tile.num_warps,
             "num_stages": 1,
         }
-        _launch.launch(claim_kernel, (blocks, 2, B), **arguments)
-        _launch.launch(check_kernel, (blocks, 2, B), **arguments)
+        for kernel in (claim_kernel, check_kernel):
+            _launch.launch(kernel, (blocks, 2, B), **_launch.taken(kernel, arguments))
     return row_valid, col_valid, allowed.all()

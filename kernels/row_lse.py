@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._launch import BATCH_DEPENDENT, attention_arguments, fp16_gain, lse_arguments
+from ._launch import BATCH_DEPENDENT, attention_arguments, fp16_gain, lse_arguments, taken
 from ._primitives import (
     HEADROOM,
     LOG2E,
@@ -255,7 +255,9 @@ def row_lse_backward(q, k, lse, rows, dlse, *, causal, scale, key_mask, into=Non
         B, Hq, T, _ = q.shape
         common = attention_arguments("row_lse_backward", q, k, rows, causal, scale, key_mask, dq=dq, dk=dk)
         common.update(**lse_arguments(lse), p_dlse=dlse, ADD=into is not None)
-        _launch.launch_checked(row_lse_backward_dq_kernel, (triton.cdiv(rows.shape[1], common["BM"]), Hq, B), **common)
+        grid = (triton.cdiv(rows.shape[1], common["BM"]), Hq, B)
+        _launch.launch_checked(row_lse_backward_dq_kernel, grid, **taken(row_lse_backward_dq_kernel, common))
+        common["p_gain"] = fp16_gain(q, dlse.unsqueeze(-1))
         grid = (triton.cdiv(T, common["BN"]), k.shape[1], B)
-        _launch.launch_checked(row_lse_backward_dk_kernel, grid, p_gain=fp16_gain(q, dlse.unsqueeze(-1)), **common)
+        _launch.launch_checked(row_lse_backward_dk_kernel, grid, **taken(row_lse_backward_dk_kernel, common))
     return dq, dk

@@ -316,3 +316,10 @@ def test_the_mounted_package_imports_from_anywhere(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "cdistill.kernels.alignment_loss", done.stderr
+
+
+def test_a_launch_refuses_what_its_kernel_does_not_take():
+    from cdistill.kernels.lse_gradient import unfold_kernel
+
+    with pytest.raises(TypeError, match=r"^unfold_kernel takes no p_lsee, CAREFULL$"):
+        _launch.launch(unfold_kernel, (1,), torch.device("cpu"), p_lsee=None, CAREFULL=True)
