@@ -29,7 +29,7 @@ ALIGNMENT = 8
 # Values that change from batch to batch, by which Triton must not specialise; alignment is stated by UNIT instead.
 BATCH_DEPENDENT = [
     *("R", "V", "T"),
-    *(f"stride_{x}{axis}" for x in ("q", "k", "dq", "dk") for axis in "bht"),
+    *(f"stride_{x}{axis}" for x in ("q", "k", "v", "out", "dout", "dq", "dk", "dv") for axis in "bht"),
     *(f"stride_g{axis}" for axis in "bhr"),
 ]
 
@@ -361,33 +361,41 @@ def common_unit(strides: Iterable[int]) -> int:
     return 1 if any(stride % ALIGNMENT for stride in strides) else ALIGNMENT
 
 
-def attention_arguments(kernel, q, k, rows, causal, scale, key_mask, **gradients) -> dict:
-    """The launch arguments all attention kernels share; ``gradients`` are dq, dk with unit stride on D, or None."""
-    tile = attention_tile(kernel, q)
-    head_dim = q.shape[3]
+def tensor_arguments(**tensors: torch.Tensor | None) -> dict:
+    """Pointers and strides of tensors (B,heads,T,D) with unit stride on D, and the unit that strides are passed in.
+
+    None stays None, with strides 0.
+    """
     strides = {
         f"stride_{name}{axis}": 0 if x is None else x.stride(i)
-        for name, x in {"q": q, "k": k, **gradients}.items()
+        for name, x in tensors.items()
         for i, axis in enumerate("bht")
     }
     unit = common_unit(strides.values())
+    (width,) = {x.shape[3] for x in tensors.values() if x is not None}
+    return {
+        **{f"p_{name}": x for name, x in tensors.items()},
+        **{name: stride // unit for name, stride in strides.items()},
+        "UNIT": unit,
+        "D": width,
+        "BD": padded_head_dim(width),
+    }
+
+
+def attention_arguments(kernel, q, k, rows, causal, scale, key_mask, **gradients) -> dict:
+    """The launch arguments all attention kernels share; ``gradients`` are dq, dk with unit stride on D, or None."""
+    tile = attention_tile(kernel, q)
     return {
         "device": q.device,
-        "p_q": q,
-        "p_k": k,
+        **tensor_arguments(q=q, k=k, **gradients),
         "p_rows": rows,
         "p_mask": None if key_mask is None else key_mask.view(torch.uint8),
-        **{f"p_{name}": x for name, x in gradients.items()},
-        **{name: stride // unit for name, stride in strides.items()},
         "R": rows.shape[1],
         "T": q.shape[2],
         "Hq": q.shape[1],
         "scale": scale,
         "GROUP": q.shape[1] // k.shape[1],
         "CAUSAL": causal,
-        "UNIT": unit,
-        "D": head_dim,
-        "BD": padded_head_dim(head_dim),
         "BM": tile.BM,
         "BN": tile.BN,
         "num_warps": tile.num_warps,

@@ -37,10 +37,6 @@ __all__ = ["flash_backward", "flash_forward"]
 # Elements from one token to the next at which offsets within a block of 128 tokens leave 32 bits.
 FAR = 2**24
 
-# Values that change from batch to batch, by which Triton must not specialise; alignment is stated by UNIT instead.
-TENSORS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
-BATCH_DEPENDENT = ["T", *(f"stride_{x}{axis}" for x in TENSORS for axis in "bht")]
-
 
 @triton.jit
 def block_pointers(
@@ -111,7 +107,7 @@ def key_blocks(
     return first, plain, plain_stop, tl.minimum(any_sees, stop)
 
 
-@triton.jit(do_not_specialize=BATCH_DEPENDENT)
+@triton.jit(do_not_specialize=_launch.BATCH_DEPENDENT)
 def key_bounds_kernel(
     p_mask,  # (B, T)
     p_bounds,  # (B, 3)
@@ -135,7 +131,7 @@ def key_bounds_kernel(
     tl.store(p_bounds + i_b * 3 + 2, (stop - first == tl.sum(b_count, 0)).to(tl.int32))
 
 
-@triton.jit(do_not_specialize=BATCH_DEPENDENT)
+@triton.jit(do_not_specialize=_launch.BATCH_DEPENDENT)
 def flash_forward_kernel(
     p_q,  # (B, Hq, T, D)
     p_k,  # (B, Hkv, T, D)
@@ -228,7 +224,7 @@ def flash_forward_kernel(
     store_block(p_out, i_m, b_acc / b_sum[:, None], o_m < T, stride_outt, UNIT, D, BM, BD)
 
 
-@triton.jit(do_not_specialize=BATCH_DEPENDENT)
+@triton.jit(do_not_specialize=_launch.BATCH_DEPENDENT)
 def flash_rows_kernel(
     p_out,  # (B, Hq, T, D)
     p_dout,  # (B, Hq, T, D) or None
@@ -277,7 +273,7 @@ def flash_rows_kernel(
     tl.store(p_rows + 2 * T + o_m, tl.where(m_used, b_delta, 0.0), mask=o_m < T)
 
 
-@triton.jit(do_not_specialize=BATCH_DEPENDENT)
+@triton.jit(do_not_specialize=_launch.BATCH_DEPENDENT)
 def flash_dkdv_kernel(
     p_q,  # (B, Hq, T, D)
     p_k,  # (B, Hkv, T, D)
@@ -398,7 +394,7 @@ def flash_dkdv_kernel(
         store_block(p_dv, i_n, b_dv * (1.0 / headroom), m_real, stride_dvt, UNIT, D, BN, BD)
 
 
-@triton.jit(do_not_specialize=BATCH_DEPENDENT)
+@triton.jit(do_not_specialize=_launch.BATCH_DEPENDENT)
 def flash_dq_kernel(
     p_q,  # (B, Hq, T, D)
     p_k,  # (B, Hkv, T, D)
@@ -535,18 +531,10 @@ def _launch_blocks(kernel, name: str, owner: str, tensors: dict, launch=_launch.
 
     Every tensor (B, heads, T, D) of ``tensors`` comes with its strides; None stays None.
     """
-    B, heads, T, D = tensors[owner].shape
+    B, heads, T, _ = tensors[owner].shape
     tensors = {name: _near(tensor) for name, tensor in tensors.items()}
     tile = _launch.attention_tile(name, tensors[owner])
-    strides = {
-        f"stride_{x}{axis}": 0 if tensor is None else tensor.stride(i)
-        for x, tensor in tensors.items()
-        for i, axis in enumerate("bht")
-    }
-    unit = _launch.common_unit(strides.values())
-    arguments.update({f"p_{x}": tensor for x, tensor in tensors.items()})
-    arguments.update({x: stride // unit for x, stride in strides.items()})
-    arguments.update(T=T, UNIT=unit, D=D, BD=_launch.padded_head_dim(D), BM=tile.BM)
+    arguments.update(_launch.tensor_arguments(**tensors), T=T, BM=tile.BM)
     if "BN" in kernel.arg_names:  # flash_rows_kernel takes whole rows
         arguments["BN"] = tile.BN
     arguments.update(num_warps=tile.num_warps, num_stages=tile.num_stages)

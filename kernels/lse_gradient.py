@@ -23,12 +23,12 @@ def fold_kernel(
     p_rows,  # (B, R)
     p_saved,  # (B, Hq, R, D)
     p_rest,  # (B, Hq, T)
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_kt,
+    stride_outb,
+    stride_outh,
+    stride_outt,
+    stride_doutb,
+    stride_douth,
+    stride_doutt,
     R,
     T,
     Hq,
@@ -43,17 +43,17 @@ def fold_kernel(
     b_row = load_rows(p_rows + i_b * R, o_m, R)
     o_row = tl.where(b_row >= 0, o_m, -1)
     o_head = (i_b * Hq + i_h) * T
-    p_out += (i_b * stride_qb + i_h * stride_qh) * UNIT
-    b_out = load_vectors(p_out, b_row, stride_qt, UNIT, D, BD).to(tl.float32)
-    p_dout += (i_b * stride_kb + i_h * stride_kh) * UNIT
-    b_dout = load_vectors(p_dout, b_row, stride_kt, UNIT, D, BD).to(tl.float32)
+    p_out += (i_b * stride_outb + i_h * stride_outh) * UNIT
+    b_out = load_vectors(p_out, b_row, stride_outt, UNIT, D, BD).to(tl.float32)
+    p_dout += (i_b * stride_doutb + i_h * stride_douth) * UNIT
+    b_dout = load_vectors(p_dout, b_row, stride_doutt, UNIT, D, BD).to(tl.float32)
     b_dlse = tl.load(p_dlse + o_head + b_row, mask=b_row >= 0, other=0.0)
     b_squares = tl.sum(b_dout * b_dout, 1)
     m_folded = (tl.abs(b_dlse) <= tl.sqrt(b_squares) * MOST_FOLDED) & (b_squares > 1e-30)
     b_factor = tl.where(m_folded, b_dlse / tl.where(m_folded, b_squares, 1.0), 0.0)
     p_saved += (i_b * Hq + i_h) * R * D
     store_vectors(p_saved, o_row, tl.trans(b_out), D // UNIT, False, UNIT, D, BD)
-    store_vectors(p_out, b_row, tl.trans(b_out - b_factor[:, None] * b_dout), stride_qt, False, UNIT, D, BD)
+    store_vectors(p_out, b_row, tl.trans(b_out - b_factor[:, None] * b_dout), stride_outt, False, UNIT, D, BD)
     tl.store(p_rest + o_head + b_row, tl.where(m_folded, 0.0, b_dlse), mask=b_row >= 0)
 
 
@@ -62,9 +62,9 @@ def unfold_kernel(
     p_out,  # (B, Hq, T, D)
     p_saved,  # (B, Hq, R, D)
     p_rows,  # (B, R)
-    stride_qb,
-    stride_qh,
-    stride_qt,
+    stride_outb,
+    stride_outh,
+    stride_outt,
     R,
     Hq,
     UNIT: tl.constexpr,
@@ -78,8 +78,18 @@ def unfold_kernel(
     b_row = load_rows(p_rows + i_b * R, o_m, R)
     p_saved += (i_b * Hq + i_h) * R * D
     b_saved = load_vectors(p_saved, tl.where(b_row >= 0, o_m, -1), D // UNIT, UNIT, D, BD).to(tl.float32)
-    p_out += (i_b * stride_qb + i_h * stride_qh) * UNIT
-    store_vectors(p_out, b_row, tl.trans(b_saved), stride_qt, False, UNIT, D, BD)
+    p_out += (i_b * stride_outb + i_h * stride_outh) * UNIT
+    store_vectors(p_out, b_row, tl.trans(b_saved), stride_outt, False, UNIT, D, BD)
+
+
+def _launch_rows(kernel, rows: torch.Tensor, tensors: dict, **arguments) -> None:
+    """Launch one program per block of rows, head and sample; ``tensors`` (B,Hq,T,D) come with their strides."""
+    (B, Hq, T, _), R, tile = tensors["out"].shape, rows.shape[1], _launch.attention_tile("slice_rows", tensors["out"])
+    arguments |= {"p_rows": rows, "R": R, "Hq": Hq, "BM": tile.BM, **_launch.tensor_arguments(**tensors)}
+    arguments |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if "T" in kernel.arg_names:
+        arguments["T"] = T
+    _launch.launch(kernel, (triton.cdiv(R, tile.BM), Hq, B), rows.device, **arguments)
 
 
 def fold_dlse(out, dout, dlse, rows):
@@ -87,16 +97,11 @@ def fold_dlse(out, dout, dlse, rows):
     saved = torch.empty(*out.shape[:2], rows.shape[1], out.shape[3], dtype=out.dtype, device=out.device)
     rest = torch.zeros_like(dlse)
     if saved.numel():
-        common = _launch.attention_arguments("slice_rows", out, dout, rows, False, 1.0, None)
-        grid = (triton.cdiv(rows.shape[1], common["BM"]), out.shape[1], out.shape[0])
-        arguments = {"p_out": out, "p_dout": dout, "p_dlse": dlse, "p_saved": saved, "p_rest": rest}
-        _launch.launch(fold_kernel, grid, **arguments, **_launch.taken(fold_kernel, common))
+        _launch_rows(fold_kernel, rows, {"out": out, "dout": dout}, p_dlse=dlse, p_saved=saved, p_rest=rest)
     return saved, rest
 
 
 def unfold_dlse(out, saved, rows):
     """Put back what `fold_dlse` found, bit for bit."""
     if saved.numel():
-        common = _launch.attention_arguments("slice_rows", out, out, rows, False, 1.0, None)
-        grid = (triton.cdiv(rows.shape[1], common["BM"]), out.shape[1], out.shape[0])
-        _launch.launch(unfold_kernel, grid, p_out=out, p_saved=saved, **_launch.taken(unfold_kernel, common))
+        _launch_rows(unfold_kernel, rows, {"out": out}, p_saved=saved)
