@@ -209,3 +209,33 @@ def test_bad_input_names_the_argument(change, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         flash_attention(*tensors, **arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("impl", "engine"), [("triton", "triton"), ("torch", "torch_flash")])
+def test_an_engine_is_what_stands_behind_an_implementation(impl, engine):
+    case = SMALL
+    inputs = inputs_of(case, impl)
+    expected = ours(inputs, case, ("out", "lse"), impl)
+
+    def result(**choice):
+        leaves = [inputs[name].clone().requires_grad_() for name in ("q", "k", "v")]
+        out, lse = flash_attention(*leaves, causal=case.causal, key_mask=inputs["key_mask"], **choice)
+        return out, lse, *torch.autograd.grad(out.sum() + lse[lse.isfinite()].sum(), leaves)
+
+    for x, y in zip(result(engine=engine), result(impl=impl), strict=True):
+        assert torch.equal(x, y)
+    assert torch.equal(result(engine=engine)[0], expected[0])
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"engine": "unheard-of"}, "engine must be None or one of"),
+        ({"engine": "torch_cudnn"}, "engine='torch_cudnn'"),
+        ({"engine": "torch_flash", "impl": "torch"}, "name the same choice: leave one of them out"),
+    ],
+)
+def test_engines_that_cannot_be_had(choice, message):
+    q = torch.randn(1, 2, 5, 16)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        flash_attention(q, q, q, **choice)

@@ -102,7 +102,7 @@ def test_opcheck(impl):
         torch.library.opcheck(ops.attention_slice, (x["q"], x["k"], lse, *attention, True, 0.3, False, impl))
         torch.library.opcheck(ops.attention_alignment, (x["q"], x["k"], lse, *attention, True, 0.3, False, *loss))
     torch.library.opcheck(
-        ops.flash_attention, (x["q"], x["k"], x["v"], None, True, 0.3, None if impl == "cpp" else impl)
+        ops.flash_attention, (x["q"], x["k"], x["v"], None, True, 0.3, None if impl == "cpp" else impl, None)
     )
     joint = (True, 0.3, False, "cosine", "row", False, impl, engine)
     torch.library.opcheck(ops.attention_with_alignment, (x["q"], x["k"], x["v"], *attention, x["target"], *joint))
