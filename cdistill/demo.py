@@ -203,7 +203,8 @@ def find_examples(
     """
     from cdistill.analysis.attention import answer_attention, visual_understanding_layers
     from cdistill.analysis.report import Example
-    from cdistill.data.builtin import ASSISTANT, IMAGE_TOKEN, Collator
+    from cdistill.data.builtin import ASSISTANT, Collator
+    from cdistill.data.samples import IMAGE_TOKEN
     from cdistill.eval.builtin import FAMILIES, batches, held_out_questions, predict
 
     data = {s: held_out_questions(s, n=per_subtype, seed=EVALUATION_SEED) for s in FAMILIES["compositional"]}

@@ -14,19 +14,10 @@ import pytest
 import torch
 
 from cdistill.data import questions, scenes
-from cdistill.data.builtin import (
-    ASSISTANT,
-    EOS,
-    IGNORE_INDEX,
-    IMAGE_TOKEN,
-    NUM_VISUAL_TOKENS,
-    USER,
-    BuiltinDataset,
-    Collator,
-    build_tokenizer,
-)
+from cdistill.data.builtin import ASSISTANT, EOS, NUM_VISUAL_TOKENS, USER, BuiltinDataset, Collator, build_tokenizer
 from cdistill.data.mixture import SUBTYPES, Mixture
 from cdistill.data.render import patch_labels, render
+from cdistill.data.samples import IGNORE_INDEX, IMAGE_TOKEN
 
 TOKENIZER = build_tokenizer()
 NUMBERS = ["zero", "one", "two", "three", "four", "five"]

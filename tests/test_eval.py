@@ -11,7 +11,8 @@ from torch import nn
 from transformers import Qwen2ForCausalLM
 
 from cdistill.data import questions
-from cdistill.data.builtin import IMAGE_TOKEN, Collator, build_tokenizer
+from cdistill.data.builtin import Collator, build_tokenizer
+from cdistill.data.samples import IMAGE_TOKEN
 from cdistill.eval import command
 from cdistill.eval.builtin import FAMILIES, batches, evaluate, held_out_questions, predict, standard_error_of_mean
 

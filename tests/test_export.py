@@ -27,18 +27,10 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging as transformers_logging
 
 from cdistill.cli import main
-from cdistill.data.builtin import (
-    ASSISTANT,
-    EOS,
-    IGNORE_INDEX,
-    IMAGE_TOKEN,
-    NUM_VISUAL_TOKENS,
-    USER,
-    BuiltinDataset,
-    build_tokenizer,
-)
+from cdistill.data.builtin import ASSISTANT, EOS, NUM_VISUAL_TOKENS, USER, BuiltinDataset, build_tokenizer
 from cdistill.data.mixture import Mixture
 from cdistill.data.render import to_image
+from cdistill.data.samples import IGNORE_INDEX, IMAGE_TOKEN
 from cdistill.models import MergedAdapter, TAFAdapter, TAFLlavaForConditionalGeneration, check_pair, taf
 from cdistill.models.export import export, merge_taf_map
 from cdistill.models.load import ASSETS, load_model

@@ -15,9 +15,10 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 from cdistill.cli import main
 from cdistill.data.batches import PaddingCollator
-from cdistill.data.builtin import CHAT_TEMPLATE, IMAGE_TOKEN, BuiltinDataset, build_tokenizer
-from cdistill.data.conversations import ConversationDataset, Encoder
+from cdistill.data.builtin import CHAT_TEMPLATE, BuiltinDataset, ConversationDataset, build_tokenizer
+from cdistill.data.conversations import Encoder
 from cdistill.data.mixture import Mixture
+from cdistill.data.samples import IMAGE_TOKEN
 from cdistill.train import run
 from cdistill.train.build import build_models
 from cdistill.train.config import recipe_to_dict

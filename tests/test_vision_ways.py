@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from cdistill import distill
-from cdistill.data.builtin import IMAGE_TOKEN, build_tokenizer
+from cdistill.data.builtin import build_tokenizer
+from cdistill.data.samples import IMAGE_TOKEN
 from cdistill.models import check_pair, compose, share_vision, student_embeddings, teacher_embeddings
 from cdistill.models.export import export
 from cdistill.models.llava import visual_tokens

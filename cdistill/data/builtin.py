@@ -15,10 +15,11 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from cdistill.data import questions, render, scenes
+from cdistill.data.conversations import Encoded, Encoder
 from cdistill.data.mixture import Mixture
+from cdistill.data.samples import IGNORE_INDEX, IMAGE_TOKEN, Mark, Message
 
-IGNORE_INDEX = -100
-IMAGE_TOKEN, PAD, EOS, USER, ASSISTANT = "<image>", "<pad>", "</s>", "USER:", "ASSISTANT:"
+PAD, EOS, USER, ASSISTANT = "<pad>", "</s>", "USER:", "ASSISTANT:"
 NUM_VISUAL_TOKENS = scenes.GRID * scenes.GRID
 
 # The vicuna_v1 layout as a template; what it marks as generated is what `BuiltinDataset` labels.
@@ -162,6 +163,24 @@ class BuiltinDataset(Dataset):
             ids += prompt + reply
             labels += [IGNORE_INDEX] * len(prompt) + reply
         return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+
+
+class ConversationDataset(Dataset):
+    """The samples of a `BuiltinDataset` as tokens, for models of any family."""
+
+    def __init__(self, data: BuiltinDataset, encoder: Encoder) -> None:
+        self.data, self.encoder = data, encoder
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Encoded:
+        messages, images = [], []
+        for message in self.data.messages(index):
+            images += [part["image"] for part in message["content"] if part["type"] == "image"]
+            parts = (Mark.IMAGE if part["type"] == "image" else part["text"] for part in message["content"])
+            messages.append(Message(message["role"], tuple(parts)))
+        return self.encoder(messages, images)
 
 
 class Collator:

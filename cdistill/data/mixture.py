@@ -1,4 +1,4 @@
-"""What recipes may say of samples, checked without importing torch: the built-in task's mixture, names of templates."""
+"""What recipes may say of samples of the built-in task, checked without importing torch."""
 
 from dataclasses import dataclass
 
@@ -6,8 +6,6 @@ from cdistill.data.questions import COMPOSITIONAL, DIRECT
 
 SUBTYPES = (*DIRECT, *COMPOSITIONAL)
 MODALITIES = ("image", "text")
-TEMPLATES = ("auto", "plain", "qwen2_base", "vicuna_v1", "chatml")  # see `cdistill.data.templates`
-TEMPLATE_FILE = ".jinja"  # what the path of a template of one's own ends in
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cdistill.data import questions
-from cdistill.data.builtin import IGNORE_INDEX, BuiltinDataset, Collator
+from cdistill.data.builtin import BuiltinDataset, Collator
 from cdistill.data.mixture import SUBTYPES, Mixture
+from cdistill.data.samples import IGNORE_INDEX
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "recognition": questions.RECOGNITION,

@@ -25,8 +25,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from cdistill.data import strict_yaml
-from cdistill.data.builtin import IGNORE_INDEX
 from cdistill.data.dataset import BAD
+from cdistill.data.samples import IGNORE_INDEX
 from cdistill.data.templates import Template
 from cdistill.models.load import DTYPES, Model, resolve_folder
 from cdistill.models.processor import FILES, IMAGE_PROCESSORS, has_image_processor

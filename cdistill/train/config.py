@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cdistill.data import strict_yaml
-from cdistill.data.mixture import TEMPLATE_FILE, TEMPLATES, Mixture
+from cdistill.data.choices import TEMPLATE_FILE, TEMPLATES
+from cdistill.data.mixture import Mixture
 from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.values import build, differences, override
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from cdistill.data.batches import PackingCollator, PaddingCollator
-from cdistill.data.builtin import IMAGE_TOKEN, BuiltinDataset, Collator, build_tokenizer
-from cdistill.data.conversations import ConversationDataset, Encoded, Encoder
+from cdistill.data.builtin import BuiltinDataset, Collator, ConversationDataset, build_tokenizer
+from cdistill.data.conversations import Encoded, Encoder
 from cdistill.data.dataset import SampleDataset, TellingCollator
 from cdistill.data.grouping import length_grouped, modality_grouped
 from cdistill.data.mix import Order, open_source
 from cdistill.data.render import patch_labels, render
-from cdistill.data.samples import Source
+from cdistill.data.samples import IMAGE_TOKEN, Source
 from cdistill.data.scenes import sample_scene
 from cdistill.models.load import Model
 from cdistill.train.build import Models

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cdistill.data.builtin import IGNORE_INDEX
+from cdistill.data.samples import IGNORE_INDEX
 from cdistill.models.llava import Llava, SharedVision, share_vision, student_embeddings, vision_features
 from cdistill.models.load import Model
 from cdistill.models.pair import shares_encoder

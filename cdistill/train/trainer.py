@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from cdistill.data.builtin import IGNORE_INDEX
+from cdistill.data.samples import IGNORE_INDEX
 from cdistill.train import checkpoints
 from cdistill.train.agreement import RanksAgree
 from cdistill.train.bad_samples import BadSamples
