@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from cdistill.cli import main
 from cdistill.data.builtin import ASSISTANT, EOS, NUM_VISUAL_TOKENS, USER, BuiltinDataset, build_tokenizer
-from cdistill.data.mixture import Mixture
+from cdistill.data.mixture import BuiltinTask
 from cdistill.data.render import to_image
 from cdistill.data.samples import IGNORE_INDEX, IMAGE_TOKEN
 from cdistill.models import MergedAdapter, TAFAdapter, TAFLlavaForConditionalGeneration, check_pair, taf
@@ -186,7 +186,7 @@ def conversation(item, data, index):
 
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_chat_template_and_processor_make_what_the_dataset_holds(modality):
-    data = BuiltinDataset(Mixture(modality=modality, turns=3, caption=0.5), size=8, seed=11)
+    data = BuiltinDataset(BuiltinTask(modality=modality, turns=3, caption=0.5), size=8, seed=11)
     processor = AutoProcessor.from_pretrained(ASSETS / "teacher")
     for index in range(len(data)):
         item = data[index]

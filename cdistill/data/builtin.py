@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cdistill.data import questions, render, scenes
 from cdistill.data.conversations import Encoded, Encoder
-from cdistill.data.mixture import Mixture
+from cdistill.data.mixture import BuiltinTask
 from cdistill.data.samples import IGNORE_INDEX, IMAGE_TOKEN, Mark, Message
 
 PAD, EOS, USER, ASSISTANT = "<pad>", "</s>", "USER:", "ASSISTANT:"
@@ -71,7 +71,7 @@ class BuiltinDataset(Dataset):
 
     def __init__(
         self,
-        mixture: Mixture,
+        task: BuiltinTask,
         *,
         size: int,
         seed: int,
@@ -79,7 +79,7 @@ class BuiltinDataset(Dataset):
         held_out: bool = False,
         grounding: bool = False,
     ) -> None:
-        self.mixture, self.size, self.seed, self.held_out = mixture, size, seed, held_out
+        self.task, self.size, self.seed, self.held_out = task, size, seed, held_out
         self.grounding = grounding
         self.tokenizer = tokenizer or build_tokenizer()
         self._vocabulary = self.tokenizer.get_vocab()
@@ -94,7 +94,7 @@ class BuiltinDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         rng, scene, turns = self._draw(index)
         item = self._conversation(self._prefix(scene), turns)
-        if self.mixture.modality == "image":
+        if self.task.modality == "image":
             pixels = render.render(scene, np.random.default_rng(rng.getrandbits(64)))
             item["pixel_values"] = torch.from_numpy(pixels)
         return item | self._grounding(scene, item["input_ids"]) if self.grounding else item
@@ -111,7 +111,7 @@ class BuiltinDataset(Dataset):
         for question, answer in turns:
             result.append({"role": "user", "content": [{"type": "text", "text": question}]})
             result.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        if self.mixture.modality == "image":
+        if self.task.modality == "image":
             pixels = render.render(scene, np.random.default_rng(rng.getrandbits(64)))
             first: dict[str, Any] = {"type": "image", "image": render.to_image(pixels)}
         else:
@@ -126,13 +126,13 @@ class BuiltinDataset(Dataset):
         return rng, *self._scene_and_turns(rng)
 
     def _prefix(self, scene: scenes.Scene) -> str:
-        text_only = self.mixture.modality == "text"
+        text_only = self.task.modality == "text"
         return scenes.describe(scene) if text_only else " ".join([IMAGE_TOKEN] * NUM_VISUAL_TOKENS)
 
     def _grounding(self, scene: scenes.Scene, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         words = [self._words[i] for i in input_ids.tolist()]
         cells = torch.from_numpy(render.grounding(scene, words))
-        if self.mixture.modality == "image":
+        if self.task.modality == "image":
             places = [i for i, word in enumerate(words) if word == IMAGE_TOKEN]
             return {"grounding": cells, "places": torch.tensor(places)}
         each = len(scenes.describe(scene[:1]).split())
@@ -142,15 +142,15 @@ class BuiltinDataset(Dataset):
 
     def _scene_and_turns(self, rng: random.Random) -> tuple[scenes.Scene, list[tuple[str, str]]]:
         """A scene and what is said about it; scenes that allow none of the wanted questions are passed over."""
-        captioned = rng.random() < self.mixture.caption
+        captioned = rng.random() < self.task.caption
         while True:
             scene = scenes.sample_scene(rng, held_out=self.held_out)
-            asked = [questions.ask_any(scene, self.mixture.subtypes, rng) for _ in range(self.mixture.turns)]
+            asked = [questions.ask_any(scene, self.task.subtypes, rng) for _ in range(self.task.turns)]
             if None in asked:
                 continue
             turns = [(q.text, q.answer) for q in asked if q is not None]
             if captioned:
-                turns.insert(0, ("describe the scene", scenes.caption(scene, rng, sentences=self.mixture.sentences)))
+                turns.insert(0, ("describe the scene", scenes.caption(scene, rng, sentences=self.task.sentences)))
             return scene, turns
 
     def _conversation(self, prefix: str, turns: list[tuple[str, str]]) -> dict[str, torch.Tensor]:

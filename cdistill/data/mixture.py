@@ -9,8 +9,8 @@ MODALITIES = ("image", "text")
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """What a training sample is made of.
+class BuiltinTask:
+    """What a sample of the built-in task is made of.
 
     Attributes:
         modality: ``image`` shows the scene as pixels, ``text`` writes it out before the first question.

@@ -94,7 +94,7 @@ def _builtin_dataset(recipe: Recipe, stage: StageConfig, seed: int, models: Mode
         if word not in vocabulary and word != IMAGE_TOKEN:
             raise ValueError(f"path must be given, or the tokenizer be the built-in one: there is no token {word!r}")
     source = BuiltinDataset(
-        stage.data, size=size, seed=seed, tokenizer=tokenizer, grounding=stage.objective == "ground"
+        stage.data.builtin, size=size, seed=seed, tokenizer=tokenizer, grounding=stage.objective == "ground"
     )
     data: Dataset = source
     collate: Any = Collator(tokenizer.pad_token_id)
