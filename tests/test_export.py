@@ -26,10 +26,10 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging as transformers_logging
 
+from cdistill.builtin.dataset import ASSISTANT, EOS, NUM_VISUAL_TOKENS, USER, BuiltinDataset, build_tokenizer
+from cdistill.builtin.render import to_image
+from cdistill.builtin.task import BuiltinTask
 from cdistill.cli import main
-from cdistill.data.builtin import ASSISTANT, EOS, NUM_VISUAL_TOKENS, USER, BuiltinDataset, build_tokenizer
-from cdistill.data.mixture import BuiltinTask
-from cdistill.data.render import to_image
 from cdistill.data.samples import IGNORE_INDEX, IMAGE_TOKEN
 from cdistill.models import MergedAdapter, TAFAdapter, TAFLlavaForConditionalGeneration, check_pair, taf
 from cdistill.models.export import export, merge_taf_map

@@ -3,9 +3,12 @@
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from cdistill._moved import MOVED
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "triton", "deepspeed", "transformers", "datasets", "matplotlib", "lmms_eval")
@@ -17,12 +20,14 @@ ALLOWED = {
     "vat": {"ops"},
     "models": {"vat"},
     "_register": {"models"},
+    "_moved": set(),
     "data": set(),
-    "train": {"models", "data"},
-    "eval": {"models", "data"},
-    "analysis": {"models", "data", "eval"},
-    "demo": {"train", "eval", "analysis"},
-    "cli": {"demo"},
+    "builtin": {"data"},
+    "train": {"models", "builtin"},
+    "eval": {"models", "builtin"},
+    "analysis": {"models", "builtin"},
+    "demo": {"train", "analysis"},
+    "cli": {"demo", "eval"},
     "__main__": {"cli"},
 }
 
@@ -58,7 +63,7 @@ def sources():
 
 @pytest.mark.parametrize(("room", "path"), [pytest.param(r, p, id=str(p.relative_to(ROOT))) for r, p in sources()])
 def test_imports_point_one_way(room, path):
-    rooms = imported_rooms(path, "cdistill") & (ALLOWED.keys() | {"train"})
+    rooms = imported_rooms(path, "cdistill") & ALLOWED.keys()
     assert rooms <= reachable(room), f"{path.relative_to(ROOT)} imports {rooms - reachable(room)} from above"
 
 
@@ -66,6 +71,12 @@ def test_import_is_cheap():
     code = f"import cdistill, sys; print([m for m in {HEAVY!r} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_modules_that_have_moved_go_by_their_old_names(name):
+    module = import_module(name)
+    assert module is import_module(MOVED[name]) and module.__spec__.name == MOVED[name]
 
 
 def test_ops_import_neither_triton_nor_deepspeed_nor_transformers():

@@ -12,8 +12,8 @@ from builtin_models import make_recipe
 from memory_cases import tensor_bytes
 from transformers import TrainerCallback
 
-from cdistill.data.builtin import BuiltinDataset
-from cdistill.data.mixture import BuiltinTask
+from cdistill.builtin.dataset import BuiltinDataset
+from cdistill.builtin.task import BuiltinTask
 from cdistill.models.load import load_model
 from cdistill.train import run, stages
 from cdistill.train.config import recipe_to_dict

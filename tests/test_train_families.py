@@ -13,11 +13,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
+from cdistill.builtin.dataset import CHAT_TEMPLATE, BuiltinDataset, ConversationDataset, build_tokenizer
+from cdistill.builtin.task import BuiltinTask
 from cdistill.cli import main
 from cdistill.data.batches import PaddingCollator
-from cdistill.data.builtin import CHAT_TEMPLATE, BuiltinDataset, ConversationDataset, build_tokenizer
 from cdistill.data.conversations import Encoder
-from cdistill.data.mixture import BuiltinTask
 from cdistill.data.samples import IMAGE_TOKEN
 from cdistill.train import run
 from cdistill.train.build import build_models

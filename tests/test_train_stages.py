@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, TrainerCallback
 
-from cdistill.data.builtin import BuiltinDataset, Collator, build_tokenizer
-from cdistill.data.mixture import BuiltinTask
+from cdistill.builtin.dataset import BuiltinDataset, Collator, build_tokenizer
+from cdistill.builtin.task import BuiltinTask
 from cdistill.models.load import load_model
 from cdistill.train import run
 from cdistill.train.build import build_models

@@ -11,7 +11,7 @@ from family_models import build, draw
 from test_train_stages import Start, batch_of_three, part, same, weights
 from torch._dynamo.utils import counters
 
-from cdistill.data.builtin import BuiltinDataset
+from cdistill.builtin.dataset import BuiltinDataset
 from cdistill.train import run, stages
 from cdistill.train.build import build_models
 from cdistill.train.config import LoRAConfig

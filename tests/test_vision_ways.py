@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from cdistill import distill
-from cdistill.data.builtin import build_tokenizer
+from cdistill.builtin.dataset import build_tokenizer
 from cdistill.data.samples import IMAGE_TOKEN
 from cdistill.models import check_pair, compose, share_vision, student_embeddings, teacher_embeddings
 from cdistill.models.export import export

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from cdistill.data.builtin import build_tokenizer
+from cdistill.builtin.dataset import build_tokenizer
 from cdistill.models.llava import INHERITED, Llava, compose, visual_tokens
 from cdistill.models.load import Model, encoder_config, load_config, resolve_folder
 from cdistill.models.parts import has_vision

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from cdistill.data.builtin import build_tokenizer
+from cdistill.builtin.dataset import build_tokenizer
 from cdistill.data.samples import IMAGE_TOKEN, Source
 from cdistill.models.llava import Llava, compose, visual_tokens
 from cdistill.models.load import (

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from cdistill.builtin.task import BuiltinTask
 from cdistill.data import strict_yaml
 from cdistill.data.choices import TEMPLATE_FILE, TEMPLATES
-from cdistill.data.mixture import BuiltinTask
 from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.values import build, differences, override
 
@@ -183,7 +183,7 @@ class DataConfig:
     """What a stage is trained on: a data set in files or, without ``path``, a mixture of the built-in task's samples.
 
     Attributes:
-        modality, caption, sentences, turns, subtypes: of the built-in task (`cdistill.data.mixture.BuiltinTask`).
+        modality, caption, sentences, turns, subtypes: of the built-in task (`cdistill.builtin.task.BuiltinTask`).
         seed: seed of the samples or of their order; None derives it from the recipe's seed and the place of the stage, so
             that the i-th stages of two recipes with the same seed and data see the same samples.
         path: what `cdistill.data.mix.open_source` opens: LLaVA-format JSON or JSON Lines, tar shards, a data set of Hugging

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cdistill.data.render import PATCH_CLASSES
+from cdistill.builtin.render import PATCH_CLASSES
 from cdistill.models.llava import Llava, image_size
 from cdistill.models.load import DTYPES
 from cdistill.models.parts import has_vision, head_of, language_model

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
+from cdistill.builtin.render import PATCH_CLASSES
 from cdistill.data import strict_yaml
 from cdistill.data.conversations import Encoder
-from cdistill.data.render import PATCH_CLASSES
 from cdistill.models.load import RECIPE, Model, load_model
 from cdistill.models.parts import language_model
 from cdistill.models.processor import save_chat_template, stop_at

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cdistill.data.questions import COMPOSITIONAL, DIRECT
+from cdistill.builtin.questions import COMPOSITIONAL, DIRECT
 
 SUBTYPES = (*DIRECT, *COMPOSITIONAL)
 MODALITIES = ("image", "text")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cdistill.data import questions
-from cdistill.data.builtin import BuiltinDataset, Collator
-from cdistill.data.mixture import SUBTYPES, BuiltinTask
+from cdistill.builtin import questions
+from cdistill.builtin.dataset import BuiltinDataset, Collator
+from cdistill.builtin.task import SUBTYPES, BuiltinTask
 from cdistill.data.samples import IGNORE_INDEX
 
 FAMILIES: dict[str, tuple[str, ...]] = {

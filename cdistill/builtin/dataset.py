@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from cdistill.data import questions, render, scenes
+from cdistill.builtin import questions, render, scenes
+from cdistill.builtin.task import BuiltinTask
 from cdistill.data.conversations import Encoded, Encoder
-from cdistill.data.mixture import BuiltinTask
 from cdistill.data.samples import IGNORE_INDEX, IMAGE_TOKEN, Mark, Message
 
 PAD, EOS, USER, ASSISTANT = "<pad>", "</s>", "USER:", "ASSISTANT:"
@@ -214,3 +214,26 @@ class Collator:
                 batch["grounding"][i, :tokens, :places] = item["grounding"]
                 batch["places"][i, :places] = item["places"]
         return batch
+
+
+class PatchDataset(Dataset):
+    """``size`` images with the labels of every patch: ``pixel_values`` (3, H, W) fp32 and ``labels`` (V, 3) int64."""
+
+    def __init__(self, *, size: int, seed: int) -> None:
+        self.size, self.seed = size, seed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        rng = random.Random(f"{self.seed}/{index}/patch")
+        scene = scenes.sample_scene(rng)
+        pixels = render.render(scene, np.random.default_rng(rng.getrandbits(64)))
+        return {"pixel_values": torch.from_numpy(pixels), "labels": torch.from_numpy(render.patch_labels(scene))}
+
+
+def collate_patches(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """(B, 3, H, W) images and (B, V, 3) labels."""
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}

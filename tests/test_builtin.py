@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from cdistill.data import questions, scenes
-from cdistill.data.builtin import ASSISTANT, EOS, NUM_VISUAL_TOKENS, USER, BuiltinDataset, Collator, build_tokenizer
-from cdistill.data.mixture import SUBTYPES, BuiltinTask
-from cdistill.data.render import patch_labels, render
+from cdistill.builtin import questions, scenes
+from cdistill.builtin.dataset import ASSISTANT, EOS, NUM_VISUAL_TOKENS, USER, BuiltinDataset, Collator, build_tokenizer
+from cdistill.builtin.render import patch_labels, render
+from cdistill.builtin.task import SUBTYPES, BuiltinTask
 from cdistill.data.samples import IGNORE_INDEX, IMAGE_TOKEN
 
 TOKENIZER = build_tokenizer()
