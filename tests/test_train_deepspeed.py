@@ -15,9 +15,9 @@ from transformers import TrainerCallback
 from cdistill.builtin.dataset import BuiltinDataset
 from cdistill.builtin.task import BuiltinTask
 from cdistill.models.load import load_model
+from cdistill.runtime.zero import deepspeed_config
 from cdistill.train import run, stages
 from cdistill.train.config import recipe_to_dict
-from cdistill.train.zero import deepspeed_config
 
 LOSSES = ("loss", "ar", "kd", "vat")
 

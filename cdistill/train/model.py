@@ -16,7 +16,8 @@ from cdistill.models.pair import shares_encoder
 from cdistill.models.parts import has_vision, head_of, part_of
 from cdistill.models.taf import feature_width
 from cdistill.ops import linear_distillation
-from cdistill.train.blank import is_partitioned, must_look
+from cdistill.runtime.zero import is_partitioned
+from cdistill.train.blank import must_look
 from cdistill.train.config import KDConfig
 from cdistill.train.inside import inside, open_inside
 from cdistill.train.objectives import Objective

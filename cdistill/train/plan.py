@@ -21,6 +21,7 @@ from cdistill.models.load import DTYPES
 from cdistill.models.parts import has_vision, head_of, language_model
 from cdistill.models.taf import TAFAdapter, feature_width
 from cdistill.ops._vocabulary import ROW_UNIT, chunk_rows
+from cdistill.runtime.zero import BUCKET
 from cdistill.train.blueprint import Blueprint, check_models, is_llava, shares_vision, student_of, teacher_of
 from cdistill.train.build import vat_config
 from cdistill.train.config import Recipe, StageConfig
@@ -34,7 +35,6 @@ from cdistill.train.footprint import (
 )
 from cdistill.train.objectives import OBJECTIVES, Objective
 from cdistill.train.stages import check_batches
-from cdistill.train.zero import BUCKET
 from cdistill.vat import VAT, attention_layers, layer_range
 
 Bytes = dict[str, int]

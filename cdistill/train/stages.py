@@ -19,14 +19,19 @@ from cdistill.data.conversations import Encoder
 from cdistill.models.load import RECIPE, Model, load_model
 from cdistill.models.parts import language_model
 from cdistill.models.processor import save_chat_template, stop_at
-from cdistill.train import checkpoints, launch
+from cdistill.runtime import checkpoints, launch
+from cdistill.runtime.bad_samples import BadSamples
+from cdistill.runtime.collectives import first_process, naming_lost_peers, on_first_process
+from cdistill.runtime.errors import Stopped
+from cdistill.runtime.finite import FiniteSteps
+from cdistill.runtime.signals import StopRequest, stop_on_signals
+from cdistill.runtime.stop import StopCallback
+from cdistill.runtime.zero import deepspeed_config, released
 from cdistill.train.alignment import make_vat, vat_of
-from cdistill.train.bad_samples import BadSamples
 from cdistill.train.build import Models, build_models, count_parameters, precision_of
 from cdistill.train.cache import CachedCollator, CachedDataset, StageCache, fingerprint, stage_cache
 from cdistill.train.config import Recipe, recipe_from_dict, recipe_to_dict
 from cdistill.train.data import encoder_of, stage_dataset, unread
-from cdistill.train.finite import FiniteSteps
 from cdistill.train.lora import add_lora
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES, set_trained
@@ -39,10 +44,8 @@ from cdistill.train.run_folder import (
     stage_folders,
     tell_changes,
 )
-from cdistill.train.stop import StopCallback, StopRequest, stop_on_signals
 from cdistill.train.teacher import Teacher, hold_teacher
 from cdistill.train.trainer import DistillTrainer, RunLog, training_arguments
-from cdistill.train.zero import deepspeed_config, released
 from cdistill.vat import attention_layers
 
 METRICS_BYTES = 1_000_000
@@ -56,7 +59,7 @@ def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCall
         if launch.launched():
             launch.init_process_group()
             prepared: list[Models] = []  # stays where it is
-            launch.on_first_process(lambda: prepared.append(_prepare(recipe, output, resume, at_end)))
+            on_first_process(lambda: prepared.append(_prepare(recipe, output, resume, at_end)))
             return run_stages(
                 recipe, output, resume=resume, callbacks=callbacks, models=prepared.pop() if prepared else None
             )
@@ -84,7 +87,7 @@ def run_stages(
     """Run the unfinished stages of a recipe in a prepared output folder; returns the folder of the final model."""
     folders = stage_folders(recipe, output)
     with (
-        launch.naming_lost_peers(),
+        naming_lost_peers(),
         stop_on_signals() as request,
         launch.environment(distributed=recipe.deepspeed != "off"),
         launch.quiet(),
@@ -114,14 +117,14 @@ def _stop_if(number: int, message: str) -> None:
     """Raise Stopped for a signal, once the first process has told it."""
     if not number:
         return
-    if launch.first_process():
+    if first_process():
         print(f"{message} by {signal.Signals(number).name}; go on with --resume", flush=True)
-    raise launch.Stopped(number)
+    raise Stopped(number)
 
 
 def _remove_leftovers(output: Path, folder: Path) -> None:
     """Remove what a run that was killed after a stage's last rename has left of it."""
-    if launch.first_process():
+    if first_process():
         shutil.rmtree(output / CHECKPOINTS / folder.name, ignore_errors=True)
         with suppress(OSError):  # it holds those of another stage, or has never been
             (output / CHECKPOINTS).rmdir()
@@ -327,7 +330,7 @@ def _run_stage(
         callbacks=[log, *callbacks, stop],
     )
     at_end.callback(trainer.destroy_engine)
-    checkpoint = launch.on_first_process(lambda: checkpoints.choose(saved, processes=world))
+    checkpoint = on_first_process(lambda: checkpoints.choose(saved, processes=world))
     start = 0 if checkpoint is None else checkpoints.checkpoint_step(checkpoint)
     if first:
         log.rewind(start)
