@@ -11,9 +11,9 @@ from typing import Any
 from cdistill import __version__, demo
 from cdistill.data import command as data
 from cdistill.eval import command as evaluation
+from cdistill.plan import command as planning
 from cdistill.runtime.errors import RunError, tell
 from cdistill.runtime.launch import environment
-from cdistill.train import plan_command as planning
 
 
 @dataclass(frozen=True)

@@ -259,7 +259,7 @@ def test_splits_share_no_scene():
 
 def test_split_is_the_same_in_every_process():
     code = (
-        "import random\nfrom cdistill.data import scenes\nrng = random.Random(9)\n"
+        "import random\nfrom cdistill.builtin import scenes\nrng = random.Random(9)\n"
         "print([scenes.sample_scene(rng, held_out=i % 2 == 0) for i in range(20)])"
     )
     root = os.path.dirname(os.path.dirname(scenes.__file__))

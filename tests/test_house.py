@@ -25,10 +25,11 @@ ALLOWED = {
     "builtin": {"data"},
     "runtime": {"data"},
     "train": {"models", "builtin", "runtime"},
+    "plan": {"train"},
     "eval": {"models", "builtin"},
     "analysis": {"models", "builtin"},
     "demo": {"train", "analysis"},
-    "cli": {"demo", "eval"},
+    "cli": {"demo", "plan", "eval"},
     "__main__": {"cli"},
 }
 

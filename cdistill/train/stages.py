@@ -16,8 +16,7 @@ from transformers import TrainerCallback
 from cdistill.builtin.render import PATCH_CLASSES
 from cdistill.data import strict_yaml
 from cdistill.data.conversations import Encoder
-from cdistill.models.load import RECIPE, Model, load_model
-from cdistill.models.parts import language_model
+from cdistill.models.load import RECIPE, load_model
 from cdistill.models.processor import save_chat_template, stop_at
 from cdistill.runtime import checkpoints, launch
 from cdistill.runtime.bad_samples import BadSamples
@@ -28,7 +27,15 @@ from cdistill.runtime.signals import StopRequest, stop_on_signals
 from cdistill.runtime.stop import StopCallback
 from cdistill.runtime.zero import deepspeed_config, released
 from cdistill.train.alignment import make_vat, vat_of
-from cdistill.train.build import Models, build_models, count_parameters, precision_of
+from cdistill.train.build import (
+    Models,
+    build_models,
+    check_batches,
+    checkpoint_activations,
+    compile_layers,
+    count_parameters,
+    precision_of,
+)
 from cdistill.train.cache import CachedCollator, CachedDataset, StageCache, fingerprint, stage_cache
 from cdistill.train.config import Recipe, recipe_from_dict, recipe_to_dict
 from cdistill.train.data import encoder_of, stage_dataset, unread
@@ -148,7 +155,7 @@ def _prepare(recipe: Recipe, output: Path, resume: bool, at_end: ExitStack) -> M
     if was_there:
         at_end.enter_context(locked(output))
     _check_output(recipe, output, resume)
-    check_batches(recipe)
+    check_batches(recipe, _world_size(recipe))
     precision_of(recipe)
     models = build_models(recipe)
     for index in range(len(recipe.stages)):
@@ -205,17 +212,6 @@ def _check_output(recipe: Recipe, output: Path, resume: bool) -> None:
     refuse_other_run(recipe, held, output)
     if not resume and begun_stages(held, output):
         raise ValueError(f"output {output} already holds a run of this recipe: continue it with --resume")
-
-
-def check_batches(recipe: Recipe) -> None:
-    world = _world_size(recipe)
-    for name in dict.fromkeys(recipe.stages):
-        stage = recipe.stage[name]
-        if stage.global_batch_size % (world * (stage.micro_batch_size or 1)):
-            raise ValueError(
-                f"stage.{name}.global_batch_size must be a multiple of {world} processes x micro_batch_size "
-                f"{stage.micro_batch_size or 1}, got {stage.global_batch_size}"
-            )
 
 
 def _world_size(recipe: Recipe) -> int:
@@ -391,18 +387,3 @@ def _save_processor(encoder: Encoder | None, models: Models, folder: Path) -> No
     models.processor.save_pretrained(folder)
     if encoder is not None and encoder.template.name not in ("auto", "plain"):
         save_chat_template(folder, encoder.template.source)
-
-
-def checkpoint_activations(student: Model, *, reentrant: bool) -> None:
-    language = language_model(student)
-    options = {"use_reentrant": reentrant}
-    if hasattr(language, "activation_checkpointing_enable"):  # transformers 5.20 renamed it
-        language.activation_checkpointing_enable(options)
-    else:
-        language.gradient_checkpointing_enable(options)
-
-
-def compile_layers(student: Model, backend: str = "inductor") -> None:
-    """Compile each layer of the language model for batches of any length; layers of one kind are compiled once."""
-    for layer in language_model(student).layers:
-        layer.compile(dynamic=True, backend=backend)
