@@ -38,11 +38,6 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(options: argparse.Namespace) -> int:
-    with environment(distributed=False):  # importing transformers' Trainer makes DeepSpeed look for a device
-        return planning.main(options)
-
-
 def _cache_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="name or path of a recipe whose teacher_memory.cache names a folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe")
@@ -112,7 +107,7 @@ def _export(options: argparse.Namespace) -> int:
 COMMANDS = {
     "demo": Command("distil the built-in student and compare it", demo.add_arguments, demo.main),
     "train": Command("train a recipe's stages", _train_arguments, _train),
-    "plan": Command("tell what a recipe needs on each GPU", planning.add_arguments, _plan),
+    "plan": Command("tell what a recipe needs on each GPU", planning.add_arguments, planning.main),
     "cache": Command("keep what a recipe's teacher gives, to train without it", _cache_arguments, _cache),
     "data": Command("check data sets, look at samples, list the paper's sets", data.add_arguments, _data),
     "eval": Command("measure a model on the built-in task", evaluation.add_arguments, evaluation.main),

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from importlib import import_module
 from pathlib import Path
 
@@ -41,17 +42,29 @@ def reachable(room: str) -> set[str]:
     return found
 
 
-def imported_rooms(path: Path, package: str) -> set[str]:
+def module_of(path: Path) -> str:
+    *folders, name = path.relative_to(ROOT).with_suffix("").parts
+    folders = ["cdistill", "kernels"] if folders == ["kernels"] else folders
+    return ".".join(folders if name == "__init__" else [*folders, name])
+
+
+def imported_names(path: Path) -> set[str]:
+    """What a file imports, in functions too: modules, and of each all that is taken from it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = "." * node.level + (node.module or "")
             assert node.level <= 1, f"{path}: relative import climbs out of its room"
-            if node.level == 0:
-                names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-    return {parts[1] for parts in (n.split(".") for n in names) if parts[0] == package and len(parts) > 1}
+            here = [module_of(path.with_name("__init__.py"))] if node.level else []
+            base = ".".join([*here, *([node.module] if node.module else [])])
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def imported_rooms(path: Path, package: str) -> set[str]:
+    parts = [name.split(".") for name in imported_names(path)]
+    return {of[1] for of in parts if of[0] == package and len(of) > 1}
 
 
 def sources():
@@ -67,6 +80,14 @@ def sources():
 def test_imports_point_one_way(room, path):
     rooms = imported_rooms(path, "cdistill") & ALLOWED.keys()
     assert rooms <= reachable(room), f"{path.relative_to(ROOT)} imports {rooms - reachable(room)} from above"
+
+
+def test_no_imports_go_in_a_circle():
+    """Nor do those inside functions, where a circle would only be hidden."""
+    modules = {module_of(path): path for _, path in sources()}
+    imports = {name: (imported_names(path) & modules.keys()) - {name} for name, path in modules.items()}
+    assert imports["cdistill.kernels.backend"] >= {"cdistill.kernels.attention_slice"}
+    TopologicalSorter(imports).prepare()  # raises CycleError, which names the modules
 
 
 def test_import_is_cheap():
