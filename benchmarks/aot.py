@@ -30,6 +30,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from cdistill import choices
+
 # Compute capability -> shared memory in bytes that a program may take, and that a multiprocessor has.
 SHARED_MEMORY = {
     80: (166912, 167936),
@@ -138,7 +140,7 @@ def loss_launches(arch: int) -> list[tuple]:
     valid = [torch.empty(2, n, dtype=torch.bool, device="meta") for n in (256, 2880)]
 
     def call():
-        for loss, reduction in itertools.product(("cosine", "mse", "kl"), ("row", "matrix", "column")):
+        for loss, reduction in itertools.product(choices.ALIGNMENT_LOSSES, choices.REDUCTIONS):
             options = {"loss": loss, "reduction": reduction, "sink_filter": reduction == "column" and loss == "cosine"}
             backend.alignment_loss(a, a, *valid, **options)
             for dtype in (torch.float32, torch.bfloat16):
@@ -160,7 +162,7 @@ def vocabulary_launches(arch: int, dtype: torch.dtype) -> list[tuple]:
 
     def call():
         logits = torch.empty(c, V, dtype=dtype, device="meta")
-        variants = itertools.product(("forward_kl", "reverse_kl", "jsd"), (1.0, 2.0), (True, False))
+        variants = itertools.product(choices.DIVERGENCES, (1.0, 2.0), (True, False))
         for divergence, temperature, gradient in variants:
             options = {"divergence": divergence, "temperature": temperature, "beta": 0.5, "gradient": gradient}
             for teacher, stored in ((logits, None), (None, top(64)), (None, top(vocabulary_losses.MOST_TOP))):
@@ -218,7 +220,7 @@ def transposed_register_operands(ttgir: str) -> int:
 
 def variant(signature: dict, constants: dict) -> str:
     """What tells launches of one kernel apart, beyond tile and head dimension."""
-    words = [str(constants[name]) for name in ("LOSS", "TERM", "DIVERGENCE") if name in constants]
+    words = [str(constants[name]) for name in ("LOSS", "TERM", "SIZE", "DIVERGENCE") if name in constants]
     words += [name.lower() for name in ("ADD", "EACH", "SCALED", "GRADIENT", "CAREFUL") if constants.get(name) is True]
     words += [f"{name.lower()} {constants[name]}" for name in ("GROUP", "SPLIT", "BK") if constants.get(name, 1) != 1]
     optional = {

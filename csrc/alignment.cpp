@@ -3,17 +3,22 @@
 // Every loss compares pairs of vectors x (student) and y (teacher): each row, the flattened slice, or the (weighted)
 // column means. A pair is read in segments: rows of valid columns, copied to double. Three passes go over the segments,
 // each reduced in a fixed order:
-//   totals    cosine <x,x>, <y,y>; kl sum x, sum y
+//   totals    cosine <x,x>, <y,y>; kl and jsd sum x, sum y
 //   distance  the loss, and what the gradient needs of the whole pair
 //   gradient  elementwise
 #include <cmath>
 #include <memory>
+#include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "drivers.h"
 #include "parallel.h"
 
 namespace cdistill {
+
+enum class Loss : int { kCosine, kMse, kKl, kJsd };
+
 namespace {
 
 // The smallest normal fp32 number: a smaller share counts as this one, and nothing pulls it up.
@@ -44,7 +49,7 @@ Totals totals_of(Loss loss, const double* x, const double* y, int64_t n) {
       sum_x += x[j] * x[j];
       sum_y += y[j] * y[j];
     }
-  } else if (loss == Loss::kKl) {
+  } else if (loss != Loss::kMse) {
 #pragma omp simd reduction(+ : sum_x, sum_y)
     for (int64_t j = 0; j < n; ++j) {
       sum_x += x[j];
@@ -61,6 +66,12 @@ Pair normalised(Loss loss, const Totals& totals, double length) {
     return loss == Loss::kCosine ? 1 / std::sqrt(total) : 1 / total;
   };
   return {loss, factor(totals.x), factor(totals.y), length};
+}
+
+// Half the log of a share's ratio to the mean of both: d JSD / d share.
+double jsd_slope(double share, double other) {
+  const auto least = [](double x) { return x < kLeastShare ? kLeastShare : x; };
+  return 0.5 * std::log(2 * least(share) / (least(share) + least(other)));
 }
 
 // The loss of a segment. For cosine half the squared distance of the normalised vectors, which is exact as cos
@@ -82,6 +93,12 @@ double distance(const Pair& pair, const double* x, const double* y, int64_t n) {
         if (teacher != 0) sum += teacher * (std::log(teacher) - std::log(student < kLeastShare ? kLeastShare : student));
       }
       return sum;
+    case Loss::kJsd:
+      for (int64_t j = 0; j < n; ++j) {
+        const double student = x[j] * pair.x_factor, teacher = y[j] * pair.y_factor;
+        sum += student * jsd_slope(student, teacher) + teacher * jsd_slope(teacher, student);
+      }
+      return sum;
   }
   return sum;
 }
@@ -94,6 +111,11 @@ double common_part(const Pair& pair, const double* x, const double* y, int64_t n
     for (int64_t j = 0; j < n; ++j) {
       if (!(x[j] * pair.x_factor < kLeastShare)) sum -= y[j] * pair.y_factor;
     }
+  if (pair.loss == Loss::kJsd)
+    for (int64_t j = 0; j < n; ++j) {
+      const double student = x[j] * pair.x_factor;
+      sum += student * jsd_slope(student, y[j] * pair.y_factor);
+    }
   return sum;
 }
 
@@ -103,6 +125,7 @@ double entry_gradient(const Pair& pair, double common, double x, double y) {
     case Loss::kCosine: return (student - teacher - common * student) * pair.x_factor;
     case Loss::kMse: return 2 * (student - teacher) / pair.length;
     case Loss::kKl: return ((student < kLeastShare ? 0 : -teacher / student) - common) * pair.x_factor;
+    case Loss::kJsd: return (jsd_slope(student, teacher) - common) * pair.x_factor;
   }
   return 0;
 }
@@ -310,7 +333,26 @@ void sample_gradient(const Alignment& all, const Sample& sample, Passes& passes,
   }
 }
 
+template <class Value, size_t kCount>
+Value named(const char* what, const std::string& name, const std::pair<const char*, Value> (&known)[kCount]) {
+  for (const auto& [own, value] : known)
+    if (name == own) return value;
+  throw std::invalid_argument(std::string(what) + " '" + name + "' is not known to the C++ kernels");
+}
+
 }  // namespace
+
+Loss loss_named(const std::string& name) {
+  static constexpr std::pair<const char*, Loss> kLosses[] = {
+      {"cosine", Loss::kCosine}, {"mse", Loss::kMse}, {"kl", Loss::kKl}, {"jsd", Loss::kJsd}};
+  return named("loss", name, kLosses);
+}
+
+Reduction reduction_named(const std::string& name) {
+  static constexpr std::pair<const char*, Reduction> kReductions[] = {
+      {"row", Reduction::kRow}, {"matrix", Reduction::kMatrix}, {"column", Reduction::kColumn}};
+  return named("reduction", name, kReductions);
+}
 
 void alignment_loss(const Alignment& all, float* losses, int threads) {
   Passes passes(all, threads);

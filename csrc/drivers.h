@@ -1,6 +1,8 @@
 // Multi-threaded entry points over whole problems; results do not depend on `threads`.
 #pragma once
 
+#include <string>
+
 #include "kernels.h"
 
 namespace cdistill {
@@ -13,8 +15,12 @@ void gradient(const Kernels&, Problem, Gradient, int threads);
 void fill_with_zeros(void* data, int64_t bytes, int threads);
 void vocabulary_rows(const Kernels&, const VocabularyRows&, int threads);
 
-enum class Loss : int64_t { kCosine = 0, kMse = 1, kKl = 2 };
-enum class Reduction : int64_t { kRow = 0, kMatrix = 1, kColumn = 2 };
+enum class Loss : int;  // its losses are listed in alignment.cpp
+enum class Reduction { kRow, kMatrix, kColumn };
+
+// Both throw std::invalid_argument for a name that they do not know.
+Loss loss_named(const std::string&);
+Reduction reduction_named(const std::string&);
 
 // Distance of the slices a from target, both (samples, n_rows, n_cols), over valid rows and columns.
 struct Alignment {

@@ -83,7 +83,8 @@ void row_lse_backward(Problem p, uintptr_t lse, uintptr_t dlse, const Result& dq
 }
 
 Alignment make_alignment(uintptr_t a, uintptr_t target, uintptr_t row_valid, uintptr_t col_valid, int64_t samples,
-                         int64_t n_rows, int64_t n_cols, int64_t loss, int64_t reduction, bool sink_filter) {
+                         int64_t n_rows, int64_t n_cols, const std::string& loss, const std::string& reduction,
+                         bool sink_filter) {
   return {pointer<const float>(a),
           pointer<const float>(target),
           pointer<const uint8_t>(row_valid),
@@ -91,8 +92,8 @@ Alignment make_alignment(uintptr_t a, uintptr_t target, uintptr_t row_valid, uin
           samples,
           n_rows,
           n_cols,
-          static_cast<Loss>(loss),
-          static_cast<Reduction>(reduction),
+          loss_named(loss),
+          reduction_named(reduction),
           sink_filter};
 }
 

@@ -5,6 +5,8 @@ slice first: row sizes, then a fixed-order sum. `column` reduces both slices to 
 then `row` with one row per sample.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,29 @@ from . import _launch
 LEAST_SHARE = tl.constexpr(2.0**-126)  # a smaller share counts as this one, and nothing pulls it up
 MOST_SLOPE = tl.constexpr(3.0e38)  # that bf16 and fp32 hold: the gradient of a faint share may exceed it
 ROWS_PER_PROGRAM = 32
+
+
+class Loss(NamedTuple):
+    """What the kernels compute for an alignment loss."""
+
+    size: str  # what vectors are divided by first (`row_size`): "norm", "sum" or "one"
+    term: str  # summed over the entries (`row_sum`), the loss
+    slope: str | None  # a term whose sum the gradient subtracts from each entry's, or None
+    of_zero: float  # loss of a zero vector, which has no gradient
+
+
+LOSSES = {
+    "cosine": Loss("norm", "cosine", "cosine", 1.0),
+    "mse": Loss("one", "mse", None, 0.0),
+    "kl": Loss("sum", "kl", "kl slope", 0.0),
+    "jsd": Loss("sum", "jsd", "jsd slope", 0.0),
+}
+
+
+def _loss(name: str) -> Loss:
+    if name not in LOSSES:
+        raise ValueError(f"loss must be one of {tuple(LOSSES)}, got {name!r}")
+    return LOSSES[name]
 
 
 @triton.jit
@@ -66,15 +91,26 @@ def not_infinite(x):
 
 
 @triton.jit
-def row_size(p_a, p_t, p_col, m_row, V, LOSS: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr):
-    """(BR,) what each of the two vectors is divided by before they are compared: L2 norm (cosine), sum (kl) or 1 (mse).
+def log_of_mean(b_s, b_t):
+    """log(s / m) with m = (s + t) / 2, where they are near by the series of z = (s - m) / (s + m) = (s - t) / (3 s + t)."""
+    b_s, b_t = at_least_share(b_s), at_least_share(b_t)
+    b_z = (b_s - b_t) / (3.0 * b_s + b_t)
+    b_zz = b_z * b_z
+    b_near = 2.0 * b_z * (1.0 + b_zz * (1.0 / 3 + b_zz * (0.2 + b_zz * (1.0 / 7 + b_zz * (1.0 / 9)))))
+    b_far = tl.log(b_s) - tl.log(0.5 * (b_s + b_t))
+    return tl.where(tl.abs(b_z) < 0.125, b_near, b_far)
+
+
+@triton.jit
+def row_size(p_a, p_t, p_col, m_row, V, SIZE: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr):
+    """(BR,) what each of the two vectors is divided by before they are compared: its L2 norm, its sum, or one.
 
     The norm is taken of x / max|x|, so that the squares of a faint row do not underflow.
     """
     o_v = tl.arange(0, BV)
     size_a = tl.full((BR,), 1.0, tl.float32)
     size_t = tl.full((BR,), 1.0, tl.float32)
-    if LOSS == "cosine":
+    if SIZE == "norm":
         b_a = tl.zeros((BR, BV), tl.float32)
         b_t = tl.zeros((BR, BV), tl.float32)
         for i_v in tl.range(0, V, BV):
@@ -93,7 +129,7 @@ def row_size(p_a, p_t, p_col, m_row, V, LOSS: tl.constexpr, BR: tl.constexpr, BV
             b_t += b_xt * b_xt
         size_a = peak_a * tl.sqrt(tl.sum(b_a, 1))
         size_t = peak_t * tl.sqrt(tl.sum(b_t, 1))
-    elif LOSS == "kl":
+    elif SIZE == "sum":
         b_a = tl.zeros((BR, BV), tl.float32)
         b_t = tl.zeros((BR, BV), tl.float32)
         for i_v in tl.range(0, V, BV):
@@ -102,6 +138,8 @@ def row_size(p_a, p_t, p_col, m_row, V, LOSS: tl.constexpr, BR: tl.constexpr, BV
             b_t += b_xt
         size_a = tl.sum(b_a, 1)
         size_t = tl.sum(b_t, 1)
+    else:
+        tl.static_assert(SIZE == "one")
     return size_a, size_t
 
 
@@ -109,8 +147,9 @@ def row_size(p_a, p_t, p_col, m_row, V, LOSS: tl.constexpr, BR: tl.constexpr, BV
 def row_sum(p_a, p_t, p_col, m_row, V, size_a, size_t, TERM: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr):
     """(BR,) sums over the rows of a term of s = a / size_a and t = t / size_t.
 
-    cosine: (s - t)^2 / 2, which is 1 - cos without its cancellation; mse: (s - t)^2; kl: t (log t - log s); slope: s - t, or
-    s where that is too faint, the part of the kl gradient that keeps the sum of s at one.
+    cosine: (s - t)^2 / 2, which is 1 - cos without its cancellation; mse: (s - t)^2; kl: t (log t - log s); kl slope: s - t,
+    or s where that is too faint; jsd: (s log s/m + t log t/m) / 2 with m = (s + t) / 2, by a series where
+    they are near; jsd slope: s/2 log s/m. The sums of slopes keep that of s at one.
     """
     o_v = tl.arange(0, BV)
     b_sum = tl.zeros((BR, BV), tl.float32)
@@ -126,8 +165,19 @@ def row_sum(p_a, p_t, p_col, m_row, V, size_a, size_t, TERM: tl.constexpr, BR: t
         elif TERM == "kl":
             b_log = tl.log(at_least_share(b_t)) - tl.log(at_least_share(b_s))
             b_sum += tl.where(b_t != 0.0, b_t * b_log, 0.0)
-        else:
+        elif TERM == "kl slope":
             b_sum += tl.where(b_s < LEAST_SHARE, b_s, b_d)
+        elif TERM == "jsd":
+            b_r = b_d / at_least_share(b_s + b_t)
+            b_rr = b_r * b_r
+            b_series = b_rr * (1.0 + b_rr * (1.0 / 6 + b_rr * (1.0 / 15 + b_rr * (1.0 / 28 + b_rr * (1.0 / 45)))))
+            b_both = b_s + b_t
+            b_log = tl.log(at_least_share(0.5 * b_both))
+            b_far = b_s * (tl.log(at_least_share(b_s)) - b_log) + b_t * (tl.log(at_least_share(b_t)) - b_log)
+            b_sum += 0.5 * tl.where(tl.abs(b_r) < 0.25, 0.5 * b_both * b_series, b_far)
+        else:
+            tl.static_assert(TERM == "jsd slope")
+            b_sum += 0.5 * b_s * log_of_mean(b_s, b_t)
     return tl.sum(b_sum, 1)
 
 
@@ -140,18 +190,18 @@ def row_size_kernel(
     p_size,  # (2, N, R)
     R,
     V,
-    LOSS: tl.constexpr,
+    SIZE: tl.constexpr,
     BR: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """size_r = |x_r| (cosine) or sum_j x_rj (kl) over valid columns, for a and the target; zero for an invalid row."""
+    """size_r = |x_r| or sum_j x_rj over valid columns, for a and the target; zero for an invalid row."""
     i_r, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_r = i_r * BR + tl.arange(0, BR)
     m_row = tl.load(p_row + i_n * R + o_r, mask=o_r < R, other=0) != 0
     p_a += (i_n * R + i_r * BR) * V
     p_t += (i_n * R + i_r * BR) * V
     p_col += i_n * V
-    size_a, size_t = row_size(p_a, p_t, p_col, m_row, V, LOSS, BR, BV)
+    size_a, size_t = row_size(p_a, p_t, p_col, m_row, V, SIZE, BR, BV)
     tl.store(p_size + i_n * R + o_r, size_a, mask=o_r < R)
     tl.store(p_size + (tl.num_programs(1) + i_n) * R + o_r, size_t, mask=o_r < R)
 
@@ -166,14 +216,15 @@ def row_sum_kernel(
     p_sum,  # (N, R)
     R,
     V,
-    LOSS: tl.constexpr,
+    SIZE: tl.constexpr,
     TERM: tl.constexpr,
+    OF_ZERO: tl.constexpr,
     BR: tl.constexpr,
     BV: tl.constexpr,
 ):
     """Loss of each row (p_size None), or each row's part of the loss of the slice; zero for an invalid row.
 
-    A zero vector has cosine 0 and KL 0. For a slice the caller sees to that.
+    The loss of a row with a zero vector is OF_ZERO. For a slice the caller sees to that.
     """
     i_r, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_r = i_r * BR + tl.arange(0, BR)
@@ -182,13 +233,13 @@ def row_sum_kernel(
     p_t += (i_n * R + i_r * BR) * V
     p_col += i_n * V
     if p_size is None:
-        size_a, size_t = row_size(p_a, p_t, p_col, m_row, V, LOSS, BR, BV)
+        size_a, size_t = row_size(p_a, p_t, p_col, m_row, V, SIZE, BR, BV)
     else:
         size_a = tl.load(p_size + i_n + tl.zeros((BR,), tl.int32))
         size_t = tl.load(p_size + tl.num_programs(1) + i_n + tl.zeros((BR,), tl.int32))
     b_sum = row_sum(p_a, p_t, p_col, m_row, V, size_a, size_t, TERM, BR, BV)
     if p_size is None:
-        b_sum = tl.where((size_a != 0.0) & (size_t != 0.0), b_sum, 1.0 if LOSS == "cosine" else 0.0)
+        b_sum = tl.where((size_a != 0.0) & (size_t != 0.0), b_sum, OF_ZERO)
     tl.store(p_sum + i_n * R + o_r, tl.where(m_row, b_sum, 0.0), mask=o_r < R)
 
 
@@ -199,18 +250,21 @@ def gradient_kernel(
     p_row,  # (N, R) bytes
     p_col,  # (N, V) bytes
     p_size,  # (2, N) of the whole slice, or None: every row has its own
-    p_sum,  # (N,) of the whole slice: 1 - cos (cosine) or slope (kl); None with p_size
+    p_sum,  # (N,) of the whole slice: the sum of SLOPE; None with p_size
     p_weight,  # (N,) gradient of one vector's loss
     p_grad,  # (N, R, V), rows padded
     R,
     V,
     LOSS: tl.constexpr,
+    SIZE: tl.constexpr,
+    SLOPE: tl.constexpr,
     BR: tl.constexpr,
     BV: tl.constexpr,
 ):
     """d loss / d a, with s = a / size_a and t = t / size_t of the compared vectors:
 
-    cosine: ((s - t) - (1 - cos) s) / size_a; kl: (f - sum s f) / size_a with f = 1 - t / s, or 1 of a faint s; mse: 2 (s - t).
+    cosine: ((s - t) - (1 - cos) s) / size_a; mse: 2 (s - t); kl and jsd: (f - sum s f) / size_a with f = 1 - t / s, or 1 of a
+    faint s, and f = log(s / m) / 2 with m = (s + t) / 2.
     The differences are formed first: near agreement the textbook forms lose all digits.
     """
     i_r, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -222,17 +276,15 @@ def gradient_kernel(
     p_grad += (i_n * R + i_r * BR) * padded(V)
     b_sum = tl.zeros((BR,), tl.float32)
     if p_size is None:
-        size_a, size_t = row_size(p_a, p_t, p_col, m_row, V, LOSS, BR, BV)
-        if LOSS == "cosine":
-            b_sum = row_sum(p_a, p_t, p_col, m_row, V, size_a, size_t, "cosine", BR, BV)
-        elif LOSS == "kl":
-            b_sum = row_sum(p_a, p_t, p_col, m_row, V, size_a, size_t, "slope", BR, BV)
+        size_a, size_t = row_size(p_a, p_t, p_col, m_row, V, SIZE, BR, BV)
+        if SLOPE is not None:
+            b_sum = row_sum(p_a, p_t, p_col, m_row, V, size_a, size_t, SLOPE, BR, BV)
     else:
         size_a = tl.load(p_size + i_n + tl.zeros((BR,), tl.int32))
         size_t = tl.load(p_size + tl.num_programs(1) + i_n + tl.zeros((BR,), tl.int32))
         b_sum += tl.load(p_sum + i_n)
     b_weight = tl.load(p_weight + i_n) / nonzero(size_a)
-    if LOSS == "kl":
+    if SIZE == "sum":
         b_weight = not_infinite(b_weight)
     m_alive = (size_a != 0.0) & (size_t != 0.0)
 
@@ -240,15 +292,19 @@ def gradient_kernel(
         o_v = i_v + tl.arange(0, BV)
         b_a, b_t, m_pair = load_pair(p_a, p_t, p_col, m_row, o_v, V)
         b_s = b_a / nonzero(size_a)[:, None]
-        b_d = b_s - b_t / nonzero(size_t)[:, None]
+        b_t = b_t / nonzero(size_t)[:, None]
+        b_d = b_s - b_t
         if LOSS == "cosine":
             b_g = b_d - b_sum[:, None] * b_s
         elif LOSS == "kl":
             b_g = tl.where(b_s < LEAST_SHARE, 1.0, b_d / at_least_share(b_s)) - b_sum[:, None]
+        elif LOSS == "jsd":
+            b_g = 0.5 * log_of_mean(b_s, b_t) - b_sum[:, None]
         else:
+            tl.static_assert(LOSS == "mse")
             b_g = 2.0 * b_d
         b_g = tl.where(m_pair & m_alive[:, None], b_g * b_weight[:, None], 0.0)
-        if LOSS == "kl":
+        if SIZE == "sum":
             b_g = not_infinite(b_g)
         store_rows(p_grad, b_g, o_r, o_v, R, V)
 
@@ -385,30 +441,32 @@ def _row_grid(common: dict) -> tuple[int, int]:
     return triton.cdiv(common["R"], common["BR"]), common["p_a"].shape[0]
 
 
-def _slice_size(common: dict, loss: str) -> torch.Tensor | None:
-    """(2,N) norms (cosine) or sums (kl) of whole slices; mse divides by nothing."""
+def _slice_size(common: dict, kind: str) -> torch.Tensor:
+    """(2,N) norms or sums of whole slices, or ones."""
     N, R, _ = common["p_a"].shape
-    if loss == "mse":
+    if kind == "one":
         return torch.ones(2, N, dtype=torch.float32, device=common["device"])
     size = torch.empty(2, N, R, dtype=torch.float32, device=common["device"])
-    _launch.launch(row_size_kernel, _row_grid(common), p_size=size, LOSS=loss, **common)
-    if loss == "kl":
+    _launch.launch(row_size_kernel, _row_grid(common), p_size=size, SIZE=kind, **common)
+    if kind == "sum":
         return size.sum(-1)
     peak = size.amax(-1)
     return peak * (size / peak.clamp(min=torch.finfo(peak.dtype).tiny).unsqueeze(-1)).square().sum(-1).sqrt()
 
 
-def _row_sums(common: dict, loss: str, term: str, size: torch.Tensor | None) -> torch.Tensor:
+def _row_sums(common: dict, loss: Loss, term: str, size: torch.Tensor | None) -> torch.Tensor:
+    """(N,) sums of a term."""
     N, R, _ = common["p_a"].shape
     sums = torch.empty(N, R, dtype=torch.float32, device=common["device"])
-    _launch.launch(row_sum_kernel, _row_grid(common), p_size=size, p_sum=sums, LOSS=loss, TERM=term, **common)
+    options = {"SIZE": loss.size, "TERM": term, "OF_ZERO": loss.of_zero}
+    _launch.launch(row_sum_kernel, _row_grid(common), p_size=size, p_sum=sums, **options, **common)
     return sums.sum(-1)
 
 
 def _sink_limit(common: dict, entries: torch.Tensor) -> torch.Tensor:
     """(2,N) mean + unbiased standard deviation over the valid entries of a and of the target."""
     N, R, _ = common["p_a"].shape
-    mean = _slice_size(common, "kl") / entries.clamp(min=1)
+    mean = _slice_size(common, "sum") / entries.clamp(min=1)
     squares = torch.empty(2, N, R, dtype=torch.float32, device=common["device"])
     _launch.launch(squared_deviation_kernel, _row_grid(common), p_mean=mean, p_sum=squares, **common)
     return mean + (squares.sum(-1) / (entries - 1).clamp(min=1)).sqrt()
@@ -446,14 +504,15 @@ def alignment_loss(a, target, row_valid, col_valid, *, loss, reduction, sink_fil
         return alignment_loss(
             u.unsqueeze(1), v.unsqueeze(1), one_row, col_valid, loss=loss, reduction="row", sink_filter=False
         )
-    size = _slice_size(common, loss) if reduction == "matrix" else None
-    total = _row_sums(common, loss, loss, size)
+    own = _loss(loss)
+    size = _slice_size(common, own.size) if reduction == "matrix" else None
+    total = _row_sums(common, own, own.term, size)
     if loss == "mse":
         total = total / (n_rows * n_cols).clamp(min=1)
     elif reduction == "row":
         total = total / n_rows.clamp(min=1)
     else:
-        total = torch.where((size != 0).all(0), total, 1.0 if loss == "cosine" else 0.0)
+        total = torch.where((size != 0).all(0), total, own.of_zero)
     return torch.where((n_rows > 0) & (n_cols > 0), total, 0.0)
 
 
@@ -480,11 +539,11 @@ def alignment_grad(a, target, row_valid, col_valid, grad_out, *, loss, reduction
             column_gradient_kernel, _row_grid(common), p_limit=limit, p_du=du.squeeze(1) / count, p_grad=grad, **common
         )
         return grad
-    size = slice_sum = None
+    own, size, slice_sum = _loss(loss), None, None
     weight = grad_out
     if reduction == "matrix":
-        size = _slice_size(common, loss)
-        slice_sum = _row_sums(common, loss, "slope" if loss == "kl" else loss, size)
+        size = _slice_size(common, own.size)
+        slice_sum = torch.zeros_like(weight) if own.slope is None else _row_sums(common, own, own.slope, size)
     elif loss != "mse":
         weight = weight / n_rows.clamp(min=1)
     if loss == "mse":
@@ -497,6 +556,8 @@ def alignment_grad(a, target, row_valid, col_valid, grad_out, *, loss, reduction
         p_weight=weight.contiguous(),
         p_grad=grad,
         LOSS=loss,
+        SIZE=own.size,
+        SLOPE=own.slope,
         **common,
     )
     return grad

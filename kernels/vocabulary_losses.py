@@ -20,6 +20,8 @@ from ._primitives import LN2, LOG2E
 # A bound of which the compiler knows that it is a multiple of 16 keeps accesses 16 bytes wide; rows are padded that far.
 WIDE = tl.constexpr(16)
 
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")  # that `compare` knows
+
 # Of stored tokens of a teacher, which one block holds; more would spill.
 MOST_TOP = 1024
 
@@ -247,6 +249,8 @@ def vocabulary_losses(
 
     Rows must be padded to multiples of 16 elements; what lies there is overwritten, too.
     """
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence must be one of {DIVERGENCES}, got {divergence!r}")
     scaled = temperature != 1.0
     tile = _launch.vocabulary_tile(student.device, scaled)
     common = {

@@ -10,6 +10,7 @@ from op_cases import CASES, Case, assert_as_exact_as_eager, draw, peak_memory
 
 from benchmarks._contenders import SHAPES
 from benchmarks._contenders import draw as draw_shape
+from cdistill import choices
 from cdistill.ops import _engines, attention_alignment, attention_with_alignment, flash_attention, reference
 from cdistill.ops._dispatch import backend
 from cdistill.ops._engines import ENGINES
@@ -22,7 +23,7 @@ PAIRS = (
     else [("torch", "torch_flash"), ("cpp", "torch_flash"), ("triton", "torch_flash"), ("triton", "triton")]
 )
 SMALL = Case(q_heads=2, k_heads=1, tokens=21, width=16)
-LOSSES = [(loss, reduction, False) for loss in ("cosine", "mse", "kl") for reduction in ("row", "matrix", "column")]
+LOSSES = [(loss, reduction, False) for loss in choices.ALIGNMENT_LOSSES for reduction in choices.REDUCTIONS]
 LOSSES += [("cosine", "column", True)]
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import ISAS, with_gradients
 
+from cdistill import choices
 from cdistill.ops import attention_alignment, attention_slice, reference
 
 ROUNDING = {torch.float32: 2.0**-20, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
@@ -123,7 +124,7 @@ def test_slices_and_gradients_of_any_call(call, instructions, heads):
     calls([torch.float32]),
     st.sampled_from(ISAS),
     st.sampled_from(["mean", "each"]),
-    st.sampled_from(["cosine", "mse", "kl"]),
+    st.sampled_from(choices.ALIGNMENT_LOSSES),
     st.sampled_from([("row", False), ("matrix", False), ("column", False), ("column", True)]),
 )
 def test_losses_and_gradients_of_any_call(call, instructions, heads, loss, reduction):

@@ -1,5 +1,6 @@
 """attention_alignment in every implementation against the float64 oracle, for every loss, reduction and head option."""
 
+import math
 import re
 from dataclasses import replace
 
@@ -7,13 +8,14 @@ import pytest
 import torch
 from op_cases import CASES, Case, assert_as_exact_as_eager, device_of, draw, moved, with_gradients
 
+from cdistill import choices
 from cdistill.ops import attention_alignment, attention_slice, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 KINDS = [
     {"loss": loss, "reduction": reduction, "sink_filter": sink_filter}
-    for loss in ("cosine", "mse", "kl")
+    for loss in choices.ALIGNMENT_LOSSES
     for reduction, sink_filter in (("row", False), ("matrix", False), ("column", False), ("column", True))
 ]
 KIND_NAMES = [f"{k['loss']}-{k['reduction']}{'-sink' * k['sink_filter']}" for k in KINDS]
@@ -293,3 +295,43 @@ def test_bad_input_names_the_argument(change, message):
     options = {"impl": "torch"} | change
     with pytest.raises(ValueError, match=re.escape(message)):
         attention_alignment(q, k, options.pop("target", target), rows, cols, **options)
+
+
+def test_jsd_is_symmetric_and_at_most_log_2(impl):
+    """It is half of KL(s||m) + KL(t||m) with m = (s + t) / 2, whichever slice is the target's; for disjoint ones log 2."""
+    inputs = moved(draw(replace(SMALL, padding=0)), device_of(impl))
+    q, k = inputs["q"], inputs["k"]
+    a = attention_slice(q, k, inputs["rows"], inputs["cols"], impl=impl)
+    target = torch.rand(a.shape, generator=torch.Generator().manual_seed(3)).to(a.device)
+    s, t = (x.double() / x.double().sum(-1, keepdim=True) for x in (a, target))
+    m = (s + t) / 2
+    expected = sum(torch.xlogy(x, x / m).sum(-1) for x in (s, t)).mean(-1) / 2
+
+    def distance(target):
+        options = {"loss": "jsd", "impl": impl}
+        return attention_alignment(q, k, target, inputs["rows"], inputs["cols"], **options).double()
+
+    torch.testing.assert_close(distance(target), expected, rtol=1e-5, atol=1e-7)
+    ends = torch.where(torch.arange(a.shape[-1], device=a.device) < 0, 1.0, 0.0)
+    ends[-1] = 1.0
+    hidden = attention_slice(q, k, inputs["rows"], inputs["cols"], impl=impl)[..., -1] == 0
+    assert hidden.any(), "columns that a row does not see"
+    rows = distance(ends.expand_as(a).contiguous())
+    assert (rows <= math.log(2) + 1e-6).all()
+
+
+def test_jsd_keeps_its_digits_near_equality(impl):
+    """Shares that differ by a thousandth have a distance of some 1e-7, of which the usual form keeps no digit in fp32."""
+    inputs = draw(replace(SMALL, padding=0, causal=False))
+    places = inputs["rows"], inputs["cols"]
+    exact = reference.attention_slice(inputs["q"].double(), inputs["k"].double(), *places, causal=False)
+    noise = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
+    target = (exact * (1 + 1e-3 * noise)).float()
+    options = {"loss": "jsd", "causal": False}
+    want = reference.attention_alignment(
+        inputs["q"].double(), inputs["k"].double(), target.double(), *places, **options
+    )
+    there = moved(inputs | {"target": target}, device_of(impl))
+    places = there["rows"], there["cols"]
+    got = attention_alignment(there["q"], there["k"], there["target"], *places, impl=impl, **options)
+    torch.testing.assert_close(got.cpu().double(), want, rtol=2e-3, atol=0)

@@ -62,7 +62,7 @@ RUNS = {
         128,
         0.04,
     ),
-    "ZeRO-3, bf16": ({"stages": ["dpt", "dft", "sft"], "deepspeed": 3, "precision": "bf16"}, 384, 64, 0.04),
+    "ZeRO-3, bf16": ({"stages": ["dpt", "dft"], "deepspeed": 3, "precision": "bf16"}, 384, 64, 0.04),
 }
 
 

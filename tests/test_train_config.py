@@ -8,7 +8,6 @@ import yaml
 
 from cdistill.cli import main
 from cdistill.data.presets import find_preset
-from cdistill.train.build import vat_config
 from cdistill.train.config import (
     first_difference,
     load_recipe,
@@ -128,7 +127,7 @@ def test_pairs_and_ablations_differ_from_the_main_recipe_in_one_thing(name, chan
 @pytest.mark.parametrize(("name", "depths"), [("qwen2.5-vl-3b", (36, 28)), ("qwen3-vl-2b", (28, 36))])
 def test_layers_of_the_qwen_pairs_match(name, depths):
     recipe = load_recipe(name)
-    matches = VAT(vat_config(recipe), *depths).matches
+    matches = VAT(recipe.vat, *depths).matches
     assert len(matches) == 11 and not recipe.student.taf
     used = {teacher for match in matches for teacher in match.teachers}
     assert used == set(layer_range(depths[1], "intermediate"))
@@ -179,7 +178,7 @@ def test_overrides_reach_every_level_and_are_yaml(path):
         ("stage.dft.lr=1", r"stage\.dft\.lr is not a known key"),
         ("vat.rows=question", r"vat\.rows must be one of answer, predicting, text, visual, all, got 'question'"),
         ("vat.layers=middle", r"vat\.layers must be one of early"),
-        ("vat.sink_filter=true", r"vat\.sink_filter needs reduction column"),
+        ("vat.sink_filter=true", r"vat\.sink_filter needs vat.reduction column"),
         ("vat.enabled=maybe", r"vat\.enabled must be true or false"),
         ("kd.temperature=0", r"kd\.temperature must be above 0"),
         ("kd.temperature=.inf", r"kd\.temperature must be above 0 and finite"),

@@ -14,6 +14,7 @@ from cdistill.train.build import build_models
 from cdistill.train.teacher import Teacher
 
 LOSSES = ("loss", "ar", "kd", "vat")
+STAGES = ["dpt", "dft"]  # that have a teacher
 
 
 def losses(output):
@@ -42,7 +43,10 @@ def whole(wide, tmp_path_factory):
     """Losses and weights with the teacher whole on every process."""
     output = tmp_path_factory.mktemp("whole")
     return {
-        teacher: (run(make_recipe(output / teacher, wide, teacher=str(wide / teacher))), losses(output / teacher))
+        teacher: (
+            run(make_recipe(output / teacher, wide, stages=STAGES, teacher=str(wide / teacher))),
+            losses(output / teacher),
+        )
         for teacher in ("teacher", "untied")
     }
 
@@ -75,7 +79,9 @@ def test_a_partitioned_teacher_trains_the_same_student(
 
     monkeypatch.setattr(Teacher, "forward", watched)
     memory = {"zero": 3, "offload": offload}
-    recipe = make_recipe(tmp_path / "run", wide, teacher=str(wide / teacher), deepspeed=zero, teacher_memory=memory)
+    recipe = make_recipe(
+        tmp_path / "run", wide, stages=STAGES, teacher=str(wide / teacher), deepspeed=zero, teacher_memory=memory
+    )
     final = run(recipe)
     assert seen == {ZeroParamStatus.NOT_AVAILABLE}, "between its layers' turns the teacher is partitioned"
     reference, values = whole[teacher]
@@ -86,13 +92,13 @@ def test_a_partitioned_teacher_trains_the_same_student(
 
 
 def test_a_teacher_partitioned_over_two_processes(wide, whole, ranks, tmp_path):
-    ranks.call(run, make_recipe(tmp_path / "run", wide, deepspeed=3, teacher_memory={"zero": 3}))
+    ranks.call(run, make_recipe(tmp_path / "run", wide, stages=STAGES, deepspeed=3, teacher_memory={"zero": 3}))
     assert_close(losses(tmp_path / "run"), whole["teacher"][1], 2e-4)
 
 
 @pytest.mark.parametrize(("kind", "layer", "rel"), [("8bit", "Linear8bitLt", 0.05), ("4bit", "Linear4bit", 0.3)])
 def test_a_quantised_teacher_is_near_the_whole_one(wide, whole, tmp_path, kind, layer, rel):
-    recipe = make_recipe(tmp_path / "run", wide, teacher_memory={"quantization": kind})
+    recipe = make_recipe(tmp_path / "run", wide, stages=STAGES, teacher_memory={"quantization": kind})
     teacher = build_models(recipe).teacher
     kinds = {name: type(module).__name__ for name, module in teacher.named_modules()}
     linear = {name for name, kind in kinds.items() if "Linear" in kind}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from cdistill.kernels import _launch, backend
 
+from cdistill import choices
 from cdistill.ops import attention_alignment, attention_with_alignment, reference
 
 ROOT = Path(__file__).parent.parent
@@ -203,7 +204,7 @@ def test_hidden_vectors_are_never_read():
         assert torch.equal(got, want)
 
 
-CASES = [(loss, reduction, False) for loss in ("cosine", "mse", "kl") for reduction in ("row", "matrix", "column")]
+CASES = [(loss, reduction, False) for loss in choices.ALIGNMENT_LOSSES for reduction in choices.REDUCTIONS]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from vat_models import (
 )
 from vat_oracle import assert_gradients_like_eager, assert_like_eager, eager_attentions, eager_loss, places_of
 
+from cdistill import choices
 from cdistill.ops import attention_slice
 from cdistill.vat import (
     VAT,
@@ -65,7 +66,7 @@ def check_against_eager(student, teacher, batch, config):
 
 
 @pytest.mark.parametrize("matching", ["group", "simple", "adaptive"])
-@pytest.mark.parametrize("loss", ["cosine", "mse", "kl"])
+@pytest.mark.parametrize("loss", choices.ALIGNMENT_LOSSES)
 def test_losses_and_gradients_equal_eager(loss, matching):
     check_against_eager(*student_and_teacher(), draw_batch(0), VATConfig(loss=loss, matching=matching))
 

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from vat_models import gradients, inputs
 
+from cdistill.ops import reference
+
 
 class KeepFloat64(TorchFunctionMode):
     """Leaves float64 alone where transformers casts to fp32: in softmax, norms, rotary embeddings and linear attention."""
@@ -33,30 +35,11 @@ def eager_attentions(model, batch, dtype):
     return attentions
 
 
-def distance(a, t, loss):
-    """Dissimilarity of two vectors or stacks of vectors over their last dimension."""
-    if loss == "cosine":
-        return 1 - torch.cosine_similarity(a, t, dim=-1)
-    if loss == "mse":
-        return (a - t).square().mean(-1)
-    a, t = a / a.sum(-1, keepdim=True), t / t.sum(-1, keepdim=True)
-    return (torch.xlogy(t, t) - t * a.clamp(min=2.0**-126).log()).sum(-1)
-
-
 def sample_loss(a, t, config):
     """Loss of one sample's slices (R,V)."""
     if a.numel() == 0:
         return a.sum()
-    if config.reduction == "row":
-        return distance(a, t, config.loss).mean()
-    if config.reduction == "matrix":
-        return distance(a.flatten(), t.flatten(), config.loss)
-    keep = torch.ones_like(a)
-    if config.sink_filter:
-        keep = (a <= a.mean() + a.std()) & (t <= t.mean() + t.std())
-        keep = (keep * t != 0).to(a.dtype).detach()
-    count = keep.sum(0).clamp(min=1)
-    return distance((keep * a).sum(0) / count, (keep * t).sum(0) / count, config.loss)
+    return reference.slice_distance(a, t, config.loss, config.reduction, config.sink_filter)
 
 
 def places_of(regions):

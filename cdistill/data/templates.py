@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from cdistill.data.choices import TEMPLATE_FILE, TEMPLATES
+from cdistill.choices import TEMPLATE_FILE, TEMPLATES
 from cdistill.data.samples import IMAGE_TOKEN, BadSampleError, Mark, Message
 
 SYSTEM = (
@@ -113,7 +113,7 @@ class Template:
 
     Args:
         processor: of a multimodal model, or a tokenizer.
-        name: one of `cdistill.data.choices.TEMPLATES`, or the path of a file.
+        name: one of `cdistill.choices.TEMPLATES`, or the path of a file.
 
     Attributes:
         source: the template in Jinja, to be kept as chat template of models that were trained with it. For a tokenizer by

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from cdistill.choices import ALIGNMENT_LOSSES, HEADS, REDUCTIONS
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-HEADS = ("mean", "each")
-LOSSES = ("cosine", "mse", "kl")
-REDUCTIONS = ("row", "matrix", "column")
 # The smallest normal fp32 number: in KL a smaller share counts as this one, and nothing pulls it up.
 LEAST_SHARE = 2.0**-126
 
@@ -227,7 +226,7 @@ def require_sums(sums: Tensor, windows: Sequence[int], arguments: SliceArguments
 
 def require_loss(loss: str, reduction: str, sink_filter: bool) -> None:
     """Raise ValueError unless these name an alignment loss."""
-    require_choice("loss", loss, LOSSES)
+    require_choice("loss", loss, ALIGNMENT_LOSSES)
     require_choice("reduction", reduction, REDUCTIONS)
     require_bool("sink_filter", sink_filter)
     if sink_filter and reduction != "column":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import cdistill._C as _C
+from cdistill.ops._contract import require_choice
 from cdistill.ops._rows import at_rows, fold_dlse, lse_at_rows, regions, to_rows, unfold_dlse
 
 __all__ = [
@@ -35,8 +36,6 @@ FUSES_DENOMINATOR = True
 FUSES_HEAD_COSINE = False
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_LOSSES = {"cosine": 0, "mse": 1, "kl": 2}
-_REDUCTIONS = {"row": 0, "matrix": 1, "column": 2}
 _DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 
 
@@ -254,8 +253,8 @@ def _alignment(
         samples=samples,
         n_rows=n_rows,
         n_cols=n_cols,
-        loss=_LOSSES[loss],
-        reduction=_REDUCTIONS[reduction],
+        loss=loss,
+        reduction=reduction,
         sink_filter=sink_filter,
     )
 
@@ -297,6 +296,11 @@ def alignment_grad(
     return grad
 
 
+def _divergence(name: str) -> int:
+    require_choice("divergence", name, tuple(_DIVERGENCES))
+    return _DIVERGENCES[name]
+
+
 def vocabulary_losses(
     student: Tensor,
     teacher: Tensor | None,
@@ -335,7 +339,7 @@ def vocabulary_losses(
         top_indices=address(indices),
         top_tail=address(tail),
         top_logits=address(working),
-        divergence=_DIVERGENCES[divergence],
+        divergence=_divergence(divergence),
         temperature=temperature,
         beta=beta,
         ce_weight=ce_weight,

@@ -11,13 +11,13 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
+from cdistill.choices import IMPLS
+
 _MODULES = {
     "torch": "cdistill.ops._torch",
     "cpp": "cdistill.ops._cpp",
     "triton": "cdistill.kernels.backend",
 }
-IMPLS = tuple(_MODULES)
-
 T = TypeVar("T")
 
 

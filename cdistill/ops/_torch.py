@@ -6,11 +6,13 @@ primitives, and there is none per head unless the result has one.
 
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cdistill.ops._contract import LEAST_SHARE
+from cdistill.choices import SHARES
+from cdistill.ops._contract import LEAST_SHARE, require_choice
 from cdistill.ops._rows import at_rows, fold_dlse, lse_at_rows, regions, to_rows, unfold_dlse
 
 __all__ = [
@@ -299,7 +301,54 @@ def _kl_grad(x: Tensor, y: Tensor, length: Tensor) -> Tensor:
     return grad.masked_fill_(target_total.isinf(), 0.0)
 
 
-_DISTANCES = {"cosine": (_cosine, _cosine_grad), "mse": (_mse, _mse_grad), "kl": (_kl, _kl_grad)}
+def _logs_of_mean(x: Tensor, y: Tensor) -> Tensor:
+    """log(x / m) of shares with m = (x + y) / 2, by log1p where they are near."""
+    x, y = x.clamp(min=LEAST_SHARE), y.clamp(min=LEAST_SHARE)
+    both = x + y
+    r = (x - y).div_(both)
+    return r.log1p().where(r.abs() < 0.25, x.log().sub_(both.mul_(0.5).log_()))
+
+
+def _jsd(x: Tensor, y: Tensor, length: Tensor) -> Tensor:
+    """The sum of (s log s/m + t log t/m) / 2 of the shares s and t; near ones by a series in r = (s - t) / (s + t)."""
+    s, s_total = _normalise_sum(x)
+    t, t_total = _normalise_sum(y)
+    both = s + t
+    r = (s - t).div_(both.clamp(min=LEAST_SHARE))
+    rr = r.square()
+    series = (1 + rr * (1 / 6 + rr * (1 / 15 + rr * (1 / 28 + rr / 45)))).mul_(rr).mul_(both).mul_(0.25)
+    terms = (s * _logs_of_mean(s, t)).add_(t * _logs_of_mean(t, s)).mul_(0.5)
+    divergence = series.where(r.abs() < 0.25, terms).sum(2)
+    return divergence.masked_fill_((s_total + t_total).isinf()[:, :, 0], 0.0)
+
+
+def _jsd_grad(x: Tensor, y: Tensor, length: Tensor) -> Tensor:
+    s, s_total = _normalise_sum(x)
+    t, t_total = _normalise_sum(y)
+    slope = _logs_of_mean(s, t).mul_(0.5)
+    common = (s * slope).sum(2, keepdim=True)
+    grad = slope.sub_(common).div_(s_total).clamp_(-MOST_SLOPE, MOST_SLOPE)
+    return grad.masked_fill_((s_total + t_total).isinf(), 0.0)
+
+
+class Distance(NamedTuple):
+    """An alignment loss: the distance of x from y (N,K,L), in all (N,K), and its gradient in x (N,K,L)."""
+
+    value: Callable[[Tensor, Tensor, Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+DISTANCES = {
+    "cosine": Distance(_cosine, _cosine_grad),
+    "mse": Distance(_mse, _mse_grad),
+    "kl": Distance(_kl, _kl_grad),
+    "jsd": Distance(_jsd, _jsd_grad),
+}
+
+
+def _distance(loss: str) -> Distance:
+    require_choice("loss", loss, tuple(DISTANCES))
+    return DISTANCES[loss]
 
 
 def _column_weights(a: Tensor, target: Tensor, valid: Tensor, n_rows: Tensor, sink_filter: bool) -> Tensor:
@@ -336,7 +385,7 @@ def alignment_loss(
     sink_filter: bool,
 ) -> Tensor:
     """Distance of a from target (N,R,V) over valid rows and columns, (N,); 0 for a sample without either."""
-    distance, _ = _DISTANCES[loss]
+    distance = _distance(loss).value
     a, target, valid, n_rows, n_cols = _masked(a, target, row_valid, col_valid)
     if reduction == "row":
         losses = distance(a, target, n_cols).masked_fill_(~row_valid, 0.0).sum(1) / n_rows
@@ -362,7 +411,7 @@ def alignment_grad(
     dtype: torch.dtype,
 ) -> Tensor:
     """Gradient of sum(grad_out * alignment_loss) in a, (N,R,V) fp32; zero outside the valid rows and columns."""
-    _, distance_grad = _DISTANCES[loss]
+    distance_grad = _distance(loss).gradient
     a, target, valid, n_rows, n_cols = _masked(a, target, row_valid, col_valid)
     if reduction == "row":
         grad = distance_grad(a, target, n_cols).mul_((grad_out / n_rows)[:, None, None])
@@ -374,7 +423,7 @@ def alignment_grad(
         u, v = (a * weights).sum(1, keepdim=True), (target * weights).sum(1, keepdim=True)
         grad = distance_grad(u, v, n_cols).mul_(grad_out[:, None, None]) * weights
         grad = grad.expand_as(a).contiguous()
-    if loss == "kl":
+    if loss in SHARES:
         grad.clamp_(-MOST_SLOPE, MOST_SLOPE)
     return grad.masked_fill_(~valid, 0.0)
 
@@ -387,11 +436,13 @@ def _compare(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> tupl
     if divergence == "reverse_kl":
         r = log_p - log_q
         value = mean = (p * r).sum(1)
-    else:
+    elif divergence == "jsd":
         log_m = torch.logaddexp(log_p + math.log(1 - beta), log_q + math.log(beta))
         r = (log_p - log_m).mul_(1 - beta)
         mean = (p * r).sum(1)
         value = mean + beta * (q * (log_q - log_m)).sum(1)
+    else:
+        raise ValueError(f"divergence {divergence!r} is not known to the torch backend")
     return value, p.mul_(r.sub_(mean[:, None]))
 
 

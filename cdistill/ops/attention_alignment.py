@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cdistill.choices import SHARES
 from cdistill.ops._contract import SliceArguments, require_loss, require_target, slice_arguments
 from cdistill.ops._dispatch import Backend, backend, save_for_backward, saved_for_backward, without_autocast
 from cdistill.ops.attention_slice import (
@@ -75,7 +76,7 @@ class Alignment(NamedTuple):
         da = impl.alignment_grad(*self._slices(kept), grad, **self._options(), dtype=q.dtype)
         da = da.unflatten(0, kept.shape[:-2])
         bound = None
-        if self.loss == "kl" and q.dtype == torch.float16:  # whose range a gradient as large as 1/a would use up
+        if self.loss in SHARES and q.dtype == torch.float16:  # whose range a gradient as large as 1/a would use up
             bound = (q.shape[1] // slices) * (da * kept).abs().flatten(1).amax(1)
         return slice_backward(impl, arguments, own_lse, da, base, bound)
 
@@ -209,9 +210,10 @@ def attention_alignment(
     Args:
         target: the teacher's slice (B,R,V), or (B,Hq,R,V) for heads="each", any floating dtype. It is a constant and
             gets no gradient. Its values at padding are ignored.
-        loss: "cosine" (1 - cos), "mse", or "kl" (target against student, both renormalised to sum one; no epsilon, but a
+        loss: "cosine" (1 - cos), "mse", "kl" (target against student, both renormalised to sum one; no epsilon, but a
             student's share below 2^-126, the smallest normal fp32 number, counts as that, and nothing pulls it up: a
-            target that has mass on a column which the row does not see costs 87.3 times that mass).
+            target that has mass on a column which the row does not see costs 87.3 times that mass), or "jsd" (half the
+            sum of KL of target and of student against their mean, renormalised likewise; at most log 2).
         reduction: what is compared: "row" each row, then the mean over rows; "matrix" the whole slice; "column" the
             mean over rows.
         sink_filter: with reduction="column", leave entries above mean + one standard deviation out of the mean (the

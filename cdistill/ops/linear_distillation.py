@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cdistill.choices import DIVERGENCES
 from cdistill.ops._contract import (
     DTYPES,
     laid_out_like,
@@ -21,7 +22,6 @@ from cdistill.ops._contract import (
 from cdistill.ops._dispatch import backend, save_for_backward, saved_for_backward, warn_once, without_autocast
 from cdistill.ops._vocabulary import BLOCK, Inputs, Options, Wanted, empty_results, losses_and_gradients
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 SAME_RATIO = 1e-5  # relative: upstream gradients are rounded
 TINY, HUGE = 2.0**-100, 2.0**100  # of numbers that kernels take and divide by in fp32
 

@@ -77,7 +77,13 @@ def _vector_distance(student: Tensor, target: Tensor, loss: str) -> Tensor:
     if not student.sum() or not target.sum():
         return student.sum() * 0
     t, s = target / target.sum(), student / student.sum()
-    return (torch.xlogy(t, t) - t * s.clamp(min=LEAST_SHARE).log()).sum()
+    seen = s.clamp(min=LEAST_SHARE)
+    if loss == "kl":
+        return (torch.xlogy(t, t) - t * seen.log()).sum()
+    if loss == "jsd":
+        m = (seen + t.clamp(min=LEAST_SHARE)) / 2
+        return (torch.xlogy(t, t) - t * m.log() + s * (seen.log() - m.log())).sum() / 2
+    raise ValueError(f"loss {loss!r} is not known here")
 
 
 def slice_distance(a: Tensor, t: Tensor, loss: str, reduction: str, sink_filter: bool = False) -> Tensor:

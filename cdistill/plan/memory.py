@@ -31,7 +31,7 @@ from cdistill.plan.footprint import (
     patch_footprint,
 )
 from cdistill.runtime.zero import BUCKET
-from cdistill.train.build import check_batches, vat_config
+from cdistill.train.build import check_batches
 from cdistill.train.config import Recipe, StageConfig
 from cdistill.train.objectives import OBJECTIVES, Objective
 from cdistill.vat import VAT, attention_layers, layer_range
@@ -389,7 +389,7 @@ def _aligned(recipe: Recipe, objective: Objective, student: Blueprint, s: Settin
         return len(layer_range(attention_layers(student.model), "intermediate")), s.length
     if not (recipe.vat.enabled and "vat" in objective.losses and s.visual):
         return 0, 0
-    layers, _ = VAT.spans(vat_config(recipe), attention_layers(student.model), attention_layers(student.model))
+    layers, _ = VAT.spans(recipe.vat, attention_layers(student.model), attention_layers(student.model))
     rows = {"text": s.length - s.visual, "visual": s.visual, "all": s.length}
     return len(layers), rows.get(recipe.vat.rows, s.answers)  # each label has one row, its own or the one before
 

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from cdistill.data.dataset import BAD
 from cdistill.models.load import Model
-from cdistill.train.build import Models, vat_config
+from cdistill.train.build import Models
 from cdistill.train.config import Recipe
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES
@@ -19,14 +19,14 @@ def vat_of(recipe: Recipe, objective: str, models: Models) -> VAT | None:
     """The alignment of a stage whose layers need not be measured, if it has one."""
     if not recipe.aligns(objective):
         return None
-    return VAT(vat_config(recipe), attention_layers(models.student), attention_layers(models.teacher))
+    return VAT(recipe.vat, attention_layers(models.student), attention_layers(models.teacher))
 
 
 def make_vat(
     recipe: Recipe, layers: tuple[tuple[int, ...], tuple[int, ...]], student: Model, teacher: Any, batches: DataLoader
 ) -> VAT:
     """The alignment of attention ``layers`` (student's, teacher's) by a recipe; ``teacher`` is asked for adaptive matching."""
-    config = vat_config(recipe)
+    config = recipe.vat
     if config.matching != "adaptive":
         return VAT(config, *layers)
     measured = VAT.measure(config, *layers)

@@ -38,7 +38,7 @@ from cdistill.models.processor import (
 from cdistill.models.taf import TAFAdapter
 from cdistill.train.config import Recipe, StudentConfig
 from cdistill.train.teacher import quantized
-from cdistill.vat import VAT, VATConfig, attention_layers
+from cdistill.vat import VAT, attention_layers
 
 
 @dataclass
@@ -196,7 +196,7 @@ def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> N
             )
         if recipe.aligns(stage.objective):
             assert teacher is not None
-            config = vat_config(recipe)
+            config = recipe.vat
             layers = attention_layers(student), attention_layers(teacher)
             if config.matching == "adaptive":
                 VAT.measure(config, *layers)
@@ -207,24 +207,6 @@ def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> N
                 raise ValueError(
                     f"vat.heads each needs equal head counts, got {heads[0]} and {heads[1]} for the teacher"
                 )
-
-
-def vat_config(recipe: Recipe) -> VATConfig:
-    """The recipe's alignment options as `cdistill.vat` takes them."""
-    options = recipe.vat
-    return VATConfig(
-        matching=options.matching,  # type: ignore[arg-type]
-        loss=options.loss,
-        reduction=options.reduction,
-        layers=options.layers,
-        student_layers=options.student_layers,
-        teacher_layers=options.teacher_layers,
-        rows=options.rows,  # type: ignore[arg-type]
-        heads=options.heads,
-        engine=options.engine,
-        sink_filter=options.sink_filter,
-        layer_sum=options.layer_sum,
-    )
 
 
 def _build_student(

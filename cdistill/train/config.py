@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cdistill.builtin.task import BuiltinTask
+from cdistill.choices import TEMPLATE_FILE, TEMPLATES, KDConfig, VATConfig
 from cdistill.data import strict_yaml
-from cdistill.data.choices import TEMPLATE_FILE, TEMPLATES
 from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.values import build, differences, override
 
@@ -20,7 +20,6 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ZERO_STAGES = (0, 1, 2, 3, "off")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 TAF_ACTIVATIONS = ("linear", "gelu")
 QUANTIZATIONS = ("8bit", "4bit")
 LAST_SEED = 4_294_967_000  # numpy's seeds have 32 bits, and every stage adds its number
@@ -42,58 +41,20 @@ def _finite(name: str, value: float) -> None:
 
 
 @dataclass(frozen=True)
-class KDConfig:
-    """Distillation over the vocabulary (paper section 3.1), by `cdistill.ops.linear_distillation`."""
-
-    divergence: str = "forward_kl"
-    temperature: float = 1.0
-    beta: float = 0.5
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        _choice("divergence", self.divergence, DIVERGENCES)
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be above 0 and finite, got {self.temperature}")
-        if not 0 < self.beta < 1:
-            raise ValueError(f"beta must be between 0 and 1, got {self.beta}")
-        _finite("weight", self.weight)
-
-
-@dataclass(frozen=True)
-class VATOptions:
-    """Visual attention alignment (paper section 4.1): the fields of `cdistill.vat.VATConfig`, a switch and a weight.
+class VATOptions(VATConfig):
+    """Visual attention alignment (paper section 4.1): the fields of `VATConfig`, a switch and a weight.
 
     ``measure_samples`` is the number of samples on which adaptive matching measures the distances between layers.
     """
 
     enabled: bool = True
-    matching: str = "group"
-    loss: str = "cosine"
-    reduction: str = "row"
-    layers: str = "intermediate"
-    student_layers: str | tuple[int, ...] | None = None
-    teacher_layers: str | tuple[int, ...] | None = None
-    rows: str = "text"  # the best in benchmarks/results/demo_rows.json
-    heads: str = "mean"
-    engine: str = "sdpa"
-    sink_filter: bool = False
-    layer_sum: bool = False
     weight: float = 1.0
     measure_samples: int = 256
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _finite("weight", self.weight)
         _at_least("measure_samples", self.measure_samples, 1)
-        _choice("matching", self.matching, ("group", "simple", "adaptive"))
-        _choice("loss", self.loss, ("cosine", "mse", "kl"))
-        _choice("reduction", self.reduction, ("row", "matrix", "column"))
-        _choice("layers", self.layers, ("early", "intermediate", "later", "all", "official"))
-        _choice("rows", self.rows, ("answer", "predicting", "text", "visual", "all"))
-        _choice("heads", self.heads, ("mean", "each"))
-        libraries = ("torch_flash", "torch_cudnn", "flash_attn_2", "flash_attn_3", "flash_attn_4")
-        _choice("engine", self.engine, ("sdpa", "auto", "triton", *libraries))
-        if self.sink_filter and self.reduction != "column":
-            raise ValueError(f"sink_filter needs reduction column, got {self.reduction!r}")
 
 
 @dataclass(frozen=True)

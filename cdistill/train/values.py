@@ -5,7 +5,7 @@ import dataclasses
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from cdistill.data import strict_yaml
 
@@ -79,7 +79,7 @@ def build(cls: type[T], content: Any, path: str = "") -> T:
     try:
         return cls(**values)
     except ValueError as error:
-        raise ValueError(f"{prefix}{error}") from None
+        raise ValueError(str(error) if str(error).startswith(prefix) else f"{prefix}{error}") from None
 
 
 _WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", types.NoneType: "null"}
@@ -87,7 +87,7 @@ _WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "true
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
     """``value`` as the annotated type, or ValueError naming the key and what it may be."""
-    origin, args = get_origin(hint), get_args(hint)
+    hint, origin, args = _parts(hint)
     if dataclasses.is_dataclass(hint):
         return build(hint, value, path)  # type: ignore[arg-type]
     if origin in (Union, types.UnionType):
@@ -118,8 +118,18 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else strict_yaml.switch(value)
 
 
-def _matches(hint: Any, value: Any) -> bool:
+def _parts(hint: Any) -> tuple[Any, Any, tuple[Any, ...]]:
+    """A type, its origin and arguments; names to choose from are strings here, and checked where they are listed."""
     origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return str, None, ()
+    if origin is Sequence:
+        return tuple, tuple, (args[0], Ellipsis)
+    return hint, origin, args
+
+
+def _matches(hint: Any, value: Any) -> bool:
+    hint, origin, args = _parts(hint)
     if origin is tuple:
         return isinstance(value, list | tuple) and (args[-1] is Ellipsis or len(value) == len(args))
     if origin is dict or dataclasses.is_dataclass(hint):
@@ -134,7 +144,7 @@ def _matches(hint: Any, value: Any) -> bool:
 
 
 def _describe(hint: Any) -> str:
-    origin, args = get_origin(hint), get_args(hint)
+    hint, origin, args = _parts(hint)
     if origin is tuple:
         return "a list" if args[-1] is Ellipsis else f"a list of {len(args)}"
     return "a mapping" if origin is dict or dataclasses.is_dataclass(hint) else _WORDS[hint]

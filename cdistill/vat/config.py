@@ -1,73 +1,15 @@
-"""Visual attention alignment as one validated choice, and the recorders it makes for every batch."""
+"""Visual attention alignment of two models as `VATConfig` says, and the recorders it makes for every batch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from cdistill.choices import VATConfig
 from cdistill.vat.distances import LayerDistances
-from cdistill.vat.matching import MATCHINGS, NAMED_SPANS, Layers, Matching, layer_range, match_layers
+from cdistill.vat.matching import Layers, layer_range, match_layers
 from cdistill.vat.recorders import AnyRegions, StudentAlignment, TeacherTargets
-from cdistill.vat.regions import ROWS, PackedRegions, Regions, Rows, packed_regions, token_regions
-
-LOSSES = ("cosine", "mse", "kl")
-REDUCTIONS = ("row", "matrix", "column")
-HEADS = ("mean", "each")
-ENGINES = ("sdpa", "auto", "triton", "torch_flash", "torch_cudnn", "flash_attn_2", "flash_attn_3", "flash_attn_4")
-
-
-@dataclass(frozen=True)
-class VATConfig:
-    """Every choice of visual attention alignment (paper section 4.1 and the ablations of 5.3).
-
-    - ``matching``: group, simple, adaptive; ``loss``: cosine, mse, kl; ``reduction``: row, matrix, column;
-      ``rows``: answer, predicting, text, visual, all (`token_regions`); ``heads``: mean over heads, or each head by itself
-      (equal head counts only);
-    - ``layers``: span of both models' layers; ``student_layers`` and ``teacher_layers`` override it for one side
-      (everything `layer_range` takes: a name, "first-last", a list of indices);
-    - ``engine``: "sdpa", transformers' own attention beside the alignment; "auto" or an engine of
-      `cdistill.ops.attention_with_alignment`, which makes both in one forward and one backward pass;
-    - ``sink_filter``: with ``reduction="column"``, leave attention sinks out; ``layer_sum``: sum over layers, not mean.
-
-    Raises ValueError naming the field and what it allows.
-    """
-
-    matching: Matching = "group"
-    loss: str = "cosine"
-    reduction: str = "row"
-    layers: str = "intermediate"
-    student_layers: str | Sequence[int] | None = None
-    teacher_layers: str | Sequence[int] | None = None
-    rows: Rows = "text"  # the best in benchmarks/results/demo_rows.json; the paper speaks of answer tokens
-    heads: str = "mean"
-    engine: str = "sdpa"
-    sink_filter: bool = False
-    layer_sum: bool = False
-
-    def __post_init__(self) -> None:
-        choices = {
-            "matching": MATCHINGS,
-            "loss": LOSSES,
-            "reduction": REDUCTIONS,
-            "layers": NAMED_SPANS,
-            "rows": ROWS,
-            "heads": HEADS,
-            "engine": ENGINES,
-        }
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"vat.{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
-        for field in ("sink_filter", "layer_sum"):
-            if not isinstance(getattr(self, field), bool):
-                raise ValueError(f"vat.{field} must be true or false, got {getattr(self, field)!r}")
-        if self.sink_filter and self.reduction != "column":
-            raise ValueError(f"vat.sink_filter needs vat.reduction column, got {self.reduction!r}")
-
-    @classmethod
-    def official(cls) -> "VATConfig":
-        """The authors' published code (SPEC's ``official`` recipe), for the model depths it lists."""
-        return cls(reduction="column", layers="official", rows="visual", sink_filter=True, layer_sum=True)
+from cdistill.vat.regions import PackedRegions, Regions, packed_regions, token_regions
 
 
 class VAT:

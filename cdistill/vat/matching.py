@@ -5,14 +5,12 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-Matching: TypeAlias = Literal["group", "simple", "adaptive"]
-NamedSpan: TypeAlias = Literal["early", "intermediate", "later", "all", "official"]
+from cdistill.choices import MATCHINGS, NAMED_SPANS, Matching
+
 Role: TypeAlias = Literal["student", "teacher"]
 Span: TypeAlias = str | Sequence[int]
 Layers: TypeAlias = int | Sequence[int]  # of a model: how many, or the indices of those that have attention
 
-MATCHINGS: tuple[str, ...] = get_args(Matching)
-NAMED_SPANS: tuple[str, ...] = get_args(NamedSpan)
 ROLES: tuple[str, ...] = get_args(Role)
 
 # The authors' code lists layers per model instead of computing them; no rounding of 30-70 % yields its choice.

@@ -1,14 +1,14 @@
 """Which query rows and visual key columns of the attention matrix are aligned, read off a batch of tokens."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Rows: TypeAlias = Literal["answer", "predicting", "text", "visual", "all"]
-ROWS: tuple[str, ...] = get_args(Rows)
+from cdistill.choices import ROWS, Rows
+
 IGNORE_INDEX = -100
 VISUAL_TOKEN_TYPES = (1, 2)  # image and video in the mm_token_type_ids of transformers' processors
 

@@ -1,0 +1,91 @@
+"""Every list of `cdistill.choices` is the one that its users know, and each of them refuses what is not in it."""
+
+import importlib
+from dataclasses import fields
+
+import pytest
+import torch
+
+from cdistill import choices
+from cdistill.ops import _torch
+from cdistill.ops._dispatch import _MODULES
+from cdistill.ops._engines import ENGINES
+from cdistill.train.config import Recipe, recipe_from_dict
+
+UNKNOWN = "unheard-of"
+
+
+def backends():
+    return {impl: importlib.import_module(_MODULES[impl]) for impl in choices.IMPLS}
+
+
+def test_lists_hold_what_is_there():
+    from cdistill.kernels import alignment_loss
+
+    assert tuple(_MODULES) == choices.IMPLS
+    assert tuple(ENGINES) == choices.ENGINES
+    assert tuple(_torch.DISTANCES) == tuple(alignment_loss.LOSSES) == choices.ALIGNMENT_LOSSES
+    assert set(choices.SHARES) <= set(choices.ALIGNMENT_LOSSES)
+
+
+@pytest.mark.parametrize("impl", choices.IMPLS)
+def test_a_backend_refuses_a_loss_that_it_has_no_record_of(impl):
+    """As when a loss has been added to the list alone: it must not become another one."""
+    a, valid = torch.rand(1, 2, 8), torch.ones(1, 8, dtype=torch.bool)
+    of, options = backends()[impl], {"reduction": "row", "sink_filter": False}
+    for call in (
+        lambda loss: of.alignment_loss(a, a, valid[:, :2].contiguous(), valid, loss=loss, **options),
+        lambda loss: of.alignment_grad(
+            a, a, valid[:, :2].contiguous(), valid, a[:, 0, 0].contiguous(), loss=loss, **options, dtype=a.dtype
+        ),
+    ):
+        assert torch.isfinite(call(choices.ALIGNMENT_LOSSES[-1])).all()
+        with pytest.raises(ValueError, match=f"^loss.*{UNKNOWN}"):
+            call(UNKNOWN)
+
+
+@pytest.mark.parametrize("impl", choices.IMPLS)
+def test_a_backend_refuses_a_divergence_that_it_does_not_know(impl):
+    logits, labels, losses = torch.rand(3, 8), torch.zeros(3, dtype=torch.long), torch.zeros(2, 3)
+    options = {"temperature": 1.0, "beta": 0.5, "ce_weight": 1.0, "kd_weight": 1.0, "gradient": True}
+    with pytest.raises(ValueError, match=f"^divergence.*{UNKNOWN}"):
+        backends()[impl].vocabulary_losses(logits, logits.clone(), None, labels, *losses, divergence=UNKNOWN, **options)
+
+
+@pytest.mark.parametrize(
+    ("field", "names"),
+    [
+        ("matching", choices.MATCHINGS),
+        ("loss", choices.ALIGNMENT_LOSSES),
+        ("reduction", choices.REDUCTIONS),
+        ("layers", choices.NAMED_SPANS),
+        ("rows", choices.ROWS),
+        ("heads", choices.HEADS),
+        ("engine", choices.VAT_ENGINES),
+    ],
+)
+def test_configurations_and_recipes_take_the_names_of_a_list_and_no_other(field, names):
+    for name in names:
+        choices.VATConfig(**{field: name})
+        assert getattr(recipe_from_dict(made(vat={field: name})).vat, field) == name
+    for make in (lambda: choices.VATConfig(**{field: UNKNOWN}), lambda: recipe_from_dict(made(vat={field: UNKNOWN}))):
+        with pytest.raises(ValueError, match=rf"^vat\.{field} must be one of {', '.join(names)}, got '{UNKNOWN}'$"):
+            make()
+
+
+def test_divergences_of_recipes():
+    for name in choices.DIVERGENCES:
+        assert recipe_from_dict(made(kd={"divergence": name})).kd == choices.KDConfig(divergence=name)
+    with pytest.raises(ValueError, match=rf"^kd\.divergence must be one of .*got '{UNKNOWN}'$"):
+        recipe_from_dict(made(kd={"divergence": UNKNOWN}))
+
+
+def made(**sections):
+    from cdistill.train.config import load_recipe, recipe_to_dict
+
+    return recipe_to_dict(load_recipe("demo-compodistill")) | sections
+
+
+def test_a_recipe_holds_the_configuration_itself():
+    vat, kd = ({f.name: f for f in fields(Recipe)}[name].default_factory() for name in ("vat", "kd"))
+    assert isinstance(vat, choices.VATConfig) and isinstance(kd, choices.KDConfig)
