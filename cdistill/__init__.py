@@ -11,7 +11,7 @@ from importlib.util import module_from_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cdistill._register import install as _install
+from cdistill import _moved, _register
 
 if TYPE_CHECKING:
     from cdistill.train.compodistill import CompoDistillConfig as CompoDistillConfig
@@ -37,7 +37,8 @@ def _mount_kernels() -> None:
 
 
 _mount_kernels()
-_install()
+_register.install()
+_moved.install()
 
 
 _LAZY = {

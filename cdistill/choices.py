@@ -31,6 +31,10 @@ ROWS: tuple[str, ...] = get_args(Rows)
 MATCHINGS: tuple[str, ...] = get_args(Matching)
 NAMED_SPANS: tuple[str, ...] = get_args(NamedSpan)
 
+# Conversations as text.
+TEMPLATES = ("auto", "plain", "qwen2_base", "vicuna_v1", "chatml")  # see `cdistill.data.templates`
+TEMPLATE_FILE = ".jinja"  # what the path of a template of one's own ends in
+
 # Alignment losses that compare shares: slices are divided by their sums first.
 SHARES = ("kl", "jsd")
 

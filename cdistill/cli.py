@@ -11,8 +11,9 @@ from typing import Any
 from cdistill import __version__, demo
 from cdistill.data import command as data
 from cdistill.eval import command as evaluation
-from cdistill.train import plan_command as planning
-from cdistill.train.launch import RunError, environment, tell
+from cdistill.plan import command as planning
+from cdistill.runtime.errors import RunError, tell
+from cdistill.runtime.launch import environment
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,6 @@ def _train(options: argparse.Namespace) -> int:
 
     run(load_recipe(options.recipe, options.overrides), resume=options.resume)
     return 0
-
-
-def _plan(options: argparse.Namespace) -> int:
-    with environment(distributed=False):  # importing transformers' Trainer makes DeepSpeed look for a device
-        return planning.main(options)
 
 
 def _cache_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +107,7 @@ def _export(options: argparse.Namespace) -> int:
 COMMANDS = {
     "demo": Command("distil the built-in student and compare it", demo.add_arguments, demo.main),
     "train": Command("train a recipe's stages", _train_arguments, _train),
-    "plan": Command("tell what a recipe needs on each GPU", planning.add_arguments, _plan),
+    "plan": Command("tell what a recipe needs on each GPU", planning.add_arguments, planning.main),
     "cache": Command("keep what a recipe's teacher gives, to train without it", _cache_arguments, _cache),
     "data": Command("check data sets, look at samples, list the paper's sets", data.add_arguments, _data),
     "eval": Command("measure a model on the built-in task", evaluation.add_arguments, evaluation.main),

@@ -116,7 +116,7 @@ def demo(*, seeds: int, output: Path, n: int = QUESTIONS, overrides: Sequence[st
     if teacher_reference is None:
         raise ValueError(f"teacher of recipe {recipes[DISTILLED].name} must be given: there is nothing to distil")
 
-    from cdistill.eval.builtin import evaluate
+    from cdistill.builtin.scorer import evaluate
     from cdistill.models.load import load_for_evaluation
     from cdistill.train.build import build_models
 
@@ -180,7 +180,7 @@ def write_report(
 def measure_similarity(models: Mapping[str, PreTrainedModel]) -> dict[str, dict[str, AttentionSimilarity]]:
     """Attention similarity to the teacher by family of questions and student, on held-out questions."""
     from cdistill.analysis.attention import attention_similarity
-    from cdistill.eval.builtin import FAMILIES, batches, held_out_questions
+    from cdistill.builtin.scorer import FAMILIES, batches, held_out_questions
 
     result = {}
     for family, subtypes in FAMILIES.items():
@@ -203,8 +203,9 @@ def find_examples(
     """
     from cdistill.analysis.attention import answer_attention, visual_understanding_layers
     from cdistill.analysis.report import Example
-    from cdistill.data.builtin import ASSISTANT, IMAGE_TOKEN, Collator
-    from cdistill.eval.builtin import FAMILIES, batches, held_out_questions, predict
+    from cdistill.builtin.dataset import ASSISTANT, Collator
+    from cdistill.builtin.scorer import FAMILIES, batches, held_out_questions, predict
+    from cdistill.data.samples import IMAGE_TOKEN
 
     data = {s: held_out_questions(s, n=per_subtype, seed=EVALUATION_SEED) for s in FAMILIES["compositional"]}
     tokenizer = next(iter(data.values())).tokenizer

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
-from cdistill.data.builtin import IMAGE_TOKEN, NUM_VISUAL_TOKENS, build_tokenizer
+from cdistill.builtin.dataset import NUM_VISUAL_TOKENS, build_tokenizer
+from cdistill.data.samples import IMAGE_TOKEN
 from cdistill.models.llava import Llava, compose
 from cdistill.train.config import Recipe, recipe_from_dict
 

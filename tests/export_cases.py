@@ -10,9 +10,10 @@ from torch import nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, SiglipVisionConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from cdistill.data.builtin import ASSISTANT, EOS, IMAGE_TOKEN, NUM_VISUAL_TOKENS, USER, build_tokenizer
-from cdistill.data.render import render, to_image
-from cdistill.data.scenes import sample_scene
+from cdistill.builtin.dataset import ASSISTANT, EOS, NUM_VISUAL_TOKENS, USER, build_tokenizer
+from cdistill.builtin.render import render, to_image
+from cdistill.builtin.scenes import sample_scene
+from cdistill.data.samples import IMAGE_TOKEN
 from cdistill.models import compose
 from cdistill.models.load import load_model
 

@@ -17,7 +17,8 @@ from builtin_models import llava, recipe_values, text_config
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from cdistill.data.builtin import IGNORE_INDEX, IMAGE_TOKEN, build_tokenizer
+from cdistill.builtin.dataset import build_tokenizer
+from cdistill.data.samples import IGNORE_INDEX, IMAGE_TOKEN
 from cdistill.train import run, stages
 from cdistill.train.config import Recipe, recipe_from_dict
 

@@ -16,16 +16,16 @@ from family_models import build_pair, collate, draw_samples, pack
 from family_table import EOS, ID, PAD, PATCH, SIDE, VOCABULARY
 
 from cdistill.models.llava import compose
-from cdistill.train import launch
-from cdistill.train.bad_samples import BadSamples
+from cdistill.runtime import launch
+from cdistill.runtime.bad_samples import BadSamples
+from cdistill.runtime.finite import FiniteSteps
+from cdistill.runtime.zero import deepspeed_config, released
+from cdistill.train.build import checkpoint_activations
 from cdistill.train.config import LoRAConfig, StageConfig
-from cdistill.train.finite import FiniteSteps
 from cdistill.train.lora import add_lora
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES, set_trained
-from cdistill.train.stages import checkpoint_activations
 from cdistill.train.trainer import DistillTrainer, training_arguments
-from cdistill.train.zero import deepspeed_config, released
 from cdistill.vat import VAT, VATConfig, attention_layers
 
 STEPS, MICRO, RANKS = 3, 2, 2

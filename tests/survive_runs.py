@@ -51,7 +51,7 @@ class Forks:
 
 
 class ForkedPopen:
-    """What `cdistill.train.launch` uses of subprocess.Popen, for a rank that is forked."""
+    """What `cdistill.runtime.launch` uses of subprocess.Popen, for a rank that is forked."""
 
     plan: dict
     real = subprocess.Popen
@@ -119,7 +119,7 @@ def carry_out(plan, rank):
         )
     if "step" in plan and rank != -1:
         stage, last = plan["step"]
-        from cdistill.train.stop import StopCallback
+        from cdistill.runtime.stop import StopCallback
 
         before = StopCallback.on_step_end
 
@@ -172,7 +172,7 @@ def train(arguments, plan):
     import torch
 
     from cdistill import cli
-    from cdistill.train import launch
+    from cdistill.runtime import launch
 
     torch.set_num_threads(1)
     ForkedPopen.plan = plan

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from jinja2 import UndefinedError
 
 import cdistill
+from cdistill.builtin.dataset import build_tokenizer
 from cdistill.data.batches import PackingCollator, PaddingCollator, next_fit
-from cdistill.data.builtin import build_tokenizer
 from cdistill.data.conversations import Encoder
 from cdistill.data.grouping import length_grouped, modality_grouped
 from cdistill.data.samples import BadSampleError, Mark, Message

@@ -12,8 +12,8 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
+from cdistill.builtin import scenes
 from cdistill.cli import main
-from cdistill.data import scenes
 from cdistill.data.show import choose
 
 WORDS = (*scenes.COLOURS, *scenes.SHAPES)

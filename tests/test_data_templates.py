@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
-from cdistill.data.builtin import CHAT_TEMPLATE, build_tokenizer
+from cdistill.builtin.dataset import CHAT_TEMPLATE, build_tokenizer
 from cdistill.data.conversations import Encoder
 from cdistill.data.samples import BadSampleError, Mark, Message
 from cdistill.data.templates import TEMPLATES, Template

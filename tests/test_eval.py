@@ -10,10 +10,11 @@ from builtin_models import llava, text_config
 from torch import nn
 from transformers import Qwen2ForCausalLM
 
-from cdistill.data import questions
-from cdistill.data.builtin import IMAGE_TOKEN, Collator, build_tokenizer
+from cdistill.builtin import questions
+from cdistill.builtin.dataset import Collator, build_tokenizer
+from cdistill.builtin.scorer import FAMILIES, batches, evaluate, held_out_questions, predict, standard_error_of_mean
+from cdistill.data.samples import IMAGE_TOKEN
 from cdistill.eval import command
-from cdistill.eval.builtin import FAMILIES, batches, evaluate, held_out_questions, predict, standard_error_of_mean
 
 TOKENIZER = build_tokenizer()
 EOS = TOKENIZER.eos_token_id

@@ -26,19 +26,11 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging as transformers_logging
 
+from cdistill.builtin.dataset import ASSISTANT, EOS, NUM_VISUAL_TOKENS, USER, BuiltinDataset, build_tokenizer
+from cdistill.builtin.render import to_image
+from cdistill.builtin.task import BuiltinTask
 from cdistill.cli import main
-from cdistill.data.builtin import (
-    ASSISTANT,
-    EOS,
-    IGNORE_INDEX,
-    IMAGE_TOKEN,
-    NUM_VISUAL_TOKENS,
-    USER,
-    BuiltinDataset,
-    build_tokenizer,
-)
-from cdistill.data.mixture import Mixture
-from cdistill.data.render import to_image
+from cdistill.data.samples import IGNORE_INDEX, IMAGE_TOKEN
 from cdistill.models import MergedAdapter, TAFAdapter, TAFLlavaForConditionalGeneration, check_pair, taf
 from cdistill.models.export import export, merge_taf_map
 from cdistill.models.load import ASSETS, load_model
@@ -194,7 +186,7 @@ def conversation(item, data, index):
 
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_chat_template_and_processor_make_what_the_dataset_holds(modality):
-    data = BuiltinDataset(Mixture(modality=modality, turns=3, caption=0.5), size=8, seed=11)
+    data = BuiltinDataset(BuiltinTask(modality=modality, turns=3, caption=0.5), size=8, seed=11)
     processor = AutoProcessor.from_pretrained(ASSETS / "teacher")
     for index in range(len(data)):
         item = data[index]

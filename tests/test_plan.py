@@ -6,12 +6,12 @@ from memory_cases import STUDENT, VISUAL, Batches, measured_peaks, peaks_of_a_ra
 from transformers import LlavaConfig, Qwen2Config, SiglipVisionConfig, TrainerCallback
 
 from cdistill.cli import main
+from cdistill.plan.command import memory_size
+from cdistill.plan.memory import plan
+from cdistill.plan.suggestions import suggestions
 from cdistill.train import run
 from cdistill.train.build import build_models
 from cdistill.train.config import load_recipe, with_overrides
-from cdistill.train.plan import plan
-from cdistill.train.plan_command import memory_size
-from cdistill.train.suggestions import suggestions
 
 PAPER = "paper-qwen1.5-1.8b"
 

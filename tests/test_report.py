@@ -25,9 +25,9 @@ from cdistill.analysis.attention import (
 )
 from cdistill.analysis.comparison import DISTILLED, FAMILIES, NAMES, SFT, TEACHER, Comparison
 from cdistill.analysis.report import Example, Report
-from cdistill.data.builtin import Collator, build_tokenizer
-from cdistill.data.questions import COMPOSITIONAL, RECOGNITION
-from cdistill.eval.builtin import held_out_questions, predict
+from cdistill.builtin.dataset import Collator, build_tokenizer
+from cdistill.builtin.questions import COMPOSITIONAL, RECOGNITION
+from cdistill.builtin.scorer import held_out_questions, predict
 from cdistill.train import load_recipe
 
 TOKENIZER = build_tokenizer()

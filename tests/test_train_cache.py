@@ -19,12 +19,13 @@ from transformers import AutoTokenizer
 
 from cdistill.cli import main
 from cdistill.models.load import load_model
-from cdistill.train import cache, checkpoints, run
+from cdistill.runtime import checkpoints
+from cdistill.runtime.checkpoints import stored
+from cdistill.runtime.errors import RunError
+from cdistill.train import cache, run
 from cdistill.train.alignment import vat_of
 from cdistill.train.build import build_models
-from cdistill.train.checkpoints import stored
 from cdistill.train.config import recipe_to_dict
-from cdistill.train.launch import RunError
 from cdistill.train.teacher import Teacher
 
 

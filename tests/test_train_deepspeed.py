@@ -12,12 +12,12 @@ from builtin_models import make_recipe
 from memory_cases import tensor_bytes
 from transformers import TrainerCallback
 
-from cdistill.data.builtin import BuiltinDataset
-from cdistill.data.mixture import Mixture
+from cdistill.builtin.dataset import BuiltinDataset
+from cdistill.builtin.task import BuiltinTask
 from cdistill.models.load import load_model
+from cdistill.runtime.zero import deepspeed_config
 from cdistill.train import run, stages
 from cdistill.train.config import recipe_to_dict
-from cdistill.train.zero import deepspeed_config
 
 LOSSES = ("loss", "ar", "kd", "vat")
 
@@ -170,7 +170,9 @@ def run_mixed(recipe):
 
     def mixed(recipe, index, models):
         images, collate = make(recipe, index, models)
-        texts = BuiltinDataset(Mixture(modality="text", turns=2), size=len(images), seed=5, tokenizer=models.tokenizer)
+        texts = BuiltinDataset(
+            BuiltinTask(modality="text", turns=2), size=len(images), seed=5, tokenizer=models.tokenizer
+        )
         return Mixed(images, texts), collate
 
     with mock.patch.object(stages, "stage_dataset", mixed):

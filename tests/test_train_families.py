@@ -13,11 +13,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
+from cdistill.builtin.dataset import CHAT_TEMPLATE, BuiltinDataset, ConversationDataset, build_tokenizer
+from cdistill.builtin.task import BuiltinTask
 from cdistill.cli import main
 from cdistill.data.batches import PaddingCollator
-from cdistill.data.builtin import CHAT_TEMPLATE, IMAGE_TOKEN, BuiltinDataset, build_tokenizer
-from cdistill.data.conversations import ConversationDataset, Encoder
-from cdistill.data.mixture import Mixture
+from cdistill.data.conversations import Encoder
+from cdistill.data.samples import IMAGE_TOKEN
 from cdistill.train import run
 from cdistill.train.build import build_models
 from cdistill.train.config import recipe_to_dict
@@ -121,8 +122,8 @@ def metrics(output):
 def test_labels_are_the_answers_and_visual_tokens_those_of_the_processor(pair):
     processor = AutoProcessor.from_pretrained(pair / "base")
     tokenizer = processor.tokenizer
-    for mixture in (Mixture(turns=3, caption=0.5), Mixture(turns=2, modality="text")):
-        data = BuiltinDataset(mixture, size=4, seed=3, tokenizer=tokenizer)
+    for task in (BuiltinTask(turns=3, caption=0.5), BuiltinTask(turns=2, modality="text")):
+        data = BuiltinDataset(task, size=4, seed=3, tokenizer=tokenizer)
         batch = collated(data, processor)
         image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         for i in range(4):
@@ -134,8 +135,8 @@ def test_labels_are_the_answers_and_visual_tokens_those_of_the_processor(pair):
             marks = set(tokenizer.convert_tokens_to_ids(MARKS))
             wanted = [t for t in item["input_ids"].tolist() if t != image]
             assert [t for t in words if t not in marks] == wanted
-        assert ("pixel_values" in batch) == (mixture.modality == "image")
-        assert (batch["input_ids"] == image).any() == (mixture.modality == "image")
+        assert ("pixel_values" in batch) == (task.modality == "image")
+        assert (batch["input_ids"] == image).any() == (task.modality == "image")
 
 
 def test_a_recipe_trains_a_student_of_the_family(pair, tmp_path, capsys):
@@ -163,7 +164,7 @@ def test_losses_of_the_first_step_are_those_of_full_matrices(pair, tmp_path):
     run(recipe)
     (entry,) = metrics(tmp_path / "run")
     processor = AutoProcessor.from_pretrained(pair / "base")
-    data = BuiltinDataset(recipe.stage["dft"].data, size=4, seed=0, tokenizer=processor.tokenizer)
+    data = BuiltinDataset(recipe.stage["dft"].data.builtin, size=4, seed=0, tokenizer=processor.tokenizer)
     batch = collated(data, processor)
     student, teacher = (
         AutoModelForImageTextToText.from_pretrained(pair / name, attn_implementation="eager").double()

@@ -20,13 +20,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from cdistill.cli import main
 from cdistill.data.dataset import BAD, BadSample
 from cdistill.models.processor import save_chat_template
+from cdistill.runtime.bad_samples import BadSamples
+from cdistill.runtime.errors import BadDataError, ProcessError
 from cdistill.train import run
-from cdistill.train.bad_samples import BadSamples
 from cdistill.train.build import build_models
 from cdistill.train.cache import write_cache
 from cdistill.train.config import recipe_to_dict
 from cdistill.train.data import stage_dataset
-from cdistill.train.launch import BadDataError, ProcessError
 from cdistill.train.stages import read_recipe
 from cdistill.train.trainer import in_one_line
 
@@ -168,9 +168,9 @@ def test_processes_count_their_bad_samples_together(models, files, tmp_path, cap
 def test_a_bad_sample_of_two_processes_counts_once(tmp_path, monkeypatch, capsys):
     one, other = (BadSample(f"set[{i}]", "missing image", "no file") for i in range(2))
     bad = BadSamples(1, tmp_path, "1-dft")
-    monkeypatch.setattr("cdistill.train.bad_samples.gathered", lambda number: [number, 1])
+    monkeypatch.setattr("cdistill.runtime.bad_samples.gathered", lambda number: [number, 1])
     for theirs in (one, other):
-        monkeypatch.setattr("cdistill.train.bad_samples.gathered_objects", lambda mine, t=theirs: [mine, [t]])
+        monkeypatch.setattr("cdistill.runtime.bad_samples.gathered_objects", lambda mine, t=theirs: [mine, [t]])
         assert bad.take({"labels": 0, BAD: [one]}) == {"labels": 0}
         if theirs is one:
             bad.on_step_end(None, None, None)

@@ -10,9 +10,9 @@ from torch.utils.data import Subset
 from transformers import TrainerCallback
 
 from cdistill.models.load import load_model
+from cdistill.runtime.errors import RunError
+from cdistill.runtime.finite import FiniteAdamW, poisoned
 from cdistill.train import run, stages
-from cdistill.train.finite import FiniteAdamW, poisoned
-from cdistill.train.launch import RunError
 from cdistill.train.trainer import DistillTrainer
 
 STEPS, BATCH = 5, 4

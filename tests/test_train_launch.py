@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from cdistill.train import launch
+from cdistill.runtime import errors, launch
 
 BODY = """
 import os, signal, sys, time
@@ -61,7 +61,7 @@ def test_processes_that_end_well(start, tmp_path):
 )
 def test_a_dead_process_is_named_although_the_other_hangs(start, tmp_path, death, message):
     began = time.monotonic()
-    with pytest.raises(launch.ProcessError) as error:
+    with pytest.raises(errors.ProcessError) as error:
         start(f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\nif rank: {death}\ntime.sleep(600)")
     assert str(error.value) == message
     assert gone(tmp_path, 0) and time.monotonic() - began < 60
@@ -69,8 +69,8 @@ def test_a_dead_process_is_named_although_the_other_hangs(start, tmp_path, death
 
 def test_a_process_that_lost_its_peer_is_not_the_one_to_name(start):
     """It ends first here, as when the kernel takes long to take a process apart."""
-    with pytest.raises(launch.ProcessError, match=r"^process 1 of 2 failed with exit code 5"):
-        start(f"if not rank: sys.exit({launch.PEER_LOST})\ntime.sleep(0.5)\nsys.exit(5)", grace=30)
+    with pytest.raises(errors.ProcessError, match=r"^process 1 of 2 failed with exit code 5"):
+        start(f"if not rank: sys.exit({errors.PEER_LOST})\ntime.sleep(0.5)\nsys.exit(5)", grace=30)
 
 
 def test_a_signal_is_passed_on_once_and_waited_for(start, tmp_path):
@@ -78,7 +78,7 @@ def test_a_signal_is_passed_on_once_and_waited_for(start, tmp_path):
     ready = (
         f"signal.signal(signal.SIGTERM, say)\nif rank: time.sleep(0.5); os.kill({pid}, signal.SIGINT)\ntime.sleep(600)"
     )
-    with pytest.raises(launch.Stopped) as stopped:
+    with pytest.raises(errors.Stopped) as stopped:
         start(ready)
     assert stopped.value.exit_code == 128 + signal.SIGINT
     assert (tmp_path / "asked0").exists() and (tmp_path / "asked1").exists()
@@ -89,13 +89,13 @@ def test_a_process_that_fails_while_it_stops_is_told(start):
 signal.signal(signal.SIGTERM, say if rank else lambda *_: sys.exit(1))
 if rank: time.sleep(0.5); os.kill({os.getpid()}, signal.SIGTERM)
 time.sleep(600)"""
-    with pytest.raises(launch.ProcessError, match=r"^process 0 of 2 failed with exit code 1"):
+    with pytest.raises(errors.ProcessError, match=r"^process 0 of 2 failed with exit code 1"):
         start(script)
 
 
 def test_a_process_dies_with_its_parent():
     child = (
-        "import sys, time; from cdistill.train.launch import die_with_parent; die_with_parent();"
+        "import sys, time; from cdistill.runtime.launch import die_with_parent; die_with_parent();"
         "print('ready', flush=True); time.sleep(600)"
     )
     parent = f"""
@@ -137,7 +137,7 @@ def test_a_port_that_is_in_use(monkeypatch, tmp_path, taken_port):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv(launch.PARENT, raising=False)
     code = (
-        "import sys; from cdistill.train import launch\n"
+        "import sys; from cdistill.runtime import launch\n"
         "try: launch.init_process_group()\n"
         "except ValueError as error: sys.exit(str(error))"
     )

@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, TrainerCallback
 
-from cdistill.data.builtin import BuiltinDataset, Collator, build_tokenizer
-from cdistill.data.mixture import Mixture
+from cdistill.builtin.dataset import BuiltinDataset, Collator, build_tokenizer
+from cdistill.builtin.task import BuiltinTask
 from cdistill.models.load import load_model
 from cdistill.train import run
 from cdistill.train.build import build_models
@@ -130,8 +130,8 @@ def eager(model, dtype):
 def batch_of_three(seed):
     """Samples of different lengths, one of them text only."""
     tokenizer = build_tokenizer()
-    image = BuiltinDataset(Mixture(turns=2), size=2, seed=seed)
-    text = BuiltinDataset(Mixture(modality="text", turns=3), size=1, seed=seed)
+    image = BuiltinDataset(BuiltinTask(turns=2), size=2, seed=seed)
+    text = BuiltinDataset(BuiltinTask(modality="text", turns=3), size=1, seed=seed)
     return Collator(tokenizer.pad_token_id)([image[0], text[0], image[1]])
 
 
@@ -203,7 +203,7 @@ def test_gradients_of_the_whole_objective_are_those_of_full_matrices(models, tmp
 def test_grounding_is_the_distance_between_full_attention_and_what_words_speak_of(models):
     student = load_model(models / "teacher")
     tokenizer = build_tokenizer()
-    data = BuiltinDataset(Mixture(caption=0.5, turns=2), size=3, seed=13, grounding=True)
+    data = BuiltinDataset(BuiltinTask(caption=0.5, turns=2), size=3, seed=13, grounding=True)
     batch = Collator(tokenizer.pad_token_id)([data[0], data[1], data[2]])
     name = "model.language_model.layers.1.self_attn.q_proj.weight"
     ours = DistillationModel(student, OBJECTIVES["ground"])(**batch)["ground"]

@@ -11,9 +11,9 @@ from family_models import build, draw
 from test_train_stages import Start, batch_of_three, part, same, weights
 from torch._dynamo.utils import counters
 
-from cdistill.data.builtin import BuiltinDataset
+from cdistill.builtin.dataset import BuiltinDataset
 from cdistill.train import run, stages
-from cdistill.train.build import build_models
+from cdistill.train.build import build_models, compile_layers
 from cdistill.train.config import LoRAConfig
 from cdistill.train.data import stage_dataset
 from cdistill.train.distillation import distill
@@ -111,7 +111,7 @@ def test_compiled_layers_have_the_same_losses_and_gradients():
             counters.clear()
             model = copy.deepcopy(student)
             if compiled:
-                stages.compile_layers(model, backend="aot_eager")
+                compile_layers(model, backend="aot_eager")
             distillation = distill(teacher, model, vat=VATConfig(layers="all"))
             results = {}
             for seed in (3, 4):  # of different lengths

@@ -25,14 +25,15 @@ from transformers import (
 )
 
 from cdistill import distill
-from cdistill.data.builtin import IMAGE_TOKEN, build_tokenizer
+from cdistill.builtin.dataset import build_tokenizer
+from cdistill.data.samples import IMAGE_TOKEN
 from cdistill.models import check_pair, compose, share_vision, student_embeddings, teacher_embeddings
 from cdistill.models.export import export
 from cdistill.models.llava import visual_tokens
+from cdistill.plan.memory import plan
 from cdistill.train import run
 from cdistill.train.build import build_models
 from cdistill.train.config import load_recipe
-from cdistill.train.plan import plan
 from cdistill.vat import VATConfig
 
 SIZE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cdistill.data.builtin import IGNORE_INDEX
+from cdistill.data.samples import IGNORE_INDEX
 from cdistill.vat import LayerMatch, Regions, SliceRecorder, installed, layer_range, match_layers, token_regions
 from cdistill.vat.hook import KEYWORD
 

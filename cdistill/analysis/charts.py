@@ -11,7 +11,7 @@ from html import escape
 
 import numpy as np
 
-from cdistill.data.render import to_image
+from cdistill.builtin.render import to_image
 
 INK, MUTED, GRID, PAPER = "#1b1f24", "#57606a", "#d8dee4", "#ffffff"
 FRAME, GLOW = "#d97706", "#22d3ee"  # cyan: no object of the built-in task has it

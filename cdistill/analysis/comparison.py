@@ -18,7 +18,7 @@ class Comparison:
     """Evaluations of the three models of a demo.
 
     Attributes:
-        teacher: what `cdistill.eval.builtin.evaluate` returned.
+        teacher: what `cdistill.builtin.scorer.evaluate` returned.
         students: the same for ``sft`` and ``compodistill``, one evaluation per training seed, in their order.
         seeds: training seeds.
     """

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cdistill.data.builtin import IGNORE_INDEX
 from cdistill.data.conversations import Encoded
+from cdistill.data.samples import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from cdistill.data.builtin import IGNORE_INDEX, BuiltinDataset
 from cdistill.data.contract import LabelContract
 from cdistill.data.images import check_resizing
-from cdistill.data.samples import BadSampleError, Mark, Message, blamed_on_sample
+from cdistill.data.samples import IGNORE_INDEX, BadSampleError, Mark, Message, blamed_on_sample
 
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # what processors may say of every token
 
@@ -184,21 +182,3 @@ class Encoder:
                 f"{type(self.processor).__name__} makes {len(expected)} tokens of a question about two images, "
                 f"{len(prompt)} of its words and its images by themselves: labels cannot be placed"
             )
-
-
-class ConversationDataset(Dataset):
-    """The samples of a `BuiltinDataset` as tokens, for models of any family."""
-
-    def __init__(self, data: BuiltinDataset, encoder: Encoder) -> None:
-        self.data, self.encoder = data, encoder
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> Encoded:
-        messages, images = [], []
-        for message in self.data.messages(index):
-            images += [part["image"] for part in message["content"] if part["type"] == "image"]
-            parts = (Mark.IMAGE if part["type"] == "image" else part["text"] for part in message["content"])
-            messages.append(Message(message["role"], tuple(parts)))
-        return self.encoder(messages, images)

@@ -8,10 +8,18 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from cdistill.data.fields import Fields, is_blank
-from cdistill.data.samples import BadSampleError, ImageBytes, ImageFile, Mark, Message, Sample, check_messages
+from cdistill.data.samples import (
+    IMAGE_TOKEN,
+    BadSampleError,
+    ImageBytes,
+    ImageFile,
+    Mark,
+    Message,
+    Sample,
+    check_messages,
+)
 from cdistill.data.scan import parse
 
-IMAGE = "<image>"
 TURNS = ("conversations", "messages", "conversation")
 QUESTIONS = ("question", "query", "prompt", "instruction", "input")
 ANSWERS = ("answer", "response", "output", "completion")
@@ -94,7 +102,7 @@ def split_text(text: Any) -> tuple[str | Mark, ...]:
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
         raise BadSampleError("unreadable text", f"not valid UTF-8: {text[:60]!a}")
     parts: list[str | Mark] = []
-    for i, piece in enumerate(text.split(IMAGE)):
+    for i, piece in enumerate(text.split(IMAGE_TOKEN)):
         parts += ([Mark.IMAGE] if i else []) + ([piece] if piece else [])
     return tuple(parts)
 
@@ -128,11 +136,13 @@ def _measure_plain(record: Any) -> Measured | None:
         more = record.keys() - _LLAVA
         if more and (more.intersection(KEYS) or any(map(IMAGES.fullmatch, more))):
             return None
-        marks = text.count(IMAGE)
+        marks = text.count(IMAGE_TOKEN)
         if not marks and not is_blank(record.get("image")):
             return None
         return Measured(
-            len(text) - len(turns) + 1 - len(IMAGE) * marks, marks, [key for key in more if not is_blank(record[key])]
+            len(text) - len(turns) + 1 - len(IMAGE_TOKEN) * marks,
+            marks,
+            [key for key in more if not is_blank(record[key])],
         )
     except (LookupError, TypeError, AttributeError):
         return None

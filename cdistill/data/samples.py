@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+IGNORE_INDEX = -100  # the label of a token that is not learned
+IMAGE_TOKEN = "<image>"  # what stands for an image in a text
 LONGEST_DETAIL = 500
 FIRST_RECORDS = 1000  # looked at where a run begins, of sets that are not read before
 MOST_KEYS = 12  # that a line names

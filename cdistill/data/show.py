@@ -16,7 +16,7 @@ from PIL import Image
 from cdistill.data.contract import learned_ranges
 from cdistill.data.conversations import Encoder
 from cdistill.data.images import open_image, true_format
-from cdistill.data.samples import BadSampleError, ImageBytes, ImageFile, Mark, Sample, Source, printable
+from cdistill.data.samples import IMAGE_TOKEN, BadSampleError, ImageBytes, ImageFile, Mark, Sample, Source, printable
 from cdistill.data.templates import Template
 
 THUMBNAIL = 320  # pixels
@@ -90,7 +90,7 @@ def without_tokenizer(name: str) -> Template:
 
 
 class _AnyTokenizer:
-    image_token = "<image>"
+    image_token = IMAGE_TOKEN
     chat_template = None
 
     def __init__(self) -> None:
@@ -113,7 +113,7 @@ def _picture(image: ImageFile | ImageBytes, opened: Image.Image) -> Picture:
 
 def _said(sample: Sample) -> Iterator[tuple[str, bool]]:
     for message in sample.messages:
-        text = "".join("<image>" if isinstance(part, Mark) else part for part in message.parts)
+        text = "".join(IMAGE_TOKEN if isinstance(part, Mark) else part for part in message.parts)
         yield f"{message.role}: ", False
         yield text, message.role == "assistant" and message.learned
         yield "\n", False

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from cdistill.data.mixture import TEMPLATE_FILE, TEMPLATES
-from cdistill.data.samples import BadSampleError, Mark, Message
+from cdistill.choices import TEMPLATE_FILE, TEMPLATES
+from cdistill.data.samples import IMAGE_TOKEN, BadSampleError, Mark, Message
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -113,7 +113,7 @@ class Template:
 
     Args:
         processor: of a multimodal model, or a tokenizer.
-        name: one of `cdistill.data.mixture.TEMPLATES`, or the path of a file.
+        name: one of `cdistill.choices.TEMPLATES`, or the path of a file.
 
     Attributes:
         source: the template in Jinja, to be kept as chat template of models that were trained with it. For a tokenizer by
@@ -139,7 +139,7 @@ class Template:
         self.image_token: str | None = getattr(processor, "image_token", None) if takes_images else None
         if takes_images and self.image_token is None:
             raise ValueError(f"{type(processor).__name__} has no image_token, by which its images are placed in a text")
-        self._image = _image_mark(self.image_token or "<image>")
+        self._image = _image_mark(self.image_token or IMAGE_TOKEN)
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         self._special = sorted({str(t) for t in added if t.special}, key=len, reverse=True)
         control = [re.escape(t) for t in self._special if len(t) > 1 and not _CONTENT.match(t)]

@@ -19,7 +19,7 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError(f"--json: there is no folder {str(options.json.parent)!r}")
     from transformers import PreTrainedTokenizerFast
 
-    from cdistill.eval.builtin import FAMILIES, evaluate
+    from cdistill.builtin.scorer import FAMILIES, evaluate
     from cdistill.models.load import load_for_evaluation, resolve_folder
 
     folder = resolve_folder(options.model, "model")

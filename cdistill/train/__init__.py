@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cdistill.runtime.errors import RunError, Stopped
 from cdistill.train.config import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 # Where bitsandbytes is installed, transformers imports it, and without a GPU it warns of a kernel nobody asked for.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-__all__ = ["Recipe", "load_recipe", "run"]
+__all__ = ["Recipe", "RunError", "Stopped", "load_recipe", "run"]
 
 
 def run(recipe: Recipe, *, resume: bool = False, callbacks: "Sequence[TrainerCallback]" = ()) -> Path:
@@ -35,7 +36,7 @@ def run(recipe: Recipe, *, resume: bool = False, callbacks: "Sequence[TrainerCal
         ValueError: the recipe cannot be run, checked before anything is written: missing or corrupt checkpoints, models
             that do not fit each other, an output folder that holds something else or lacks a stage, a port in use.
         RunError: the run failed for a reason that one line tells: a full disk, too many steps in a row that are not
-            finite, another process that died; or it was asked to stop (`cdistill.train.launch.Stopped`).
+            finite, another process that died; or it was asked to stop (`Stopped`).
     """
     from cdistill.train.stages import run as run_recipe
 

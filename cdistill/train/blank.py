@@ -14,19 +14,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cdistill.models.parts import has_vision, part_of
-from cdistill.train.launch import gathered
+from cdistill.runtime.collectives import gathered
+from cdistill.runtime.zero import is_partitioned
 
 CHECK = "torch_compilable_check"  # what transformers' models call to compare numbers of visual tokens and features
-
-
-def is_partitioned(model: nn.Module) -> bool:
-    """Whether ZeRO-3 or FSDP2 has partitioned a model's parameters: then every rank must run the same modules."""
-    from torch.distributed.tensor import DTensor
-
-    return any(hasattr(p, "ds_id") or isinstance(p, DTensor) for p in model.parameters())
 
 
 def must_look(model: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The models of a run, built and checked before anything is written."""
+"""The models of a run, built and checked before anything is written, and how their layers run."""
 
 import os
 from dataclasses import dataclass, field
@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from cdistill.data.builtin import IMAGE_TOKEN, build_tokenizer
-from cdistill.data.samples import Source
+from cdistill.builtin.dataset import build_tokenizer
+from cdistill.data.samples import IMAGE_TOKEN, Source
 from cdistill.models.llava import Llava, compose, visual_tokens
 from cdistill.models.load import (
     DTYPES,
@@ -23,7 +23,7 @@ from cdistill.models.load import (
     resolve_folder,
 )
 from cdistill.models.pair import check_pair, shares_encoder
-from cdistill.models.parts import has_vision
+from cdistill.models.parts import has_vision, language_model
 from cdistill.models.processor import (
     COMPOSITIONS,
     Processor,
@@ -328,3 +328,30 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Numbers of trained and of all parameters."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+
+
+def check_batches(recipe: Recipe, world: int) -> None:
+    """Raise ValueError unless the global batches can be split among ``world`` processes."""
+    for name in dict.fromkeys(recipe.stages):
+        stage = recipe.stage[name]
+        if stage.global_batch_size % (world * (stage.micro_batch_size or 1)):
+            raise ValueError(
+                f"stage.{name}.global_batch_size must be a multiple of {world} processes x micro_batch_size "
+                f"{stage.micro_batch_size or 1}, got {stage.global_batch_size}"
+            )
+
+
+def checkpoint_activations(student: Model, *, reentrant: bool) -> None:
+    """Let the layers of the language model recompute their activations in the backward pass."""
+    language = language_model(student)
+    options = {"use_reentrant": reentrant}
+    if hasattr(language, "activation_checkpointing_enable"):  # transformers 5.20 renamed it
+        language.activation_checkpointing_enable(options)
+    else:
+        language.gradient_checkpointing_enable(options)
+
+
+def compile_layers(student: Model, backend: str = "inductor") -> None:
+    """Compile each layer of the language model for batches of any length; layers of one kind are compiled once."""
+    for layer in language_model(student).layers:
+        layer.compile(dynamic=True, backend=backend)

@@ -25,20 +25,23 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from cdistill.data import strict_yaml
-from cdistill.data.builtin import IGNORE_INDEX
 from cdistill.data.dataset import BAD
+from cdistill.data.samples import IGNORE_INDEX
 from cdistill.data.templates import Template
 from cdistill.models.load import DTYPES, Model, resolve_folder
 from cdistill.models.processor import FILES, IMAGE_PROCESSORS, has_image_processor
 from cdistill.models.taf import TAFAdapter
-from cdistill.train import checkpoints, launch
+from cdistill.runtime import checkpoints, launch
+from cdistill.runtime.collectives import naming_lost_peers, on_first_process
+from cdistill.runtime.errors import Stopped
+from cdistill.runtime.zero import is_partitioned
 from cdistill.train.alignment import vat_of
 from cdistill.train.build import Models, build_models, precision_of
 from cdistill.train.config import Recipe, StageConfig, first_difference, recipe_to_dict
 from cdistill.train.data import stage_dataset, stage_seed
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES
-from cdistill.train.teacher import hold_teacher, is_partitioned
+from cdistill.train.teacher import hold_teacher
 from cdistill.vat import VAT
 
 INDEX = "index.json"
@@ -431,7 +434,7 @@ def write_cache(recipe: Recipe) -> Path:
         _start_processes(recipe)
         return Path(recipe.teacher_memory.cache)
     engine = recipe.teacher_memory.zero == 3
-    with launch.naming_lost_peers(), launch.environment(distributed=engine), launch.quiet():
+    with naming_lost_peers(), launch.environment(distributed=engine), launch.quiet():
         if engine:
             launch.keep_deepspeed_from_compiling()
         if engine or launch.launched():
@@ -448,7 +451,7 @@ def _start_processes(recipe: Recipe) -> None:
         path.write_text(strict_yaml.dump(recipe_to_dict(recipe)), encoding="utf-8")
         try:
             launch.start_processes(recipe.processes, "cache", path)
-        except launch.Stopped as stopped:
+        except Stopped as stopped:
             print("cache: stopped; run `cdistill cache` again: it goes on", flush=True)
             raise stopped from None
 
@@ -467,7 +470,7 @@ def _begin(recipe: Recipe, index: int, models: Models) -> tuple[CacheWriter, dic
         return facts, writer.begin(facts)
 
     # All must go by one list: a process that looks later finds what the others have written meanwhile.
-    return writer, *launch.on_first_process(begin)
+    return writer, *on_first_process(begin)
 
 
 def _write_stage(recipe: Recipe, index: int, models: Models) -> None:
@@ -508,7 +511,7 @@ def _write_stage(recipe: Recipe, index: int, models: Models) -> None:
             )
     if world > 1:
         dist.barrier()
-    launch.on_first_process(lambda: writer.finish(facts, work))
+    on_first_process(lambda: writer.finish(facts, work))
     if rank == 0:
         stored = sum(path.stat().st_size for path in folder.iterdir())
         state = "" if work.missing else ", finished already"

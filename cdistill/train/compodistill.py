@@ -15,11 +15,10 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from cdistill.data.batches import PaddingCollator
-from cdistill.data.builtin import IGNORE_INDEX
 from cdistill.data.conversations import Encoder
 from cdistill.data.images import find_image, open_image
 from cdistill.data.records import read_record
-from cdistill.data.samples import ImageBytes
+from cdistill.data.samples import IGNORE_INDEX, ImageBytes
 from cdistill.train.config import KDConfig
 from cdistill.train.distillation import distill
 from cdistill.vat import VATConfig

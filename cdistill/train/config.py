@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from cdistill.choices import KDConfig, VATConfig
+from cdistill.builtin.task import BuiltinTask
+from cdistill.choices import TEMPLATE_FILE, TEMPLATES, KDConfig, VATConfig
 from cdistill.data import strict_yaml
-from cdistill.data.mixture import TEMPLATE_FILE, TEMPLATES, Mixture
 from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.values import build, differences, override
 
@@ -140,10 +140,11 @@ class StudentConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig(Mixture):
+class DataConfig:
     """What a stage is trained on: a data set in files or, without ``path``, a mixture of the built-in task's samples.
 
     Attributes:
+        modality, caption, sentences, turns, subtypes: of the built-in task (`cdistill.builtin.task.BuiltinTask`).
         seed: seed of the samples or of their order; None derives it from the recipe's seed and the place of the stage, so
             that the i-th stages of two recipes with the same seed and data see the same samples.
         path: what `cdistill.data.mix.open_source` opens: LLaVA-format JSON or JSON Lines, tar shards, a data set of Hugging
@@ -161,6 +162,11 @@ class DataConfig(Mixture):
         max_length: tokens of a sample, visual tokens included, beyond which it is cut.
     """
 
+    modality: str = BuiltinTask.modality
+    caption: float = BuiltinTask.caption
+    sentences: int = BuiltinTask.sentences
+    turns: int = BuiltinTask.turns
+    subtypes: tuple[str, ...] = BuiltinTask.subtypes
     seed: int | None = None
     path: str | None = None
     images: str | dict[str, str] | None = None
@@ -174,7 +180,7 @@ class DataConfig(Mixture):
     max_length: int = 2048
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        task = self.builtin
         _at_least("seed", self.seed or 0, 0)
         if not self.template.endswith(TEMPLATE_FILE):
             _choice("template", self.template, (*TEMPLATES, f"a path that ends in {TEMPLATE_FILE}"))
@@ -183,9 +189,14 @@ class DataConfig(Mixture):
         given += [] if self.exif else ["exif"]
         if self.path is None and given:
             raise ValueError(f"path must be given where {given[0]} is")
-        for f in fields(Mixture):
-            if self.path is not None and getattr(self, f.name) != f.default:
+        for f in fields(task):
+            if self.path is not None and getattr(task, f.name) != f.default:
                 raise ValueError(f"{f.name} is of the built-in task: leave it out, or {f.default}, where path is given")
+
+    @property
+    def builtin(self) -> BuiltinTask:
+        """What samples of the built-in task are made of. Raises ValueError if they cannot be."""
+        return BuiltinTask(**{f.name: getattr(self, f.name) for f in fields(BuiltinTask)})
 
 
 @dataclass(frozen=True)

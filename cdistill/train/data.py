@@ -1,53 +1,33 @@
 """Datasets and collators of the stages: of files, or of the built-in task."""
 
 import json
-import random
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from cdistill.builtin.dataset import (
+    BuiltinDataset,
+    Collator,
+    ConversationDataset,
+    PatchDataset,
+    build_tokenizer,
+    collate_patches,
+)
 from cdistill.data.batches import PackingCollator, PaddingCollator
-from cdistill.data.builtin import IMAGE_TOKEN, BuiltinDataset, Collator, build_tokenizer
-from cdistill.data.conversations import ConversationDataset, Encoded, Encoder
+from cdistill.data.conversations import Encoded, Encoder
 from cdistill.data.dataset import SampleDataset, TellingCollator
 from cdistill.data.grouping import length_grouped, modality_grouped
 from cdistill.data.mix import Order, open_source
-from cdistill.data.render import patch_labels, render
-from cdistill.data.samples import Source
-from cdistill.data.scenes import sample_scene
+from cdistill.data.samples import IMAGE_TOKEN, Source
 from cdistill.models.load import Model
 from cdistill.train.build import Models
 from cdistill.train.config import DataConfig, Recipe, StageConfig
 from cdistill.vat import check_packable, packed_position_ids
 
 CHARACTERS_PER_TOKEN, USUAL_VISUAL_TOKENS = 4, 576  # for lengths that are only compared
-
-
-class PatchDataset(Dataset):
-    """``size`` images with the labels of every patch: ``pixel_values`` (3, H, W) fp32 and ``labels`` (V, 3) int64."""
-
-    def __init__(self, *, size: int, seed: int) -> None:
-        self.size, self.seed = size, seed
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not 0 <= index < self.size:
-            raise IndexError(index)
-        rng = random.Random(f"{self.seed}/{index}/patch")
-        scene = sample_scene(rng)
-        pixels = render(scene, np.random.default_rng(rng.getrandbits(64)))
-        return {"pixel_values": torch.from_numpy(pixels), "labels": torch.from_numpy(patch_labels(scene))}
-
-
-def collate_patches(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """(B, 3, H, W) images and (B, V, 3) labels."""
-    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
 
 def stage_seed(recipe: Recipe, index: int) -> int:
@@ -94,7 +74,7 @@ def _builtin_dataset(recipe: Recipe, stage: StageConfig, seed: int, models: Mode
         if word not in vocabulary and word != IMAGE_TOKEN:
             raise ValueError(f"path must be given, or the tokenizer be the built-in one: there is no token {word!r}")
     source = BuiltinDataset(
-        stage.data, size=size, seed=seed, tokenizer=tokenizer, grounding=stage.objective == "ground"
+        stage.data.builtin, size=size, seed=seed, tokenizer=tokenizer, grounding=stage.objective == "ground"
     )
     data: Dataset = source
     collate: Any = Collator(tokenizer.pad_token_id)

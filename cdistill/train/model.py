@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cdistill.data.builtin import IGNORE_INDEX
+from cdistill.data.samples import IGNORE_INDEX
 from cdistill.models.llava import Llava, SharedVision, share_vision, student_embeddings, vision_features
 from cdistill.models.load import Model
 from cdistill.models.pair import shares_encoder
 from cdistill.models.parts import has_vision, head_of, part_of
 from cdistill.models.taf import feature_width
 from cdistill.ops import linear_distillation
-from cdistill.train.blank import is_partitioned, must_look
+from cdistill.runtime.zero import is_partitioned
+from cdistill.train.blank import must_look
 from cdistill.train.config import KDConfig
 from cdistill.train.inside import inside, open_inside
 from cdistill.train.objectives import Objective

@@ -13,20 +13,32 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
+from cdistill.builtin.render import PATCH_CLASSES
 from cdistill.data import strict_yaml
 from cdistill.data.conversations import Encoder
-from cdistill.data.render import PATCH_CLASSES
-from cdistill.models.load import RECIPE, Model, load_model
-from cdistill.models.parts import language_model
+from cdistill.models.load import RECIPE, load_model
 from cdistill.models.processor import save_chat_template, stop_at
-from cdistill.train import checkpoints, launch
+from cdistill.runtime import checkpoints, launch
+from cdistill.runtime.bad_samples import BadSamples
+from cdistill.runtime.collectives import first_process, naming_lost_peers, on_first_process
+from cdistill.runtime.errors import Stopped
+from cdistill.runtime.finite import FiniteSteps
+from cdistill.runtime.signals import StopRequest, stop_on_signals
+from cdistill.runtime.stop import StopCallback
+from cdistill.runtime.zero import deepspeed_config, released
 from cdistill.train.alignment import make_vat, vat_of
-from cdistill.train.bad_samples import BadSamples
-from cdistill.train.build import Models, build_models, count_parameters, precision_of
+from cdistill.train.build import (
+    Models,
+    build_models,
+    check_batches,
+    checkpoint_activations,
+    compile_layers,
+    count_parameters,
+    precision_of,
+)
 from cdistill.train.cache import CachedCollator, CachedDataset, StageCache, fingerprint, stage_cache
 from cdistill.train.config import Recipe, recipe_from_dict, recipe_to_dict
 from cdistill.train.data import encoder_of, stage_dataset, unread
-from cdistill.train.finite import FiniteSteps
 from cdistill.train.lora import add_lora
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES, set_trained
@@ -39,10 +51,8 @@ from cdistill.train.run_folder import (
     stage_folders,
     tell_changes,
 )
-from cdistill.train.stop import StopCallback, StopRequest, stop_on_signals
 from cdistill.train.teacher import Teacher, hold_teacher
 from cdistill.train.trainer import DistillTrainer, RunLog, training_arguments
-from cdistill.train.zero import deepspeed_config, released
 from cdistill.vat import attention_layers
 
 METRICS_BYTES = 1_000_000
@@ -56,7 +66,7 @@ def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCall
         if launch.launched():
             launch.init_process_group()
             prepared: list[Models] = []  # stays where it is
-            launch.on_first_process(lambda: prepared.append(_prepare(recipe, output, resume, at_end)))
+            on_first_process(lambda: prepared.append(_prepare(recipe, output, resume, at_end)))
             return run_stages(
                 recipe, output, resume=resume, callbacks=callbacks, models=prepared.pop() if prepared else None
             )
@@ -84,7 +94,7 @@ def run_stages(
     """Run the unfinished stages of a recipe in a prepared output folder; returns the folder of the final model."""
     folders = stage_folders(recipe, output)
     with (
-        launch.naming_lost_peers(),
+        naming_lost_peers(),
         stop_on_signals() as request,
         launch.environment(distributed=recipe.deepspeed != "off"),
         launch.quiet(),
@@ -114,14 +124,14 @@ def _stop_if(number: int, message: str) -> None:
     """Raise Stopped for a signal, once the first process has told it."""
     if not number:
         return
-    if launch.first_process():
+    if first_process():
         print(f"{message} by {signal.Signals(number).name}; go on with --resume", flush=True)
-    raise launch.Stopped(number)
+    raise Stopped(number)
 
 
 def _remove_leftovers(output: Path, folder: Path) -> None:
     """Remove what a run that was killed after a stage's last rename has left of it."""
-    if launch.first_process():
+    if first_process():
         shutil.rmtree(output / CHECKPOINTS / folder.name, ignore_errors=True)
         with suppress(OSError):  # it holds those of another stage, or has never been
             (output / CHECKPOINTS).rmdir()
@@ -145,7 +155,7 @@ def _prepare(recipe: Recipe, output: Path, resume: bool, at_end: ExitStack) -> M
     if was_there:
         at_end.enter_context(locked(output))
     _check_output(recipe, output, resume)
-    check_batches(recipe)
+    check_batches(recipe, _world_size(recipe))
     precision_of(recipe)
     models = build_models(recipe)
     for index in range(len(recipe.stages)):
@@ -202,17 +212,6 @@ def _check_output(recipe: Recipe, output: Path, resume: bool) -> None:
     refuse_other_run(recipe, held, output)
     if not resume and begun_stages(held, output):
         raise ValueError(f"output {output} already holds a run of this recipe: continue it with --resume")
-
-
-def check_batches(recipe: Recipe) -> None:
-    world = _world_size(recipe)
-    for name in dict.fromkeys(recipe.stages):
-        stage = recipe.stage[name]
-        if stage.global_batch_size % (world * (stage.micro_batch_size or 1)):
-            raise ValueError(
-                f"stage.{name}.global_batch_size must be a multiple of {world} processes x micro_batch_size "
-                f"{stage.micro_batch_size or 1}, got {stage.global_batch_size}"
-            )
 
 
 def _world_size(recipe: Recipe) -> int:
@@ -327,7 +326,7 @@ def _run_stage(
         callbacks=[log, *callbacks, stop],
     )
     at_end.callback(trainer.destroy_engine)
-    checkpoint = launch.on_first_process(lambda: checkpoints.choose(saved, processes=world))
+    checkpoint = on_first_process(lambda: checkpoints.choose(saved, processes=world))
     start = 0 if checkpoint is None else checkpoints.checkpoint_step(checkpoint)
     if first:
         log.rewind(start)
@@ -388,18 +387,3 @@ def _save_processor(encoder: Encoder | None, models: Models, folder: Path) -> No
     models.processor.save_pretrained(folder)
     if encoder is not None and encoder.template.name not in ("auto", "plain"):
         save_chat_template(folder, encoder.template.source)
-
-
-def checkpoint_activations(student: Model, *, reentrant: bool) -> None:
-    language = language_model(student)
-    options = {"use_reentrant": reentrant}
-    if hasattr(language, "activation_checkpointing_enable"):  # transformers 5.20 renamed it
-        language.activation_checkpointing_enable(options)
-    else:
-        language.gradient_checkpointing_enable(options)
-
-
-def compile_layers(student: Model, backend: str = "inductor") -> None:
-    """Compile each layer of the language model for batches of any length; layers of one kind are compiled once."""
-    for layer in language_model(student).layers:
-        layer.compile(dynamic=True, backend=backend)

@@ -13,9 +13,9 @@ from cdistill.models.llava import SharedVision, teacher_embeddings
 from cdistill.models.load import DTYPES, Model
 from cdistill.models.parts import VISUAL_MODULES, head_of, language_model
 from cdistill.models.taf import TAFAdapter
-from cdistill.train.blank import is_partitioned, looking
+from cdistill.runtime.zero import is_partitioned, teacher_config
+from cdistill.train.blank import looking
 from cdistill.train.config import TeacherMemory
-from cdistill.train.zero import teacher_config
 from cdistill.vat.hook import KEYWORD
 
 # Inputs of a batch that show a model no image or video.

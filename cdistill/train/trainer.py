@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from cdistill.data.builtin import IGNORE_INDEX
-from cdistill.train import checkpoints
-from cdistill.train.agreement import RanksAgree
-from cdistill.train.bad_samples import BadSamples
+from cdistill.data.samples import IGNORE_INDEX
+from cdistill.runtime import checkpoints
+from cdistill.runtime.agreement import RanksAgree
+from cdistill.runtime.bad_samples import BadSamples
+from cdistill.runtime.errors import ProcessError
+from cdistill.runtime.finite import FiniteAdamW, FiniteSteps, poisoned
+from cdistill.runtime.launch import launched
 from cdistill.train.config import LoRAConfig, StageConfig
-from cdistill.train.finite import FiniteAdamW, FiniteSteps, poisoned
-from cdistill.train.launch import ProcessError, launched
 from cdistill.train.lora import merged_state
 from cdistill.train.model import DistillationModel
 from cdistill.train.run_folder import METRICS

@@ -1,4 +1,4 @@
-"""``python -m cdistill.train.worker ACTION PATH``: one of the processes that `cdistill.train.launch` starts.
+"""``python -m cdistill.train.worker ACTION PATH``: one of the processes that `cdistill.runtime.launch` starts.
 
 ``train OUTPUT`` runs the recipe that the parent process has checked and written to the output folder, ``cache RECIPE`` makes
 its share of a teacher's cache by the recipe of a YAML file.
@@ -7,7 +7,8 @@ its share of a teacher's cache by the recipe of a YAML file.
 import sys
 from pathlib import Path
 
-from cdistill.train.launch import RunError, die_with_parent, tell
+from cdistill.runtime.errors import RunError, tell
+from cdistill.runtime.launch import die_with_parent
 
 
 def main() -> int:

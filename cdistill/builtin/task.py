@@ -1,18 +1,16 @@
-"""What recipes may say of samples, checked without importing torch: the built-in task's mixture, names of templates."""
+"""What recipes may say of samples of the built-in task, checked without importing torch."""
 
 from dataclasses import dataclass
 
-from cdistill.data.questions import COMPOSITIONAL, DIRECT
+from cdistill.builtin.questions import COMPOSITIONAL, DIRECT
 
 SUBTYPES = (*DIRECT, *COMPOSITIONAL)
 MODALITIES = ("image", "text")
-TEMPLATES = ("auto", "plain", "qwen2_base", "vicuna_v1", "chatml")  # see `cdistill.data.templates`
-TEMPLATE_FILE = ".jinja"  # what the path of a template of one's own ends in
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """What a training sample is made of.
+class BuiltinTask:
+    """What a sample of the built-in task is made of.
 
     Attributes:
         modality: ``image`` shows the scene as pixels, ``text`` writes it out before the first question.

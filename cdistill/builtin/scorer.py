@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cdistill.data import questions
-from cdistill.data.builtin import IGNORE_INDEX, BuiltinDataset, Collator
-from cdistill.data.mixture import SUBTYPES, Mixture
+from cdistill.builtin import questions
+from cdistill.builtin.dataset import BuiltinDataset, Collator
+from cdistill.builtin.task import SUBTYPES, BuiltinTask
+from cdistill.data.samples import IGNORE_INDEX
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "recognition": questions.RECOGNITION,
@@ -31,7 +32,7 @@ def held_out_questions(
 ) -> BuiltinDataset:
     """``n`` single questions of one kind, each about its own held-out scene; no two kinds share their scenes."""
     return BuiltinDataset(
-        Mixture(modality=modality, turns=1, subtypes=(subtype,)),
+        BuiltinTask(modality=modality, turns=1, subtypes=(subtype,)),
         size=n,
         seed=seed * len(SUBTYPES) + SUBTYPES.index(subtype),
         tokenizer=tokenizer,

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cdistill.data.scenes import COLOURS, GRID, OPPOSITE, RELATIONS, SHAPES, Scene, Thing
+from cdistill.builtin.scenes import COLOURS, GRID, OPPOSITE, RELATIONS, SHAPES, Scene, Thing
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from cdistill.data.scenes import COLOURS, GRID, IMAGE_SIZE, PATCH, SHAPES, Scene
+from cdistill.builtin.scenes import COLOURS, GRID, IMAGE_SIZE, PATCH, SHAPES, Scene
 
 PATCH_CLASSES = (1 + len(COLOURS) * len(SHAPES), GRID, GRID)
 

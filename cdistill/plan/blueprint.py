@@ -10,13 +10,20 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from cdistill.data.builtin import build_tokenizer
+from cdistill.builtin.dataset import build_tokenizer
 from cdistill.models.llava import INHERITED, Llava, compose, visual_tokens
 from cdistill.models.load import Model, encoder_config, load_config, resolve_folder
 from cdistill.models.parts import has_vision
-from cdistill.train.build import check_objectives, check_same_kind, fresh_config, holds_llava, set_visual_tokens
+from cdistill.plan.footprint import prepare
+from cdistill.train.build import (
+    check_objectives,
+    check_same_kind,
+    checkpoint_activations,
+    fresh_config,
+    holds_llava,
+    set_visual_tokens,
+)
 from cdistill.train.config import LoRAConfig, Recipe, StudentConfig
-from cdistill.train.footprint import prepare
 from cdistill.train.lora import add_lora
 from cdistill.train.objectives import OBJECTIVES, set_trained
 
@@ -71,8 +78,6 @@ def _teacher(reference: str) -> Blueprint:
 def _prepared_student(
     student: str, teacher: str | None, objective: str, lora: LoRAConfig | None, checkpointed: bool
 ) -> Blueprint:
-    from cdistill.train.stages import checkpoint_activations
-
     model = _student.__wrapped__(student, teacher)
     if lora is not None:
         with torch.device("meta"):
@@ -136,7 +141,7 @@ def _from_folder(reference: str, key: str) -> Model:
 
 
 def is_llava(model: Model) -> bool:
-    """Whether what a model holds of its images is known (`cdistill.train.footprint.encoder_footprint`)."""
+    """Whether what a model holds of its images is known (`cdistill.plan.footprint.encoder_footprint`)."""
     return isinstance(model, Llava) and visual_tokens(model.config) is not None
 
 

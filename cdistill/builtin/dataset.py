@@ -14,11 +14,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from cdistill.data import questions, render, scenes
-from cdistill.data.mixture import Mixture
+from cdistill.builtin import questions, render, scenes
+from cdistill.builtin.task import BuiltinTask
+from cdistill.data.conversations import Encoded, Encoder
+from cdistill.data.samples import IGNORE_INDEX, IMAGE_TOKEN, Mark, Message
 
-IGNORE_INDEX = -100
-IMAGE_TOKEN, PAD, EOS, USER, ASSISTANT = "<image>", "<pad>", "</s>", "USER:", "ASSISTANT:"
+PAD, EOS, USER, ASSISTANT = "<pad>", "</s>", "USER:", "ASSISTANT:"
 NUM_VISUAL_TOKENS = scenes.GRID * scenes.GRID
 
 # The vicuna_v1 layout as a template; what it marks as generated is what `BuiltinDataset` labels.
@@ -70,7 +71,7 @@ class BuiltinDataset(Dataset):
 
     def __init__(
         self,
-        mixture: Mixture,
+        task: BuiltinTask,
         *,
         size: int,
         seed: int,
@@ -78,7 +79,7 @@ class BuiltinDataset(Dataset):
         held_out: bool = False,
         grounding: bool = False,
     ) -> None:
-        self.mixture, self.size, self.seed, self.held_out = mixture, size, seed, held_out
+        self.task, self.size, self.seed, self.held_out = task, size, seed, held_out
         self.grounding = grounding
         self.tokenizer = tokenizer or build_tokenizer()
         self._vocabulary = self.tokenizer.get_vocab()
@@ -93,7 +94,7 @@ class BuiltinDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         rng, scene, turns = self._draw(index)
         item = self._conversation(self._prefix(scene), turns)
-        if self.mixture.modality == "image":
+        if self.task.modality == "image":
             pixels = render.render(scene, np.random.default_rng(rng.getrandbits(64)))
             item["pixel_values"] = torch.from_numpy(pixels)
         return item | self._grounding(scene, item["input_ids"]) if self.grounding else item
@@ -110,7 +111,7 @@ class BuiltinDataset(Dataset):
         for question, answer in turns:
             result.append({"role": "user", "content": [{"type": "text", "text": question}]})
             result.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        if self.mixture.modality == "image":
+        if self.task.modality == "image":
             pixels = render.render(scene, np.random.default_rng(rng.getrandbits(64)))
             first: dict[str, Any] = {"type": "image", "image": render.to_image(pixels)}
         else:
@@ -125,13 +126,13 @@ class BuiltinDataset(Dataset):
         return rng, *self._scene_and_turns(rng)
 
     def _prefix(self, scene: scenes.Scene) -> str:
-        text_only = self.mixture.modality == "text"
+        text_only = self.task.modality == "text"
         return scenes.describe(scene) if text_only else " ".join([IMAGE_TOKEN] * NUM_VISUAL_TOKENS)
 
     def _grounding(self, scene: scenes.Scene, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         words = [self._words[i] for i in input_ids.tolist()]
         cells = torch.from_numpy(render.grounding(scene, words))
-        if self.mixture.modality == "image":
+        if self.task.modality == "image":
             places = [i for i, word in enumerate(words) if word == IMAGE_TOKEN]
             return {"grounding": cells, "places": torch.tensor(places)}
         each = len(scenes.describe(scene[:1]).split())
@@ -141,15 +142,15 @@ class BuiltinDataset(Dataset):
 
     def _scene_and_turns(self, rng: random.Random) -> tuple[scenes.Scene, list[tuple[str, str]]]:
         """A scene and what is said about it; scenes that allow none of the wanted questions are passed over."""
-        captioned = rng.random() < self.mixture.caption
+        captioned = rng.random() < self.task.caption
         while True:
             scene = scenes.sample_scene(rng, held_out=self.held_out)
-            asked = [questions.ask_any(scene, self.mixture.subtypes, rng) for _ in range(self.mixture.turns)]
+            asked = [questions.ask_any(scene, self.task.subtypes, rng) for _ in range(self.task.turns)]
             if None in asked:
                 continue
             turns = [(q.text, q.answer) for q in asked if q is not None]
             if captioned:
-                turns.insert(0, ("describe the scene", scenes.caption(scene, rng, sentences=self.mixture.sentences)))
+                turns.insert(0, ("describe the scene", scenes.caption(scene, rng, sentences=self.task.sentences)))
             return scene, turns
 
     def _conversation(self, prefix: str, turns: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
@@ -162,6 +163,24 @@ class BuiltinDataset(Dataset):
             ids += prompt + reply
             labels += [IGNORE_INDEX] * len(prompt) + reply
         return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+
+
+class ConversationDataset(Dataset):
+    """The samples of a `BuiltinDataset` as tokens, for models of any family."""
+
+    def __init__(self, data: BuiltinDataset, encoder: Encoder) -> None:
+        self.data, self.encoder = data, encoder
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Encoded:
+        messages, images = [], []
+        for message in self.data.messages(index):
+            images += [part["image"] for part in message["content"] if part["type"] == "image"]
+            parts = (Mark.IMAGE if part["type"] == "image" else part["text"] for part in message["content"])
+            messages.append(Message(message["role"], tuple(parts)))
+        return self.encoder(messages, images)
 
 
 class Collator:
@@ -195,3 +214,26 @@ class Collator:
                 batch["grounding"][i, :tokens, :places] = item["grounding"]
                 batch["places"][i, :places] = item["places"]
         return batch
+
+
+class PatchDataset(Dataset):
+    """``size`` images with the labels of every patch: ``pixel_values`` (3, H, W) fp32 and ``labels`` (V, 3) int64."""
+
+    def __init__(self, *, size: int, seed: int) -> None:
+        self.size, self.seed = size, seed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        rng = random.Random(f"{self.seed}/{index}/patch")
+        scene = scenes.sample_scene(rng)
+        pixels = render.render(scene, np.random.default_rng(rng.getrandbits(64)))
+        return {"pixel_values": torch.from_numpy(pixels), "labels": torch.from_numpy(render.patch_labels(scene))}
+
+
+def collate_patches(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """(B, 3, H, W) images and (B, V, 3) labels."""
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}

@@ -1,4 +1,4 @@
-"""Stopping a run on request: SIGTERM and Ctrl-C end it after a whole step, with a checkpoint."""
+"""SIGTERM and Ctrl-C, caught while a run goes on."""
 
 import os
 import signal
@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import TrainerCallback, TrainingArguments
-
-from cdistill.train.launch import gathered
+from cdistill.runtime.collectives import gathered
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DUPLICATE_SECONDS = 0.5  # a terminal and a launcher may both pass on the same Ctrl-C
@@ -49,17 +47,3 @@ def stop_on_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class StopCallback(TrainerCallback):
-    """Has Trainer save and stop after the step in which a process received a signal; ``signal`` then says which."""
-
-    def __init__(self, request: StopRequest) -> None:
-        self.request, self.signal = request, 0
-
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """All processes learn of the signal in the same step. After the last step there is nothing to stop."""
-        number = self.request.agreed()
-        if number and state.global_step < state.max_steps:
-            self.signal = number
-            control.should_save = control.should_training_stop = True

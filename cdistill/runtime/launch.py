@@ -7,62 +7,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
+
+from cdistill.runtime.errors import PEER_LOST, ProcessError, Stopped
+from cdistill.runtime.signals import stop_on_signals
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0  # what processes have to end by themselves after one of them has failed
 WORKER = (sys.executable, "-m", "cdistill.train.worker")
 PARENT = "CDISTILL_PARENT"  # environment variable: the id of the process that started this one and keeps the store
-PEER_LOST = 76  # exit code of a process that only stopped because another one had
 PR_SET_PDEATHSIG = 1
-
-
-class RunError(RuntimeError):
-    """A run ended early for a reason that one line tells."""
-
-    exit_code = 1
-
-
-class ProcessError(RunError):
-    """One of several processes failed."""
-
-
-class AgreedError(RunError):
-    """All processes end for the same reason; the first one tells it."""
-
-
-class NonFiniteError(AgreedError):
-    """Too many steps in a row had a loss or gradient that is not finite."""
-
-
-class BadDataError(AgreedError):
-    """Too many samples of a data set could not be used."""
-
-
-class PeerLostError(ProcessError):
-    """This process is well, but another one that it works with is gone."""
-
-    exit_code = PEER_LOST
-
-
-class Stopped(RunError):
-    """SIGTERM or SIGINT stopped the run; the first process has printed where it goes on."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; go on with --resume")
-        self.exit_code = 128 + number
-
-
-def tell(error: ValueError | RunError) -> int:
-    """Print an error in one line, unless another process does or has; returns the exit code of a failed rank."""
-    silent = isinstance(error, Stopped) or (isinstance(error, AgreedError) and os.environ.get("RANK", "0") != "0")
-    if not silent:
-        print(f"cdistill: error: {error}", file=sys.stderr, flush=True)
-    return getattr(error, "exit_code", 1)
 
 
 def launched() -> bool:
@@ -142,8 +99,6 @@ def start_processes(count: int, action: str, path: Path) -> None:
     """
     import torch
 
-    from cdistill.train.stop import stop_on_signals
-
     store = _host_store()
     shared = {
         "WORLD_SIZE": str(count),
@@ -207,26 +162,6 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-@contextmanager
-def naming_lost_peers() -> Iterator[None]:
-    """Turn the error that a collective raises when another process is gone into a PeerLostError of one line."""
-    try:
-        yield
-    except RuntimeError as error:
-        import torch.distributed as dist
-
-        several = dist.is_initialized() and dist.get_world_size() > 1
-        if (
-            isinstance(error, RunError)
-            or not several
-            or not (isinstance(error, dist.DistError) or "gloo" in str(error))
-        ):
-            raise
-        raise PeerLostError(
-            f"process {dist.get_rank()} of {dist.get_world_size()} has lost another process of the run and stops"
-        ) from None
-
-
 def _host_store() -> Any:
     """A store on a free port of this machine, or on the user's."""
     import torch.distributed as dist
@@ -244,61 +179,6 @@ def _refuse_taken_port(error: RuntimeError, port: str) -> NoReturn:
     if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
         raise ValueError(f"MASTER_PORT {port} is in use: set it to a free port") from None
     raise error
-
-
-def on_first_process(action: Callable[[], Any]) -> Any:
-    """What an action on the first process returns, on all of them; each raises the ValueError or RunError it may raise."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return action()
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = action()
-        except (ValueError, RunError) as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
-def gathered(number: int) -> list[int]:
-    """A whole number of every process, on all of them, by way of the CPU: the GPU's queue is not waited for."""
-    import torch
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [number]
-    numbers = torch.zeros(dist.get_world_size(), dtype=torch.int64)
-    dist.all_gather_into_tensor(numbers, torch.tensor([number]), group=_group_on_cpu(dist.group.WORLD))
-    return numbers.tolist()
-
-
-def gathered_objects(value: Any) -> list[Any]:
-    """A value of every process, on all of them, by way of the CPU."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=_group_on_cpu(dist.group.WORLD))
-    return values
-
-
-def first_process() -> bool:
-    """Whether this is the first process of a run, or its only one."""
-    import torch.distributed as dist
-
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-@lru_cache(maxsize=1)
-def _group_on_cpu(world: Any) -> Any:
-    import torch.distributed as dist
-
-    return world if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from cdistill.train.launch import NonFiniteError
+from cdistill.runtime.errors import NonFiniteError
 
 
 class FiniteAdamW(torch.optim.AdamW):

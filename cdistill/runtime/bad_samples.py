@@ -10,8 +10,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainingArguments
 
 from cdistill.data.dataset import BAD, BadSample
-from cdistill.train import checkpoints
-from cdistill.train.launch import BadDataError, first_process, gathered, gathered_objects
+from cdistill.runtime import checkpoints
+from cdistill.runtime.collectives import first_process, gathered, gathered_objects
+from cdistill.runtime.errors import BadDataError
 
 FILE = "bad_samples.jsonl"
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from cdistill.train.launch import RunError
+from cdistill.runtime.errors import RunError
 
 COMPLETE = "complete"  # the manifest: JSON with size and CRC-32 of every file; without it a folder is partial
 DAMAGED = ".damaged"

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from cdistill.train.blank import is_partitioned
-from cdistill.train.launch import AgreedError, gathered, gathered_objects
+from cdistill.runtime.collectives import gathered, gathered_objects
+from cdistill.runtime.errors import AgreedError
+from cdistill.runtime.zero import is_partitioned
 
 CHECKED_STEPS = 2
 CHUNK = 2**20  # bytes summed at a time: torch widens them to int64 before it adds

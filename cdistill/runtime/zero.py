@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from torch import nn
+
 BUCKET = 500_000_000
 
 
@@ -57,6 +59,13 @@ def teacher_config(*, precision: str, offload: bool) -> dict[str, Any]:
         | ({"offload_param": {"device": "cpu"}} if offload else {}),
         "steps_per_print": 10**12,
     }
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether ZeRO-3 or FSDP2 has partitioned a model's parameters: then every rank must run the same modules."""
+    from torch.distributed.tensor import DTensor
+
+    return any(hasattr(p, "ds_id") or isinstance(p, DTensor) for p in model.parameters())
 
 
 @contextmanager

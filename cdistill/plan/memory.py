@@ -2,7 +2,7 @@
 
 Every stage passes through phases (the teacher's pass, the student's, the losses over the vocabulary, both ends of the backward
 pass, the optimizer step). A phase is a table of components in bytes; what a stage needs is its largest phase. What layers hold
-is read off them (`cdistill.train.footprint`), everything else is arithmetic below, one function per component.
+is read off them (`cdistill.plan.footprint`), everything else is arithmetic below, one function per component.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from cdistill.data.render import PATCH_CLASSES
+from cdistill.builtin.render import PATCH_CLASSES
 from cdistill.models.llava import Llava, image_size
 from cdistill.models.load import DTYPES
 from cdistill.models.parts import has_vision, head_of, language_model
 from cdistill.models.taf import TAFAdapter, feature_width
 from cdistill.ops._vocabulary import ROW_UNIT, chunk_rows
-from cdistill.train.blueprint import Blueprint, check_models, is_llava, shares_vision, student_of, teacher_of
-from cdistill.train.config import Recipe, StageConfig
-from cdistill.train.footprint import (
+from cdistill.plan.blueprint import Blueprint, check_models, is_llava, shares_vision, student_of, teacher_of
+from cdistill.plan.footprint import (
     Footprint,
     alignment_recorder,
     decoder_footprint,
@@ -31,9 +30,10 @@ from cdistill.train.footprint import (
     logits_footprint,
     patch_footprint,
 )
+from cdistill.runtime.zero import BUCKET
+from cdistill.train.build import check_batches
+from cdistill.train.config import Recipe, StageConfig
 from cdistill.train.objectives import OBJECTIVES, Objective
-from cdistill.train.stages import check_batches
-from cdistill.train.zero import BUCKET
 from cdistill.vat import VAT, attention_layers, layer_range
 
 Bytes = dict[str, int]
@@ -155,7 +155,7 @@ def plan(
     if gpus < 1:
         raise ValueError(f"gpus must be at least 1, got {gpus}")
     recipe = replace(recipe, processes=gpus)
-    check_batches(recipe)
+    check_batches(recipe, gpus)
     check_models(recipe)
     precision = precision or ("bf16" if recipe.precision == "auto" else recipe.precision)
     if precision not in DTYPES:

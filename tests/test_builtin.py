@@ -13,20 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from cdistill.data import questions, scenes
-from cdistill.data.builtin import (
-    ASSISTANT,
-    EOS,
-    IGNORE_INDEX,
-    IMAGE_TOKEN,
-    NUM_VISUAL_TOKENS,
-    USER,
-    BuiltinDataset,
-    Collator,
-    build_tokenizer,
-)
-from cdistill.data.mixture import SUBTYPES, Mixture
-from cdistill.data.render import patch_labels, render
+from cdistill.builtin import questions, scenes
+from cdistill.builtin.dataset import ASSISTANT, EOS, NUM_VISUAL_TOKENS, USER, BuiltinDataset, Collator, build_tokenizer
+from cdistill.builtin.render import patch_labels, render
+from cdistill.builtin.task import SUBTYPES, BuiltinTask
+from cdistill.data.samples import IGNORE_INDEX, IMAGE_TOKEN
 
 TOKENIZER = build_tokenizer()
 NUMBERS = ["zero", "one", "two", "three", "four", "five"]
@@ -129,7 +120,7 @@ def test_every_answer_is_right(subtype):
 
 
 def test_images_and_conversations_of_the_dataset_agree():
-    data = BuiltinDataset(Mixture(turns=6), size=150, seed=3, tokenizer=TOKENIZER)
+    data = BuiltinDataset(BuiltinTask(turns=6), size=150, seed=3, tokenizer=TOKENIZER)
     for item in (data[i] for i in range(len(data))):
         objects = see(item["pixel_values"].numpy())
         assert scenes.MIN_OBJECTS <= len(objects) <= scenes.MAX_OBJECTS
@@ -142,7 +133,7 @@ def test_images_and_conversations_of_the_dataset_agree():
 
 
 def test_text_scenes_and_conversations_agree():
-    data = BuiltinDataset(Mixture(modality="text", turns=4), size=150, seed=4, tokenizer=TOKENIZER)
+    data = BuiltinDataset(BuiltinTask(modality="text", turns=4), size=150, seed=4, tokenizer=TOKENIZER)
     starts = r"(.*?) (what|is|how|where|which) (.*)"
     for item in (data[i] for i in range(len(data))):
         assert "pixel_values" not in item
@@ -155,7 +146,7 @@ def test_text_scenes_and_conversations_agree():
 
 
 def test_captions_state_the_truth():
-    data = BuiltinDataset(Mixture(caption=1.0, turns=0, sentences=5), size=150, seed=5, tokenizer=TOKENIZER)
+    data = BuiltinDataset(BuiltinTask(caption=1.0, turns=0, sentences=5), size=150, seed=5, tokenizer=TOKENIZER)
     forms = Counter()
     for item in (data[i] for i in range(len(data))):
         ((_, reply),) = turns(item)
@@ -175,7 +166,7 @@ def test_captions_state_the_truth():
 
 
 def test_a_share_of_conversations_opens_with_a_caption():
-    data = BuiltinDataset(Mixture(caption=0.4, turns=2), size=300, seed=15, tokenizer=TOKENIZER)
+    data = BuiltinDataset(BuiltinTask(caption=0.4, turns=2), size=300, seed=15, tokenizer=TOKENIZER)
     lengths = Counter(len(turns(data[i])) for i in range(len(data)))
     assert set(lengths) == {2, 3}
     assert 80 < lengths[3] < 160
@@ -195,7 +186,7 @@ def fits(words: list[str], row: int, column: int, colour: str, shape: str) -> bo
 
 
 def test_grounding_points_at_what_the_words_speak_of():
-    data = BuiltinDataset(Mixture(caption=0.5, turns=4), size=60, seed=16, tokenizer=TOKENIZER, grounding=True)
+    data = BuiltinDataset(BuiltinTask(caption=0.5, turns=4), size=60, seed=16, tokenizer=TOKENIZER, grounding=True)
     pointed = 0
     for item in (data[i] for i in range(len(data))):
         objects = see(item["pixel_values"].numpy())
@@ -211,8 +202,8 @@ def test_grounding_points_at_what_the_words_speak_of():
 
 
 def test_grounding_of_text_points_at_the_objects_as_they_are_written_out():
-    mixture = Mixture(modality="text", caption=0.5, turns=4)
-    data = BuiltinDataset(mixture, size=60, seed=17, tokenizer=TOKENIZER, grounding=True)
+    task = BuiltinTask(modality="text", caption=0.5, turns=4)
+    data = BuiltinDataset(task, size=60, seed=17, tokenizer=TOKENIZER, grounding=True)
     items = [data[i] for i in range(len(data))]
     for item in items:
         words = TOKENIZER.convert_ids_to_tokens(item["input_ids"].tolist())
@@ -260,7 +251,7 @@ def test_splits_share_no_scene():
     assert len(held_out) > 990
     for scene in itertools.islice(train, 500):  # the split belongs to the scene, not to how it was drawn
         assert not scenes.is_held_out(tuple(scenes.Thing(t.row, t.column, t.colour, t.shape) for t in scene))
-    data = BuiltinDataset(Mixture(), size=60, seed=8, held_out=True)
+    data = BuiltinDataset(BuiltinTask(), size=60, seed=8, held_out=True)
     for item in (data[i] for i in range(len(data))):
         seen = see(item["pixel_values"].numpy())
         assert scenes.is_held_out(tuple(scenes.Thing(r - 1, c - 1, colour, shape) for r, c, colour, shape in seen))
@@ -268,7 +259,7 @@ def test_splits_share_no_scene():
 
 def test_split_is_the_same_in_every_process():
     code = (
-        "import random\nfrom cdistill.data import scenes\nrng = random.Random(9)\n"
+        "import random\nfrom cdistill.builtin import scenes\nrng = random.Random(9)\n"
         "print([scenes.sample_scene(rng, held_out=i % 2 == 0) for i in range(20)])"
     )
     root = os.path.dirname(os.path.dirname(scenes.__file__))
@@ -287,7 +278,7 @@ def test_split_is_the_same_in_every_process():
 
 def test_a_sample_depends_on_seed_and_index_only():
     def items(seed, order, *, held_out=False):
-        data = BuiltinDataset(Mixture(caption=0.3), size=12, seed=seed, tokenizer=TOKENIZER, held_out=held_out)
+        data = BuiltinDataset(BuiltinTask(caption=0.3), size=12, seed=seed, tokenizer=TOKENIZER, held_out=held_out)
         return {i: data[i] for i in order}
 
     forward, backward = items(10, range(12)), items(10, reversed(range(12)))
@@ -300,7 +291,7 @@ def test_a_sample_depends_on_seed_and_index_only():
 
 
 def test_index_outside_the_dataset_is_refused():
-    data = BuiltinDataset(Mixture(), size=2, seed=0, tokenizer=TOKENIZER)
+    data = BuiltinDataset(BuiltinTask(), size=2, seed=0, tokenizer=TOKENIZER)
     for index in (2, -1):
         with pytest.raises(IndexError):
             data[index]
@@ -308,7 +299,7 @@ def test_index_outside_the_dataset_is_refused():
 
 @pytest.mark.parametrize("subtype", ["colour", "swap_att"])
 def test_a_single_subtype_is_served_by_every_index(subtype):
-    data = BuiltinDataset(Mixture(turns=1, subtypes=(subtype,)), size=250, seed=12, tokenizer=TOKENIZER)
+    data = BuiltinDataset(BuiltinTask(turns=1, subtypes=(subtype,)), size=250, seed=12, tokenizer=TOKENIZER)
     for i in range(len(data)):  # some scenes allow no question of these sub-types
         assert turns(data[i])
 
@@ -372,7 +363,7 @@ def test_the_blind_reader_finds_a_shortcut_where_there_is_one():
 
 def test_labels_cover_the_answers_and_nothing_else():
     for caption in (0.0, 1.0):
-        data = BuiltinDataset(Mixture(caption=caption, turns=5), size=30, seed=13, tokenizer=TOKENIZER)
+        data = BuiltinDataset(BuiltinTask(caption=caption, turns=5), size=30, seed=13, tokenizer=TOKENIZER)
         for item in (data[i] for i in range(len(data))):
             ids, labels = item["input_ids"], item["labels"]
             assert ids.dtype == labels.dtype == torch.int64
@@ -395,8 +386,8 @@ def test_no_word_is_unknown():
 
 
 def test_collator_pads_on_the_right_and_stacks_the_images_it_has():
-    image = BuiltinDataset(Mixture(turns=1, subtypes=("existence",)), size=2, seed=15, tokenizer=TOKENIZER)
-    text = BuiltinDataset(Mixture(modality="text", turns=6), size=1, seed=15, tokenizer=TOKENIZER)
+    image = BuiltinDataset(BuiltinTask(turns=1, subtypes=("existence",)), size=2, seed=15, tokenizer=TOKENIZER)
+    text = BuiltinDataset(BuiltinTask(modality="text", turns=6), size=1, seed=15, tokenizer=TOKENIZER)
     items = [image[0], text[0], image[1]]
     pad = TOKENIZER.pad_token_id
     batch = Collator(pad)(items)
@@ -426,9 +417,9 @@ def test_collator_pads_on_the_right_and_stacks_the_images_it_has():
         ({"subtypes": ()}, "subtypes must be some of"),
     ],
 )
-def test_impossible_mixtures_are_refused(wrong, message):
+def test_impossible_tasks_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
-        Mixture(**wrong)
+        BuiltinTask(**wrong)
 
 
 def test_unknown_subtype_is_refused():

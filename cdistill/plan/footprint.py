@@ -2,7 +2,7 @@
 
 Fake tensors have shapes, dtypes and lifetimes but no data: a decoder layer of any family, with or without autocast, LoRA,
 gradient checkpointing and an alignment recorder, tells in a few milliseconds what it allocates, keeps and frees. What happens
-inside registered ops (chunks of logits, gradients of slices) is not seen here; `cdistill.train.plan` adds it.
+inside registered ops (chunks of logits, gradients of slices) is not seen here; `cdistill.plan.memory` adds it.
 """
 
 from __future__ import annotations

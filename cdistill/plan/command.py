@@ -34,9 +34,9 @@ def main(options: argparse.Namespace) -> int:
     limit = memory_size(options.gpu)
     if options.gpus < 1:
         raise ValueError(f"gpus must be at least 1, got {options.gpus}")
+    from cdistill.plan.memory import plan
+    from cdistill.plan.suggestions import suggestions
     from cdistill.train.config import load_recipe
-    from cdistill.train.plan import plan
-    from cdistill.train.suggestions import suggestions
 
     sizes = {name: getattr(options, name) for name in ("gpus", "precision", "length", "visual", "answers")}
     planned = plan(load_recipe(options.recipe, options.overrides), **sizes)

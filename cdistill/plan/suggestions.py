@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from cdistill.plan.memory import Plan, plan
 from cdistill.train.config import Recipe, with_overrides
-from cdistill.train.plan import Plan, plan
 
 
 @dataclass(frozen=True)
