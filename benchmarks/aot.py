@@ -25,7 +25,7 @@ from unittest import mock
 
 import torch
 import triton
-from cdistill.kernels import _launch, backend, flash_attention, vocabulary_losses
+from cdistill.kernels import _launch, backend, flash_attention, flash_gradient, vocabulary_losses
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -128,7 +128,7 @@ def attention_launches(arch: int, head_dim: int, dtype: torch.dtype) -> list[tup
         saved, _ = backend.fold_dlse(q, q, dlse, rows)
         backend.unfold_dlse(q, saved, rows)
         out, _, split = flash_attention.flash_forward(q, k, k, **options)
-        flash_attention.flash_backward(out, dlse, q, k, k, out, split, **options)
+        flash_gradient.flash_backward(out, dlse, q, k, k, out, split, **options)
 
     mask = empty(B, T, dtype=torch.bool)
     return recorded(lambda: call(2, None), arch) + recorded(lambda: call(Hq, mask), arch, multiprocessors=1 << 20)

@@ -11,19 +11,18 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._launch import BATCH_DEPENDENT, attention_arguments, fp16_gain, lse_arguments, taken
+from ._launch import (
+    BATCH_DEPENDENT,
+    attention_arguments,
+    lse_arguments,
+)
 from ._primitives import (
-    accumulate,
-    check,
     exponentials,
-    load_finite,
     load_keys,
     load_lse,
     load_rows,
     load_vectors,
-    runs,
     scores,
-    store_vectors,
     visible,
 )
 
@@ -145,254 +144,18 @@ def slice_forward_kernel(
             p_out += tl.cast(stride_w, tl.int64)
 
 
-@triton.jit
-def row_factors(
-    p_lse,  # (B, Hq, T)
-    p_share,  # (B, Hq, T) or None
-    p_cosine,  # (4, B, Hq, R) or None
-    i_b,
-    i_h,
-    b_row,  # (BM,)
-    o_m,  # (BM,)
-    R,
-    T,
-    Hq,
-):
-    """What the gradient needs of BM rows: maximum and share as of `load_lse`, and two more numbers for row cosine.
-
-    That keeps four numbers of a row from the forward pass: a/|a| takes the place of P, and G is cos * a/|a| - t/|t|, times
-    the gradient of the loss.
-    """
-    if p_cosine is None:
-        b_lse, b_share = load_lse(p_lse, p_share, (i_b * Hq + i_h) * T, b_row)
-        b_cos = b_lse
-        b_inverse = b_lse
-    else:
-        p_cosine += (i_b * Hq + i_h) * R + o_m
-        count = tl.num_programs(2).to(tl.int64) * Hq * R
-        b_lse = tl.load(p_cosine, mask=b_row >= 0, other=float("inf"))
-        b_share = tl.load(p_cosine + count, mask=b_row >= 0, other=0.0)
-        b_cos = tl.load(p_cosine + 2 * count, mask=b_row >= 0, other=0.0)
-        b_inverse = tl.load(p_cosine + 3 * count, mask=b_row >= 0, other=0.0)
-    return b_lse, b_share, b_cos, b_inverse
-
-
-@triton.jit(do_not_specialize=BATCH_DEPENDENT)
-def slice_backward_rows_kernel(
-    p_q,  # (B, Hq, T, D)
-    p_k,  # (B, Hkv, T, D)
-    p_lse,  # (B, Hq, T)
-    p_share,  # (B, Hq, T) or None
-    p_rows,  # (B, R)
-    p_cols,  # (B, V)
-    p_mask,  # (B, T) or None
-    p_grad,  # (B, Hq, R, V)
-    p_cosine,  # (4, B, Hq, R) or None
-    p_gain,  # (B,) or None
-    p_dq,  # (B, Hq, R, D) fp32, with ADD (B, Hq, T, D); or None
-    p_dlse,  # (B, Hq, T) or None
-    p_again,  # (programs,) bytes; None with p_dq
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_gb,
-    stride_gh,
-    stride_gr,
-    stride_gv,
-    stride_dqb,
-    stride_dqh,
-    stride_dqt,
-    R,
-    V,
-    T,
-    Hq,
-    scale,
-    weight,
-    ADD: tl.constexpr,
-    G_UNIT: tl.constexpr,
-    GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    UNIT: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    CAREFUL: tl.constexpr,
-):
-    """dq_i = scale * sum_j dS_ij k_j, dlse_i = -sum_j dS_ij with dS = weight*P*G, for BM rows of one sample and head.
-
-    Either may be left out; with ADD dq is added to what is there. P is recomputed: storing it per head is slower and
-    bigger. Transposed throughout, dq^T += k^T dS^T with P^T = exp(scale*k.q^T - lse), so that no dot result is a left
-    operand.
-    """
-    if not runs(p_again, CAREFUL):
-        return
-    i_m, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    o_m = i_m * BM + tl.arange(0, BM)
-    if p_mask is not None:
-        p_mask += i_b * T
-    b_row = load_rows(p_rows + i_b * R, o_m, R)
-    b_q = load_vectors(p_q + (i_b * stride_qb + i_h * stride_qh) * UNIT, b_row, stride_qt, UNIT, D, BD)
-    b_lse, b_share, b_cos, b_inverse = row_factors(p_lse, p_share, p_cosine, i_b, i_h, b_row, o_m, R, T, Hq)
-    p_k += (i_b * stride_kb + (i_h // GROUP) * stride_kh) * UNIT
-    p_grad += (i_b * stride_gb + i_h * stride_gh + tl.cast(i_m * BM, tl.int64) * stride_gr) * G_UNIT
-    b_gain = 1.0
-    if p_gain is not None:
-        b_gain = tl.load(p_gain + i_b)
-
-    b_dqT = tl.zeros((BD, BM), tl.float32)
-    b_dlse = tl.zeros((BM,), tl.float32)
-    for i_n in tl.range(0, V, BN):
-        o_n = i_n + tl.arange(0, BN)
-        b_col = load_keys(p_cols + i_b * V, p_mask, o_n, V)
-        b_k = load_vectors(p_k, b_col, stride_kt, UNIT, D, BD)
-        p_tile = p_grad + tl.cast(i_n, tl.int64) * stride_gv
-        p_tile = p_tile + tl.arange(0, BM)[None, :] * stride_gr * G_UNIT + tl.arange(0, BN)[:, None] * stride_gv
-        b_gT = tl.load(p_tile, mask=(o_m < R)[None, :] & (o_n < V)[:, None], other=0.0).to(tl.float32)
-        b_pT = exponentials(scores(b_k, b_q), scale, b_lse[None, :]) * b_share[None, :]
-        if p_cosine is not None:
-            b_gT = b_pT * b_cos[None, :] - b_gT * b_inverse[None, :]
-        b_dsT = b_pT * (b_gT * b_gain)
-        if not wholly_visible(b_row, b_col, CAUSAL):
-            b_dsT = tl.where(visible(b_row[None, :], b_col[:, None], CAUSAL), b_dsT, 0.0)
-        b_dlse -= tl.sum(b_dsT, 0)
-        if p_dq is not None:
-            b_dqT = accumulate(load_finite(b_k, p_k, b_col, stride_kt, UNIT, D, BD, CAREFUL), b_dsT, b_dqT)
-    weight /= b_gain
-    if p_dlse is not None:
-        tl.store(p_dlse + (i_b * Hq + i_h) * T + b_row, b_dlse * weight, mask=b_row >= 0)
-    if p_dq is not None:
-        o_row = b_row if ADD else tl.where(b_row >= 0, o_m, -1)
-        o_row = tl.where(check(b_dqT, p_again, CAREFUL), -1, o_row)
-        p_dq += (i_b * stride_dqb + i_h * stride_dqh) * UNIT
-        store_vectors(p_dq, o_row, b_dqT * (scale * weight), stride_dqt, ADD, UNIT, D, BD)
-
-
-@triton.jit(do_not_specialize=BATCH_DEPENDENT)
-def slice_backward_cols_kernel(
-    p_q,  # (B, Hq, T, D)
-    p_k,  # (B, Hkv, T, D)
-    p_lse,  # (B, Hq, T)
-    p_share,  # (B, Hq, T) or None
-    p_rows,  # (B, R)
-    p_cols,  # (B, V)
-    p_mask,  # (B, T) or None
-    p_grad,  # (B, Hq, R, V)
-    p_cosine,  # (4, B, Hq, R) or None
-    p_gain,  # (B,) or None
-    p_dk,  # (B, Hkv, T, D)
-    p_again,  # (programs,) bytes
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_gb,
-    stride_gh,
-    stride_gr,
-    stride_gv,
-    stride_dkb,
-    stride_dkh,
-    stride_dkt,
-    R,
-    V,
-    T,
-    Hq,
-    scale,
-    weight,
-    G_UNIT: tl.constexpr,
-    GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    UNIT: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    CAREFUL: tl.constexpr,
-):
-    """dk_j += scale * sum_i dS_ij q_i with dS = weight*P*G, for one block of columns j of one sample and kv head.
-
-    The sum runs over all rows and, within a row block, over the query heads of the group: dk^T += q^T dS.
-    """
-    if not runs(p_again, CAREFUL):
-        return
-    i_n, i_kv, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    o_n = i_n * BN + tl.arange(0, BN)
-    if p_mask is not None:
-        p_mask += i_b * T
-    b_col = load_keys(p_cols + i_b * V, p_mask, o_n, V)
-    b_k = load_vectors(p_k + (i_b * stride_kb + i_kv * stride_kh) * UNIT, b_col, stride_kt, UNIT, D, BD)
-    p_grad += i_b * stride_gb * G_UNIT + tl.cast(i_n * BN, tl.int64) * stride_gv
-    b_gain = 1.0
-    if p_gain is not None:
-        b_gain = tl.load(p_gain + i_b)
-
-    b_dkT = tl.zeros((BD, BN), tl.float32)
-    n_steps = tl.cdiv(R, BM) * GROUP
-    for i_step in tl.range(0, n_steps):
-        i_h = i_kv * GROUP + i_step % GROUP
-        i_m = (i_step // GROUP) * BM
-        o_m = i_m + tl.arange(0, BM)
-        b_row = load_rows(p_rows + i_b * R, o_m, R)
-        p_head = p_q + (i_b * stride_qb + i_h * stride_qh) * UNIT
-        b_q = load_vectors(p_head, b_row, stride_qt, UNIT, D, BD)
-        b_lse, b_share, b_cos, b_inverse = row_factors(p_lse, p_share, p_cosine, i_b, i_h, b_row, o_m, R, T, Hq)
-        p_tile = p_grad + (i_h * stride_gh + tl.cast(i_m, tl.int64) * stride_gr) * G_UNIT
-        p_tile = p_tile + tl.arange(0, BM)[:, None] * stride_gr * G_UNIT + tl.arange(0, BN)[None, :] * stride_gv
-        b_g = tl.load(p_tile, mask=(o_m < R)[:, None] & (o_n < V)[None, :], other=0.0).to(tl.float32)
-        b_p = exponentials(scores(b_q, b_k), scale, b_lse[:, None]) * b_share[:, None]
-        if p_cosine is not None:
-            b_g = b_p * b_cos[:, None] - b_g * b_inverse[:, None]
-        b_ds = b_p * (b_g * b_gain)
-        if not wholly_visible(b_row, b_col, CAUSAL):
-            b_ds = tl.where(visible(b_row[:, None], b_col[None, :], CAUSAL), b_ds, 0.0)
-        b_dkT = accumulate(load_finite(b_q, p_head, b_row, stride_qt, UNIT, D, BD, CAREFUL), b_ds, b_dkT)
-    b_dkT *= scale * weight / b_gain
-    b_col = tl.where(check(b_dkT, p_again, CAREFUL), -1, b_col)
-    store_vectors(p_dk + (i_b * stride_dkb + i_kv * stride_dkh) * UNIT, b_col, b_dkT, stride_dkt, True, UNIT, D, BD)
-
-
-@triton.jit(do_not_specialize=BATCH_DEPENDENT)
-def add_rows_kernel(
-    p_drows,  # (B, Hq, R, D)
-    p_rows,  # (B, R)
-    p_dq,  # (B, Hq, T, D)
-    stride_dqb,
-    stride_dqh,
-    stride_dqt,
-    R,
-    Hq,
-    UNIT: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    BM: tl.constexpr,
-):
-    """dq_i += drows_i for BM rows i of one sample and head."""
-    i_m, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    o_m = i_m * BM + tl.arange(0, BM)
-    b_row = load_rows(p_rows + i_b * R, o_m, R)
-    o_row = tl.where(b_row >= 0, o_m, -1)
-    b_d = load_vectors(p_drows + (i_b * Hq + i_h) * R * D, o_row, D // UNIT, UNIT, D, BD).to(tl.float32)
-    p_dq += (i_b * stride_dqb + i_h * stride_dqh) * UNIT
-    store_vectors(p_dq, b_row, tl.trans(b_d), stride_dqt, True, UNIT, D, BD)
-
-
 def _head_splits(q: torch.Tensor, kv_heads: int, programs: int) -> int:
     """Programs that share the heads of a tile: two where the tiles alone leave half of the GPU idle."""
     return 2 if kv_heads % 2 == 0 and 2 * programs <= _launch.multiprocessors(q.device) else 1
 
 
-def _heads(q: torch.Tensor, k: torch.Tensor, each: bool) -> dict:
+def heads(q: torch.Tensor, k: torch.Tensor, each: bool) -> dict:
     """How a program goes through the heads: nested where keys stay in shared memory, not in registers, between dots."""
     grouped = not each and q.shape[1] > k.shape[1]
     return {"EACH": each, "NEST": grouped and _launch.architecture(q.device) in _launch.SHARED_MEMORY_DOTS}
 
 
-def _suffix(lse: torch.Tensor | None) -> str:
+def suffix(lse: torch.Tensor | None) -> str:
     return "" if lse is None or lse.dim() == 3 else "_split"
 
 
@@ -402,13 +165,13 @@ def slice_forward(q, k, lse, rows, cols, *, causal, scale, key_mask, each):
     Here and below scale > 0, and lse is natural (B,Hq,T), or split (2,B,Hq,T) as `row_lse` makes it.
     """
     B, Hq, R, V = q.shape[0], q.shape[1], rows.shape[1], cols.shape[1]
-    common = attention_arguments("slice_forward" + _suffix(lse), q, k, rows, causal, scale, key_mask)
+    common = attention_arguments("slice_forward" + suffix(lse), q, k, rows, causal, scale, key_mask)
     tiles = (triton.cdiv(V, common["BN"]), triton.cdiv(R, common["BM"]))
     splits = 1 if each else _head_splits(q, k.shape[1], tiles[0] * tiles[1] * B)
     out = torch.empty((B, Hq, R, V) if each else (splits, B, R, V), dtype=torch.float32, device=q.device)
     if out.numel():
         common.update(**lse_arguments(lse), p_cols=cols, V=V, p_out=out, windows=None, stride_w=None, SPLIT=splits)
-        common.update(_heads(q, k, each))
+        common.update(heads(q, k, each))
         _launch.launch(slice_forward_kernel, (*tiles, B * (Hq if each else splits)), **common)
     return out if each else out[0] if splits == 1 else out.sum(0)
 
@@ -417,66 +180,9 @@ def slice_accumulate(q, k, lse, rows, cols, sums, windows, *, causal, scale, key
     """Add the slice to sums[w], (B,R,V) or (B,Hq,R,V) of any floating dtype, for every w in ``windows``."""
     B, Hq, R, V = q.shape[0], q.shape[1], rows.shape[1], cols.shape[1]
     common = attention_arguments("slice_accumulate", q, k, rows, causal, scale, key_mask)
-    common.update(**lse_arguments(lse), p_cols=cols, V=V, stride_w=sums.stride(0), SPLIT=1, **_heads(q, k, each))
+    common.update(**lse_arguments(lse), p_cols=cols, V=V, stride_w=sums.stride(0), SPLIT=1, **heads(q, k, each))
     grid = (triton.cdiv(V, common["BN"]), triton.cdiv(R, common["BM"]), B * (Hq if each else 1))
     for first in range(0, sums.shape[0] if R * V else 0, WINDOWS_PER_LAUNCH):
         bits = sum(1 << w - first for w in windows if first <= w < first + WINDOWS_PER_LAUNCH)
         if bits:
             _launch.launch(slice_forward_kernel, grid, p_out=sums[first:], windows=bits, **common)
-
-
-def slice_backward(q, k, lse, rows, cols, grad, base, *, causal, scale, key_mask, each, bound=None):
-    """Gradient of ``slice_forward`` at fixed lse, added to dq and dk of ``base(dlse)``; returns dq, dk and dlse.
-
-    grad (B,R,V) or (B,Hq,R,V), any strides. dlse (B,Hq,T) fp32 is zero outside the rows. ``base`` None: dq (B,Hq,T,D)
-    and dk (B,Hkv,T,D) in q's dtype, new and otherwise zero. bound (B,): what |P*grad| does not exceed, or None. While it
-    runs there live dlse and at most dq of the rows.
-    """
-    options = {"causal": causal, "scale": scale, "key_mask": key_mask}
-    gain, weight = fp16_gain(q, grad, bound) if grad.numel() else None, 1.0 if each else 1.0 / q.shape[1]
-    grad = grad if each else grad.unsqueeze(1).expand(-1, q.shape[1], -1, -1)
-    return through_slice(q, k, rows, cols, grad, base, **options, lse=lse, weight=weight, gain=gain)
-
-
-def through_slice(q, k, rows, cols, grad, base, *, causal, scale, key_mask, weight, gain, lse=None, cosine=None):
-    """What `slice_backward` says, for grad (B,Hq,R,V) times ``weight``; ``cosine`` as in `row_factors` instead of lse.
-
-    dlse must be known before ``base`` runs, and dq exists only after it: where dq of the rows is no larger than a slice it
-    is kept meanwhile, else the rows are gone through twice. gain (B,) are factors for fp16 operands, or None.
-    """
-    B, Hq, R, V = grad.shape
-    dlse = torch.zeros(B, Hq, q.shape[2], dtype=torch.float32, device=q.device)
-    *strides, stride_gv = grad.stride()
-    unit = _launch.common_unit(strides)
-    options = {f"stride_g{axis}": stride // unit for axis, stride in zip("bhr", strides, strict=True)}
-    options.update(stride_gv=stride_gv, G_UNIT=unit, p_grad=grad, p_gain=gain, weight=weight)
-    options.update(**lse_arguments(lse), p_cosine=cosine, p_cols=cols, V=V)
-    tiles, masks = "slice" if cosine is None else "cosine", (rows, causal, scale, key_mask)
-
-    def launch_rows(dq, dlse, add):
-        common = attention_arguments(f"{tiles}_rows{_suffix(lse)}", q, k, *masks, dq=dq)
-        grid = (triton.cdiv(R, common["BM"]), Hq, B)
-        common.update(options, p_dlse=dlse, ADD=add)
-        if dq is None:
-            _launch.launch(slice_backward_rows_kernel, grid, p_again=None, CAREFUL=False, **common)
-        else:
-            _launch.launch_checked(slice_backward_rows_kernel, grid, **common)
-
-    # fp32, because the gradient through lse nearly cancels it
-    keep = Hq * q.shape[3] <= V
-    drows = torch.empty(B, Hq, R, q.shape[3], dtype=torch.float32, device=q.device) if keep else None
-    if grad.numel():
-        launch_rows(drows, dlse, False)
-    dq, dk = (torch.zeros_like(q), torch.zeros_like(k)) if base is None else base(dlse)
-    if grad.numel():
-        if keep:
-            common = attention_arguments(f"{tiles}_rows", q, k, *masks, dq=dq)
-            grid = (triton.cdiv(R, common["BM"]), Hq, B)
-            _launch.launch(add_rows_kernel, grid, p_drows=drows, **taken(add_rows_kernel, common))
-        else:
-            launch_rows(dq, None, True)
-        drows = None
-        common = attention_arguments(f"{tiles}_cols", q, k, *masks, dk=dk)
-        grid = (triton.cdiv(V, common["BN"]), k.shape[1], B)
-        _launch.launch_checked(slice_backward_cols_kernel, grid, **common, **options)
-    return dq, dk, dlse

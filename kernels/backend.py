@@ -1,11 +1,12 @@
 """The primitives of the ops that run in Triton, in one place for whoever dispatches to them."""
 
 from .alignment_loss import alignment_grad, alignment_loss
-from .attention_slice import slice_accumulate, slice_backward, slice_forward
+from .attention_slice import slice_accumulate, slice_forward
 from .head_cosine import head_cosine, head_cosine_backward
 from .lse_gradient import fold_dlse, unfold_dlse
 from .regions import regions
 from .row_lse import row_lse, row_lse_backward
+from .slice_gradient import slice_backward
 from .vocabulary_losses import vocabulary_losses
 
 __all__ = [

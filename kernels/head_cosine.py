@@ -10,8 +10,8 @@ import triton.language as tl
 from . import _launch
 from ._launch import BATCH_DEPENDENT, attention_arguments, fp16_gain, lse_arguments
 from ._primitives import LOG2E, exponentials, load_keys, load_lse, load_rows, load_vectors, scores, visible
-from .alignment_loss import nonzero
-from .attention_slice import through_slice
+from ._slice_pairs import nonzero
+from .slice_gradient import through_slice
 
 
 @triton.jit(do_not_specialize=BATCH_DEPENDENT)

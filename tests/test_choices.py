@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cdistill import choices
-from cdistill.ops import _torch
+from cdistill.ops import _torch_losses
 from cdistill.ops._dispatch import _MODULES
 from cdistill.ops._engines import ENGINES
 from cdistill.train.config import Recipe, recipe_from_dict
@@ -24,7 +24,7 @@ def test_lists_hold_what_is_there():
 
     assert tuple(_MODULES) == choices.IMPLS
     assert tuple(ENGINES) == choices.ENGINES
-    assert tuple(_torch.DISTANCES) == tuple(alignment_loss.LOSSES) == choices.ALIGNMENT_LOSSES
+    assert tuple(_torch_losses.DISTANCES) == tuple(alignment_loss.LOSSES) == choices.ALIGNMENT_LOSSES
     assert set(choices.SHARES) <= set(choices.ALIGNMENT_LOSSES)
 
 

@@ -183,7 +183,7 @@ class Triton(Engine):
         rows: Tensor | None,
         impl: Backend,
     ) -> Gradients:
-        from cdistill.kernels.flash_attention import flash_backward
+        from cdistill.kernels.flash_gradient import flash_backward
 
         if dout is not None and dout.stride(-1) != 1:
             dout = dout.contiguous()

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdistill.ops import _engines
 from cdistill.ops._contract import attention_options, laid_out_like, positive_scale, require_attention_values
 from cdistill.ops._dispatch import backend, save_for_backward, saved_for_backward, without_autocast
 from cdistill.ops._engines import ENGINES, Attention, Engine
+from cdistill.ops._engines import engine as named_engine
 
 _IMPLS = {"triton": "triton", "torch": "torch_flash"}
 
@@ -16,7 +16,7 @@ _IMPLS = {"triton": "triton", "torch": "torch_flash"}
 def _engine(impl: str | None, engine: str | None, x: Attention) -> Engine:
     """The engine named, or behind ``impl``, or the first that can run here; raises ValueError saying why it cannot."""
     if engine is not None:
-        return _engines.engine(engine, x)
+        return named_engine(engine, x)
     names = [impl] if impl is not None else ["triton", "torch"] if x.q.is_cuda else ["torch"]
     reasons = []
     for name in names:

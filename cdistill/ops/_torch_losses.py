@@ -1,0 +1,279 @@
+"""Losses in eager torch: alignment of slices, and cross-entropy and divergence over the vocabulary, with their gradients."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cdistill.choices import SHARES
+from cdistill.ops._contract import LEAST_SHARE, require_choice
+
+LOGITS_BYTES = 4 * 2**20  # of a block of logits in fp32, of which several exist at a time
+
+
+MOST_SLOPE = torch.finfo(torch.float32).max  # the gradient of a faint share may exceed it, and must not become inf
+
+# Every loss compares K vectors of length L per sample: x and y (N,K,L), K = R for "row", else 1. A distance returns the
+# (N,K) distances, its gradient function the (N,K,L) gradient in x. `length` (N,) is the number of valid entries.
+
+
+def _normalise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x / |x| and |x| (N,K,1), with |x| = inf for a zero vector so that dividing by it gives zero.
+
+    The norm is taken of x / max|x|, so that the squares of a faint vector do not underflow.
+    """
+    peak = torch.linalg.vector_norm(x, ord=torch.inf, dim=2, keepdim=True)
+    unit = x / peak.masked_fill_(peak == 0, 1.0)
+    norm = torch.linalg.vector_norm(unit, dim=2, keepdim=True)
+    norm.masked_fill_(norm == 0, torch.inf)
+    return unit.div_(norm), norm * peak
+
+
+def _cosine(x: Tensor, y: Tensor, length: Tensor) -> Tensor:
+    """1 - cos as half the squared distance of the normalised vectors, which keeps its digits as cos approaches 1."""
+    x_unit, x_norm = _normalise(x)
+    y_unit, y_norm = _normalise(y)
+    half = x_unit.sub_(y_unit).square_().sum(2).mul_(0.5)
+    return half.masked_fill_((x_norm + y_norm).isinf()[:, :, 0], 1.0)
+
+
+def _cosine_grad(x: Tensor, y: Tensor, length: Tensor) -> Tensor:
+    x_unit, x_norm = _normalise(x)
+    y_unit, y_norm = _normalise(y)
+    difference = torch.sub(x_unit, y_unit, out=y_unit)
+    half = torch.linalg.vector_norm(difference, dim=2, keepdim=True).square_().mul_(0.5)
+    grad = difference.sub_(x_unit.mul_(half)).div_(x_norm)
+    return grad.masked_fill_(y_norm.isinf(), 0.0)
+
+
+def _mse(x: Tensor, y: Tensor, length: Tensor) -> Tensor:
+    return (x - y).square_().sum(2).div_(length[:, None])
+
+
+def _mse_grad(x: Tensor, y: Tensor, length: Tensor) -> Tensor:
+    return (x - y).mul_(2.0).div_(length[:, None, None])
+
+
+def _normalise_sum(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x / sum(x) and sum(x) (N,K,1), with sum = inf where it is zero."""
+    total = x.sum(2, keepdim=True)
+    total.masked_fill_(total == 0, torch.inf)
+    return x / total, total
+
+
+def _kl(x: Tensor, y: Tensor, length: Tensor) -> Tensor:
+    student, student_total = _normalise_sum(x)
+    target, target_total = _normalise_sum(y)
+    log_ratio = target.clamp(min=LEAST_SHARE).log_().sub_(student.clamp_(min=LEAST_SHARE).log_())
+    divergence = log_ratio.mul_(target).masked_fill_(target == 0, 0.0).sum(2)
+    return divergence.masked_fill_((student_total + target_total).isinf()[:, :, 0], 0.0)
+
+
+def _kl_grad(x: Tensor, y: Tensor, length: Tensor) -> Tensor:
+    student, student_total = _normalise_sum(x)
+    target, target_total = _normalise_sum(y)
+    faint = student < LEAST_SHARE
+    difference = torch.sub(student, target, out=target)
+    common = torch.where(faint, student, difference).sum(2, keepdim=True)
+    grad = difference.div_(student).masked_fill_(faint, 1.0).sub_(common).div_(student_total)
+    grad.clamp_(-MOST_SLOPE, MOST_SLOPE)
+    return grad.masked_fill_(target_total.isinf(), 0.0)
+
+
+def _logs_of_mean(x: Tensor, y: Tensor) -> Tensor:
+    """log(x / m) of shares with m = (x + y) / 2, by log1p where they are near."""
+    x, y = x.clamp(min=LEAST_SHARE), y.clamp(min=LEAST_SHARE)
+    both = x + y
+    r = (x - y).div_(both)
+    return r.log1p().where(r.abs() < 0.25, x.log().sub_(both.mul_(0.5).log_()))
+
+
+def _jsd(x: Tensor, y: Tensor, length: Tensor) -> Tensor:
+    """The sum of (s log s/m + t log t/m) / 2 of the shares s and t; near ones by a series in r = (s - t) / (s + t)."""
+    s, s_total = _normalise_sum(x)
+    t, t_total = _normalise_sum(y)
+    both = s + t
+    r = (s - t).div_(both.clamp(min=LEAST_SHARE))
+    rr = r.square()
+    series = (1 + rr * (1 / 6 + rr * (1 / 15 + rr * (1 / 28 + rr / 45)))).mul_(rr).mul_(both).mul_(0.25)
+    terms = (s * _logs_of_mean(s, t)).add_(t * _logs_of_mean(t, s)).mul_(0.5)
+    divergence = series.where(r.abs() < 0.25, terms).sum(2)
+    return divergence.masked_fill_((s_total + t_total).isinf()[:, :, 0], 0.0)
+
+
+def _jsd_grad(x: Tensor, y: Tensor, length: Tensor) -> Tensor:
+    s, s_total = _normalise_sum(x)
+    t, t_total = _normalise_sum(y)
+    slope = _logs_of_mean(s, t).mul_(0.5)
+    common = (s * slope).sum(2, keepdim=True)
+    grad = slope.sub_(common).div_(s_total).clamp_(-MOST_SLOPE, MOST_SLOPE)
+    return grad.masked_fill_((s_total + t_total).isinf(), 0.0)
+
+
+class Distance(NamedTuple):
+    """An alignment loss: the distance of x from y (N,K,L), in all (N,K), and its gradient in x (N,K,L)."""
+
+    value: Callable[[Tensor, Tensor, Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+DISTANCES = {
+    "cosine": Distance(_cosine, _cosine_grad),
+    "mse": Distance(_mse, _mse_grad),
+    "kl": Distance(_kl, _kl_grad),
+    "jsd": Distance(_jsd, _jsd_grad),
+}
+
+
+def _distance(loss: str) -> Distance:
+    require_choice("loss", loss, tuple(DISTANCES))
+    return DISTANCES[loss]
+
+
+def _column_weights(a: Tensor, target: Tensor, valid: Tensor, n_rows: Tensor, sink_filter: bool) -> Tensor:
+    """Weights w (N,R,V) or (N,1,1) such that u = sum_r w * A and v = sum_r w * T are the compared columns."""
+    if not sink_filter:
+        return n_rows[:, None, None].float().reciprocal()
+    count = valid.sum((1, 2), keepdim=True)
+    keep = target != 0
+    for x in (a, target):
+        mean = x.sum((1, 2), keepdim=True) / count.clamp(min=1)
+        centred = (x - mean).masked_fill_(~valid, 0.0)
+        deviation = (centred.square_().sum((1, 2), keepdim=True) / (count - 1).clamp(min=1)).sqrt_()
+        keep &= x <= mean + deviation
+    return keep.float() / keep.sum(1, keepdim=True).clamp(min=1)
+
+
+def _masked(
+    a: Tensor, target: Tensor, row_valid: Tensor, col_valid: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """a and target, zero outside the valid block; that block (N,R,V); its row and column counts, at least 1."""
+    valid = row_valid[:, :, None] & col_valid[:, None]
+    n_rows, n_cols = row_valid.sum(1).clamp(min=1), col_valid.sum(1).clamp(min=1)
+    return a.masked_fill(~valid, 0.0), target.masked_fill(~valid, 0.0), valid, n_rows, n_cols
+
+
+def alignment_loss(
+    a: Tensor,
+    target: Tensor,
+    row_valid: Tensor,
+    col_valid: Tensor,
+    *,
+    loss: str,
+    reduction: str,
+    sink_filter: bool,
+) -> Tensor:
+    """Distance of a from target (N,R,V) over valid rows and columns, (N,); 0 for a sample without either."""
+    distance = _distance(loss).value
+    a, target, valid, n_rows, n_cols = _masked(a, target, row_valid, col_valid)
+    if reduction == "row":
+        losses = distance(a, target, n_cols).masked_fill_(~row_valid, 0.0).sum(1) / n_rows
+    elif reduction == "matrix":
+        losses = distance(a.flatten(1)[:, None], target.flatten(1)[:, None], n_rows * n_cols)[:, 0]
+    else:
+        weights = _column_weights(a, target, valid, n_rows, sink_filter)
+        u, v = (a * weights).sum(1, keepdim=True), (target * weights).sum(1, keepdim=True)
+        losses = distance(u, v, n_cols)[:, 0]
+    return losses.masked_fill_(~(row_valid.any(1) & col_valid.any(1)), 0.0)
+
+
+def alignment_grad(
+    a: Tensor,
+    target: Tensor,
+    row_valid: Tensor,
+    col_valid: Tensor,
+    grad_out: Tensor,
+    *,
+    loss: str,
+    reduction: str,
+    sink_filter: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Gradient of sum(grad_out * alignment_loss) in a, (N,R,V) fp32; zero outside the valid rows and columns."""
+    distance_grad = _distance(loss).gradient
+    a, target, valid, n_rows, n_cols = _masked(a, target, row_valid, col_valid)
+    if reduction == "row":
+        grad = distance_grad(a, target, n_cols).mul_((grad_out / n_rows)[:, None, None])
+    elif reduction == "matrix":
+        grad = distance_grad(a.flatten(1)[:, None], target.flatten(1)[:, None], n_rows * n_cols).view_as(a)
+        grad.mul_(grad_out[:, None, None])
+    else:
+        weights = _column_weights(a, target, valid, n_rows, sink_filter)
+        u, v = (a * weights).sum(1, keepdim=True), (target * weights).sum(1, keepdim=True)
+        grad = distance_grad(u, v, n_cols).mul_(grad_out[:, None, None]) * weights
+        grad = grad.expand_as(a).contiguous()
+    if loss in SHARES:
+        grad.clamp_(-MOST_SLOPE, MOST_SLOPE)
+    return grad.masked_fill_(~valid, 0.0)
+
+
+def _compare(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> tuple[Tensor, Tensor]:
+    """Divergence of each row (c,) of log-probabilities (c,V), and its gradient in the student's logits (c,V)."""
+    p, q = log_p.exp(), log_q.exp()
+    if divergence == "forward_kl":
+        return (q * (log_q - log_p)).sum(1), p.sub_(q)
+    if divergence == "reverse_kl":
+        r = log_p - log_q
+        value = mean = (p * r).sum(1)
+    elif divergence == "jsd":
+        log_m = torch.logaddexp(log_p + math.log(1 - beta), log_q + math.log(beta))
+        r = (log_p - log_m).mul_(1 - beta)
+        mean = (p * r).sum(1)
+        value = mean + beta * (q * (log_q - log_m)).sum(1)
+    else:
+        raise ValueError(f"divergence {divergence!r} is not known to the torch backend")
+    return value, p.mul_(r.sub_(mean[:, None]))
+
+
+def _compare_with_top(
+    log_p: Tensor, values: Tensor, indices: Tensor, tail: Tensor, divergence: str, beta: float
+) -> tuple[Tensor, Tensor]:
+    """As `_compare`, where the teacher's tokens outside its top-k (c,K) are one outcome for both."""
+    others = log_p.scatter(1, indices, -torch.inf)
+    others_log_p = others.logsumexp(1, keepdim=True)
+    log_p = torch.cat([log_p.gather(1, indices), others_log_p], 1)
+    value, slope = _compare(log_p, torch.cat([values, tail[:, None]], 1), divergence, beta)
+    if divergence == "forward_kl":
+        dlogits = others.exp() - (others - (others_log_p - tail[:, None])).exp()
+    else:
+        dlogits = others.sub_(others_log_p).exp_().mul_(slope[:, -1:])
+    return value, dlogits.scatter_(1, indices, slope[:, :-1])
+
+
+def vocabulary_losses(
+    student: Tensor,
+    teacher: Tensor | None,
+    top: tuple[Tensor, Tensor, Tensor] | None,
+    labels: Tensor,
+    ce: Tensor,
+    kd: Tensor,
+    *,
+    divergence: str,
+    temperature: float,
+    beta: float,
+    ce_weight: float,
+    kd_weight: float,
+    gradient: bool,
+) -> None:
+    """Cross-entropy and divergence of rows of logits, and their gradient in place of student's logits."""
+    rows, vocab_size = student.shape
+    step = max(1, LOGITS_BYTES // (4 * vocab_size))
+    for part in (slice(start, start + step) for start in range(0, rows, step)):
+        s, label = student[part].float(), labels[part, None]
+        log_p = (s / temperature).log_softmax(1)
+        if top is not None:
+            values, indices, tail = (x[part] for x in top)
+            kd[part], slope = _compare_with_top(log_p, values, indices, tail, divergence, beta)
+        else:
+            assert teacher is not None
+            log_q = teacher[part].float().div(temperature).log_softmax(1)
+            kd[part], slope = _compare(log_p, log_q, divergence, beta)
+        log_p = s.log_softmax(1)
+        ce[part] = -log_p.gather(1, label)[:, 0]
+        if gradient:
+            dlogits = log_p.exp_()
+            dlogits.scatter_add_(1, label, dlogits.new_full((), -1.0).expand(label.shape))
+            dlogits.mul_(ce_weight)
+            student[part] = dlogits.add_(slope, alpha=kd_weight / temperature) if kd_weight else dlogits
