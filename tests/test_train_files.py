@@ -237,11 +237,12 @@ def test_errors_of_processes_that_read_samples(error, kind, message):
 
 
 def test_signals_to_the_run_do_not_reach_processes_that_read_samples(models, files, tmp_path):
-    groups = []
+    groups, others = [], {child.pid for child in multiprocessing.active_children()}  # of tests before
 
     class Look(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            groups.append({os.getpgid(child.pid) for child in multiprocessing.active_children()})
+            readers = {child.pid for child in multiprocessing.active_children()} - others
+            groups.append({os.getpgid(pid) for pid in readers})
 
     recipe = recipe_of(tmp_path / "run", models, files, workers=1, save_steps=1)
     with pytest.raises(KeyboardInterrupt):
