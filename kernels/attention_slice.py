@@ -1,4 +1,4 @@
-"""Softmax probabilities on chosen rows and columns, and their gradients.
+"""Softmax probabilities on chosen rows and columns; `slice_gradient` has their gradients.
 
 With the log-sum-exp of a row known, P = exp(scale*q.k - lse) needs no other key, so the slice is one dot and one exp
 per head; with a split one (`_primitives`) P = share * exp(scale*q.k) / 2^max. Nothing larger than a tile exists besides

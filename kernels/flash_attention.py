@@ -1,4 +1,5 @@
-"""FlashAttention-2 whose log-sum-exp is an output with a gradient: a forward, and a backward that takes dout and dlse.
+"""FlashAttention-2 whose log-sum-exp is an output with a gradient: here the forward, in `flash_gradient` a backward for dout
+and dlse.
 
 Every result has one owner and sums run in a fixed order, so two runs agree bit for bit. The backward is three kernels:
 delta, then dk and dv by the owners of key blocks, then dq by the owners of query blocks. Besides the results only delta
