@@ -48,9 +48,15 @@ LOSSES = {
 }
 
 
-def _loss(name: str) -> Loss:
+REDUCTIONS = ("row", "matrix", "column")
+
+
+def _loss(name: str, reduction: str) -> Loss:
+    """The record of a loss; ValueError for a name, or that of a reduction, which is not known here."""
     if name not in LOSSES:
         raise ValueError(f"loss must be one of {tuple(LOSSES)}, got {name!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     return LOSSES[name]
 
 
@@ -227,6 +233,7 @@ def _row_sums(common: dict, loss: Loss, term: str, size: torch.Tensor | None) ->
 
 def alignment_loss(a, target, row_valid, col_valid, *, loss, reduction, sink_filter):
     """Loss of every slice, (N,) fp32; a and target (N,R,V) fp32, row_valid (N,R) and col_valid (N,V) bool."""
+    own = _loss(loss, reduction)
     if not a.numel():
         return torch.zeros(a.shape[0], dtype=torch.float32, device=a.device)
     n_rows, n_cols = row_valid.sum(-1), col_valid.sum(-1)
@@ -237,7 +244,6 @@ def alignment_loss(a, target, row_valid, col_valid, *, loss, reduction, sink_fil
         return alignment_loss(
             u.unsqueeze(1), v.unsqueeze(1), one_row, col_valid, loss=loss, reduction="row", sink_filter=False
         )
-    own = _loss(loss)
     size = slice_size(common, own.size) if reduction == "matrix" else None
     total = _row_sums(common, own, own.term, size)
     if loss == "mse":
@@ -255,6 +261,7 @@ def alignment_grad(a, target, row_valid, col_valid, grad_out, *, loss, reduction
     With ``dtype`` bf16 it is rounded to that, as it would be for the product with bf16 queries and keys anyway; fp16
     could not hold it, so anything else gives fp32.
     """
+    own = _loss(loss, reduction)
     if not a.numel():
         return torch.zeros_like(a)
     n_rows, n_cols = row_valid.sum(-1), col_valid.sum(-1)
@@ -272,7 +279,7 @@ def alignment_grad(a, target, row_valid, col_valid, grad_out, *, loss, reduction
             column_gradient_kernel, row_grid(common), p_limit=limit, p_du=du.squeeze(1) / count, p_grad=grad, **common
         )
         return grad
-    own, size, slice_sum = _loss(loss), None, None
+    size, slice_sum = None, None
     weight = grad_out
     if reduction == "matrix":
         size = slice_size(common, own.size)

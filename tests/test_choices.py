@@ -29,19 +29,21 @@ def test_lists_hold_what_is_there():
 
 
 @pytest.mark.parametrize("impl", choices.IMPLS)
-def test_a_backend_refuses_a_loss_that_it_has_no_record_of(impl):
-    """As when a loss has been added to the list alone: it must not become another one."""
-    a, valid = torch.rand(1, 2, 8), torch.ones(1, 8, dtype=torch.bool)
-    of, options = backends()[impl], {"reduction": "row", "sink_filter": False}
+def test_a_backend_refuses_a_loss_or_a_reduction_that_it_does_not_know(impl):
+    """As when one has been added to the list alone: it must not become another one."""
+    a, valid, of = torch.rand(1, 2, 8), torch.ones(1, 8, dtype=torch.bool), backends()[impl]
+    both, grad = (valid[:, :2].contiguous(), valid), torch.ones(1)
     for call in (
-        lambda loss: of.alignment_loss(a, a, valid[:, :2].contiguous(), valid, loss=loss, **options),
-        lambda loss: of.alignment_grad(
-            a, a, valid[:, :2].contiguous(), valid, a[:, 0, 0].contiguous(), loss=loss, **options, dtype=a.dtype
-        ),
+        lambda **options: of.alignment_loss(a, a, *both, **options, sink_filter=False),
+        lambda **options: of.alignment_grad(a, a, *both, grad, **options, sink_filter=False, dtype=a.dtype),
     ):
-        assert torch.isfinite(call(choices.ALIGNMENT_LOSSES[-1])).all()
-        with pytest.raises(ValueError, match=f"^loss.*{UNKNOWN}"):
-            call(UNKNOWN)
+        for loss in choices.ALIGNMENT_LOSSES:
+            for reduction in choices.REDUCTIONS:
+                assert torch.isfinite(call(loss=loss, reduction=reduction)).all()
+        for options in ({"loss": UNKNOWN, "reduction": "row"}, {"loss": "cosine", "reduction": UNKNOWN}):
+            name = next(key for key, value in options.items() if value == UNKNOWN)
+            with pytest.raises(ValueError, match=f"^{name}.*{UNKNOWN}"):
+                call(**options)
 
 
 @pytest.mark.parametrize("impl", choices.IMPLS)

@@ -127,8 +127,9 @@ DISTANCES = {
 }
 
 
-def _distance(loss: str) -> Distance:
+def _distance(loss: str, reduction: str) -> Distance:
     require_choice("loss", loss, tuple(DISTANCES))
+    require_choice("reduction", reduction, ("row", "matrix", "column"))
     return DISTANCES[loss]
 
 
@@ -166,7 +167,7 @@ def alignment_loss(
     sink_filter: bool,
 ) -> Tensor:
     """Distance of a from target (N,R,V) over valid rows and columns, (N,); 0 for a sample without either."""
-    distance = _distance(loss).value
+    distance = _distance(loss, reduction).value
     a, target, valid, n_rows, n_cols = _masked(a, target, row_valid, col_valid)
     if reduction == "row":
         losses = distance(a, target, n_cols).masked_fill_(~row_valid, 0.0).sum(1) / n_rows
@@ -192,7 +193,7 @@ def alignment_grad(
     dtype: torch.dtype,
 ) -> Tensor:
     """Gradient of sum(grad_out * alignment_loss) in a, (N,R,V) fp32; zero outside the valid rows and columns."""
-    distance_grad = _distance(loss).gradient
+    distance_grad = _distance(loss, reduction).gradient
     a, target, valid, n_rows, n_cols = _masked(a, target, row_valid, col_valid)
     if reduction == "row":
         grad = distance_grad(a, target, n_cols).mul_((grad_out / n_rows)[:, None, None])
