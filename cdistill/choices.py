@@ -1,11 +1,14 @@
-"""The names that arguments, recipe keys and options may have, each list in one place; importing this imports nothing else.
+"""The names that arguments, recipe keys and options may have, each list in one place; importing this is cheap.
 
 A test walks every list: each name works, and any other is refused by all that take one (tests/test_choices.py).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
 
 # Attention ops.
 AlignmentLoss: TypeAlias = Literal["cosine", "mse", "kl", "jsd"]
@@ -31,60 +34,109 @@ ROWS: tuple[str, ...] = get_args(Rows)
 MATCHINGS: tuple[str, ...] = get_args(Matching)
 NAMED_SPANS: tuple[str, ...] = get_args(NamedSpan)
 
-# Conversations as text.
-TEMPLATES = ("auto", "plain", "qwen2_base", "vicuna_v1", "chatml")  # see `cdistill.data.templates`
+# Conversations as text (`cdistill.data.templates`).
+Template: TypeAlias = Literal["auto", "plain", "qwen2_base", "vicuna_v1", "chatml"]
+TEMPLATES: tuple[str, ...] = get_args(Template)
 TEMPLATE_FILE = ".jinja"  # what the path of a template of one's own ends in
 
 # Alignment losses that compare shares: slices are divided by their sums first.
 SHARES = ("kl", "jsd")
 
 
+# Numbers, with the bounds that a test of them and a recipe's schema read.
+Positive: TypeAlias = Annotated[float, Gt(0), Lt(math.inf)]
+NotNegative: TypeAlias = Annotated[float, Ge(0), Lt(math.inf)]
+BelowOne: TypeAlias = Annotated[float, Ge(0), Lt(1)]
+BetweenZeroAndOne: TypeAlias = Annotated[float, Gt(0), Lt(1)]
+
+_LIMITS = {Ge: ("minimum", "ge"), Gt: ("exclusiveMinimum", "gt"), Le: ("maximum", "le"), Lt: ("exclusiveMaximum", "lt")}
+
+
+def range_in_words(limits: Mapping[str, float]) -> str:
+    """What bounds, by their names in a JSON schema, ask of a number: "at least 0 and below 1"."""
+    least, above = limits.get("minimum"), limits.get("exclusiveMinimum")
+    most, below = limits.get("maximum"), limits.get("exclusiveMaximum")
+    if (above, below) == (0, 1):
+        return "between 0 and 1"
+    words = [f"{word} {n:g}" for word, n in (("at least", least), ("above", above)) if n is not None]
+    words += [f"at most {most:.10g}"] if most is not None else []
+    words += [("finite" if below == math.inf else f"below {below:g}")] if below is not None else []
+    return " and ".join(words)
+
+
+def check_choices(config: Any, name: str) -> None:
+    """Raise ValueError unless every field of a dataclass is one of the names, truth values or numbers it is annotated with.
+
+    The message begins with ``name`` and the field.
+    """
+    for field, hint in get_type_hints(type(config), include_extras=True).items():
+        value, key = getattr(config, field), f"{name}.{field}"
+        if hint is bool and not isinstance(value, bool):
+            raise ValueError(f"{key} must be true or false, got {value!r}")
+        names = get_args(hint) if get_origin(hint) is Literal else ()
+        if names and value not in names:
+            raise ValueError(f"{key} must be one of {', '.join(names)}, got {value!r}")
+        limits = {_LIMITS[type(x)][0]: getattr(x, _LIMITS[type(x)][1]) for x in getattr(hint, "__metadata__", ())}
+        if limits and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"{key} must be a number, got {value!r}")
+        if limits and not _within(value, limits):
+            raise ValueError(f"{key} must be {range_in_words(limits)}, got {value}")
+
+
+def _within(value: float, limits: Mapping[str, float]) -> bool:
+    least, most = limits.get("minimum", -math.inf), limits.get("maximum", math.inf)
+    above, below = limits.get("exclusiveMinimum"), limits.get("exclusiveMaximum")
+    return least <= value <= most and (above is None or value > above) and (below is None or value < below)
+
+
+# What a recipe's reader asks of both configurations: no other keys, and no other types.
+_OF_RECIPES = {"extra": "forbid", "strict": True}
+
+
 @dataclass(frozen=True)
 class VATConfig:
     """Every choice of visual attention alignment (paper section 4.1 and the ablations of 5.3).
 
-    - ``matching``: group, simple, adaptive; ``loss``: cosine, mse, kl, jsd; ``reduction``: row, matrix, column;
-      ``rows``: answer, predicting, text, visual, all (`cdistill.vat.token_regions`); ``heads``: mean over heads, or each head
-      by itself (equal head counts only);
-    - ``layers``: span of both models' layers; ``student_layers`` and ``teacher_layers`` override it for one side
-      (everything `cdistill.vat.layer_range` takes: a name, "first-last", a list of indices);
-    - ``engine``: "sdpa", transformers' own attention beside the alignment; "auto" or an engine of
-      `cdistill.ops.attention_with_alignment`, which makes both in one forward and one backward pass;
-    - ``sink_filter``: with ``reduction="column"``, leave attention sinks out; ``layer_sum``: sum over layers, not mean.
-
     Raises ValueError naming the field and what it allows.
     """
 
+    __pydantic_config__ = _OF_RECIPES
+
     matching: Matching = "group"
-    loss: str = "cosine"
-    reduction: str = "row"
-    layers: str = "intermediate"
+    """How layers of student and teacher are put together (paper section 4.1): a student layer with a window of teacher
+    layers, with one, or with those whose attention is nearest where the stage begins."""
+    loss: AlignmentLoss = "cosine"
+    """Distance of the student's attention from the teacher's."""
+    reduction: Reduction = "row"
+    """What is compared: every row, the whole slice, or the mean over rows."""
+    layers: NamedSpan = "intermediate"
+    """Span of both models' layers that is aligned."""
     student_layers: str | Sequence[int] | None = None
+    """The student's layers where they are others than `layers` says: a span's name, "first-last" or a list of indices."""
     teacher_layers: str | Sequence[int] | None = None
+    """The teacher's layers, likewise."""
     rows: Rows = "text"  # the best in benchmarks/results/demo_rows.json; the paper speaks of answer tokens
-    heads: str = "mean"
+    """Tokens whose attention to the visual tokens is compared (`cdistill.vat.token_regions`)."""
+    heads: Heads = "mean"
+    """The mean over heads, or each head by itself (models with equal numbers of heads only)."""
     engine: str = "sdpa"
+    """What computes the aligned layers' attention: "sdpa", transformers' own beside the alignment; "auto" or an engine of
+    `cdistill.ops.attention_with_alignment` ("triton", "torch_flash", "torch_cudnn", "flash_attn_2", "flash_attn_3",
+    "flash_attn_4"), which makes both in one forward and one backward pass."""
     sink_filter: bool = False
+    """With reduction column, leave attention sinks out (the authors' code)."""
     layer_sum: bool = False
+    """Sum over layers, not their mean."""
 
     def __post_init__(self) -> None:
-        choices = {
-            "matching": MATCHINGS,
-            "loss": ALIGNMENT_LOSSES,
-            "reduction": REDUCTIONS,
-            "layers": NAMED_SPANS,
-            "rows": ROWS,
-            "heads": HEADS,
-            "engine": VAT_ENGINES,
-        }
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"vat.{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
-        for field in ("sink_filter", "layer_sum"):
-            if not isinstance(getattr(self, field), bool):
-                raise ValueError(f"vat.{field} must be true or false, got {getattr(self, field)!r}")
+        check_choices(self, "vat")
+        if self.engine not in VAT_ENGINES:
+            raise ValueError(f"vat.engine must be one of {', '.join(VAT_ENGINES)}, got {self.engine!r}")
         if self.sink_filter and self.reduction != "column":
             raise ValueError(f"vat.sink_filter needs vat.reduction column, got {self.reduction!r}")
+        for name in ("student_layers", "teacher_layers"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
 
     @classmethod
     def official(cls) -> "VATConfig":
@@ -99,17 +151,16 @@ class KDConfig:
     Raises ValueError naming the field and what it allows.
     """
 
-    divergence: str = "forward_kl"
-    temperature: float = 1.0
-    beta: float = 0.5
-    weight: float = 1.0
+    __pydantic_config__ = _OF_RECIPES
+
+    divergence: Divergence = "forward_kl"
+    """Distance of the student's distribution of the next token from the teacher's."""
+    temperature: Positive = 1.0
+    """Divides the logits of both before their softmax."""
+    beta: BetweenZeroAndOne = 0.5
+    """Share of the teacher in the mixture of divergence jsd, and weight of its part."""
+    weight: NotNegative = 1.0
+    """Factor of the term in the loss."""
 
     def __post_init__(self) -> None:
-        if self.divergence not in DIVERGENCES:
-            raise ValueError(f"kd.divergence must be one of {', '.join(DIVERGENCES)}, got {self.divergence!r}")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"kd.temperature must be above 0 and finite, got {self.temperature}")
-        if not 0 < self.beta < 1:
-            raise ValueError(f"kd.beta must be between 0 and 1, got {self.beta}")
-        if not 0 <= self.weight < float("inf"):
-            raise ValueError(f"kd.weight must be at least 0 and finite, got {self.weight}")
+        check_choices(self, "kd")

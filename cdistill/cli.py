@@ -1,6 +1,7 @@
 """The ``cdistill`` command: one function per subcommand, in one table; heavy imports happen inside the functions."""
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -65,11 +66,22 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
-    pass
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=("list", "keys", "schema"),
+        default="list",
+        help="the shipped recipes (default), every key with its meaning in Markdown, or a JSON schema for editors",
+    )
 
 
 def _recipes(options: argparse.Namespace) -> int:
-    from cdistill.train.config import shipped_recipes
+    if options.what != "list":
+        from cdistill.train import reference
+
+        print(reference.page() if options.what == "keys" else json.dumps(reference.json_schema(), indent=2))
+        return 0
+    from cdistill.train.recipes import shipped_recipes
 
     recipes = shipped_recipes()
     width = max(map(len, recipes), default=0)
@@ -112,7 +124,7 @@ COMMANDS = {
     "data": Command("check data sets, look at samples, list the paper's sets", data.add_arguments, _data),
     "eval": Command("measure a model on the built-in task", evaluation.add_arguments, evaluation.main),
     "export": Command("write a model that plain transformers loads", _export_arguments, _export),
-    "recipes": Command("list the shipped recipes", _recipes_arguments, _recipes),
+    "recipes": Command("list the shipped recipes, or what a recipe may say", _recipes_arguments, _recipes),
 }
 
 
@@ -134,7 +146,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += extra
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars for loading weights
     try:
-        return COMMANDS[options.command].run(options)
+        code = COMMANDS[options.command].run(options)
+        sys.stdout.flush()  # here, where a broken pipe is caught
+        return code
+    except BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
     except ValueError as error:
         tell(error)
         return 2

@@ -10,7 +10,8 @@ from cdistill import choices
 from cdistill.ops import _torch_losses
 from cdistill.ops._dispatch import _MODULES
 from cdistill.ops._engines import ENGINES
-from cdistill.train.config import Recipe, recipe_from_dict
+from cdistill.train.config import Recipe
+from cdistill.train.recipes import recipe_from_dict
 
 UNKNOWN = "unheard-of"
 
@@ -83,7 +84,7 @@ def test_divergences_of_recipes():
 
 
 def made(**sections):
-    from cdistill.train.config import load_recipe, recipe_to_dict
+    from cdistill.train.recipes import load_recipe, recipe_to_dict
 
     return recipe_to_dict(load_recipe("demo-compodistill")) | sections
 

@@ -32,8 +32,8 @@ from transformers import (
 )
 
 import cdistill
+from cdistill.choices import KDConfig
 from cdistill.models.parts import part_of
-from cdistill.train.config import KDConfig
 from cdistill.vat import VAT, VATConfig, attention_layers
 
 KD_WEIGHT, VAT_WEIGHT = 0.7, 3.0

@@ -217,7 +217,7 @@ def test_built_in_models_have_the_processor_that_is_built_for_them(tmp_path):
 
 
 def test_results_of_a_run_have_a_processor_and_the_last_is_exported(models, tmp_path, capsys):
-    from cdistill.train.config import recipe_from_dict
+    from cdistill.train.recipes import recipe_from_dict
 
     shutil.copytree(models / "teacher", tmp_path / "teacher")
     build_processor(llava().config, build_tokenizer(), "teacher").save_pretrained(tmp_path / "teacher")
@@ -322,8 +322,8 @@ def test_an_adapter_is_merged_in_fp32_and_rounded_once(base_dtype, tmp_path):
 
 
 def test_a_merged_student_is_trained_as_one_with_its_own_adapter(models, tmp_path):
-    from cdistill.train.config import recipe_from_dict
     from cdistill.train.objectives import OBJECTIVES, set_trained
+    from cdistill.train.recipes import recipe_from_dict
 
     values = recipe_values(tmp_path / "run", models)
     student = build_models(recipe_from_dict(values)).student

@@ -11,7 +11,7 @@ from cdistill.plan.memory import plan
 from cdistill.plan.suggestions import suggestions
 from cdistill.train import run
 from cdistill.train.build import build_models
-from cdistill.train.config import load_recipe, with_overrides
+from cdistill.train.recipes import load_recipe, with_overrides
 
 PAPER = "paper-qwen1.5-1.8b"
 

@@ -19,7 +19,7 @@ from survive_runs import ROOT, Forks
 from cdistill.runtime import checkpoints
 from cdistill.runtime.signals import stop_on_signals
 from cdistill.train import stages
-from cdistill.train.config import recipe_from_dict
+from cdistill.train.recipes import recipe_from_dict
 
 STAGES = ("1-dpt", "2-dft")
 ENGINES = {"plain": ("off", 1), "plainx2": ("off", 2), "zero2": (2, 1), "zero2x2": (2, 2), "zero3x2": (3, 2)}

@@ -25,7 +25,7 @@ from cdistill.runtime.errors import RunError
 from cdistill.train import cache, run
 from cdistill.train.alignment import vat_of
 from cdistill.train.build import build_models
-from cdistill.train.config import recipe_to_dict
+from cdistill.train.recipes import recipe_to_dict
 from cdistill.train.teacher import Teacher
 
 

@@ -17,7 +17,7 @@ from cdistill.builtin.task import BuiltinTask
 from cdistill.models.load import load_model
 from cdistill.runtime.zero import deepspeed_config
 from cdistill.train import run, stages
-from cdistill.train.config import recipe_to_dict
+from cdistill.train.recipes import recipe_to_dict
 
 LOSSES = ("loss", "ar", "kd", "vat")
 

@@ -21,7 +21,7 @@ from cdistill.data.conversations import Encoder
 from cdistill.data.samples import IMAGE_TOKEN
 from cdistill.train import run
 from cdistill.train.build import build_models
-from cdistill.train.config import recipe_to_dict
+from cdistill.train.recipes import recipe_to_dict
 
 SIDE = 24  # the scenes have 48 pixels, so any-resolution models cut them into four tiles
 

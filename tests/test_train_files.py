@@ -25,8 +25,8 @@ from cdistill.runtime.errors import BadDataError, ProcessError
 from cdistill.train import run
 from cdistill.train.build import build_models
 from cdistill.train.cache import write_cache
-from cdistill.train.config import recipe_to_dict
 from cdistill.train.data import stage_dataset
+from cdistill.train.recipes import recipe_to_dict
 from cdistill.train.stages import read_recipe
 from cdistill.train.trainer import in_one_line
 

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from cdistill.builtin.dataset import BuiltinDataset, Collator, build_tokenizer
 from cdistill.builtin.task import BuiltinTask
+from cdistill.choices import KDConfig
 from cdistill.models.load import load_model
 from cdistill.train import run
 from cdistill.train.build import build_models
-from cdistill.train.config import KDConfig
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.stages import stage_folders

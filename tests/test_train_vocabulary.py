@@ -14,10 +14,10 @@ from deepspeed.utils import safe_get_full_grad
 from torch import nn
 from transformers import TrainerCallback
 
+from cdistill.choices import KDConfig
 from cdistill.ops import _cpp, _vocabulary
 from cdistill.train import run
 from cdistill.train.build import build_models
-from cdistill.train.config import KDConfig
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES
 from cdistill.vat import VAT, VATConfig

@@ -33,7 +33,7 @@ from cdistill.models.llava import visual_tokens
 from cdistill.plan.memory import plan
 from cdistill.train import run
 from cdistill.train.build import build_models
-from cdistill.train.config import load_recipe
+from cdistill.train.recipes import load_recipe
 from cdistill.vat import VATConfig
 
 SIZE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}

@@ -41,14 +41,10 @@ def main(options: argparse.Namespace, load_processor: LoadProcessor) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if options.action == "show":
-            code = _show(options, load_processor)
-        else:
-            code = _check(options, load_processor) if options.action == "check" else _presets(options)
-        sys.stdout.flush()  # here, where a broken pipe is caught
-        return code
-    except BrokenPipeError:  # of `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 128 + signal.SIGPIPE
+            return _show(options, load_processor)
+        return _check(options, load_processor) if options.action == "check" else _presets(options)
+    except BrokenPipeError:
+        raise
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"cdistill: error: {error}", file=sys.stderr)
         return 1

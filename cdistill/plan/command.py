@@ -36,7 +36,7 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError(f"gpus must be at least 1, got {options.gpus}")
     from cdistill.plan.memory import plan
     from cdistill.plan.suggestions import suggestions
-    from cdistill.train.config import load_recipe
+    from cdistill.train.recipes import load_recipe
 
     sizes = {name: getattr(options, name) for name in ("gpus", "precision", "length", "visual", "answers")}
     planned = plan(load_recipe(options.recipe, options.overrides), **sizes)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cdistill.plan.memory import Plan, plan
-from cdistill.train.config import Recipe, with_overrides
+from cdistill.train.config import Recipe
+from cdistill.train.recipes import with_overrides
 
 
 @dataclass(frozen=True)

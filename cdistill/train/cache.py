@@ -37,11 +37,13 @@ from cdistill.runtime.errors import Stopped
 from cdistill.runtime.zero import is_partitioned
 from cdistill.train.alignment import vat_of
 from cdistill.train.build import Models, build_models, precision_of
-from cdistill.train.config import Recipe, StageConfig, first_difference, recipe_to_dict
+from cdistill.train.config import Recipe, StageConfig
 from cdistill.train.data import stage_dataset, stage_seed
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES
+from cdistill.train.recipes import recipe_to_dict
 from cdistill.train.teacher import hold_teacher
+from cdistill.train.values import first_difference
 from cdistill.vat import VAT
 
 INDEX = "index.json"

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from cdistill.choices import KDConfig
 from cdistill.data.batches import PaddingCollator
 from cdistill.data.conversations import Encoder
 from cdistill.data.images import find_image, open_image
 from cdistill.data.records import read_record
 from cdistill.data.samples import IGNORE_INDEX, ImageBytes
-from cdistill.train.config import KDConfig
 from cdistill.train.distillation import distill
 from cdistill.vat import VATConfig
 

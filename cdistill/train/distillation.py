@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cdistill.choices import KDConfig
 from cdistill.data.samples import IGNORE_INDEX
 from cdistill.models.load import Model
 from cdistill.models.pair import CommonEncoder, check_frozen, check_pair, common_parameters, unwrapped
 from cdistill.models.parts import part_of
 from cdistill.train.callers import Route, Window, folder_of_trainer, items_of_trainer, window_of_trainer
-from cdistill.train.config import KDConfig
 from cdistill.train.inside import inside, open_inside
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import Objective

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cdistill.choices import KDConfig
 from cdistill.data.samples import IGNORE_INDEX
 from cdistill.models.llava import Llava, SharedVision, share_vision, student_embeddings, vision_features
 from cdistill.models.load import Model
@@ -18,7 +19,6 @@ from cdistill.models.taf import feature_width
 from cdistill.ops import linear_distillation
 from cdistill.runtime.zero import is_partitioned
 from cdistill.train.blank import must_look
-from cdistill.train.config import KDConfig
 from cdistill.train.inside import inside, open_inside
 from cdistill.train.objectives import Objective
 from cdistill.train.teacher import Teacher, hidden_states

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cdistill.train.config import Recipe, recipe_to_dict
+from cdistill.train.config import Recipe
+from cdistill.train.recipes import recipe_to_dict
 from cdistill.train.values import MISSING, differences
 
 CHECKPOINTS = "checkpoints"

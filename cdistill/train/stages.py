@@ -37,11 +37,12 @@ from cdistill.train.build import (
     precision_of,
 )
 from cdistill.train.cache import CachedCollator, CachedDataset, StageCache, fingerprint, stage_cache
-from cdistill.train.config import Recipe, recipe_from_dict, recipe_to_dict
+from cdistill.train.config import Recipe
 from cdistill.train.data import encoder_of, stage_dataset, unread
 from cdistill.train.lora import add_lora
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES, set_trained
+from cdistill.train.recipes import recipe_from_dict, recipe_to_dict
 from cdistill.train.run_folder import (
     CHECKPOINTS,
     METRICS,

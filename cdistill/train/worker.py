@@ -22,7 +22,7 @@ def main() -> int:
             run_stages(read_recipe(path), path, resume=True)
         else:
             from cdistill.train.cache import write_cache
-            from cdistill.train.config import load_recipe
+            from cdistill.train.recipes import load_recipe
 
             write_cache(load_recipe(path))
     except (ValueError, RunError) as error:

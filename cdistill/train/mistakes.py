@@ -1,0 +1,173 @@
+"""Plain values made into the sections of a recipe by pydantic, and every mistake in them told in a line with its dotted key."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from cdistill.choices import range_in_words
+from cdistill.data import strict_yaml
+
+T = TypeVar("T")
+Node = dict[str, Any]  # of a JSON schema
+_WORDS = {"integer": "a whole number", "number": "a number", "string": "a string"}
+_LEAST, _MOST = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
+_OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
+
+
+def build(cls: type[T], content: Any) -> T:
+    """An instance of a dataclass with pydantic's checks from plain values, as YAML gives them.
+
+    Raises:
+        ValueError: all that is wrong, a line for each mistake: the dotted key, what it may be, and the nearest key where one is
+            not known. Of one mistake the message is that line.
+    """
+    of: Any = cls
+    root = schema(of)
+    try:
+        text = json.dumps(_switched(content, root, root))
+    except TypeError as error:
+        raise ValueError(f"a recipe holds plain values, as YAML does: {error}") from None
+    try:
+        return _adapter(of).validate_json(text)
+    except ValidationError as error:
+        lines = _lines(error.errors(include_url=False), root)
+    raise ValueError(lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} keys are wrong:", *lines]))
+
+
+@cache
+def _adapter(cls: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
+
+
+@cache
+def schema(cls: Any) -> Node:
+    """The JSON schema of a dataclass, as pydantic makes it."""
+    return _adapter(cls).json_schema()
+
+
+def kinds(node: Node, root: Node) -> list[Node]:
+    """The kinds of value that a node of a schema allows, references resolved."""
+    if "$ref" in node:
+        node = root["$defs"][node["$ref"].rpartition("/")[2]]
+    return [kind for option in node.get("anyOf", ()) for kind in kinds(option, root)] or [node]
+
+
+def _below(node: Node, key: Any, root: Node) -> Node | None:
+    """The node under a key or an index, None if nothing can stand there."""
+    for kind in kinds(node, root):
+        if isinstance(key, int) and kind.get("type") == "array":
+            places = kind.get("prefixItems", [])
+            return places[key] if key < len(places) else kind.get("items", {})
+        if isinstance(key, str) and kind.get("type") == "object":
+            more = kind.get("additionalProperties", {})
+            found = kind.get("properties", {}).get(key, None if more is False else more)
+            if found is not None:
+                return found if isinstance(found, dict) else {}
+    return None
+
+
+def _switched(value: Any, node: Node, root: Node) -> Any:
+    """``value`` with yes, no, on and off, where they stood without quotes, as truth values, unless a word is wanted."""
+    if isinstance(value, Mapping):
+        return {key: _switched(item, _below(node, str(key), root) or {}, root) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_switched(item, _below(node, i, root) or {}, root) for i, item in enumerate(value)]
+    anything = not node.keys() - {"title", "description", "default"}
+    if anything or any(kind.get("type") == "boolean" for kind in kinds(node, root)):
+        return strict_yaml.switch(value)
+    return value
+
+
+def may_be(node: Node, root: Node) -> str:
+    """What a value may be, in words."""
+    names: list[str] = []
+    words: list[str] = []
+    nothing: list[str] = []
+    for kind in kinds(node, root):
+        if "enum" in kind or "const" in kind:
+            names += map(str, kind.get("enum", [kind.get("const")]))
+        elif "pattern" in kind:
+            names.append(f"a path that ends in {kind['pattern'].replace(chr(92), '').rstrip('$')}")
+        elif kind.get("type") == "array":
+            words.append(f"a list of {kind['maxItems']}" if "maxItems" in kind else "a list")
+        elif kind.get("type") == "boolean":
+            words += ["true", "false"]
+        elif kind.get("type") == "null":
+            nothing = ["null"]
+        else:
+            words.append(_WORDS.get(kind.get("type", ""), "a mapping"))
+    words += [("one of " if len(names) > 1 else "") + ", ".join(names)] if names else []
+    *some, last = words + nothing
+    return f"{', '.join(some)} or {last}" if some else last
+
+
+def _lines(errors: Sequence[Any], root: Node) -> list[str]:
+    """A line for each mistake; where a value could have been of several kinds, pydantic tells why it is none of them."""
+    found: dict[str, str] = {}
+    for error in errors:
+        path, node, above = _place(error["loc"], root, unknown=error["type"] == "unexpected_keyword_argument")
+        key = _dotted(path)
+        for line in _told(error, key, node, above, root):
+            found.setdefault(line if error["type"] == "value_error" else key, line)
+    return [line for key, line in found.items() if not any(other.startswith((f"{key}.", f"{key}[")) for other in found)]
+
+
+def _place(loc: Sequence[Any], root: Node, *, unknown: bool) -> tuple[list[Any], Node, Node]:
+    """The keys to a value, without pydantic's names of its kinds, the node of the value and the one that it stands in."""
+    path: list[Any] = []
+    node = above = root
+    several = False  # kinds at this place: then pydantic names the one that it speaks of
+    for step, name in enumerate(loc):
+        if several:
+            several = False
+            continue
+        below = _below(node, name, root)
+        if below is None and not (unknown and step == len(loc) - 1):
+            continue
+        path.append(name)
+        node, above = below or {}, node
+        several = sum(kind.get("type") != "null" for kind in kinds(node, root)) > 1
+    return path, node, above
+
+
+def _dotted(path: Sequence[Any]) -> str:
+    return "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in path).lstrip(".")
+
+
+def _told(error: Any, key: str, node: Node, above: Node, root: Node) -> list[str]:
+    kind, value = error["type"], error["input"]
+    if kind == "value_error":
+        prefix = f"{key}." if key else ""
+        messages = str(error["ctx"]["error"]).split("\n")
+        return [message if message.startswith(prefix) else f"{prefix}{message}" for message in messages]
+    if kind == "unexpected_keyword_argument":
+        known = [name for option in kinds(above, root) for name in option.get("properties", {})]
+        near = strict_yaml.nearest(key.rpartition(".")[2], known)
+        return [f"{key} is not a known key; allowed: {', '.join(known)}{near}"]
+    if kind == "missing" and key.endswith("]"):  # a list that is too short
+        return [f"{key.rpartition('[')[0]} must be {may_be(above, root)}, got {value!r}"]
+    if kind == "missing":
+        return [f"{key} is missing"]
+    if kind in _OUT_OF_RANGE:
+        return [f"{key} must be {range_in_words(_broken(node, value, root))}, got {value!r}"]
+    return [f"{key or 'a recipe'} must be {may_be(node, root)}, got {value!r}"]
+
+
+def bounds(kind: Node) -> dict[str, float]:
+    """The bounds of a number, as `range_in_words` takes them; a JSON schema cannot say that one is finite."""
+    found: dict[str, float] = {name: kind[name] for name in (*_LEAST, *_MOST) if name in kind}
+    if kind.get("type") == "number" and not kind.get("infinite") and any(name in found for name in _LEAST):
+        found.setdefault("exclusiveMaximum", math.inf)
+    return found
+
+
+def _broken(node: Node, value: float, root: Node) -> dict[str, float]:
+    """The bounds of a number; of two that it may reach, the one that it does not keep."""
+    (limits,) = (bounds(kind) for kind in kinds(node, root) if kind.get("type") in ("integer", "number"))
+    if "minimum" in limits and "maximum" in limits:
+        return {name: limits[name] for name in (["minimum"] if value < limits["minimum"] else ["maximum"])}
+    return limits

@@ -1,0 +1,100 @@
+"""Recipes as files: read, extended, overridden, checked, and written as plain values."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cdistill.data import strict_yaml
+from cdistill.train.config import Recipe
+from cdistill.train.mistakes import build
+from cdistill.train.values import override
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def shipped_recipes() -> dict[str, str]:
+    """Names of the recipes in the package, each with the first comment line of its file."""
+    result = {}
+    for path in sorted(RECIPES.glob("*.yaml"), key=lambda path: path.stem):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        result[path.stem] = next((line.lstrip("# ").strip() for line in lines if line.startswith("#")), "")
+    return result
+
+
+def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe: the name of a shipped one or the path of a YAML file, changed by ``a.b=value`` overrides.
+
+    A file may begin from another: ``extends: NAME`` (or a path); its name and output are then those of its file unless it
+    says otherwise. Values of overrides are YAML, too (`cdistill.data.strict_yaml`).
+
+    Raises:
+        ValueError: an unknown recipe, key or value, which the message names, a key that a file gives twice, or an override
+            that undoes another.
+    """
+    content = _read(name_or_path, ())
+    override(content, overrides)
+    return recipe_from_dict(content)
+
+
+def _read(name_or_path: str | os.PathLike[str], read: tuple[Path, ...]) -> dict[str, Any]:
+    """The plain values of a recipe's file, laid over those of the recipe that it ``extends``, if it does."""
+    path = RECIPES / f"{name_or_path}.yaml"
+    if not path.is_file():
+        path = Path(name_or_path)
+    if not path.is_file():
+        raise ValueError(
+            f"recipe {str(name_or_path)!r} is neither a file nor shipped: `cdistill recipes` lists those that are"
+        )
+    if path.resolve() in read:
+        raise ValueError(f"recipe {path} extends itself")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"recipe {path} is not UTF-8 text: {error}") from None
+    content = strict_yaml.load(text, f"recipe {path}")
+    if not isinstance(content, dict):
+        raise ValueError(f"recipe {path} must be a mapping of keys to values")
+    extended = content.pop("extends", None)
+    if extended is None:
+        return content
+    own = {"name": path.stem, "output": f"runs/{path.stem}"} | content
+    return _laid_over(_read(extended, (*read, path.resolve())), own)
+
+
+def _laid_over(below: Any, above: Any) -> Any:
+    """Mappings key by key; any other value takes the place of the one below."""
+    if isinstance(below, dict) and isinstance(above, dict):
+        return {**below, **{key: _laid_over(below.get(key), value) for key, value in above.items()}}
+    return above
+
+
+def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A recipe changed by ``a.b=value`` overrides. Raises ValueError as `load_recipe`."""
+    content = recipe_to_dict(recipe)
+    override(content, overrides)
+    return recipe_from_dict(content)
+
+
+def recipe_from_dict(content: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain values, as `recipe_to_dict` gives them. Raises ValueError naming key and allowed values."""
+    content = dict(content)
+    sections = content.get("stage")
+    if isinstance(sections, Mapping):
+        content["stage"] = {
+            name: {"objective": name, **section} if isinstance(section, Mapping) else section
+            for name, section in sections.items()
+        }
+    return build(Recipe, content)
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as plain values that YAML and JSON can hold."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return plain(dataclasses.asdict(recipe))
