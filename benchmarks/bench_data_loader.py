@@ -20,7 +20,7 @@ from transformers import LlavaConfig, PreTrainedTokenizerFast, SiglipVisionConfi
 from benchmarks._data_open import made_records, photo
 from cdistill.data.batches import PaddingCollator
 from cdistill.data.conversations import Encoder
-from cdistill.data.dataset import SampleDataset, TellingCollator
+from cdistill.data.dataset import BadSampleCollator, SampleDataset
 from cdistill.data.llava import LlavaJson
 from cdistill.data.mix import Order
 from cdistill.models.processor import build_processor
@@ -110,7 +110,7 @@ def test_samples_a_second(benchmark, cpu_environment, loaded):
         return dict(batch)
 
     ways = {
-        "cdistill": (ours, TellingCollator(PaddingCollator(encoder.pad_token_id))),
+        "cdistill": (ours, BadSampleCollator(PaddingCollator(encoder.pad_token_id))),
         "transformers' processor, without labels": (plain, processed),
         "PIL alone": (Images(folder), lambda images: torch.from_numpy(np.stack(images))),
     }

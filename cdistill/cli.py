@@ -13,7 +13,7 @@ from cdistill import __version__, demo
 from cdistill.data import command as data
 from cdistill.eval import command as evaluation
 from cdistill.plan import command as planning
-from cdistill.runtime.errors import RunError, tell
+from cdistill.runtime.errors import RunError, print_error
 from cdistill.runtime.launch import environment
 
 
@@ -153,10 +153,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
     except ValueError as error:
-        tell(error)
+        print_error(error)
         return 2
     except RunError as error:
-        return tell(error)
+        return print_error(error)
     except KeyboardInterrupt:
         print("cdistill: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -18,7 +18,7 @@ from survive_runs import ROOT, Forks
 
 from cdistill.runtime import checkpoints
 from cdistill.runtime.signals import stop_on_signals
-from cdistill.train import stages
+from cdistill.train import run_folder
 from cdistill.train.recipes import recipe_from_dict
 
 STAGES = ("1-dpt", "2-dft")
@@ -421,7 +421,7 @@ def test_a_begun_output_folder_can_be_used(tmp_path):
     (tmp_path / "recipe.yaml.part").touch()
     recipe = recipe_from_dict(recipe_values(tmp_path, Path("models")))
     for resume in (False, True):
-        stages._check_output(recipe, tmp_path, resume)
+        run_folder.check_output(recipe, tmp_path, resume)
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ValueError, match="is not empty and holds no run"):
-        stages._check_output(recipe, tmp_path, True)
+        run_folder.check_output(recipe, tmp_path, True)

@@ -26,6 +26,7 @@ from cdistill.train import cache, run
 from cdistill.train.alignment import vat_of
 from cdistill.train.build import build_models
 from cdistill.train.recipes import recipe_to_dict
+from cdistill.train.resolve import resolve
 from cdistill.train.teacher import Teacher
 
 
@@ -126,9 +127,8 @@ def two(models, kept, ranks, tmp_path_factory):
 
 def read_stage(recipe, folder):
     models = build_models(recipe)
-    index = len(recipe.stages) - 1
-    vat = vat_of(recipe, recipe.stage[recipe.stages[index]].objective, models)
-    return cache.StageCache(folder, cache.fingerprint(recipe, index, models, vat))
+    stage = resolve(recipe).stages[-1]
+    return cache.StageCache(folder, cache.fingerprint(stage, models, vat_of(stage, models)))
 
 
 @pytest.mark.parametrize("name", ["plain", "zero3"])
@@ -330,7 +330,8 @@ def test_what_a_cache_is_made_of(models, tmp_path, monkeypatch):
     def facts(index=0, **changes):
         recipe = cached(tmp_path / "run", tmp_path / "models", tmp_path / "cache", **changes)
         built = build_models(recipe)
-        return cache.fingerprint(recipe, index, built, vat_of(recipe, recipe.stages[index], built))
+        stage = resolve(recipe).stages[index]
+        return cache.fingerprint(stage, built, vat_of(stage, built))
 
     mine = facts(stages=["dft"])
     again = facts(1, stages=["sft", "dft"], stage__dft__data={"turns": 2, "seed": 0})
@@ -352,12 +353,12 @@ def test_what_a_cache_is_made_of(models, tmp_path, monkeypatch):
     built.student.resize_token_embeddings(70)
     built.teacher.config.text_config.vocab_size = 80
     recipe = cached(tmp_path / "run", tmp_path / "models", tmp_path / "cache", stages=["dft"])
-    assert cache.fingerprint(recipe, 0, built, None)["vocabulary"] == 70
+    assert cache.fingerprint(resolve(recipe).stages[0], built, None)["vocabulary"] == 70
     built.reader = object()
     (tmp_path / "models" / "base" / "preprocessor_config.json").write_text("{}")
-    assert list(cache.fingerprint(recipe, 0, built, None)["student.base"]) == ["preprocessor_config.json"]
+    assert list(cache.fingerprint(resolve(recipe).stages[0], built, None)["student.base"]) == ["preprocessor_config.json"]
     (tmp_path / "models" / "teacher" / "preprocessor_config.json").write_text("{}")
-    found = cache.fingerprint(recipe, 0, built, None)
+    found = cache.fingerprint(resolve(recipe).stages[0], built, None)
     assert not found["student.base"] and "preprocessor_config.json" in found["teacher"]
 
 
@@ -384,8 +385,8 @@ def test_samples_without_labels(models, tmp_path, monkeypatch, rows):
 
     made = stages.stage_dataset
 
-    def dataset(recipe, index, models):
-        data, collate = made(recipe, index, models)
+    def dataset(stage, models):
+        data, collate = made(stage, models)
         return Answers(data, {0, 2, 3}), collate
 
     monkeypatch.setattr(stages, "stage_dataset", dataset)

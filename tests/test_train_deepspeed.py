@@ -168,8 +168,8 @@ class Mixed(torch.utils.data.Dataset):
 def run_mixed(recipe):
     make = stages.stage_dataset
 
-    def mixed(recipe, index, models):
-        images, collate = make(recipe, index, models)
+    def mixed(stage, models):
+        images, collate = make(stage, models)
         texts = BuiltinDataset(
             BuiltinTask(modality="text", turns=2), size=len(images), seed=5, tokenizer=models.tokenizer
         )

@@ -19,7 +19,7 @@ from cdistill.train import run
 from cdistill.train.build import build_models
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES
-from cdistill.train.stages import stage_folders
+from cdistill.train.run_folder import stage_folders
 from cdistill.vat import VAT, VATConfig
 
 

@@ -12,12 +12,14 @@ from test_train_stages import Start, batch_of_three, part, same, weights
 from torch._dynamo.utils import counters
 
 from cdistill.builtin.dataset import BuiltinDataset
+from cdistill.train import resolve as train_resolve
 from cdistill.train import run, stages
 from cdistill.train.build import build_models, compile_layers
 from cdistill.train.config import LoRAConfig
 from cdistill.train.data import stage_dataset
 from cdistill.train.distillation import distill
 from cdistill.train.lora import add_lora, merged_state
+from cdistill.train.resolve import resolve
 from cdistill.vat import VATConfig
 
 LORA = {"r": 4, "alpha": 16, "dropout": 0.0}
@@ -134,7 +136,7 @@ def test_grouped_stages_see_the_same_samples_in_another_order(models, tmp_path):
     recipes = [
         make_recipe(tmp_path / "run", models, group_by="length" if on else None, **options) for on in (False, True)
     ]
-    plain, grouped = (stage_dataset(recipe, 0, build_models(recipe))[0] for recipe in recipes)
+    plain, grouped = (stage_dataset(resolve(recipe).stages[0], build_models(recipe))[0] for recipe in recipes)
     ids = [[tuple(data[i]["input_ids"].tolist()) for i in range(32)] for data in (plain, grouped)]
     assert ids[0] != ids[1] and sorted(ids[0]) == sorted(ids[1])
     assert isinstance(plain, BuiltinDataset)
@@ -149,7 +151,7 @@ def test_fp16_scales_its_loss_dynamically(models, tmp_path, monkeypatch):
 
     monkeypatch.setattr(CPU_Accelerator, "is_fp16_supported", lambda self: True)
     monkeypatch.setattr(CPU_Accelerator, "supported_dtypes", lambda self: [torch.float, torch.half])
-    monkeypatch.setattr(stages, "precision_of", lambda recipe: "fp16")
+    monkeypatch.setattr(train_resolve, "precision_of", lambda recipe: "fp16")
     make = stages.deepspeed_config
 
     def large(*arguments, **options):

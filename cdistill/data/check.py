@@ -56,7 +56,7 @@ class _Good:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class _Scanned:
     """What a process found in a chunk: images of the readable records, how many of these have none, and the records."""
 
     images: int
@@ -131,8 +131,8 @@ def check(
         for start in range(0, len(source), CHUNK)
     ]
     looked = _look_at_all(sources, tasks, workers or len(os.sched_getaffinity(0)), folders, encoder)
-    for (k, start, stop), seen in zip(tasks, looked, strict=True):
-        for bad in tallies[k].add(start, seen):
+    for (k, start, stop), scanned in zip(tasks, looked, strict=True):
+        for bad in tallies[k].add(start, scanned):
             on_bad(sources[k], bad)
         progress(stop - start)
     for tally in tallies:
@@ -149,13 +149,13 @@ class _Tally:
         self._contents: dict[int, int] = {}
         self._names: set[int] = set()
 
-    def add(self, start: int, seen: _Seen) -> Iterator[Bad]:
+    def add(self, start: int, scanned: _Scanned) -> Iterator[Bad]:
         """Count a chunk; gives its bad records."""
         totals = self.totals
-        totals.samples += len(seen.records)
-        totals.images += seen.images
-        totals.text_only += seen.text_only
-        for index, record in enumerate(seen.records, start):
+        totals.samples += len(scanned.records)
+        totals.images += scanned.images
+        totals.text_only += scanned.text_only
+        for index, record in enumerate(scanned.records, start):
             if isinstance(record, _Good):
                 record = self._unless_repeated(index, record)
             if isinstance(record, Bad):
@@ -194,8 +194,8 @@ def _look_at_all(
     workers: int,
     folders: Sequence[str],
     encoder: Encoder | None,
-) -> Iterator[_Seen]:
-    """What is seen in every chunk, in order."""
+) -> Iterator[_Scanned]:
+    """What is scanned in every chunk, in order."""
     if workers == 1 or len(tasks) < 2:
         for k, start, stop in tasks:
             yield look(sources[k], start, stop, folders, encoder)
@@ -230,14 +230,16 @@ def _end_with(process: Any) -> None:
     os._exit(1)
 
 
-def _work(task: tuple[int, int, int]) -> _Seen:
+def _work(task: tuple[int, int, int]) -> _Scanned:
     k, start, stop = task
     sources, folders, encoder = _given
     return look(sources[k], start, stop, folders, encoder)
 
 
-def look(source: Source, start: int, stop: int, folders: Sequence[str] = (), encoder: Encoder | None = None) -> _Seen:
-    """What is seen in some records of a source without regard to the others."""
+def look(
+    source: Source, start: int, stop: int, folders: Sequence[str] = (), encoder: Encoder | None = None
+) -> _Scanned:
+    """What is scanned in some records of a source without regard to the others."""
     images = text_only = 0
     records: list[_Good | Bad] = []
     for index in range(start, stop):
@@ -255,7 +257,7 @@ def look(source: Source, start: int, stop: int, folders: Sequence[str] = (), enc
             except BadSampleError as error:
                 record = Bad(sample.id, sample.place, error.reason, error.detail)
         records.append(record)
-    return _Seen(images, text_only, records)
+    return _Scanned(images, text_only, records)
 
 
 def _bad(source: Source, index: int, error: BadSampleError) -> Bad:

@@ -34,7 +34,7 @@ class Encoded:
     images: dict[str, Tensor]
 
 
-class _Seen(NamedTuple):
+class _ImageParts(NamedTuple):
     """Images as a processor sees them: the tokens (and their types) that each stands for, and the tensors of all."""
 
     tokens: list[list[int]]
@@ -109,8 +109,8 @@ class Encoder:
     def _fit(self, ids: list[int], labelled: np.ndarray, images: list[Image.Image]) -> Encoded:
         """Put tokens in place of the marks, and shorten the sample until it fits."""
         while True:
-            seen = self._see(images)
-            origins, tokens, types = self._expand(ids, seen)
+            visual = self._image_parts(images)
+            origins, tokens, types = self._expand(ids, visual)
             answers = labelled[origins]
             answers[:1] = False  # no token precedes it that could predict it
             limit = len(tokens) if self.max_length is None else min(self.max_length, len(tokens))
@@ -126,12 +126,14 @@ class Encoder:
             images = images[:kept]  # again: what an image becomes may depend on how many there are
         input_ids = torch.tensor(tokens[:limit])
         labels = input_ids.where(torch.from_numpy(answers[:limit]), IGNORE_INDEX)
-        return Encoded(input_ids, labels, {name: torch.tensor(of[:limit]) for name, of in types.items()}, seen.tensors)
+        return Encoded(
+            input_ids, labels, {name: torch.tensor(of[:limit]) for name, of in types.items()}, visual.tensors
+        )
 
-    def _see(self, images: list[Image.Image]) -> _Seen:
+    def _image_parts(self, images: list[Image.Image]) -> _ImageParts:
         """What the processor makes of the images of one sample."""
         if not images:
-            return _Seen([], {name: [] for name in self._types}, {})
+            return _ImageParts([], {name: [] for name in self._types}, {})
         between = self.tokenizer.eos_token or self.tokenizer.pad_token
         marks = between.join([self.template.image_token or ""] * len(images))
         for image in images:
@@ -144,19 +146,19 @@ class Encoder:
         cuts = [-1, *(i for i, token in enumerate(ids) if token == separator), len(ids)]
         types = {name: made.pop(name)[0].tolist() for name in TOKEN_TYPES if name in made}
         parts = {name: [of[a + 1 : b] for a, b in pairwise(cuts)] for name, of in {"ids": ids, **types}.items()}
-        return _Seen(parts.pop("ids"), parts, {name: torch.as_tensor(value) for name, value in made.items()})
+        return _ImageParts(parts.pop("ids"), parts, {name: torch.as_tensor(value) for name, value in made.items()})
 
-    def _expand(self, ids: list[int], seen: _Seen) -> tuple[list[int], list[int], dict[str, list[int]]]:
+    def _expand(self, ids: list[int], visual: _ImageParts) -> tuple[list[int], list[int], dict[str, list[int]]]:
         """Tokens with images in place of their marks: the index in ``ids`` that each comes from, their ids and types."""
         origins: list[int] = []
         tokens: list[int] = []
-        types: dict[str, list[int]] = {name: [] for name in seen.types}
-        images = iter(range(len(seen.tokens)))
+        types: dict[str, list[int]] = {name: [] for name in visual.types}
+        images = iter(range(len(visual.tokens)))
         for i, token in enumerate(ids):
             image = next(images) if token == self._image_id else None
-            tokens += [token] if image is None else seen.tokens[image]
+            tokens += [token] if image is None else visual.tokens[image]
             for name, of in types.items():
-                of += [0] if image is None else seen.types[name][image]
+                of += [0] if image is None else visual.types[name][image]
             origins += [i] * (len(tokens) - len(origins))
         return origins, tokens, types
 
@@ -169,7 +171,7 @@ class Encoder:
             self(messages, [])
             return
         images = [Image.new("RGB", (64, 48)), Image.new("RGB", (48, 64))]
-        self._types = tuple(self._see(images).types)
+        self._types = tuple(self._image_parts(images).types)
         self(messages, images)
         asked = Message("user", (Mark.IMAGE, "See?", Mark.IMAGE))
         found = self([asked, messages[-1]], images)

@@ -98,7 +98,7 @@ class SampleDataset(Dataset):
         return next((i for i in candidates if self._has_image[i] == self._has_image[index]), candidates[0])
 
 
-class TellingCollator:
+class BadSampleCollator:
     """Puts what was left out for the samples of a batch into it, under `BAD`, if anything was.
 
     Args:

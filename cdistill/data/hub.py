@@ -56,12 +56,12 @@ def load_hub(path: str, *, config: str | None = None, split: str = "train", stre
         ValueError: it is none of these, cannot be read, or has no such split.
         OSError: the hub cannot be reached.
     """
-    with _told(path):
+    with _one_line_errors(path):
         return _load(path, config, split, streaming)
 
 
 @contextmanager
-def _told(path: str) -> Iterator[None]:
+def _one_line_errors(path: str) -> Iterator[None]:
     """What ``datasets`` and Arrow say of a file that cannot be read, as a ValueError of one line."""
     import datasets
 
@@ -71,8 +71,8 @@ def _told(path: str) -> Iterator[None]:
         raise
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetsError) else None
-        told = " ".join(str(cause or error).split())
-        raise ValueError(told if path in told else f"{path} cannot be read: {told}") from error
+        message = " ".join(str(cause or error).split())
+        raise ValueError(message if path in message else f"{path} cannot be read: {message}") from error
 
 
 def _load(path: str, config: str | None, split: str, streaming: bool) -> Any:
@@ -237,7 +237,7 @@ class HubDataset:
             # Not iter(): in a worker process it would give a share of the rows, or none.
             self._stream, self._index = (_row(rows) for rows in self._data.iter(1)), -1
         while self._index < index:
-            with _told(self.name):
+            with _one_line_errors(self.name):
                 row = next(self._stream, None)
             if row is None:
                 self._length = self._index + 1

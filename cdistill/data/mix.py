@@ -16,6 +16,7 @@ from cdistill.data import strict_yaml
 from cdistill.data.hub import HUB, HubDataset, is_saved, load_hub
 from cdistill.data.images import Roots
 from cdistill.data.llava import LlavaJson
+from cdistill.data.registry import names_reader, open_registered
 from cdistill.data.samples import FIRST_RECORDS, Sample, Sizes, Source, Unread
 from cdistill.data.shards import TarShards
 
@@ -43,8 +44,9 @@ def open_source(
 
     Args:
         path: a file of LLaVA's JSON or JSON Lines; a tar, a folder or pattern of tars (`TarShards`); a file, glob or
-            folder of parquet, Arrow or CSV, a folder of ``save_to_disk``, ``hf:owner/name`` (`load_hub`); or a mix
-            (``.yaml``, see `open_mix`). JSON is read by ``datasets`` where columns are given or it is streamed.
+            folder of parquet, Arrow or CSV, a folder of ``save_to_disk``, ``hf:owner/name`` (`load_hub`); a mix (``.yaml``,
+            see `open_mix`); or ``NAME:REST`` for a reader of others (`cdistill.data.register_reader`). JSON is read by
+            ``datasets`` where columns are given or it is streamed.
         images: where names of images start from, or a folder for each first part of the names (`resolve_image`); by
             default the folder of the file.
         columns: see `HubDataset`.
@@ -59,11 +61,14 @@ def open_source(
     Raises:
         ValueError: there is nothing at the path, nothing that can be read, or an option that its reader has not.
     """
+    rows = {"columns": columns, "config": config, "split": split, "streaming": streaming or None, "size": size}
+    registered = open_registered(path, images=images, allow_urls=allow_urls, **rows)
+    if registered is not None:
+        return registered
     suffix = os.path.splitext(path)[1].lower()
     if suffix in _PICKLES:
         raise ValueError(f"pickles are never loaded: {path}; save the set as JSON, parquet or tar")
     is_tar = suffix in (".tar", ".tgz") or ".tar." in os.path.basename(path).lower()
-    rows = {"columns": columns, "config": config, "split": split, "streaming": streaming or None, "size": size}
     given = [option for option, value in rows.items() if value is not None]
     title = name or _title(path)
     if path.startswith(HUB) or is_saved(path) or suffix in _ROWS or _holds(path, "**/*.parquet") or given:
@@ -245,7 +250,8 @@ def _part(entry: Any, folder: Path, seed: int, number: int) -> Part:
     if os.path.splitext(entry.path)[1].lower() in _MIX:
         raise ValueError(f"a mix holds no mixes, got {entry.path}")
     options = {name: getattr(entry, name) for name in known if name not in ("path", "weight", "cap", "images")}
-    path = entry.path if entry.path.startswith(HUB) else str(folder / entry.path)
+    elsewhere = entry.path.startswith(HUB) or names_reader(entry.path)
+    path = entry.path if elsewhere else str(folder / entry.path)
     images: Any = entry.images
     if isinstance(images, str):
         images = str(folder / images)

@@ -78,7 +78,7 @@ def read_record(record: Any, find: FindImage, *, id: str, place: str, beside: li
     """
     if not isinstance(record, Mapping):
         raise BadSampleError("not a record", f"{place}: an object is expected, got {_kind(record)}")
-    with at(place):
+    with naming_place(place):
         said = _read(record, beside)
         check_messages(said.messages, len(said.images))
         images = tuple(find(value) for value in said.images)
@@ -87,7 +87,7 @@ def read_record(record: Any, find: FindImage, *, id: str, place: str, beside: li
 
 
 @contextmanager
-def at(place: str) -> Iterator[None]:
+def naming_place(place: str) -> Iterator[None]:
     """Every BadSampleError says where its sample stands."""
     try:
         yield

@@ -19,7 +19,7 @@ import numpy as np
 
 from cdistill.data.files import KnownFile, is_odd, leaves_folder
 from cdistill.data.images import MAX_BYTES, named_format
-from cdistill.data.records import ANSWERS, CAPTIONS, TURNS, at, measure, read_record
+from cdistill.data.records import ANSWERS, CAPTIONS, TURNS, measure, naming_place, read_record
 from cdistill.data.samples import FIRST_RECORDS, BadSampleError, ImageBytes, Sample, Sizes, Unread
 from cdistill.data.scan import LONGEST_RECORD, parse
 
@@ -83,7 +83,7 @@ class TarShards:
         """
         file, key = self._files[self._shards[index]], self._key(index)
         texts = {split_name(self._names[member])[1]: member for member in self._members(index)}
-        with at(self.place(index)):
+        with naming_place(self.place(index)):
             found = self._text(file, texts["json"]) if "json" in texts else None
             record: dict[str, Any] = {"id": key} | (found if isinstance(found, dict) else {})
             if "txt" in texts:

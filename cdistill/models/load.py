@@ -69,6 +69,14 @@ def load_model(
     return _load(auto, folder, key, dtype, attention)
 
 
+def load_structure(folder: Path, key: str) -> Model:
+    """The model whose configuration a folder holds, on the meta device: no weights are read, and none need be there."""
+    config = load_config(folder, key)
+    auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    with torch.device("meta"):
+        return auto.from_config(config, attn_implementation="sdpa")
+
+
 def load_for_evaluation(reference: str, key: str) -> Model:
     """Model of a folder or ``builtin:NAME`` in eval mode, on a GPU if any. Raises ValueError naming ``key``."""
     model = load_model(resolve_folder(reference, key), key)

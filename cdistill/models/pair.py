@@ -113,11 +113,11 @@ def _check_visual_tokens(student: Llava, teacher: Llava) -> None:
     ours, theirs = visual_tokens(student.config), visual_tokens(teacher.config)
     if ours != theirs:
         raise ValueError(
-            f"visual tokens of an image differ: student {_told(ours, student)}, teacher {_told(theirs, teacher)}"
+            f"visual tokens of an image differ: student {_described(ours, student)}, teacher {_described(theirs, teacher)}"
         )
 
 
-def _told(tokens: VisualTokens | None, model: Llava) -> str:
+def _described(tokens: VisualTokens | None, model: Llava) -> str:
     config: Any = model.config
     how = f"{config.vision_config.model_type}, {config.vision_feature_select_strategy}"
     if tokens is None:

@@ -31,9 +31,9 @@ from cdistill.plan.footprint import (
     patch_footprint,
 )
 from cdistill.runtime.zero import BUCKET
-from cdistill.train.build import check_batches
 from cdistill.train.config import Recipe, StageConfig
 from cdistill.train.objectives import OBJECTIVES, Objective
+from cdistill.train.resolve import check_batches
 from cdistill.vat import VAT, attention_layers, layer_range
 
 Bytes = dict[str, int]

@@ -43,7 +43,7 @@ class Stopped(RunError):
         self.exit_code = 128 + number
 
 
-def tell(error: ValueError | RunError) -> int:
+def print_error(error: ValueError | RunError) -> int:
     """Print an error in one line, unless another process does or has; returns the exit code of a failed rank."""
     silent = isinstance(error, Stopped) or (isinstance(error, AgreedError) and os.environ.get("RANK", "0") != "0")
     if not silent:

@@ -9,28 +9,32 @@ from torch.utils.data import DataLoader
 from cdistill.data.dataset import BAD
 from cdistill.models.load import Model
 from cdistill.train.build import Models
-from cdistill.train.config import Recipe
+from cdistill.train.config import VATOptions
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES
+from cdistill.train.resolve import Stage
 from cdistill.vat import VAT, attention_layers
 
 
-def vat_of(recipe: Recipe, objective: str, models: Models) -> VAT | None:
+def vat_of(stage: Stage, models: Models) -> VAT | None:
     """The alignment of a stage whose layers need not be measured, if it has one."""
-    if not recipe.aligns(objective):
+    if not stage.aligns:
         return None
-    return VAT(recipe.vat, attention_layers(models.student), attention_layers(models.teacher))
+    return VAT(stage.recipe.vat, attention_layers(models.student), attention_layers(models.teacher))
 
 
 def make_vat(
-    recipe: Recipe, layers: tuple[tuple[int, ...], tuple[int, ...]], student: Model, teacher: Any, batches: DataLoader
+    config: VATOptions,
+    layers: tuple[tuple[int, ...], tuple[int, ...]],
+    student: Model,
+    teacher: Any,
+    batches: DataLoader,
 ) -> VAT:
-    """The alignment of attention ``layers`` (student's, teacher's) by a recipe; ``teacher`` is asked for adaptive matching."""
-    config = recipe.vat
+    """The alignment of attention ``layers`` (student's, teacher's); ``teacher`` is asked for adaptive matching."""
     if config.matching != "adaptive":
         return VAT(config, *layers)
     measured = VAT.measure(config, *layers)
-    wanted = math.ceil(recipe.vat.measure_samples / (batches.batch_size or 1))
+    wanted = math.ceil(config.measure_samples / (batches.batch_size or 1))
     probe = VAT(replace(config, matching="group"), *layers)
     model = DistillationModel(student, OBJECTIVES["dft"], teacher=teacher, vat=probe)
     for _, batch in zip(range(wanted), batches, strict=False):

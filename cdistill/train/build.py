@@ -7,17 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from cdistill.builtin.dataset import build_tokenizer
 from cdistill.data.samples import IMAGE_TOKEN, Source
-from cdistill.models.llava import Llava, compose, visual_tokens
+from cdistill.models.llava import Llava, visual_tokens
 from cdistill.models.load import (
     DTYPES,
     Model,
-    load_config,
-    load_encoder,
-    load_model,
     load_multimodal,
     load_tokenizer,
     resolve_folder,
@@ -31,12 +28,11 @@ from cdistill.models.processor import (
     build_processor,
     check_image_processors,
     has_image_processor,
-    image_pixels,
-    load_image_processor,
     load_processor,
 )
-from cdistill.models.taf import TAFAdapter
 from cdistill.train.config import Recipe, StudentConfig
+from cdistill.train.resolve import precision_of
+from cdistill.train.student import Vocabulary, folders_of, make_student, set_visual_tokens
 from cdistill.train.teacher import quantized
 from cdistill.vat import VAT, attention_layers
 
@@ -71,10 +67,12 @@ def build_models(recipe: Recipe) -> Models:
         assert recipe.teacher is not None
         folder = resolve_folder(recipe.teacher, "teacher")
         teacher, teacher_tokenizer = _load_teacher(recipe, folder), load_tokenizer(folder, "teacher")
-    student, tokenizer = _build_student(recipe.student, recipe.seed, teacher, teacher_tokenizer)
+    tokenizer = _tokenizer(recipe.student, teacher_tokenizer)
+    vocabulary = Vocabulary(len(tokenizer), _image_token(tokenizer, teacher), _special(tokenizer))
+    student = make_student(recipe.student, teacher, vocabulary, seed=recipe.seed)
     if teacher is not None:
         check_pair(student, teacher)
-        check_image_processors({"teacher": folder, **_student_folders(recipe)})
+        check_image_processors({"teacher": folder, **folders_of(recipe.student)})
         if isinstance(teacher, Llava):
             _set_visual_tokens(teacher, "teacher", folder)
     check_objectives(recipe, student, teacher)
@@ -92,17 +90,6 @@ def build_models(recipe: Recipe) -> Models:
     if teacher is not None and recipe.teacher_memory.cache is not None:
         teacher.to("meta")  # what is left to ask of it stands in its configuration
     return models
-
-
-def precision_of(recipe: Recipe) -> str:
-    """The number format the recipe asks for on this machine. Raises ValueError for fp16 on CPU."""
-    if recipe.precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("precision fp16 needs a GPU; use fp32 or bf16 on CPU")
-    if recipe.precision != "auto":
-        return recipe.precision
-    if not torch.cuda.is_available():
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def _load_teacher(recipe: Recipe, folder: Path) -> Model:
@@ -123,14 +110,14 @@ def _processor(recipe: Recipe, student: Model, tokenizer: PreTrainedTokenizerBas
     if not has_vision(student):
         return tokenizer
     if student.config.model_type not in COMPOSITIONS:
-        return ProcessorFiles(list(_student_folders(recipe).values())[:1], "student.base")
+        return ProcessorFiles(list(folders_of(recipe.student).values())[:1], "student.base")
     try:
         source = _processor_folder(recipe)
         _set_visual_tokens(student, "student", source)
         if visual_tokens(student.config) is None:
             if source is None:
                 raise ValueError(
-                    f"student: preprocessor_config.json is missing in {', '.join(map(str, _folders(recipe)))}"
+                    f"student: preprocessor_config.json is missing in {', '.join(map(str, _folders(recipe).values()))}"
                 )
             return ProcessorFiles([source], "student")
         return build_processor(student.config, tokenizer, "student", source=source)
@@ -141,47 +128,19 @@ def _processor(recipe: Recipe, student: Model, tokenizer: PreTrainedTokenizerBas
         return tokenizer
 
 
-def _folders(recipe: Recipe) -> list[Path]:
+def _folders(recipe: Recipe) -> dict[str, Path]:
     """Folders that an image processor may be taken from, the first that has one first."""
-    folders = list(_student_folders(recipe).values())
-    if recipe.needs_teacher:
-        assert recipe.teacher is not None
-        folders.append(resolve_folder(recipe.teacher, "teacher"))
-    return folders
+    return folders_of(recipe.student, recipe.teacher if recipe.needs_teacher else None)
 
 
 def _processor_folder(recipe: Recipe) -> Path | None:
-    return next((folder for folder in _folders(recipe) if has_image_processor(folder)), None)
-
-
-def set_visual_tokens(config: Any, key: str, folder: Path | None) -> str | None:
-    """Let a LLaVA's configuration say how many visual tokens an image really becomes, with the image processor in a folder.
-
-    Returns a line about it if it said otherwise. Raises ValueError if the encoder does not take the processor's images.
-    """
-    size = None
-    if folder is not None and has_image_processor(folder) and visual_tokens(config) is not None:
-        size = image_pixels(load_image_processor(folder, key), config.vision_config)
-    try:
-        tokens = visual_tokens(config, size)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
-    if tokens is None or tokens.total == config.image_seq_length:
-        return None
-    said, config.image_seq_length = config.image_seq_length, tokens.total
-    return f"{key}: its config.json says image_seq_length {said}, its images become {tokens.total} visual tokens"
+    return next((folder for folder in _folders(recipe).values() if has_image_processor(folder)), None)
 
 
 def _set_visual_tokens(model: Llava, key: str, folder: Path | None) -> None:
     line = set_visual_tokens(model.config, key, folder)
     if line is not None:
         print(f"{line}: {model.config.image_seq_length} is taken", flush=True)  # type: ignore[attr-defined]
-
-
-def _student_folders(recipe: Recipe) -> dict[str, Path]:
-    """Folders that the student's parts come from, by key of the recipe."""
-    references = {"student.base": recipe.student.base, "student.vision": recipe.student.vision}
-    return {key: resolve_folder(reference, key) for key, reference in references.items() if reference is not None}
 
 
 def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> None:
@@ -209,88 +168,29 @@ def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> N
                 )
 
 
-def _build_student(
-    config: StudentConfig, seed: int, teacher: Llava | None, teacher_tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[Model, PreTrainedTokenizerBase]:
-    language: Model = None
+def _tokenizer(config: StudentConfig, teachers: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of both models. It knows the image token if the student sees images through an encoder of its own."""
+    tokenizer = teachers or build_tokenizer()
     if config.base is not None:
-        folder = resolve_folder(config.base, "student.base")
-        language, tokenizer = load_model(folder), load_tokenizer(folder, "student.base")
-        if teacher_tokenizer is not None:
-            _check_vocabularies(tokenizer, teacher_tokenizer)
-            tokenizer = teacher_tokenizer  # the same, and it knows the image token
-        if has_vision(language):
-            check_same_kind(config, language)
-            return language, tokenizer
-        text = language.config
-    else:
-        tokenizer = teacher_tokenizer or build_tokenizer()
-        text = fresh_config(config.text_config, "student.text_config", vocab_size=len(tokenizer), **_special(tokenizer))
-    source: Model = teacher
-    encoder: Model = None
-    if teacher is not None and not isinstance(teacher, Llava):
-        raise ValueError(
-            f"student.base must be a {teacher.config.model_type} model, like the teacher: only a LLaVA's vision encoder can be "
-            "put before another language model"
-        )
-    if not config.taf and config.vision is not None:
-        folder = resolve_folder(config.vision, "student.vision")
-        source = load_multimodal(folder, "student.vision") if holds_llava(folder, "student.vision") else None
-        encoder = load_encoder(folder, "student.vision") if source is None else None
-    torch.manual_seed(seed)  # after loading, which may or may not draw random numbers
-    if config.vision_config is not None:
-        vision = fresh_config(config.vision_config, "student.vision_config")
-        source = None
-    elif encoder is not None:
-        vision = encoder.config
-    elif source is not None:
-        vision, encoder = source.config.vision_config, source.model.vision_tower
-    else:
-        return _with_vocabulary(language or AutoModelForCausalLM.from_config(text), tokenizer), tokenizer
-    if IMAGE_TOKEN not in tokenizer.get_vocab() and teacher is None:
+        tokenizer = load_tokenizer(resolve_folder(config.base, "student.base"), "student.base")
+        if teachers is not None:
+            _check_vocabularies(tokenizer, teachers)
+            tokenizer = teachers  # the same, and it knows the image token
+    sees = config.vision is not None or config.vision_config is not None
+    if teachers is None and sees and IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]})
-    student: Model = compose(
-        vision,
-        text,
-        image_token_id=int(teacher.config.image_token_id if teacher else tokenizer.get_vocab()[IMAGE_TOKEN]),  # type: ignore[attr-defined]
-        source=source,
-        teacher=teacher if config.taf else None,
-        taf_activation=config.taf_activation,
-    )
-    if encoder is not None:
-        student.model.vision_tower.load_state_dict(encoder.state_dict())
-    if language is not None:
-        student.model.language_model.load_state_dict(language.model.state_dict())
-        student.lm_head.load_state_dict(language.lm_head.state_dict())
-        student.generation_config.eos_token_id = language.generation_config.eos_token_id
-    return _with_vocabulary(student, tokenizer), tokenizer
+    return tokenizer
 
 
-def holds_llava(folder: Path, key: str) -> bool:
-    """Whether a folder holds a LLaVA, and not a vision encoder alone."""
-    return load_config(folder, key).model_type in COMPOSITIONS
+def _image_token(tokenizer: PreTrainedTokenizerBase, teacher: Model | None) -> int:
+    """The id of a visual token, -1 of a student that sees no images."""
+    if isinstance(teacher, Llava):
+        return int(teacher.config.image_token_id)  # type: ignore[attr-defined]
+    return int(tokenizer.get_vocab().get(IMAGE_TOKEN, -1))
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
-    return {
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-    }
-
-
-def _with_vocabulary(model: Model, tokenizer: PreTrainedTokenizerBase) -> Model:
-    if model.get_input_embeddings().weight.shape[0] < len(tokenizer):
-        model.resize_token_embeddings(len(tokenizer))
-    return model
-
-
-def check_same_kind(config: StudentConfig, model: Llava) -> None:
-    if config.vision is not None or config.vision_config is not None:
-        raise ValueError("student.vision and student.vision_config must be null: student.base already has an encoder")
-    if isinstance(getattr(model.model, "multi_modal_projector", None), TAFAdapter) != config.taf:
-        kind = "was made without" if config.taf else "was made with"
-        raise ValueError(f"student.taf must be {str(not config.taf).lower()}: student.base {kind} it")
+    return {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
 
 
 def _check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
@@ -308,37 +208,10 @@ def _check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedTok
         raise ValueError(f"vocabularies differ: {len(extra)} tokens of the teacher are unknown to the student")
 
 
-def fresh_config(values: dict[str, Any] | None, key: str, **defaults: Any) -> PretrainedConfig:
-    assert values is not None
-    values = {**defaults, **values}
-    kind = values.pop("model_type")
-    try:
-        config = AutoConfig.for_model(kind)
-    except ValueError:
-        raise ValueError(f"{key}.model_type is not a model type of transformers: {kind!r}") from None
-    if "vision_config" in config.sub_configs:
-        config = config.vision_config  # type: ignore[attr-defined]
-    unknown = [name for name in values if not hasattr(config, name)]
-    if unknown:
-        raise ValueError(f"{key}.{unknown[0]} is not a field of {type(config).__name__}")
-    return type(config)(**values)
-
-
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Numbers of trained and of all parameters."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
-
-
-def check_batches(recipe: Recipe, world: int) -> None:
-    """Raise ValueError unless the global batches can be split among ``world`` processes."""
-    for name in dict.fromkeys(recipe.stages):
-        stage = recipe.stage[name]
-        if stage.global_batch_size % (world * (stage.micro_batch_size or 1)):
-            raise ValueError(
-                f"stage.{name}.global_batch_size must be a multiple of {world} processes x micro_batch_size "
-                f"{stage.micro_batch_size or 1}, got {stage.global_batch_size}"
-            )
 
 
 def checkpoint_activations(student: Model, *, reentrant: bool) -> None:

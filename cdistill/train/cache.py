@@ -36,12 +36,12 @@ from cdistill.runtime.collectives import naming_lost_peers, on_first_process
 from cdistill.runtime.errors import Stopped
 from cdistill.runtime.zero import is_partitioned
 from cdistill.train.alignment import vat_of
-from cdistill.train.build import Models, build_models, precision_of
+from cdistill.train.build import Models, build_models
 from cdistill.train.config import Recipe, StageConfig
-from cdistill.train.data import stage_dataset, stage_seed
+from cdistill.train.data import stage_dataset
 from cdistill.train.model import DistillationModel
-from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.recipes import recipe_to_dict
+from cdistill.train.resolve import Stage, precision_of, resolve
 from cdistill.train.teacher import hold_teacher
 from cdistill.train.values import first_difference
 from cdistill.vat import VAT
@@ -62,16 +62,17 @@ class Kept(NamedTuple):
     tokens: int  # CRC-32 of its input_ids
 
 
-def stage_cache(recipe: Recipe, index: int) -> Path:
-    """Folder of the stage at a place in the recipe's list."""
-    assert recipe.teacher_memory.cache is not None
-    return Path(recipe.teacher_memory.cache) / f"{index + 1}-{recipe.stages[index]}"
+def stage_cache(stage: Stage) -> Path:
+    """Folder of a stage in the cache that its recipe names."""
+    assert stage.recipe.teacher_memory.cache is not None
+    return Path(stage.recipe.teacher_memory.cache) / stage.label
 
 
-def fingerprint(recipe: Recipe, index: int, models: Models, vat: VAT | None) -> dict[str, Any]:
+def fingerprint(stage: Stage, models: Models, vat: VAT | None) -> dict[str, Any]:
     """All that decides what the teacher gives for the samples of a stage: its own files, the samples, the windows."""
+    recipe, config = stage.recipe, stage.config
     assert recipe.teacher is not None
-    stage, whole = recipe.stage[recipe.stages[index]], recipe_to_dict(recipe)
+    whole = recipe_to_dict(recipe)
     folder = resolve_folder(recipe.teacher, "teacher")
     patterns = ("*.safetensors", "config.json", *FILES)
     files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
@@ -80,7 +81,7 @@ def fingerprint(recipe: Recipe, index: int, models: Models, vat: VAT | None) -> 
         assert recipe.student.base is not None
         base = resolve_folder(recipe.student.base, "student.base")
         reader = [base / name for name in IMAGE_PROCESSORS if (base / name).is_file()]
-    data = whole["stage"][recipe.stages[index]]["data"]
+    data = whole["stage"][stage.name]["data"]
     return {
         "teacher": {str(path.relative_to(folder)): _checksum(path) for path in files},
         "student.base": {path.name: _checksum(path) for path in reader},
@@ -90,12 +91,12 @@ def fingerprint(recipe: Recipe, index: int, models: Models, vat: VAT | None) -> 
         "kd": {"temperature": recipe.kd.temperature},
         "vat": None if vat is None else {key: whole["vat"][key] for key in ("rows", "heads")},
         "windows": [] if vat is None else [[match.student, *match.teachers] for match in vat.matches],
-        "samples": stage.steps * stage.global_batch_size,
-        "seed": stage_seed(recipe, index),
+        "samples": stage.samples,
+        "seed": stage.data_seed,
         "data": {key: value for key, value in data.items() if key != "seed"},
-        "template": _template(models, stage),
+        "template": _template(models, config),
         "group_by": recipe.group_by,
-        "global_batch_size": stage.global_batch_size if recipe.group_by else None,  # it orders the samples
+        "global_batch_size": config.global_batch_size if recipe.group_by else None,  # it orders the samples
     }
 
 
@@ -423,15 +424,15 @@ def write_cache(recipe: Recipe) -> Path:
     """
     if recipe.teacher_memory.cache is None:
         raise ValueError("teacher_memory.cache must name the folder to write")
-    wanted = [i for i, name in enumerate(recipe.stages) if OBJECTIVES[recipe.stage[name].objective].distils]
+    wanted = [stage for stage in resolve(recipe, world=1).stages if stage.objective.distils]
     if not wanted:
         raise ValueError(f"stages {', '.join(recipe.stages)} need no teacher: there is nothing to cache")
     whole = replace(recipe, teacher_memory=replace(recipe.teacher_memory, cache=None))
     if recipe.processes > 1 and not launch.launched():
         with launch.quiet():
             models = build_models(whole)
-            for index in wanted:
-                _begin(recipe, index, models)
+            for stage in wanted:
+                _begin(stage, models)
         del models  # the processes load their own
         _start_processes(recipe)
         return Path(recipe.teacher_memory.cache)
@@ -442,8 +443,8 @@ def write_cache(recipe: Recipe) -> Path:
         if engine or launch.launched():
             launch.init_process_group()
         models = build_models(whole)
-        for index in wanted:
-            _write_stage(recipe, index, models)
+        for stage in wanted:
+            _write_stage(stage, models)
     return Path(recipe.teacher_memory.cache)
 
 
@@ -458,9 +459,9 @@ def _start_processes(recipe: Recipe) -> None:
             raise stopped from None
 
 
-def _begin(recipe: Recipe, index: int, models: Models) -> tuple[CacheWriter, dict[str, Any], Work]:
+def _begin(stage: Stage, models: Models) -> tuple[CacheWriter, dict[str, Any], Work]:
     """The writer of a stage, what its cache is made of, and what is left to do."""
-    stage, folder = recipe.stage[recipe.stages[index]], stage_cache(recipe, index)
+    recipe, folder = stage.recipe, stage_cache(stage)
     columns, top_k = min(_vocabulary(model) for model in (models.student, models.teacher)), recipe.teacher_memory.top_k
     if top_k >= columns:
         raise ValueError(f"teacher_memory.top_k must be below the vocabulary's {columns} tokens, got {top_k}")
@@ -468,19 +469,19 @@ def _begin(recipe: Recipe, index: int, models: Models) -> tuple[CacheWriter, dic
     writer = CacheWriter(folder, top_k=top_k, temperature=recipe.kd.temperature, dtype=dtype)
 
     def begin() -> tuple[dict[str, Any], Work]:
-        facts = fingerprint(recipe, index, models, vat_of(recipe, stage.objective, models))
+        facts = fingerprint(stage, models, vat_of(stage, models))
         return facts, writer.begin(facts)
 
     # All must go by one list: a process that looks later finds what the others have written meanwhile.
     return writer, *on_first_process(begin)
 
 
-def _write_stage(recipe: Recipe, index: int, models: Models) -> None:
-    stage, folder = recipe.stage[recipe.stages[index]], stage_cache(recipe, index)
+def _write_stage(stage: Stage, models: Models) -> None:
+    recipe, folder = stage.recipe, stage_cache(stage)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    vat, precision = vat_of(recipe, stage.objective, models), precision_of(recipe)
-    dataset, collate = stage_dataset(recipe, index, models)
-    writer, facts, work = _begin(recipe, index, models)
+    vat, precision = vat_of(stage, models), precision_of(recipe)
+    dataset, collate = stage_dataset(stage, models)
+    writer, facts, work = _begin(stage, models)
     if work.missing:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         if models.held is None:
@@ -494,10 +495,8 @@ def _write_stage(recipe: Recipe, index: int, models: Models) -> None:
             )
         if getattr(models.held, "module", models.held).shares_vision:
             _send_shared_vision(models.student, device)
-        model = DistillationModel(
-            models.student, OBJECTIVES[stage.objective], teacher=models.held, kd=recipe.kd, vat=vat
-        )
-        batch = stage.micro_batch_size or stage.global_batch_size
+        model = DistillationModel(models.student, stage.objective, teacher=models.held, kd=recipe.kd, vat=vat)
+        batch = stage.config.micro_batch_size or stage.config.global_batch_size
         left = sum(len(samples) for shard in work.missing for samples in work.batches(shard, batch))
         with tqdm(total=left, desc=folder.name, unit="sample", disable=rank > 0, mininterval=1.0) as bar:
             writer.write(

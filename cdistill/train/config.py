@@ -148,8 +148,8 @@ class DataConfig(Keys):
     """Seed of the samples or of their order; null derives it from the recipe's seed and the place of the stage, so that the
     i-th stages of two recipes with the same seed and data see the same samples."""
     path: str | None = None
-    """LLaVA-format JSON or JSON Lines, tar shards, a data set of Hugging Face datasets, or a mix file of several
-    (`cdistill data check` reads them alike); null for the built-in task."""
+    """LLaVA-format JSON or JSON Lines, tar shards, a data set of Hugging Face datasets, a mix file of several, or NAME:REST for
+    a reader of another package (`cdistill data check` reads them alike); null for the built-in task."""
     images: str | dict[str, str] | None = None
     """Folder under which the images lie, or one for each first part of their names."""
     allow_urls: bool = False

@@ -18,46 +18,40 @@ from cdistill.builtin.dataset import (
 )
 from cdistill.data.batches import PackingCollator, PaddingCollator
 from cdistill.data.conversations import Encoded, Encoder
-from cdistill.data.dataset import SampleDataset, TellingCollator
+from cdistill.data.dataset import BadSampleCollator, SampleDataset
 from cdistill.data.grouping import length_grouped, modality_grouped
 from cdistill.data.mix import Order, open_source
 from cdistill.data.samples import IMAGE_TOKEN, Source
 from cdistill.models.load import Model
 from cdistill.train.build import Models
-from cdistill.train.config import DataConfig, Recipe, StageConfig
+from cdistill.train.config import DataConfig
+from cdistill.train.resolve import Stage
 from cdistill.vat import check_packable, packed_position_ids
 
 CHARACTERS_PER_TOKEN, USUAL_VISUAL_TOKENS = 4, 576  # for lengths that are only compared
 
 
-def stage_seed(recipe: Recipe, index: int) -> int:
-    """Seed of the samples of the stage at a place in the recipe's list."""
-    seed = recipe.stage[recipe.stages[index]].data.seed
-    return recipe.seed * 1000 + index if seed is None else seed
-
-
-def stage_dataset(recipe: Recipe, index: int, models: Models) -> tuple[Dataset, Any]:
-    """Dataset and collator of the stage at a place in the recipe's list.
+def stage_dataset(stage: Stage, models: Models) -> tuple[Dataset, Any]:
+    """Dataset and collator of a stage.
 
     Raises:
         ValueError: a data set cannot be opened, a template does not fit the tokenizer, the student has no processor or, for
             the built-in task, its tokenizer not all the words.
     """
-    stage = recipe.stage[recipe.stages[index]]
-    size, seed = stage.steps * stage.global_batch_size, stage_seed(recipe, index)
-    if stage.objective == "vision":
-        return PatchDataset(size=size, seed=seed), collate_patches
-    make = _builtin_dataset if stage.data.path is None else _file_dataset
+    seed, group_by = stage.data_seed, stage.recipe.group_by
+    if stage.config.objective == "vision":
+        return PatchDataset(size=stage.samples, seed=seed), collate_patches
+    make = _builtin_dataset if stage.config.data.path is None else _file_dataset
     try:
-        data, collate, sizes = make(recipe, stage, seed, models)
-        if recipe.group_by is None:
+        data, collate, sizes = make(stage, models)
+        if group_by is None:
             return data, collate
         lengths, images = sizes()
     except ValueError as error:
-        raise ValueError(f"stage.{recipe.stages[index]}.data: {error}") from None
-    if recipe.group_by == "length":
-        return Subset(data, length_grouped(lengths, stage.global_batch_size, seed)), collate
-    return Subset(data, modality_grouped(lengths, images, stage.global_batch_size, seed)), collate
+        raise ValueError(f"stage.{stage.name}.data: {error}") from None
+    if group_by == "length":
+        return Subset(data, length_grouped(lengths, stage.config.global_batch_size, seed)), collate
+    return Subset(data, modality_grouped(lengths, images, stage.config.global_batch_size, seed)), collate
 
 
 def encoder_of(dataset: Dataset) -> Encoder | None:
@@ -65,38 +59,40 @@ def encoder_of(dataset: Dataset) -> Encoder | None:
     return getattr(dataset.dataset if isinstance(dataset, Subset) else dataset, "encoder", None)
 
 
-def _builtin_dataset(recipe: Recipe, stage: StageConfig, seed: int, models: Models) -> Any:
+def _builtin_dataset(stage: Stage, models: Models) -> Any:
     """Dataset, collator, and what tells lengths and numbers of images of all samples."""
-    size = stage.steps * stage.global_batch_size
+    size, options = stage.samples, stage.config.data
     tokenizer: Any = models.tokenizer
     vocabulary = tokenizer.get_vocab()
     for word in build_tokenizer().get_vocab():
         if word not in vocabulary and word != IMAGE_TOKEN:
             raise ValueError(f"path must be given, or the tokenizer be the built-in one: there is no token {word!r}")
     source = BuiltinDataset(
-        stage.data.builtin, size=size, seed=seed, tokenizer=tokenizer, grounding=stage.objective == "ground"
+        options.builtin,
+        size=size,
+        seed=stage.data_seed,
+        tokenizer=tokenizer,
+        grounding=stage.config.objective == "ground",
     )
     data: Dataset = source
     collate: Any = Collator(tokenizer.pad_token_id)
     if models.reader is not None:
         encoder = Encoder(models.reader)
         data, collate = ConversationDataset(source, encoder), PaddingCollator(encoder.pad_token_id)
-    shown = [int(stage.data.modality == "image")] * size
+    shown = [int(options.modality == "image")] * size
     return data, collate, lambda: ([source.length(i) for i in range(size)], shown)
 
 
-def _file_dataset(recipe: Recipe, stage: StageConfig, seed: int, models: Models) -> Any:
+def _file_dataset(stage: Stage, models: Models) -> Any:
     """As `_builtin_dataset`, of the files that a recipe names."""
-    size, options = stage.steps * stage.global_batch_size, stage.data
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0 for a data set in files, got {seed}")
+    size, seed, options = stage.samples, stage.data_seed, stage.config.data
     source = _open(models, options, size)
     order = Order(source, seed)
-    encoder = _encoder(stage, models)
+    encoder = _encoder(options, models)
     about = _resized_to(models)
     data = SampleDataset(source, order, encoder, size=size, seed=seed, about=about, exif=options.exif)
     collate: Any = PaddingCollator(encoder.pad_token_id)
-    if recipe.packing:
+    if stage.recipe.packing:
         for model in (models.student, models.teacher):
             if model is not None:
                 check_packable(model)
@@ -111,14 +107,14 @@ def _file_dataset(recipe: Recipe, stage: StageConfig, seed: int, models: Models)
         images = known.images[indices].astype(np.int64)
         return known.characters[indices] // CHARACTERS_PER_TOKEN + visual * images, images
 
-    return data, TellingCollator(collate), sizes
+    return data, BadSampleCollator(collate), sizes
 
 
-def unread(stage: StageConfig, models: Models) -> list[str]:
+def unread(stage: Stage, models: Models) -> list[str]:
     """One line for each data set of a stage whose records say what no sample is made of."""
-    if stage.objective == "vision" or stage.data.path is None:
+    if stage.config.objective == "vision" or stage.config.data.path is None:
         return []
-    source = _open(models, stage.data, stage.steps * stage.global_batch_size)
+    source = _open(models, stage.config.data, stage.samples)
     lines = []
     for part in [part.source for part in getattr(source, "parts", [])] or [source]:
         found = part.unread()
@@ -156,10 +152,10 @@ def _open(models: Models, data: DataConfig, size: int) -> Source:
     return models.sources[key]
 
 
-def _encoder(stage: StageConfig, models: Models) -> Encoder:
+def _encoder(data: DataConfig, models: Models) -> Encoder:
     """What makes tokens of a stage's samples. Raises ValueError if student and template do not go together."""
     processor: Any = models.reader or models.processor
-    return Encoder(processor, stage.data.template, stage.data.max_length)
+    return Encoder(processor, data.template, data.max_length)
 
 
 def _resized_to(models: Models) -> int | None:

@@ -111,7 +111,7 @@ def _lines(errors: Sequence[Any], root: Node) -> list[str]:
     for error in errors:
         path, node, above = _place(error["loc"], root, unknown=error["type"] == "unexpected_keyword_argument")
         key = _dotted(path)
-        for line in _told(error, key, node, above, root):
+        for line in _messages(error, key, node, above, root):
             found.setdefault(line if error["type"] == "value_error" else key, line)
     return [line for key, line in found.items() if not any(other.startswith((f"{key}.", f"{key}[")) for other in found)]
 
@@ -138,7 +138,7 @@ def _dotted(path: Sequence[Any]) -> str:
     return "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in path).lstrip(".")
 
 
-def _told(error: Any, key: str, node: Node, above: Node, root: Node) -> list[str]:
+def _messages(error: Any, key: str, node: Node, above: Node, root: Node) -> list[str]:
     kind, value = error["type"], error["input"]
     if kind == "value_error":
         prefix = f"{key}." if key else ""

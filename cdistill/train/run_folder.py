@@ -3,14 +3,19 @@
 import fcntl
 import json
 import os
+import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from cdistill.data import strict_yaml
+from cdistill.models.load import RECIPE, load_model
+from cdistill.runtime import checkpoints
+from cdistill.runtime.collectives import first_process
 from cdistill.train.config import Recipe
-from cdistill.train.recipes import recipe_to_dict
+from cdistill.train.recipes import recipe_from_dict, recipe_to_dict
 from cdistill.train.values import MISSING, differences
 
 CHECKPOINTS = "checkpoints"
@@ -60,7 +65,7 @@ def refuse_other_run(recipe: Recipe, held: Recipe, output: Path) -> None:
     found = list(differences(_decided(held, begun), _decided(recipe, begun))) if begun else []
     if found:
         raise ValueError(
-            f"output {output} holds a different run: {_told(found)}; choose another folder, or go on with what is there"
+            f"output {output} holds a different run: {_listed(found)}; choose another folder, or go on with what is there"
         )
 
 
@@ -72,7 +77,7 @@ def tell_changes(recipe: Recipe, output: Path, held: Recipe) -> None:
             del content[name]
     found = list(differences(before, now))
     if found:
-        print(f"{output} goes on with a changed recipe: {_told(found)}", flush=True)
+        print(f"{output} goes on with a changed recipe: {_listed(found)}", flush=True)
 
 
 def _decided(recipe: Recipe, begun: int) -> dict[str, Any]:
@@ -87,12 +92,14 @@ def _decided(recipe: Recipe, begun: int) -> dict[str, Any]:
     return content
 
 
-def _told(found: list[tuple[str, Any, Any]]) -> str:
-    named = [f"{key} differs ({_shown(there)} there, {_shown(here)} here)" for key, there, here in found[:NAMED]]
+def _listed(found: list[tuple[str, Any, Any]]) -> str:
+    named = [
+        f"{key} differs ({_shortened(there)} there, {_shortened(here)} here)" for key, there, here in found[:NAMED]
+    ]
     return ", ".join(named) + (f", and {len(found) - NAMED} more" if len(found) > NAMED else "")
 
 
-def _shown(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = "nothing" if value is MISSING else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -121,3 +128,59 @@ def locked(output: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         finally:
             os.close(descriptor)
+
+
+def read_recipe(output: Path) -> Recipe:
+    """The recipe of the run in an output folder. Raises ValueError if the file is not one."""
+    path = output / RECIPE
+    try:
+        content = strict_yaml.load(path.read_text(encoding="utf-8"), str(path))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"output: {path} is not a recipe")
+    return recipe_from_dict(content)
+
+
+def check_stages(output: Path, folders: Sequence[Path]) -> None:
+    """Raise ValueError unless every stage that a later one went on from is there, and whole."""
+    for i, folder in enumerate(folders):
+        begun = [f for f in folders[i + 1 :] if f.is_dir() or (output / CHECKPOINTS / f.name).is_dir()]
+        if not folder.is_dir():
+            if begun:
+                raise ValueError(
+                    f"output: {folder} is missing, but {begun[0].name}, which went on from it, has begun: put it back, "
+                    f"or delete {' and '.join(f.name for f in begun)} in {output} and {output / CHECKPOINTS}, too"
+                )
+            continue
+        if (folder / checkpoints.COMPLETE).is_file():
+            reason = checkpoints.damage(folder)
+            if reason is not None:
+                raise ValueError(f"output: {folder} is damaged ({reason}): put it back, or delete it and later stages")
+        load_model(folder, "output")
+
+
+def check_output(recipe: Recipe, output: Path, resume: bool) -> None:
+    """Raise ValueError unless a run of the recipe may begin in a folder or, to ``resume``, go on there."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output {output} is not a folder")
+    if output.is_dir() and [p.name for p in output.iterdir()] == [f"{RECIPE}.part"]:
+        return  # killed before anything else was written
+    if not output.is_dir() or not any(output.iterdir()):
+        if resume:
+            raise ValueError(f"output {output} holds no run to resume")
+        return
+    if not (output / RECIPE).is_file():
+        raise ValueError(f"output {output} is not empty and holds no run: choose another folder")
+    held = read_recipe(output)
+    refuse_other_run(recipe, held, output)
+    if not resume and begun_stages(held, output):
+        raise ValueError(f"output {output} already holds a run of this recipe: continue it with --resume")
+
+
+def remove_leftovers(output: Path, folder: Path) -> None:
+    """Remove what a run that was killed after a stage's last rename has left of it."""
+    if first_process():
+        shutil.rmtree(output / CHECKPOINTS / folder.name, ignore_errors=True)
+        with suppress(OSError):  # it holds those of another stage, or has never been
+            (output / CHECKPOINTS).rmdir()

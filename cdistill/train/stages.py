@@ -4,19 +4,19 @@ import shutil
 import signal
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from cdistill.builtin.render import PATCH_CLASSES
 from cdistill.data import strict_yaml
 from cdistill.data.conversations import Encoder
-from cdistill.models.load import RECIPE, load_model
+from cdistill.models.load import RECIPE, Model, load_model
 from cdistill.models.processor import save_chat_template, stop_at
 from cdistill.runtime import checkpoints, launch
 from cdistill.runtime.bad_samples import BadSamples
@@ -30,25 +30,26 @@ from cdistill.train.alignment import make_vat, vat_of
 from cdistill.train.build import (
     Models,
     build_models,
-    check_batches,
     checkpoint_activations,
     compile_layers,
     count_parameters,
-    precision_of,
 )
 from cdistill.train.cache import CachedCollator, CachedDataset, StageCache, fingerprint, stage_cache
-from cdistill.train.config import Recipe
+from cdistill.train.config import Recipe, TeacherMemory
 from cdistill.train.data import encoder_of, stage_dataset, unread
 from cdistill.train.lora import add_lora
 from cdistill.train.model import DistillationModel
-from cdistill.train.objectives import OBJECTIVES, set_trained
-from cdistill.train.recipes import recipe_from_dict, recipe_to_dict
+from cdistill.train.objectives import set_trained
+from cdistill.train.recipes import recipe_to_dict
+from cdistill.train.resolve import Run, Stage, resolve
 from cdistill.train.run_folder import (
     CHECKPOINTS,
     METRICS,
-    begun_stages,
+    check_output,
+    check_stages,
     locked,
-    refuse_other_run,
+    read_recipe,
+    remove_leftovers,
     stage_folders,
     tell_changes,
 )
@@ -60,6 +61,15 @@ METRICS_BYTES = 1_000_000
 LOSS_NAMES = {"patch": "patch cross-entropy", "ar": "AR", "ground": "grounding", "kd": "KD", "vat": "VAT"}
 
 
+class _Data(NamedTuple):
+    """What a stage reads."""
+
+    dataset: Any
+    collator: Any
+    encoder: Encoder | None  # None where the built-in task makes the tokens itself
+    vocabulary: int | None = None  # tokens of the teacher, where a cache stands in for it
+
+
 def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     """See `cdistill.train.run`."""
     output = Path(recipe.output)
@@ -68,9 +78,7 @@ def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCall
             launch.init_process_group()
             prepared: list[Models] = []  # stays where it is
             on_first_process(lambda: prepared.append(_prepare(recipe, output, resume, at_end)))
-            return run_stages(
-                recipe, output, resume=resume, callbacks=callbacks, models=prepared.pop() if prepared else None
-            )
+            return run_stages(recipe, resume=resume, callbacks=callbacks, models=prepared.pop() if prepared else None)
         if recipe.processes > 1 and callbacks:
             raise ValueError(
                 "callbacks need recipe.processes 1: the stages of this recipe run in processes of their own"
@@ -81,19 +89,13 @@ def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCall
             models = None  # the processes load their own
             launch.start_processes(recipe.processes, "train", output)
             return stage_folders(recipe, output)[-1]
-        return run_stages(recipe, output, resume=resume, callbacks=callbacks, models=models)
+        return run_stages(recipe, resume=resume, callbacks=callbacks, models=models)
 
 
 def run_stages(
-    recipe: Recipe,
-    output: Path,
-    *,
-    resume: bool,
-    callbacks: Sequence[TrainerCallback] = (),
-    models: Models | None = None,
+    recipe: Recipe, *, resume: bool, callbacks: Sequence[TrainerCallback] = (), models: Models | None = None
 ) -> Path:
-    """Run the unfinished stages of a recipe in a prepared output folder; returns the folder of the final model."""
-    folders = stage_folders(recipe, output)
+    """Run the unfinished stages of a recipe in its prepared folder; returns the folder of the final model."""
     with (
         naming_lost_peers(),
         stop_on_signals() as request,
@@ -104,21 +106,54 @@ def run_stages(
             launch.keep_deepspeed_from_compiling()
         if launch.launched():
             launch.init_process_group()
+        run = resolve(recipe, _world_size())
         models = models or build_models(recipe)
-        for index, folder in enumerate(folders):
-            if folder.is_dir():
-                _remove_leftovers(output, folder)
-                continue
-            with released(engines=recipe.deepspeed != "off") as at_end:
-                if index:
-                    models.student = load_model(folders[index - 1])
-                try:
-                    _run_stage(recipe, index, models, output, folder, callbacks, request, at_end)
-                finally:
-                    models.student = None
-            if folder != folders[-1]:
-                _stop_if(request.agreed(), f"{folder.name}: done, and stopped")
-    return folders[-1]
+        before = None
+        for stage in run.stages:
+            if stage.folder.is_dir():
+                remove_leftovers(run.output, stage.folder)
+            else:
+                with released(engines=run.zero is not None) as at_end:
+                    models.student = models.student if before is None else load_model(before)
+                    try:
+                        _run_stage(run, stage, models, callbacks, request, at_end)
+                    finally:
+                        models.student = None
+                if not stage.is_last:
+                    _stop_if(request.agreed(), f"{stage.label}: done, and stopped")
+            before = stage.folder
+    return run.stages[-1].folder
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if launch.launched() and dist.is_initialized() else 1
+
+
+def _prepare(recipe: Recipe, output: Path, resume: bool, at_end: ExitStack) -> Models:
+    """Check everything a run needs, then make its folder, which is locked until the end, hold the recipe."""
+    was_there = output.is_dir()
+    if was_there:
+        at_end.enter_context(locked(output))
+    check_output(recipe, output, resume)
+    run = resolve(recipe, _world_size() if launch.launched() else None)
+    models = build_models(recipe)
+    for stage in run.stages:
+        stage_dataset(stage, models)
+        if recipe.teacher_memory.cache is not None and stage.objective.distils:
+            StageCache(stage_cache(stage), fingerprint(stage, models, vat_of(stage, models)))
+    if resume:
+        check_stages(output, [stage.folder for stage in run.stages])
+    text = strict_yaml.dump(recipe_to_dict(recipe))
+    with checkpoints.saving(output / RECIPE, len(text)):
+        output.mkdir(parents=True, exist_ok=True)
+        if not was_there:
+            at_end.enter_context(locked(output))
+            check_output(recipe, output, resume)  # another run may have made it meanwhile
+        if (output / RECIPE).is_file():
+            tell_changes(recipe, output, read_recipe(output))
+        if not (output / RECIPE).is_file() or (output / RECIPE).read_text(encoding="utf-8") != text:
+            checkpoints.write_atomically(output / RECIPE, text)
+    return models
 
 
 def _stop_if(number: int, message: str) -> None:
@@ -130,261 +165,198 @@ def _stop_if(number: int, message: str) -> None:
     raise Stopped(number)
 
 
-def _remove_leftovers(output: Path, folder: Path) -> None:
-    """Remove what a run that was killed after a stage's last rename has left of it."""
-    if first_process():
-        shutil.rmtree(output / CHECKPOINTS / folder.name, ignore_errors=True)
-        with suppress(OSError):  # it holds those of another stage, or has never been
-            (output / CHECKPOINTS).rmdir()
-
-
-def read_recipe(output: Path) -> Recipe:
-    """The recipe of the run in an output folder. Raises ValueError if the file is not one."""
-    path = output / RECIPE
-    try:
-        content = strict_yaml.load(path.read_text(encoding="utf-8"), str(path))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"output: {path} is not a recipe")
-    return recipe_from_dict(content)
-
-
-def _prepare(recipe: Recipe, output: Path, resume: bool, at_end: ExitStack) -> Models:
-    """Check everything a run needs, then make its folder, which is locked until the end, hold the recipe."""
-    was_there = output.is_dir()
-    if was_there:
-        at_end.enter_context(locked(output))
-    _check_output(recipe, output, resume)
-    check_batches(recipe, _world_size(recipe))
-    precision_of(recipe)
-    models = build_models(recipe)
-    for index in range(len(recipe.stages)):
-        stage_dataset(recipe, index, models)
-        objective = recipe.stage[recipe.stages[index]].objective
-        if recipe.teacher_memory.cache is not None and OBJECTIVES[objective].distils:
-            vat = vat_of(recipe, objective, models)
-            StageCache(stage_cache(recipe, index), fingerprint(recipe, index, models, vat))
-    if resume:
-        _check_stages(output, stage_folders(recipe, output))
-    text = strict_yaml.dump(recipe_to_dict(recipe))
-    with checkpoints.saving(output / RECIPE, len(text)):
-        output.mkdir(parents=True, exist_ok=True)
-        if not was_there:
-            at_end.enter_context(locked(output))
-            _check_output(recipe, output, resume)  # another run may have made it meanwhile
-        if (output / RECIPE).is_file():
-            tell_changes(recipe, output, read_recipe(output))
-        if not (output / RECIPE).is_file() or (output / RECIPE).read_text(encoding="utf-8") != text:
-            checkpoints.write_atomically(output / RECIPE, text)
-    return models
-
-
-def _check_stages(output: Path, folders: Sequence[Path]) -> None:
-    """Raise ValueError unless every stage that a later one went on from is there, and whole."""
-    for i, folder in enumerate(folders):
-        begun = [f for f in folders[i + 1 :] if f.is_dir() or (output / CHECKPOINTS / f.name).is_dir()]
-        if not folder.is_dir():
-            if begun:
-                raise ValueError(
-                    f"output: {folder} is missing, but {begun[0].name}, which went on from it, has begun: put it back, "
-                    f"or delete {' and '.join(f.name for f in begun)} in {output} and {output / CHECKPOINTS}, too"
-                )
-            continue
-        if (folder / checkpoints.COMPLETE).is_file():
-            reason = checkpoints.damage(folder)
-            if reason is not None:
-                raise ValueError(f"output: {folder} is damaged ({reason}): put it back, or delete it and later stages")
-        load_model(folder, "output")
-
-
-def _check_output(recipe: Recipe, output: Path, resume: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output {output} is not a folder")
-    if output.is_dir() and [p.name for p in output.iterdir()] == [f"{RECIPE}.part"]:
-        return  # killed before anything else was written
-    if not output.is_dir() or not any(output.iterdir()):
-        if resume:
-            raise ValueError(f"output {output} holds no run to resume")
-        return
-    if not (output / RECIPE).is_file():
-        raise ValueError(f"output {output} is not empty and holds no run: choose another folder")
-    held = read_recipe(output)
-    refuse_other_run(recipe, held, output)
-    if not resume and begun_stages(held, output):
-        raise ValueError(f"output {output} already holds a run of this recipe: continue it with --resume")
-
-
-def _world_size(recipe: Recipe) -> int:
-    return dist.get_world_size() if dist.is_initialized() and launch.launched() else recipe.processes
-
-
 def _run_stage(
-    recipe: Recipe,
-    index: int,
+    run: Run,
+    stage: Stage,
     models: Models,
-    output: Path,
-    folder: Path,
     callbacks: Sequence[TrainerCallback],
     request: StopRequest,
     at_end: ExitStack,
 ) -> None:
-    name = recipe.stages[index]
-    stage, objective = recipe.stage[name], OBJECTIVES[recipe.stage[name].objective]
-    if not any(OBJECTIVES[recipe.stage[later].objective].distils for later in recipe.stages[index:]):
+    """Make the student ready, build what trains it, train it and publish the result."""
+    if not run.distils_from(stage.index):
         models.teacher = models.held = None
-    student, precision = models.student, precision_of(recipe)
-    on_cpu = not torch.cuda.is_available()
-    world = dist.get_world_size() if launch.launched() else 1
-    micro = stage.micro_batch_size or stage.global_batch_size // world
-    torch.manual_seed(recipe.seed + index)
-    lora = recipe.student.lora if "language" in objective.trained else None
-    if lora is not None:
-        add_lora(student, lora)
-    set_trained(student, objective)
-    if recipe.gradient_checkpointing and objective.trained != ("vision",):
-        checkpoint_activations(student, reentrant=recipe.gradient_checkpointing == "reentrant")
-    if recipe.compile:
-        compile_layers(student)
-    trained, total = count_parameters(student)
-    zero = None
-    if recipe.deepspeed != "off":
-        zero = deepspeed_config(
-            int(recipe.deepspeed),
-            precision=precision,
-            micro_batch_size=micro,
-            accumulation=stage.global_batch_size // (world * micro),
-            world_size=world,
-            max_grad_norm=stage.max_grad_norm,
-            trained=trained,
-        )
-    saved = output / CHECKPOINTS / folder.name
-    arguments = training_arguments(
-        saved,
-        stage,
-        micro_batch_size=micro,
-        accumulation=stage.global_batch_size // (world * micro),
-        precision=precision,
-        deepspeed=zero,
-        logging_steps=recipe.logging_steps,
-        save_steps=recipe.save_steps,
-        seed=recipe.seed + index,
-        workers=recipe.workers,
-        on_cpu=on_cpu,
-    )
-    dataset, collator = stage_dataset(recipe, index, models)
-    encoder = encoder_of(dataset)
-    if encoder is not None:
-        stop_at(student, encoder.contract.end_ids)
-    teacher = vat = vocabulary = None
-    if objective.distils:
-        assert models.teacher is not None
-        layers = attention_layers(student), attention_layers(models.teacher)
-        if recipe.teacher_memory.cache is None:
-            models.held = models.held or hold_teacher(
-                recipe.teacher_memory,
-                models.teacher,
-                student,
-                precision,
-                arguments.device,
-                shares_vision=models.shares_vision,
-            )
-            teacher = models.held
-            _move(teacher, recipe, arguments.device)
-        if recipe.aligns(stage.objective):
-            batches = DataLoader(dataset, micro, collate_fn=collator)
-            vat = make_vat(recipe, layers, student.to(arguments.device), teacher, batches)
-        if recipe.teacher_memory.cache is not None:
-            kept = StageCache(stage_cache(recipe, index), fingerprint(recipe, index, models, vat))
-            dataset, collator, vocabulary = CachedDataset(dataset, kept), CachedCollator(collator), kept.vocabulary
-    else:
-        _move(models.held, recipe, "cpu")  # from the GPU, where an earlier stage has left it
-    model = DistillationModel(
-        student,
-        objective,
-        teacher=teacher,
-        kd=recipe.kd,
-        vat=vat,
-        vocabulary=vocabulary,
-        patch_classes=PATCH_CLASSES,
-    )
-    first = arguments.process_index == 0
-    log = RunLog(
-        output, folder.name, name, per_step=stage.global_batch_size, steps=stage.steps, layers=recipe.log_layers
-    )
-    finite, stop = FiniteSteps(recipe.max_nonfinite_steps, folder.name), StopCallback(request)
-    bad = BadSamples(recipe.max_bad_samples, output, folder.name)
-    trainer = DistillTrainer(
-        model,
-        arguments,
-        stage,
-        vat_weight=recipe.vat.weight,
-        lora=lora,
-        finite=finite,
-        bad=bad,
-        train_dataset=dataset,
-        data_collator=collator,
-        callbacks=[log, *callbacks, stop],
-    )
+    arguments = _ready(run, stage, models.student)
+    counted = count_parameters(models.student)
+    data = _Data(*(found := stage_dataset(stage, models)), encoder_of(found[0]))
+    if data.encoder is not None:
+        stop_at(models.student, data.encoder.contract.end_ids)
+    model, data = _distillation(run, stage, models, data, arguments)
+    stop = StopCallback(request)
+    trainer, log = _trainer(run, stage, model, arguments, data, callbacks, stop)
     at_end.callback(trainer.destroy_engine)
-    checkpoint = on_first_process(lambda: checkpoints.choose(saved, processes=world))
+    checkpoint = on_first_process(lambda: checkpoints.choose(stage.checkpoints, processes=run.world))
     start = 0 if checkpoint is None else checkpoints.checkpoint_step(checkpoint)
-    if first:
+    if first_process():
         log.rewind(start)
-        losses = " + ".join(LOSS_NAMES[n] for n in objective.losses if n != "vat" or vat is not None)
-        print(
-            f"{folder.name}: {losses} on {stage.steps * stage.global_batch_size:,} samples "
-            f"({stage.steps:,} steps of {stage.global_batch_size}), {trained:,} of {total:,} parameters trained"
-            + (f", from step {start}" if start else ""),
-            flush=True,
-        )
-        remarks = [] if encoder is None else encoder.template.remarks
-        for line in (*unread(stage, models), *remarks):
-            print(f"{folder.name}: {line}", flush=True)
-        if encoder is not None and encoder.template.end is None and index + 1 == len(recipe.stages):
-            print(
-                f"{folder.name}: template plain ends answers with a line break, where generation does not stop",
-                flush=True,
-            )
+        _announce(stage, models, model, data, counted, start)
     began = time.perf_counter()
-    with checkpoints.saving(output / METRICS, METRICS_BYTES):  # checkpoints speak for themselves
+    with checkpoints.saving(run.output / METRICS, METRICS_BYTES):  # checkpoints speak for themselves
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             log.close()
     seconds = time.perf_counter() - began
-    bad.report()
+    trainer.bad.report()
     step = trainer.state.global_step
-    _stop_if(
-        stop.signal,
-        f"{folder.name}: saved after step {step:,} of {stage.steps:,} in {saved}/checkpoint-{step} and stopped",
-    )
-    part = folder.with_name(f"{folder.name}.part")
-    if first and part.exists():
-        shutil.rmtree(part)
-    with checkpoints.saving(part, trainer.bytes_to_save(optimizer=False)):
-        trainer.save_student(part)
-        if first:
-            _save_processor(encoder, models, part)
-        checkpoints.seal(part, stage=name, step=step)
-    if first:
-        checkpoints.publish(part, folder)
-        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-        rate = (stage.steps - start) * stage.global_batch_size / seconds
-        skipped = f", {finite.skipped} steps skipped (not finite)" if finite.skipped else ""
+    saved = f"{stage.checkpoints}/checkpoint-{step}"
+    _stop_if(stop.signal, f"{stage.label}: saved after step {step:,} of {stage.config.steps:,} in {saved} and stopped")
+    _publish(run, stage, models, trainer, data)
+    if first_process():
+        rate = (stage.config.steps - start) * stage.config.global_batch_size / seconds
+        skipped = f", {trainer.finite.skipped} steps skipped (not finite)" if trainer.finite.skipped else ""
         loss = "none" if log.last["loss"] is None else f"{log.last['loss']:.4f}"
-        print(f"{folder.name}: done in {seconds:.0f} s ({rate:,.0f} samples/s), loss {loss}{skipped} -> {folder}")
+        print(f"{stage.label}: done in {seconds:.0f} s ({rate:,.0f} samples/s), loss {loss}{skipped} -> {stage.folder}")
     trainer.accelerator.wait_for_everyone()
 
 
-def _move(teacher: Any, recipe: Recipe, device: torch.device | str) -> None:
+def _ready(run: Run, stage: Stage, student: Model) -> TrainingArguments:
+    """Give the student its additions, let gradients reach what the stage trains, and say how it is trained."""
+    recipe = run.recipe
+    torch.manual_seed(stage.seed)
+    if stage.lora is not None:
+        add_lora(student, stage.lora)
+    set_trained(student, stage.objective)
+    if recipe.gradient_checkpointing and stage.objective.trained != ("vision",):
+        checkpoint_activations(student, reentrant=recipe.gradient_checkpointing == "reentrant")
+    if recipe.compile:
+        compile_layers(student)
+    zero = None
+    if run.zero is not None:
+        zero = deepspeed_config(
+            run.zero,
+            precision=run.precision,
+            micro_batch_size=stage.micro_batch_size,
+            accumulation=stage.accumulation,
+            world_size=run.world,
+            max_grad_norm=stage.config.max_grad_norm,
+            trained=count_parameters(student)[0],
+        )
+    return training_arguments(
+        stage.checkpoints,
+        stage.config,
+        micro_batch_size=stage.micro_batch_size,
+        accumulation=stage.accumulation,
+        precision=run.precision,
+        deepspeed=zero,
+        logging_steps=recipe.logging_steps,
+        save_steps=recipe.save_steps,
+        seed=stage.seed,
+        workers=recipe.workers,
+        on_cpu=not torch.cuda.is_available(),
+    )
+
+
+def _distillation(
+    run: Run, stage: Stage, models: Models, data: _Data, arguments: TrainingArguments
+) -> tuple[DistillationModel, _Data]:
+    """The losses of the stage, with the teacher held as the recipe wants it, or what a cache has kept of it."""
+    memory, student = run.recipe.teacher_memory, models.student
+    teacher = vat = None
+    if not stage.objective.distils:
+        _move(models.held, memory, "cpu")  # from the GPU, where an earlier stage has left it
+    else:
+        assert models.teacher is not None
+        layers = attention_layers(student), attention_layers(models.teacher)
+        if memory.cache is None:
+            models.held = models.held or hold_teacher(
+                memory, models.teacher, student, run.precision, arguments.device, shares_vision=models.shares_vision
+            )
+            teacher = models.held
+            _move(teacher, memory, arguments.device)
+        if stage.aligns:
+            batches = DataLoader(data.dataset, stage.micro_batch_size, collate_fn=data.collator)
+            vat = make_vat(run.recipe.vat, layers, student.to(arguments.device), teacher, batches)
+        if memory.cache is not None:
+            kept = StageCache(stage_cache(stage), fingerprint(stage, models, vat))
+            data = _Data(
+                CachedDataset(data.dataset, kept), CachedCollator(data.collator), data.encoder, kept.vocabulary
+            )
+    model = DistillationModel(
+        student,
+        stage.objective,
+        teacher=teacher,
+        kd=run.recipe.kd,
+        vat=vat,
+        vocabulary=data.vocabulary,
+        patch_classes=PATCH_CLASSES,
+    )
+    return model, data
+
+
+def _move(teacher: Any, memory: TeacherMemory, device: torch.device | str) -> None:
     """Move a whole teacher; an engine's parts and quantised layers stay where they are."""
-    if isinstance(teacher, Teacher) and recipe.teacher_memory.quantization is None:
+    if isinstance(teacher, Teacher) and memory.quantization is None:
         teacher.to(device)
 
 
-def _save_processor(encoder: Encoder | None, models: Models, folder: Path) -> None:
-    """What stands beside the weights; its chat template is the one that conversations were written by."""
-    models.processor.save_pretrained(folder)
-    if encoder is not None and encoder.template.name not in ("auto", "plain"):
-        save_chat_template(folder, encoder.template.source)
+def _trainer(
+    run: Run,
+    stage: Stage,
+    model: DistillationModel,
+    arguments: TrainingArguments,
+    data: _Data,
+    callbacks: Sequence[TrainerCallback],
+    stop: StopCallback,
+) -> tuple[DistillTrainer, RunLog]:
+    recipe, config = run.recipe, stage.config
+    log = RunLog(
+        run.output,
+        stage.label,
+        stage.name,
+        per_step=config.global_batch_size,
+        steps=config.steps,
+        layers=recipe.log_layers,
+    )
+    trainer = DistillTrainer(
+        model,
+        arguments,
+        config,
+        vat_weight=recipe.vat.weight,
+        lora=stage.lora,
+        finite=FiniteSteps(recipe.max_nonfinite_steps, stage.label),
+        bad=BadSamples(recipe.max_bad_samples, run.output, stage.label),
+        train_dataset=data.dataset,
+        data_collator=data.collator,
+        callbacks=[log, *callbacks, stop],
+    )
+    return trainer, log
+
+
+def _announce(
+    stage: Stage, models: Models, model: DistillationModel, data: _Data, counted: tuple[int, int], start: int
+) -> None:
+    """Print what the stage trains, and what its samples and template leave out."""
+    losses = " + ".join(LOSS_NAMES[n] for n in stage.objective.losses if n != "vat" or model.vat is not None)
+    trained, total = counted
+    print(
+        f"{stage.label}: {losses} on {stage.samples:,} samples ({stage.config.steps:,} steps of "
+        f"{stage.config.global_batch_size}), {trained:,} of {total:,} parameters trained"
+        + (f", from step {start}" if start else ""),
+        flush=True,
+    )
+    remarks = [] if data.encoder is None else data.encoder.template.remarks
+    for line in (*unread(stage, models), *remarks):
+        print(f"{stage.label}: {line}", flush=True)
+    if data.encoder is not None and data.encoder.template.end is None and stage.is_last:
+        print(
+            f"{stage.label}: template plain ends answers with a line break, where generation does not stop", flush=True
+        )
+
+
+def _publish(run: Run, stage: Stage, models: Models, trainer: DistillTrainer, data: _Data) -> None:
+    """Write the student beside its folder, and rename it when all of it is there."""
+    part = stage.folder.with_name(f"{stage.label}.part")
+    if first_process() and part.exists():
+        shutil.rmtree(part)
+    with checkpoints.saving(part, trainer.bytes_to_save(optimizer=False)):
+        trainer.save_student(part)
+        if first_process():
+            models.processor.save_pretrained(part)
+            template = None if data.encoder is None else data.encoder.template
+            if template is not None and template.name not in ("auto", "plain"):  # the one conversations were written by
+                save_chat_template(part, template.source)
+        checkpoints.seal(part, stage=stage.name, step=trainer.state.global_step)
+    if first_process():
+        checkpoints.publish(part, stage.folder)
+        shutil.rmtree(run.output / CHECKPOINTS, ignore_errors=True)

@@ -7,7 +7,7 @@ its share of a teacher's cache by the recipe of a YAML file.
 import sys
 from pathlib import Path
 
-from cdistill.runtime.errors import RunError, tell
+from cdistill.runtime.errors import RunError, print_error
 from cdistill.runtime.launch import die_with_parent
 
 
@@ -17,16 +17,17 @@ def main() -> int:
     action, path = sys.argv[1], Path(sys.argv[2])
     try:
         if action == "train":
-            from cdistill.train.stages import read_recipe, run_stages
+            from cdistill.train.run_folder import read_recipe
+            from cdistill.train.stages import run_stages
 
-            run_stages(read_recipe(path), path, resume=True)
+            run_stages(read_recipe(path), resume=True)
         else:
             from cdistill.train.cache import write_cache
             from cdistill.train.recipes import load_recipe
 
             write_cache(load_recipe(path))
     except (ValueError, RunError) as error:
-        return tell(error)
+        return print_error(error)
     return 0
 
 
