@@ -4,11 +4,13 @@ Tiles are a frozen table, never autotuned: the interpreter runs one configuratio
 may compile and still be wrong, so every entry has to be checked on its own before it may be chosen.
 """
 
+import csv
 import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -44,192 +46,23 @@ class Tile:
     num_stages: int
 
 
-# (kernel, bytes per element) -> padded head dimension -> tile. Every entry fits the 99 KiB of shared memory of sm_86,
-# sm_89 and sm_120.
-TILES = {
-    ("row_lse", 2): {
-        16: Tile(64, 128, 4, 3),
-        32: Tile(64, 128, 4, 3),
-        64: Tile(64, 128, 4, 3),
-        128: Tile(64, 64, 4, 2),
-        256: Tile(64, 32, 4, 2),
-    },
-    ("row_lse", 4): {
-        16: Tile(32, 32, 4, 2),
-        32: Tile(32, 32, 4, 2),
-        64: Tile(32, 32, 4, 2),
-        128: Tile(16, 16, 4, 2),
-        256: Tile(16, 16, 4, 1),
-    },
-    ("slice_forward", 2): {
-        16: Tile(64, 128, 8, 3),
-        32: Tile(64, 128, 8, 2),
-        64: Tile(64, 128, 8, 3),
-        128: Tile(64, 128, 8, 2),
-        256: Tile(64, 64, 8, 1),
-    },
-    ("slice_forward", 4): {
-        16: Tile(32, 32, 4, 2),
-        32: Tile(32, 32, 4, 2),
-        64: Tile(32, 32, 4, 2),
-        128: Tile(16, 16, 4, 1),
-        256: Tile(16, 16, 4, 1),
-    },
-    ("slice_accumulate", 2): {
-        16: Tile(64, 128, 8, 3),
-        32: Tile(64, 128, 8, 3),
-        64: Tile(64, 128, 8, 3),
-        128: Tile(64, 128, 8, 2),
-        256: Tile(64, 64, 8, 1),
-    },
-    ("slice_accumulate", 4): {
-        16: Tile(32, 32, 4, 2),
-        32: Tile(32, 32, 4, 2),
-        64: Tile(32, 32, 4, 2),
-        128: Tile(16, 32, 4, 2),
-        256: Tile(16, 16, 4, 1),
-    },
-    ("slice_rows", 2): {
-        16: Tile(64, 64, 8, 2),
-        32: Tile(64, 32, 8, 2),
-        64: Tile(64, 64, 8, 2),
-        128: Tile(32, 64, 8, 2),
-        256: Tile(32, 32, 8, 1),
-    },
-    ("slice_rows", 4): {
-        16: Tile(32, 32, 4, 2),
-        32: Tile(32, 32, 4, 2),
-        64: Tile(32, 32, 8, 2),
-        128: Tile(16, 16, 8, 1),
-        256: Tile(16, 16, 8, 1),
-    },
-    ("slice_cols", 2): {
-        16: Tile(64, 64, 8, 2),
-        32: Tile(64, 64, 8, 2),
-        64: Tile(64, 64, 8, 2),
-        128: Tile(32, 64, 8, 2),
-        256: Tile(32, 32, 8, 1),
-    },
-    ("slice_cols", 4): {
-        16: Tile(32, 32, 4, 2),
-        32: Tile(32, 32, 4, 2),
-        64: Tile(32, 32, 8, 2),
-        128: Tile(16, 16, 4, 1),
-        256: Tile(16, 16, 8, 1),
-    },
-    ("head_cosine", 2): {
-        16: Tile(64, 64, 8, 2),
-        32: Tile(64, 64, 8, 2),
-        64: Tile(64, 64, 8, 2),
-        128: Tile(64, 64, 8, 2),
-        256: Tile(32, 32, 4, 1),
-    },
-    ("head_cosine", 4): {
-        16: Tile(32, 32, 4, 2),
-        32: Tile(32, 32, 4, 2),
-        64: Tile(32, 32, 4, 2),
-        128: Tile(16, 16, 4, 1),
-        256: Tile(16, 16, 8, 1),
-    },
-    ("cosine_rows", 2): {
-        16: Tile(32, 64, 4, 2),
-        32: Tile(32, 64, 8, 2),
-        64: Tile(32, 64, 8, 2),
-        128: Tile(32, 32, 8, 2),
-        256: Tile(32, 32, 8, 1),
-    },
-    ("cosine_rows", 4): {
-        16: Tile(32, 32, 4, 2),
-        32: Tile(32, 32, 4, 2),
-        64: Tile(32, 32, 4, 2),
-        128: Tile(16, 32, 8, 1),
-        256: Tile(16, 16, 8, 1),
-    },
-    ("cosine_cols", 2): {
-        16: Tile(32, 64, 8, 2),
-        32: Tile(32, 64, 8, 2),
-        64: Tile(32, 64, 8, 2),
-        128: Tile(32, 64, 8, 2),
-        256: Tile(32, 32, 8, 1),
-    },
-    ("cosine_cols", 4): {
-        16: Tile(32, 32, 4, 2),
-        32: Tile(32, 32, 4, 2),
-        64: Tile(32, 32, 8, 2),
-        128: Tile(16, 16, 4, 1),
-        256: Tile(16, 16, 8, 1),
-    },
-    ("row_lse_backward", 2): {
-        16: Tile(64, 64, 8, 2),
-        32: Tile(64, 32, 8, 2),
-        64: Tile(64, 64, 8, 2),
-        128: Tile(32, 64, 8, 2),
-        256: Tile(32, 32, 8, 1),
-    },
-    ("row_lse_backward", 4): {
-        16: Tile(32, 32, 4, 2),
-        32: Tile(32, 32, 8, 2),
-        64: Tile(32, 32, 8, 2),
-        128: Tile(16, 16, 4, 1),
-        256: Tile(16, 16, 8, 1),
-    },
-    ("flash_forward", 2): {
-        16: Tile(128, 64, 4, 3),
-        32: Tile(128, 64, 4, 3),
-        64: Tile(128, 64, 8, 3),
-        128: Tile(128, 64, 8, 2),
-        256: Tile(64, 32, 8, 2),
-    },
-    ("flash_forward", 4): {
-        16: Tile(32, 32, 4, 2),
-        32: Tile(32, 32, 8, 2),
-        64: Tile(32, 32, 4, 2),
-        128: Tile(16, 32, 4, 2),
-        256: Tile(16, 16, 4, 1),
-    },
-    ("flash_rows", 2): {
-        16: Tile(128, 0, 4, 1),
-        32: Tile(128, 0, 4, 1),
-        64: Tile(64, 0, 4, 1),
-        128: Tile(32, 0, 4, 1),
-        256: Tile(16, 0, 4, 1),
-    },
-    ("flash_rows", 4): {
-        16: Tile(128, 0, 8, 1),
-        32: Tile(128, 0, 8, 1),
-        64: Tile(64, 0, 8, 1),
-        128: Tile(32, 0, 8, 1),
-        256: Tile(16, 0, 8, 1),
-    },
-    ("flash_dkdv", 2): {
-        16: Tile(64, 64, 4, 2),
-        32: Tile(64, 64, 8, 2),
-        64: Tile(32, 64, 4, 2),
-        128: Tile(32, 64, 8, 2),
-        256: Tile(32, 32, 8, 1),
-    },
-    ("flash_dkdv", 4): {
-        16: Tile(32, 32, 4, 2),
-        32: Tile(32, 32, 4, 2),
-        64: Tile(16, 32, 4, 2),
-        128: Tile(16, 16, 4, 1),
-        256: Tile(16, 16, 8, 1),
-    },
-    ("flash_dq", 2): {
-        16: Tile(64, 64, 4, 2),
-        32: Tile(64, 64, 4, 2),
-        64: Tile(64, 64, 4, 2),
-        128: Tile(64, 32, 8, 2),
-        256: Tile(32, 16, 8, 1),
-    },
-    ("flash_dq", 4): {
-        16: Tile(32, 32, 4, 2),
-        32: Tile(32, 32, 4, 2),
-        64: Tile(32, 32, 4, 2),
-        128: Tile(16, 16, 4, 1),
-        256: Tile(16, 16, 8, 1),
-    },
-}
+def _read_tiles() -> dict[tuple[str, int, int, int], Tile]:
+    with (Path(__file__).parent / "tiles.csv").open(encoding="utf-8", newline="") as file:
+        return {
+            (
+                row["kernel"],
+                int(row["bytes"]),
+                int(row["head_dim"]),
+                0 if row["arch"] == "all" else int(row["arch"]),
+            ): Tile(int(row["BM"]), int(row["BN"]), int(row["num_warps"]), int(row["num_stages"]))
+            for row in csv.DictReader(file)
+        }
+
+
+# (kernel, bytes per element, padded head dimension, architecture) -> tile; architecture 0 is any that has no entry of its own,
+# and those tiles fit the 99 KiB of shared memory of sm_86, sm_89 and sm_120. "_split" behind a name: where the tile differs
+# with a split lse, whose second number takes registers. `python -m benchmarks.tiles` writes the file, with reasons.
+TILES = _read_tiles()
 
 # The row kernels of the losses only stream: one row at a time keeps all multiprocessors busy.
 ROW_TILE = Tile(1, 1024, 4, 2)
@@ -238,80 +71,6 @@ ROW_TILE = Tile(1, 1024, 4, 2)
 # 8 spill on sm_120.
 VOCABULARY_TILE = Tile(1, 1024, 4, 1)
 SCALED_VOCABULARY_TILE = Tile(1, 512, 8, 1)
-
-# Architecture -> (kernel, bytes per element, padded head dimension) -> tile, where it differs from TILES. "_split" behind a
-# name: where it differs with a split lse, whose second number takes registers.
-ARCHITECTURE_TILES: dict[int, dict[tuple[str, int, int], Tile]] = {
-    80: {
-        ("slice_forward", 2, 256): Tile(64, 32, 8, 1),
-        ("slice_rows", 2, 64): Tile(64, 32, 8, 1),
-        ("slice_rows_split", 2, 64): Tile(64, 32, 8, 1),
-        ("head_cosine", 4, 64): Tile(32, 32, 8, 2),
-    },
-    86: {
-        ("row_lse", 2, 256): Tile(64, 32, 4, 1),
-        ("slice_forward", 2, 256): Tile(64, 32, 8, 1),
-        ("slice_rows", 4, 64): Tile(32, 32, 8, 1),
-        ("slice_rows", 4, 256): Tile(32, 16, 8, 1),
-        ("slice_cols", 2, 256): Tile(32, 16, 4, 1),
-        ("cosine_rows", 4, 64): Tile(32, 32, 4, 1),
-        ("cosine_rows", 4, 128): Tile(32, 16, 8, 1),
-        ("cosine_cols", 2, 256): Tile(32, 32, 4, 1),
-        ("flash_dq", 4, 64): Tile(32, 32, 4, 1),
-    },
-    89: {
-        ("row_lse", 2, 256): Tile(64, 32, 4, 1),
-        ("slice_forward", 2, 256): Tile(64, 32, 8, 1),
-        ("slice_rows", 4, 64): Tile(32, 32, 8, 1),
-        ("slice_rows", 4, 256): Tile(32, 16, 8, 1),
-        ("slice_cols", 2, 256): Tile(32, 16, 4, 1),
-        ("cosine_rows", 4, 64): Tile(32, 32, 4, 1),
-        ("cosine_rows", 4, 128): Tile(32, 16, 8, 1),
-        ("cosine_cols", 2, 256): Tile(32, 32, 4, 1),
-        ("flash_dq", 4, 64): Tile(32, 32, 4, 1),
-    },
-    90: {
-        ("slice_forward", 2, 64): Tile(128, 128, 8, 3),
-        ("slice_forward", 2, 128): Tile(128, 128, 8, 2),
-        ("slice_forward", 4, 256): Tile(16, 16, 8, 1),
-        ("slice_forward_split", 2, 128): Tile(64, 128, 8, 2),
-        ("slice_rows", 2, 64): Tile(128, 64, 8, 3),
-        ("slice_rows", 2, 128): Tile(128, 32, 8, 2),
-        ("slice_rows_split", 2, 128): Tile(64, 64, 8, 2),
-        ("slice_cols", 2, 64): Tile(64, 128, 8, 3),
-        ("slice_cols", 2, 128): Tile(64, 128, 8, 2),
-        ("row_lse_backward", 2, 128): Tile(64, 64, 8, 2),
-        ("flash_dkdv", 2, 64): Tile(64, 64, 4, 2),
-        ("flash_dkdv", 4, 64): Tile(16, 32, 8, 2),
-    },
-    100: {
-        ("slice_forward_split", 2, 64): Tile(64, 128, 8, 1),
-        ("slice_rows", 2, 64): Tile(64, 32, 8, 2),
-        ("slice_rows", 4, 32): Tile(16, 32, 4, 2),
-        ("slice_rows_split", 2, 64): Tile(64, 32, 4, 2),
-        ("slice_cols", 2, 64): Tile(64, 64, 8, 1),
-        ("slice_cols", 2, 128): Tile(64, 64, 8, 2),
-        ("slice_cols", 2, 256): Tile(32, 32, 4, 1),
-        ("cosine_rows", 2, 128): Tile(32, 32, 8, 1),
-        ("cosine_rows", 4, 256): Tile(16, 16, 4, 1),
-        ("row_lse_backward", 2, 64): Tile(64, 64, 8, 1),
-        ("row_lse_backward", 2, 128): Tile(64, 64, 8, 2),
-        ("flash_forward", 4, 256): Tile(16, 16, 8, 1),
-        ("flash_dkdv", 2, 64): Tile(64, 64, 8, 2),
-    },
-    120: {
-        ("slice_forward_split", 4, 256): Tile(16, 16, 8, 1),
-        ("slice_rows", 2, 16): Tile(32, 64, 8, 1),
-        ("slice_rows", 2, 64): Tile(64, 32, 8, 2),
-        ("slice_rows", 2, 128): Tile(64, 32, 8, 2),
-        ("slice_rows", 4, 256): Tile(16, 16, 4, 1),
-        ("slice_rows_split", 4, 256): Tile(16, 16, 4, 1),
-        ("slice_cols", 2, 16): Tile(64, 64, 8, 1),
-        ("slice_cols", 2, 256): Tile(32, 32, 4, 1),
-        ("row_lse_backward", 2, 128): Tile(64, 32, 8, 1),
-        ("row_lse_backward", 2, 256): Tile(16, 32, 4, 1),
-    },
-}
 
 # Unequal on purpose: a tile edge used on the wrong axis then shows in the tests.
 INTERPRETER_TILE = Tile(16, 32, 1, 1)
@@ -342,8 +101,7 @@ def attention_tile(kernel: str, q: torch.Tensor) -> Tile:
     if arch == INTERPRETER:
         return INTERPRETER_TILE
     base, size = kernel.removesuffix("_split"), (q.element_size(), padded_head_dim(q.shape[-1]))
-    own = ARCHITECTURE_TILES.get(arch, {})
-    return own.get((kernel, *size)) or own.get((base, *size)) or TILES[base, size[0]][size[1]]
+    return TILES.get((kernel, *size, arch)) or TILES.get((base, *size, arch)) or TILES[base, *size, 0]
 
 
 def row_tile(device: torch.device) -> Tile:

@@ -126,6 +126,14 @@ def vocabulary_kernel(
     GRADIENT: tl.constexpr,
     BV: tl.constexpr,
 ):
+    """A row s of the student's logits and t of the teacher's, with p = softmax(s/T), q = softmax(t/T), m = beta q + (1-beta) p:
+
+        ce = log sum_j e^{s_j} - s_label
+        kd = sum_j q_j log q_j/p_j,  sum_j p_j log p_j/q_j,  or  sum_j beta q_j log q_j/m_j + (1-beta) p_j log p_j/m_j
+
+    and, with GRADIENT, d (above) in the place of s. softmax_sums reads both rows once; forward KL needs one more pass, whose
+    slope p - q is known as it goes; the others two, because theirs is p (r - sum_j p_j r_j).
+    """
     i_n = tl.program_id(0).to(tl.int64)
     p_student += i_n * stride_s
     p_teacher += i_n * stride_t
@@ -185,6 +193,13 @@ def top_vocabulary_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
+    """As vocabulary_kernel with q known for the K tokens of a set S, and as one outcome for all others:
+
+        kd = sum_{j in S} D(p_j, q_j) + D(p_rest, q_rest),  p_rest = sum_{j not in S} p_j
+
+    The gradient of a token outside S is that of p_rest times p_j / p_rest. Logits of S are kept in b_logit and set to -inf in
+    memory, so that softmax_sums sums p_rest alone; 1 - sum_S p_j would cancel.
+    """
     i_n = tl.program_id(0).to(tl.int64)
     p_student += i_n * stride_s
     o_k = tl.arange(0, BK)

@@ -122,8 +122,8 @@ def test_other_tiles_are_checked_and_timed(kernel):
 
 
 def test_other_tiles_belong_to_kernels_of_the_table():
-    assert {key[:2] for key in _exactness.CANDIDATES} <= _launch.TILES.keys()
-    assert {c.width for c in _exactness.CONFIGS} >= {width for tiles in _launch.TILES.values() for width in tiles}
+    assert {(*key, 0) for key in _exactness.CANDIDATES} <= _launch.TILES.keys()
+    assert {c.width for c in _exactness.CONFIGS} >= {width for _, _, width, _ in _launch.TILES}
     assert len({str(c) for c in _exactness.CONFIGS}) == len(_exactness.CONFIGS)
 
 
