@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
+from data_check_cases import KINDS, Given, Maker, listed, made_up_set, said, write
 from data_files import write_tar
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,123 +20,7 @@ from PIL import Image
 
 from cdistill.cli import main
 from cdistill.data import check as checking
-from cdistill.data import presets
-from cdistill.data.samples import BadSampleError, ImageBytes, Mark, Message, Sample, Unread
-
-
-class Maker:
-    """Makes records, each with an image of its own, and puts faults into them."""
-
-    def __init__(self, folder, seed=0):
-        self.folder, self.rng, self.count = folder, random.Random(seed), 0
-
-    def image(self, suffix=".jpg", kind="JPEG"):
-        self.count += 1
-        name = f"pictures/{self.rng.randrange(10)}/{self.count}{suffix}"
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        size = self.rng.randint(20, 60), self.rng.randint(20, 60)
-        noise = Image.frombytes("RGB", size, self.rng.randbytes(3 * size[0] * size[1]))
-        noise.save(path, kind)
-        return name
-
-    def words(self):
-        return " ".join(self.rng.choice(("ein", "zwei", "ünf", "naïve", "„x“", "\\", "\n")) for _ in range(5)) + str(
-            self.count
-        )
-
-    def record(self, image="", turns=None):
-        """A good record; ``image`` None makes it text."""
-        self.count += 1
-        image = self.image() if image == "" else image
-        turns = self.rng.randint(1, 3) if turns is None else turns
-        said = [{"from": ("human", "gpt")[i % 2], "value": self.words()} for i in range(2 * turns)]
-        record = {"id": f"r{self.count}", "conversations": said}
-        if image is not None:
-            said[0]["value"] = "<image>\n" + said[0]["value"]
-            record["image"] = image
-        return record
-
-    def broken_file(self, content):
-        name = self.image()
-        path = self.folder / name
-        path.write_bytes(content(path.read_bytes()))
-        return self.record(name)
-
-    def faulty(self, kind):
-        """A record with the fault of that name."""
-        if kind == "missing image":
-            return self.record(f"pictures/none{self.count}.jpg")
-        if kind == "truncated image":
-            return self.broken_file(lambda data: data[: self.rng.randint(len(data) // 4, len(data) // 2)])
-        if kind == "unreadable image":
-            return self.broken_file(lambda data: self.rng.choice((b"", b"<html>not here</html>", bytes(500))))
-        if kind == "image outside its root":
-            return self.record(self.rng.choice(("../secret.jpg", "/etc/passwd", "pictures/../../x.png", "out/x.jpg")))
-        record = self.record()
-        turns = record["conversations"]
-        if kind == "unknown role":
-            turns[-1]["from"] = self.rng.choice(("GPT", "bot", ""))
-        elif kind == "image count":
-            turns[0]["value"] += self.rng.choice(("<image>", "<image><image>"))
-        elif kind == "empty answer":
-            turns[-1]["value"] = self.rng.choice(("", " ", "\n"))
-        elif kind == "wrong order of turns":
-            turns.insert(1, {"from": "human", "value": "and?"})
-        else:
-            assert kind == "not a record"
-            record = self.rng.choice(({"id": record["id"]}, {"id": record["id"], "conversations": "x"}))
-        return record
-
-
-KINDS = (
-    "missing image",
-    "truncated image",
-    "unreadable image",
-    "image outside its root",
-    "unknown role",
-    "image count",
-    "empty answer",
-    "wrong order of turns",
-    "not a record",
-)
-
-
-def made_up_set(folder, faults, *, seed, good=12, text=3, duplicates=2, misnamed=2, same_ids=2):
-    """Records in random order, and by id the reason why they are bad; ids of what is good but odd are among them, too."""
-    outside = folder.parent / "outside"
-    outside.mkdir(exist_ok=True)
-    folder.mkdir()
-    (folder / "out").symlink_to(outside)
-    maker = Maker(folder, seed)
-    records = [maker.record() for _ in range(good)] + [maker.record(None) for _ in range(text)]
-    bad = {}
-    for kind, count in faults.items():
-        for _ in range(count):
-            records.append(maker.faulty(kind))
-            bad[records[-1]["id"]] = kind
-    for _ in range(misnamed):
-        records.append(maker.record(maker.image(".jpg", maker.rng.choice(("GIF", "PNG")))))
-    maker.rng.shuffle(records)
-    clean = [record for record in records if record["id"] not in bad]
-    for original in maker.rng.sample(clean, duplicates):
-        copy = original | {"id": f"copy{original['id']}"}
-        records.insert(maker.rng.randint(records.index(original) + 1, len(records)), copy)
-        bad[copy["id"]] = "duplicate record"
-    for original in maker.rng.sample(clean, same_ids):
-        records.append(maker.record() | {"id": original["id"]})
-    return records, bad
-
-
-def write(path, records, *, lines):
-    texts = [json.dumps(record, ensure_ascii=i % 2 == 0) for i, record in enumerate(records)]
-    body = "\n".join(texts) + "\n" if lines else "[\n  " + ",\n  ".join(texts) + "\n]"
-    path.write_text(body, encoding="utf-8")
-    return texts
-
-
-def listed(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+from cdistill.data.samples import BadSampleError, ImageBytes, Mark, Message, Sample
 
 
 @given(
@@ -268,44 +152,6 @@ def test_a_mix_is_told_by_source(tmp_path, capsys):
     assert ["two", "3", "2", "1", "2", "1"] in rows
     assert ["all", "5", "3", "2", "4", "1"] in rows
     assert [entry["source"] for entry in listed(tmp_path / "mix.yaml.bad.jsonl")] == ["one", "two"]
-
-
-class Given:
-    """A source of given samples; what is no sample is raised, or kills the process."""
-
-    name = "given"
-    in_order = False
-
-    def __init__(self, items):
-        self.items = items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        item = self.items[index]
-        if isinstance(item, Exception):
-            raise item
-        if item is None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return item
-
-    def record(self, index):
-        raise BadSampleError("unreadable", "it was made up")
-
-    def place(self, index):
-        return f"given[{index}]"
-
-    def unread(self, most=None):
-        return Unread({}, len(self))
-
-    def sizes(self):
-        return None
-
-
-def said(question, answer, *images, id="x"):
-    parts = (*[Mark.IMAGE] * len(images), question)
-    return Sample(id, (Message("user", parts), Message("assistant", (answer,))), images, f"place of {id}")
 
 
 def test_any_source_will_do_and_equal_bytes_are_the_same_image(tmp_path):
@@ -463,77 +309,3 @@ def test_a_folder_counts_by_the_end_of_a_path(tmp_path):
     image = ImageBytes("/data/vg/coco/train/x.jpg", (maker.folder / maker.image()).read_bytes())
     (totals,) = checking.check([Given([said("a", "b", image)])], workers=1, folders=["vg", "coco/train", "gqa"])
     assert totals.folders == {"coco/train": 1}
-
-
-@pytest.fixture
-def preset(monkeypatch):
-    parts = (presets.Part("a/set.json", ".", 5, {"pictures/one": 3, "two": 1}, text_only=1),)
-    made_up = presets.Preset("made up", "DFT", parts, (presets.Download("http://example.org/x", "a"),), ())
-    monkeypatch.setattr(presets, "PRESETS", {"made-up": made_up})
-    return made_up
-
-
-def test_a_preset_tells_what_is_missing(tmp_path, capsys, preset):
-    maker = Maker(tmp_path)
-    records = [maker.record(f"{folder}/{i}.png") for folder, n in (("pictures/one", 3), ("two", 1)) for i in range(n)]
-    for record in records[1:]:
-        (tmp_path / record["image"]).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (9, 9)).save(tmp_path / record["image"])
-    records.append(maker.record(None))
-    path = tmp_path / "renamed.json"
-    write(path, records, lines=False)
-    assert main(["data", "check", str(path), "--preset", "made-up"]) == 1
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["a/set.json", "5", "4", "1"] in rows
-    assert ["pictures/one", "3", "2", "1"] in rows
-    assert ["two", "1", "1", "0"] in rows
-    assert ["text", "only", "1", "1", "0"] in rows
-
-    write(path, records[1:], lines=False)  # nothing is bad, one record is not there
-    assert main(["data", "check", str(path), "--preset", "made-up"]) == 1
-    Image.new("RGB", (9, 9)).save(tmp_path / records[0]["image"])
-    write(path, records, lines=False)
-    assert main(["data", "check", str(path), "--preset", "made-up"]) == 0
-
-
-def test_presets_are_listed_and_described(capsys):
-    assert main(["data", "presets"]) == 0
-    out = capsys.readouterr().out
-    assert all(name in out for name in presets.PRESETS)
-    for name, preset in presets.PRESETS.items():
-        assert main(["data", "presets", name]) == 0
-        out = capsys.readouterr().out
-        assert all(f"{part.annotation}" in out and f"{part.records:,}" in out for part in preset.parts)
-        assert all(download.url in out for download in preset.downloads)
-    assert main(["data", "presets", "none"]) == 2
-    assert main(["data", "presets", "--write", "x.yaml"]) == 2
-
-
-def test_counts_of_presets_add_up():
-    for preset in presets.PRESETS.values():
-        for part in preset.parts:
-            if part.folders:
-                assert sum(part.folders.values()) + part.text_only == part.records
-    assert presets.PRESETS["llava-665k"].records == 665_298
-    assert presets.PRESETS["extended"].records == 1_110_107
-
-
-@pytest.mark.parametrize("name", presets.PRESETS)
-def test_the_mix_file_of_a_preset_opens(tmp_path, capsys, name):
-    mix = tmp_path / "mix.yaml"
-    assert main(["data", "presets", name, "--write", str(mix)]) == 0
-    maker = Maker(tmp_path)
-    for part in presets.PRESETS[name].parts:
-        path = tmp_path / part.annotation
-        path.parent.mkdir(parents=True, exist_ok=True)
-        record = maker.record()
-        inside = tmp_path / part.images / record["image"]
-        inside.parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / record["image"]).replace(inside)
-        write(path, [record], lines=path.suffix == ".jsonl")
-    capsys.readouterr()
-    assert main(["data", "check", str(mix), "--preset", name]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    for part in presets.PRESETS[name].parts:
-        assert [part.annotation, f"{part.records:,}", "1", f"{part.records - 1:,}"] in [line.split() for line in lines]
-    assert main(["data", "presets", name, "--write", str(mix)]) == 2

@@ -356,7 +356,9 @@ def test_what_a_cache_is_made_of(models, tmp_path, monkeypatch):
     assert cache.fingerprint(resolve(recipe).stages[0], built, None)["vocabulary"] == 70
     built.reader = object()
     (tmp_path / "models" / "base" / "preprocessor_config.json").write_text("{}")
-    assert list(cache.fingerprint(resolve(recipe).stages[0], built, None)["student.base"]) == ["preprocessor_config.json"]
+    assert list(cache.fingerprint(resolve(recipe).stages[0], built, None)["student.base"]) == [
+        "preprocessor_config.json"
+    ]
     (tmp_path / "models" / "teacher" / "preprocessor_config.json").write_text("{}")
     found = cache.fingerprint(resolve(recipe).stages[0], built, None)
     assert not found["student.base"] and "preprocessor_config.json" in found["teacher"]
