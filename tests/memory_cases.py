@@ -156,7 +156,7 @@ def measured_peaks(recipe: Recipe, batches: Batches, monkeypatch) -> dict[str, i
     What they hold when it begins is counted, and the profile of torch's CPU allocator tells what comes and goes: it misses
     what gloo's threads free, and would add that up from step to step.
     """
-    monkeypatch.setattr(stages, "stage_dataset", lambda *_: (batches, batches.collate))
+    monkeypatch.setattr(stages, "open_stage", lambda *_: (batches, batches.collate))
     gc.collect()  # what an earlier run has left would be freed inside
     before, marks = tensor_bytes(), Marks()
     with quick_products(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -13,7 +13,6 @@ from cdistill.data.mix import open_source
 from cdistill.data.samples import Source
 from cdistill.train.build import build_models
 from cdistill.train.data import stage_dataset
-from cdistill.train.resolve import resolve
 
 # A package of someone else: questions and answers on lines, with a tab between them.
 PACKAGE = """
@@ -112,7 +111,7 @@ def test_recipes_and_mixes_are_served(registered, models, tmp_path):
     }
     recipe = make_recipe(tmp_path / "run", models, group_by="length", **options)
     built = build_models(recipe)
-    dataset, collate = stage_dataset(resolve(recipe).stages[0], built)
+    dataset, collate = stage_dataset(recipe, 0, built)
     batch = collate([dataset[i] for i in range(16)])
     answers = batch["labels"][batch["labels"] >= 0]
     assert len(dataset) == 16 and set(built.tokenizer.convert_ids_to_tokens(answers)) >= set(ANSWERS)

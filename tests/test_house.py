@@ -109,6 +109,23 @@ def test_what_a_page_names_is_there(page):
     assert not missing
 
 
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 450, 60
+
+
+@pytest.mark.parametrize("folder", ["cdistill", "kernels", "csrc", "benchmarks", "tests"])
+def test_files_and_functions_have_a_size_that_can_be_read(folder):
+    """Kernels' functions aside, whose signatures are long."""
+    files = [path for path in sorted((ROOT / folder).rglob("*")) if path.suffix in (".py", ".cpp", ".h")]
+    lines = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in files}
+    assert {name: n for name, n in lines.items() if n > MOST_LINES} == {}
+    for path in files if folder != "kernels" else ():
+        tree = ast.parse(path.read_text()) if path.suffix == ".py" else ast.Module([], [])
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                size = node.end_lineno - node.lineno + 1
+                assert size <= MOST_LINES_OF_A_FUNCTION, f"{path.name}: {node.name} has {size} lines"
+
+
 def test_import_is_cheap():
     code = f"import cdistill, sys; print([m for m in {HEAVY!r} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -385,14 +385,14 @@ def test_samples_without_labels(models, tmp_path, monkeypatch, rows):
     """One beside another sample, for what is aligned is as wide as the regions of both, and a batch of two."""
     from cdistill.train import stages
 
-    made = stages.stage_dataset
+    made = stages.open_stage
 
     def dataset(stage, models):
         data, collate = made(stage, models)
         return Answers(data, {0, 2, 3}), collate
 
-    monkeypatch.setattr(stages, "stage_dataset", dataset)
-    monkeypatch.setattr(cache, "stage_dataset", dataset)
+    monkeypatch.setattr(stages, "open_stage", dataset)
+    monkeypatch.setattr(cache, "open_stage", dataset)
     options = {"stages": ["dft"], "teacher_memory__top_k": 50, "vat__rows": rows, "stage__dft__micro_batch_size": 2}
     recipe = cached(tmp_path / "run", models, tmp_path / "cache", **options)
     cache.write_cache(recipe)

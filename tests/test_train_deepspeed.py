@@ -166,7 +166,7 @@ class Mixed(torch.utils.data.Dataset):
 
 
 def run_mixed(recipe):
-    make = stages.stage_dataset
+    make = stages.open_stage
 
     def mixed(stage, models):
         images, collate = make(stage, models)
@@ -175,7 +175,7 @@ def run_mixed(recipe):
         )
         return Mixed(images, texts), collate
 
-    with mock.patch.object(stages, "stage_dataset", mixed):
+    with mock.patch.object(stages, "open_stage", mixed):
         run(recipe)
 
 

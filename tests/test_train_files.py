@@ -27,7 +27,6 @@ from cdistill.train.build import build_models
 from cdistill.train.cache import write_cache
 from cdistill.train.data import stage_dataset
 from cdistill.train.recipes import recipe_to_dict
-from cdistill.train.resolve import resolve
 from cdistill.train.run_folder import read_recipe
 from cdistill.train.trainer import in_one_line
 
@@ -212,7 +211,7 @@ def test_a_data_set_is_opened_once_in_a_run_and_anew_in_the_next(models, files, 
         (tmp_path / "set.json").write_text(json.dumps(records[:count]))
         recipe = recipe_of(tmp_path / f"{i}", models, files, data={"path": str(tmp_path / "set.json")})
         built = build_models(recipe)
-        first, second = (stage_dataset(resolve(recipe).stages[0], built)[0] for _ in range(2))
+        first, second = (stage_dataset(recipe, 0, built)[0] for _ in range(2))
         assert first.source is second.source and len(first.source) == count
 
 
@@ -266,7 +265,7 @@ def test_the_template_of_training_takes_the_place_of_older_forms(models, files, 
 
 def test_substitutes_are_of_the_same_kind(models, files, tmp_path):
     recipe = recipe_of(tmp_path / "run", models, files)
-    data, collate = stage_dataset(resolve(recipe).stages[0], build_models(recipe))
+    data, collate = stage_dataset(recipe, 0, build_models(recipe))
     records = json.loads((files / "set.json").read_text())
     left_out = 0
     for number in range(len(data)):
@@ -295,7 +294,7 @@ def test_packing_changes_no_loss(models, files, plain, tmp_path):
     run(recipe_of(tmp_path / "run", models, files, packing=True))
     assert_close(losses(tmp_path / "run"), losses(plain[1]), 1e-4)
     recipe = recipe_of(tmp_path / "run", models, files, packing=True)
-    data, collate = stage_dataset(resolve(recipe).stages[0], build_models(recipe))
+    data, collate = stage_dataset(recipe, 0, build_models(recipe))
     batch = collate([data[number] for number in range(4)])
     assert "attention_mask" not in batch and len(batch["input_ids"]) == 1
 
@@ -313,7 +312,7 @@ def test_states_of_the_teacher_are_not_packed_either(models, files, tmp_path):
     built = build_models(recipe)
     built.teacher.config.text_config.layer_types = ["conv", "full_attention"]
     with pytest.raises(ValueError, match=r"stage\.dft\.data: packing: .* has layers of type conv"):
-        stage_dataset(resolve(recipe).stages[0], built)
+        stage_dataset(recipe, 0, built)
 
 
 def test_training_from_a_cache_of_files(models, files, plain, tmp_path):
@@ -328,7 +327,7 @@ def test_training_from_a_cache_of_files(models, files, plain, tmp_path):
 
 def test_batches_of_one_modality_and_similar_lengths(models, files, tmp_path):
     recipe = recipe_of(tmp_path / "run", models, files, group_by="modality", stage__dft__samples=22)
-    data, _ = stage_dataset(resolve(recipe).stages[0], build_models(recipe))
+    data, _ = stage_dataset(recipe, 0, build_models(recipe))
     kinds = []
     for batch in DataLoader(data, 4, collate_fn=lambda items: items):
         kinds.append({"pixel_values" in encoded.images for encoded, _ in batch})

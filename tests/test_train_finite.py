@@ -101,13 +101,13 @@ def without(models, tmp_path_factory):
             kept = [i for step in range(STEPS) if step not in missing for i in range(step * BATCH, (step + 1) * BATCH)]
             kept += range(BATCH * len(missing))  # the steps at the end, whose result is not looked at
             keep, patch = Keep(), pytest.MonkeyPatch()
-            original = stages.stage_dataset
+            original = stages.open_stage
 
             def stage_dataset(*args):
                 dataset, collator = original(*args)
                 return Subset(dataset, kept), collator
 
-            patch.setattr(stages, "stage_dataset", stage_dataset)
+            patch.setattr(stages, "open_stage", stage_dataset)
             run(
                 make_recipe(tmp_path_factory.mktemp("without") / "run", models, **SETTINGS, **changes), callbacks=[keep]
             )

@@ -19,7 +19,6 @@ from cdistill.train.config import LoRAConfig
 from cdistill.train.data import stage_dataset
 from cdistill.train.distillation import distill
 from cdistill.train.lora import add_lora, merged_state
-from cdistill.train.resolve import resolve
 from cdistill.vat import VATConfig
 
 LORA = {"r": 4, "alpha": 16, "dropout": 0.0}
@@ -136,7 +135,7 @@ def test_grouped_stages_see_the_same_samples_in_another_order(models, tmp_path):
     recipes = [
         make_recipe(tmp_path / "run", models, group_by="length" if on else None, **options) for on in (False, True)
     ]
-    plain, grouped = (stage_dataset(resolve(recipe).stages[0], build_models(recipe))[0] for recipe in recipes)
+    plain, grouped = (stage_dataset(recipe, 0, build_models(recipe))[0] for recipe in recipes)
     ids = [[tuple(data[i]["input_ids"].tolist()) for i in range(32)] for data in (plain, grouped)]
     assert ids[0] != ids[1] and sorted(ids[0]) == sorted(ids[1])
     assert isinstance(plain, BuiltinDataset)

@@ -50,10 +50,8 @@ def open_source(
         images: where names of images start from, or a folder for each first part of the names (`resolve_image`); by
             default the folder of the file.
         columns: see `HubDataset`.
-        config: of a set on the hub.
-        split: of a set of ``datasets``, "train" by default.
-        streaming: read a set of ``datasets`` as a stream; then ``size`` must be given.
-        size: how many rows of a set of ``datasets`` count.
+        config, split: of a set of ``datasets``; "train" by default.
+        streaming, size: read a set of ``datasets`` as a stream of so many rows; without the first, how many rows count.
         allow_urls: images may be named by URLs.
         name: what the source is called; by default its path tells.
         seed: of the subsets that a mix takes.

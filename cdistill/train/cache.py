@@ -38,7 +38,7 @@ from cdistill.runtime.zero import is_partitioned
 from cdistill.train.alignment import vat_of
 from cdistill.train.build import Models, build_models
 from cdistill.train.config import Recipe, StageConfig
-from cdistill.train.data import stage_dataset
+from cdistill.train.data import open_stage
 from cdistill.train.model import DistillationModel
 from cdistill.train.recipes import recipe_to_dict
 from cdistill.train.resolve import Stage, precision_of, resolve
@@ -480,7 +480,7 @@ def _write_stage(stage: Stage, models: Models) -> None:
     recipe, folder = stage.recipe, stage_cache(stage)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     vat, precision = vat_of(stage, models), precision_of(recipe)
-    dataset, collate = stage_dataset(stage, models)
+    dataset, collate = open_stage(stage, models)
     writer, facts, work = _begin(stage, models)
     if work.missing:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -24,14 +24,19 @@ from cdistill.data.mix import Order, open_source
 from cdistill.data.samples import IMAGE_TOKEN, Source
 from cdistill.models.load import Model
 from cdistill.train.build import Models
-from cdistill.train.config import DataConfig
-from cdistill.train.resolve import Stage
+from cdistill.train.config import DataConfig, Recipe
+from cdistill.train.resolve import Stage, resolve
 from cdistill.vat import check_packable, packed_position_ids
 
 CHARACTERS_PER_TOKEN, USUAL_VISUAL_TOKENS = 4, 576  # for lengths that are only compared
 
 
-def stage_dataset(stage: Stage, models: Models) -> tuple[Dataset, Any]:
+def stage_dataset(recipe: Recipe, index: int, models: Models) -> tuple[Dataset, Any]:
+    """Dataset and collator of the stage at a place in the recipe's list. Raises ValueError as `open_stage`."""
+    return open_stage(resolve(recipe, world=1).stages[index], models)
+
+
+def open_stage(stage: Stage, models: Models) -> tuple[Dataset, Any]:
     """Dataset and collator of a stage.
 
     Raises:

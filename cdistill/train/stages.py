@@ -36,7 +36,7 @@ from cdistill.train.build import (
 )
 from cdistill.train.cache import CachedCollator, CachedDataset, StageCache, fingerprint, stage_cache
 from cdistill.train.config import Recipe, TeacherMemory
-from cdistill.train.data import encoder_of, stage_dataset, unread
+from cdistill.train.data import encoder_of, open_stage, unread
 from cdistill.train.lora import add_lora
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import set_trained
@@ -138,7 +138,7 @@ def _prepare(recipe: Recipe, output: Path, resume: bool, at_end: ExitStack) -> M
     run = resolve(recipe, _world_size() if launch.launched() else None)
     models = build_models(recipe)
     for stage in run.stages:
-        stage_dataset(stage, models)
+        open_stage(stage, models)
         if recipe.teacher_memory.cache is not None and stage.objective.distils:
             StageCache(stage_cache(stage), fingerprint(stage, models, vat_of(stage, models)))
     if resume:
@@ -178,7 +178,7 @@ def _run_stage(
         models.teacher = models.held = None
     arguments = _ready(run, stage, models.student)
     counted = count_parameters(models.student)
-    data = _Data(*(found := stage_dataset(stage, models)), encoder_of(found[0]))
+    data = _Data(*(found := open_stage(stage, models)), encoder_of(found[0]))
     if data.encoder is not None:
         stop_at(models.student, data.encoder.contract.end_ids)
     model, data = _distillation(run, stage, models, data, arguments)
