@@ -23,6 +23,7 @@ from torch import Tensor
 from benchmarks._contenders import DTYPES, SHAPES, Problem, Shape, contenders, draw, row_cosine
 from benchmarks._measure import one_line
 from cdistill.ops import (
+    AttentionProblem,
     attention_alignment,
     attention_slice,
     attention_slice_accumulate,
@@ -30,7 +31,7 @@ from cdistill.ops import (
     flash_attention,
     reference,
 )
-from cdistill.ops._engines import ENGINES, Attention
+from cdistill.ops._engines import ENGINES
 
 ROOT = Path(__file__).parent.parent
 CHECK_SECONDS = 240.0
@@ -318,7 +319,7 @@ def check_config(config: Config, device: torch.device) -> None:
         compare("alignment", mask, alignment_results)
         compare("head cosine", mask, alignment_results, heads="each")
         exact, same = (both_results(x, d, None) for d in (torch.float64, dtype))
-        problem = Attention(x.q, x.k, x.v, x.options["key_mask"], config.causal, config.width**-0.5)
+        problem = AttentionProblem(x.q, x.k, x.v, **x.options, scale=config.width**-0.5)
         for name, candidate in ENGINES.items():
             if not (candidate.missing() or candidate.refusal(problem)):
                 judge(f"ours/{name}", mask, partial(both_results, x, dtype, name), same, exact)
@@ -357,7 +358,7 @@ def check_graph(device: torch.device) -> None:
     """Forward and backward of every engine, captured once and replayed on other inputs, give what a plain run gives."""
     for name, candidate in ENGINES.items():
         p, other = (draw(SMALL, torch.bfloat16, device, seed) for seed in (0, 1))
-        if candidate.missing() or candidate.refusal(Attention(*p.leaves, None, True, 0.1)):
+        if candidate.missing() or candidate.refusal(AttentionProblem(*p.leaves)):
             continue
 
         def step(x: Problem, engine: str = name) -> list[Tensor]:

@@ -32,8 +32,9 @@ from benchmarks._measure import (
     results_folder,
     samples,
 )
-from cdistill.ops import attention_alignment, attention_slice
-from cdistill.ops._engines import Attention, engine
+from cdistill.ops import AttentionProblem, attention_alignment, attention_slice
+from cdistill.ops._engine import attention_forward
+from cdistill.ops._engines import engine
 
 pytestmark = pytest.mark.gpu
 
@@ -103,8 +104,8 @@ def measured(
 
 
 def lse_of(p: Problem) -> torch.Tensor:
-    x = Attention(*(y.detach() for y in p.leaves), None, True, p.q.shape[3] ** -0.5)
-    return engine(None, x).forward(x)[1]
+    x = AttentionProblem(*(y.detach() for y in p.leaves), scale=p.q.shape[3] ** -0.5)
+    return attention_forward(engine(None, x), x)[1]
 
 
 def given_lse(p: Problem, impl: str) -> tuple[Forward, Backward]:

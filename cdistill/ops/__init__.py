@@ -3,6 +3,7 @@
 Importing this package imports torch, and neither triton nor the C++ module: a backend is loaded when it is first used.
 """
 
+from cdistill.ops._problem import AttentionProblem
 from cdistill.ops.attention_alignment import attention_alignment
 from cdistill.ops.attention_slice import attention_slice, attention_slice_accumulate
 from cdistill.ops.attention_with_alignment import attention_with_alignment
@@ -10,6 +11,7 @@ from cdistill.ops.flash_attention import flash_attention
 from cdistill.ops.linear_distillation import LinearDistillation, linear_distillation
 
 __all__ = [
+    "AttentionProblem",
     "LinearDistillation",
     "attention_alignment",
     "attention_slice",
