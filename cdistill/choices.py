@@ -25,6 +25,7 @@ REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 HEADS: tuple[str, ...] = get_args(Heads)
 IMPLS: tuple[str, ...] = get_args(Impl)
 ENGINES: tuple[str, ...] = get_args(Engine)
+REGISTERED_ENGINES: list[str] = []  # those of other packages: `cdistill.ops.register_attention_engine`
 VAT_ENGINES = ("sdpa", "auto", *ENGINES)  # transformers' own attention, or an engine that makes the slice beside it
 DIVERGENCES: tuple[str, ...] = get_args(Divergence)
 ROWS: tuple[str, ...] = get_args(Rows)
@@ -75,7 +76,7 @@ class VATConfig:
             "layers": NAMED_SPANS,
             "rows": ROWS,
             "heads": HEADS,
-            "engine": VAT_ENGINES,
+            "engine": (*VAT_ENGINES, *REGISTERED_ENGINES),
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:

@@ -1,6 +1,7 @@
 """Attention engines by name, and which one computes a problem: the one asked for, or the fastest that can.
 
-An engine is a class in `_engines_torch`, `_engines_flash_attn` or below, and stands in ``ENGINES``.
+An engine of this package is a class in `_engines_torch`, `_engines_flash_attn` or below, and stands in ``ENGINES``; one of
+another package is registered.
 """
 
 from importlib.util import find_spec
@@ -8,11 +9,13 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from cdistill import choices
 from cdistill.ops._dispatch import backend
 from cdistill.ops._engine import AttentionEngine
 from cdistill.ops._engines_flash_attn import FlashAttn2, FlashAttn3, FlashAttn4
 from cdistill.ops._engines_torch import TorchCudnn, TorchFlash
 from cdistill.ops._problem import AttentionProblem
+from cdistill.ops._registered import Registered
 
 
 class Triton(AttentionEngine):
@@ -55,12 +58,38 @@ ENGINES: dict[str, AttentionEngine] = {
     "flash_attn_3": FlashAttn3(),
     "flash_attn_4": FlashAttn4(),
 }
+REGISTERED: dict[str, AttentionEngine] = {}
 
 # Fastest first, by compute capability; by what their authors publish, until our own benchmark says otherwise.
 _HOPPER = ("flash_attn_3", "torch_cudnn", "flash_attn_4", "triton", "flash_attn_2", "torch_flash")
 _BLACKWELL = ("flash_attn_4", "torch_cudnn", "triton", "flash_attn_2", "torch_flash")
 _OTHER = ("flash_attn_2", "torch_flash", "torch_cudnn", "triton")
 _PREFERRED = {9: _HOPPER, 10: _BLACKWELL, 11: _BLACKWELL}
+
+
+def register_attention_engine(name: str, engine: AttentionEngine) -> None:
+    """Let ops, `VATConfig` and recipes take an attention engine of another package by this name, in this process.
+
+    It then computes where it is asked for: ``engine=name`` of `flash_attention` and `attention_with_alignment`, and
+    ``vat.engine``. The default never becomes a registered engine. Before its first result on a device it computes a small
+    problem, which is compared with float64.
+
+    Args:
+        name: a Python identifier that no engine has.
+        engine: an instance of a class derived from `AttentionEngine`, which says what its methods take and return.
+
+    Raises:
+        ValueError: the name is taken or no identifier, or the engine is something else.
+    """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"name must be an identifier, as my_engine, got {name!r}")
+    if name in (*choices.VAT_ENGINES, *REGISTERED):
+        raise ValueError(f"name {name!r} is taken by another attention engine: choose one that is not")
+    if not isinstance(engine, AttentionEngine):
+        got = f"the class {engine.__name__}" if isinstance(engine, type) else type(engine).__name__
+        raise ValueError(f"engine must be an instance of a subclass of cdistill.ops.AttentionEngine, got {got}")
+    REGISTERED[name] = Registered(name, engine)
+    choices.REGISTERED_ENGINES.append(name)
 
 
 def engine(name: str | None, problem: AttentionProblem) -> AttentionEngine:
@@ -72,9 +101,9 @@ def engine(name: str | None, problem: AttentionProblem) -> AttentionEngine:
         ValueError: the name is unknown, the engine is not installed, or it cannot compute the problem; the message says why.
     """
     if name is not None:
-        chosen = ENGINES.get(name)
+        chosen = ENGINES.get(name) or REGISTERED.get(name)
         if chosen is None:
-            raise ValueError(f"engine must be None or one of {tuple(ENGINES)}, got {name!r}")
+            raise ValueError(f"engine must be None or one of {(*ENGINES, *REGISTERED)}, got {name!r}")
         if reason := chosen.missing():
             raise ValueError(f"engine={name!r} cannot run: {reason}")
         if reason := chosen.refusal(problem):
