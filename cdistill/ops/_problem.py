@@ -76,9 +76,7 @@ class VocabularyRows(NamedTuple):
 
     student: Tensor  # (c,V)
     teacher: Tensor | None  # (c,V); None with `top`
-    top: (
-        tuple[Tensor, Tensor, Tensor] | None
-    )  # of a teacher: log-probabilities (c,K), indices, and that of all others (c,)
+    top: tuple[Tensor, Tensor, Tensor] | None  # teacher's: log-probabilities (c,K), indices, the (c,) of all others
     labels: Tensor  # (c,) int64
     ce: Tensor  # (c,) fp32, written
     kd: Tensor  # (c,) fp32, written
@@ -95,10 +93,9 @@ class VocabularyOptions(NamedTuple):
     gradient: bool  # whether the student's logits become the gradient of ce_weight * ce + kd_weight * kd
 
 
-PROBLEM = (
-    "Tensor q, Tensor k, Tensor? v, Tensor? rows, Tensor? cols, Tensor? lse, Tensor? key_mask, "
-    "bool causal, float scale, bool each"
-)
+_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", float: "float"}
+# "Tensor q, Tensor k, Tensor? v, ..., bool each"
+PROBLEM = ", ".join(f"{_SCHEMA_TYPES[of]} {name}" for name, of in AttentionProblem.__annotations__.items())
 _FIELDS = len(AttentionProblem._fields)
 COMPARISON = "Tensor target, str loss, str reduction, bool sink_filter"  # as the caller gives it
 
