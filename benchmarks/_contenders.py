@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from benchmarks._measure import Way
-from cdistill.ops import attention_with_alignment, flash_attention
-from cdistill.ops._engines import ENGINES, Attention, engine
+from cdistill.ops import AttentionProblem, attention_with_alignment, flash_attention
+from cdistill.ops._engines import ENGINES, engine
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FIRST_COL = 16  # the image stands after a short system prompt
@@ -245,9 +245,11 @@ def free_memory(device: torch.device) -> float:
 def contenders(shape: Shape, problem: Problem) -> tuple[list[Contender], dict[str, str]]:
     """Who can compute this problem, ours first; and who cannot, with the reason."""
     q, k, v = problem.leaves
-    device, x = q.device, Attention(q, k, v, None, True, shape.width**-0.5)
+    device, x = q.device, AttentionProblem(q, k, v, scale=shape.width**-0.5)
     alignment = frozenset({"slice", "alignment"})
-    found = [Contender("ours", ours(None), alignment | {f"ours/{engine(None, x).name}"})]
+    default = engine(None, x)
+    stands_for = {f"ours/{name}" for name, candidate in ENGINES.items() if candidate is default}
+    found = [Contender("ours", ours(None), alignment | stands_for)]
     left_out: dict[str, str] = {}
     for name, candidate in ENGINES.items():
         reason = candidate.missing() or candidate.refusal(x)

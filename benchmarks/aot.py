@@ -31,6 +31,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from cdistill import choices
+from cdistill.ops._problem import AttentionProblem, Comparison, VocabularyOptions, VocabularyRows
 
 # Compute capability -> shared memory in bytes that a program may take, and that a multiprocessor has.
 SHARED_MEMORY = {
@@ -111,24 +112,23 @@ def attention_launches(arch: int, head_dim: int, dtype: torch.dtype) -> list[tup
         if key_mask is None:
             lse = empty(2, B, Hq, T)
         grad = empty(B, R, V, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
-        options = {"causal": True, "scale": head_dim**-0.5, "key_mask": key_mask}
         gradients = empty(B, Hq, T, head_dim, dtype=dtype), empty(B, kv_heads, T, head_dim, dtype=dtype)
-        backend.row_lse(q, k, rows, **options)
-        backend.row_lse_backward(q, k, lse, rows, dlse, **options)
-        backend.row_lse_backward(q, k, lse, rows, dlse, **options, into=gradients)
-        backend.slice_forward(q, k, lse, rows, cols, **options, each=False)
-        backend.slice_forward(q, k, lse, rows, cols, **options, each=True)
-        backend.slice_accumulate(q, k, lse, rows, cols, empty(9, B, R, V, dtype=dtype), [0, 8], **options, each=False)
+        x = AttentionProblem(q, k, k, rows, cols, lse, key_mask, causal=True, scale=head_dim**-0.5)
+        backend.row_lse(x)
+        backend.row_lse_backward(x, dlse)
+        backend.row_lse_backward(x, dlse, into=gradients)
+        backend.slice_forward(x)
+        backend.slice_forward(x._replace(each=True))
+        backend.slice_accumulate(x, empty(9, B, R, V, dtype=dtype), [0, 8])
         for V1 in (V, few):
-            part = cols[:, :V1], grad[..., :V1]
-            backend.slice_backward(q, k, lse, rows, *part, lambda _: gradients, **options, each=False)
+            backend.slice_backward(x._replace(cols=cols[:, :V1]), grad[..., :V1], lambda _: gradients)
         target = empty(B, Hq, R, V)
-        _, kept = backend.head_cosine(q, k, lse, rows, cols, target, **options)
-        backend.head_cosine_backward(q, k, kept, rows, cols, target, dlse[..., :R], lambda _: gradients, **options)
+        _, kept = backend.head_cosine(x, target)
+        backend.head_cosine_backward(x, kept, target, dlse[..., :R], lambda _: gradients)
         saved, _ = backend.fold_dlse(q, q, dlse, rows)
         backend.unfold_dlse(q, saved, rows)
-        out, _, split = flash_attention.flash_forward(q, k, k, **options)
-        flash_gradient.flash_backward(out, dlse, q, k, k, out, split, **options)
+        out, _, split = flash_attention.flash_forward(x)
+        flash_gradient.flash_backward(x._replace(lse=split), out, out, dlse)
 
     mask = empty(B, T, dtype=torch.bool)
     return recorded(lambda: call(2, None), arch) + recorded(lambda: call(Hq, mask), arch, multiprocessors=1 << 20)
@@ -141,12 +141,14 @@ def loss_launches(arch: int) -> list[tuple]:
 
     def call():
         for loss, reduction in itertools.product(choices.ALIGNMENT_LOSSES, choices.REDUCTIONS):
-            options = {"loss": loss, "reduction": reduction, "sink_filter": reduction == "column" and loss == "cosine"}
-            backend.alignment_loss(a, a, *valid, **options)
+            sink_filter = reduction == "column" and loss == "cosine"
+            compared = Comparison(*valid, a, loss, reduction, sink_filter)
+            backend.alignment_loss(a, compared)
             for dtype in (torch.float32, torch.bfloat16):
-                backend.alignment_grad(a, a, *valid, a[:, 0, 0], **options, dtype=dtype)
-        positions = torch.empty(2, 2880, dtype=torch.int64, device="meta")
-        backend.regions(positions[:, :256], positions, valid[0], causal=True, tokens=4096)
+                backend.alignment_grad(a, compared, a[:, 0, 0], dtype)
+        q = torch.empty(2, 1, 4096, 16, device="meta")
+        cols = torch.empty(2, 2880, dtype=torch.int64, device="meta")
+        backend.regions(AttentionProblem(q, q, None, cols[:, :256], cols, key_mask=valid[0]))
 
     return recorded(call, arch)
 
@@ -164,11 +166,9 @@ def vocabulary_launches(arch: int, dtype: torch.dtype) -> list[tuple]:
         logits = torch.empty(c, V, dtype=dtype, device="meta")
         variants = itertools.product(choices.DIVERGENCES, (1.0, 2.0), (True, False))
         for divergence, temperature, gradient in variants:
-            options = {"divergence": divergence, "temperature": temperature, "beta": 0.5, "gradient": gradient}
+            options = VocabularyOptions(divergence, temperature, 0.5, 1.0, 1.0, gradient)
             for teacher, stored in ((logits, None), (None, top(64)), (None, top(vocabulary_losses.MOST_TOP))):
-                backend.vocabulary_losses(
-                    logits, teacher, stored, labels, *losses, **options, ce_weight=1.0, kd_weight=1.0
-                )
+                backend.vocabulary_losses(VocabularyRows(logits, teacher, stored, labels, *losses), options)
 
     return recorded(call, arch)
 

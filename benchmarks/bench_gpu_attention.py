@@ -16,9 +16,11 @@ import torch
 from cdistill.kernels import _launch
 from cdistill.kernels._launch import Tile
 
-from benchmarks import _exactness
+from benchmarks import _exactness_attention
+from benchmarks._by_definition import results_of, rows_alone
 from benchmarks._contenders import DTYPES, PLAIN, SHAPES, Contender, Problem, Shape, contenders, draw, own_flash
-from benchmarks._exactness import CANDIDATES, results_of, rows_alone, tile_in_use, tile_name, worst
+from benchmarks._exactness import worst
+from benchmarks._exactness_attention import ALONE, CANDIDATES, CHECKS, tile_in_use, tile_name
 from benchmarks._measure import (
     NO_FAILURES,
     Backward,
@@ -32,8 +34,9 @@ from benchmarks._measure import (
     results_folder,
     samples,
 )
-from cdistill.ops import attention_alignment, attention_slice
-from cdistill.ops._engines import Attention, engine
+from cdistill.ops import AttentionProblem, attention_alignment, attention_slice
+from cdistill.ops._engine import attention_forward
+from cdistill.ops._engines import engine
 
 pytestmark = pytest.mark.gpu
 
@@ -103,8 +106,8 @@ def measured(
 
 
 def lse_of(p: Problem) -> torch.Tensor:
-    x = Attention(*(y.detach() for y in p.leaves), None, True, p.q.shape[3] ** -0.5)
-    return engine(None, x).forward(x)[1]
+    x = AttentionProblem(*(y.detach() for y in p.leaves), scale=p.q.shape[3] ** -0.5)
+    return attention_forward(engine(None, x), x)[1]
 
 
 def given_lse(p: Problem, impl: str) -> tuple[Forward, Backward]:
@@ -184,14 +187,14 @@ def timed_tiles(
 @pytest.fixture(scope="module")
 def checked(device, deadline) -> dict[str, dict[str, str]]:
     """Every check's result, by its name: what failed."""
-    return _exactness.run_all(_exactness.TOGETHER, _exactness.ALONE)
+    return _exactness_attention.run_checks()
 
 
 @pytest.fixture(scope="module")
 def results(device, checked) -> ResultsFile:
     file = ResultsFile(results_folder(), device)
     file.add("rates", rates(device))
-    names = [*_exactness.CHECKS, *_exactness.ALONE]
+    names = [*CHECKS, *ALONE]
     failed = {name: checked[name] for name in names if checked[name]}
     file.add("checks", {"passed": len(names) - len(failed), "failed": failed})
     return file
@@ -203,7 +206,7 @@ def failed_parts(checked: dict[str, dict[str, str]], width: int) -> dict[str, st
     return {part: found for name in names for part, found in checked[name].items()}
 
 
-@pytest.mark.parametrize("name", [*_exactness.CHECKS, *_exactness.ALONE])
+@pytest.mark.parametrize("name", [*CHECKS, *ALONE])
 def test_matches_float64(name, checked):
     assert not checked[name], "\n".join(f"{part} {found}" for part, found in checked[name].items())
 

@@ -28,6 +28,7 @@ REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 HEADS: tuple[str, ...] = get_args(Heads)
 IMPLS: tuple[str, ...] = get_args(Impl)
 ENGINES: tuple[str, ...] = get_args(Engine)
+REGISTERED_ENGINES: list[str] = []  # those of other packages: `cdistill.ops.register_attention_engine`
 VAT_ENGINES = ("sdpa", "auto", *ENGINES)  # transformers' own attention, or an engine that makes the slice beside it
 DIVERGENCES: tuple[str, ...] = get_args(Divergence)
 ROWS: tuple[str, ...] = get_args(Rows)
@@ -130,8 +131,9 @@ class VATConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, "vat")
-        if self.engine not in VAT_ENGINES:
-            raise ValueError(f"vat.engine must be one of {', '.join(VAT_ENGINES)}, got {self.engine!r}")
+        engines = (*VAT_ENGINES, *REGISTERED_ENGINES)
+        if self.engine not in engines:
+            raise ValueError(f"vat.engine must be one of {', '.join(engines)}, got {self.engine!r}")
         if self.sink_filter and self.reduction != "column":
             raise ValueError(f"vat.sink_filter needs vat.reduction column, got {self.reduction!r}")
         for name in ("student_layers", "teacher_layers"):

@@ -21,6 +21,7 @@ constexpr bool kDotPairs = false;
 }  // namespace cdistill
 
 #include "simd_attention.h"
+#include "simd_gradient.h"
 #include "simd_vocabulary.h"
 
 namespace cdistill {

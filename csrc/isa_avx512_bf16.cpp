@@ -34,6 +34,7 @@ inline __attribute__((always_inline)) Vec dot_pairs<true>(Vec sum, Vec a, Vec b)
 }  // namespace cdistill
 
 #include "simd_attention.h"
+#include "simd_gradient.h"
 #include "simd_vocabulary.h"
 
 namespace cdistill {

@@ -116,6 +116,13 @@ def near(x: torch.Tensor | None) -> torch.Tensor | None:
     return x if x is None or x.stride(2) < FAR else x.contiguous()
 
 
+def problem_arguments(problem) -> dict:
+    """What the launches of flash attention share beside tensors, tiles and sizes."""
+    heads = problem.q.shape[1]
+    arguments = {"Hq": heads, "GROUP": heads // problem.k.shape[1], "CAUSAL": problem.causal, "scale": problem.scale}
+    return arguments | key_bounds(problem.key_mask)
+
+
 def key_bounds(key_mask: torch.Tensor | None) -> dict:
     """The key mask as kernels take it, and where the real keys of each sample lie."""
     if key_mask is None:

@@ -140,20 +140,24 @@ def tensor_arguments(**tensors: torch.Tensor | None) -> dict:
     }
 
 
-def attention_arguments(kernel, q, k, rows, causal, scale, key_mask, **gradients) -> dict:
-    """The launch arguments all attention kernels share; ``gradients`` are dq, dk with unit stride on D, or None."""
+def attention_arguments(kernel, problem, **gradients) -> dict:
+    """The launch arguments all attention kernels share; ``gradients`` are dq, dk with unit stride on D, or None.
+
+    Here and in all launchers a problem is a `cdistill.ops.AttentionProblem`: q, k, rows and so on as its fields.
+    """
+    q, k, rows = problem.q, problem.k, problem.rows
     tile = attention_tile(kernel, q)
     return {
         "device": q.device,
         **tensor_arguments(q=q, k=k, **gradients),
         "p_rows": rows,
-        "p_mask": None if key_mask is None else key_mask.view(torch.uint8),
+        "p_mask": None if problem.key_mask is None else problem.key_mask.view(torch.uint8),
         "R": rows.shape[1],
         "T": q.shape[2],
         "Hq": q.shape[1],
-        "scale": scale,
+        "scale": problem.scale,
         "GROUP": q.shape[1] // k.shape[1],
-        "CAUSAL": causal,
+        "CAUSAL": problem.causal,
         "BM": tile.BM,
         "BN": tile.BN,
         "num_warps": tile.num_warps,

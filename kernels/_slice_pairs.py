@@ -113,14 +113,14 @@ def row_size_kernel(
     tl.store(p_size + (tl.num_programs(1) + i_n) * R + o_r, size_t, mask=o_r < R)
 
 
-def common_arguments(a, target, row_valid, col_valid) -> dict:
+def common_arguments(a, compared) -> dict:
     tile = _launch.row_tile(a.device)
     return {
         "device": a.device,
         "p_a": a,
-        "p_t": target,
-        "p_row": row_valid.view(torch.uint8),
-        "p_col": col_valid.view(torch.uint8),
+        "p_t": compared.target,
+        "p_row": compared.row_valid.view(torch.uint8),
+        "p_col": compared.col_valid.view(torch.uint8),
         "R": a.shape[1],
         "V": a.shape[2],
         "BR": tile.BM,

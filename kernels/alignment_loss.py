@@ -231,22 +231,26 @@ def _row_sums(common: dict, loss: Loss, term: str, size: torch.Tensor | None) ->
     return sums.sum(-1)
 
 
-def alignment_loss(a, target, row_valid, col_valid, *, loss, reduction, sink_filter):
-    """Loss of every slice, (N,) fp32; a and target (N,R,V) fp32, row_valid (N,R) and col_valid (N,V) bool."""
-    own = _loss(loss, reduction)
+def _of_columns(u, v, n_rows, compared):
+    """Column means (N,V) as slices of one row, and what these are compared with."""
+    one_row = (n_rows > 0).unsqueeze(1)
+    rows = compared._replace(target=v.unsqueeze(1), row_valid=one_row, reduction="row", sink_filter=False)
+    return u.unsqueeze(1), rows
+
+
+def alignment_loss(a, compared):
+    """Loss of every slice, (N,) fp32: a (N,R,V) fp32 with the target of a `Comparison` of the ops."""
+    own, reduction = _loss(compared.loss, compared.reduction), compared.reduction
     if not a.numel():
         return torch.zeros(a.shape[0], dtype=torch.float32, device=a.device)
-    n_rows, n_cols = row_valid.sum(-1), col_valid.sum(-1)
-    common = common_arguments(a, target, row_valid, col_valid)
+    n_rows, n_cols = compared.row_valid.sum(-1), compared.col_valid.sum(-1)
+    common = common_arguments(a, compared)
     if reduction == "column":
-        u, v, _, _ = column_means(common, n_rows, n_cols, sink_filter)
-        one_row = (n_rows > 0).unsqueeze(1)
-        return alignment_loss(
-            u.unsqueeze(1), v.unsqueeze(1), one_row, col_valid, loss=loss, reduction="row", sink_filter=False
-        )
+        u, v, _, _ = column_means(common, n_rows, n_cols, compared.sink_filter)
+        return alignment_loss(*_of_columns(u, v, n_rows, compared))
     size = slice_size(common, own.size) if reduction == "matrix" else None
     total = _row_sums(common, own, own.term, size)
-    if loss == "mse":
+    if compared.loss == "mse":
         total = total / (n_rows * n_cols).clamp(min=1)
     elif reduction == "row":
         total = total / n_rows.clamp(min=1)
@@ -255,49 +259,33 @@ def alignment_loss(a, target, row_valid, col_valid, *, loss, reduction, sink_fil
     return torch.where((n_rows > 0) & (n_cols > 0), total, 0.0)
 
 
-def alignment_grad(a, target, row_valid, col_valid, grad_out, *, loss, reduction, sink_filter, dtype=torch.float32):
+def alignment_grad(a, compared, grad_out, dtype=torch.float32):
     """Gradient of ``alignment_loss`` in a, times grad_out (N,): (N,R,V), zero at invalid rows and columns.
 
     With ``dtype`` bf16 it is rounded to that, as it would be for the product with bf16 queries and keys anyway; fp16
     could not hold it, so anything else gives fp32.
     """
-    own = _loss(loss, reduction)
+    own, reduction = _loss(compared.loss, compared.reduction), compared.reduction
     if not a.numel():
         return torch.zeros_like(a)
-    n_rows, n_cols = row_valid.sum(-1), col_valid.sum(-1)
-    common = common_arguments(a, target, row_valid, col_valid)
+    n_rows, n_cols = compared.row_valid.sum(-1), compared.col_valid.sum(-1)
+    common = common_arguments(a, compared)
     (N, R, V), row = a.shape, triton.cdiv(a.shape[2], 8) * 8
     dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     grad = torch.empty(N, R, row, dtype=dtype, device=a.device)[:, :, :V]
     if reduction == "column":
-        u, v, count, limit = column_means(common, n_rows, n_cols, sink_filter)
-        one_row = (n_rows > 0).unsqueeze(1)
-        du = alignment_grad(
-            u.unsqueeze(1), v.unsqueeze(1), one_row, col_valid, grad_out, loss=loss, reduction="row", sink_filter=False
-        )
-        _launch.launch(
-            column_gradient_kernel, row_grid(common), p_limit=limit, p_du=du.squeeze(1) / count, p_grad=grad, **common
-        )
+        u, v, count, limit = column_means(common, n_rows, n_cols, compared.sink_filter)
+        du = alignment_grad(*_of_columns(u, v, n_rows, compared), grad_out).squeeze(1) / count
+        _launch.launch(column_gradient_kernel, row_grid(common), p_limit=limit, p_du=du, p_grad=grad, **common)
         return grad
-    size, slice_sum = None, None
-    weight = grad_out
+    size, slice_sum, weight = None, None, grad_out
     if reduction == "matrix":
         size = slice_size(common, own.size)
         slice_sum = torch.zeros_like(weight) if own.slope is None else _row_sums(common, own, own.slope, size)
-    elif loss != "mse":
+    elif compared.loss != "mse":
         weight = weight / n_rows.clamp(min=1)
-    if loss == "mse":
+    if compared.loss == "mse":
         weight = weight / (n_rows * n_cols).clamp(min=1)
-    _launch.launch(
-        gradient_kernel,
-        row_grid(common),
-        p_size=size,
-        p_sum=slice_sum,
-        p_weight=weight.contiguous(),
-        p_grad=grad,
-        LOSS=loss,
-        SIZE=own.size,
-        SLOPE=own.slope,
-        **common,
-    )
+    common.update(LOSS=compared.loss, SIZE=own.size, SLOPE=own.slope, p_size=size, p_sum=slice_sum)
+    _launch.launch(gradient_kernel, row_grid(common), p_weight=weight.contiguous(), p_grad=grad, **common)
     return grad

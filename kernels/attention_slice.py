@@ -149,8 +149,9 @@ def _head_splits(q: torch.Tensor, kv_heads: int, programs: int) -> int:
     return 2 if kv_heads % 2 == 0 and 2 * programs <= _launch.multiprocessors(q.device) else 1
 
 
-def heads(q: torch.Tensor, k: torch.Tensor, each: bool) -> dict:
+def heads(problem) -> dict:
     """How a program goes through the heads: nested where keys stay in shared memory, not in registers, between dots."""
+    q, k, each = problem.q, problem.k, problem.each
     grouped = not each and q.shape[1] > k.shape[1]
     return {"EACH": each, "NEST": grouped and _launch.architecture(q.device) in _launch.SHARED_MEMORY_DOTS}
 
@@ -159,30 +160,34 @@ def suffix(lse: torch.Tensor | None) -> str:
     return "" if lse is None or lse.dim() == 3 else "_split"
 
 
-def slice_forward(q, k, lse, rows, cols, *, causal, scale, key_mask, each):
+def slice_forward(problem):
     """Attention probabilities on (rows, cols), fp32: their head mean (B,R,V), or every head's (B,Hq,R,V).
 
-    Here and below scale > 0, and lse is natural (B,Hq,T), or split (2,B,Hq,T) as `row_lse` makes it.
+    Here and below the problem's lse is natural (B,Hq,T), or split (2,B,Hq,T) as `row_lse` makes it.
     """
-    B, Hq, R, V = q.shape[0], q.shape[1], rows.shape[1], cols.shape[1]
-    common = attention_arguments("slice_forward" + suffix(lse), q, k, rows, causal, scale, key_mask)
-    tiles = (triton.cdiv(V, common["BN"]), triton.cdiv(R, common["BM"]))
-    splits = 1 if each else _head_splits(q, k.shape[1], tiles[0] * tiles[1] * B)
-    out = torch.empty((B, Hq, R, V) if each else (splits, B, R, V), dtype=torch.float32, device=q.device)
+    common, grid = _slice_arguments("slice_forward" + suffix(problem.lse), problem)
+    each, (B, Hq), (R, V) = problem.each, problem.q.shape[:2], (common["R"], common["V"])
+    splits = 1 if each else _head_splits(problem.q, problem.k.shape[1], grid[0] * grid[1] * B)
+    out = torch.empty((B, Hq, R, V) if each else (splits, B, R, V), dtype=torch.float32, device=problem.q.device)
     if out.numel():
-        common.update(**lse_arguments(lse), p_cols=cols, V=V, p_out=out, windows=None, stride_w=None, SPLIT=splits)
-        common.update(heads(q, k, each))
-        _launch.launch(slice_forward_kernel, (*tiles, B * (Hq if each else splits)), **common)
+        programs = (*grid[:2], grid[2] * splits)
+        _launch.launch(slice_forward_kernel, programs, p_out=out, windows=None, stride_w=None, SPLIT=splits, **common)
     return out if each else out[0] if splits == 1 else out.sum(0)
 
 
-def slice_accumulate(q, k, lse, rows, cols, sums, windows, *, causal, scale, key_mask, each):
+def slice_accumulate(problem, sums, windows):
     """Add the slice to sums[w], (B,R,V) or (B,Hq,R,V) of any floating dtype, for every w in ``windows``."""
-    B, Hq, R, V = q.shape[0], q.shape[1], rows.shape[1], cols.shape[1]
-    common = attention_arguments("slice_accumulate", q, k, rows, causal, scale, key_mask)
-    common.update(**lse_arguments(lse), p_cols=cols, V=V, stride_w=sums.stride(0), SPLIT=1, **heads(q, k, each))
-    grid = (triton.cdiv(V, common["BN"]), triton.cdiv(R, common["BM"]), B * (Hq if each else 1))
-    for first in range(0, sums.shape[0] if R * V else 0, WINDOWS_PER_LAUNCH):
+    common, grid = _slice_arguments("slice_accumulate", problem)
+    common.update(stride_w=sums.stride(0), SPLIT=1)
+    for first in range(0, sums.shape[0] if sums.numel() else 0, WINDOWS_PER_LAUNCH):
         bits = sum(1 << w - first for w in windows if first <= w < first + WINDOWS_PER_LAUNCH)
         if bits:
             _launch.launch(slice_forward_kernel, grid, p_out=sums[first:], windows=bits, **common)
+
+
+def _slice_arguments(tiles: str, problem) -> tuple[dict, tuple[int, int, int]]:
+    """What the two ways to launch `slice_forward_kernel` share, and one program per tile and sample, or sample and head."""
+    B, Hq, R, V = *problem.q.shape[:2], problem.rows.shape[1], problem.cols.shape[1]
+    common = attention_arguments(tiles, problem)
+    common.update(**lse_arguments(problem.lse), p_cols=problem.cols, V=V, **heads(problem))
+    return common, (triton.cdiv(V, common["BN"]), triton.cdiv(R, common["BM"]), B * (Hq if problem.each else 1))

@@ -10,9 +10,6 @@ from .slice_gradient import slice_backward
 from .vocabulary_losses import vocabulary_losses
 
 __all__ = [
-    "FUSES_DENOMINATOR",
-    "FUSES_HEAD_COSINE",
-    "SPLITS_LSE",
     "alignment_grad",
     "alignment_loss",
     "fold_dlse",
@@ -28,6 +25,5 @@ __all__ = [
     "vocabulary_losses",
 ]
 
-SPLITS_LSE = True
+SPLITS_LSE = FUSES_HEAD_COSINE = FUSES_ACCUMULATION = True
 FUSES_DENOMINATOR = False
-FUSES_HEAD_COSINE = True

@@ -20,10 +20,10 @@ import triton.language as tl
 from . import _launch
 from ._flash_blocks import (
     key_blocks,
-    key_bounds,
     launch_blocks,
     like,
     load_block,
+    problem_arguments,
     store_block,
 )
 from ._primitives import (
@@ -133,18 +133,16 @@ def flash_forward_kernel(
     store_block(p_out, i_m, b_acc / b_sum[:, None], o_m < T, stride_outt, UNIT, D, BM, BD)
 
 
-def flash_forward(q, k, v, *, causal, scale, key_mask):
+def flash_forward(problem):
     """Attention and its log-sum-exp: out (B,Hq,T,D) in q's dtype and layout, lse (B,Hq,T) fp32, natural, and split (2,B,Hq,T).
 
-    q (B,Hq,T,D), k and v (B,Hkv,T,D) with unit stride on D; scale > 0; key_mask (B,T) contiguous bool, True = real key,
-    or None. A query that sees no key gets out 0 and lse -inf.
+    A query that sees no key gets out 0 and lse -inf.
     """
-    Hq = q.shape[1]
+    q = problem.q
     out, lse = like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     split = lse.new_empty((2, *lse.shape))
     if out.numel():
-        arguments = {"p_lse": lse, "p_split": split, "Hq": Hq, "GROUP": Hq // k.shape[1], "CAUSAL": causal}
-        arguments.update(key_bounds(key_mask), scale=float(scale))
-        tensors = {"q": q, "k": k, "v": v, "out": out}
+        arguments = {"p_lse": lse, "p_split": split, **problem_arguments(problem)}
+        tensors = {"q": q, "k": problem.k, "v": problem.v, "out": out}
         launch_blocks(flash_forward_kernel, "flash_forward", "out", tensors, **arguments)
     return out, lse, split

@@ -8,10 +8,10 @@ from . import _launch
 from ._flash_blocks import (
     again,
     key_blocks,
-    key_bounds,
     launch_blocks,
     like,
     load_block,
+    problem_arguments,
     store_block,
 )
 from ._primitives import (
@@ -306,30 +306,27 @@ def _gain(v, dout, delta, key_mask) -> torch.Tensor | None:
     return torch.exp2(-torch.ceil(torch.log2(bound.clamp(min=1e-30))))
 
 
-def flash_backward(dout, dlse, q, k, v, out, lse, *, causal, scale, key_mask):
+def flash_backward(problem, out, dout, dlse):
     """Gradients dq, dk, dv of `flash_forward` in the dtypes and layouts of q, k, v, for dout (like out) and dlse.
 
-    lse is natural (B,Hq,T), or split. dout (B,Hq,T,D) with unit stride on D and dlse (B,Hq,T) contiguous fp32; either may
-    be None, its output then was not used. They are exactly zero for hidden keys and for queries that see no key, whatever
-    dlse is there. A query whose dout and dlse are zero adds nothing to other tokens even if it is not finite.
+    The problem's lse is natural (B,Hq,T), or split. dout (B,Hq,T,D) with unit stride on D and dlse (B,Hq,T) contiguous fp32;
+    one may be None, its output then was not used. Gradients are exactly zero for hidden keys and for queries that see no key,
+    whatever dlse is there. A query whose dout and dlse are zero adds nothing to other tokens even if it is not finite.
     """
+    q, k, v, key_mask = problem.q, problem.k, problem.v, problem.key_mask
     dq, dk, dv = like(q), like(k), like(v)
-    unused = (dout is None and dlse is None) or not q.numel()
-    if unused:
-        dq.zero_()
-    if unused or key_mask is not None:
+    if not q.numel():
+        return dq, dk.zero_(), dv.zero_()
+    if key_mask is not None:
         dk.zero_()
-    if unused or key_mask is not None or dout is None:
+    if key_mask is not None or dout is None:
         dv.zero_()
-    if unused:
-        return dq, dk, dv
     B, Hq, T, _ = q.shape
     rows = torch.empty(B, Hq, 3, T, dtype=torch.float32, device=q.device)
-    arguments = {**_launch.lse_arguments(lse), "p_dlse": dlse, "p_rows": rows, "Hq": Hq}
+    arguments = {**_launch.lse_arguments(problem.lse), "p_dlse": dlse, "p_rows": rows, "Hq": Hq}
     tensors = {"out": out, "dout": dout}
     launch_blocks(flash_rows_kernel, "flash_rows", "out", tensors, _launch.launch, **arguments)
-    arguments = {"p_rows": rows, "p_gain": _gain(v, dout, rows[:, :, 2], key_mask), **key_bounds(key_mask)}
-    arguments.update(Hq=Hq, GROUP=Hq // k.shape[1], scale=float(scale), CAUSAL=causal)
+    arguments = {"p_rows": rows, "p_gain": _gain(v, dout, rows[:, :, 2], key_mask), **problem_arguments(problem)}
     tensors = {"q": q, "k": k, "v": v, "dout": dout}
     launch_blocks(flash_dkdv_kernel, "flash_dkdv", "dk", {**tensors, "dk": dk, "dv": dv}, **arguments)
     launch_blocks(flash_dq_kernel, "flash_dq", "dq", {**tensors, "dq": dq}, **arguments)

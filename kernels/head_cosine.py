@@ -11,7 +11,7 @@ from . import _launch
 from ._launch import BATCH_DEPENDENT, attention_arguments, fp16_gain, lse_arguments
 from ._primitives import LOG2E, exponentials, load_keys, load_lse, load_rows, load_vectors, scores, visible
 from ._slice_pairs import nonzero
-from .slice_gradient import through_slice
+from .slice_gradient import head_gradients
 
 
 @triton.jit(do_not_specialize=BATCH_DEPENDENT)
@@ -119,24 +119,23 @@ def head_cosine_kernel(
     tl.store(p_kept + 3 * count + o_out, b_inverse, mask=m_out)
 
 
-def head_cosine(q, k, lse, rows, cols, target, *, causal, scale, key_mask):
+def head_cosine(problem, target):
     """1 - cos of every head's slice with target (B,Hq,R,V), any floating dtype, row by row: (B,Hq,R) fp32.
 
     Also (4,B,Hq,R) for `head_cosine_backward`. Both hold anything where rows are -1.
     """
-    B, Hq, R, V = target.shape
+    (B, Hq, R, V), q = target.shape, problem.q
     loss = torch.ones(B, Hq, R, dtype=torch.float32, device=q.device)
     kept = torch.empty(4, B, Hq, R, dtype=torch.float32, device=q.device)
-    common = attention_arguments("head_cosine", q, k, rows, causal, scale, key_mask)
-    common.update(**lse_arguments(lse), p_cols=cols, V=V, p_target=target.contiguous(), p_loss=loss, p_kept=kept)
-    _launch.launch(head_cosine_kernel, (triton.cdiv(R, common["BM"]), Hq, B), **common)
+    common = attention_arguments("head_cosine", problem)
+    common.update(**lse_arguments(problem.lse), p_cols=problem.cols, V=V, p_target=target.contiguous())
+    _launch.launch(head_cosine_kernel, (triton.cdiv(R, common["BM"]), Hq, B), p_loss=loss, p_kept=kept, **common)
     return loss, kept
 
 
-def head_cosine_backward(q, k, kept, rows, cols, target, grad, base, *, causal, scale, key_mask):
+def head_cosine_backward(problem, kept, target, grad, base):
     """Gradient of ``head_cosine`` for grad (B,Hq,R), which is zero where rows are -1; otherwise as `slice_backward`."""
     peak, share, *factors = kept
     cosine = torch.stack([peak, share, *(x * grad for x in factors)])
-    options = {"causal": causal, "scale": scale, "key_mask": key_mask}
-    gain = fp16_gain(q, 2.0 * grad.unsqueeze(-1))  # |cos * a/|a| - t/|t|| is at most 2
-    return through_slice(q, k, rows, cols, target, base, **options, cosine=cosine, weight=1.0, gain=gain)
+    gain = fp16_gain(problem.q, 2.0 * grad.unsqueeze(-1))  # |cos * a/|a| - t/|t|| is at most 2
+    return head_gradients(problem, target, base, gain, cosine=cosine)

@@ -79,11 +79,12 @@ def check_kernel(
         tl.store(p_row_valid + i_b * R + o_n, m_valid.to(tl.uint8), mask=o_n < R)
 
 
-def regions(rows, cols, key_mask, *, causal, tokens):
+def regions(problem):
     """Rows (B,R) that see one of their columns, columns (B,V) that are not padding, and whether the positions are allowed.
 
-    rows and cols int32 or int64, contiguous. Allowed, () bool: every position is -1, or below ``tokens`` and distinct.
+    rows and cols int32 or int64, contiguous. Allowed, () bool: every position is -1, or that of a token and distinct.
     """
+    rows, cols, key_mask, tokens = problem.rows, problem.cols, problem.key_mask, problem.q.shape[2]
     (B, R), V, device = rows.shape, cols.shape[1], rows.device
     tile = _launch.row_tile(device)
     blocks = triton.cdiv(max(R, V), tile.BN)
@@ -103,7 +104,7 @@ def regions(rows, cols, key_mask, *, causal, tokens):
             "R": R,
             "V": V,
             "T": tokens,
-            "CAUSAL": causal,
+            "CAUSAL": problem.causal,
             "BN": tile.BN,
             "num_warps": tile.num_warps,
             "num_stages": 1,

@@ -233,29 +233,30 @@ def row_lse_backward_dk_kernel(
     store_vectors(p_dk + (i_b * stride_dkb + i_kv * stride_dkh) * UNIT, b_col, b_dkT, stride_dkt, ADD, UNIT, D, BD)
 
 
-def row_lse(q, k, rows, *, causal, scale, key_mask):
+def row_lse(problem):
     """Log-sum-exp over all visible keys, split (2,B,Hq,T) fp32: 0 outside the rows, +inf and 0 for a row that sees no key."""
-    B, Hq, T, _ = q.shape
-    lse = torch.zeros(2, B, Hq, T, dtype=torch.float32, device=q.device)
-    if rows.numel():
-        common = attention_arguments("row_lse", q, k, rows, causal, scale, key_mask)
-        grid = (triton.cdiv(rows.shape[1], common["BM"]), Hq, B)
+    B, Hq, T, _ = problem.q.shape
+    lse = torch.zeros(2, B, Hq, T, dtype=torch.float32, device=problem.q.device)
+    if problem.rows.numel():
+        common = attention_arguments("row_lse", problem)
+        grid = (triton.cdiv(common["R"], common["BM"]), Hq, B)
         _launch.launch(row_lse_kernel, grid, p_lse=lse, **common)
     return lse
 
 
-def row_lse_backward(q, k, lse, rows, dlse, *, causal, scale, key_mask, into=None):
+def row_lse_backward(problem, dlse, into=None):
     """Gradient of ``row_lse``, dq (B,Hq,T,D) and dk (B,Hkv,T,D) in fp32; ``into`` = (dq, dk) to add it to.
 
-    lse (2,B,Hq,T) as `row_lse` makes it, or natural (B,Hq,T). dlse (B,Hq,T) is read at the rows only. fp32, because the
-    slice's own gradient nearly cancels it.
+    The problem's lse is split (2,B,Hq,T) as `row_lse` makes it, or natural (B,Hq,T). dlse (B,Hq,T) is read at the rows only.
+    fp32, because the slice's own gradient nearly cancels it.
     """
+    q, k = problem.q, problem.k
     dq, dk = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k)] if into is None else into
-    if rows.numel():
+    if problem.rows.numel():
         B, Hq, T, _ = q.shape
-        common = attention_arguments("row_lse_backward", q, k, rows, causal, scale, key_mask, dq=dq, dk=dk)
-        common.update(**lse_arguments(lse), p_dlse=dlse, ADD=into is not None)
-        grid = (triton.cdiv(rows.shape[1], common["BM"]), Hq, B)
+        common = attention_arguments("row_lse_backward", problem, dq=dq, dk=dk)
+        common.update(**lse_arguments(problem.lse), p_dlse=dlse, ADD=into is not None)
+        grid = (triton.cdiv(common["R"], common["BM"]), Hq, B)
         _launch.launch_checked(row_lse_backward_dq_kernel, grid, **taken(row_lse_backward_dq_kernel, common))
         common["p_gain"] = fp16_gain(q, dlse.unsqueeze(-1))
         grid = (triton.cdiv(T, common["BN"]), k.shape[1], B)

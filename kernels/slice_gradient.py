@@ -268,36 +268,37 @@ def add_rows_kernel(
     store_vectors(p_dq, b_row, tl.trans(b_d), stride_dqt, True, UNIT, D, BD)
 
 
-def slice_backward(q, k, lse, rows, cols, grad, base, *, causal, scale, key_mask, each, bound=None):
+def slice_backward(problem, grad, base, bound=None):
     """Gradient of ``slice_forward`` at fixed lse, added to dq and dk of ``base(dlse)``; returns dq, dk and dlse.
 
     grad (B,R,V) or (B,Hq,R,V), any strides. dlse (B,Hq,T) fp32 is zero outside the rows. ``base`` None: dq (B,Hq,T,D)
     and dk (B,Hkv,T,D) in q's dtype, new and otherwise zero. bound (B,): what |P*grad| does not exceed, or None. While it
     runs there live dlse and at most dq of the rows.
     """
-    options = {"causal": causal, "scale": scale, "key_mask": key_mask}
-    gain, weight = fp16_gain(q, grad, bound) if grad.numel() else None, 1.0 if each else 1.0 / q.shape[1]
-    grad = grad if each else grad.unsqueeze(1).expand(-1, q.shape[1], -1, -1)
-    return through_slice(q, k, rows, cols, grad, base, **options, lse=lse, weight=weight, gain=gain)
+    gain = fp16_gain(problem.q, grad, bound) if grad.numel() else None
+    if problem.each:
+        return head_gradients(problem, grad, base, gain, weight=1.0)
+    heads = problem.q.shape[1]
+    return head_gradients(problem, grad.unsqueeze(1).expand(-1, heads, -1, -1), base, gain, weight=1.0 / heads)
 
 
-def through_slice(q, k, rows, cols, grad, base, *, causal, scale, key_mask, weight, gain, lse=None, cosine=None):
-    """What `slice_backward` says, for grad (B,Hq,R,V) times ``weight``; ``cosine`` as in `row_factors` instead of lse.
+def head_gradients(problem, grad, base, gain, *, weight=1.0, cosine=None):
+    """What `slice_backward` says, for grad (B,Hq,R,V) times ``weight``; ``cosine`` as in `row_factors` instead of the lse.
 
     dlse must be known before ``base`` runs, and dq exists only after it: where dq of the rows is no larger than a slice it
     is kept meanwhile, else the rows are gone through twice. gain (B,) are factors for fp16 operands, or None.
     """
-    B, Hq, R, V = grad.shape
+    q, k, (B, Hq, R, V) = problem.q, problem.k, grad.shape
+    tiles, lse = ("slice", problem.lse) if cosine is None else ("cosine", None)
     dlse = torch.zeros(B, Hq, q.shape[2], dtype=torch.float32, device=q.device)
     *strides, stride_gv = grad.stride()
     unit = _launch.common_unit(strides)
     options = {f"stride_g{axis}": stride // unit for axis, stride in zip("bhr", strides, strict=True)}
     options.update(stride_gv=stride_gv, G_UNIT=unit, p_grad=grad, p_gain=gain, weight=weight)
-    options.update(**lse_arguments(lse), p_cosine=cosine, p_cols=cols, V=V)
-    tiles, masks = "slice" if cosine is None else "cosine", (rows, causal, scale, key_mask)
+    options.update(**lse_arguments(lse), p_cosine=cosine, p_cols=problem.cols, V=V)
 
     def launch_rows(dq, dlse, add):
-        common = attention_arguments(f"{tiles}_rows{suffix(lse)}", q, k, *masks, dq=dq)
+        common = attention_arguments(f"{tiles}_rows{suffix(lse)}", problem, dq=dq)
         grid = (triton.cdiv(R, common["BM"]), Hq, B)
         common.update(options, p_dlse=dlse, ADD=add)
         if dq is None:
@@ -313,13 +314,13 @@ def through_slice(q, k, rows, cols, grad, base, *, causal, scale, key_mask, weig
     dq, dk = (torch.zeros_like(q), torch.zeros_like(k)) if base is None else base(dlse)
     if grad.numel():
         if keep:
-            common = attention_arguments(f"{tiles}_rows", q, k, *masks, dq=dq)
+            common = attention_arguments(f"{tiles}_rows", problem, dq=dq)
             grid = (triton.cdiv(R, common["BM"]), Hq, B)
             _launch.launch(add_rows_kernel, grid, p_drows=drows, **taken(add_rows_kernel, common))
         else:
             launch_rows(dq, None, True)
         drows = None
-        common = attention_arguments(f"{tiles}_cols", q, k, *masks, dk=dk)
+        common = attention_arguments(f"{tiles}_cols", problem, dk=dk)
         grid = (triton.cdiv(V, common["BN"]), k.shape[1], B)
         _launch.launch_checked(slice_backward_cols_kernel, grid, **common, **options)
     return dq, dk, dlse

@@ -257,16 +257,16 @@ def top_vocabulary_kernel(
         tl.store(p_student + b_index, b_d.to(p_student.dtype.element_ty), mask=m_k)
 
 
-def vocabulary_losses(
-    student, teacher, top, labels, ce, kd, *, divergence, temperature, beta, ce_weight, kd_weight, gradient
-) -> None:
-    """Write ce and kd (N,) of logits (N,V), and their gradient in place of student's; top = (values, indices, tail).
+def vocabulary_losses(rows, options) -> None:
+    """Write ce and kd (N,) of logits (N,V), and their gradient in place of student's.
 
-    Rows must be padded to multiples of 16 elements; what lies there is overwritten, too.
+    ``rows`` are `VocabularyRows` and ``options`` `VocabularyOptions` of the ops. Rows must be padded to multiples of 16
+    elements; what lies there is overwritten, too.
     """
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence must be one of {DIVERGENCES}, got {divergence!r}")
-    scaled = temperature != 1.0
+    student, teacher, top, labels, ce, kd = rows
+    if options.divergence not in DIVERGENCES:
+        raise ValueError(f"divergence must be one of {DIVERGENCES}, got {options.divergence!r}")
+    scaled = options.temperature != 1.0
     tile = _launch.vocabulary_tile(student.device, scaled)
     common = {
         "device": student.device,
@@ -276,13 +276,13 @@ def vocabulary_losses(
         "p_kd": kd,
         "V": student.shape[1],
         "stride_s": student.stride(0),
-        "temperature": temperature,
-        "beta": beta,
-        "ce_weight": ce_weight,
-        "kd_weight": kd_weight,
-        "DIVERGENCE": divergence,
+        "temperature": options.temperature,
+        "beta": options.beta,
+        "ce_weight": options.ce_weight,
+        "kd_weight": options.kd_weight,
+        "DIVERGENCE": options.divergence,
         "SCALED": scaled,
-        "GRADIENT": gradient,
+        "GRADIENT": options.gradient,
         "BV": tile.BN,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,

@@ -11,7 +11,13 @@ from op_cases import CASES, Case, assert_as_exact_as_eager, draw, peak_memory
 from benchmarks._contenders import SHAPES
 from benchmarks._contenders import draw as draw_shape
 from cdistill import choices
-from cdistill.ops import _engines, attention_alignment, attention_with_alignment, flash_attention, reference
+from cdistill.ops import (
+    _engines_flash_attn,
+    attention_alignment,
+    attention_with_alignment,
+    flash_attention,
+    reference,
+)
 from cdistill.ops._dispatch import backend
 from cdistill.ops._engines import ENGINES
 
@@ -236,7 +242,7 @@ def test_bad_input_names_the_argument(change, message):
 @pytest.mark.parametrize("name", ["flash_attn_2", "flash_attn_3", "flash_attn_4"])
 def test_an_engine_that_is_not_installed_says_what_is_missing(name, monkeypatch):
     engine = ENGINES[name]
-    monkeypatch.setattr(_engines, "find_spec", lambda module: None)
+    monkeypatch.setattr(_engines_flash_attn, "find_spec", lambda module: None)
     with pytest.raises(ValueError, match=f"engine='{name}' cannot run: the module {engine.module} is not installed: "):
         attention_with_alignment(*GOOD.values(), engine=name)
 

@@ -14,16 +14,18 @@ from torch.nn.attention.flex_attention import create_block_mask
 from benchmarks import (
     _contenders,
     _distillation,
-    _exactness,
+    _exactness_attention,
     _exactness_distillation,
     _report_distillation,
     bench_gpu_attention,
     bench_gpu_distillation,
     report,
 )
+from benchmarks._by_definition import attention_by_definition, results_of, rows_alone
 from benchmarks._contenders import Contender, Shape, draw
 from benchmarks._distillation import CHUNKED, FUSED, OURS, SIZES, Size
-from benchmarks._exactness import Config, attention_by_definition, results_of, rows_alone, worst
+from benchmarks._exactness import InexactError, excess, worst
+from benchmarks._exactness_attention import Config
 from benchmarks._measure import ResultsFile, judged, rates
 from cdistill.ops import reference
 
@@ -82,12 +84,16 @@ def test_flex_attention_with_causal_blocks():
 @pytest.mark.parametrize(
     "check",
     [
-        partial(_exactness.check_config, Config("fp32", 16, 2, 1, ("left", "right"), tokens=24, rows=17, cols=18)),
-        partial(_exactness.check_config, Config("fp16", 24, 2, 2, ("",), causal=False, tokens=24, rows=7, cols=11)),
-        partial(_exactness.check_losses, config=Config("fp32", 16, 2, 1, tokens=24, rows=7, cols=11)),
-        partial(_exactness.check_repeats, shape=TINY, dtype="fp32"),
-        partial(_exactness.check_slice_offsets, tokens=130, heads=1, dtype="fp16"),
-        partial(_exactness.check_flash_offsets, shape=Shape("", 2, 1, 1, 20, 16, 1, 1), dtype="fp16"),
+        partial(
+            _exactness_attention.check_config, Config("fp32", 16, 2, 1, ("left", "right"), tokens=24, rows=17, cols=18)
+        ),
+        partial(
+            _exactness_attention.check_config, Config("fp16", 24, 2, 2, ("",), causal=False, tokens=24, rows=7, cols=11)
+        ),
+        partial(_exactness_attention.check_losses, config=Config("fp32", 16, 2, 1, tokens=24, rows=7, cols=11)),
+        partial(_exactness_attention.check_repeats, shape=TINY, dtype="fp32"),
+        partial(_exactness_attention.check_slice_offsets, tokens=130, heads=1, dtype="fp16"),
+        partial(_exactness_attention.check_flash_offsets, shape=Shape("", 2, 1, 1, 20, 16, 1, 1), dtype="fp16"),
     ],
     ids=["gqa-masked", "mha-full", "losses", "repeats", "slice-offsets", "flash-offsets"],
 )
@@ -100,12 +106,12 @@ def test_a_wrong_result_is_reported_by_its_part(monkeypatch):
         out, lse = attention_by_definition(*arguments, options["causal"], options["key_mask"])
         return out + 1e-3, lse
 
-    monkeypatch.setattr(_exactness, "flash_attention", wrong)
+    monkeypatch.setattr(_exactness_attention, "flash_attention", wrong)
     config = Config("fp32", 16, 2, 1, ("",), tokens=24, rows=7, cols=11)
-    with pytest.raises(_exactness.InexactError) as raised:
-        _exactness.check_config(config, CPU)
+    with pytest.raises(InexactError) as raised:
+        _exactness_attention.check_config(config, CPU)
     assert list(raised.value.parts) == ["flash"]
-    assert _exactness.excess(torch.tensor([torch.nan]), torch.ones(1), torch.ones(1)) == float("inf")
+    assert excess(torch.tensor([torch.nan]), torch.ones(1), torch.ones(1)) == float("inf")
 
 
 @pytest.mark.parametrize(
@@ -113,8 +119,8 @@ def test_a_wrong_result_is_reported_by_its_part(monkeypatch):
 )
 def test_other_tiles_are_checked_and_timed(kernel):
     key, tile = (kernel, 4, 16), Tile(32, 16, 1, 1)
-    _exactness.check_tile(CPU, key, tile, "fp32", Config("fp32", 16, 1, 1, tokens=24, rows=17, cols=18))
-    failed = {_exactness.tile_name(key, Tile(64, 16, 1, 1)): "too far from float64"}
+    _exactness_attention.check_tile(CPU, key, tile, "fp32", Config("fp32", 16, 1, 1, tokens=24, rows=17, cols=18))
+    failed = {_exactness_attention.tile_name(key, Tile(64, 16, 1, 1)): "too far from float64"}
     tiles = [tile, Tile(64, 16, 1, 1)]
     rows = bench_gpu_attention.timed_tiles(key, tiles, TINY, "fp32", CPU, failed=failed, seconds=SECONDS)
     assert [row["in_table"] for row in rows] == [True, False, False]
@@ -122,9 +128,9 @@ def test_other_tiles_are_checked_and_timed(kernel):
 
 
 def test_other_tiles_belong_to_kernels_of_the_table():
-    assert {(*key, 0) for key in _exactness.CANDIDATES} <= _launch.TILES.keys()
-    assert {c.width for c in _exactness.CONFIGS} >= {width for _, _, width, _ in _launch.TILES}
-    assert len({str(c) for c in _exactness.CONFIGS}) == len(_exactness.CONFIGS)
+    assert {(*key, 0) for key in _exactness_attention.CANDIDATES} <= _launch.TILES.keys()
+    assert {c.width for c in _exactness_attention.CONFIGS} >= {width for _, _, width, _ in _launch.TILES}
+    assert len({str(c) for c in _exactness_attention.CONFIGS}) == len(_exactness_attention.CONFIGS)
 
 
 def test_no_failed_check_is_timed():
@@ -285,7 +291,7 @@ def test_a_wrong_divergence_is_reported_by_its_name(monkeypatch):
         return result._replace(kd=result.kd * (1.01 if options["divergence"] == "jsd" else 1))
 
     monkeypatch.setattr(_exactness_distillation, "linear_distillation", wrong)
-    with pytest.raises(_exactness.InexactError) as raised:
+    with pytest.raises(InexactError) as raised:
         _exactness_distillation.check_config(replace(CONFIGS["plain"], **SMALL_VOCAB), CPU)
     assert list(raised.value.parts) == ["jsd"]
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from cdistill import choices
-from cdistill.ops import _torch_losses
+from cdistill.ops import _torch_losses, reference
 from cdistill.ops._dispatch import _MODULES
 from cdistill.ops._engines import ENGINES
+from cdistill.ops._problem import Comparison, VocabularyOptions, VocabularyRows
 from cdistill.train.config import Recipe
 from cdistill.train.recipes import recipe_from_dict
 
@@ -35,8 +36,8 @@ def test_a_backend_refuses_a_loss_or_a_reduction_that_it_does_not_know(impl):
     a, valid, of = torch.rand(1, 2, 8), torch.ones(1, 8, dtype=torch.bool), backends()[impl]
     both, grad = (valid[:, :2].contiguous(), valid), torch.ones(1)
     for call in (
-        lambda **options: of.alignment_loss(a, a, *both, **options, sink_filter=False),
-        lambda **options: of.alignment_grad(a, a, *both, grad, **options, sink_filter=False, dtype=a.dtype),
+        lambda **names: of.alignment_loss(a, Comparison(*both, a, **names, sink_filter=False)),
+        lambda **names: of.alignment_grad(a, Comparison(*both, a, **names, sink_filter=False), grad, a.dtype),
     ):
         for loss in choices.ALIGNMENT_LOSSES:
             for reduction in choices.REDUCTIONS:
@@ -47,12 +48,18 @@ def test_a_backend_refuses_a_loss_or_a_reduction_that_it_does_not_know(impl):
                 call(**options)
 
 
+@pytest.mark.parametrize("names", [(UNKNOWN, "row"), ("cosine", UNKNOWN)])
+def test_the_oracle_refuses_a_loss_or_a_reduction_that_it_does_not_know(names):
+    with pytest.raises(ValueError, match=f"'{UNKNOWN}' is not known here"):
+        reference.slice_distance(torch.rand(2, 3), torch.rand(2, 3), *names)
+
+
 @pytest.mark.parametrize("impl", choices.IMPLS)
 def test_a_backend_refuses_a_divergence_that_it_does_not_know(impl):
     logits, labels, losses = torch.rand(3, 8), torch.zeros(3, dtype=torch.long), torch.zeros(2, 3)
-    options = {"temperature": 1.0, "beta": 0.5, "ce_weight": 1.0, "kd_weight": 1.0, "gradient": True}
+    options = VocabularyOptions(UNKNOWN, 1.0, 0.5, 1.0, 1.0, gradient=True)
     with pytest.raises(ValueError, match=f"^divergence.*{UNKNOWN}"):
-        backends()[impl].vocabulary_losses(logits, logits.clone(), None, labels, *losses, divergence=UNKNOWN, **options)
+        backends()[impl].vocabulary_losses(VocabularyRows(logits, logits.clone(), None, labels, *losses), options)
 
 
 @pytest.mark.parametrize(

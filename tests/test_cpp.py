@@ -16,6 +16,7 @@ from op_cases import (
 
 from cdistill import _C
 from cdistill.ops import _cpp, _torch, attention_alignment, attention_slice, reference
+from cdistill.ops._problem import VocabularyOptions, VocabularyRows
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -121,9 +122,8 @@ def vocabulary_results(module, vocab, dtype, divergence, temperature, top):
         values, indices = teacher.float().log_softmax(1).topk(top)
         stored = values, indices, (1 - values.double().exp().sum(1)).clamp(min=1e-7).log().float()
     losses = torch.empty(2, 9)
-    options = {"divergence": divergence, "temperature": temperature, "beta": 0.3}
-    options |= {"ce_weight": 0.7, "kd_weight": -1.3, "gradient": True}
-    module.vocabulary_losses(student, None if top else teacher, stored, labels, *losses, **options)
+    options = VocabularyOptions(divergence, temperature, 0.3, 0.7, -1.3, gradient=True)
+    module.vocabulary_losses(VocabularyRows(student, None if top else teacher, stored, labels, *losses), options)
     return losses, student
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from op_cases import assert_as_exact_as_eager
 
-from cdistill.ops import _engines
+from cdistill.ops import AttentionProblem, _engines, _engines_flash_attn
 from cdistill.ops._dispatch import backend
-from cdistill.ops._engines import ENGINES, Attention, engine
+from cdistill.ops._engine import attention_backward, attention_forward
+from cdistill.ops._engines import ENGINES, engine
 
 
 def eager(q, k, v, causal, scale):
@@ -115,7 +116,7 @@ def test_adapters_of_the_flash_attn_packages(package, causal, monkeypatch):
     q, k, v, dout = (torch.randn(2, h, 11, 16, generator=g) for h in (4, 2, 2, 4))
     dlse = torch.randn(2, 4, 11, generator=g)
     dout[:, :, 3] = 0
-    x = Attention(q, k, v, None, causal, 0.3)
+    problem = AttentionProblem(q, k, v, causal=causal, scale=0.3)
     for upstream in ((dout, None), (dout, dlse), (None, dlse)):
 
         def gradients(dtype, upstream=upstream):
@@ -126,9 +127,9 @@ def test_adapters_of_the_flash_attn_packages(package, causal, monkeypatch):
             grads = torch.autograd.grad(outputs, leaves, upstream_grads, materialize_grads=True)
             return [y.detach() for y in results] + list(grads)
 
-        out, lse = chosen.forward(x)
+        out, lse, _ = attention_forward(chosen, problem)
         before = out.clone()
-        grads = chosen.backward(x, out, lse, *upstream, None, backend(None, x.q))
+        grads = attention_backward(chosen, problem._replace(lse=lse), out, *upstream, backend(None, q))
         assert torch.equal(out, before)
         assert_as_exact_as_eager([out, lse, *grads], gradients(torch.float32), gradients(torch.float64))
 
@@ -139,9 +140,10 @@ def on_gpu(capability, installed, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(_engines, "backend", lambda impl, q: None)
-    monkeypatch.setattr(
-        _engines, "find_spec", lambda name: importlib.util.find_spec("math") if name in installed else None
-    )
+    for module in (_engines, _engines_flash_attn):
+        monkeypatch.setattr(
+            module, "find_spec", lambda name: importlib.util.find_spec("math") if name in installed else None
+        )
 
     class Claims:
         is_cuda, device, dtype = True, torch.device("cuda"), torch.bfloat16
@@ -152,7 +154,7 @@ def on_gpu(capability, installed, monkeypatch):
     def problem(width=128, key_mask=None, dtype=torch.bfloat16):
         tensor = Claims(1, 2, 8, width)
         tensor.dtype = dtype
-        return Attention(tensor, tensor, tensor, key_mask, True, 1.0)
+        return AttentionProblem(tensor, tensor, tensor, key_mask=key_mask)
 
     return problem
 
@@ -174,16 +176,16 @@ FA2, FA3, FA4 = (ENGINES[f"flash_attn_{n}"].module for n in (2, 3, 4))
 )
 def test_the_default_is_the_first_that_is_there(capability, installed, expected, monkeypatch):
     problem = on_gpu(capability, installed, monkeypatch)
-    assert engine(None, problem()).name == expected
-    assert engine(None, problem(key_mask=object())).name == "triton"
-    assert engine(None, problem(dtype=torch.float32)).name == "triton"
+    assert engine(None, problem()) is ENGINES[expected]
+    assert engine(None, problem(key_mask=object())) is ENGINES["triton"]
+    assert engine(None, problem(dtype=torch.float32)) is ENGINES["triton"]
 
 
 def test_deterministic_algorithms_rule_cudnn_out(monkeypatch):
     problem = on_gpu((9, 0), {"triton"}, monkeypatch)
     torch.use_deterministic_algorithms(True)
     try:
-        assert engine(None, problem()).name == "triton"
+        assert engine(None, problem()) is ENGINES["triton"]
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -296,9 +296,9 @@ def kept_flags(impl, monkeypatch):
     module = backend(impl, torch.zeros(0, device=device_of(impl)))
     losses, flags = module.vocabulary_losses, []
 
-    def kept(*tensors, gradient, **options):
-        flags.append(gradient)
-        return losses(*tensors, gradient=gradient, **options)
+    def kept(rows, options):
+        flags.append(options.gradient)
+        return losses(rows, options)
 
     monkeypatch.setattr(module, "vocabulary_losses", kept)
     return flags

@@ -7,6 +7,7 @@ import torch
 from op_cases import Case, device_of, draw, moved
 
 from cdistill.ops import (
+    AttentionProblem,
     attention_alignment,
     attention_slice,
     attention_slice_accumulate,
@@ -93,23 +94,19 @@ def test_results_lie_in_memory_as_the_compiler_was_told(impl, transposed):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck(impl):
-    x = inputs_of(impl)
-    ops = torch.ops.cdistill
-    attention = (x["rows"], x["cols"], x["key_mask"])
-    loss = (x["target"], "cosine", "row", False, impl)
-    engine = ENGINES[impl]
-    for lse in (None, x["lse"]):
-        torch.library.opcheck(ops.attention_slice, (x["q"], x["k"], lse, *attention, True, 0.3, False, impl))
-        torch.library.opcheck(ops.attention_alignment, (x["q"], x["k"], lse, *attention, True, 0.3, False, *loss))
-    torch.library.opcheck(
-        ops.flash_attention, (x["q"], x["k"], x["v"], None, True, 0.3, None if impl == "cpp" else impl, None)
-    )
-    joint = (True, 0.3, False, "cosine", "row", False, impl, engine)
-    torch.library.opcheck(ops.attention_with_alignment, (x["q"], x["k"], x["v"], *attention, x["target"], *joint))
-    q, k = x["q"].detach(), x["k"].detach()
-    sums = torch.zeros(3, *x["target"].shape, device=q.device)
-    accumulate = (q, k, None, *attention, True, 0.3, False, sums, [0, 2], impl)
-    torch.library.opcheck(ops.attention_slice_accumulate, accumulate)
+    x, ops = inputs_of(impl), torch.ops.cdistill
+    problem = AttentionProblem(x["q"], x["k"], None, x["rows"], x["cols"], key_mask=x["key_mask"], scale=0.3)
+    loss = (x["target"], "cosine", "row", False)
+    for given in (problem, problem._replace(lse=x["lse"])):
+        torch.library.opcheck(ops.attention_slice, (*given, impl))
+        torch.library.opcheck(ops.attention_alignment, (*given, *loss, impl))
+    whole = problem._replace(v=x["v"])
+    torch.library.opcheck(ops.attention_with_alignment, (*whole, *loss, impl, ENGINES[impl]))
+    flash = whole._replace(rows=None, cols=None, key_mask=None)
+    torch.library.opcheck(ops.flash_attention, (*flash, None if impl == "cpp" else impl, None))
+    detached = problem._replace(q=x["q"].detach(), k=x["k"].detach())
+    sums = torch.zeros(3, *x["target"].shape, device=x["q"].device)
+    torch.library.opcheck(ops.attention_slice_accumulate, (*detached, sums, [0, 2], impl))
 
 
 def heads(impl, transposed=False, k=0):

@@ -116,9 +116,9 @@ class Events(TrainerCallback):
                 self.steps[-1].append("gather")
             return gather(coordinator, params, forward, quantize)
 
-        def counted_losses(*tensors, **options):
+        def counted_losses(rows, options):
             self.steps[-1].append("chunk")
-            return losses(*tensors, **options)
+            return losses(rows, options)
 
         monkeypatch.setattr(PartitionedParameterCoordinator, fetch, counted_gather)
         monkeypatch.setattr(_cpp, "vocabulary_losses", counted_losses)
@@ -173,9 +173,9 @@ def test_the_weight_of_kd_reaches_the_kernel(models, tmp_path, monkeypatch):
     weights = []
     losses = _cpp.vocabulary_losses
 
-    def kept(*tensors, **options):
-        weights.append((options["ce_weight"], options["kd_weight"]))
-        return losses(*tensors, **options)
+    def kept(rows, options):
+        weights.append((options.ce_weight, options.kd_weight))
+        return losses(rows, options)
 
     monkeypatch.setattr(_cpp, "vocabulary_losses", kept)
     recipe = make_recipe(tmp_path / "run", models, stages=["dpt"], kd__weight=0.3, kd__divergence="jsd", kd__beta=0.2)
@@ -192,9 +192,9 @@ def test_logits_have_the_precision_of_training(models, tmp_path, monkeypatch, ze
     dtypes = []
     losses = _cpp.vocabulary_losses
 
-    def kept(student, teacher, *others, **options):
-        dtypes.extend((student.dtype, teacher.dtype))
-        return losses(student, teacher, *others, **options)
+    def kept(rows, options):
+        dtypes.extend((rows.student.dtype, rows.teacher.dtype))
+        return losses(rows, options)
 
     monkeypatch.setattr(_cpp, "vocabulary_losses", kept)
     run(make_recipe(tmp_path / "run", models, stages=["dft"], precision="bf16", deepspeed=zero))

@@ -15,6 +15,8 @@ from cdistill.kernels import _launch, backend
 
 from cdistill import choices
 from cdistill.ops import attention_alignment, attention_with_alignment, reference
+from cdistill.ops._contract import attention_problem
+from cdistill.ops._problem import Comparison
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,15 +69,11 @@ def eager(q, k, rows, cols, key_mask, dtype, *, causal, each, grad):
 
 
 def ours(q, k, rows, cols, key_mask, *, causal, each, grad):
-    options = {"causal": causal, "scale": q.shape[3] ** -0.5, "key_mask": key_mask}
-    lse = backend.row_lse(q, k, rows, **options)
-    a = backend.slice_forward(q, k, lse, rows, cols, **options, each=each)
-
-    def base(dlse):
-        return backend.row_lse_backward(q, k, lse, rows, dlse, **options)
-
-    dq, dk, _ = backend.slice_backward(q, k, lse, rows, cols, grad, base, **options, each=each)
-    return a, dq, dk
+    heads = "each" if each else "mean"
+    x = attention_problem(q, k, None, (rows, cols), causal=causal, scale=None, key_mask=key_mask, heads=heads)
+    x = x._replace(lse=backend.row_lse(x))
+    dq, dk, _ = backend.slice_backward(x, grad, lambda dlse: backend.row_lse_backward(x, dlse))
+    return backend.slice_forward(x), dq, dk
 
 
 def assert_close(got, want, eager_same_dtype):
@@ -113,10 +111,11 @@ def test_counts_around_the_tile_edges(R, V, poisoned_empty):
 
 
 def test_row_lse_of_every_kind_of_row():
-    q, k, rows, _, key_mask = draw(3)
+    q, k, rows, cols, key_mask = draw(3)
     key_mask[0, : int(rows[0, 0]) + 1] = False
     for causal in (True, False):
-        top, share = backend.row_lse(q, k, rows, causal=causal, scale=0.3, key_mask=key_mask)
+        x = attention_problem(q, k, None, (rows, cols), causal=causal, scale=0.3, key_mask=key_mask)
+        top, share = backend.row_lse(x)
         got = at_rows((top - share.log2()) * math.log(2), rows)
         got = torch.where((rows >= 0)[:, None], got, torch.inf)
         want = row_lse_of(q.double(), k.double(), rows, causal, 0.3, key_mask)
@@ -128,14 +127,14 @@ def test_row_lse_of_every_kind_of_row():
 def test_fp16_keeps_gradients_far_outside_its_range():
     q, k, rows, cols, key_mask = draw(4, Hq=1, D=16, dtype=torch.float16)
     grad = normal(5, 2, 19, 41)
-    options = {"causal": True, "scale": 0.25, "key_mask": key_mask}
-    lse = backend.row_lse(q, k, rows, **options)
+    x = attention_problem(q, k, None, (rows, cols), causal=True, scale=0.25, key_mask=key_mask)
+    x = x._replace(lse=backend.row_lse(x))
 
     def wide(grad):
         """dk and dlse in fp32, so that only what happens inside the kernel is rounded to fp16."""
         zeros = torch.zeros(q.shape, device=DEVICE), torch.zeros(k.shape, device=DEVICE)
-        _, dk, dlse = backend.slice_backward(q, k, lse, rows, cols, grad, lambda _: zeros, **options, each=False)
-        dk_of_lse = backend.row_lse_backward(q, k, lse, rows, dlse, **options, into=tuple(map(torch.zeros_like, zeros)))
+        _, dk, dlse = backend.slice_backward(x, grad, lambda _: zeros)
+        dk_of_lse = backend.row_lse_backward(x, dlse, into=tuple(map(torch.zeros_like, zeros)))
         return dk, dlse, *dk_of_lse
 
     plain = wide(grad)
@@ -146,26 +145,26 @@ def test_fp16_keeps_gradients_far_outside_its_range():
 
 def test_gradients_add_to_what_is_there_and_any_grad_strides_do():
     q, k, rows, cols, key_mask = draw(6)
-    options = {"causal": True, "scale": 0.2, "key_mask": key_mask}
-    lse = backend.row_lse(q, k, rows, **options)
+    x = attention_problem(q, k, None, (rows, cols), causal=True, scale=0.2, key_mask=key_mask)
+    x = x._replace(lse=backend.row_lse(x))
     grad = normal(7, 2, 41, 19).transpose(1, 2)
     results = []
     for start, g in ((0.0, grad.contiguous()), (3.0, grad)):
         base = (torch.full((2, 50, 2, 24), start, device=DEVICE).transpose(1, 2), torch.full_like(k, start))
-        dq, dk, dlse = backend.slice_backward(q, k, lse, rows, cols, g, lambda _, x=base: x, **options, each=False)
+        dq, dk, dlse = backend.slice_backward(x, g, lambda _, base=base: base)
         assert dq is base[0] and dk is base[1]
         results.append((dq - start, dk - start, dlse))
-    new = backend.slice_backward(q, k, lse, rows, cols, grad, None, **options, each=False)
+    new = backend.slice_backward(x, grad, None)
     for one, two, three in zip(*results, new, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
         torch.testing.assert_close(one, three, rtol=0, atol=1e-6)
     into = (torch.full_like(q, 3.0), torch.full_like(k, 3.0))
-    backend.row_lse_backward(q, k, lse, rows, new[2], **options, into=into)
-    for got, want in zip(into, backend.row_lse_backward(q, k, lse, rows, new[2], **options), strict=True):
+    backend.row_lse_backward(x, new[2], into=into)
+    for got, want in zip(into, backend.row_lse_backward(x, new[2]), strict=True):
         torch.testing.assert_close(got - 3, want, rtol=0, atol=1e-6)
     ones = torch.ones((), device=DEVICE).expand(2, 19, 41)
-    _, _, dlse = backend.slice_backward(q, k, lse, rows, cols, ones, None, **options, each=False)
-    a = backend.slice_forward(q, k, lse, rows, cols, **options, each=True)
+    _, _, dlse = backend.slice_backward(x, ones, None)
+    a = backend.slice_forward(x._replace(each=True))
     torch.testing.assert_close(
         at_rows(dlse, rows)[rows.expand(2, 2, 19) >= 0], (-a.sum(-1) / 2)[rows.expand(2, 2, 19) >= 0]
     )
@@ -232,9 +231,9 @@ def test_losses_match_float64(loss, reduction, sink_filter, poisoned_empty):
     )
     (want_grad,) = torch.autograd.grad(want, a64, grad_out.double())
 
-    options = {"loss": loss, "reduction": reduction, "sink_filter": sink_filter}
-    got = backend.alignment_loss(a, t, row_valid, col_valid, **options)
-    got_grad = backend.alignment_grad(a, t, row_valid, col_valid, grad_out, **options)
+    compared = Comparison(row_valid, col_valid, t, loss, reduction, sink_filter)
+    got = backend.alignment_loss(a, compared)
+    got_grad = backend.alignment_grad(a, compared, grad_out)
     torch.testing.assert_close(got.double(), want.detach(), rtol=1e-5, atol=1e-7)
     assert (got_grad.double() - want_grad).abs().max() <= 1e-5 * want_grad.abs().max()
     assert not got_grad[~row_valid].any() and not got_grad.transpose(1, 2)[~col_valid].any()
@@ -248,7 +247,7 @@ def test_cosine_of_faint_and_of_nearly_equal_rows():
     for reduction in ("row", "matrix"):
         want = reference.slice_distance(a[0].double(), t[0].double(), "cosine", reduction)
         for factor in (1.0, 2.0**-80):
-            got = backend.alignment_loss(a * factor, t, *valid, loss="cosine", reduction=reduction, sink_filter=False)
+            got = backend.alignment_loss(a * factor, Comparison(*valid, t, "cosine", reduction, False))
             torch.testing.assert_close(got[0].double(), want, rtol=1e-3, atol=0)
 
 
@@ -298,9 +297,9 @@ def test_nothing_to_compare(R, V):
     a, dq, dk = ours(q, k, rows, cols, None, causal=True, each=False, grad=torch.zeros(2, R, V, device=DEVICE))
     assert a.shape == (2, R, V) and not dq.any() and not dk.any()
     valid = torch.ones(2, R, dtype=torch.bool, device=DEVICE), torch.ones(2, V, dtype=torch.bool, device=DEVICE)
-    options = {"loss": "cosine", "reduction": "matrix", "sink_filter": False}
-    assert backend.alignment_loss(a, a, *valid, **options).tolist() == [0, 0]
-    assert backend.alignment_grad(a, a, *valid, torch.ones(2, device=DEVICE), **options).shape == (2, R, V)
+    compared = Comparison(*valid, a, "cosine", "matrix", False)
+    assert backend.alignment_loss(a, compared).tolist() == [0, 0]
+    assert backend.alignment_grad(a, compared, torch.ones(2, device=DEVICE)).shape == (2, R, V)
 
 
 @pytest.mark.parametrize(

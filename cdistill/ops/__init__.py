@@ -3,6 +3,9 @@
 Importing this package imports torch, and neither triton nor the C++ module: a backend is loaded when it is first used.
 """
 
+from cdistill.ops._engine import AttentionEngine
+from cdistill.ops._engines import register_attention_engine
+from cdistill.ops._problem import AttentionProblem
 from cdistill.ops.attention_alignment import attention_alignment
 from cdistill.ops.attention_slice import attention_slice, attention_slice_accumulate
 from cdistill.ops.attention_with_alignment import attention_with_alignment
@@ -10,6 +13,8 @@ from cdistill.ops.flash_attention import flash_attention
 from cdistill.ops.linear_distillation import LinearDistillation, linear_distillation
 
 __all__ = [
+    "AttentionEngine",
+    "AttentionProblem",
     "LinearDistillation",
     "attention_alignment",
     "attention_slice",
@@ -17,4 +22,5 @@ __all__ = [
     "attention_with_alignment",
     "flash_attention",
     "linear_distillation",
+    "register_attention_engine",
 ]

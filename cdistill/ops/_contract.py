@@ -2,46 +2,18 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from cdistill.choices import ALIGNMENT_LOSSES, HEADS, REDUCTIONS
+from cdistill.ops._problem import AttentionProblem, Gradients
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # The smallest normal fp32 number: in KL a smaller share counts as this one, and nothing pulls it up.
 LEAST_SHARE = 2.0**-126
-
-
-class SliceArguments(NamedTuple):
-    """Validated arguments of an attention slice, in the form the backends take; scale > 0."""
-
-    q: Tensor  # (B,Hq,T,D)
-    k: Tensor  # (B,Hkv,T,D)
-    lse: Tensor | None  # (B,Hq,T) fp32
-    rows: Tensor  # (B,R) int32 or int64, contiguous
-    cols: Tensor  # (B,V) likewise
-    key_mask: Tensor | None  # (B,T) bool, contiguous
-    causal: bool
-    scale: float
-    each: bool
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments that all of `Backend`'s primitives take."""
-        return {"causal": self.causal, "scale": self.scale, "key_mask": self.key_mask}
-
-    @property
-    def slice_shape(self) -> tuple[int, ...]:
-        """(B,R,V), or (B,Hq,R,V) for each."""
-        heads = self.q.shape[: 2 if self.each else 1]
-        return *heads, self.rows.shape[1], self.cols.shape[1]
-
-    @property
-    def empty(self) -> bool:
-        return 0 in self.slice_shape
 
 
 def require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -169,8 +141,9 @@ def _scale(scale: float | None, width: int) -> float:
     return float(scale)
 
 
-def require_attention_values(v: Tensor, k: Tensor) -> None:
-    """Raise ValueError unless v fits the validated keys."""
+def require_attention_values(problem: AttentionProblem) -> None:
+    """Raise ValueError unless the problem has values v that fit its keys."""
+    k, v = problem.k, cast(Tensor, problem.v)
     require_shape("v", v, tuple(k.shape), "B, Hkv, T, D")
     if v.dtype != k.dtype:
         raise ValueError(f"v must have the dtype of q, {k.dtype}, got {v.dtype}")
@@ -179,39 +152,31 @@ def require_attention_values(v: Tensor, k: Tensor) -> None:
         raise ValueError(f"v must have unit stride on its last dimension, got strides {v.stride()}")
 
 
-def attention_options(
-    q: Tensor, k: Tensor, *, causal: bool, scale: float | None, key_mask: Tensor | None
-) -> tuple[Tensor | None, float]:
-    """Validate what every attention op takes; returns key_mask contiguous, and scale as a number.
-
-    Raises:
-        ValueError: an argument has a wrong shape, dtype, device or value; the message names it.
-    """
-    _require_queries_and_keys(q, k)
-    require_bool("causal", causal)
-    return None if key_mask is None else _key_mask(key_mask, q), _scale(scale, q.shape[-1])
+def _lse(lse: Tensor, q: Tensor) -> Tensor:
+    require_shape("lse", lse, tuple(q.shape[:3]), "B, Hq, T")
+    if lse.dtype != torch.float32:
+        raise ValueError(f"lse must be float32, got {lse.dtype}")
+    require_device("lse", lse, q.device)
+    return lse.contiguous()
 
 
-def require_target(target: Tensor, q: Tensor, rows: Tensor, cols: Tensor, heads: str) -> None:
-    """Raise ValueError unless target is a slice (B,R,V), or (B,Hq,R,V) for heads="each"."""
+def require_target(target: Tensor, problem: AttentionProblem) -> None:
+    """Raise ValueError unless target is a slice (B,R,V), or (B,Hq,R,V) for each."""
     require_tensor("target", target)
-    shape = (rows.shape[1], cols.shape[1])
-    if heads == "each":
-        require_shape("target", target, (*q.shape[:2], *shape), "B, Hq, R, V", " for heads='each'")
-    else:
-        require_shape("target", target, (q.shape[0], *shape), "B, R, V")
+    axes, why = ("B, Hq, R, V", " for heads='each'") if problem.each else ("B, R, V", "")
+    require_shape("target", target, problem.slice_shape, axes, why)
     if not target.is_floating_point():
         raise ValueError(f"target must have a floating dtype, got {target.dtype}")
-    require_device("target", target, q.device)
+    require_device("target", target, problem.q.device)
 
 
-def require_sums(sums: Tensor, windows: Sequence[int], arguments: SliceArguments) -> None:
+def require_sums(sums: Tensor, windows: Sequence[int], problem: AttentionProblem) -> None:
     """Raise ValueError unless sums is a stack of slices and windows are distinct indices into it."""
     require_tensor("sums", sums)
-    axes = "W, B, Hq, R, V" if arguments.each else "W, B, R, V"
+    axes = "W, B, Hq, R, V" if problem.each else "W, B, R, V"
     count = sums.shape[0] if sums.dim() else 0
-    require_shape("sums", sums, (count, *arguments.slice_shape), axes)
-    require_device("sums", sums, arguments.q.device)
+    require_shape("sums", sums, (count, *problem.slice_shape), axes)
+    require_device("sums", sums, problem.q.device)
     if sums.dtype not in DTYPES:
         raise ValueError(f"sums must be float16, bfloat16 or float32, got {sums.dtype}")
     if sums.requires_grad:
@@ -233,53 +198,45 @@ def require_loss(loss: str, reduction: str, sink_filter: bool) -> None:
         raise ValueError(f"sink_filter needs reduction='column', got reduction={reduction!r}")
 
 
-def slice_arguments(
+def attention_problem(
     q: Tensor,
     k: Tensor,
-    rows: Tensor,
-    cols: Tensor,
+    v: Tensor | None = None,
+    regions: tuple[Tensor, Tensor] | None = None,
     *,
-    lse: Tensor | None,
     causal: bool,
     scale: float | None,
     key_mask: Tensor | None,
-    heads: str,
-) -> SliceArguments:
-    """Validate the arguments that attention_slice and attention_alignment share.
+    lse: Tensor | None = None,
+    heads: str = "mean",
+) -> AttentionProblem:
+    """Validate what attention ops take, and bring it into the form that backends and engines take.
+
+    ``regions`` are rows and columns of a slice. A scale that is not positive moves into q, as kernels need it that take the
+    maximum of unscaled scores.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value; the message names it.
     """
-    key_mask, scale = attention_options(q, k, causal=causal, scale=scale, key_mask=key_mask)
-    q, scale = positive_scale(q, scale)
+    _require_queries_and_keys(q, k)
+    require_bool("causal", causal)
+    key_mask = None if key_mask is None else _key_mask(key_mask, q)
+    factor = _scale(scale, q.shape[-1])
     require_choice("heads", heads, HEADS)
-    if lse is not None:
-        require_shape("lse", lse, tuple(q.shape[:3]), "B, Hq, T")
-        if lse.dtype != torch.float32:
-            raise ValueError(f"lse must be float32, got {lse.dtype}")
-        require_device("lse", lse, q.device)
-        lse = lse.contiguous()
-    return SliceArguments(
-        q=q,
-        k=k,
-        lse=lse,
-        rows=_positions("rows", rows, q),
-        cols=_positions("cols", cols, q),
-        key_mask=key_mask,
-        causal=causal,
-        scale=scale,
-        each=heads == "each",
-    )
-
-
-def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
-    """q and scale of the same scores with scale > 0, as kernels need it that take the maximum of unscaled scores."""
-    if scale > 0:
-        return q, scale
-    return (-q, -scale) if scale < 0 else (q * 0.0, 1.0)
+    lse = None if lse is None else _lse(lse, q)
+    rows, cols = (None, None) if regions is None else map(_positions, ("rows", "cols"), regions, (q, q))
+    if factor <= 0:
+        q, factor = (-q, -factor) if factor < 0 else (q * 0.0, 1.0)
+    return AttentionProblem(q, k, v, rows, cols, lse, key_mask, causal, factor, heads == "each")
 
 
 def laid_out_like(x: Tensor, like: Tensor) -> Tensor:
     """``x`` (shape of ``like``) with the strides of torch.empty_like(like), which is what torch.compile is told."""
     strides = torch.empty_like(like, device="meta").stride()
     return x if x.stride() == strides else torch.empty_like(like, dtype=x.dtype).copy_(x)
+
+
+def gradients_like(problem: AttentionProblem, dq: Tensor, dk: Tensor, dv: Tensor) -> Gradients:
+    """Gradients of q, k and v with their strides, as `laid_out_like`."""
+    q, k, v = problem.qkv
+    return laid_out_like(dq, q), laid_out_like(dk, k), laid_out_like(dv, v)

@@ -4,25 +4,20 @@ Threads: as many as torch uses; the results do not depend on their number. The e
 (avx512_bf16, avx512, avx2 or portable) overrides the choice of instruction set; one the processor lacks raises ValueError.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 import cdistill._C as _C
 from cdistill.ops._contract import require_choice
+from cdistill.ops._problem import AttentionProblem, Base, Comparison, Gradients, VocabularyOptions, VocabularyRows
 from cdistill.ops._rows import at_rows, fold_dlse, lse_at_rows, regions, to_rows, unfold_dlse
 
 __all__ = [
-    "FUSES_DENOMINATOR",
-    "FUSES_HEAD_COSINE",
-    "SPLITS_LSE",
     "alignment_grad",
     "alignment_loss",
     "fold_dlse",
     "regions",
     "row_lse_backward",
-    "slice_accumulate",
     "slice_backward",
     "slice_backward_with_denominator",
     "slice_forward",
@@ -33,16 +28,15 @@ __all__ = [
 
 SPLITS_LSE = False  # it divides by the sum of a row's probabilities instead
 FUSES_DENOMINATOR = True
-FUSES_HEAD_COSINE = False
+FUSES_HEAD_COSINE = FUSES_ACCUMULATION = False
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 
 
-def _problem(
-    q: Tensor, k: Tensor, rows: Tensor, cols: Tensor | None, causal: bool, scale: float, key_mask: Tensor | None
-) -> "_C.Problem":
-    """The call's inputs by address; ``cols`` only where there is a slice. rows and cols int32."""
+def _by_address(problem: AttentionProblem, rows: Tensor, cols: Tensor | None) -> "_C.Problem":
+    """A problem as the module takes it; ``cols`` only where there is a slice. rows and cols int32."""
+    q, k, key_mask = problem.q, problem.k, problem.key_mask
     assert all(x.is_contiguous() for x in (rows, cols, key_mask) if x is not None)
     batch, q_heads, tokens, width = q.shape
     return _C.Problem(
@@ -61,8 +55,8 @@ def _problem(
         cols=0 if cols is None else cols.data_ptr(),
         n_cols=0 if cols is None else cols.shape[1],
         key_mask=0 if key_mask is None else key_mask.data_ptr(),
-        causal=causal,
-        scale=scale,
+        causal=problem.causal,
+        scale=problem.scale,
     )
 
 
@@ -86,163 +80,86 @@ def _zeros(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def row_lse_backward(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    rows: Tensor,
-    dlse: Tensor,
-    *,
-    causal: bool,
-    scale: float,
-    key_mask: Tensor | None,
-    into: tuple[Tensor, Tensor] | None = None,
+    problem: AttentionProblem, dlse: Tensor, into: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the rows' log-sum-exp: dS_ij = P_ij * dlse_i over all visible keys j."""
     if into is not None and not dlse.any():  # all of it was folded
         return into
-    rows = rows.int()
-    lse = lse_at_rows(lse, rows, causal=causal, key_mask=key_mask)
-    dlse = at_rows(dlse, rows)
-    gradients = _zeros(q, k) if into is None else into
-    problem = _problem(q, k, rows, None, causal, scale, key_mask)
-    results = _results(*gradients)
-    _C.row_lse_backward(problem, lse.data_ptr(), dlse.data_ptr(), *results, torch.get_num_threads())
+    rows = problem.positions[0].int()
+    lse, dlse = lse_at_rows(problem), at_rows(dlse, rows)
+    gradients = _zeros(problem.q, problem.k) if into is None else into
+    given, results = _by_address(problem, rows, None), _results(*gradients)
+    _C.row_lse_backward(given, lse.data_ptr(), dlse.data_ptr(), *results, torch.get_num_threads())
     return gradients
 
 
-def slice_forward(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    rows: Tensor,
-    cols: Tensor,
-    *,
-    causal: bool,
-    scale: float,
-    key_mask: Tensor | None,
-    each: bool,
-) -> Tensor:
+def _empty_slice(problem: AttentionProblem) -> Tensor:
+    return torch.empty(problem.slice_shape, dtype=torch.float32, device=problem.q.device)
+
+
+def slice_forward(problem: AttentionProblem) -> Tensor:
     """exp(scale * q.k - lse) at (rows, cols), zero where hidden: the head mean (B,R,V), or (B,Hq,R,V)."""
-    rows, cols = rows.int(), cols.int()
-    lse = lse_at_rows(lse, rows, causal=causal, key_mask=key_mask)
-    a = _empty_slice(q, rows, cols, each)
-    problem = _problem(q, k, rows, cols, causal, scale, key_mask)
-    _C.slice_forward(problem, lse.data_ptr(), a.data_ptr(), each, torch.get_num_threads())
+    rows, cols = (x.int() for x in problem.positions)
+    lse, a = lse_at_rows(problem), _empty_slice(problem)
+    given = _by_address(problem, rows, cols)
+    _C.slice_forward(given, lse.data_ptr(), a.data_ptr(), problem.each, torch.get_num_threads())
     return a
 
 
-def _empty_slice(q: Tensor, rows: Tensor, cols: Tensor, each: bool) -> Tensor:
-    heads = q.shape[1:2] if each else ()
-    return torch.empty((q.shape[0], *heads, rows.shape[1], cols.shape[1]), dtype=torch.float32, device=q.device)
-
-
-def slice_forward_with_lse(
-    q: Tensor,
-    k: Tensor,
-    rows: Tensor,
-    cols: Tensor,
-    *,
-    causal: bool,
-    scale: float,
-    key_mask: Tensor | None,
-    each: bool,
-) -> tuple[Tensor, Tensor]:
+def slice_forward_with_lse(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """``slice_forward`` and the log-sum-exp (B,Hq,T) it needs, from one product of queries and keys.
 
     The log-sum-exp is written at the rows, +inf for a row without keys.
     """
-    rows, cols = rows.int(), cols.int()
-    a = _empty_slice(q, rows, cols, each)
-    lse = torch.empty((*q.shape[:2], rows.shape[1]), dtype=torch.float32, device=q.device)
-    problem = _problem(q, k, rows, cols, causal, scale, key_mask)
-    _C.slice_forward_with_lse(problem, lse.data_ptr(), a.data_ptr(), each, torch.get_num_threads())
+    q, (rows, cols) = problem.q, (x.int() for x in problem.positions)
+    a, lse = _empty_slice(problem), torch.empty((*q.shape[:2], rows.shape[1]), dtype=torch.float32, device=q.device)
+    given = _by_address(problem, rows, cols)
+    _C.slice_forward_with_lse(given, lse.data_ptr(), a.data_ptr(), problem.each, torch.get_num_threads())
     return a, to_rows(lse, rows, q.shape[2])
 
 
-def slice_accumulate(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    rows: Tensor,
-    cols: Tensor,
-    sums: Tensor,
-    windows: list[int],
-    *,
-    causal: bool,
-    scale: float,
-    key_mask: Tensor | None,
-    each: bool,
-) -> None:
-    """Add ``slice_forward`` to sums[w] for every w in ``windows``."""
-    a = slice_forward(q, k, lse, rows, cols, causal=causal, scale=scale, key_mask=key_mask, each=each)
-    for w in windows:
-        sums[w] += a
-
-
 def slice_backward(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    rows: Tensor,
-    cols: Tensor,
-    grad: Tensor,
-    base: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
-    *,
-    causal: bool,
-    scale: float,
-    key_mask: Tensor | None,
-    each: bool,
-    bound: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    problem: AttentionProblem, grad: Tensor, base: Base | None, bound: Tensor | None = None
+) -> Gradients:
     """Gradient of ``slice_forward``, dS = P * G, added to that of ``base(dlse)``; dlse_i = -sum_j dS_ij, (B,Hq,T)."""
-    assert grad.dtype == torch.float32
-    rows, cols, grad = rows.int(), cols.int(), grad.contiguous()
-    lse = lse_at_rows(lse, rows, causal=causal, key_mask=key_mask)
-    problem = _problem(q, k, rows, cols, causal, scale, key_mask)
+    lse = lse_at_rows(problem)
     dlse = torch.zeros_like(lse)
-
-    def run(results: "list[_C.Result]", dlse_address: int) -> None:
-        arguments = (problem, lse.data_ptr(), grad.data_ptr(), each, *results, dlse_address, False)
-        _C.slice_backward(*arguments, torch.get_num_threads())
-
+    rows, tokens = problem.positions[0], problem.q.shape[2]
     if base is None:
-        gradients = _zeros(q, k)
-        run(_results(*gradients), dlse.data_ptr())
-        return *gradients, to_rows(dlse, rows, q.shape[2])
-    run([_C.Result(), _C.Result()], dlse.data_ptr())
-    dlse = to_rows(dlse, rows, q.shape[2])
+        gradients = _zeros(problem.q, problem.k)
+        _slice_backward(problem, lse, grad, _results(*gradients), dlse)
+        return *gradients, to_rows(dlse, rows, tokens)
+    _slice_backward(problem, lse, grad, [_C.Result(), _C.Result()], dlse)
+    dlse = to_rows(dlse, rows, tokens)
     gradients = base(dlse)
-    run(_results(*gradients), 0)
+    _slice_backward(problem, lse, grad, _results(*gradients), None)
     return *gradients, dlse
 
 
-def slice_backward_with_denominator(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    rows: Tensor,
-    cols: Tensor,
-    grad: Tensor,
-    *,
-    causal: bool,
-    scale: float,
-    key_mask: Tensor | None,
-    each: bool,
-) -> tuple[Tensor, Tensor]:
+def slice_backward_with_denominator(problem: AttentionProblem, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient of the slice of ``slice_forward_with_lse``: dS_ij = P_ij * (G_ij + dlse_i) over all visible keys j."""
-    assert grad.dtype == torch.float32
-    rows, cols, grad = rows.int(), cols.int(), grad.contiguous()
-    lse = lse_at_rows(lse, rows, causal=causal, key_mask=key_mask)
-    dlse, gradients = torch.zeros_like(lse), _zeros(q, k)
-    problem = _problem(q, k, rows, cols, causal, scale, key_mask)
-    arguments = (problem, lse.data_ptr(), grad.data_ptr(), each, *_results(*gradients), dlse.data_ptr(), True)
-    _C.slice_backward(*arguments, torch.get_num_threads())
+    lse, gradients = lse_at_rows(problem), _zeros(problem.q, problem.k)
+    _slice_backward(problem, lse, grad, _results(*gradients), torch.zeros_like(lse), denominator=True)
     return gradients
 
 
-def _alignment(
-    a: Tensor, target: Tensor, row_valid: Tensor, col_valid: Tensor, loss: str, reduction: str, sink_filter: bool
-) -> "_C.Alignment":
+def _slice_backward(
+    problem: AttentionProblem,
+    lse: Tensor,
+    grad: Tensor,
+    results: "list[_C.Result]",
+    dlse: Tensor | None,
+    denominator: bool = False,
+) -> None:
+    """Write dlse (B,Hq,R) unless it is None, and add to the results; lse (B,Hq,R)."""
+    assert grad.dtype == torch.float32
+    (rows, cols), grad = (x.int() for x in problem.positions), grad.contiguous()
+    addresses = lse.data_ptr(), grad.data_ptr(), problem.each, *results, 0 if dlse is None else dlse.data_ptr()
+    _C.slice_backward(_by_address(problem, rows, cols), *addresses, denominator, torch.get_num_threads())
+
+
+def _compared_by_address(a: Tensor, compared: Comparison) -> "_C.Alignment":
+    target, row_valid, col_valid = compared.target, compared.row_valid, compared.col_valid
     assert all(x.is_contiguous() for x in (a, target, row_valid, col_valid))
     samples, n_rows, n_cols = a.shape
     return _C.Alignment(
@@ -253,44 +170,24 @@ def _alignment(
         samples=samples,
         n_rows=n_rows,
         n_cols=n_cols,
-        loss=loss,
-        reduction=reduction,
-        sink_filter=sink_filter,
+        loss=compared.loss,
+        reduction=compared.reduction,
+        sink_filter=compared.sink_filter,
     )
 
 
-def alignment_loss(
-    a: Tensor,
-    target: Tensor,
-    row_valid: Tensor,
-    col_valid: Tensor,
-    *,
-    loss: str,
-    reduction: str,
-    sink_filter: bool,
-) -> Tensor:
-    """Distance of a from target (N,R,V) over valid rows and columns, (N,); 0 for a sample without either."""
-    alignment = _alignment(a, target, row_valid, col_valid, loss, reduction, sink_filter)
+def alignment_loss(a: Tensor, compared: Comparison) -> Tensor:
+    """Distance of a (N,R,V) from the target over valid rows and columns, (N,); 0 for a sample without either."""
+    alignment = _compared_by_address(a, compared)
     losses = torch.empty(a.shape[0], dtype=torch.float32, device=a.device)
     _C.alignment_loss(alignment, losses.data_ptr(), torch.get_num_threads())
     return losses
 
 
-def alignment_grad(
-    a: Tensor,
-    target: Tensor,
-    row_valid: Tensor,
-    col_valid: Tensor,
-    grad_out: Tensor,
-    *,
-    loss: str,
-    reduction: str,
-    sink_filter: bool,
-    dtype: torch.dtype,
-) -> Tensor:
+def alignment_grad(a: Tensor, compared: Comparison, grad_out: Tensor, dtype: torch.dtype) -> Tensor:
     """Gradient of sum(grad_out * alignment_loss) in a, (N,R,V) fp32; zero outside the valid rows and columns."""
     assert grad_out.is_contiguous() and grad_out.dtype == torch.float32
-    alignment = _alignment(a, target, row_valid, col_valid, loss, reduction, sink_filter)
+    alignment = _compared_by_address(a, compared)
     grad = torch.empty_like(a)
     _C.alignment_grad(alignment, grad_out.data_ptr(), grad.data_ptr(), torch.get_num_threads())
     return grad
@@ -301,22 +198,9 @@ def _divergence(name: str) -> int:
     return _DIVERGENCES[name]
 
 
-def vocabulary_losses(
-    student: Tensor,
-    teacher: Tensor | None,
-    top: tuple[Tensor, Tensor, Tensor] | None,
-    labels: Tensor,
-    ce: Tensor,
-    kd: Tensor,
-    *,
-    divergence: str,
-    temperature: float,
-    beta: float,
-    ce_weight: float,
-    kd_weight: float,
-    gradient: bool,
-) -> None:
+def vocabulary_losses(rows: VocabularyRows, options: VocabularyOptions) -> None:
     """Cross-entropy and divergence of rows of logits, and their gradient in place of student's logits."""
+    student, teacher, top, labels, ce, kd = rows
     values, indices, tail = (None, None, None) if top is None else top
     working = None if values is None else torch.empty_like(values)
     contiguous = (labels, ce, kd, values, indices, tail)
@@ -325,7 +209,7 @@ def vocabulary_losses(
     def address(x: Tensor | None) -> int:
         return 0 if x is None else x.data_ptr()
 
-    rows = _C.VocabularyRows(
+    given = _C.VocabularyRows(
         student=student.data_ptr(),
         student_stride=student.stride(0),
         teacher=address(teacher),
@@ -339,13 +223,8 @@ def vocabulary_losses(
         top_indices=address(indices),
         top_tail=address(tail),
         top_logits=address(working),
-        divergence=_divergence(divergence),
-        temperature=temperature,
-        beta=beta,
-        ce_weight=ce_weight,
-        kd_weight=kd_weight,
-        gradient=gradient,
+        **{**options._asdict(), "divergence": _divergence(options.divergence)},
         ce=ce.data_ptr(),
         kd=kd.data_ptr(),
     )
-    _C.vocabulary_rows(rows, torch.get_num_threads())
+    _C.vocabulary_rows(given, torch.get_num_threads())

@@ -4,18 +4,18 @@ import torch
 from torch import Tensor
 
 from cdistill.ops._contract import has_repeats
+from cdistill.ops._problem import AttentionProblem
 
 # |dlse| / |dout| up to which dlse is folded into out: 2^14 leaves room in fp16, and nothing larger occurs in training.
 MOST_FOLDED = 16384.0
 
 
-def regions(
-    rows: Tensor, cols: Tensor, key_mask: Tensor | None, *, causal: bool, tokens: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def regions(problem: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
     """Rows (B,R) that see one of their columns, columns (B,V) that are not padding, and () bool: all allowed.
 
-    Allowed: every position is -1, or below ``tokens`` and distinct within its sample and its kind.
+    Allowed: every position is -1, or that of a token and distinct within its sample and its kind.
     """
+    (rows, cols), tokens, key_mask = problem.positions, problem.q.shape[2], problem.key_mask
     allowed = torch.ones((), dtype=torch.bool, device=rows.device)
     for positions in (rows, cols):
         allowed = allowed & ((positions >= -1) & (positions < tokens)).all() & ~has_repeats(positions)
@@ -27,7 +27,7 @@ def regions(
         usable = col_valid & key_mask.gather(1, cols.clamp(min=0, max=tokens - 1).long())
     nothing = torch.iinfo(cols.dtype).max
     first = torch.where(usable, cols, nothing).amin(1, keepdim=True)
-    sees_column = first <= rows if causal else (first < nothing).expand_as(rows)
+    sees_column = first <= rows if problem.causal else (first < nothing).expand_as(rows)
     return (rows >= 0) & sees_column, col_valid, allowed
 
 
@@ -43,11 +43,13 @@ def to_rows(x: Tensor, rows: Tensor, tokens: int) -> Tensor:
     return x.new_zeros((*x.shape[:2], tokens)).scatter_add_(2, index, x)
 
 
-def lse_at_rows(lse: Tensor, rows: Tensor, *, causal: bool, key_mask: Tensor | None) -> Tensor:
-    """lse (B,Hq,T) at the rows, (B,Hq,R); +inf where a row is padding or sees no key, so that P is 0 there."""
+def lse_at_rows(problem: AttentionProblem) -> Tensor:
+    """The problem's lse at its rows, (B,Hq,R); +inf where a row is padding or sees no key, so that P is 0 there."""
+    (rows, _), lse, key_mask = problem.positions, problem.lse, problem.key_mask
+    assert lse is not None
     sees_key = rows >= 0
     if key_mask is not None:
-        keys_seen = key_mask.cumsum(1) if causal else key_mask.sum(1, keepdim=True).expand_as(key_mask)
+        keys_seen = key_mask.cumsum(1) if problem.causal else key_mask.sum(1, keepdim=True).expand_as(key_mask)
         sees_key = sees_key & (keys_seen.gather(1, rows.clamp(min=0).long()) > 0)
     return at_rows(lse, rows).masked_fill_(~sees_key[:, None], torch.inf)
 

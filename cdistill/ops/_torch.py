@@ -4,34 +4,29 @@ No (rows, T) block of scores exceeds BLOCK_BYTES, the (B,R,V) slice is the only 
 primitives, and there is none per head unless the result has one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from cdistill.ops._problem import AttentionProblem, Base, Gradients
 from cdistill.ops._rows import at_rows, fold_dlse, lse_at_rows, regions, to_rows, unfold_dlse
 from cdistill.ops._torch_losses import alignment_grad, alignment_loss, vocabulary_losses
 
 __all__ = [
-    "FUSES_DENOMINATOR",
-    "FUSES_HEAD_COSINE",
-    "SPLITS_LSE",
     "alignment_grad",
     "alignment_loss",
     "fold_dlse",
     "regions",
     "row_lse",
     "row_lse_backward",
-    "slice_accumulate",
     "slice_backward",
     "slice_forward",
     "unfold_dlse",
     "vocabulary_losses",
 ]
 
-SPLITS_LSE = False
-FUSES_DENOMINATOR = False
-FUSES_HEAD_COSINE = False
+SPLITS_LSE = FUSES_DENOMINATOR = FUSES_HEAD_COSINE = FUSES_ACCUMULATION = False
 
 BLOCK_BYTES = 16 * 2**20
 
@@ -55,13 +50,13 @@ def _scatter_add(x: Tensor, positions: Tensor, values: Tensor) -> None:
     x.scatter_add_(1, index[:, :, None].expand_as(values), values)
 
 
-def _hidden(rows: Tensor, keys: Tensor, causal: bool, key_mask: Tensor | None) -> Tensor:
+def _hidden(problem: AttentionProblem, rows: Tensor, keys: Tensor) -> Tensor:
     """Where a row (B,R) does not see a key position (B,N), by padding, causality or key mask: (B,R,N) bool."""
     seen = keys >= 0
-    if key_mask is not None:
-        seen = seen & key_mask.gather(1, keys.clamp(min=0).long())
+    if problem.key_mask is not None:
+        seen = seen & problem.key_mask.gather(1, keys.clamp(min=0).long())
     visible = (rows >= 0)[:, :, None] & seen[:, None]
-    if causal:
+    if problem.causal:
         visible &= keys[:, None] <= rows[:, :, None]
     return visible.logical_not_()
 
@@ -82,19 +77,19 @@ def _all_keys(q: Tensor) -> Tensor:
     return torch.arange(q.shape[2], dtype=torch.int32, device=q.device).expand(q.shape[0], -1)
 
 
-def row_lse(q: Tensor, k: Tensor, rows: Tensor, *, causal: bool, scale: float, key_mask: Tensor | None) -> Tensor:
+def row_lse(problem: AttentionProblem) -> Tensor:
     """log sum exp(scale * q.k) over all visible keys, (B,Hq,T), written at the rows; +inf for a row without keys.
 
     NaN for a row with a score of +inf, or of nothing but -inf, as its softmax is.
     """
+    q, k, (rows, _) = problem.q, problem.k, problem.positions
     batch, q_heads, tokens, _ = q.shape
-    group = q_heads // k.shape[1]
     keys = _all_keys(q)
     lse = torch.empty((batch, q_heads, rows.shape[1]), dtype=torch.float32, device=q.device)
     for block in _row_blocks(batch, rows.shape[1], tokens):
-        hidden = _hidden(rows[:, block], keys, causal, key_mask)
+        hidden = _hidden(problem, rows[:, block], keys)
         for h in range(q_heads):
-            scores = _gather(q[:, h], rows[:, block]).mul_(scale) @ k[:, h // group].float().mT
+            scores = _gather(q[:, h], rows[:, block]).mul_(problem.scale) @ k[:, h // problem.group].float().mT
             scores.masked_fill_(hidden, -torch.inf)
             top = scores.amax(2, keepdim=True)
             top.masked_fill_(hidden.all(2, keepdim=True), 0.0)
@@ -103,125 +98,72 @@ def row_lse(q: Tensor, k: Tensor, rows: Tensor, *, causal: bool, scale: float, k
 
 
 def row_lse_backward(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    rows: Tensor,
-    dlse: Tensor,
-    *,
-    causal: bool,
-    scale: float,
-    key_mask: Tensor | None,
-    into: tuple[Tensor, Tensor] | None = None,
+    problem: AttentionProblem, dlse: Tensor, into: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gradient of ``row_lse``: dS_ij = P_ij * dlse_i over all visible keys j."""
+    q, k, (rows, _) = problem.q, problem.k, problem.positions
     batch, q_heads, tokens, _ = q.shape
-    group = q_heads // k.shape[1]
     keys = _all_keys(q)
-    lse, dlse = lse_at_rows(lse, rows, causal=causal, key_mask=key_mask), at_rows(dlse, rows)
+    lse, dlse = lse_at_rows(problem), at_rows(dlse, rows)
     dq, dk = _fp32_zeros(q), _fp32_zeros(k)
     for block in _row_blocks(batch, rows.shape[1], tokens):
-        hidden = _hidden(rows[:, block], keys, causal, key_mask)
+        hidden = _hidden(problem, rows[:, block], keys)
         for h in range(q_heads):
-            q_rows = _gather(q[:, h], rows[:, block]).mul_(scale)
-            k_all = k[:, h // group].float()
+            q_rows = _gather(q[:, h], rows[:, block]).mul_(problem.scale)
+            k_all = k[:, h // problem.group].float()
             ds = (q_rows @ k_all.mT).sub_(lse[:, h, block, None]).exp_().mul_(dlse[:, h, block, None])
             ds.masked_fill_(hidden, 0.0)
-            _scatter_add(dq[:, h], rows[:, block], (ds @ _finite(k_all)).mul_(scale))
-            dk[:, h // group] += ds.mT @ _finite(q_rows)
+            _scatter_add(dq[:, h], rows[:, block], (ds @ _finite(k_all)).mul_(problem.scale))
+            dk[:, h // problem.group] += ds.mT @ _finite(q_rows)
     return (dq, dk) if into is None else (into[0].add_(dq), into[1].add_(dk))
 
 
-def slice_forward(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    rows: Tensor,
-    cols: Tensor,
-    *,
-    causal: bool,
-    scale: float,
-    key_mask: Tensor | None,
-    each: bool,
-) -> Tensor:
+def slice_forward(problem: AttentionProblem) -> Tensor:
     """exp(scale * q.k - lse) at (rows, cols), zero where hidden: the head mean (B,R,V), or (B,Hq,R,V)."""
+    q, k, (rows, cols) = problem.q, problem.k, problem.positions
     batch, q_heads, _, _ = q.shape
-    group = q_heads // k.shape[1]
-    shape = (batch, q_heads) if each else (batch,)
-    lse = lse_at_rows(lse, rows, causal=causal, key_mask=key_mask)
-    a = torch.zeros((*shape, rows.shape[1], cols.shape[1]), dtype=torch.float32, device=q.device)
+    lse = lse_at_rows(problem)
+    a = torch.zeros(problem.slice_shape, dtype=torch.float32, device=q.device)
     for block in _row_blocks(batch, rows.shape[1], cols.shape[1]):
-        hidden = _hidden(rows[:, block], cols, causal, key_mask)
+        hidden = _hidden(problem, rows[:, block], cols)
         for h in range(q_heads):
-            if h % group == 0:
-                k_cols = _gather(k[:, h // group], cols)
-            p = _gather(q[:, h], rows[:, block]).mul_(scale) @ k_cols.mT
+            if h % problem.group == 0:
+                k_cols = _gather(k[:, h // problem.group], cols)
+            p = _gather(q[:, h], rows[:, block]).mul_(problem.scale) @ k_cols.mT
             p.sub_(lse[:, h, block, None]).exp_()
             # Filled, not multiplied: a hidden key may score far above the row's LSE, and exp overflows to inf.
             p.masked_fill_(hidden, 0.0)
-            if each:
+            if problem.each:
                 a[:, h, block] = p
             else:
                 a[:, block] += p
-    return a if each else a.div_(q_heads)
-
-
-def slice_accumulate(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    rows: Tensor,
-    cols: Tensor,
-    sums: Tensor,
-    windows: list[int],
-    *,
-    causal: bool,
-    scale: float,
-    key_mask: Tensor | None,
-    each: bool,
-) -> None:
-    """Add ``slice_forward`` to sums[w] for every w in ``windows``."""
-    a = slice_forward(q, k, lse, rows, cols, causal=causal, scale=scale, key_mask=key_mask, each=each)
-    for w in windows:
-        sums[w] += a
+    return a if problem.each else a.div_(q_heads)
 
 
 def slice_backward(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    rows: Tensor,
-    cols: Tensor,
-    grad: Tensor,
-    base: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
-    *,
-    causal: bool,
-    scale: float,
-    key_mask: Tensor | None,
-    each: bool,
-    bound: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    problem: AttentionProblem, grad: Tensor, base: Base | None, bound: Tensor | None = None
+) -> Gradients:
     """Gradient of ``slice_forward``, dS = P * G, added to that of ``base(dlse)``; dlse_i = -sum_j dS_ij, (B,Hq,T)."""
+    q, k, (rows, cols) = problem.q, problem.k, problem.positions
     batch, q_heads, tokens, _ = q.shape
-    group = q_heads // k.shape[1]
-    lse = lse_at_rows(lse, rows, causal=causal, key_mask=key_mask)
+    lse = lse_at_rows(problem)
     dq, dk = _fp32_zeros(q), _fp32_zeros(k)
     dlse = torch.empty((batch, q_heads, rows.shape[1]), dtype=torch.float32, device=q.device)
     for block in _row_blocks(batch, rows.shape[1], cols.shape[1]):
-        hidden = _hidden(rows[:, block], cols, causal, key_mask)
-        mean_grad = None if each else grad[:, block] / q_heads
+        hidden = _hidden(problem, rows[:, block], cols)
+        mean_grad = None if problem.each else grad[:, block] / q_heads
         for h in range(q_heads):
-            if h % group == 0:
-                k_cols = _gather(k[:, h // group], cols)
+            if h % problem.group == 0:
+                k_cols = _gather(k[:, h // problem.group], cols)
                 dk_cols = torch.zeros_like(k_cols)
-            q_rows = _gather(q[:, h], rows[:, block]).mul_(scale)
+            q_rows = _gather(q[:, h], rows[:, block]).mul_(problem.scale)
             ds = (q_rows @ k_cols.mT).sub_(lse[:, h, block, None]).exp_()
             ds.mul_(grad[:, h, block] if mean_grad is None else mean_grad).masked_fill_(hidden, 0.0)
             dlse[:, h, block] = ds.sum(2).neg_()
-            _scatter_add(dq[:, h], rows[:, block], (ds @ _finite(k_cols)).mul_(scale))
+            _scatter_add(dq[:, h], rows[:, block], (ds @ _finite(k_cols)).mul_(problem.scale))
             dk_cols.baddbmm_(ds.mT, _finite(q_rows))
-            if (h + 1) % group == 0:
-                _scatter_add(dk[:, h // group], cols, dk_cols)
+            if (h + 1) % problem.group == 0:
+                _scatter_add(dk[:, h // problem.group], cols, dk_cols)
     dlse = to_rows(dlse, rows, tokens)
     if base is None:
         return dq, dk, dlse

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cdistill.choices import SHARES
 from cdistill.ops._contract import LEAST_SHARE, require_choice
+from cdistill.ops._problem import Comparison, VocabularyOptions, VocabularyRows
 
 LOGITS_BYTES = 4 * 2**20  # of a block of logits in fp32, of which several exist at a time
 
@@ -127,87 +128,72 @@ DISTANCES = {
 }
 
 
-def _distance(loss: str, reduction: str) -> Distance:
-    require_choice("loss", loss, tuple(DISTANCES))
-    require_choice("reduction", reduction, ("row", "matrix", "column"))
-    return DISTANCES[loss]
+def _distance(compared: Comparison) -> Distance:
+    require_choice("loss", compared.loss, tuple(DISTANCES))
+    require_choice("reduction", compared.reduction, ("row", "matrix", "column"))
+    return DISTANCES[compared.loss]
 
 
-def _column_weights(a: Tensor, target: Tensor, valid: Tensor, n_rows: Tensor, sink_filter: bool) -> Tensor:
-    """Weights w (N,R,V) or (N,1,1) such that u = sum_r w * A and v = sum_r w * T are the compared columns."""
-    if not sink_filter:
-        return n_rows[:, None, None].float().reciprocal()
-    count = valid.sum((1, 2), keepdim=True)
-    keep = target != 0
-    for x in (a, target):
-        mean = x.sum((1, 2), keepdim=True) / count.clamp(min=1)
-        centred = (x - mean).masked_fill_(~valid, 0.0)
-        deviation = (centred.square_().sum((1, 2), keepdim=True) / (count - 1).clamp(min=1)).sqrt_()
-        keep &= x <= mean + deviation
-    return keep.float() / keep.sum(1, keepdim=True).clamp(min=1)
+class _Slices(NamedTuple):
+    """Slices a and targets (N,R,V), zero outside their valid block; that block; its row and column counts, at least 1."""
+
+    a: Tensor
+    target: Tensor
+    valid: Tensor  # (N,R,V)
+    n_rows: Tensor  # (N,)
+    n_cols: Tensor  # (N,)
 
 
-def _masked(
-    a: Tensor, target: Tensor, row_valid: Tensor, col_valid: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """a and target, zero outside the valid block; that block (N,R,V); its row and column counts, at least 1."""
-    valid = row_valid[:, :, None] & col_valid[:, None]
-    n_rows, n_cols = row_valid.sum(1).clamp(min=1), col_valid.sum(1).clamp(min=1)
-    return a.masked_fill(~valid, 0.0), target.masked_fill(~valid, 0.0), valid, n_rows, n_cols
+def _masked(a: Tensor, compared: Comparison) -> _Slices:
+    valid = compared.row_valid[:, :, None] & compared.col_valid[:, None]
+    n_rows, n_cols = compared.row_valid.sum(1).clamp(min=1), compared.col_valid.sum(1).clamp(min=1)
+    return _Slices(a.masked_fill(~valid, 0.0), compared.target.masked_fill(~valid, 0.0), valid, n_rows, n_cols)
 
 
-def alignment_loss(
-    a: Tensor,
-    target: Tensor,
-    row_valid: Tensor,
-    col_valid: Tensor,
-    *,
-    loss: str,
-    reduction: str,
-    sink_filter: bool,
-) -> Tensor:
-    """Distance of a from target (N,R,V) over valid rows and columns, (N,); 0 for a sample without either."""
-    distance = _distance(loss, reduction).value
-    a, target, valid, n_rows, n_cols = _masked(a, target, row_valid, col_valid)
-    if reduction == "row":
-        losses = distance(a, target, n_cols).masked_fill_(~row_valid, 0.0).sum(1) / n_rows
-    elif reduction == "matrix":
-        losses = distance(a.flatten(1)[:, None], target.flatten(1)[:, None], n_rows * n_cols)[:, 0]
+def _columns(x: _Slices, sink_filter: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The columns of slices and targets that are compared, (N,1,V), and weights w (N,R,V) or (N,1,1): sum_r w * a."""
+    if sink_filter:
+        count = x.valid.sum((1, 2), keepdim=True)
+        keep = x.target != 0
+        for y in (x.a, x.target):
+            mean = y.sum((1, 2), keepdim=True) / count.clamp(min=1)
+            centred = (y - mean).masked_fill_(~x.valid, 0.0)
+            deviation = (centred.square_().sum((1, 2), keepdim=True) / (count - 1).clamp(min=1)).sqrt_()
+            keep &= y <= mean + deviation
+        weights = keep.float() / keep.sum(1, keepdim=True).clamp(min=1)
     else:
-        weights = _column_weights(a, target, valid, n_rows, sink_filter)
-        u, v = (a * weights).sum(1, keepdim=True), (target * weights).sum(1, keepdim=True)
-        losses = distance(u, v, n_cols)[:, 0]
-    return losses.masked_fill_(~(row_valid.any(1) & col_valid.any(1)), 0.0)
+        weights = x.n_rows[:, None, None].float().reciprocal()
+    return (x.a * weights).sum(1, keepdim=True), (x.target * weights).sum(1, keepdim=True), weights
 
 
-def alignment_grad(
-    a: Tensor,
-    target: Tensor,
-    row_valid: Tensor,
-    col_valid: Tensor,
-    grad_out: Tensor,
-    *,
-    loss: str,
-    reduction: str,
-    sink_filter: bool,
-    dtype: torch.dtype,
-) -> Tensor:
+def alignment_loss(a: Tensor, compared: Comparison) -> Tensor:
+    """Distance of a (N,R,V) from the target over valid rows and columns, (N,); 0 for a sample without either."""
+    distance, x = _distance(compared).value, _masked(a, compared)
+    if compared.reduction == "row":
+        losses = distance(x.a, x.target, x.n_cols).masked_fill_(~compared.row_valid, 0.0).sum(1) / x.n_rows
+    elif compared.reduction == "matrix":
+        losses = distance(x.a.flatten(1)[:, None], x.target.flatten(1)[:, None], x.n_rows * x.n_cols)[:, 0]
+    else:
+        u, v, _ = _columns(x, compared.sink_filter)
+        losses = distance(u, v, x.n_cols)[:, 0]
+    return losses.masked_fill_(~(compared.row_valid.any(1) & compared.col_valid.any(1)), 0.0)
+
+
+def alignment_grad(a: Tensor, compared: Comparison, grad_out: Tensor, dtype: torch.dtype) -> Tensor:
     """Gradient of sum(grad_out * alignment_loss) in a, (N,R,V) fp32; zero outside the valid rows and columns."""
-    distance_grad = _distance(loss, reduction).gradient
-    a, target, valid, n_rows, n_cols = _masked(a, target, row_valid, col_valid)
-    if reduction == "row":
-        grad = distance_grad(a, target, n_cols).mul_((grad_out / n_rows)[:, None, None])
-    elif reduction == "matrix":
-        grad = distance_grad(a.flatten(1)[:, None], target.flatten(1)[:, None], n_rows * n_cols).view_as(a)
-        grad.mul_(grad_out[:, None, None])
+    distance_grad, x = _distance(compared).gradient, _masked(a, compared)
+    if compared.reduction == "row":
+        grad = distance_grad(x.a, x.target, x.n_cols).mul_((grad_out / x.n_rows)[:, None, None])
+    elif compared.reduction == "matrix":
+        flat = x.a.flatten(1)[:, None], x.target.flatten(1)[:, None]
+        grad = distance_grad(*flat, x.n_rows * x.n_cols).view_as(a).mul_(grad_out[:, None, None])
     else:
-        weights = _column_weights(a, target, valid, n_rows, sink_filter)
-        u, v = (a * weights).sum(1, keepdim=True), (target * weights).sum(1, keepdim=True)
-        grad = distance_grad(u, v, n_cols).mul_(grad_out[:, None, None]) * weights
+        u, v, weights = _columns(x, compared.sink_filter)
+        grad = distance_grad(u, v, x.n_cols).mul_(grad_out[:, None, None]) * weights
         grad = grad.expand_as(a).contiguous()
-    if loss in SHARES:
+    if compared.loss in SHARES:
         grad.clamp_(-MOST_SLOPE, MOST_SLOPE)
-    return grad.masked_fill_(~valid, 0.0)
+    return grad.masked_fill_(~x.valid, 0.0)
 
 
 def _compare(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> tuple[Tensor, Tensor]:
@@ -243,38 +229,27 @@ def _compare_with_top(
     return value, dlogits.scatter_(1, indices, slope[:, :-1])
 
 
-def vocabulary_losses(
-    student: Tensor,
-    teacher: Tensor | None,
-    top: tuple[Tensor, Tensor, Tensor] | None,
-    labels: Tensor,
-    ce: Tensor,
-    kd: Tensor,
-    *,
-    divergence: str,
-    temperature: float,
-    beta: float,
-    ce_weight: float,
-    kd_weight: float,
-    gradient: bool,
-) -> None:
+def vocabulary_losses(rows: VocabularyRows, options: VocabularyOptions) -> None:
     """Cross-entropy and divergence of rows of logits, and their gradient in place of student's logits."""
-    rows, vocab_size = student.shape
+    student, teacher, top, labels, ce, kd = rows
+    count, vocab_size = student.shape
     step = max(1, LOGITS_BYTES // (4 * vocab_size))
-    for part in (slice(start, start + step) for start in range(0, rows, step)):
+    for part in (slice(start, start + step) for start in range(0, count, step)):
         s, label = student[part].float(), labels[part, None]
-        log_p = (s / temperature).log_softmax(1)
+        log_p = (s / options.temperature).log_softmax(1)
         if top is not None:
             values, indices, tail = (x[part] for x in top)
-            kd[part], slope = _compare_with_top(log_p, values, indices, tail, divergence, beta)
+            kd[part], slope = _compare_with_top(log_p, values, indices, tail, options.divergence, options.beta)
         else:
             assert teacher is not None
-            log_q = teacher[part].float().div(temperature).log_softmax(1)
-            kd[part], slope = _compare(log_p, log_q, divergence, beta)
+            log_q = teacher[part].float().div(options.temperature).log_softmax(1)
+            kd[part], slope = _compare(log_p, log_q, options.divergence, options.beta)
         log_p = s.log_softmax(1)
         ce[part] = -log_p.gather(1, label)[:, 0]
-        if gradient:
+        if options.gradient:
             dlogits = log_p.exp_()
             dlogits.scatter_add_(1, label, dlogits.new_full((), -1.0).expand(label.shape))
-            dlogits.mul_(ce_weight)
-            student[part] = dlogits.add_(slope, alpha=kd_weight / temperature) if kd_weight else dlogits
+            dlogits.mul_(options.ce_weight)
+            if options.kd_weight:
+                dlogits.add_(slope, alpha=options.kd_weight / options.temperature)
+            student[part] = dlogits

@@ -6,13 +6,14 @@ and head are two more products: 6 M V Hs + 2 M V Ht operations for M rows, nothi
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cdistill.ops._contract import require_values
 from cdistill.ops._dispatch import Backend
+from cdistill.ops._problem import VocabularyOptions, VocabularyRows
 
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of both buffers together
 ROW_UNIT = 64  # elements by which the rows of a buffer are aligned, more than any vector a kernel reads
@@ -174,6 +175,15 @@ def _top_teacher(inputs: Inputs, rows: Tensor, vocab_size: int) -> tuple[Tensor,
     return values, indices, (1.0 - total).clamp(min=SMALLEST_TAIL).log().float()
 
 
+def _chunks(inputs: Inputs, options: Options, rows: int, head_gradient: int) -> tuple[int, Tensor]:
+    """Rows per chunk, and its buffer of logits: one, or two (n,V) with a teacher's."""
+    V, dtype = options.vocab_size, _buffer_dtype(inputs.student_hidden, inputs.teacher_hidden)
+    stride, buffers = math.ceil(V / ROW_UNIT) * ROW_UNIT, 1 if inputs.teacher_hidden is None else 2
+    on_cuda, row_bytes = inputs.student_hidden.is_cuda, buffers * stride * dtype.itemsize
+    chunk = options.chunk_size or chunk_rows(rows, row_bytes, on_cuda=on_cuda, head_gradient=head_gradient)
+    return chunk, inputs.student_hidden.new_empty(buffers, min(chunk, rows), stride, dtype=dtype)[:, :, :V]
+
+
 def losses_and_gradients(
     backend: Backend,
     inputs: Inputs,
@@ -198,28 +208,20 @@ def losses_and_gradients(
         gradient.zero_()
     hidden, student_head = inputs.student_hidden, inputs.student_head[:V]
     student_bias, teacher_bias = (x if x is None else x[:V] for x in (inputs.student_bias, inputs.teacher_bias))
-    stride, dtype = math.ceil(V / ROW_UNIT) * ROW_UNIT, _buffer_dtype(hidden, inputs.teacher_hidden)
-    buffers = 1 if inputs.teacher_hidden is None else 2
-    chunk = options.chunk_size or chunk_rows(
-        len(rows),
-        buffers * stride * dtype.itemsize,
-        on_cuda=hidden.is_cuda,
-        head_gradient=inputs.student_head.numel() if wanted.head else 0,
-    )
-    buffer = hidden.new_empty(buffers, min(chunk, len(rows)), stride, dtype=dtype)[:, :, :V]
+    chunk, buffer = _chunks(inputs, options, len(rows), inputs.student_head.numel() if wanted.head else 0)
     ce, kd = (hidden.new_empty(len(rows), dtype=torch.float32) for _ in range(2))
 
     # Weights reach the kernel scaled by a power of 2, so that gradients of logits fit their dtype.
     scale = 2.0 ** math.frexp(max(abs(ce_weight), abs(kd_weight) / options.temperature))[1]
-    scale /= FP16_GAIN[options.divergence] if dtype == torch.float16 else 1.0
-    settings: dict[str, Any] = {
-        "divergence": options.divergence,
-        "temperature": options.temperature,
-        "beta": options.beta,
-        "ce_weight": ce_weight / scale,
-        "kd_weight": kd_weight / scale,
-        "gradient": any(wanted),
-    }
+    scale /= FP16_GAIN[options.divergence] if buffer.dtype == torch.float16 else 1.0
+    settings = VocabularyOptions(
+        options.divergence,
+        options.temperature,
+        options.beta,
+        ce_weight / scale,
+        kd_weight / scale,
+        gradient=any(wanted),
+    )
     for start in range(0, len(rows), chunk):
         part = slice(start, start + chunk)
         index = rows[part]
@@ -230,7 +232,8 @@ def losses_and_gradients(
             teacher = buffer[1, : len(index)]
             _logits(inputs.teacher_hidden[index], inputs.teacher_head[:V], teacher_bias, teacher)
         stored = None if top is None else (top[0][part], top[1][part], top[2][part])
-        backend.vocabulary_losses(student, teacher, stored, inputs.labels[index], ce[part], kd[part], **settings)
+        part_rows = VocabularyRows(student, teacher, stored, inputs.labels[index], ce[part], kd[part])
+        backend.vocabulary_losses(part_rows, settings)
         if wanted.hidden:
             results.hidden[index] = (_hidden_gradient(student, student_head) * scale).to(results.hidden.dtype)
         if wanted.head:

@@ -12,129 +12,77 @@ import torch
 from torch import Tensor
 
 from cdistill.ops._contract import (
-    SliceArguments,
+    attention_problem,
+    gradients_like,
     laid_out_like,
     require_attention_values,
     require_loss,
     require_target,
-    slice_arguments,
 )
-from cdistill.ops._dispatch import backend, save_for_backward, saved_for_backward, without_autocast
-from cdistill.ops._engines import Attention, engine
-from cdistill.ops.attention_alignment import Alignment
-from cdistill.ops.attention_slice import checked_regions
+from cdistill.ops._dispatch import backend
+from cdistill.ops._engine import attention_backward, attention_forward
+from cdistill.ops._engines import engine as named_engine
+from cdistill.ops._operators import differentiable, operator
+from cdistill.ops._pipeline import checked_regions, kept_shape, losses_backward, losses_forward
+from cdistill.ops._problem import COMPARISON, PROBLEM, Comparison, Gradients, problem_of
+
+_ARGUMENTS = f"{PROBLEM}, {COMPARISON}, str? impl, str? engine"
 
 
-@torch.library.custom_op("cdistill::attention_with_alignment", mutates_args=())
-@without_autocast
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rows: Tensor,
-    cols: Tensor,
-    key_mask: Tensor | None,
-    target: Tensor,
-    causal: bool,
-    scale: float,
-    each: bool,
-    loss: str,
-    reduction: str,
-    sink_filter: bool,
-    impl: str | None,
-    engine_name: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x = Attention(q, k, v, key_mask, causal, scale)
-    chosen = backend(impl, q)
-    attention = engine(engine_name, x)
-    arguments = SliceArguments(q, k, None, rows, cols, key_mask, causal, scale, each)
-    row_valid, col_valid = checked_regions(chosen, arguments)
-    out, lse, split = attention.forward_split(x)
+@operator("attention_with_alignment", _ARGUMENTS, 6)
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    problem, (*how, impl, engine) = problem_of(arguments)
+    chosen, attention = backend(impl, problem.q), named_engine(engine, problem)
+    regions = checked_regions(chosen, problem)
+    out, lse, split = attention_forward(attention, problem)
     if chosen.SPLITS_LSE and split is not None:
         lse = split
-    alignment = Alignment(target, row_valid, col_valid, loss, reduction, sink_filter)
-    losses, kept, _ = alignment.forward(chosen, arguments._replace(lse=lse))
-    return laid_out_like(out, q), losses, lse, kept, row_valid, col_valid
+    losses, kept, _ = losses_forward(chosen, problem._replace(lse=lse), Comparison(*regions, *how))
+    return laid_out_like(out, problem.q), losses, lse, kept, *regions
 
 
 @_forward.register_fake
-def _(q, k, v, rows, cols, key_mask, target, causal, scale, each, loss, reduction, sink_filter, impl, engine_name):
-    row_valid, col_valid = (x.new_empty(x.shape, dtype=torch.bool) for x in (rows, cols))
-    alignment = Alignment(target, row_valid, col_valid, loss, reduction, sink_filter)
-    arguments = SliceArguments(q, k, None, rows, cols, key_mask, causal, scale, each)
-    split = engine(engine_name, Attention(q, k, v, key_mask, causal, scale)).SPLITS_LSE and backend(impl, q).SPLITS_LSE
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    problem, (*how, impl, engine) = problem_of(arguments)
+    chosen, q = backend(impl, problem.q), problem.q
+    rows, cols = problem.positions
+    regions = torch.empty_like(rows, dtype=torch.bool), torch.empty_like(cols, dtype=torch.bool)
+    split = named_engine(engine, problem).SPLITS_LSE and chosen.SPLITS_LSE
     lse = q.new_empty((*(2,) * split, *q.shape[:3]), dtype=torch.float32)
-    kept = lse.new_empty(alignment.kept_shape(backend(impl, q), arguments))
-    return torch.empty_like(q), lse.new_empty(q.shape[0]), lse, kept, row_valid, col_valid
+    kept = lse.new_empty(kept_shape(chosen, problem, Comparison(*regions, *how)))
+    return torch.empty_like(q), lse.new_empty(q.shape[0]), lse, kept, *regions
 
 
-@torch.library.custom_op("cdistill::attention_with_alignment_backward", mutates_args=())
-@without_autocast
-def _backward(
-    dout: Tensor | None,
-    dloss: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rows: Tensor,
-    cols: Tensor,
-    key_mask: Tensor | None,
-    target: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    kept: Tensor,
-    row_valid: Tensor,
-    col_valid: Tensor,
-    causal: bool,
-    scale: float,
-    each: bool,
-    loss: str,
-    reduction: str,
-    sink_filter: bool,
-    impl: str | None,
-    engine_name: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = Attention(q, k, v, key_mask, causal, scale)
-    attention = engine(engine_name, x)
-    arguments = SliceArguments(q, k, lse, rows, cols, key_mask, causal, scale, each)
-    chosen = backend(impl, q)
-    dv: Tensor | None = None
-    if dloss is None or arguments.empty:
-        dq, dk, dv = attention.backward(x, out, lse, dout, None, None, chosen)
-        return laid_out_like(dq, q), laid_out_like(dk, k), laid_out_like(dv, v)
-    alignment = Alignment(target, row_valid, col_valid, loss, reduction, sink_filter)
+@operator(
+    "attention_with_alignment_backward",
+    f"Tensor? dout, Tensor? dloss, {_ARGUMENTS}, Tensor out, Tensor own_lse, Tensor kept, Tensor row_valid, Tensor col_valid",
+    3,
+)
+def _backward(dout: Tensor | None, dloss: Tensor | None, *arguments: Any) -> Gradients:
+    problem, (*how, impl, engine, out, lse, kept, row_valid, col_valid) = problem_of(arguments)
+    chosen, attention = backend(impl, problem.q), named_engine(engine, problem)
+    problem = problem._replace(lse=lse)
+    if dloss is None or problem.empty:
+        return gradients_like(problem, *attention_backward(attention, problem, out, dout, None, chosen))
+    of_values: list[Tensor] = []
 
     def through_attention(dlse: Tensor) -> tuple[Tensor, Tensor]:
-        nonlocal dv
-        dq, dk, dv = attention.backward(x, out, lse, dout, dlse, rows, chosen)
+        dq, dk, dv = attention_backward(attention, problem, out, dout, dlse, chosen)
+        of_values.append(dv)
         return dq, dk
 
-    dq, dk, _ = alignment.backward(chosen, arguments, lse, kept, dloss, through_attention)
-    assert dv is not None
-    return laid_out_like(dq, q), laid_out_like(dk, k), laid_out_like(dv, v)
+    compared = Comparison(row_valid, col_valid, *how)
+    dq, dk, _ = losses_backward(chosen, problem, compared, lse, kept, dloss, through_attention)
+    return gradients_like(problem, dq, dk, *of_values)
 
 
 @_backward.register_fake
-def _(dout, dloss, q, k, v, *_):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+def _(dout: Tensor | None, dloss: Tensor | None, *arguments: Any) -> Gradients:
+    q, k, v = map(torch.empty_like, problem_of(arguments)[0].qkv)
+    return q, k, v
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    out, _, *intermediate = output
-    ctx.mark_non_differentiable(*intermediate)
-    ctx.set_materialize_grads(False)
-    save_for_backward(ctx, *inputs[:7], out, *intermediate)
-    ctx.options = inputs[7:]
-
-
-def _differentiate(ctx: Any, dout: Tensor | None, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if dout is None and dloss is None:
-        return (None,) * 15
-    grads = torch.ops.cdistill.attention_with_alignment_backward(dout, dloss, *saved_for_backward(ctx), *ctx.options)
-    return *grads, *(None,) * 12
-
-
-torch.library.register_autograd("cdistill::attention_with_alignment", _differentiate, setup_context=_save)
+differentiable("attention_with_alignment", leaves=("q", "k", "v"), results=2, keeps=[0, 2, 3, 4, 5])
 
 
 def attention_with_alignment(
@@ -176,13 +124,10 @@ def attention_with_alignment(
         ValueError: an argument has a wrong shape, dtype, device or value, or impl or engine cannot run here. On CUDA the
             values of rows and cols are checked by a device-side assertion instead, because reading them would synchronise.
     """
-    arguments = slice_arguments(q, k, rows, cols, lse=None, causal=causal, scale=scale, key_mask=key_mask, heads=heads)
-    require_attention_values(v, k)
+    problem = attention_problem(q, k, v, (rows, cols), causal=causal, scale=scale, key_mask=key_mask, heads=heads)
+    require_attention_values(problem)
     require_loss(loss, reduction, sink_filter)
-    require_target(target, q, rows, cols, heads)
-    q, k, _, rows, cols, key_mask, causal, scale, each = arguments
-    out, losses, *_ = torch.ops.cdistill.attention_with_alignment(
-        *(q, k, v, rows, cols, key_mask, target.detach()),
-        *(causal, scale, each, loss, reduction, sink_filter, impl, engine),
-    )
+    require_target(target, problem)
+    compared = (target.detach(), loss, reduction, sink_filter)
+    out, losses, *_ = torch.ops.cdistill.attention_with_alignment(*problem, *compared, impl, engine)
     return out, losses

@@ -5,98 +5,66 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdistill.ops._contract import attention_options, laid_out_like, positive_scale, require_attention_values
-from cdistill.ops._dispatch import backend, save_for_backward, saved_for_backward, without_autocast
-from cdistill.ops._engines import ENGINES, Attention, Engine
+from cdistill.ops._contract import attention_problem, gradients_like, laid_out_like, require_attention_values
+from cdistill.ops._dispatch import backend
+from cdistill.ops._engine import AttentionEngine, attention_backward, attention_forward
+from cdistill.ops._engines import ENGINES
 from cdistill.ops._engines import engine as named_engine
+from cdistill.ops._operators import differentiable, operator
+from cdistill.ops._problem import PROBLEM, AttentionProblem, Gradients, problem_of
 
 _IMPLS = {"triton": "triton", "torch": "torch_flash"}
 
 
-def _engine(impl: str | None, engine: str | None, x: Attention) -> Engine:
+def _engine(problem: AttentionProblem, impl: str | None, engine: str | None) -> AttentionEngine:
     """The engine named, or behind ``impl``, or the first that can run here; raises ValueError saying why it cannot."""
     if engine is not None:
-        return named_engine(engine, x)
-    names = [impl] if impl is not None else ["triton", "torch"] if x.q.is_cuda else ["torch"]
+        return named_engine(engine, problem)
+    names = [impl] if impl is not None else ["triton", "torch"] if problem.q.is_cuda else ["torch"]
     reasons = []
     for name in names:
         chosen = ENGINES[_IMPLS[name]]
-        reason = chosen.missing() or chosen.refusal(x)
+        reason = chosen.missing() or chosen.refusal(problem)
         if reason is None:
             return chosen
         reasons.append(f"impl={name!r} cannot run: {reason}")
     raise ValueError("; ".join(reasons))
 
 
-@torch.library.custom_op("cdistill::flash_attention", mutates_args=())
-@without_autocast
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    impl: str | None,
-    engine: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = Attention(q, k, v, key_mask, causal, scale)
-    out, lse, split = _engine(impl, engine, x).forward_split(x)
-    return laid_out_like(out, q), lse, q.new_empty(0, dtype=torch.float32) if split is None else split
+@operator("flash_attention", f"{PROBLEM}, str? impl, str? engine", 3)
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    problem, choice = problem_of(arguments)
+    out, lse, split = attention_forward(_engine(problem, *choice), problem)
+    return laid_out_like(out, problem.q), lse, lse.new_empty(0) if split is None else split
 
 
 @_forward.register_fake
-def _(q, k, v, key_mask, causal, scale, impl, engine):
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    problem, choice = problem_of(arguments)
+    q = problem.q
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    splits = _engine(impl, engine, Attention(q, k, v, key_mask, causal, scale)).SPLITS_LSE
-    return torch.empty_like(q), lse, lse.new_empty((2, *lse.shape) if splits else 0)
+    return torch.empty_like(q), lse, lse.new_empty((2, *lse.shape) if _engine(problem, *choice).SPLITS_LSE else 0)
 
 
-@torch.library.custom_op("cdistill::flash_attention_backward", mutates_args=())
-@without_autocast
-def _backward(
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    split: Tensor,
-    causal: bool,
-    scale: float,
-    impl: str | None,
-    engine: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = Attention(q, k, v, key_mask, causal, scale)
-    dlse = None if dlse is None else dlse.contiguous()
-    chosen = _engine(impl, engine, x)
-    dq, dk, dv = chosen.backward(x, out, split if chosen.SPLITS_LSE else lse, dout, dlse, None, backend(impl, q))
-    return laid_out_like(dq, q), laid_out_like(dk, k), laid_out_like(dv, v)
+@operator(
+    "flash_attention_backward",
+    f"Tensor? dout, Tensor? dlse, {PROBLEM}, str? impl, str? engine, Tensor out, Tensor natural, Tensor split",
+    3,
+)
+def _backward(dout: Tensor | None, dlse: Tensor | None, *arguments: Any) -> Gradients:
+    problem, (impl, engine, out, natural, split) = problem_of(arguments)
+    chosen = _engine(problem, impl, engine)
+    problem = problem._replace(lse=split if chosen.SPLITS_LSE else natural)
+    return gradients_like(problem, *attention_backward(chosen, problem, out, dout, dlse, backend(impl, problem.q)))
 
 
 @_backward.register_fake
-def _(dout, dlse, q, k, v, *_):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+def _(dout: Tensor | None, dlse: Tensor | None, *arguments: Any) -> Gradients:
+    q, k, v = map(torch.empty_like, problem_of(arguments)[0].qkv)
+    return q, k, v
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, causal, scale, impl, engine = inputs
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-    save_for_backward(ctx, *tensors, *output)
-    ctx.options = (causal, scale, impl, engine)
-
-
-def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if dout is None and dlse is None:
-        return (None,) * 8
-    grads = torch.ops.cdistill.flash_attention_backward(dout, dlse, *saved_for_backward(ctx), *ctx.options)
-    return *grads, *(None,) * 5
-
-
-torch.library.register_autograd("cdistill::flash_attention", _differentiate, setup_context=_save)
+differentiable("flash_attention", leaves=("q", "k", "v"), results=2, keeps=[0, 1, 2])
 
 
 def flash_attention(
@@ -129,11 +97,10 @@ def flash_attention(
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value, impl or engine cannot run here, or both are given.
     """
-    key_mask, scale = attention_options(q, k, causal=causal, scale=scale, key_mask=key_mask)
-    require_attention_values(v, k)
+    problem = attention_problem(q, k, v, causal=causal, scale=scale, key_mask=key_mask)
+    require_attention_values(problem)
     if impl is not None and impl not in _IMPLS:
         raise ValueError(f"impl must be None, 'triton' or 'torch' (there is no C++ flash attention), got {impl!r}")
     if impl is not None and engine is not None:
         raise ValueError(f"impl {impl!r} and engine {engine!r} name the same choice: leave one of them out")
-    q, scale = positive_scale(q, scale)
-    return torch.ops.cdistill.flash_attention(q, k, v, key_mask, causal, scale, impl, engine)[:2]
+    return torch.ops.cdistill.flash_attention(*problem, impl, engine)[:2]

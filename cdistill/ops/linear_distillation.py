@@ -19,7 +19,8 @@ from cdistill.ops._contract import (
     require_shape,
     require_tensor,
 )
-from cdistill.ops._dispatch import backend, save_for_backward, saved_for_backward, warn_once, without_autocast
+from cdistill.ops._dispatch import backend, warn_once
+from cdistill.ops._operators import operator, save_for_backward, saved_for_backward, without_autocast
 from cdistill.ops._vocabulary import BLOCK, Inputs, Options, Wanted, empty_results, losses_and_gradients
 
 SAME_RATIO = 1e-5  # relative: upstream gradients are rounded
@@ -32,6 +33,7 @@ _INPUTS = (
 _OPTIONS = "str divergence, float temperature, float beta, int ignore_index, SymInt vocab_size, SymInt chunk_size"
 _SETTINGS = f"{_INPUTS}, {_OPTIONS}, float ce_weight, float kd_weight, str? impl"
 _INPUT_COUNT = len(Inputs._fields)
+_WAITS = (torch.Tag.cudagraph_unsafe,)  # for a CUDA device
 
 
 class LinearDistillation(NamedTuple):
@@ -102,13 +104,7 @@ def _gradients(
     return [finished(x, like) for x, like in zip(made, inputs[:3], strict=True)]
 
 
-@torch.library.custom_op(
-    "cdistill::linear_distillation",
-    mutates_args=(),
-    schema=f"({_SETTINGS}, bool hidden, bool head, bool bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.cudagraph_unsafe,),
-)
-@without_autocast
+@operator("linear_distillation", f"{_SETTINGS}, bool hidden, bool head, bool bias", 6, tags=_WAITS)
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, options, weights, impl = _split(arguments[:-3])
     chosen = backend(impl, inputs.student_hidden, "student_hidden")
@@ -120,13 +116,12 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     return empty_results(Inputs(*arguments[:_INPUT_COUNT]), Wanted(*arguments[-3:]))
 
 
-@torch.library.custom_op(
-    "cdistill::linear_distillation_backward",
-    mutates_args=(),
-    schema=f"(Tensor? dce, Tensor? dkd, Tensor hidden, Tensor head, Tensor bias, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.cudagraph_unsafe,),
+@operator(
+    "linear_distillation_backward",
+    f"Tensor? dce, Tensor? dkd, Tensor hidden, Tensor head, Tensor bias, {_SETTINGS}",
+    3,
+    tags=_WAITS,
 )
-@without_autocast
 def _backward(dce: Tensor | None, dkd: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     made, settings = arguments[:3], arguments[3:]
     gradients = _gradients(dce, dkd, made, settings, overwrite=False)
@@ -145,23 +140,23 @@ def _(dce: Tensor | None, dkd: Tensor | None, *arguments: Any) -> tuple[Tensor, 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    save_for_backward(ctx, *output[3:], *inputs[:_INPUT_COUNT])  # only another ratio will need the inputs
-    ctx.settings = inputs[_INPUT_COUNT:-3]
+    save_for_backward(ctx, *output[3:], *inputs[:-3])  # only another ratio will need the inputs
+    ctx.arguments = len(inputs)
 
 
 def _differentiate(ctx: Any, dce: Tensor | None, dkd: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    rest = (None,) * (_INPUT_COUNT + len(ctx.settings))
     if dce is None and dkd is None:
-        return None, None, None, *rest
-    saved: list[Any] = saved_for_backward(ctx)
-    made, settings = tuple(saved[:3]), (*saved[3:], *ctx.settings)
+        return (None,) * ctx.arguments
+    saved = saved_for_backward(ctx)
+    made, settings = tuple(saved[:3]), tuple(saved[3:])
     keep = torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
     if type(made[0]) is Tensor and not keep:
         # No other backward pass will read what was kept, so it may become the result, instead of a second (V,Hs).
         gradients = without_autocast(_gradients)(dce, dkd, made, settings, True)
     else:
         gradients = torch.ops.cdistill.linear_distillation_backward(dce, dkd, *made, *settings)
-    return *(x if _is_made(x) else None for x in gradients), *rest
+    found = [x if _is_made(x) else None for x in gradients]
+    return *found, *(None,) * (ctx.arguments - len(found))
 
 
 torch.library.register_autograd("cdistill::linear_distillation", _differentiate, setup_context=_save)
@@ -209,17 +204,66 @@ def _require_number(name: str, value: Any, low: float, high: float, text: str) -
     return float(value)
 
 
-def _vocab_size(vocab_size: int | None, heads: list[Tensor], topk: Tensor | None) -> int:
-    shared = min(head.shape[0] for head in heads)
+Side = tuple[Tensor | None, Tensor | None, Tensor | None]  # hidden states (N,H), head (V,H) and bias (V,)
+
+
+def _inputs(student: Side, teacher: Side, topk: Any, labels: Tensor) -> Inputs:
+    """Check all tensors, and detach those of the teacher."""
+    require_tensor("labels", labels)
+    if labels.dim() != 1 or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64 of shape (N,), got {labels.dtype} of shape {tuple(labels.shape)}")
+    _require_side("student", *student, len(labels))
+    top: tuple[Tensor | None, Tensor | None] = (None, None)
+    if topk is None:
+        _require_side("teacher", *teacher, len(labels))
+    elif any(x is not None for x in teacher):
+        raise ValueError("teacher_hidden, teacher_head and teacher_bias must be None with teacher_topk")
+    else:
+        top = _require_topk(topk, len(labels))
+    hidden, head, bias = student
+    assert hidden is not None and head is not None
+    teacher_hidden, teacher_head, teacher_bias = (x if x is None else x.detach() for x in teacher)
+    inputs = Inputs(hidden, head, bias, teacher_hidden, teacher_head, teacher_bias, *top, labels)
+    for name, tensor in zip(Inputs._fields, inputs, strict=True):
+        if tensor is not None:
+            require_device(name.replace("top_", "teacher_topk "), tensor, hidden.device, "student_hidden")
+    return inputs
+
+
+def _options(
+    inputs: Inputs,
+    divergence: str,
+    temperature: float,
+    beta: float,
+    ignore_index: int,
+    vocab_size: int | None,
+    chunk_size: int | None,
+) -> Options:
+    """Check all options; sizes become those of the inputs where the caller leaves them open."""
+    require_choice("divergence", divergence, DIVERGENCES)
+    temperature = _require_number("temperature", temperature, TINY, HUGE, "a finite number above 0")
+    beta = _require_number("beta", beta, 0, 1, "a number between 0 and 1")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int) or abs(ignore_index) >= 2**63:
+        raise ValueError(f"ignore_index must be a whole number, got {ignore_index!r}")
+    heads = inputs.student_head, inputs.teacher_head
+    shared = min(head.shape[0] for head in heads if head is not None)
     if vocab_size is None:
         vocab_size = shared
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 1 <= vocab_size <= shared:
         raise ValueError(f"vocab_size must be from 1 to {shared}, the smaller of the two heads, got {vocab_size!r}")
-    if topk is not None and topk.shape[1] >= vocab_size:
-        raise ValueError(
-            f"teacher_topk must hold fewer than vocab_size = {vocab_size} tokens a row, got {topk.shape[1]}"
-        )
-    return vocab_size
+    if inputs.top_values is not None and inputs.top_values.shape[1] >= vocab_size:
+        got = inputs.top_values.shape[1]
+        raise ValueError(f"teacher_topk must hold fewer than vocab_size = {vocab_size} tokens a row, got {got}")
+    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"chunk_size must be None or a whole number above 0, got {chunk_size!r}")
+    chunk_size = min(chunk_size or 0, max(len(inputs.labels), 1))
+    return Options(divergence, temperature, beta, ignore_index, vocab_size, chunk_size)
+
+
+def _weights(loss_weights: Any) -> list[float]:
+    if not isinstance(loss_weights, tuple | list) or len(loss_weights) != 2 or not any(loss_weights):
+        raise ValueError(f"loss_weights must be two numbers that are not both 0, got {loss_weights!r}")
+    return [_require_number("loss_weights", w, -HUGE, HUGE, "two finite numbers") for w in loss_weights]
 
 
 def linear_distillation(
@@ -278,58 +322,10 @@ def linear_distillation(
         ValueError: an argument has a wrong shape, dtype, device or value, or impl cannot run here. On CUDA labels and
             indices outside the vocabulary trip a device-side assertion instead, because reading them would synchronise.
     """
-    require_choice("divergence", divergence, DIVERGENCES)
-    temperature = _require_number("temperature", temperature, TINY, HUGE, "a finite number above 0")
-    beta = _require_number("beta", beta, 0, 1, "a number between 0 and 1")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int) or abs(ignore_index) >= 2**63:
-        raise ValueError(f"ignore_index must be a whole number, got {ignore_index!r}")
-    require_tensor("labels", labels)
-    if labels.dim() != 1 or labels.dtype != torch.int64:
-        raise ValueError(f"labels must be int64 of shape (N,), got {labels.dtype} of shape {tuple(labels.shape)}")
-    _require_side("student", student_hidden, student_head, student_bias, len(labels))
-    heads = [student_head]
-    top_values = top_indices = None
-    if teacher_topk is None:
-        _require_side("teacher", teacher_hidden, teacher_head, teacher_bias, len(labels))
-        assert teacher_hidden is not None and teacher_head is not None
-        heads.append(teacher_head)
-    elif any(x is not None for x in (teacher_hidden, teacher_head, teacher_bias)):
-        raise ValueError("teacher_hidden, teacher_head and teacher_bias must be None with teacher_topk")
-    else:
-        top_values, top_indices = _require_topk(teacher_topk, len(labels))
-    for name, tensor in (
-        ("student_head", student_head),
-        ("student_bias", student_bias),
-        ("teacher_hidden", teacher_hidden),
-        ("teacher_head", teacher_head),
-        ("teacher_bias", teacher_bias),
-        ("teacher_topk values", top_values),
-        ("teacher_topk indices", top_indices),
-        ("labels", labels),
-    ):
-        if tensor is not None:
-            require_device(name, tensor, student_hidden.device, "student_hidden")
-    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size must be None or a whole number above 0, got {chunk_size!r}")
-    if not isinstance(loss_weights, tuple | list) or len(loss_weights) != 2 or not any(loss_weights):
-        raise ValueError(f"loss_weights must be two numbers that are not both 0, got {loss_weights!r}")
-    weights = [_require_number("loss_weights", w, -HUGE, HUGE, "two finite numbers") for w in loss_weights]
-    student = (student_hidden, student_head, student_bias)
-    teacher = (x if x is None else x.detach() for x in (teacher_hidden, teacher_head, teacher_bias))
-    ce, kd, tokens, *_ = torch.ops.cdistill.linear_distillation(
-        *student,
-        *teacher,
-        top_values,
-        top_indices,
-        labels,
-        divergence,
-        temperature,
-        beta,
-        ignore_index,
-        _vocab_size(vocab_size, heads, top_values),
-        min(chunk_size or 0, max(len(labels), 1)),
-        *weights,
-        impl,
-        *(torch.is_grad_enabled() and x is not None and x.requires_grad for x in student),
-    )
+    student, teacher = (student_hidden, student_head, student_bias), (teacher_hidden, teacher_head, teacher_bias)
+    inputs = _inputs(student, teacher, teacher_topk, labels)
+    options = _options(inputs, divergence, temperature, beta, ignore_index, vocab_size, chunk_size)
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in student]
+    arguments = (*inputs, *options, *_weights(loss_weights), impl, *wanted)
+    ce, kd, tokens, *_ = torch.ops.cdistill.linear_distillation(*arguments)
     return LinearDistillation(ce, kd, tokens)

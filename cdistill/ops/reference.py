@@ -92,6 +92,8 @@ def slice_distance(a: Tensor, t: Tensor, loss: str, reduction: str, sink_filter:
         return torch.stack([_vector_distance(a_r, t_r, loss) for a_r, t_r in zip(a, t, strict=True)]).mean()
     if reduction == "matrix":
         return _vector_distance(a.flatten(), t.flatten(), loss)
+    if reduction != "column":
+        raise ValueError(f"reduction {reduction!r} is not known here")
     if not sink_filter:
         return _vector_distance(a.mean(0), t.mean(0), loss)
     with torch.no_grad():
