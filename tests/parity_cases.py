@@ -219,15 +219,13 @@ def train(case: Case, micro: int) -> tuple[list[dict[str, float]], dict[str, tor
         )
         model = DistillationModel(
             student,
-            objective,
+            objective.terms(vat=vat),
             teacher=teacher if objective.distils else None,
-            vat=vat if "vat" in objective.losses else None,
         )
         trainer = OwnEpsilon(
             model,
             arguments,
             stage,
-            vat_weight=1.0,
             lora=lora,
             finite=FiniteSteps(1, "parity"),
             bad=BadSamples(0, Path(folder), "parity"),

@@ -16,7 +16,6 @@ from cdistill.builtin.task import BuiltinTask
 from cdistill.models.load import load_model
 from cdistill.train import run
 from cdistill.train.build import build_models
-from cdistill.train.config import KDConfig
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.stages import stage_folders
@@ -165,7 +164,7 @@ def test_losses_are_those_of_full_logits_and_full_attention_matrices(models, tmp
     built = build_models(make_recipe(tmp_path / "run", models, student__taf=taf))
     student, teacher = built.student, built.teacher
     vat = VAT(VATConfig(layers="all", rows="answer"), 2, 4)
-    model = DistillationModel(student, OBJECTIVES["dft"], teacher=teacher, kd=KDConfig(), vat=vat)
+    model = DistillationModel(student, OBJECTIVES["dft"].terms(vat=vat), teacher=teacher)
     batch = batch_of_three(seed=11)
     ours = model(**batch)
     exact, rough = (
@@ -178,7 +177,7 @@ def test_losses_are_those_of_full_logits_and_full_attention_matrices(models, tmp
         allowed = 2 * (rough[name].double() - exact[name]).abs().max() + 1e-5 * scale
         assert (value.double() - exact[name]).abs().max() <= allowed, name
         assert scale > 1e-4, f"{name} is too small to test anything"
-    ar = DistillationModel(student, OBJECTIVES["sft"])(**batch)["ar"]
+    ar = DistillationModel(student, OBJECTIVES["sft"].terms())(**batch)["ar"]
     torch.testing.assert_close(ar, ours["ar"], rtol=1e-5, atol=1e-4)
 
 
@@ -187,9 +186,8 @@ def test_gradients_of_the_whole_objective_are_those_of_full_matrices(models, tmp
     student, teacher = built.student, built.teacher
     batch = batch_of_three(seed=12)
     name = "model.multi_modal_projector.map.weight"
-    model = DistillationModel(
-        student, OBJECTIVES["dft"], teacher=teacher, vat=VAT(VATConfig(layers="all", rows="answer"), 2, 4)
-    )
+    vat = VAT(VATConfig(layers="all", rows="answer"), 2, 4)
+    model = DistillationModel(student, OBJECTIVES["dft"].terms(vat=vat), teacher=teacher)
     ours = model(**batch)
     exact_student = eager(student, torch.float64)
     exact = oracle(exact_student, eager(teacher, torch.float64), batch, torch.float64)
@@ -206,7 +204,7 @@ def test_grounding_is_the_distance_between_full_attention_and_what_words_speak_o
     data = BuiltinDataset(BuiltinTask(caption=0.5, turns=2), size=3, seed=13, grounding=True)
     batch = Collator(tokenizer.pad_token_id)([data[0], data[1], data[2]])
     name = "model.language_model.layers.1.self_attn.q_proj.weight"
-    ours = DistillationModel(student, OBJECTIVES["ground"])(**batch)["ground"]
+    ours = DistillationModel(student, OBJECTIVES["ground"].terms())(**batch)["ground"]
     (gradient,) = torch.autograd.grad(ours, student.get_parameter(name))
     truth = eager(student, torch.float64)
     attentions = truth(
@@ -493,7 +491,7 @@ def test_vision_stage_learns_patches(models, tmp_path):
 def test_idle_adapters_stay_in_the_graph(models, tmp_path):
     built = build_models(make_recipe(tmp_path / "run", models))
     built.student.model.vision_tower.requires_grad_(False)
-    model = DistillationModel(built.student, OBJECTIVES["sft"])
+    model = DistillationModel(built.student, OBJECTIVES["sft"].terms())
     batch = batch_of_three(seed=3)
     text = {name: batch[name][1:2] for name in ("input_ids", "labels", "attention_mask")}
     losses: dict[str, Tensor] = model(**text)

@@ -25,6 +25,7 @@ from cdistill.data.samples import IMAGE_TOKEN, Source
 from cdistill.models.load import Model
 from cdistill.train.build import Models
 from cdistill.train.config import DataConfig, Recipe, StageConfig
+from cdistill.train.objectives import OBJECTIVES
 from cdistill.vat import check_packable, packed_position_ids
 
 CHARACTERS_PER_TOKEN, USUAL_VISUAL_TOKENS = 4, 576  # for lengths that are only compared
@@ -45,7 +46,7 @@ def stage_dataset(recipe: Recipe, index: int, models: Models) -> tuple[Dataset, 
     """
     stage = recipe.stage[recipe.stages[index]]
     size, seed = stage.steps * stage.global_batch_size, stage_seed(recipe, index)
-    if stage.objective == "vision":
+    if OBJECTIVES[stage.objective].trains_on_patches:
         return PatchDataset(size=size, seed=seed), collate_patches
     make = _builtin_dataset if stage.data.path is None else _file_dataset
     try:
@@ -73,9 +74,8 @@ def _builtin_dataset(recipe: Recipe, stage: StageConfig, seed: int, models: Mode
     for word in build_tokenizer().get_vocab():
         if word not in vocabulary and word != IMAGE_TOKEN:
             raise ValueError(f"path must be given, or the tokenizer be the built-in one: there is no token {word!r}")
-    source = BuiltinDataset(
-        stage.data.builtin, size=size, seed=seed, tokenizer=tokenizer, grounding=stage.objective == "ground"
-    )
+    grounded = "grounding" in OBJECTIVES[stage.objective].inputs
+    source = BuiltinDataset(stage.data.builtin, size=size, seed=seed, tokenizer=tokenizer, grounding=grounded)
     data: Dataset = source
     collate: Any = Collator(tokenizer.pad_token_id)
     if models.reader is not None:
@@ -116,7 +116,7 @@ def _file_dataset(recipe: Recipe, stage: StageConfig, seed: int, models: Models)
 
 def unread(stage: StageConfig, models: Models) -> list[str]:
     """One line for each data set of a stage whose records say what no sample is made of."""
-    if stage.objective == "vision" or stage.data.path is None:
+    if OBJECTIVES[stage.objective].trains_on_patches or stage.data.path is None:
         return []
     source = _open(models, stage.data, stage.steps * stage.global_batch_size)
     lines = []

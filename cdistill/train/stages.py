@@ -6,14 +6,12 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from cdistill.builtin.render import PATCH_CLASSES
 from cdistill.data import strict_yaml
 from cdistill.data.conversations import Encoder
 from cdistill.models.load import RECIPE, load_model
@@ -51,12 +49,11 @@ from cdistill.train.run_folder import (
     stage_folders,
     tell_changes,
 )
-from cdistill.train.teacher import Teacher, hold_teacher
+from cdistill.train.teacher_source import Cached, hold_teacher
 from cdistill.train.trainer import DistillTrainer, RunLog, training_arguments
 from cdistill.vat import attention_layers
 
 METRICS_BYTES = 1_000_000
-LOSS_NAMES = {"patch": "patch cross-entropy", "ar": "AR", "ground": "grounding", "kd": "KD", "vat": "VAT"}
 
 
 def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Path:
@@ -275,7 +272,7 @@ def _run_stage(
     encoder = encoder_of(dataset)
     if encoder is not None:
         stop_at(student, encoder.contract.end_ids)
-    teacher = vat = vocabulary = None
+    teacher = vat = None
     if objective.distils:
         assert models.teacher is not None
         layers = attention_layers(student), attention_layers(models.teacher)
@@ -289,23 +286,19 @@ def _run_stage(
                 shares_vision=models.shares_vision,
             )
             teacher = models.held
-            _move(teacher, recipe, arguments.device)
+            teacher.move(arguments.device)
         if recipe.aligns(stage.objective):
             batches = DataLoader(dataset, micro, collate_fn=collator)
             vat = make_vat(recipe, layers, student.to(arguments.device), teacher, batches)
         if recipe.teacher_memory.cache is not None:
             kept = StageCache(stage_cache(recipe, index), fingerprint(recipe, index, models, vat))
-            dataset, collator, vocabulary = CachedDataset(dataset, kept), CachedCollator(collator), kept.vocabulary
-    else:
-        _move(models.held, recipe, "cpu")  # from the GPU, where an earlier stage has left it
+            dataset, collator, teacher = CachedDataset(dataset, kept), CachedCollator(collator), Cached(kept.vocabulary)
+    elif models.held is not None:
+        models.held.move("cpu")  # from the GPU, where an earlier stage has left it
     model = DistillationModel(
         student,
-        objective,
+        objective.terms(kd=recipe.kd, vat=vat, vat_weight=recipe.vat.weight),
         teacher=teacher,
-        kd=recipe.kd,
-        vat=vat,
-        vocabulary=vocabulary,
-        patch_classes=PATCH_CLASSES,
     )
     first = arguments.process_index == 0
     log = RunLog(
@@ -317,7 +310,6 @@ def _run_stage(
         model,
         arguments,
         stage,
-        vat_weight=recipe.vat.weight,
         lora=lora,
         finite=finite,
         bad=bad,
@@ -330,7 +322,7 @@ def _run_stage(
     start = 0 if checkpoint is None else checkpoints.checkpoint_step(checkpoint)
     if first:
         log.rewind(start)
-        losses = " + ".join(LOSS_NAMES[n] for n in objective.losses if n != "vat" or vat is not None)
+        losses = " + ".join(term.title for term in model.terms)
         print(
             f"{folder.name}: {losses} on {stage.steps * stage.global_batch_size:,} samples "
             f"({stage.steps:,} steps of {stage.global_batch_size}), {trained:,} of {total:,} parameters trained"
@@ -374,12 +366,6 @@ def _run_stage(
         loss = "none" if log.last["loss"] is None else f"{log.last['loss']:.4f}"
         print(f"{folder.name}: done in {seconds:.0f} s ({rate:,.0f} samples/s), loss {loss}{skipped} -> {folder}")
     trainer.accelerator.wait_for_everyone()
-
-
-def _move(teacher: Any, recipe: Recipe, device: torch.device | str) -> None:
-    """Move a whole teacher; an engine's parts and quantised layers stay where they are."""
-    if isinstance(teacher, Teacher) and recipe.teacher_memory.quantization is None:
-        teacher.to(device)
 
 
 def _save_processor(encoder: Encoder | None, models: Models, folder: Path) -> None:

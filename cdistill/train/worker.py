@@ -21,7 +21,7 @@ def main() -> int:
 
             run_stages(read_recipe(path), path, resume=True)
         else:
-            from cdistill.train.cache import write_cache
+            from cdistill.train.cache_writer import write_cache
             from cdistill.train.config import load_recipe
 
             write_cache(load_recipe(path))
