@@ -50,8 +50,8 @@ def _measure(distances: LayerDistances, model: DistillationModel, batch: dict[st
     """Add a batch to the distances between layers."""
     step = model.step(batch.pop("labels"), batch)
     student, teacher = (side(step.regions, step.key_mask) for side in (distances.student, distances.teacher))
-    seen, inputs = model.inputs(step)
+    shared, inputs = model.inputs(step)
     assert model.source is not None
-    model.source.ask(step, teacher, seen, inputs)
-    model.student_hidden(inputs, seen, student)
+    model.source.ask(step, teacher, shared, inputs)
+    model.student_hidden(inputs, shared, student)
     distances.update(student, teacher)

@@ -27,13 +27,15 @@ from cdistill.runtime import checkpoints
 from cdistill.train.build import Models, precision_of
 from cdistill.train.config import Recipe, StageConfig, first_difference, recipe_to_dict
 from cdistill.train.data import stage_seed
+from cdistill.train.objectives import OBJECTIVES
+from cdistill.train.teacher_source import Cached
 from cdistill.vat import VAT
 
 INDEX = "index.json"
 SHARDS_IN_MEMORY = 2  # of one worker: samples are read in order
 
 
-class Kept(NamedTuple):
+class StoredSignal(NamedTuple):
     """What a teacher gave for one sample."""
 
     values: Tensor  # (A, K) natural log-probabilities of its labelled tokens
@@ -49,8 +51,12 @@ def stage_cache(recipe: Recipe, index: int) -> Path:
 
 
 def fingerprint(recipe: Recipe, index: int, models: Models, vat: VAT | None) -> dict[str, Any]:
-    """All that decides what the teacher gives for the samples of a stage: its own files, the samples, the windows."""
+    """All that decides what the teacher gives for the samples of a stage: its own files, the samples, the windows.
+
+    Raises ValueError for a term that needs what a cache does not hold.
+    """
     assert recipe.teacher is not None
+    Cached.check(OBJECTIVES[recipe.stage[recipe.stages[index]].objective].kinds)
     stage, whole = recipe.stage[recipe.stages[index]], recipe_to_dict(recipe)
     folder = resolve_folder(recipe.teacher, "teacher")
     patterns = ("*.safetensors", "config.json", *FILES)
@@ -121,7 +127,7 @@ class StageCache:
             self._require_whole(shard, contents=False)
         self._read = lru_cache(SHARDS_IN_MEMORY)(self._load)
 
-    def __getitem__(self, sample: int) -> Kept:
+    def __getitem__(self, sample: int) -> StoredSignal:
         shard, place = divmod(sample, self.per_shard)
         return self._read(shard)[place]
 
@@ -130,7 +136,7 @@ class StageCache:
         if fault is not None:
             raise ValueError(f"teacher_memory.cache: {fault}; run `cdistill cache` with this recipe again")
 
-    def _load(self, shard: int) -> list[Kept]:
+    def _load(self, shard: int) -> list[StoredSignal]:
         path = shard_path(self.folder, shard)
         self._require_whole(shard, contents=True)
         try:
@@ -140,7 +146,7 @@ class StageCache:
         counts = tensors["answers"].tolist()
         shapes = [torch.Size(n for n in shape if n >= 0) for shape in tensors["shapes"].tolist()]
         return [
-            Kept(values, indices, target.view(shape), tokens)
+            StoredSignal(values, indices, target.view(shape), tokens)
             for values, indices, target, shape, tokens in zip(
                 tensors["values"].split(counts),
                 tensors["indices"].split(counts),
@@ -190,7 +196,7 @@ class CachedDataset(Dataset):
     def __len__(self) -> int:
         return self.cache.samples
 
-    def __getitem__(self, index: int) -> tuple[int, Any, Kept]:
+    def __getitem__(self, index: int) -> tuple[int, Any, StoredSignal]:
         return index, self.data[index], self.cache[index]
 
 
@@ -203,7 +209,7 @@ class CachedCollator:
     def __init__(self, collate: Callable[[list[Any]], dict[str, Tensor]]) -> None:
         self.collate = collate
 
-    def __call__(self, items: list[tuple[int, Any, Kept]]) -> dict[str, Tensor]:
+    def __call__(self, items: list[tuple[int, Any, StoredSignal]]) -> dict[str, Tensor]:
         batch = self.collate([item for _, item, _ in items])
         kept = [k for _, _, k in items]
         rows = zip(batch["input_ids"], batch["attention_mask"].bool(), items, strict=True)

@@ -30,7 +30,7 @@ from cdistill.train.alignment import vat_of
 from cdistill.train.build import Models, build_models, precision_of
 from cdistill.train.cache import (
     INDEX,
-    Kept,
+    StoredSignal,
     common_vocabulary,
     fingerprint,
     read_index,
@@ -42,7 +42,7 @@ from cdistill.train.cache import (
 from cdistill.train.config import Recipe, recipe_to_dict
 from cdistill.train.data import stage_dataset
 from cdistill.train.model import DistillationModel
-from cdistill.train.objectives import OBJECTIVES
+from cdistill.train.objectives import OBJECTIVES, require_shipped
 from cdistill.train.step import Step
 from cdistill.train.teacher import Teacher
 from cdistill.train.teacher_source import hold_teacher
@@ -53,7 +53,7 @@ ROWS_OF_LOGITS = 256
 ADVICE = "run `cdistill cache` again when there is room: it goes on"
 
 
-class Work(NamedTuple):
+class MissingShards(NamedTuple):
     """What is left to do of a stage's cache."""
 
     samples: int
@@ -82,7 +82,7 @@ class CacheWriter:
         exact = dtype == torch.float32
         self.dtypes = (torch.float32, torch.float32) if exact else (torch.float16, torch.bfloat16)
 
-    def begin(self, facts: dict[str, Any]) -> Work:
+    def begin(self, facts: dict[str, Any]) -> MissingShards:
         """Say in the folder what the cache is made of, the `fingerprint`, before its first shard; one process calls it.
 
         Raises ValueError if the folder holds another cache, whole or not, naming the key that differs.
@@ -97,14 +97,16 @@ class CacheWriter:
                 shard.unlink()
             self._write_index(facts, per_shard, finished=False)
         shards = range(-(-samples // per_shard))
-        return Work(samples, per_shard, [i for i in shards if shard_fault(shard_path(self.folder, i), contents=True)])
+        return MissingShards(
+            samples, per_shard, [i for i in shards if shard_fault(shard_path(self.folder, i), contents=True)]
+        )
 
     def write(
         self,
         model: DistillationModel,
         dataset: Dataset,
         collate: Callable[[list[Any]], dict[str, Tensor]],
-        work: Work,
+        work: MissingShards,
         *,
         batch_size: int,
         device: torch.device,
@@ -123,7 +125,7 @@ class CacheWriter:
             turn = work.missing[start : start + world]
             shares = [work.batches(shard, batch_size) for shard in turn]
             own = shares[rank] if rank < len(turn) else []
-            kept: list[Kept] = []
+            kept: list[StoredSignal] = []
             for call in range(max(map(len, shares))):
                 if call < len(own) or together:
                     batch = own[call] if call < len(own) else (own or shares[-1])[-1]
@@ -133,7 +135,7 @@ class CacheWriter:
             if own:
                 self._save(turn[rank], kept)
 
-    def finish(self, facts: dict[str, Any], work: Work) -> None:
+    def finish(self, facts: dict[str, Any], work: MissingShards) -> None:
         """Say that the cache is finished; one process calls it when all have written their shares."""
         for shard in range(-(-work.samples // work.per_shard)):
             fault = shard_fault(shard_path(self.folder, shard), contents=False)
@@ -147,7 +149,7 @@ class CacheWriter:
             checkpoints.write_atomically(self.folder / INDEX, text)
 
     @torch.no_grad()
-    def _ask(self, model: DistillationModel, batch: dict[str, Tensor], device: torch.device) -> list[Kept]:
+    def _ask(self, model: DistillationModel, batch: dict[str, Tensor], device: torch.device) -> list[StoredSignal]:
         batch.pop(BAD, None)  # they are told when the cache is trained from
         ids, labels, real = batch["input_ids"], batch["labels"], batch["attention_mask"].bool()
         step = model.step(labels.to(device), {k: v.to(device) for k, v in batch.items() if k != "labels"})
@@ -159,7 +161,8 @@ class CacheWriter:
         parts = zip(values.split(counts), indices.split(counts), strict=True)
         aligned = self._targets(step, model.teacher.model, len(counts))
         return [
-            Kept(largest, which, aligned[b], tokens_of(ids[b][real[b]])) for b, (largest, which) in enumerate(parts)
+            StoredSignal(largest, which, aligned[b], tokens_of(ids[b][real[b]]))
+            for b, (largest, which) in enumerate(parts)
         ]
 
     def _targets(self, step: Step, teacher: Model, samples: int) -> list[Tensor]:
@@ -193,7 +196,7 @@ class CacheWriter:
         none = torch.zeros(0, self.top_k)
         return torch.cat([none.to(self.dtypes[0]), *values]), torch.cat([none.to(torch.int32), *indices])
 
-    def _save(self, shard: int, kept: list[Kept]) -> None:
+    def _save(self, shard: int, kept: list[StoredSignal]) -> None:
         tensors = {
             "values": torch.cat([k.values for k in kept]),
             "indices": torch.cat([k.indices for k in kept]),
@@ -234,6 +237,7 @@ def write_cache(recipe: Recipe) -> Path:
         raise ValueError(f"stages {', '.join(recipe.stages)} need no teacher: there is nothing to cache")
     whole = replace(recipe, teacher_memory=replace(recipe.teacher_memory, cache=None))
     if recipe.processes > 1 and not launch.launched():
+        require_shipped((recipe.stage[name].objective for name in recipe.stages), recipe.processes)
         with launch.quiet():
             models = build_models(whole)
             for index in wanted:
@@ -264,7 +268,7 @@ def _start_processes(recipe: Recipe) -> None:
             raise stopped from None
 
 
-def _begin(recipe: Recipe, index: int, models: Models) -> tuple[CacheWriter, dict[str, Any], Work]:
+def _begin(recipe: Recipe, index: int, models: Models) -> tuple[CacheWriter, dict[str, Any], MissingShards]:
     """The writer of a stage, what its cache is made of, and what is left to do."""
     stage, folder = recipe.stage[recipe.stages[index]], stage_cache(recipe, index)
     columns, top_k = common_vocabulary(models.student, models.teacher), recipe.teacher_memory.top_k
@@ -274,7 +278,7 @@ def _begin(recipe: Recipe, index: int, models: Models) -> tuple[CacheWriter, dic
     vat = vat_of(recipe, stage.objective, models)
     writer = CacheWriter(folder, top_k=top_k, temperature=recipe.kd.temperature, vat=vat, dtype=dtype)
 
-    def begin() -> tuple[dict[str, Any], Work]:
+    def begin() -> tuple[dict[str, Any], MissingShards]:
         facts = fingerprint(recipe, index, models, vat)
         return facts, writer.begin(facts)
 

@@ -206,7 +206,8 @@ class CompoDistillTrainer(Trainer):
                     _add(self._eval_terms, term.name, torch.stack((value * count, count)))
             if prediction_loss_only:
                 return loss, None, None
-            logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+            own = self.distillation.losses.own_inputs | {"labels"}
+            logits = model(**{name: value for name, value in inputs.items() if name not in own}).logits
         return loss, logits.detach(), labels
 
     def _without_repeated(self, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -243,7 +243,7 @@ class StageConfig:
         if not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0, got {self.max_grad_norm}")
         if self.data.path is not None:
-            if self.objective in ("vision", "ground"):
+            if OBJECTIVES[self.objective].has_builtin_labels:
                 raise ValueError(
                     f"data.path must be null for objective {self.objective}: only the built-in task has its labels"
                 )

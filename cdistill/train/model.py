@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from cdistill.models.llava import Llava, SharedVision, share_vision, student_embeddings
 from cdistill.models.load import Model
-from cdistill.models.parts import has_vision, part_of
-from cdistill.train.blank import must_look
+from cdistill.models.parts import has_vision
+from cdistill.train.blank import idle_adapter, must_look
 from cdistill.train.step import Step
 from cdistill.train.teacher import Teacher, hidden_states
 from cdistill.train.teacher_source import TeacherSource, source_of
@@ -57,7 +57,11 @@ class DistillationModel(nn.Module):
         self.source = source_of(teacher, student) if distils and teacher is not None else None
         self._looking = next((term for term in self.terms if term.attention), None)
         self._reads_tokens = any(term.labels == "tokens" for term in self.terms)
-        self._check_signals()
+        if distils and self.source is None:
+            needing = ", ".join(term.name for term in self.terms if term.teacher)
+            raise ValueError(f"terms {needing} need a teacher: give one, or leave them out")
+        if self.source is not None:
+            self.source.check(self.terms)
         if self._reads_tokens:
             _require_body(student, "student")
             if self.teacher is not None:
@@ -65,22 +69,13 @@ class DistillationModel(nn.Module):
         self._check_models()
         for term in self.terms:
             for name, module in term.modules(student).items():
+                if hasattr(self, name):
+                    raise ValueError(f"term {term.name!r}: the name of its module {name!r} is taken: choose another")
                 self.add_module(name, module)
         if self._looking is not None:
             if self._looking.teacher and self.teacher is not None:
                 install(self.teacher.model)
             install(student)
-
-    def _check_signals(self) -> None:
-        for term in self.terms:
-            for what in term.teacher:
-                if self.source is None:
-                    raise ValueError(f"term {term.name!r} needs a teacher: give one, or leave the term out")
-                if what not in self.source.gives:
-                    raise ValueError(
-                        f"term {term.name!r} needs the teacher's {what!r}, which {self.source.title} does not have: leave one "
-                        "of them out"
-                    )
 
     def _check_models(self) -> None:
         """Before every batch, too: what a caller holds may change."""
@@ -108,13 +103,13 @@ class DistillationModel(nn.Module):
         if self._reads_tokens:
             self._run(step)
         for term in self.terms:
-            step.losses[term.name] = found = term.forward(step)
-            if not isinstance(found, Tensor) or found.ndim:
-                raise ValueError(f"term {term.name!r}: forward must return a scalar tensor, got {_described(found)}")
-        losses = step.losses | step.details
+            step.losses[term.name] = _scalar(term, term.forward(step))
+        losses = step.losses | _declared(self.terms, step.details)
         if self.counts_samples:
             losses["samples"] = step.samples
-        return losses | self._idle_adapter(step)
+        if "pixel_values" in step.batch or not has_vision(self.student) or self._looks_at_blanks:
+            return losses
+        return losses | idle_adapter(self.student)
 
     @property
     def modules_of_terms(self) -> dict[str, nn.Module]:
@@ -138,27 +133,27 @@ class DistillationModel(nn.Module):
             return torch.full((), len(labels), device=labels.device)
         return self.step(labels, batch).samples
 
-    def ask(self, step: Step, seen: SharedVision | None, inputs: dict[str, Any]) -> None:
+    def ask(self, step: Step, shared: SharedVision | None, inputs: dict[str, Any]) -> None:
         """Let the teacher look at the batch, its attention seen by the term that compares it."""
         assert self.source is not None
         looks = self._looking is not None and self.source.teacher is not None
         recorder = self._looking.teacher_recorder(step) if looks and self._looking else None
-        step.teacher = self.source.ask(step, recorder, seen, inputs)
+        step.teacher = self.source.ask(step, recorder, shared, inputs)
 
     def _run(self, step: Step) -> None:
         """Let teacher and student look at the batch."""
-        seen, inputs = self.inputs(step)
+        shared, inputs = self.inputs(step)
         if self.source is not None:
-            self.ask(step, seen, inputs)
+            self.ask(step, shared, inputs)
         if self._looking is not None:
             step.recorder = self._looking.recorder(step)
-        step.hidden = self.student_hidden(inputs, seen, step.recorder).flatten(0, 1)[step.places]
+        step.hidden = self.student_hidden(inputs, shared, step.recorder).flatten(0, 1)[step.places]
 
-    def student_hidden(self, inputs: dict[str, Any], seen: SharedVision | None, recorder: Recorder | None) -> Tensor:
+    def student_hidden(self, inputs: dict[str, Any], shared: SharedVision | None, recorder: Recorder | None) -> Tensor:
         """(B, T, d_S) the student's last hidden states."""
         if self._composed:
             inputs = dict(inputs)
-            inputs["inputs_embeds"] = student_embeddings(self.student, inputs.pop("input_ids"), seen)
+            inputs["inputs_embeds"] = student_embeddings(self.student, inputs.pop("input_ids"), shared)
         return hidden_states(self.student, inputs, recorder)
 
     @property
@@ -166,37 +161,46 @@ class DistillationModel(nn.Module):
         """Whether images are embedded here (`share_vision`), and not by the model itself."""
         return isinstance(self.student, Llava) and (self.source is None or self.source.shares_vision)
 
+    @property
+    def own_inputs(self) -> set[str]:
+        """Keys of a batch that are no input of the models."""
+        found = {key for term in self.terms for key in term.inputs}
+        return found if self.source is None else found | set(self.source.inputs)
+
     def inputs(self, step: Step) -> tuple[SharedVision | None, dict[str, Any]]:
         """What the models share of the images, and what each of them takes."""
-        own = {key for term in self.terms for key in term.inputs} | set(
-            () if self.source is None else self.source.inputs
-        )
+        own = self.own_inputs | {"attention_mask"}
         inputs: dict[str, Any] = {key: value for key, value in step.batch.items() if key not in own}
-        inputs.pop("attention_mask", None)
         if step.key_mask is not None:
             inputs["attention_mask"] = step.key_mask
         if not self._composed:
             return None, inputs
         pixels, sizes = inputs.pop("pixel_values", None), inputs.pop("image_sizes", None)
-        idle = pixels is None and (must_look(self.student) or self._teacher_is_partitioned())
-        return share_vision(self.student, pixels, sizes, idle=idle), inputs
+        return share_vision(self.student, pixels, sizes, idle=pixels is None and self._looks_at_blanks), inputs
 
-    def _teacher_is_partitioned(self) -> bool:
-        return self.source is not None and self.source.is_partitioned
-
-    def _idle_adapter(self, step: Step) -> dict[str, Tensor]:
-        """A zero that gives the adapter gradients of 0 in a single process, where the vision path need not run for it."""
-        if "pixel_values" in step.batch or not has_vision(self.student):
-            return {}
-        if must_look(self.student) or (self._composed and self._teacher_is_partitioned()):
-            return {}  # it has looked at a blank
-        named = self.student.named_parameters()
-        trained = [p for name, p in named if p.requires_grad and part_of(name) == "adapter"]
-        return {"idle": 0.0 * torch.stack([p.float().sum() for p in trained]).sum()} if trained else {}
+    @property
+    def _looks_at_blanks(self) -> bool:
+        """Whether a blank image stands in where a batch has none."""
+        together = self._composed and self.source is not None and self.source.is_partitioned
+        return must_look(self.student) or together
 
 
-def _described(found: Any) -> str:
-    return f"one of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+def _scalar(term: Term, found: Any) -> Tensor:
+    """A term's sum. Raises ValueError for anything else."""
+    if not isinstance(found, Tensor) or found.ndim:
+        got = f"one of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"term {term.name!r}: forward must return a scalar tensor, got {got}")
+    return found
+
+
+def _declared(terms: Iterable[Term], details: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Further results of the terms. Raises ValueError unless they are those that the terms have announced."""
+    wanted = [name for term in terms for name in term.details]
+    if set(wanted) != details.keys():
+        raise ValueError(
+            f"details of terms must be those in step.details ({', '.join(details)}), got {', '.join(wanted)}"
+        )
+    return details
 
 
 def _require_body(model: Model, side: str) -> None:

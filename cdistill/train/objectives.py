@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,11 @@ class Objective:
         """Whether its labels are those of image patches, so that no language model is run."""
         return any(term.labels == "patches" for term in self.kinds)
 
+    @property
+    def has_builtin_labels(self) -> bool:
+        """Whether only the built-in task has what its terms read of a batch."""
+        return self.trains_on_patches or bool(self.inputs)
+
     def terms(self, *, kd: KDConfig | None = None, vat: VAT | None = None, vat_weight: float = 1.0) -> tuple[Term, ...]:
         """Its terms as a run configures them, without those that it leaves out (alignment without a ``vat``)."""
         return configured(self.losses, Settings(kd or KDConfig(), vat, vat_weight))
@@ -67,6 +73,9 @@ OBJECTIVES = {
     "dft": Objective(("ar", "kd", "vat"), ("language", "adapter")),
     "sft": Objective(("ar",), ("language", "adapter")),
 }
+
+
+SHIPPED = frozenset(OBJECTIVES)
 
 
 def register_objective(name: str, losses: tuple[str, ...], trained: tuple[str, ...]) -> Objective:
@@ -87,6 +96,16 @@ def register_objective(name: str, losses: tuple[str, ...], trained: tuple[str, .
         raise ValueError(f"objective {name!r}: {error}") from None
     OBJECTIVES[name] = objective
     return objective
+
+
+def require_shipped(names: Iterable[str], processes: int) -> None:
+    """Raise ValueError for an objective of one's own, which processes that are started for a recipe would not know."""
+    for name in names:
+        if name not in SHIPPED:
+            raise ValueError(
+                f"objective {name!r} is known in this process alone, and processes is {processes}: set it to 1, or start a "
+                "script that registers the objective and calls cdistill.train.run under torchrun"
+            )
 
 
 def set_trained(student: Any, objective: Objective) -> None:

@@ -39,7 +39,7 @@ from cdistill.train.config import Recipe, recipe_from_dict, recipe_to_dict
 from cdistill.train.data import encoder_of, stage_dataset, unread
 from cdistill.train.lora import add_lora
 from cdistill.train.model import DistillationModel
-from cdistill.train.objectives import OBJECTIVES, set_trained
+from cdistill.train.objectives import OBJECTIVES, require_shipped, set_trained
 from cdistill.train.run_folder import (
     CHECKPOINTS,
     METRICS,
@@ -71,6 +71,8 @@ def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCall
             raise ValueError(
                 "callbacks need recipe.processes 1: the stages of this recipe run in processes of their own"
             )
+        if recipe.processes > 1:
+            require_shipped((recipe.stage[name].objective for name in recipe.stages), recipe.processes)
         with launch.quiet():
             models: Models | None = _prepare(recipe, output, resume, at_end)
         if recipe.processes > 1:

@@ -94,7 +94,8 @@ class Step:
 
     def zero(self) -> Tensor:
         """A zero in the graph of the first term, for one that has nothing to compare."""
-        return 0.0 * next(iter(self.losses.values()))
+        first = next(iter(self.losses.values()), None)
+        return 0.0 * (self.hidden.float().sum() if first is None else first)
 
     @property
     def samples(self) -> Tensor:

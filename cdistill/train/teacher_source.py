@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from cdistill.runtime.zero import is_partitioned
 from cdistill.train.config import TeacherMemory
 from cdistill.train.step import Signal, Step
 from cdistill.train.teacher import Teacher, partitioned
+from cdistill.train.terms import Term
 from cdistill.vat import Recorder
 
 
@@ -41,6 +42,15 @@ class TeacherSource:
     def is_partitioned(self) -> bool:
         """Whether all processes have to run it together."""
         return self.teacher is not None and is_partitioned(self.teacher)
+
+    @classmethod
+    def check(cls, terms: Iterable[Term | type[Term]]) -> None:
+        """Raise ValueError for a term that needs what it does not give."""
+        for term in terms:
+            for what in term.teacher:
+                if what not in cls.gives:
+                    lacks = f"which {cls.title} does not have: leave one of them out"
+                    raise ValueError(f"term {term.name!r} needs the teacher's {what!r}, {lacks}")
 
     def ask(
         self, step: Step, recorder: Recorder | None, shared: SharedVision | None, inputs: Mapping[str, Any]
