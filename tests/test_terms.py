@@ -42,8 +42,9 @@ class Features(cdistill.Term):
     weight = 0.5
     trains = True
 
-    def modules(self, student):
-        projection = torch.nn.Linear(student.config.get_text_config().hidden_size, 64, bias=False)
+    def modules(self, student, teacher):
+        widths = [model.config.get_text_config().hidden_size for model in (student, teacher)]
+        projection = torch.nn.Linear(*widths, bias=False)
         return {"feature_projection": projection.requires_grad_(self.trains)}
 
     def forward(self, step):

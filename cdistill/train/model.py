@@ -68,7 +68,7 @@ class DistillationModel(nn.Module):
                 _require_body(self.teacher.model, "teacher")
         self._check_models()
         for term in self.terms:
-            for name, module in term.modules(student).items():
+            for name, module in term.modules(student, None if self.teacher is None else self.teacher.model).items():
                 if hasattr(self, name):
                     raise ValueError(f"term {term.name!r}: the name of its module {name!r} is taken: choose another")
                 self.add_module(name, module)

@@ -35,7 +35,7 @@ class Alignment(Term):
         """By ``vat``, None without it."""
         return None if settings.vat is None else cls(settings.vat, settings.vat_weight, settings.visual_tokens)
 
-    def modules(self, student: Model) -> dict[str, nn.Module]:
+    def modules(self, student: Model, teacher: Model | None) -> dict[str, nn.Module]:
         """None; raises ValueError for a student that names no visual tokens."""
         self._visual_tokens(student)
         return {}

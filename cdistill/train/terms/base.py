@@ -120,8 +120,8 @@ class Term:
     def check(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
         """Raise ValueError for models that the term is wrong for; called at first and before every batch."""
 
-    def modules(self, student: PreTrainedModel) -> Mapping[str, nn.Module]:
-        """Modules of its own, made once: trained with the student in a stage, and thrown away after it."""
+    def modules(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> Mapping[str, nn.Module]:
+        """Modules of its own by name, made once: trained with the student in a stage, and thrown away after it."""
         return {}
 
     def regions(self, step: Step) -> AnyRegions | None:

@@ -39,7 +39,7 @@ class Divergence(Term):
         if teacher is not None:
             require_plain_head(teacher, "teacher", linear=True)
 
-    def modules(self, student: Model) -> dict[str, nn.Module]:
+    def modules(self, student: Model, teacher: Model | None) -> dict[str, nn.Module]:
         """What reads both heads, without parameters of its own."""
         from cdistill.train.vocabulary import MODULE, VocabularyLosses
 

@@ -26,7 +26,7 @@ class Patches(Term):
     labels = "patches"
     is_logged = False  # it is the whole loss of its stage
 
-    def modules(self, student: Model) -> dict[str, nn.Module]:
+    def modules(self, student: Model, teacher: Model | None) -> dict[str, nn.Module]:
         """The head."""
         from torch import nn
 
