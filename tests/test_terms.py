@@ -385,6 +385,13 @@ def test_results_that_are_not_those_announced_are_refused(term, message):
         ("own", (), ("language",), "objective 'own': losses must name at least one term"),
         ("own", ("ar", "other"), ("language",), "objective 'own': terms must be of patch, .*, got 'other'"),
         ("own", ("ar", "patch"), ("language",), "objective 'own': terms of one loss must have labels of one kind"),
+        ("own", ("patch",), ("vision",), "objective 'own': only objective vision trains the vision encoder"),
+        (
+            "own",
+            ("ar", "kd"),
+            ("vision", "language"),
+            "objective 'own': only objective vision trains the vision encoder",
+        ),
         ("own", ("ar",), ("head",), "objective 'own': trained must be of vision, language, adapter, got 'head'"),
     ],
 )

@@ -17,6 +17,7 @@ from cdistill.train.callers import Route, Window, folder_of_trainer, items_of_tr
 from cdistill.train.config import KDConfig
 from cdistill.train.inside import inside, open_inside
 from cdistill.train.model import DistillationModel
+from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.teacher import Teacher
 from cdistill.train.teacher_source import InMemory
 from cdistill.train.terms import Settings, Term, configured
@@ -343,9 +344,8 @@ def distill(
 
 
 def _terms(further: Sequence[Term | str], settings: Settings) -> list[Term]:
-    """Those of the paper that have a weight, and the further ones."""
-    paper = configured(("ar", "kd", "vat"), settings)
-    terms = [term for term in paper if term.weight > 0]
+    """Those of distilled fine-tuning that have a weight, and the further ones."""
+    terms = [term for term in configured(OBJECTIVES["dft"].losses, settings) if term.weight > 0]
     for term in (further,) if isinstance(further, str) else further:
         if isinstance(term, str):
             terms += configured((term,), settings)

@@ -83,10 +83,11 @@ def register_objective(name: str, losses: tuple[str, ...], trained: tuple[str, .
 
     Args:
         losses: names of terms, of one's own too (`cdistill.register_term`).
-        trained: of vision, language and adapter, the parts that take gradients.
+        trained: of language and adapter, the parts that take gradients.
 
     Raises:
-        ValueError: the name is taken, or as `Objective`.
+        ValueError: the name is taken, the vision encoder would be trained, which stages share with the teacher, or as
+            `Objective`.
     """
     if name in OBJECTIVES:
         raise ValueError(f"objective {name!r} is taken: choose another name")
@@ -94,6 +95,11 @@ def register_objective(name: str, losses: tuple[str, ...], trained: tuple[str, .
         objective = Objective(tuple(losses), tuple(trained))
     except ValueError as error:
         raise ValueError(f"objective {name!r}: {error}") from None
+    if objective.trains_on_patches or "vision" in objective.trained:
+        raise ValueError(
+            f"objective {name!r}: only objective vision trains the vision encoder, and on patches: stages share it with the "
+            "teacher; leave vision and terms on patches out"
+        )
     OBJECTIVES[name] = objective
     return objective
 
