@@ -72,6 +72,19 @@ class Entropy(cdistill.Term):
         return Memory(logits="whole", kept=1000 * sizes.batch)
 
 
+class Norm(cdistill.Term):
+    """Mean square of the hidden states at labelled tokens, per sample."""
+
+    name = "norm"
+    title = "norm"
+    per = "sample"
+
+    def forward(self, step):
+        sample = step.places // step.labels.shape[1]
+        counts = sample.bincount(minlength=len(step.labels))
+        return (step.hidden.float().square().mean(1) / counts[sample]).sum()
+
+
 class Four(cdistill.Term):
     """A number that should come out as 1 for 4 samples."""
 
@@ -99,11 +112,14 @@ def answers(model, batch):
 
 
 def plainly(student, teacher, batch, projection):
-    """Means of the two terms, by transformers alone."""
+    """Means of the three terms, by transformers alone."""
     ours = answers(student, batch)
     with torch.no_grad():
         theirs = answers(teacher, batch)
-    return {"feature": squared(projection(ours), theirs).mean(), "entropy": entropies(student.lm_head(ours)).mean()}
+    counts = (batch["labels"][:, 1:] != -100).sum(1).tolist()
+    norms = torch.stack([sample.float().square().mean() for sample in ours.split(counts)])
+    found = {"feature": squared(projection(ours), theirs), "entropy": entropies(student.lm_head(ours)), "norm": norms}
+    return {name: values.mean() for name, values in found.items()}
 
 
 def gradients(loss, student):
@@ -119,16 +135,16 @@ def test_terms_from_outside_add_their_losses_and_gradients(given):
     if given == "registered":
         assert cdistill.register_term(Frozen) is Frozen
         cdistill.register_term(Entropy)
-    chosen = ["feature", "entropy"] if given == "registered" else [Frozen(), Entropy()]
+        cdistill.register_term(Norm)
+    chosen = ["feature", "entropy", "norm"] if given == "registered" else [Frozen(), Entropy(), Norm()]
     distillation = cdistill.distill(teacher, student, terms=chosen)
     found = distillation(batch)
-    assert list(found) == ["loss", "ar", "kd", "vat", "vat_layers", "feature", "entropy"]
-    assert distillation.weights == {"ar": 1.0, "kd": 1.0, "vat": 1.0, "feature": 0.5, "entropy": 0.25}
+    assert list(found) == ["loss", "ar", "kd", "vat", "vat_layers", "feature", "entropy", "norm"]
     expected = plainly(student, teacher, batch, distillation.losses.feature_projection)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
     alone = cdistill.distill(teacher, student)(batch)
-    total = alone["loss"] + 0.5 * expected["feature"] + 0.25 * expected["entropy"]
+    total = alone["loss"] + 0.5 * expected["feature"] + 0.25 * expected["entropy"] + expected["norm"]
     torch.testing.assert_close(found["loss"], total, rtol=1e-5, atol=1e-6)
     ours, plain = gradients(found["loss"], student), gradients(total, student)
     assert ours.keys() == plain.keys()
@@ -170,18 +186,18 @@ def test_the_trainer_logs_and_evaluates_a_term(tmp_path):
         train_dataset=samples,
         eval_dataset=samples,
         data_collator=lambda found: collate(NAME, found)[0],
-        terms=[Frozen(), Four()],
+        terms=[Frozen(), Norm()],
     )
     projection = trainer.distillation.losses.feature_projection
     with torch.no_grad():
-        expected = plainly(student, teacher, collate(NAME, samples)[0], projection)["feature"].item()
+        expected = plainly(student, teacher, collate(NAME, samples)[0], projection)
     trainer.train()
-    logged, evaluated = trainer.state.log_history[0], trainer.evaluate()
-    assert logged["feature"] == pytest.approx(expected, rel=1e-5) and logged["four"] == pytest.approx(2.0)
-    assert logged["loss"] == pytest.approx(logged["ar"] + logged["vat"] + 0.5 * expected + 2.0, rel=1e-5)
-    assert evaluated["eval_feature"] == pytest.approx(expected, rel=1e-5)
-    total = evaluated["eval_ar"] + evaluated["eval_vat"] + 0.5 * expected + evaluated["eval_four"]
-    assert evaluated["eval_loss"] == pytest.approx(total, rel=1e-5)
+    for prefix, found in (("", trainer.state.log_history[0]), ("eval_", trainer.evaluate())):
+        for name in ("feature", "norm"):
+            assert found[prefix + name] == pytest.approx(expected[name].item(), rel=1e-5)
+        total = sum(weight * found[prefix + name] for name, weight in trainer.distillation.weights.items())
+        assert found[prefix + "loss"] == pytest.approx(total, rel=1e-5)
+    assert trainer.distillation.weights == {"ar": 1.0, "vat": 1.0, "feature": 0.5, "norm": 1.0}
 
 
 class Plainly(TrainerCallback):
@@ -209,17 +225,19 @@ class Plainly(TrainerCallback):
 def test_a_stage_trains_by_an_objective_of_ones_own(models, tmp_path, capsys):
     cdistill.register_term(Features)
     cdistill.register_term(Entropy)
-    cdistill.register_objective("features", ("ar", "kd", "vat", "feature", "entropy"), ("language", "adapter"))
+    cdistill.register_term(Norm)
+    losses = ("ar", "kd", "vat", "feature", "entropy", "norm")
+    cdistill.register_objective("features", losses, ("language", "adapter"))
     section = {"objective": "features", "learning_rate": 1e-3, "samples": 8, "global_batch_size": 4}
     section |= {"micro_batch_size": 2, "warmup_ratio": 0.0, "max_grad_norm": 1e9}
     recipe = make_recipe(tmp_path / "run", models, stages=["own"], stage__own=section)
     plain = Plainly(recipe)
     final = run(recipe, callbacks=[plain])
-    assert "1-own: AR + KD + VAT + features + entropy on 8 samples" in capsys.readouterr().out
+    assert "1-own: AR + KD + VAT + features + entropy + norm on 8 samples" in capsys.readouterr().out
     first, _ = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     for name, value in plain.values.items():
         assert first[name] == pytest.approx(value.item(), rel=1e-5)
-    total = first["ar"] + first["kd"] + first["vat"] + 0.5 * first["feature"] + 0.25 * first["entropy"]
+    total = first["ar"] + first["kd"] + first["vat"] + 0.5 * first["feature"] + 0.25 * first["entropy"] + first["norm"]
     assert first["loss"] == pytest.approx(total, rel=1e-5)
     torch.testing.assert_close(plain.found, plain.expected, rtol=1e-4, atol=1e-6)
     assert (plain.after - plain.before).abs().max() > 1e-4, "a stage trains what terms have of their own"
@@ -228,7 +246,7 @@ def test_a_stage_trains_by_an_objective_of_ones_own(models, tmp_path, capsys):
     )
     assert load_model(final)
     planned = plan(recipe, gpus=1, length=100)
-    assert planned.remarks == ("what term feature keeps is not counted",)
+    assert planned.remarks == ("what term feature keeps is not counted", "what term norm keeps is not counted")
     shipped = plan(make_recipe(tmp_path / "shipped", models, stages=["dft"]), gpus=1, length=100)
     assert planned.stages[0].phases["losses"]["terms"] == 1000 * planned.stages[0].setting.batch
     assert shipped.stages[0].phases["losses"]["terms"] == 0 and shipped.remarks == ()
