@@ -61,7 +61,8 @@ class Step:
                 model.set_attn_implementation({"text_config": "eager"})
         else:
             vat = VAT(VATConfig(rows="answer"), shape.layers, shape.layers * 3 // 2) if way == ON else None
-            self.losses = DistillationModel(self.student, OBJECTIVES["dft"], teacher=copy.deepcopy(teacher), vat=vat)
+            terms = OBJECTIVES["dft"].terms(vat=vat)
+            self.losses = DistillationModel(self.student, terms, teacher=copy.deepcopy(teacher))
         trained = [p for p in self.student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
 

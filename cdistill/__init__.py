@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from cdistill.train.compodistill import CompoDistillTrainer as CompoDistillTrainer
     from cdistill.train.distillation import Distillation as Distillation
     from cdistill.train.distillation import distill as distill
+    from cdistill.train.objectives import register_objective as register_objective
+    from cdistill.train.terms import Term as Term
+    from cdistill.train.terms import register_term as register_term
 
 __version__ = "0.1.0"
 
@@ -46,6 +49,9 @@ _LAZY = {
     "Distillation": "cdistill.train.distillation",
     "CompoDistillTrainer": "cdistill.train.compodistill",
     "CompoDistillConfig": "cdistill.train.compodistill",
+    "Term": "cdistill.train.terms",
+    "register_term": "cdistill.train.terms",
+    "register_objective": "cdistill.train.objectives",
 }
 
 

@@ -46,7 +46,7 @@ def _cache_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _cache(options: argparse.Namespace) -> int:
     from cdistill.train import load_recipe
-    from cdistill.train.cache import write_cache
+    from cdistill.train.cache_writer import write_cache
 
     folder = write_cache(load_recipe(options.recipe, options.overrides))
     if os.environ.get("RANK", "0") == "0":

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cdistill import __version__
 from cdistill.analysis.comparison import DISTILLED, NAMES, SFT, TEACHER, Comparison
 from cdistill.train import Recipe, load_recipe, run
+from cdistill.train.terms import TERMS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -169,6 +170,7 @@ def write_report(
     report = Report(
         comparison=comparison,
         metrics=metrics,
+        losses={term.name: term.heading for term in TERMS.values() if term.heading},
         similarity=measure_similarity(models),
         outcomes=outcomes,
         examples=examples,

@@ -7,6 +7,7 @@ import itertools
 import random
 import tempfile
 from dataclasses import astuple, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import transformers
 from family_models import build_pair, collate, draw_samples, pack
 from family_table import EOS, ID, PAD, PATCH, SIDE, VOCABULARY
+from transformers import TrainingArguments
 
 from cdistill.models.llava import compose
 from cdistill.runtime import launch
@@ -25,6 +27,7 @@ from cdistill.train.config import LoRAConfig, StageConfig
 from cdistill.train.lora import add_lora
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES, set_trained
+from cdistill.train.terms import Term
 from cdistill.train.trainer import DistillTrainer, training_arguments
 from cdistill.vat import VAT, VATConfig, attention_layers
 
@@ -167,21 +170,54 @@ class OwnEpsilon(DistillTrainer):
 def train(case: Case, micro: int) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """Losses of all steps and the trained weights, of the processes that call it together."""
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    size = MICRO * RANKS * case.accumulation
-    accumulation, zero = size // (world * micro), case.mode if world > 1 else "off"
-    stage = StageConfig(
-        objective=case.objective, samples=STEPS * size, learning_rate=1e-2, global_batch_size=size, warmup_ratio=0.0
-    )
-    objective = OBJECTIVES[case.objective]
+    distributed = world > 1 and case.mode != "off"
     student, teacher = models_of(case)
-    data = Drawn(case)
+    terms, lora = prepared(case, student, teacher)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        launch.environment(distributed=distributed),
+        launch.quiet(),
+        released(engines=distributed) as at_end,
+    ):
+        stage, arguments = arguments_of(case, micro, world, student, Path(folder))
+        data, objective = Drawn(case), OBJECTIVES[case.objective]
+        trainer = OwnEpsilon(
+            DistillationModel(student, terms, teacher=teacher if objective.distils else None),
+            arguments,
+            stage,
+            lora=lora,
+            finite=FiniteSteps(1, "parity"),
+            bad=BadSamples(0, Path(folder), "parity"),
+            train_dataset=data,
+            data_collator=partial(batch_of, case, data.name, teacher),
+            callbacks=[],
+        )
+        at_end.callback(trainer.destroy_engine)
+        with contextlib.redirect_stdout(None):
+            trainer.train()
+        names = ("loss", *objective.losses)
+        losses = [{name: entry[name] for name in names} for entry in trainer.state.log_history if "loss" in entry]
+        gathered: Any = contextlib.nullcontext()
+        parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        if distributed and case.mode == "3":
+            import deepspeed
 
-    def batch(samples: list[Any]) -> dict[str, torch.Tensor]:
-        if case.packed:
-            return pack(data.name, samples, [[i, i + 1] for i in range(0, len(samples), 2)], student_for_places).batch
-        return collate(data.name, samples)[0]
+            gathered = deepspeed.zero.GatheredParameters(list(parameters.values()))
+        with gathered:
+            weights = {name: p.detach().clone().numpy() for name, p in parameters.items()}
+    return losses, weights
 
-    student_for_places = teacher  # whose positions are the student's
+
+def batch_of(case: Case, name: str, model: Any, samples: list[Any]) -> dict[str, torch.Tensor]:
+    """A micro-batch; ``model`` is asked for positions, which are the student's, too."""
+    if case.packed:
+        return pack(name, samples, [[i, i + 1] for i in range(0, len(samples), 2)], model).batch
+    return collate(name, samples)[0]
+
+
+def prepared(case: Case, student: Any, teacher: Any) -> tuple[tuple[Term, ...], LoRAConfig | None]:
+    """The terms of the loss, and the student's LoRA, which it has then, as it has its frozen parts."""
+    objective = OBJECTIVES[case.objective]
     vat = VAT(VATConfig(layers="all"), attention_layers(student), attention_layers(teacher))
     torch.manual_seed(5)
     lora = LoRAConfig(r=4, alpha=8, dropout=0.0) if case.lora else None
@@ -190,62 +226,31 @@ def train(case: Case, micro: int) -> tuple[list[dict[str, float]], dict[str, tor
     set_trained(student, objective)
     if case.checkpointing:
         checkpoint_activations(student, reentrant=False)
-    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    distributed = zero != "off"
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        launch.environment(distributed=distributed),
-        launch.quiet(),
-        released(engines=distributed) as at_end,
-    ):
-        options = {"precision": "fp32", "micro_batch_size": micro, "accumulation": accumulation, "world_size": world}
-        zero_config = (
-            deepspeed_config(int(zero), max_grad_norm=stage.max_grad_norm, trained=trained, **options)
-            if distributed
-            else None
-        )
-        arguments = training_arguments(
-            Path(folder),
-            stage,
-            micro_batch_size=micro,
-            accumulation=accumulation,
-            precision="fp32",
-            deepspeed=zero_config,
-            logging_steps=1,
-            save_steps=0,
-            seed=1,
-            workers=0,
-            on_cpu=True,
-        )
-        model = DistillationModel(
-            student,
-            objective,
-            teacher=teacher if objective.distils else None,
-            vat=vat if "vat" in objective.losses else None,
-        )
-        trainer = OwnEpsilon(
-            model,
-            arguments,
-            stage,
-            vat_weight=1.0,
-            lora=lora,
-            finite=FiniteSteps(1, "parity"),
-            bad=BadSamples(0, Path(folder), "parity"),
-            train_dataset=data,
-            data_collator=batch,
-            callbacks=[],
-        )
-        at_end.callback(trainer.destroy_engine)
-        with contextlib.redirect_stdout(None):
-            trainer.train()
-        names = ("loss", *(name for name in objective.losses))
-        losses = [{name: entry[name] for name in names} for entry in trainer.state.log_history if "loss" in entry]
-        gathered: Any = contextlib.nullcontext()
-        parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
-        if zero == "3":
-            import deepspeed
+    return objective.terms(vat=vat), lora
 
-            gathered = deepspeed.zero.GatheredParameters(list(parameters.values()))
-        with gathered:
-            weights = {name: p.detach().clone().numpy() for name, p in parameters.items()}
-    return losses, weights
+
+def arguments_of(
+    case: Case, micro: int, world: int, student: Any, folder: Path
+) -> tuple[StageConfig, TrainingArguments]:
+    """A stage of `STEPS` steps, and what Trainer needs to know of it."""
+    size, zero = MICRO * RANKS * case.accumulation, case.mode if world > 1 else "off"
+    stage = StageConfig(
+        objective=case.objective, samples=STEPS * size, learning_rate=1e-2, global_batch_size=size, warmup_ratio=0.0
+    )
+    options: dict[str, Any] = {"precision": "fp32", "micro_batch_size": micro, "accumulation": size // (world * micro)}
+    config = None
+    if zero != "off":
+        trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        limits = {"max_grad_norm": stage.max_grad_norm, "trained": trained, "world_size": world}
+        config = deepspeed_config(int(zero), **limits, **options)
+    return stage, training_arguments(
+        folder,
+        stage,
+        deepspeed=config,
+        logging_steps=1,
+        save_steps=0,
+        seed=1,
+        workers=0,
+        on_cpu=True,
+        **options,
+    )

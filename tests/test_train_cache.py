@@ -22,7 +22,7 @@ from cdistill.models.load import load_model
 from cdistill.runtime import checkpoints
 from cdistill.runtime.checkpoints import stored
 from cdistill.runtime.errors import RunError
-from cdistill.train import cache, run
+from cdistill.train import cache, cache_writer, run
 from cdistill.train.alignment import vat_of
 from cdistill.train.build import build_models
 from cdistill.train.recipes import recipe_to_dict
@@ -32,8 +32,8 @@ from cdistill.train.teacher import Teacher
 
 def cache_and_run(to_cache, to_run):
     """Caches of one recipe, in small shards, then a run of another; what is printed."""
-    with mock.patch.object(cache, "PER_SHARD", 4), redirect_stdout(io.StringIO()) as told:
-        cache.write_cache(to_cache)
+    with mock.patch.object(cache_writer, "PER_SHARD", 4), redirect_stdout(io.StringIO()) as told:
+        cache_writer.write_cache(to_cache)
         run(to_run)
     return told.getvalue()
 
@@ -94,7 +94,7 @@ def test_padding_of_the_students_head_is_left_out_as_with_the_teacher(models, tm
     few = {"stages": ["dft"], "stage__dft__samples": 8, "student__base": str(tmp_path / "padded")}
     run(make_recipe(tmp_path / "with", models, **few))
     recipe = cached(tmp_path / "run", models, tmp_path / "cache", **few, teacher_memory__top_k=known - 1)
-    cache.write_cache(recipe)
+    cache_writer.write_cache(recipe)
     run(recipe)
     assert_close(losses(tmp_path / "run"), losses(tmp_path / "with"), 1e-5)
 
@@ -115,8 +115,8 @@ def two(models, kept, ranks, tmp_path_factory):
         recipe = cached(folder / "unused", models, folder / name, **odd, **memory, deepspeed=2 if memory else "off")
         recipes[name] = recipe
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "PER_SHARD", 4)  # the processes read it from the index
-        cache.write_cache(recipe)
+        patch.setattr(cache_writer, "PER_SHARD", 4)  # the processes read it from the index
+        cache_writer.write_cache(recipe)
         with redirect_stdout(io.StringIO()) as told:
             assert main(["cache", write_recipe(recipes["plain"], folder / "plain.yaml"), "processes=2"]) == 0
         assert told.getvalue().splitlines()[-1] == f"written: {folder / 'plain'}"
@@ -158,7 +158,7 @@ def test_other_recipes_are_cached_alike(models, tmp_path, changes):
         save_base(folder / "base")
         models = folder
     options = changes | {"stages": ["dft"], "teacher_memory__top_k": 50}
-    cache.write_cache(cached(tmp_path / "run", models, tmp_path / "cache", **options))
+    cache_writer.write_cache(cached(tmp_path / "run", models, tmp_path / "cache", **options))
     run(cached(tmp_path / "run", models, tmp_path / "cache", **options))
     run(make_recipe(tmp_path / "with", models, **options))
     # 50 of some 60 tokens, and in bf16 rounded targets
@@ -166,9 +166,9 @@ def test_other_recipes_are_cached_alike(models, tmp_path, changes):
 
 
 def test_a_cut_cache_is_continued_and_a_damaged_shard_made_again(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "PER_SHARD", 5)
+    monkeypatch.setattr(cache_writer, "PER_SHARD", 5)
     recipe = cached(tmp_path / "run", models, tmp_path / "cache", stages=["dft"])
-    saved, save = [], cache.CacheWriter._save
+    saved, save = [], cache_writer.CacheWriter._save
 
     def stop_after_one(self, shard, kept):
         if saved:
@@ -176,17 +176,17 @@ def test_a_cut_cache_is_continued_and_a_damaged_shard_made_again(models, tmp_pat
         saved.append(shard)
         save(self, shard, kept)
 
-    monkeypatch.setattr(cache.CacheWriter, "_save", stop_after_one)
+    monkeypatch.setattr(cache_writer.CacheWriter, "_save", stop_after_one)
     with pytest.raises(KeyboardInterrupt):
-        cache.write_cache(recipe)
+        cache_writer.write_cache(recipe)
     refused(recipe, tmp_path / "run", r"cache/1-dft is not finished; run `cdistill cache`")
 
     def counted(self, shard, kept):
         saved.append(shard)
         save(self, shard, kept)
 
-    monkeypatch.setattr(cache.CacheWriter, "_save", counted)
-    cache.write_cache(recipe)
+    monkeypatch.setattr(cache_writer.CacheWriter, "_save", counted)
+    cache_writer.write_cache(recipe)
     assert saved == [0, 1, 2]  # 12 samples in shards of 5, the first of which stays
     shard = tmp_path / "cache" / "1-dft" / "shard-00001.safetensors"
     before = {name: x.clone() for name, x in load_file(shard).items()}  # else mapped to the file
@@ -195,7 +195,7 @@ def test_a_cut_cache_is_continued_and_a_damaged_shard_made_again(models, tmp_pat
         ValueError, match=r"shard-00001\.safetensors is damaged \(it has changed\); run `cdistill cache`"
     ):
         run(recipe)
-    cache.write_cache(recipe)
+    cache_writer.write_cache(recipe)
     assert saved == [0, 1, 2, 1]
     after = load_file(shard)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -248,33 +248,33 @@ def stop(self, shard, kept):
 
 
 def test_an_unfinished_cache_of_another_recipe_is_not_continued(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "PER_SHARD", 5)
+    monkeypatch.setattr(cache_writer, "PER_SHARD", 5)
     recipe = cached(tmp_path / "run", models, tmp_path / "cache", stages=["dft"])
     with monkeypatch.context() as patch:
-        patch.setattr(cache.CacheWriter, "_save", stop)
+        patch.setattr(cache_writer.CacheWriter, "_save", stop)
         assert main(["cache", write_recipe(recipe, tmp_path / "recipe.yaml")]) == 130
     other = cached(tmp_path / "run", models, tmp_path / "cache", stages=["dft"], kd__temperature=2.0)
     with pytest.raises(ValueError, match=r"cache/1-dft was made with another kd\.temperature; choose another folder"):
-        cache.write_cache(other)
-    monkeypatch.setattr(cache, "PER_SHARD", 12)  # of another version, say: shards keep their size
-    cache.write_cache(recipe)
+        cache_writer.write_cache(other)
+    monkeypatch.setattr(cache_writer, "PER_SHARD", 12)  # of another version, say: shards keep their size
+    cache_writer.write_cache(recipe)
     assert len(list((tmp_path / "cache" / "1-dft").glob("*.safetensors"))) == 3
     assert len(read_stage(recipe, tmp_path / "cache" / "1-dft")[11].values)
 
 
 def test_shards_that_nothing_is_known_of_are_made_again(models, tmp_path):
     recipe = cached(tmp_path / "run", models, tmp_path / "cache", stages=["dft"])
-    cache.write_cache(recipe)
+    cache_writer.write_cache(recipe)
     (tmp_path / "cache" / "1-dft" / "index.json").unlink()
     other = cached(tmp_path / "run", models, tmp_path / "cache", stages=["dft"], kd__temperature=2.0)
-    cache.write_cache(other)
-    cache.write_cache(cached(tmp_path / "run", models, tmp_path / "new", stages=["dft"], kd__temperature=2.0))
+    cache_writer.write_cache(other)
+    cache_writer.write_cache(cached(tmp_path / "run", models, tmp_path / "new", stages=["dft"], kd__temperature=2.0))
     ours, theirs = (read_stage(other, tmp_path / name / "1-dft") for name in ("cache", "new"))
     assert torch.equal(ours[3].values, theirs[3].values)
 
 
 def test_a_full_disk_costs_one_shard(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "PER_SHARD", 5)
+    monkeypatch.setattr(cache_writer, "PER_SHARD", 5)
     recipe = cached(tmp_path / "run", models, tmp_path / "cache", stages=["dft"])
     folder = tmp_path / "cache" / "1-dft"
 
@@ -289,11 +289,11 @@ def test_a_full_disk_costs_one_shard(models, tmp_path, monkeypatch):
         with pytest.raises(
             RunError, match=r"could not be saved .* run `cdistill cache` again when there is room"
         ) as error:
-            cache.write_cache(recipe)
+            cache_writer.write_cache(recipe)
     assert "shard-00001.safetensors" in str(error.value) and "--resume" not in str(error.value)
     found = sorted(path.name for path in folder.iterdir())
     assert found == ["index.json", "shard-00000.json", "shard-00000.safetensors"]
-    cache.write_cache(recipe)
+    cache_writer.write_cache(recipe)
     assert len(read_stage(recipe, tmp_path / "cache" / "1-dft")[11].values)
 
 
@@ -392,10 +392,10 @@ def test_samples_without_labels(models, tmp_path, monkeypatch, rows):
         return Answers(data, {0, 2, 3}), collate
 
     monkeypatch.setattr(stages, "open_stage", dataset)
-    monkeypatch.setattr(cache, "open_stage", dataset)
+    monkeypatch.setattr(cache_writer, "open_stage", dataset)
     options = {"stages": ["dft"], "teacher_memory__top_k": 50, "vat__rows": rows, "stage__dft__micro_batch_size": 2}
     recipe = cached(tmp_path / "run", models, tmp_path / "cache", **options)
-    cache.write_cache(recipe)
+    cache_writer.write_cache(recipe)
     run(recipe)
     run(make_recipe(tmp_path / "with", models, **options))
     assert_close(losses(tmp_path / "run"), losses(tmp_path / "with"), 0.01)
@@ -411,4 +411,4 @@ def test_only_what_a_student_shares_is_moved(models, tmp_path, monkeypatch):
         return built
 
     monkeypatch.setattr(cache, "build_models", build)
-    cache.write_cache(cached(tmp_path / "run", models, tmp_path / "cache", stages=["dft"]))
+    cache_writer.write_cache(cached(tmp_path / "run", models, tmp_path / "cache", stages=["dft"]))

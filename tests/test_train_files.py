@@ -24,7 +24,7 @@ from cdistill.runtime.bad_samples import BadSamples
 from cdistill.runtime.errors import BadDataError, ProcessError
 from cdistill.train import run
 from cdistill.train.build import build_models
-from cdistill.train.cache import write_cache
+from cdistill.train.cache_writer import write_cache
 from cdistill.train.data import stage_dataset
 from cdistill.train.recipes import recipe_to_dict
 from cdistill.train.run_folder import read_recipe

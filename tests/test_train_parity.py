@@ -1,21 +1,26 @@
 """One global batch, one gradient: however it is cut into processes, micro-batches and rows, and whatever these hold."""
 
 import itertools
+from unittest import mock
 
 import numpy as np
 import parity_cases
 import pytest
 from parity_cases import AXES, MICRO, Case, pairwise, train
 from ranks import RankError
+from test_terms import Features, Norm
 
+import cdistill
 from cdistill.runtime import launch
 from cdistill.train import blank, model
+from cdistill.train.objectives import OBJECTIVES
+from cdistill.train.terms import TERMS
 
 # Other cuts of one process's batches moved losses by at most 1.9e-6 and weights by 5.6e-7, which move by about 1e-2 in all.
 LOSS, WEIGHTS = 1e-5, 3e-6
 
 
-def assert_parity(case, ranks):
+def assert_parity(case, ranks, train=train):
     """Two processes, or one with other micro-batches, train as one process does."""
     if case.mode == "one":
         ours = ranks.call(train, case, 2 * MICRO, world=1)
@@ -48,6 +53,22 @@ def test_the_matrix_holds_every_pair_of_values_that_is_possible():
     for one, other in itertools.combinations(AXES, 2):
         found, wanted = ({(getattr(c, one), getattr(c, other)) for c in some} for some in (cases, possible))
         assert found == wanted
+
+
+@pytest.mark.parametrize("mode", ["2", "3"])
+def test_terms_from_outside_have_one_gradient_too(mode, ranks):
+    """One of them with parameters of its own, one over samples."""
+    assert_parity(Case(mode, "llava", "alternating", "own", False, False, False, 3, False), ranks, train_by_own_terms)
+
+
+def train_by_own_terms(case, micro):
+    with mock.patch.dict(TERMS), mock.patch.dict(OBJECTIVES):
+        for term in (Features, Norm):
+            cdistill.register_term(term)
+        cdistill.register_objective("own", ("ar", "kd", "feature", "norm"), ("language", "adapter"))
+        losses, weights = train(case, micro)
+    assert losses[0].keys() == {"loss", "ar", "kd", "feature", "norm"}
+    return losses, weights
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])

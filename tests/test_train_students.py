@@ -8,7 +8,8 @@ import pytest
 import torch
 from builtin_models import make_recipe
 from family_models import build, draw
-from test_train_stages import Start, batch_of_three, part, same, weights
+from test_train_losses import batch_of_three
+from test_train_stages import Start, part, same, weights
 from torch._dynamo.utils import counters
 
 from cdistill.builtin.dataset import BuiltinDataset

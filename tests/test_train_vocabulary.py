@@ -14,7 +14,6 @@ from deepspeed.utils import safe_get_full_grad
 from torch import nn
 from transformers import TrainerCallback
 
-from cdistill.choices import KDConfig
 from cdistill.ops import _cpp, _vocabulary
 from cdistill.train import run
 from cdistill.train.build import build_models
@@ -206,7 +205,7 @@ def test_logits_that_are_changed_after_the_head_are_refused(models, tmp_path, na
     built = build_models(make_recipe(tmp_path / "run", models))
     setattr(built.teacher.config.get_text_config(), name, 30.0)
     with pytest.raises(ValueError, match=f"the teacher's {name} 30.0 is not supported"):
-        DistillationModel(built.student, OBJECTIVES["dpt"], teacher=built.teacher)
+        DistillationModel(built.student, OBJECTIVES["dpt"].terms(), teacher=built.teacher)
 
 
 class LoraLinear(nn.Module):
@@ -234,4 +233,4 @@ def test_a_head_with_lora_is_refused(models, tmp_path, side, objective):
     model.lm_head = LoraLinear(model.lm_head)
     vat = VAT(VATConfig(layers="all"), 2, 4) if objective == "dft" else None
     with pytest.raises(ValueError, match=f"the {side}'s lm_head must be a torch.nn.Linear .*LoraLinear.*LoRA"):
-        DistillationModel(built.student, OBJECTIVES[objective], teacher=built.teacher, kd=KDConfig(), vat=vat)
+        DistillationModel(built.student, OBJECTIVES[objective].terms(vat=vat), teacher=built.teacher)

@@ -7,10 +7,8 @@ import torch
 import transformers
 from family_models import (
     FAMILIES,
-    PAD,
     STUDENT_LAYERS,
     TEACHER_LAYERS,
-    VOCABULARY,
     build,
     build_pair,
     collate,
@@ -29,7 +27,6 @@ from cdistill.vat import (
     SliceRecorder,
     VATConfig,
     attention_layers,
-    install,
     installed,
     layer_range,
     packed_regions,
@@ -428,66 +425,3 @@ def test_teacher_and_student_must_see_equally_many_tokens():
         vat.student(regions._replace(rows=regions.rows.flip(0)), targets, mask)
     with pytest.raises(ValueError, match=r"targets must be \(samples, rows, visual tokens\) = \(4, 5, 7\)"):
         vat.student(fewer, targets.targets, mask)
-
-
-def refuse(model, message, layer=0, **forward):
-    """The recorder of this layer is refused, with the reason, while another one's forward pass goes on."""
-    install(model)
-    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
-    regions = token_regions(ids, ids, None, visual_token_ids=6)
-    recorder = SliceRecorder([layer], regions, key_mask=None)
-    with pytest.raises(ValueError, match=message) as refused, torch.no_grad():
-        model(input_ids=ids, **forward, cdistill_vat=recorder)
-    assert "\n" not in str(refused.value)
-
-
-TINY = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "pad_token_id": PAD,
-}
-
-
-def siglip():
-    return transformers.SiglipVisionConfig(
-        image_size=8, patch_size=4, num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2
-    )
-
-
-def test_bidirectional_images_are_refused():
-    text = transformers.Gemma3TextConfig(**TINY, layer_types=["full_attention"] * 2)
-    config = transformers.Gemma3Config(
-        text_config=text, vision_config=siglip(), mm_tokens_per_image=4, image_token_index=6
-    )
-    types = torch.tensor([[0, 1, 1, 0, 0, 0]])
-    message = "layer 0 uses a mask other than causality and padding .bidirectional images"
-    refuse(transformers.Gemma3ForConditionalGeneration(config).eval(), message, token_type_ids=types)
-    text = transformers.GemmaConfig(**TINY)
-    config = transformers.PaliGemmaConfig(vision_config=siglip(), text_config=text, image_token_index=6)
-    paligemma = transformers.PaliGemmaForConditionalGeneration(config).eval()
-    refuse(paligemma, "layer 0 uses bidirectional attention", token_type_ids=1 - types)
-
-
-def test_scores_that_are_not_softmax_of_products_are_refused():
-    gemma = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**TINY))
-    experts = TINY | {"num_local_experts": 2, "num_experts_per_tok": 1}
-    for model in (gemma, transformers.GptOssForCausalLM(transformers.GptOssConfig(**experts))):
-        with pytest.raises(ValueError, match=r"no plain softmax of .*soft-capping or attention sinks") as refused:
-            install(model)
-        assert "\n" not in str(refused.value)
-        before = model.config._attn_implementation
-        with pytest.raises(ValueError, match="no plain softmax"), installed(model):
-            pass
-        assert model.config._attn_implementation == before
-
-
-def test_sliding_windows_are_refused():
-    model = transformers.MistralForCausalLM(transformers.MistralConfig(**TINY, sliding_window=3)).eval()
-    refuse(model, "layer 1 uses a sliding window of 3 of 6 tokens", layer=1)
-    text = transformers.Gemma3TextConfig(**TINY, layer_types=["sliding_attention", "full_attention"], sliding_window=3)
-    refuse(transformers.Gemma3ForCausalLM(text).eval(), "layer 0 uses a sliding window of 3")

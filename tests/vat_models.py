@@ -3,7 +3,7 @@
 import torch
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
-from cdistill.vat import token_regions
+from cdistill.vat import SliceRecorder, token_regions
 
 IMAGE, VOCABULARY, PATCHES = 60, 64, 4
 STUDENT_LAYERS, TEACHER_LAYERS = 4, 7
@@ -99,3 +99,10 @@ def vat_loss(student, teacher, batch, vat):
 def gradients(model):
     """Gradients that are not zero, by parameter."""
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+def record_everything(model, batch, **forward):
+    """The recorder of layer 1, after a pass of the model."""
+    recorder = SliceRecorder([1], regions_of(batch), key_mask=batch["attention_mask"], impl="torch")
+    model(**(inputs(batch) | forward), cdistill_vat=recorder)
+    return recorder

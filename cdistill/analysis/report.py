@@ -15,7 +15,6 @@ from cdistill.analysis.attention import AttentionSimilarity
 from cdistill.analysis.comparison import DISTILLED, FAMILIES, NAMES, SFT, TEACHER, Comparison
 
 COLOURS = {TEACHER: "#5b6470", SFT: "#c2570c", DISTILLED: "#1d4ed8"}
-OBJECTIVES = {"ar": "AR: cross-entropy on answers", "kd": "KD: KL to the teacher's answers", "vat": "VAT: attention"}
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -95,6 +94,7 @@ class Report:
     Attributes:
         comparison: accuracies.
         metrics: by student, the lines of its run's ``metrics.jsonl``, of the first seed.
+        losses: their keys that have a chart, with its title.
         similarity: by family of questions and student, attention similarity to the teacher, of the first seed.
         outcomes: by (SFT student right, distilled student right), the number of compositional questions looked through.
         examples: some of them.
@@ -103,6 +103,7 @@ class Report:
 
     comparison: Comparison
     metrics: Mapping[str, Sequence[Mapping[str, Any]]]
+    losses: Mapping[str, str]
     similarity: Mapping[str, Mapping[str, AttentionSimilarity]]
     outcomes: Mapping[tuple[bool, bool], int]
     examples: Sequence[Example]
@@ -192,7 +193,7 @@ alike.</p></section>"""
             here = [s[place] for s in stages.values() if place < len(s)]
             spans.append((here[0][0], " / ".join(dict.fromkeys(name.upper() for _, name, _ in here))))
         panels = []
-        for key, title in OBJECTIVES.items():
+        for key, title in self.losses.items():
             curves = [
                 charts.Curve(
                     NAMES[m], COLOURS[m], [_points(end - rows[-1]["samples"], rows, key) for end, _, rows in done]

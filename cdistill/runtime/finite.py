@@ -161,7 +161,7 @@ class FiniteSteps(TrainerCallback):
 
     def _culprits(self, losses: dict[str, Tensor]) -> str:
         assert self.trainer is not None
-        names = [name for name in losses if name not in ("loss", "vat_layers")] or list(losses)
+        names = [name for name, value in losses.items() if name != "loss" and not value.ndim] or list(losses)
         bad = torch.stack([(~torch.isfinite(losses[name])).any() for name in names]).long()
         if self.trainer.args.world_size > 1:
             bad = self.trainer.accelerator.reduce(bad, "sum")

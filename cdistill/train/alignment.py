@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from cdistill.data.dataset import BAD
@@ -11,9 +12,10 @@ from cdistill.models.load import Model
 from cdistill.train.build import Models
 from cdistill.train.config import VATOptions
 from cdistill.train.model import DistillationModel
-from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.resolve import Stage
-from cdistill.vat import VAT, attention_layers
+from cdistill.train.teacher_source import TeacherSource
+from cdistill.train.terms.alignment import Alignment
+from cdistill.vat import VAT, LayerDistances, attention_layers
 
 
 def vat_of(stage: Stage, models: Models) -> VAT | None:
@@ -27,7 +29,7 @@ def make_vat(
     config: VATOptions,
     layers: tuple[tuple[int, ...], tuple[int, ...]],
     student: Model,
-    teacher: Any,
+    teacher: TeacherSource | None,
     batches: DataLoader,
 ) -> VAT:
     """The alignment of attention ``layers`` (student's, teacher's); ``teacher`` is asked for adaptive matching."""
@@ -36,8 +38,20 @@ def make_vat(
     measured = VAT.measure(config, *layers)
     wanted = math.ceil(config.measure_samples / (batches.batch_size or 1))
     probe = VAT(replace(config, matching="group"), *layers)
-    model = DistillationModel(student, OBJECTIVES["dft"], teacher=teacher, vat=probe)
+    model = DistillationModel(student, [Alignment(probe)], teacher=teacher)
     for _, batch in zip(range(wanted), batches, strict=False):
         batch.pop(BAD, None)
-        model.measure(measured, **{name: value.to(student.device) for name, value in batch.items()})
+        _measure(measured, model, {name: value.to(student.device) for name, value in batch.items()})
     return VAT(config, *layers, distances=measured.matrix())
+
+
+@torch.no_grad()
+def _measure(distances: LayerDistances, model: DistillationModel, batch: dict[str, Any]) -> None:
+    """Add a batch to the distances between layers."""
+    step = model.step(batch.pop("labels"), batch)
+    student, teacher = (side(step.regions, step.key_mask) for side in (distances.student, distances.teacher))
+    shared, inputs = model.inputs(step)
+    assert model.source is not None
+    model.source.ask(step, teacher, shared, inputs)
+    model.student_hidden(inputs, shared, student)
+    distances.update(student, teacher)

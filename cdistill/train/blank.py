@@ -37,6 +37,13 @@ def must_look(model: Any) -> bool:
     return "vision" in trained or ("adapter" in trained and _world_size() > 1)
 
 
+def idle_adapter(student: Any) -> dict[str, Tensor]:
+    """``idle``, a zero that gives the adapter gradients of 0 in a single process, where the vision path need not run for it."""
+    named = student.named_parameters()
+    trained = [p for name, p in named if p.requires_grad and part_of(name) == "adapter"]
+    return {"idle": 0.0 * torch.stack([p.float().sum() for p in trained]).sum()} if trained else {}
+
+
 @contextmanager
 def looking(model: Any, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The inputs of a model that embeds images itself, with a blank image or video where it `must_look` and has none.

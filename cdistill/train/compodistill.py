@@ -2,166 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from collections.abc import Callable, Sequence
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
-from transformers import AutoModelForImageTextToText, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForImageTextToText, PreTrainedModel, Trainer, TrainerCallback
 
-from cdistill.choices import KDConfig
-from cdistill.data.batches import PaddingCollator
-from cdistill.data.conversations import Encoder
-from cdistill.data.images import find_image, open_image
-from cdistill.data.records import read_record
-from cdistill.data.samples import IGNORE_INDEX, ImageBytes
+from cdistill.choices import KDConfig, VATConfig
+from cdistill.data.samples import IGNORE_INDEX
+from cdistill.train.compodistill_config import COMPILED, CompoDistillConfig, made
+from cdistill.train.conversation_collator import ConversationCollator
 from cdistill.train.distillation import distill
-from cdistill.vat import VATConfig
+from cdistill.train.terms import Term
 
-TERMS = ("ar", "kd", "vat")
-COMPILED = (
-    "torch_compile must be False: a compiled model hides the attention that is aligned; compile the student's layers before "
-    "(for layer in student.model.language_model.layers: layer.compile())"
-)
-
-
-@dataclass
-class CompoDistillConfig(TrainingArguments):
-    """transformers' `TrainingArguments` and what CompoDistill adds (SPEC section 4: L_ar + L_kd + L_vat).
-
-    Attributes:
-        vat: fields of `cdistill.vat.VATConfig` that are not at their defaults.
-        kd: fields of the divergence over the vocabulary: divergence, temperature, beta, weight.
-        vat_weight: weight of the alignment; 0 leaves it out, as ``kd={"weight": 0}`` does with the divergence.
-        train_vision: train the student's vision encoder, too.
-        template: for rows that the trainer encodes: how a conversation becomes text (`cdistill.data.templates.Template`).
-        max_length: their tokens at most, visual ones included; a longer sample is cut, never within an image.
-        model_init_kwargs, teacher_model_init_kwargs: for ``from_pretrained``, of models given by name.
-
-    Columns that the models do not know stay in the rows (``remove_unused_columns``), and gradient checkpointing is
-    non-reentrant, unless said otherwise.
-
-    Raises:
-        ValueError: a field of ``vat`` or ``kd`` that there is not, or that has another value than it may; reentrant gradient
-            checkpointing, which loses the gradient of the alignment; label smoothing; ``torch_compile``, which hides the
-            attention that is aligned; batches that one process dispatches, which splits images from their samples.
-    """
-
-    _VALID_DICT_FIELDS = [  # noqa: RUF012 (as in TrainingArguments)
-        *TrainingArguments._VALID_DICT_FIELDS,
-        "vat",
-        "kd",
-        "model_init_kwargs",
-        "teacher_model_init_kwargs",
-    ]
-
-    remove_unused_columns: bool = False
-    vat: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Fields of the visual attention alignment, such as {'layers': 'all'}."}
-    )
-    kd: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Fields of the divergence over the vocabulary, such as {'weight': 0.5}."}
-    )
-    vat_weight: float = field(default=1.0, metadata={"help": "Weight of the visual attention alignment."})
-    train_vision: bool = field(default=False, metadata={"help": "Train the student's vision encoder, too."})
-    template: str = field(default="auto", metadata={"help": "How a conversation becomes text."})
-    max_length: int | None = field(default=None, metadata={"help": "Tokens of a sample at most."})
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keywords of from_pretrained for a student given by name."}
-    )
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keywords of from_pretrained for a teacher given by name."}
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("vat", "kd"):
-            value: Any = getattr(self, name)
-            if is_dataclass(value) and not isinstance(value, type):
-                setattr(self, name, asdict(value))
-        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
-            raise ValueError(COMPILED)  # before it is left to accelerate
-        super().__post_init__()
-        _made(VATConfig, "vat", self.vat)
-        _made(KDConfig, "kd", self.kd)
-        if not 0 <= self.vat_weight < float("inf"):
-            raise ValueError(f"vat_weight must be at least 0 and finite, got {self.vat_weight}")
-        given: Any = self.gradient_checkpointing_kwargs
-        reentrant = isinstance(given, Mapping) and given.get("use_reentrant")
-        if reentrant and self.vat_weight:
-            raise ValueError(
-                "gradient_checkpointing_kwargs: use_reentrant loses the gradient of the alignment: set it to False, or "
-                "vat_weight to 0"
-            )
-        if self.label_smoothing_factor:
-            raise ValueError("label_smoothing_factor must be 0: the losses are taken without logits")
-        batches: Any = self.accelerator_config
-        if batches.dispatch_batches:
-            raise ValueError(
-                "accelerator_config: dispatch_batches must be False: it splits pixel_values, which hold images or patches in "
-                "turn, as if they held samples"
-            )
-        batches.dispatch_batches = False  # by default a stream's batches are
-
-
-def _made(kind: Callable[..., Any], name: str, values: Any) -> Any:
-    """A frozen configuration of a field's values. Raises ValueError naming the field."""
-    if values is not None and not isinstance(values, Mapping):
-        raise ValueError(f"{name} must be a mapping of its fields, got {values!r}")
-    try:
-        return kind(**(values or {}))
-    except TypeError as error:
-        raise ValueError(f"{name}: {str(error).partition(') ')[2] or error}") from None
-    except ValueError as error:
-        raise ValueError(str(error) if str(error).startswith(name) else f"{name}.{error}") from None
-
-
-class ConversationCollator:
-    """Batches of rows with ``messages`` or ``conversations`` (or ``prompt`` and ``completion``) and ``image`` or ``images``.
-
-    Images are those of PIL, encoded bytes, or paths. Labels are -100 outside the answers.
-
-    Args:
-        processor: of the student, or a tokenizer for text alone.
-        template, max_length: as in `CompoDistillConfig`.
-    """
-
-    def __init__(self, processor: Any, template: str = "auto", max_length: int | None = None) -> None:
-        self.encoder = Encoder(processor, template, max_length)
-        self.collate = PaddingCollator(self.encoder.pad_token_id)
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        encoded = []
-        for number, given in enumerate(rows):
-            row = {name: value for name, value in given.items() if value is not None}
-            if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
-                row["messages"] = [*row.pop("prompt"), *row.pop("completion")]
-            sample = read_record(row, _Found, id=str(number), place=f"row {number} of a batch")  # type: ignore[arg-type]
-            images: Any = sample.images
-            encoded.append(self.encoder(sample.messages, [_opened(image.value) for image in images]))
-        return self.collate(encoded)
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    value: Any
-
-
-def _opened(value: Any) -> Image.Image:
-    if isinstance(value, Mapping):
-        value = value["path"] if value.get("bytes") is None else value["bytes"]
-    if isinstance(value, Image.Image):
-        return value
-    if isinstance(value, bytes):
-        return open_image(ImageBytes("an image of the batch", value))
-    if isinstance(value, str | Path) and "://" not in str(value):
-        path = Path(value).absolute()
-        return open_image(find_image(path.parent, path.name, allow_urls=False))
-    return open_image(find_image(Path(), value, allow_urls=False))
+__all__ = ["CompoDistillConfig", "CompoDistillTrainer", "ConversationCollator"]
 
 
 class CompoDistillTrainer(Trainer):
@@ -186,6 +43,7 @@ class CompoDistillTrainer(Trainer):
         processing_class: the student's processor, saved beside it.
         peft_config: of the adapters that the student is to get, by ``peft.get_peft_model``.
         vat: a `cdistill.vat.VAT` in place of ``args.vat``, for adaptive matching.
+        terms: further terms of the loss, as for `cdistill.distill`; each is logged and evaluated under its name.
         options: Trainer's own: train_dataset, eval_dataset, compute_metrics, callbacks, optimizers,
             preprocess_logits_for_metrics, ...
 
@@ -209,32 +67,19 @@ class CompoDistillTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         peft_config: Any = None,
         vat: Any = None,
+        terms: Sequence[Term | str] = (),
         **options: Any,
     ) -> None:
         args = CompoDistillConfig("compodistill") if args is None else args
-        if not isinstance(args, CompoDistillConfig):
-            raise ValueError(f"args must be a CompoDistillConfig, got {type(args).__name__}")
-        if options.get("compute_loss_func") is not None:
-            raise ValueError("compute_loss_func must be None: the losses are CompoDistill's (args.kd, args.vat)")
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"one process sees {args.n_gpu} GPUs, and torch.nn.DataParallel cannot split a teacher: start one process for "
-                "each (torchrun, accelerate launch), or let this one see a single GPU (CUDA_VISIBLE_DEVICES=0)"
-            )
-        student: Any = _loaded(model, args.model_init_kwargs)
-        teacher = _loaded(teacher_model, args.teacher_model_init_kwargs)
-        if peft_config is not None:
-            if hasattr(student, "peft_config"):
-                raise ValueError("peft_config must be None: the model is a peft model already")
-            from peft import get_peft_model
-
-            student = get_peft_model(student, peft_config)
+        _check_arguments(args, options)
+        student = _with_adapters(_loaded(model, args.model_init_kwargs), peft_config)
         self.distillation = distill(
-            teacher,
+            _loaded(teacher_model, args.teacher_model_init_kwargs),
             student,
-            vat=_made(VATConfig, "vat", args.vat) if vat is None else vat,
-            kd=_made(KDConfig, "kd", args.kd),
+            vat=made(VATConfig, "vat", args.vat) if vat is None else vat,
+            kd=made(KDConfig, "kd", args.kd),
             vat_weight=args.vat_weight,
+            terms=terms,
             train_vision=args.train_vision,
         )
         if data_collator is None and processing_class is not None:
@@ -326,9 +171,8 @@ class CompoDistillTrainer(Trainer):
         if counted and self._over_processes:  # which average gradients
             losses = {name: value * self.args.world_size for name, value in losses.items()}
         if model.training:
-            for name in TERMS:
-                if name in losses:
-                    _add(self._train_terms, name, losses[name])
+            for term in self.distillation.losses.terms:
+                _add(self._train_terms, term.name, losses[term.name])
         return (losses["loss"], losses) if return_outputs else losses["loss"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -356,13 +200,14 @@ class CompoDistillTrainer(Trainer):
                 once = self._without_repeated(inputs)
                 loss, losses = self.compute_loss(model, once, return_outputs=True)
                 tokens, samples = self.distillation.count(once)
-                counts = {"ar": tokens, "kd": tokens, "vat": samples}
-                for name, value in losses.items():
-                    if name in counts:
-                        _add(self._eval_terms, name, torch.stack((value * counts[name], counts[name])))
+                counts = {"label": tokens, "sample": samples}
+                for term in self.distillation.losses.terms:
+                    value, count = losses[term.name], counts[term.per]
+                    _add(self._eval_terms, term.name, torch.stack((value * count, count)))
             if prediction_loss_only:
                 return loss, None, None
-            logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+            own = self.distillation.losses.own_inputs | {"labels"}
+            logits = model(**{name: value for name, value in inputs.items() if name not in own}).logits
         return loss, logits.detach(), labels
 
     def _without_repeated(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -442,6 +287,29 @@ class CompoDistillTrainer(Trainer):
         result = super()._init_training_state(*args, **kwargs)
         self._logged_step = self.state.global_step  # where a resumed run goes on
         return result
+
+
+def _check_arguments(args: Any, options: dict[str, Any]) -> None:
+    if not isinstance(args, CompoDistillConfig):
+        raise ValueError(f"args must be a CompoDistillConfig, got {type(args).__name__}")
+    if options.get("compute_loss_func") is not None:
+        raise ValueError("compute_loss_func must be None: the losses are CompoDistill's (args.kd, args.vat)")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {args.n_gpu} GPUs, and torch.nn.DataParallel cannot split a teacher: start one process for "
+            "each (torchrun, accelerate launch), or let this one see a single GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+
+
+def _with_adapters(student: Any, config: Any) -> Any:
+    """The student, as a peft model if there is a configuration of its adapters."""
+    if config is None:
+        return student
+    if hasattr(student, "peft_config"):
+        raise ValueError("peft_config must be None: the model is a peft model already")
+    from peft import get_peft_model
+
+    return get_peft_model(student, config)
 
 
 def _loaded(model: Any, options: Any) -> Any:

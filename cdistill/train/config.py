@@ -227,7 +227,7 @@ class StageConfig(Keys):
         if self.objective not in OBJECTIVES:
             yield f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}"
         elif self.data.path is not None:
-            if self.objective in ("vision", "ground"):
+            if OBJECTIVES[self.objective].has_builtin_labels:
                 yield f"data.path must be null for objective {self.objective}: only the built-in task has its labels"
         elif self.objective == "text" and self.data.modality != "text":
             yield f"data.modality must be text for objective text, got {self.data.modality!r}"

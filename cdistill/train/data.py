@@ -44,7 +44,7 @@ def open_stage(stage: Stage, models: Models) -> tuple[Dataset, Any]:
             the built-in task, its tokenizer not all the words.
     """
     seed, group_by = stage.data_seed, stage.recipe.group_by
-    if stage.config.objective == "vision":
+    if stage.objective.trains_on_patches:
         return PatchDataset(size=stage.samples, seed=seed), collate_patches
     make = _builtin_dataset if stage.config.data.path is None else _file_dataset
     try:
@@ -77,7 +77,7 @@ def _builtin_dataset(stage: Stage, models: Models) -> Any:
         size=size,
         seed=stage.data_seed,
         tokenizer=tokenizer,
-        grounding=stage.config.objective == "ground",
+        grounding="grounding" in stage.objective.inputs,
     )
     data: Dataset = source
     collate: Any = Collator(tokenizer.pad_token_id)
@@ -117,7 +117,7 @@ def _file_dataset(stage: Stage, models: Models) -> Any:
 
 def unread(stage: Stage, models: Models) -> list[str]:
     """One line for each data set of a stage whose records say what no sample is made of."""
-    if stage.config.objective == "vision" or stage.config.data.path is None:
+    if stage.objective.trains_on_patches or stage.config.data.path is None:
         return []
     source = _open(models, stage.config.data, stage.samples)
     lines = []

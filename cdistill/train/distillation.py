@@ -17,8 +17,10 @@ from cdistill.models.parts import part_of
 from cdistill.train.callers import Route, Window, folder_of_trainer, items_of_trainer, window_of_trainer
 from cdistill.train.inside import inside, open_inside
 from cdistill.train.model import DistillationModel
-from cdistill.train.objectives import Objective
+from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.teacher import Teacher
+from cdistill.train.teacher_source import InMemory
+from cdistill.train.terms import Settings, Term, configured
 from cdistill.vat import VAT, VATConfig, attention_layers
 
 
@@ -39,7 +41,6 @@ class Distillation(nn.Module):
         losses: DistillationModel,
         student: Model,
         *,
-        vat_weight: float,
         common: Mapping[str, nn.Parameter],
         looks_once: Callable[[], bool],
     ) -> None:
@@ -47,7 +48,6 @@ class Distillation(nn.Module):
         for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
             self.__dict__[name] = student.__dict__[name]  # the same objects: what is replaced there is replaced here
         self.training = student.training
-        self.vat_weight = vat_weight
         self._common = (common, looks_once)
         self._held = (losses, student)  # a tuple hides them from nn.Module, which has the student's modules already
         for module in {id(m): m for m in (student, losses.student)}.values():
@@ -147,7 +147,8 @@ class Distillation(nn.Module):
         Returns:
             fp32 scalars ``loss`` = ar + kd.weight * kd + vat_weight * vat, to be differentiated, and its terms: ``ar`` and
             ``kd`` in nats, means over the labels of the batch, ``vat``, the mean over its samples (those without image count
-            0); ``vat_layers`` (L,), detached, vat of every matched student layer. A batch without labels gives zeros.
+            0); ``vat_layers`` (L,), detached, vat of every matched student layer. A batch without labels gives zeros. Further
+            terms of `distill` are added with their weights, and stand under their names.
 
         Raises:
             ValueError: labels or input_ids are missing; only one of the two numbers is given; or the call goes around what
@@ -162,24 +163,28 @@ class Distillation(nn.Module):
         }
         self._has_run = True
         given: dict[str, Any] = {**(batch or {}), **{k: v for k, v in named.items() if v is not None}, **inputs}
-        num_items_in_batch = given.pop("num_items_in_batch", num_items_in_batch)
-        num_samples_in_batch = given.pop("num_samples_in_batch", num_samples_in_batch)
+        tokens = given.pop("num_items_in_batch", num_items_in_batch)
+        samples = given.pop("num_samples_in_batch", num_samples_in_batch)
         if getattr(self, "_is_replica", False):
             raise ValueError(
                 "torch.nn.DataParallel splits a batch between threads, which cannot share a teacher: start one process for "
                 "each GPU (torchrun, accelerate launch), or let this one see a single GPU (CUDA_VISIBLE_DEVICES=0)"
             )
+        return self.through(self.student, given, **self._counts(given, tokens, samples))
+
+    def _counts(self, batch: Mapping[str, Tensor], tokens: Any, samples: Any) -> dict[str, Any]:
+        """What losses are divided by: the numbers that are given, or a Trainer's; None for the batch's own."""
         processes: int = 1
         if torch.is_grad_enabled():
             self._route.check()
-            if num_items_in_batch is None and (found := items_of_trainer()) is not None:
-                num_items_in_batch, processes = found
-        if num_items_in_batch is not None and num_samples_in_batch is None and self.losses.vat is not None:
-            num_samples_in_batch = self._samples_of_window(given)
-        counts: list[Any] = [num_items_in_batch, num_samples_in_batch]
+            if tokens is None and (found := items_of_trainer()) is not None:
+                tokens, processes = found
+        if tokens is not None and samples is None and self.losses.counts_samples:
+            samples = self._samples_of_window(batch)
+        counts = {"tokens": tokens, "samples": samples}
         if processes > 1:  # whose gradients are averaged
-            counts = [None if n is None else n / processes for n in counts]
-        return self.through(self.student, given, tokens=counts[0], samples=counts[1])
+            counts = {name: None if n is None else n / processes for name, n in counts.items()}
+        return counts
 
     @torch.compiler.disable
     def through(
@@ -231,24 +236,27 @@ class Distillation(nn.Module):
             samples = sums.get("samples", torch.ones(()))
         tokens, samples = (torch.as_tensor(n, device=labels.device) for n in (tokens, samples))
         tokens, samples = (torch.where(n > 0, n, 1) for n in (tokens, samples))  # n of one process may be a fraction
-        result: dict[str, Tensor] = {name: sums[name] / tokens for name in ("ar", "kd") if name in sums}
-        result.update({name: sums[name] / samples for name in ("vat", "vat_layers") if name in sums})
-        terms = [result[name] * weight for name, weight in self.weights.items() if name in result]
+        counts = {"label": tokens, "sample": samples}
+        result: dict[str, Tensor] = {}
+        for term in self.losses.terms:
+            result |= {name: sums[name] / counts[term.per] for name in (term.name, *term.details)}
+        terms = [result[name] * weight for name, weight in self.weights.items()]
         return {"loss": torch.stack([*terms, sums["idle"]] if "idle" in sums else terms).sum()} | result
 
     @property
     def weights(self) -> dict[str, float]:
         """Of each term in the loss."""
-        return {"ar": 1.0, "kd": self.losses.kd.weight, "vat": self.vat_weight}
+        return {term.name: term.weight for term in self.losses.terms}
 
     @torch.compiler.disable
     def _samples_of_window(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Samples of the batches whose gradients a Trainer accumulates, over all processes, for its number of items."""
         window = window_of_trainer(batch)
         if window is None:
+            names = ", ".join(term.name for term in self.losses.terms if term.per == "sample")
             raise ValueError(
-                "num_samples_in_batch must be given beside num_items_in_batch: vat is a mean over the samples of the whole "
-                "batch (in transformers.Trainer it is found; cdistill.CompoDistillTrainer counts both)"
+                f"num_samples_in_batch must be given beside num_items_in_batch: {names} is a mean over the samples of the "
+                "whole batch (in transformers.Trainer it is found; cdistill.CompoDistillTrainer counts both)"
             )
         if self._window is None or self._window.batches is not window.batches:
             count = torch.stack([self.count(b)[1] for b in window.batches]).sum()
@@ -264,7 +272,9 @@ class Distillation(nn.Module):
             self.losses.teacher.shares_vision = looks_once()
 
     def _follow(self, device: torch.device) -> None:
-        """Bring the teacher to the batch: an accelerator moves the student alone."""
+        """Bring the teacher and what terms have of their own to the batch: an accelerator moves the student alone."""
+        for module in self.losses.modules_of_terms.values():
+            module.to(device)
         model: Any = self.losses.teacher and self.losses.teacher.model
         if model is None or model.device == device:
             return
@@ -280,6 +290,7 @@ def distill(
     vat: VATConfig | VAT | None = None,
     kd: KDConfig | None = None,
     vat_weight: float = 1.0,
+    terms: Sequence[Term | str] = (),
     train_vision: bool = False,
     visual_token_ids: int | Sequence[int] | None = None,
 ) -> Distillation:
@@ -299,18 +310,19 @@ def distill(
         vat: visual attention alignment (paper section 4.1), by default `VATConfig()`; a `VAT` for adaptive matching.
         kd: divergence over the vocabulary and its weight, by default `KDConfig()`; with weight 0 it is left out.
         vat_weight: weight of the alignment; with 0 it is left out.
+        terms: further terms of the loss: instances of `cdistill.Term`, or names given to `cdistill.register_term`.
         train_vision: leave the student's vision encoder as it is given, instead of freezing it.
         visual_token_ids: ids of both models' visual tokens, by default what the student's configuration names.
 
     Raises:
         ValueError: the models cannot be distilled: other visual tokens or vocabularies, attention that cannot be aligned,
             layers that cannot be matched, a head that is more than a linear layer, a peft method that does more than change
-            layers, a trained parameter that is the teacher's, too.
+            layers, a trained parameter that is the teacher's, too; or terms that are not complete, do not go together, or
+            have parameters to train, which no optimizer of the student's would.
     """
     for name, value in (("vat_weight", vat_weight), ("kd.weight", (kd or KDConfig()).weight)):
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be at least 0 and finite, got {value}")
-    kd = kd or KDConfig()
     given = student
     student, teacher = unwrapped(student, "student"), unwrapped(teacher, "teacher")
     check_pair(student, teacher)
@@ -318,20 +330,36 @@ def distill(
     encoder = [p for name, p in student.named_parameters() if part_of(name) == "vision"] if freezes else []
     common = common_parameters(student, teacher, frozen=encoder)
     looks_once = CommonEncoder(student, teacher)
-    used = {"ar": True, "kd": kd.weight > 0, "vat": vat_weight > 0}
-    aligned = vat if isinstance(vat, VAT) else None
-    if aligned is None and used["vat"]:
-        assert not isinstance(vat, VAT)
-        aligned = VAT(vat or VATConfig(), attention_layers(student), attention_layers(teacher))
-    model = DistillationModel(
-        student,
-        Objective(tuple(name for name, is_used in used.items() if is_used), ("language", "adapter")),
-        teacher=Teacher(teacher, shares_vision=looks_once()),
-        kd=kd,
-        vat=aligned if used["vat"] else None,
-        pads_right=False,
-        visual_tokens=(visual_token_ids,) if isinstance(visual_token_ids, int) else visual_token_ids,
-    )
+    if vat_weight and not isinstance(vat, VAT):
+        vat = VAT(vat or VATConfig(), attention_layers(student), attention_layers(teacher))
+    aligned = vat if vat_weight and isinstance(vat, VAT) else None
+    ids = (visual_token_ids,) if isinstance(visual_token_ids, int) else visual_token_ids
+    settings = Settings(kd or KDConfig(), aligned, vat_weight, None if ids is None else tuple(ids))
+    source = InMemory(Teacher(teacher, shares_vision=looks_once()))
+    model = DistillationModel(student, _terms(terms, settings), teacher=source, pads_right=False)
+    _refuse_trained(model)
     for parameter in encoder:
         parameter.requires_grad_(False)
-    return Distillation(model, given, vat_weight=vat_weight, common=common, looks_once=looks_once)
+    return Distillation(model, given, common=common, looks_once=looks_once)
+
+
+def _terms(further: Sequence[Term | str], settings: Settings) -> list[Term]:
+    """Those of distilled fine-tuning that have a weight, and the further ones."""
+    terms = [term for term in configured(OBJECTIVES["dft"].losses, settings) if term.weight > 0]
+    for term in (further,) if isinstance(further, str) else further:
+        if isinstance(term, str):
+            terms += configured((term,), settings)
+        elif isinstance(term, Term):
+            terms.append(term)
+        else:
+            raise ValueError(f"terms must hold instances of cdistill.Term or names of registered ones, got {term!r}")
+    return terms
+
+
+def _refuse_trained(model: DistillationModel) -> None:
+    for name, module in model.modules_of_terms.items():
+        if any(p.requires_grad for p in module.parameters()):
+            raise ValueError(
+                f"terms: {name} has parameters to train, which are not the student's, so that its optimizer would leave them "
+                "alone: freeze them, or train with a recipe, whose stages train them, too"
+            )

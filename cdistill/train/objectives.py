@@ -2,21 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from cdistill.choices import KDConfig
+from cdistill.train.terms import Settings, Term, check_terms, configured, term_named
+
+if TYPE_CHECKING:
+    from cdistill.vat import VAT
+
+PARTS = ("vision", "language", "adapter")
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Losses of a stage (patch, ar, ground, kd, vat) and the parts it trains (vision, language, adapter)."""
+    """Losses of a stage, by the names of their terms (`cdistill.train.terms`), and the parts it trains (`PARTS`).
+
+    Raises ValueError for a name that no term has, terms that cannot make one loss, and other parts.
+    """
 
     losses: tuple[str, ...]
     trained: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        if not self.losses:
+            raise ValueError("losses must name at least one term")
+        check_terms(self.kinds)
+        for part in self.trained:
+            if part not in PARTS:
+                raise ValueError(f"trained must be of {', '.join(PARTS)}, got {part!r}")
+
+    @property
+    def kinds(self) -> tuple[type[Term], ...]:
+        """Classes of the terms."""
+        return tuple(map(term_named, self.losses))
+
     @property
     def distils(self) -> bool:
         """Whether a loss needs the teacher."""
-        return "kd" in self.losses or "vat" in self.losses
+        return any(term.teacher for term in self.kinds)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Keys of a batch that only its terms read."""
+        return tuple(key for term in self.kinds for key in term.inputs)
+
+    @property
+    def trains_on_patches(self) -> bool:
+        """Whether its labels are those of image patches, so that no language model is run."""
+        return any(term.labels == "patches" for term in self.kinds)
+
+    @property
+    def has_builtin_labels(self) -> bool:
+        """Whether only the built-in task has what its terms read of a batch."""
+        return self.trains_on_patches or bool(self.inputs)
+
+    def terms(self, *, kd: KDConfig | None = None, vat: VAT | None = None, vat_weight: float = 1.0) -> tuple[Term, ...]:
+        """Its terms as a run configures them, without those that it leaves out (alignment without a ``vat``)."""
+        return configured(self.losses, Settings(kd or KDConfig(), vat, vat_weight))
 
 
 # `adapter` is the light map alone where the teacher's adapter is fetched (TAF), the whole adapter elsewhere.
@@ -29,6 +73,45 @@ OBJECTIVES = {
     "dft": Objective(("ar", "kd", "vat"), ("language", "adapter")),
     "sft": Objective(("ar",), ("language", "adapter")),
 }
+
+
+SHIPPED = frozenset(OBJECTIVES)
+
+
+def register_objective(name: str, losses: tuple[str, ...], trained: tuple[str, ...]) -> Objective:
+    """Let stages of recipes name an objective of one's own, as ``objective: NAME``.
+
+    Args:
+        losses: names of terms, of one's own too (`cdistill.register_term`).
+        trained: of language and adapter, the parts that take gradients.
+
+    Raises:
+        ValueError: the name is taken, the vision encoder would be trained, which stages share with the teacher, or as
+            `Objective`.
+    """
+    if name in OBJECTIVES:
+        raise ValueError(f"objective {name!r} is taken: choose another name")
+    try:
+        objective = Objective(tuple(losses), tuple(trained))
+    except ValueError as error:
+        raise ValueError(f"objective {name!r}: {error}") from None
+    if objective.trains_on_patches or "vision" in objective.trained:
+        raise ValueError(
+            f"objective {name!r}: only objective vision trains the vision encoder, and on patches: stages share it with the "
+            "teacher; leave vision and terms on patches out"
+        )
+    OBJECTIVES[name] = objective
+    return objective
+
+
+def require_shipped(names: Iterable[str], processes: int) -> None:
+    """Raise ValueError for an objective of one's own, which processes that are started for a recipe would not know."""
+    for name in names:
+        if name not in SHIPPED:
+            raise ValueError(
+                f"objective {name!r} is known in this process alone, and processes is {processes}: set it to 1, or start a "
+                "script that registers the objective and calls cdistill.train.run under torchrun"
+            )
 
 
 def set_trained(student: Any, objective: Objective) -> None:

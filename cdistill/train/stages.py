@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
-from cdistill.builtin.render import PATCH_CLASSES
 from cdistill.data import strict_yaml
 from cdistill.data.conversations import Encoder
 from cdistill.models.load import RECIPE, Model, load_model
@@ -35,11 +34,11 @@ from cdistill.train.build import (
     count_parameters,
 )
 from cdistill.train.cache import CachedCollator, CachedDataset, StageCache, fingerprint, stage_cache
-from cdistill.train.config import Recipe, TeacherMemory
+from cdistill.train.config import Recipe
 from cdistill.train.data import encoder_of, open_stage, unread
 from cdistill.train.lora import add_lora
 from cdistill.train.model import DistillationModel
-from cdistill.train.objectives import set_trained
+from cdistill.train.objectives import require_shipped, set_trained
 from cdistill.train.recipes import recipe_to_dict
 from cdistill.train.resolve import Run, Stage, resolve
 from cdistill.train.run_folder import (
@@ -53,12 +52,11 @@ from cdistill.train.run_folder import (
     stage_folders,
     tell_changes,
 )
-from cdistill.train.teacher import Teacher, hold_teacher
+from cdistill.train.teacher_source import Cached, hold_teacher
 from cdistill.train.trainer import DistillTrainer, RunLog, training_arguments
 from cdistill.vat import attention_layers
 
 METRICS_BYTES = 1_000_000
-LOSS_NAMES = {"patch": "patch cross-entropy", "ar": "AR", "ground": "grounding", "kd": "KD", "vat": "VAT"}
 
 
 class _Data(NamedTuple):
@@ -67,7 +65,6 @@ class _Data(NamedTuple):
     dataset: Any
     collator: Any
     encoder: Encoder | None  # None where the built-in task makes the tokens itself
-    vocabulary: int | None = None  # tokens of the teacher, where a cache stands in for it
 
 
 def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Path:
@@ -83,6 +80,8 @@ def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCall
             raise ValueError(
                 "callbacks need recipe.processes 1: the stages of this recipe run in processes of their own"
             )
+        if recipe.processes > 1:
+            require_shipped((recipe.stage[name].objective for name in recipe.stages), recipe.processes)
         with launch.quiet():
             models: Models | None = _prepare(recipe, output, resume, at_end)
         if recipe.processes > 1:
@@ -253,9 +252,7 @@ def _distillation(
     """The losses of the stage, with the teacher held as the recipe wants it, or what a cache has kept of it."""
     memory, student = run.recipe.teacher_memory, models.student
     teacher = vat = None
-    if not stage.objective.distils:
-        _move(models.held, memory, "cpu")  # from the GPU, where an earlier stage has left it
-    else:
+    if stage.objective.distils:
         assert models.teacher is not None
         layers = attention_layers(student), attention_layers(models.teacher)
         if memory.cache is None:
@@ -263,31 +260,18 @@ def _distillation(
                 memory, models.teacher, student, run.precision, arguments.device, shares_vision=models.shares_vision
             )
             teacher = models.held
-            _move(teacher, memory, arguments.device)
+            teacher.move(arguments.device)
         if stage.aligns:
             batches = DataLoader(data.dataset, stage.micro_batch_size, collate_fn=data.collator)
             vat = make_vat(run.recipe.vat, layers, student.to(arguments.device), teacher, batches)
         if memory.cache is not None:
             kept = StageCache(stage_cache(stage), fingerprint(stage, models, vat))
-            data = _Data(
-                CachedDataset(data.dataset, kept), CachedCollator(data.collator), data.encoder, kept.vocabulary
-            )
-    model = DistillationModel(
-        student,
-        stage.objective,
-        teacher=teacher,
-        kd=run.recipe.kd,
-        vat=vat,
-        vocabulary=data.vocabulary,
-        patch_classes=PATCH_CLASSES,
-    )
-    return model, data
-
-
-def _move(teacher: Any, memory: TeacherMemory, device: torch.device | str) -> None:
-    """Move a whole teacher; an engine's parts and quantised layers stay where they are."""
-    if isinstance(teacher, Teacher) and memory.quantization is None:
-        teacher.to(device)
+            teacher = Cached(kept.vocabulary)
+            data = _Data(CachedDataset(data.dataset, kept), CachedCollator(data.collator), data.encoder)
+    elif models.held is not None:
+        models.held.move("cpu")  # from the GPU, where an earlier stage has left it
+    terms = stage.objective.terms(kd=run.recipe.kd, vat=vat, vat_weight=run.recipe.vat.weight)
+    return DistillationModel(student, terms, teacher=teacher), data
 
 
 def _trainer(
@@ -312,7 +296,6 @@ def _trainer(
         model,
         arguments,
         config,
-        vat_weight=recipe.vat.weight,
         lora=stage.lora,
         finite=FiniteSteps(recipe.max_nonfinite_steps, stage.label),
         bad=BadSamples(recipe.max_bad_samples, run.output, stage.label),
@@ -327,7 +310,7 @@ def _announce(
     stage: Stage, models: Models, model: DistillationModel, data: _Data, counted: tuple[int, int], start: int
 ) -> None:
     """Print what the stage trains, and what its samples and template leave out."""
-    losses = " + ".join(LOSS_NAMES[n] for n in stage.objective.losses if n != "vat" or model.vat is not None)
+    losses = " + ".join(term.title for term in model.terms)
     trained, total = counted
     print(
         f"{stage.label}: {losses} on {stage.samples:,} samples ({stage.config.steps:,} steps of "

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from cdistill.models.llava import SharedVision, teacher_embeddings
-from cdistill.models.load import DTYPES, Model
+from cdistill.models.load import Model
 from cdistill.models.parts import VISUAL_MODULES, head_of, language_model
 from cdistill.models.taf import TAFAdapter
 from cdistill.runtime.zero import is_partitioned, teacher_config
 from cdistill.train.blank import looking
-from cdistill.train.config import TeacherMemory
 from cdistill.vat.hook import KEYWORD
 
 # Inputs of a batch that show a model no image or video.
@@ -137,14 +136,3 @@ def quantized(kind: str, dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=whole
     )
-
-
-def hold_teacher(
-    memory: TeacherMemory, model: Model, student: Model, precision: str, device: torch.device, *, shares_vision: bool
-) -> Any:
-    """The teacher as a recipe wants it held, without what the student has, too: a `Teacher`, or an engine around one."""
-    teacher = Teacher(model, shares_vision=shares_vision)
-    teacher.leave_to(student)
-    if memory.zero == 3:
-        return partitioned(teacher.to(dtype=DTYPES[precision]), precision=precision, offload=memory.offload)
-    return teacher.to(device) if memory.quantization else teacher.to(device, DTYPES[precision])

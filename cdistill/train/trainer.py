@@ -24,11 +24,10 @@ from cdistill.train.config import LoRAConfig, StageConfig
 from cdistill.train.lora import merged_state
 from cdistill.train.model import DistillationModel
 from cdistill.train.run_folder import METRICS
+from cdistill.train.terms import TERMS
 
 WEIGHTS = "model.pt"
 PROGRESS = "progress_{}.pt"  # of one process: sums of losses not yet logged, and counters
-LOSSES = ("patch", "ar", "ground", "kd", "vat", "vat_layers")
-PER_SAMPLE = ("ground", "vat", "vat_layers")  # the others are means over labels
 
 
 class DistillTrainer(Trainer):
@@ -45,7 +44,6 @@ class DistillTrainer(Trainer):
         args: TrainingArguments,
         stage: StageConfig,
         *,
-        vat_weight: float,
         lora: LoRAConfig | None = None,
         finite: FiniteSteps,
         bad: BadSamples,
@@ -58,7 +56,7 @@ class DistillTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.stage, self.distillation, self.lora = stage, model, lora
-        self.weights = {"patch": 1.0, "ar": 1.0, "ground": 1.0, "kd": model.kd.weight, "vat": vat_weight, "idle": 1.0}
+        self.weights = {term.name: term.weight for term in model.terms} | {"idle": 1.0}
         # Both say that compute_loss has already divided by the whole global batch (the second since transformers 5.20).
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -119,13 +117,14 @@ class DistillTrainer(Trainer):
         """Weighted sum of the stage's losses; gradients are averaged over processes later, hence the factor."""
         assert num_items_in_batch is not None
         losses = model(**inputs)
-        world = self.args.world_size
-        total: Tensor | None = None
+        world, total = self.args.world_size, None
+        counts: dict[str, Any] = {"label": num_items_in_batch, "sample": self.stage.global_batch_size}
+        per = {name: term.per for term in self.distillation.terms for name in (term.name, *term.details)}
         for name, value in losses.items():
-            mean = value * (world / (self.stage.global_batch_size if name in PER_SAMPLE else num_items_in_batch))
+            mean: Tensor = value * (world / counts[per.get(name, "label")])
             if name in self.weights:
                 total = mean * self.weights[name] if total is None else total + mean * self.weights[name]
-            if name in LOSSES:
+            if name in per:
                 self.finite.add(name, mean)
         assert total is not None
         self.finite.add("loss", total)
@@ -293,7 +292,7 @@ class RunLog(TrainerCallback):
         label: folder name of the stage, such as ``2-dft``.
         stage: name of its section.
         per_step: samples of a global batch.
-        layers: whether to log the alignment loss of every layer.
+        layers: whether to log the details of terms, such as the alignment loss of every layer.
     """
 
     def __init__(self, output: Path, label: str, stage: str, *, per_step: int, steps: int, layers: bool) -> None:
@@ -356,10 +355,11 @@ class RunLog(TrainerCallback):
             "samples": step * self.per_step,
             "loss": logs["loss"],
         }
-        entry |= {name: logs.get(name) for name in ("ar", "kd", "vat")}
-        entry |= {"ground": logs["ground"]} if "ground" in logs else {}
-        if self.layers and "vat_layers" in logs:
-            entry["vat_layers"] = logs["vat_layers"]
+        terms = TERMS.values()
+        entry |= {term.name: logs.get(term.name) for term in terms if term.is_column}
+        others = [term.name for term in terms if term.is_logged and not term.is_column]
+        details = [name for term in terms for name in term.details] if self.layers else []
+        entry |= {name: logs[name] for name in (*others, *details) if name in logs}
         entry |= {"skipped": logs["skipped"], "learning_rate": logs["learning_rate"]}
         entry |= {"samples_per_s": rate, "elapsed_s": now - self._start}
         self._metrics.write(json.dumps(entry) + "\n")
@@ -367,11 +367,10 @@ class RunLog(TrainerCallback):
         for name, value in entry.items():
             if isinstance(value, float):
                 self._board.add_scalar(name, value, step)
-        for i, value in enumerate(entry.get("vat_layers", ())):
-            self._board.add_scalar(f"vat_layers/{i}", value, step)
-        shown = {
-            name: f"{entry[name]:.4f}" for name in ("loss", "ar", "ground", "kd", "vat") if entry.get(name) is not None
-        }
+        for name in details:
+            for i, value in enumerate(entry.get(name) or ()):
+                self._board.add_scalar(f"{name}/{i}", value, step)
+        shown = {name: f"{entry[name]:.4f}" for name in ("loss", *TERMS) if entry.get(name) is not None}
         self._bar.set_postfix(shown, refresh=False)
         self.last = entry
 

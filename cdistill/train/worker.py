@@ -22,7 +22,7 @@ def main() -> int:
 
             run_stages(read_recipe(path), resume=True)
         else:
-            from cdistill.train.cache import write_cache
+            from cdistill.train.cache_writer import write_cache
             from cdistill.train.recipes import load_recipe
 
             write_cache(load_recipe(path))

@@ -1,0 +1,175 @@
+"""Bytes of what a step makes on its way: images, attention that is compared, hidden states, logits."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from cdistill.models.llava import image_size
+from cdistill.models.parts import head_of, language_model
+from cdistill.models.taf import TAFAdapter, feature_width
+from cdistill.ops._vocabulary import ROW_UNIT, chunk_rows
+from cdistill.plan.blueprint import Blueprint, is_llava
+from cdistill.plan.footprint import (
+    Footprint,
+    alignment_recorder,
+    decoder_footprint,
+    encoder_footprint,
+    logits_footprint,
+)
+from cdistill.plan.setting import Bytes, Setting, item_size
+from cdistill.train.config import Recipe
+from cdistill.train.terms import Memory
+
+
+def images(student: Blueprint, s: Setting) -> Bytes:
+    """The shared pass over a batch's images: its peak, and the features and tokens that stay for both models."""
+    if not s.visual or not is_llava(student.model):
+        return {"peak": 0, "kept": 0}
+    config, adapter = student.model.config, student.model.model.multi_modal_projector
+    count = s.batch * math.ceil(s.visual / config.image_seq_length)
+    encoder = _encoder(student, count, s.student, s.autocast)
+    fetched = config.teacher_hidden_size if isinstance(adapter, TAFAdapter) else 0
+    tokens = count * config.image_seq_length
+    size = math.prod(image_size(config.vision_config)) * config.vision_config.num_channels * 4
+    kept = count * size + tokens * (feature_width(config) * item_size(s.student) + fetched * item_size(s.half))
+    return {"peak": count * size + encoder.forward, "kept": kept}
+
+
+def attention_slice(recipe: Recipe, student: Blueprint, rows: int, s: Setting) -> int:
+    """Bytes of one layer's slice of attention, fp32, (B, R, V) or (B, Hq, R, V)."""
+    heads = student.model.config.get_text_config().num_attention_heads if recipe.vat.heads == "each" else 1
+    return 4 * s.batch * heads * rows * (s.visual or s.length)
+
+
+def targets(recipe: Recipe, terms: Memory, student: Blueprint, s: Setting) -> int:
+    """The teacher's window means, one slice per aligned student layer; a single one for grounded words."""
+    return terms.targets * attention_slice(recipe, student, terms.rows, s)
+
+
+def teacher_hidden(recipe: Recipe, teacher: Blueprint | None, s: Setting) -> int:
+    """What the losses over the vocabulary need of the teacher: hidden states of labelled tokens, or stored top-k."""
+    if teacher is None:
+        return s.labelled * recipe.teacher_memory.top_k * (4 + 8)
+    return s.labelled * teacher.model.config.get_text_config().hidden_size * item_size(s.half)
+
+
+def teacher_pass(recipe: Recipe, terms: Memory, teacher: Blueprint, s: Setting) -> int:
+    """Embeddings, one layer's working memory, hidden states, and a slice on its way into the targets."""
+    width = teacher.model.config.get_text_config().hidden_size
+    layer = _decoder(teacher, 1, s.batch, s.length, s.half, None, None)
+    return (
+        2 * s.batch * s.length * width * item_size(s.half)
+        + layer.forward
+        + attention_slice(recipe, teacher, terms.rows, s)
+    )
+
+
+def activations(recipe: Recipe, terms: Memory, student: Blueprint, s: Setting) -> Bytes:
+    """What the student holds from its embeddings to its last hidden states, by phase.
+
+    The layers are alike: of two footprints of one and two of them the difference is what each further one keeps.
+    """
+    common = (s.batch, s.length, s.student, s.autocast)
+    one, two = _decoder(student, 1, *common, None), _decoder(student, 2, *common, None)
+    layers, aligned, rows = len(language_model(student.model).layers), terms.layers, terms.rows
+    compared, slices = one, 0
+    if aligned:
+        options = (recipe.vat.loss, recipe.vat.reduction, recipe.vat.sink_filter, recipe.vat.heads)
+        compared = _decoder(student, 1, *common, (options, rows, s.visual or s.length))
+        slices = attention_slice(recipe, student, rows, s)
+    width = student.model.config.get_text_config().hidden_size
+    item = item_size(s.student)
+    embeds = s.batch * s.length * width * item + _adapter(student, s)
+
+    def after(which: str, count: int) -> int:
+        first, second, with_slice = (getattr(x, which) for x in (one, two, compared))
+        return embeds + first + (count - 1) * (second - first) + aligned * (with_slice - first)
+
+    working = max(one.backward - one.kept, compared.backward - compared.kept + slices)
+    incoming = 2 * s.batch * s.length * width * item  # gradients of the hidden states, before rows were picked
+    rows_picked = s.labelled * width * item
+    first = embeds + (one.kept if aligned < layers else compared.kept)
+    return {
+        "forward": after("cached", layers) + max(one.forward - one.cached, compared.forward - compared.cached + slices),
+        "cached": after("cached", layers) + rows_picked,
+        "kept": after("kept", layers) + rows_picked,
+        "begin": after("kept", layers) + working + incoming,
+        "end": first + working,
+        "embeddings": embeds + incoming,
+        "images": images(student, s)["kept"],
+    }
+
+
+def _adapter(student: Blueprint, s: Setting) -> int:
+    """What a trained adapter keeps for its backward pass, and the merged embeddings."""
+    width = student.model.config.get_text_config().hidden_size
+    return s.batch * s.visual * width * item_size(s.half) * 2
+
+
+def vocabulary(recipe: Recipe, terms: Memory, student: Blueprint, teacher: Blueprint | None, s: Setting) -> Footprint:
+    """Losses over the vocabulary.
+
+    Distillation holds the logits of a chunk, both models', and the fp32 gradient of a trained head; plain cross-entropy holds
+    whole logits.
+    """
+    head = head_of(student.model)
+    if terms.logits == "none":
+        return Footprint(0, 0, 0, 0)
+    if terms.logits == "whole":
+        return _whole_logits(head, s.labelled, s.student, s.student, s.autocast)
+    elements, trained = head.weight.numel(), head.weight.requires_grad
+    copied = elements * item_size(s.half) if s.half != s.student else 0
+    gradient = 4 * elements if trained else 0
+    hidden = s.labelled * head.in_features * (2 if s.half == torch.bfloat16 else 4)
+    vocabulary = head.out_features
+    if teacher is not None:
+        vocabulary = min(vocabulary, head_of(teacher.model).out_features)
+    buffers = 1 if teacher is None else 2
+    width = torch.float32 if s.half == torch.float16 and s.device == "cpu" else s.half
+    row = buffers * math.ceil(vocabulary / ROW_UNIT) * ROW_UNIT * item_size(width)
+    rows = chunk_rows(s.labelled, row, on_cuda=s.device == "cuda", head_gradient=elements if trained else 0)
+    kept = copied + gradient + hidden
+    finished = gradient + (elements * item_size(s.half) if trained and s.half != torch.float32 else 0)
+    return Footprint(kept + min(rows, s.labelled) * row, kept, kept, copied + hidden + finished)
+
+
+@lru_cache(maxsize=256)
+def _decoder(
+    blueprint: Blueprint,
+    layers: int,
+    batch: int,
+    length: int,
+    dtype: torch.dtype,
+    autocast: torch.dtype | None,
+    alignment: tuple[Any, int, int] | None,
+) -> Footprint:
+    recorder = None
+    if alignment is not None:
+        (loss, reduction, sink_filter, heads), rows, cols = alignment
+        count = blueprint.model.config.get_text_config().num_attention_heads if heads == "each" else 0
+        options = {"loss": loss, "reduction": reduction, "sink_filter": sink_filter, "heads": heads}
+
+        def recorder() -> Any:
+            return alignment_recorder(options, batch, rows, cols, count)
+
+    trains = blueprint.trained > 0
+    return decoder_footprint(
+        blueprint.model, layers, (batch, length), dtype=dtype, autocast=autocast, trained=trains, recorder=recorder
+    )
+
+
+@lru_cache(maxsize=64)
+def _encoder(student: Blueprint, images: int, dtype: torch.dtype, autocast: torch.dtype | None) -> Footprint:
+    return encoder_footprint(student.model, images, dtype=dtype, autocast=autocast)
+
+
+@lru_cache(maxsize=64)
+def _whole_logits(
+    head: nn.Linear, rows: int, dtype: torch.dtype, hidden: torch.dtype, autocast: torch.dtype | None
+) -> Footprint:
+    return logits_footprint(head, rows, dtype=dtype, hidden_dtype=hidden, autocast=autocast)

@@ -1,0 +1,99 @@
+"""The phases of a step, each a table of components in bytes.
+
+What layers hold is read off them (`cdistill.plan.footprint`); everything else is arithmetic, one function per component
+(`cdistill.plan.weights`, `cdistill.plan.activations`).
+"""
+
+from __future__ import annotations
+
+from cdistill.plan import activations, weights
+from cdistill.plan.blueprint import Blueprint, teacher_of
+from cdistill.plan.footprint import patch_footprint
+from cdistill.plan.setting import Bytes, Setting, memory_of_terms
+from cdistill.train.config import Recipe
+from cdistill.train.objectives import OBJECTIVES
+from cdistill.train.terms import Memory
+
+OVERHEAD = 10**9  # CUDA's context, kernels, workspaces of libraries and NCCL's buffers: assumed, not measured
+
+
+def phases_of(recipe: Recipe, index: int, student: Blueprint, s: Setting) -> dict[str, Bytes]:
+    """The phases of a step of the stage at a place in the recipe's list."""
+    objective = OBJECTIVES[recipe.stage[recipe.stages[index]].objective]
+    teacher = teacher_of(recipe)
+    resident = _resident(recipe, index, student, teacher, s)
+    if not objective.distils or recipe.teacher_memory.cache is not None:
+        teacher = None
+    gradients, terms = weights.gradients(student, s), memory_of_terms(recipe, objective, student.model, s)
+    if terms.classes:
+        return _on_patches(resident, gradients, terms, student, s)
+    images = activations.images(student, s)
+    targets = activations.targets(recipe, terms, student, s)
+    acts = activations.activations(recipe, terms, student, s)
+    logits = activations.vocabulary(recipe, terms, student, teacher, s)
+    gathered = {"pass": 0, "losses": 0} if teacher is None else weights.gathered_weights(recipe, teacher, s)
+    waiting = resident | {"gradients": gradients["between"]}
+    inputs = {"images": images["kept"], "targets": targets}
+    phases = {"images": waiting | {"images": images["peak"]}}
+    if teacher is not None:
+        taken = activations.teacher_pass(recipe, terms, teacher, s) + gathered["pass"]
+        phases["teacher"] = waiting | inputs | {"teacher's pass": taken}
+    if objective.distils:
+        inputs["images"] += activations.teacher_hidden(recipe, teacher, s)
+    forward = waiting | inputs
+    phases["forward"] = forward | {"activations": acts["forward"]}
+    held = {"activations": acts["cached"], "logits": logits.forward + gathered["losses"], "terms": terms.kept}
+    phases["losses"] = forward | held
+    after = resident | {"images": acts["images"], "targets": targets}
+    phases["backward of the losses"] = after | {
+        "gradients": gradients["between"],
+        "activations": acts["kept"],
+        "logits": logits.backward,
+        "terms": terms.kept,
+    }
+    if s.zero != "off":
+        phases["gradient of the head"] = after | {
+            "gradients": gradients["begin"],
+            "activations": acts["kept"],
+            "logits": weights.first_gradient(terms, student, s),
+        }
+    phases |= _backward(after, gradients, acts, student, s)
+    phases["optimizer step"] = resident | {"gradients": gradients["step"]}
+    return phases
+
+
+def _resident(recipe: Recipe, index: int, student: Blueprint, teacher: Blueprint | None, s: Setting) -> Bytes:
+    """What is there in every phase."""
+    resident = {
+        "CUDA and NCCL": 0 if s.device == "cpu" else OVERHEAD,
+        "student weights": weights.student_weights(student, s),
+        "optimizer": weights.optimizer_states(student, s),
+    }
+    stages = [OBJECTIVES[recipe.stage[other].objective].distils for other in recipe.stages]
+    begun = s.device == "cpu" or any(stages[: index + 1])  # in CPU memory until a stage distils
+    if teacher is not None and begun and any(stages[index:]):
+        resident["teacher weights"] = weights.teacher_weights(recipe, student, teacher, s)
+    return resident
+
+
+def _on_patches(resident: Bytes, gradients: Bytes, terms: Memory, student: Blueprint, s: Setting) -> dict[str, Bytes]:
+    """The phases of a step that trains the vision encoder alone."""
+    patches = patch_footprint(student.model, s.batch, terms.classes, dtype=s.student, autocast=s.autocast)
+    return {
+        "forward": resident | {"gradients": gradients["between"], "activations": patches.cached},
+        "backward": resident | {"gradients": gradients["begin"], "activations": patches.backward},
+        "optimizer step": resident | {"gradients": gradients["step"]},
+    }
+
+
+def _backward(after: Bytes, gradients: Bytes, acts: Bytes, student: Blueprint, s: Setting) -> dict[str, Bytes]:
+    """The backward pass of the layers, from its begin to the embeddings."""
+    begin = gradients["begin"] + weights.head_gradient(student, s)
+    last = weights.embedding_gradients(student, s)
+    end = gradients["end"] - last["missing"] - weights.layer_gradients(student, s)
+    return {
+        "backward begins": after | {"gradients": max(gradients["between"], begin), "activations": acts["begin"]},
+        "backward ends": after | {"gradients": max(gradients["between"], end), "activations": acts["end"]},
+        "backward of the embeddings": after
+        | {"gradients": gradients["end"] + last["extra"], "activations": acts["embeddings"]},
+    }

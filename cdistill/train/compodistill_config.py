@@ -1,0 +1,106 @@
+"""The arguments of `cdistill.CompoDistillTrainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any
+
+from transformers import TrainingArguments
+
+from cdistill.choices import KDConfig, VATConfig
+
+COMPILED = (
+    "torch_compile must be False: a compiled model hides the attention that is aligned; compile the student's layers before "
+    "(for layer in student.model.language_model.layers: layer.compile())"
+)
+
+
+@dataclass
+class CompoDistillConfig(TrainingArguments):
+    """transformers' `TrainingArguments` and what CompoDistill adds (SPEC section 4: L_ar + L_kd + L_vat).
+
+    Attributes:
+        vat: fields of `cdistill.vat.VATConfig` that are not at their defaults.
+        kd: fields of the divergence over the vocabulary: divergence, temperature, beta, weight.
+        vat_weight: weight of the alignment; 0 leaves it out, as ``kd={"weight": 0}`` does with the divergence.
+        train_vision: train the student's vision encoder, too.
+        template: for rows that the trainer encodes: how a conversation becomes text (`cdistill.data.templates.Template`).
+        max_length: their tokens at most, visual ones included; a longer sample is cut, never within an image.
+        model_init_kwargs, teacher_model_init_kwargs: for ``from_pretrained``, of models given by name.
+
+    Columns that the models do not know stay in the rows (``remove_unused_columns``), and gradient checkpointing is
+    non-reentrant, unless said otherwise.
+
+    Raises:
+        ValueError: a field of ``vat`` or ``kd`` that there is not, or that has another value than it may; reentrant gradient
+            checkpointing, which loses the gradient of the alignment; label smoothing; ``torch_compile``, which hides the
+            attention that is aligned; batches that one process dispatches, which splits images from their samples.
+    """
+
+    _VALID_DICT_FIELDS = [  # noqa: RUF012 (as in TrainingArguments)
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "vat",
+        "kd",
+        "model_init_kwargs",
+        "teacher_model_init_kwargs",
+    ]
+
+    remove_unused_columns: bool = False
+    vat: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Fields of the visual attention alignment, such as {'layers': 'all'}."}
+    )
+    kd: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Fields of the divergence over the vocabulary, such as {'weight': 0.5}."}
+    )
+    vat_weight: float = field(default=1.0, metadata={"help": "Weight of the visual attention alignment."})
+    train_vision: bool = field(default=False, metadata={"help": "Train the student's vision encoder, too."})
+    template: str = field(default="auto", metadata={"help": "How a conversation becomes text."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens of a sample at most."})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keywords of from_pretrained for a student given by name."}
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keywords of from_pretrained for a teacher given by name."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("vat", "kd"):
+            value: Any = getattr(self, name)
+            if is_dataclass(value) and not isinstance(value, type):
+                setattr(self, name, asdict(value))
+        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
+            raise ValueError(COMPILED)  # before it is left to accelerate
+        super().__post_init__()
+        made(VATConfig, "vat", self.vat)
+        made(KDConfig, "kd", self.kd)
+        if not 0 <= self.vat_weight < float("inf"):
+            raise ValueError(f"vat_weight must be at least 0 and finite, got {self.vat_weight}")
+        given: Any = self.gradient_checkpointing_kwargs
+        reentrant = isinstance(given, Mapping) and given.get("use_reentrant")
+        if reentrant and self.vat_weight:
+            raise ValueError(
+                "gradient_checkpointing_kwargs: use_reentrant loses the gradient of the alignment: set it to False, or "
+                "vat_weight to 0"
+            )
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor must be 0: the losses are taken without logits")
+        batches: Any = self.accelerator_config
+        if batches.dispatch_batches:
+            raise ValueError(
+                "accelerator_config: dispatch_batches must be False: it splits pixel_values, which hold images or patches in "
+                "turn, as if they held samples"
+            )
+        batches.dispatch_batches = False  # by default a stream's batches are
+
+
+def made(kind: Callable[..., Any], name: str, values: Any) -> Any:
+    """A frozen configuration of a field's values. Raises ValueError naming the field."""
+    if values is not None and not isinstance(values, Mapping):
+        raise ValueError(f"{name} must be a mapping of its fields, got {values!r}")
+    try:
+        return kind(**(values or {}))
+    except TypeError as error:
+        raise ValueError(f"{name}: {str(error).partition(') ')[2] or error}") from None
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(name) else f"{name}.{error}") from None

@@ -1,0 +1,61 @@
+"""Batches of rows as `cdistill.CompoDistillTrainer` finds them in data sets: conversations, and images of any form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from cdistill.data.batches import PaddingCollator
+from cdistill.data.conversations import Encoder
+from cdistill.data.images import find_image, open_image
+from cdistill.data.records import read_record
+from cdistill.data.samples import ImageBytes
+
+
+class ConversationCollator:
+    """Batches of rows with ``messages`` or ``conversations`` (or ``prompt`` and ``completion``) and ``image`` or ``images``.
+
+    Images are those of PIL, encoded bytes, or paths. Labels are -100 outside the answers.
+
+    Args:
+        processor: of the student, or a tokenizer for text alone.
+        template, max_length: as in `CompoDistillConfig`.
+    """
+
+    def __init__(self, processor: Any, template: str = "auto", max_length: int | None = None) -> None:
+        self.encoder = Encoder(processor, template, max_length)
+        self.collate = PaddingCollator(self.encoder.pad_token_id)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        encoded = []
+        for number, given in enumerate(rows):
+            row = {name: value for name, value in given.items() if value is not None}
+            if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
+                row["messages"] = [*row.pop("prompt"), *row.pop("completion")]
+            sample = read_record(row, _Found, id=str(number), place=f"row {number} of a batch")  # type: ignore[arg-type]
+            images: Any = sample.images
+            encoded.append(self.encoder(sample.messages, [_opened(image.value) for image in images]))
+        return self.collate(encoded)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    value: Any
+
+
+def _opened(value: Any) -> Image.Image:
+    if isinstance(value, Mapping):
+        value = value["path"] if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, bytes):
+        return open_image(ImageBytes("an image of the batch", value))
+    if isinstance(value, str | Path) and "://" not in str(value):
+        path = Path(value).absolute()
+        return open_image(find_image(path.parent, path.name, allow_urls=False))
+    return open_image(find_image(Path(), value, allow_urls=False))

@@ -1,0 +1,144 @@
+"""Where the teacher's signal comes from: one class for each way in which a teacher is there, or has been."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from cdistill.models.llava import SharedVision
+from cdistill.models.load import DTYPES, Model
+from cdistill.models.pair import shares_encoder
+from cdistill.runtime.zero import is_partitioned
+from cdistill.train.config import TeacherMemory
+from cdistill.train.step import Signal, Step
+from cdistill.train.teacher import Teacher, partitioned
+from cdistill.train.terms import Term
+from cdistill.vat import Recorder
+
+
+class TeacherSource:
+    """What `DistillationModel` asks for the teacher's signal.
+
+    Attributes:
+        title: what messages call it.
+        gives: of `cdistill.train.terms.base.SIGNALS`, those it has.
+        inputs: keys of a batch that it reads, and that are no input of a model.
+        teacher: the module that is run, None where none is here.
+    """
+
+    title: ClassVar[str] = "the teacher"
+    gives: ClassVar[tuple[str, ...]] = ("predictions", "hidden", "attention")
+    inputs: ClassVar[tuple[str, ...]] = ()
+    teacher: Teacher | None = None
+
+    @property
+    def shares_vision(self) -> bool:
+        """Whether the teacher sees images by the student's vision encoder."""
+        return self.teacher is None or self.teacher.shares_vision
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether all processes have to run it together."""
+        return self.teacher is not None and is_partitioned(self.teacher)
+
+    @classmethod
+    def check(cls, terms: Iterable[Term | type[Term]]) -> None:
+        """Raise ValueError for a term that needs what it does not give."""
+        for term in terms:
+            for what in term.teacher:
+                if what not in cls.gives:
+                    lacks = f"which {cls.title} does not have: leave one of them out"
+                    raise ValueError(f"term {term.name!r} needs the teacher's {what!r}, {lacks}")
+
+    def ask(
+        self, step: Step, recorder: Recorder | None, shared: SharedVision | None, inputs: Mapping[str, Any]
+    ) -> Signal:
+        """The signal for a batch, whose attention the recorder sees; ``inputs`` are the models'."""
+        raise NotImplementedError
+
+    def move(self, device: torch.device | str) -> None:
+        """Bring it to a device, if it can be moved."""
+
+
+class InMemory(TeacherSource):
+    """A whole teacher on every process."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher: Teacher = teacher
+        self._run: Any = teacher
+
+    def ask(
+        self, step: Step, recorder: Recorder | None, shared: SharedVision | None, inputs: Mapping[str, Any]
+    ) -> Signal:
+        """By a pass of the teacher, without gradient."""
+        hidden = self._run(step.places, recorder, shared, **inputs)
+        attention: Any = recorder
+        return Signal(hidden, self.teacher.head, attention=attention)
+
+    def move(self, device: torch.device | str) -> None:
+        """Parameters and buffers."""
+        self.teacher.to(device)
+
+
+class Partitioned(InMemory):
+    """A teacher under a ZeRO-3 engine of its own; its parts stay where they are."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine.module)
+        self._run = engine
+
+    def move(self, device: torch.device | str) -> None:
+        """Nothing."""
+
+
+class Quantised(InMemory):
+    """A teacher with layers of 8 or 4 bits, which stay on the device they were quantised on."""
+
+    def move(self, device: torch.device | str) -> None:
+        """Nothing."""
+
+
+class Cached(TeacherSource):
+    """What a teacher gave earlier, in the batch.
+
+    ``teacher_values`` and ``teacher_indices`` (N, K) are its largest log-probabilities, of ``vocabulary`` tokens, and
+    ``teacher_targets`` is (L, B, [Hq,] R, V).
+    """
+
+    title = "a cache (teacher_memory.cache)"
+    gives = ("predictions", "attention")
+    inputs = ("teacher_values", "teacher_indices", "teacher_targets")
+
+    def __init__(self, vocabulary: int | None = None) -> None:
+        self.vocabulary = vocabulary
+
+    def ask(
+        self, step: Step, recorder: Recorder | None, shared: SharedVision | None, inputs: Mapping[str, Any]
+    ) -> Signal:
+        """Out of the batch."""
+        values, indices, targets = (step.batch.get(name) for name in self.inputs)
+        topk = None if values is None or indices is None else (values, indices)
+        return Signal(topk=topk, vocabulary=self.vocabulary, attention=targets)
+
+
+def source_of(teacher: Model | TeacherSource, student: Model) -> TeacherSource:
+    """The source around a plain model."""
+    if isinstance(teacher, TeacherSource):
+        return teacher
+    return InMemory(Teacher(teacher, shares_vision=shares_encoder(student, teacher)))
+
+
+def hold_teacher(
+    memory: TeacherMemory, model: Model, student: Model, precision: str, device: torch.device, *, shares_vision: bool
+) -> TeacherSource:
+    """The teacher as a recipe wants it held, without what the student has, too."""
+    teacher = Teacher(model, shares_vision=shares_vision)
+    teacher.leave_to(student)
+    if memory.zero == 3:
+        whole = teacher.to(dtype=DTYPES[precision])
+        return Partitioned(partitioned(whole, precision=precision, offload=memory.offload))
+    if memory.quantization:
+        return Quantised(teacher.to(device))
+    return InMemory(teacher.to(device, DTYPES[precision]))

@@ -1,0 +1,95 @@
+"""VAT: alignment of the student's visual attention with the teacher's (paper section 4.1)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cdistill.train.terms.base import Memory, Settings, Sizes, Term
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from cdistill.models.load import Model
+    from cdistill.train.step import Step
+    from cdistill.vat import VAT, StudentAlignment, TeacherTargets
+    from cdistill.vat.recorders import AnyRegions
+
+
+class Alignment(Term):
+    """Distance between slices of attention, mean (``vat.layer_sum``: sum) over the matched layers."""
+
+    name = "vat"
+    title = "VAT"
+    heading = "VAT: attention"
+    per = "sample"
+    teacher = ("attention",)
+    attention = True
+    details = ("vat_layers",)
+    is_column = True
+
+    def __init__(self, vat: VAT, weight: float = 1.0, visual_tokens: tuple[int, ...] | None = None) -> None:
+        self.vat, self.weight, self.visual_tokens = vat, weight, visual_tokens
+
+    @classmethod
+    def configured(cls, settings: Settings) -> Alignment | None:
+        """By ``vat``, None without it."""
+        return None if settings.vat is None else cls(settings.vat, settings.vat_weight, settings.visual_tokens)
+
+    def modules(self, student: Model, teacher: Model | None) -> dict[str, nn.Module]:
+        """None; raises ValueError for a student that names no visual tokens."""
+        self._visual_tokens(student)
+        return {}
+
+    def _visual_tokens(self, student: Model) -> tuple[int, ...]:
+        from cdistill.vat import visual_token_ids
+
+        return visual_token_ids(student) if self.visual_tokens is None else self.visual_tokens
+
+    def regions(self, step: Step) -> AnyRegions:
+        """Rows and columns of a batch; none are rows in samples that do not count."""
+        inputs, ids = step.batch, self._visual_tokens(step.student)
+        if step.is_packed:
+            return self.vat.packed_regions(
+                inputs["input_ids"], step.labels, inputs["position_ids"], visual_token_ids=ids
+            )
+        mask = inputs.get("attention_mask")
+        regions = self.vat.regions(inputs["input_ids"], step.labels, mask, visual_token_ids=ids)
+        if step.counted is None:
+            return regions
+        return regions._replace(rows=regions.rows.masked_fill(~step.counted[:, None], -1))
+
+    def teacher_recorder(self, step: Step) -> TeacherTargets | None:
+        """None where there is nothing to align."""
+        if not (step.regions.cols.shape[1] and step.regions.rows.shape[1]):
+            return None
+        return self.vat.teacher(step.regions, step.key_mask)
+
+    def recorder(self, step: Step) -> StudentAlignment | None:
+        """Compares with what the teacher gave, if it gave anything."""
+        targets: Any = None if step.teacher is None else step.teacher.attention
+        return None if targets is None else self.vat.student(step.regions, targets, step.key_mask)
+
+    def forward(self, step: Step) -> Tensor:
+        """Sum over samples; ``vat_layers`` (L,) are those of every matched student layer."""
+        import torch
+
+        if (
+            step.recorder is None
+        ):  # no sample has an image; ZeRO-3 wants equally many differentiable losses on all processes
+            step.details["vat_layers"] = torch.zeros(len(self.vat.matches), device=step.labels.device)
+            return step.zero()
+        per_layer = torch.stack(list(step.recorder.losses().values())).sum(1)
+        step.details["vat_layers"] = per_layer.detach()
+        return per_layer.sum() if self.vat.config.layer_sum else per_layer.mean()
+
+    @classmethod
+    def memory(cls, recipe: Any, student: Any, sizes: Sizes) -> Memory:
+        """A slice for every aligned layer."""
+        from cdistill.vat import VAT, attention_layers
+
+        if not (recipe.vat.enabled and sizes.visual):
+            return Memory()
+        layers, _ = VAT.spans(recipe.vat, attention_layers(student), attention_layers(student))
+        rows = {"text": sizes.length - sizes.visual, "visual": sizes.visual, "all": sizes.length}
+        # each label has one row, its own or the one before
+        return Memory(len(layers), rows.get(recipe.vat.rows, sizes.answers), targets=len(layers))

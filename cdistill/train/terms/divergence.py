@@ -1,0 +1,57 @@
+"""KD: divergence between the predictions of student and teacher (paper section 3.1)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cdistill.train.terms.base import Memory, Settings, Sizes, Term
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from cdistill.choices import KDConfig
+    from cdistill.models.load import Model
+    from cdistill.train.step import Step
+
+
+class Divergence(Term):
+    """Divergence over the vocabulary at labelled tokens; the cross-entropy of the answers is made with it."""
+
+    name = "kd"
+    title = "KD"
+    heading = "KD: KL to the teacher's answers"
+    teacher = ("predictions",)
+    is_column = True
+
+    def __init__(self, kd: KDConfig) -> None:
+        self.kd, self.weight = kd, kd.weight
+
+    @classmethod
+    def configured(cls, settings: Settings) -> Divergence:
+        """By ``kd``."""
+        return cls(settings.kd)
+
+    def check(self, student: Model, teacher: Model | None) -> None:
+        """Refuse heads that are more than a linear layer."""
+        from cdistill.train.vocabulary import require_plain_head
+
+        require_plain_head(student, "student", linear=True)
+        if teacher is not None:
+            require_plain_head(teacher, "teacher", linear=True)
+
+    def modules(self, student: Model, teacher: Model | None) -> dict[str, nn.Module]:
+        """What reads both heads, without parameters of its own."""
+        from cdistill.train.vocabulary import MODULE, VocabularyLosses
+
+        return {MODULE: VocabularyLosses(self.kd)}
+
+    def forward(self, step: Step) -> Tensor:
+        """Sum over labels, in nats."""
+        from cdistill.train.vocabulary import divergence
+
+        return divergence(step)
+
+    @classmethod
+    def memory(cls, recipe: Any, student: Any, sizes: Sizes) -> Memory:
+        """Chunks of both models' logits."""
+        return Memory(logits="chunks")

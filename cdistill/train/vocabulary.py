@@ -1,0 +1,128 @@
+"""Losses over the vocabulary: from hidden states of labelled tokens and the heads of both models, never from whole logits
+where there is a divergence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cdistill.choices import KDConfig
+from cdistill.models.load import Model
+from cdistill.models.parts import head_of
+from cdistill.ops import linear_distillation
+from cdistill.train.inside import inside, open_inside
+from cdistill.train.step import Step
+
+MODULE = "vocabulary_losses"  # of a term that makes cross-entropy and divergence together
+# What some families do to logits after the head (Gemma, Cohere, Granite).
+AFTER_THE_HEAD = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling")
+_WHOLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes whose values are the weights
+
+
+class VocabularyLosses(nn.Module):
+    """Cross-entropy and divergence from the hidden states of labelled tokens and the heads of both models.
+
+    A module of its own, because ZeRO-3 gathers a parameter around the module that reads it: here once before all chunks,
+    and not for the whole forward pass.
+    """
+
+    def __init__(self, kd: KDConfig) -> None:
+        super().__init__()
+        self.kd = kd
+
+    def forward(
+        self,
+        hidden: Tensor,
+        head: nn.Linear,
+        teacher_hidden: Tensor | None,
+        teacher_head: nn.Linear | None,
+        labels: Tensor,
+        topk: tuple[Tensor, Tensor] | None = None,
+        vocabulary: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Sums of L_ar and L_kd over labels (N,), of hidden (N,Hs) and teacher_hidden (N,Ht), or the teacher's ``topk``.
+
+        The student's head counts as far as ``vocabulary``, beyond which it is padding for a teacher that is not here.
+        """
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):  # as for any linear layer; norms leave fp32 behind
+            dtype = torch.get_autocast_dtype(device)
+            hidden = hidden.to(dtype)
+            teacher_hidden = None if teacher_hidden is None else teacher_hidden.to(dtype)
+        weight: Tensor = head.weight
+        bias: Tensor | None = head.bias
+        if vocabulary is not None and vocabulary < len(weight):
+            weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
+        result = linear_distillation(
+            hidden,
+            weight.to(hidden.dtype),
+            teacher_hidden,
+            None if teacher_hidden is None or teacher_head is None else teacher_head.weight.to(teacher_hidden),
+            labels,
+            divergence=self.kd.divergence,
+            temperature=self.kd.temperature,
+            beta=self.kd.beta,
+            student_bias=bias,
+            teacher_bias=None
+            if teacher_head is None or teacher_head.bias is None
+            else teacher_head.bias.to(hidden.device),
+            teacher_topk=topk,
+            loss_weights=(1.0, self.kd.weight),
+        )
+        return result.ce, result.kd
+
+
+def cross_entropy(step: Step) -> Tensor:
+    """Sum of the cross-entropy over the labels of a batch, made with the divergence where a term asks for that."""
+    if MODULE in step.modules:
+        return _both(step)[0]
+    return F.cross_entropy(head_of(step.student)(step.hidden).float(), step.targets, reduction="sum")
+
+
+def divergence(step: Step) -> Tensor:
+    """Sum of the divergence over the labels of a batch."""
+    return _both(step)[1]
+
+
+def _both(step: Step) -> tuple[Tensor, Tensor]:
+    """Both sums, made by the first term that asks."""
+    if MODULE in step.shared:
+        return step.shared[MODULE]
+    head, losses, teacher, targets = head_of(step.student), step.modules[MODULE], step.teacher, step.targets
+    assert teacher is not None
+    open_inside(head)  # what gathers its weight is a hook on its call
+    made: Any
+    if teacher.topk is not None:
+        known, topk = teacher.vocabulary, teacher.topk
+        made = head(step.hidden, **inside(lambda x: losses(x, head, None, None, targets, topk, known)))
+    else:
+        assert teacher.head is not None
+        with teacher.head() as theirs:
+            made = head(step.hidden, **inside(lambda x: losses(x, head, teacher.hidden, theirs, targets)))
+    step.shared[MODULE] = made
+    return made
+
+
+def require_plain_head(model: Model, side: str, *, linear: bool) -> None:
+    """Raise ValueError unless logits are what the head gives, and (``linear``) the head its weight and bias.
+
+    The losses are taken from the head itself, and would leave out what a model does to its logits afterwards.
+    """
+    head, config = head_of(model), model.config.get_text_config()
+    for name in AFTER_THE_HEAD:
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise ValueError(f"the {side}'s {name} {getattr(config, name)} is not supported")
+    if linear and not (isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward):
+        raise ValueError(
+            f"the {side}'s lm_head must be a torch.nn.Linear for the KD loss, got {type(head).__module__}."
+            f"{type(head).__qualname__}: leave lm_head out of LoRA's target_modules and modules_to_save and out of quantisation"
+        )
+    weight = head.weight
+    if linear and not (type(weight).__module__.startswith("torch.") and weight.dtype in _WHOLE):
+        raise ValueError(
+            f"the {side}'s lm_head has a quantised weight ({type(weight).__qualname__}, {weight.dtype}): leave lm_head out of "
+            "quantisation for the KD loss"
+        )
