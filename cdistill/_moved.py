@@ -10,6 +10,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MOVED = {
+    "cdistill.train.config": "cdistill.train.recipes",
     "cdistill.data.builtin": "cdistill.builtin.dataset",
     "cdistill.data.render": "cdistill.builtin.render",
     "cdistill.data.scenes": "cdistill.builtin.scenes",

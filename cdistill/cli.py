@@ -77,7 +77,7 @@ def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _recipes(options: argparse.Namespace) -> int:
     if options.what != "list":
-        from cdistill.train import reference
+        from cdistill.train.recipes import reference
 
         print(reference.page() if options.what == "keys" else json.dumps(reference.json_schema(), indent=2))
         return 0

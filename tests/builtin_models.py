@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration, Qw
 from cdistill.builtin.dataset import NUM_VISUAL_TOKENS, build_tokenizer
 from cdistill.data.samples import IMAGE_TOKEN
 from cdistill.models.llava import Llava, compose
-from cdistill.train.config import Recipe
-from cdistill.train.recipes import recipe_from_dict
+from cdistill.train.recipes import Recipe, recipe_from_dict
 
 VISION = {
     "hidden_size": 16,

@@ -20,8 +20,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from cdistill.builtin.dataset import build_tokenizer
 from cdistill.data.samples import IGNORE_INDEX, IMAGE_TOKEN
 from cdistill.train import run, stages
-from cdistill.train.config import Recipe
-from cdistill.train.recipes import recipe_from_dict
+from cdistill.train.recipes import Recipe, recipe_from_dict
 
 VISUAL = 256
 VISION = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -23,10 +23,10 @@ from cdistill.runtime.bad_samples import BadSamples
 from cdistill.runtime.finite import FiniteSteps
 from cdistill.runtime.zero import deepspeed_config, released
 from cdistill.train.build import checkpoint_activations
-from cdistill.train.config import LoRAConfig, StageConfig
 from cdistill.train.lora import add_lora
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES, set_trained
+from cdistill.train.recipes import LoRAConfig, StageConfig
 from cdistill.train.terms import Term
 from cdistill.train.trainer import DistillTrainer, training_arguments
 from cdistill.vat import VAT, VATConfig, attention_layers

@@ -11,8 +11,7 @@ from cdistill.ops import _torch_losses, reference
 from cdistill.ops._dispatch import _MODULES
 from cdistill.ops._engines import ENGINES
 from cdistill.ops._problem import Comparison, VocabularyOptions, VocabularyRows
-from cdistill.train.config import Recipe
-from cdistill.train.recipes import recipe_from_dict
+from cdistill.train.recipes import Recipe, recipe_from_dict
 
 UNKNOWN = "unheard-of"
 

@@ -16,7 +16,7 @@ from vat_models import draw_batch, student_and_teacher
 
 from cdistill import choices
 from cdistill.ops import AttentionEngine, _engines, attention_with_alignment, flash_attention, register_attention_engine
-from cdistill.train.config import load_recipe
+from cdistill.train.recipes import load_recipe
 from cdistill.vat import VATConfig, install
 
 PAGE = Path(__file__).parent.parent / "docs/walks/add-an-engine.md"

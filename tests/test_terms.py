@@ -422,7 +422,7 @@ def test_objectives_that_cannot_be_are_refused(name, losses, trained, message):
 
 def test_terms_of_a_recipe_are_known_without_torch():
     code = (
-        "import sys, cdistill; from cdistill.train.config import load_recipe; recipe = load_recipe('demo-compodistill');"
+        "import sys, cdistill; from cdistill.train.recipes import load_recipe; recipe = load_recipe('demo-compodistill');"
         "cdistill.register_objective('own', ('ar', 'kd'), ('adapter',)); cdistill.Term, cdistill.register_term;"
         "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     )

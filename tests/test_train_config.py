@@ -10,7 +10,7 @@ from cdistill.cli import main
 from cdistill.data.presets import find_preset
 from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.recipes import load_recipe, recipe_from_dict, recipe_to_dict, shipped_recipes
-from cdistill.train.values import first_difference
+from cdistill.train.recipes.values import first_difference
 from cdistill.vat import VAT, layer_range
 
 RECIPE = {

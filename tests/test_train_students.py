@@ -16,10 +16,10 @@ from cdistill.builtin.dataset import BuiltinDataset
 from cdistill.train import resolve as train_resolve
 from cdistill.train import run, stages
 from cdistill.train.build import build_models, compile_layers
-from cdistill.train.config import LoRAConfig
 from cdistill.train.data import stage_dataset
 from cdistill.train.distillation import distill
 from cdistill.train.lora import add_lora, merged_state
+from cdistill.train.recipes import LoRAConfig
 from cdistill.vat import VATConfig
 
 LORA = {"r": 4, "alpha": 16, "dropout": 0.0}

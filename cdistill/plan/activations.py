@@ -22,7 +22,7 @@ from cdistill.plan.footprint import (
     logits_footprint,
 )
 from cdistill.plan.setting import Bytes, Setting, item_size
-from cdistill.train.config import Recipe
+from cdistill.train.recipes import Recipe
 from cdistill.train.terms import Memory
 
 

@@ -16,9 +16,9 @@ from cdistill.models.parts import has_vision
 from cdistill.models.processor import has_image_processor
 from cdistill.plan.footprint import prepare
 from cdistill.train.build import check_objectives, checkpoint_activations
-from cdistill.train.config import LoRAConfig, Recipe, StudentConfig
 from cdistill.train.lora import add_lora
 from cdistill.train.objectives import OBJECTIVES, set_trained
+from cdistill.train.recipes import LoRAConfig, Recipe, StudentConfig
 from cdistill.train.student import Vocabulary, folders_of, make_student, set_visual_tokens
 
 

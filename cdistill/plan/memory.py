@@ -15,8 +15,8 @@ from cdistill.models.parts import has_vision
 from cdistill.plan.blueprint import Blueprint, check_models, is_llava, student_of
 from cdistill.plan.phases import phases_of
 from cdistill.plan.setting import Bytes, Setting
-from cdistill.train.config import Recipe, StageConfig
 from cdistill.train.objectives import OBJECTIVES
+from cdistill.train.recipes import Recipe, StageConfig
 from cdistill.train.resolve import check_batches
 from cdistill.train.terms import Sizes
 

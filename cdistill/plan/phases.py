@@ -10,8 +10,8 @@ from cdistill.plan import activations, weights
 from cdistill.plan.blueprint import Blueprint, teacher_of
 from cdistill.plan.footprint import patch_footprint
 from cdistill.plan.setting import Bytes, Setting, memory_of_terms
-from cdistill.train.config import Recipe
 from cdistill.train.objectives import OBJECTIVES
+from cdistill.train.recipes import Recipe
 from cdistill.train.terms import Memory
 
 OVERHEAD = 10**9  # CUDA's context, kernels, workspaces of libraries and NCCL's buffers: assumed, not measured

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from cdistill.models.load import DTYPES
-from cdistill.train.config import Recipe
 from cdistill.train.objectives import Objective
+from cdistill.train.recipes import Recipe
 from cdistill.train.terms import Memory, Sizes
 
 Bytes = dict[str, int]

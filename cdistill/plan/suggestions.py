@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cdistill.plan.memory import Plan, plan
-from cdistill.train.config import Recipe
-from cdistill.train.recipes import with_overrides
+from cdistill.train.recipes import Recipe, with_overrides
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from cdistill.models.taf import TAFAdapter
 from cdistill.plan.blueprint import Blueprint, shares_vision
 from cdistill.plan.setting import Bytes, Setting, item_size
 from cdistill.runtime.zero import BUCKET
-from cdistill.train.config import Recipe
+from cdistill.train.recipes import Recipe
 from cdistill.train.terms import Memory
 
 LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_reuse_distance: what ZeRO-3 may keep gathered

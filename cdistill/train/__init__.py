@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cdistill.runtime.errors import RunError, Stopped
-from cdistill.train.config import Recipe
-from cdistill.train.recipes import load_recipe
+from cdistill.train.recipes import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

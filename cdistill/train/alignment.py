@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 from cdistill.data.dataset import BAD
 from cdistill.models.load import Model
 from cdistill.train.build import Models
-from cdistill.train.config import VATOptions
 from cdistill.train.model import DistillationModel
+from cdistill.train.recipes import VATOptions
 from cdistill.train.resolve import Stage
 from cdistill.train.teacher_source import TeacherSource
 from cdistill.train.terms.alignment import Alignment

@@ -30,7 +30,7 @@ from cdistill.models.processor import (
     has_image_processor,
     load_processor,
 )
-from cdistill.train.config import Recipe, StudentConfig
+from cdistill.train.recipes import Recipe, StudentConfig
 from cdistill.train.resolve import precision_of
 from cdistill.train.student import Vocabulary, folders_of, make_student, set_visual_tokens
 from cdistill.train.teacher import quantized

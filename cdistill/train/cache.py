@@ -25,11 +25,10 @@ from cdistill.models.load import Model, resolve_folder
 from cdistill.models.processor import FILES, IMAGE_PROCESSORS, has_image_processor
 from cdistill.runtime import checkpoints
 from cdistill.train.build import Models
-from cdistill.train.config import StageConfig
-from cdistill.train.recipes import recipe_to_dict
+from cdistill.train.recipes import StageConfig, recipe_to_dict
+from cdistill.train.recipes.values import first_difference
 from cdistill.train.resolve import Stage, precision_of
 from cdistill.train.teacher_source import Cached
-from cdistill.train.values import first_difference
 from cdistill.vat import VAT
 
 INDEX = "index.json"

@@ -39,11 +39,10 @@ from cdistill.train.cache import (
     stage_cache,
     tokens_of,
 )
-from cdistill.train.config import Recipe
 from cdistill.train.data import open_stage
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import require_shipped
-from cdistill.train.recipes import recipe_to_dict
+from cdistill.train.recipes import Recipe, recipe_to_dict
 from cdistill.train.resolve import Stage, precision_of, resolve
 from cdistill.train.step import Step
 from cdistill.train.teacher import Teacher

@@ -24,7 +24,7 @@ from cdistill.data.mix import Order, open_source
 from cdistill.data.samples import IMAGE_TOKEN, Source
 from cdistill.models.load import Model
 from cdistill.train.build import Models
-from cdistill.train.config import DataConfig, Recipe
+from cdistill.train.recipes import DataConfig, Recipe
 from cdistill.train.resolve import Stage, resolve
 from cdistill.vat import check_packable, packed_position_ids
 

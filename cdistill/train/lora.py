@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from cdistill.models.load import Model
 from cdistill.models.parts import language_model
-from cdistill.train.config import LoRAConfig
+from cdistill.train.recipes import LoRAConfig
 
 ADAPTER = "cdistill"
 

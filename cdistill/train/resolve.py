@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from cdistill.train.config import LoRAConfig, Recipe, StageConfig
 from cdistill.train.objectives import OBJECTIVES, Objective
+from cdistill.train.recipes import LoRAConfig, Recipe, StageConfig
 from cdistill.train.run_folder import CHECKPOINTS, stage_folders
 
 

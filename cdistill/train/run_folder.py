@@ -14,9 +14,8 @@ from cdistill.data import strict_yaml
 from cdistill.models.load import RECIPE, load_model
 from cdistill.runtime import checkpoints
 from cdistill.runtime.collectives import first_process
-from cdistill.train.config import Recipe
-from cdistill.train.recipes import recipe_from_dict, recipe_to_dict
-from cdistill.train.values import MISSING, differences
+from cdistill.train.recipes import Recipe, recipe_from_dict, recipe_to_dict
+from cdistill.train.recipes.values import MISSING, differences
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"

@@ -34,12 +34,11 @@ from cdistill.train.build import (
     count_parameters,
 )
 from cdistill.train.cache import CachedCollator, CachedDataset, StageCache, fingerprint, stage_cache
-from cdistill.train.config import Recipe
 from cdistill.train.data import encoder_of, open_stage, unread
 from cdistill.train.lora import add_lora
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import require_shipped, set_trained
-from cdistill.train.recipes import recipe_to_dict
+from cdistill.train.recipes import Recipe, recipe_to_dict
 from cdistill.train.resolve import Run, Stage, resolve
 from cdistill.train.run_folder import (
     CHECKPOINTS,

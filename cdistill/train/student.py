@@ -23,7 +23,7 @@ from cdistill.models.load import (
 from cdistill.models.parts import has_vision
 from cdistill.models.processor import COMPOSITIONS, has_image_processor, image_pixels, load_image_processor
 from cdistill.models.taf import TAFAdapter
-from cdistill.train.config import StudentConfig
+from cdistill.train.recipes import StudentConfig
 
 
 class Vocabulary(NamedTuple):

@@ -11,7 +11,7 @@ from cdistill.models.llava import SharedVision
 from cdistill.models.load import DTYPES, Model
 from cdistill.models.pair import shares_encoder
 from cdistill.runtime.zero import is_partitioned
-from cdistill.train.config import TeacherMemory
+from cdistill.train.recipes import TeacherMemory
 from cdistill.train.step import Signal, Step
 from cdistill.train.teacher import Teacher, partitioned
 from cdistill.train.terms import Term

@@ -20,9 +20,9 @@ from cdistill.runtime.bad_samples import BadSamples
 from cdistill.runtime.errors import ProcessError
 from cdistill.runtime.finite import FiniteAdamW, FiniteSteps, poisoned
 from cdistill.runtime.launch import launched
-from cdistill.train.config import LoRAConfig, StageConfig
 from cdistill.train.lora import merged_state
 from cdistill.train.model import DistillationModel
+from cdistill.train.recipes import LoRAConfig, StageConfig
 from cdistill.train.run_folder import METRICS
 from cdistill.train.terms import TERMS
 

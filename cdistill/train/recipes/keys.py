@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from annotated_types import Ge, Gt, Le
 from pydantic import BeforeValidator, ConfigDict, StringConstraints, WithJsonSchema
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticKnownError
 
 from cdistill.builtin.task import BuiltinTask
 from cdistill.choices import BelowOne, KDConfig, NotNegative, Positive, Template, VATConfig
@@ -26,9 +27,9 @@ Count: TypeAlias = Annotated[int, Ge(0)]
 
 def _off(value: Any) -> Any:
     """``off`` for what YAML or JSON may make of it; a truth value would count as a number."""
-    if value is False or value == "no":
-        return "off"
-    return str(value) if value is True else value
+    if value is True:
+        raise PydanticKnownError("literal_error", {"expected": "no truth value"})
+    return "off" if value is False or value == "no" else value
 
 
 ZeroStage: TypeAlias = Annotated[Literal[0, 1, 2, 3, "off"], BeforeValidator(_off)]

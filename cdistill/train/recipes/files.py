@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from cdistill.data import strict_yaml
-from cdistill.train.config import Recipe
-from cdistill.train.mistakes import build
-from cdistill.train.values import override
+from cdistill.train.recipes.keys import Recipe
+from cdistill.train.recipes.mistakes import build
+from cdistill.train.recipes.values import override
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def shipped_recipes() -> dict[str, str]:

@@ -9,9 +9,9 @@ from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
 from cdistill.choices import VAT_ENGINES, range_in_words
-from cdistill.train.config import Recipe
-from cdistill.train.mistakes import Node, bounds, kinds, may_be, schema
 from cdistill.train.objectives import OBJECTIVES
+from cdistill.train.recipes.keys import Recipe
+from cdistill.train.recipes.mistakes import Node, bounds, kinds, may_be, schema
 
 _INTRODUCTION = """# The keys of a recipe
 
