@@ -141,10 +141,7 @@ def tensor_arguments(**tensors: torch.Tensor | None) -> dict:
 
 
 def attention_arguments(kernel, problem, **gradients) -> dict:
-    """The launch arguments all attention kernels share; ``gradients`` are dq, dk with unit stride on D, or None.
-
-    Here and in all launchers a problem is a `cdistill.ops.AttentionProblem`: q, k, rows and so on as its fields.
-    """
+    """Launch arguments that kernels of an `AttentionProblem` share; ``gradients`` are dq, dk with unit stride on D, or None."""
     q, k, rows = problem.q, problem.k, problem.rows
     tile = attention_tile(kernel, q)
     return {

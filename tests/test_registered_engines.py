@@ -137,9 +137,9 @@ def test_messages_name_what_is_registered():
 @pytest.mark.parametrize(
     ("what", "change", "got"),
     [
-        ("lse", lambda out, lse, grads: (out, lse.double(), grads), r"torch.float64 \(1, 2, 24\) on cpu"),
-        ("lse", lambda out, lse, grads: (out, lse[..., None], grads), r"torch.float32 \(1, 2, 24, 1\) on cpu"),
-        ("out", lambda out, lse, grads: (out.transpose(1, 2), lse, grads), r"torch.float32 \(1, 24, 2, 16\) on cpu"),
+        ("lse", lambda out, lse, grads: (out, lse.double(), grads), r"torch.float64 \(1, 2, 128\) on cpu"),
+        ("lse", lambda out, lse, grads: (out, lse[..., None], grads), r"torch.float32 \(1, 2, 128, 1\) on cpu"),
+        ("out", lambda out, lse, grads: (out.transpose(1, 2), lse, grads), r"torch.float32 \(1, 128, 2, 16\) on cpu"),
         ("dk", lambda out, lse, grads: (out, lse, (grads[0], grads[1].half(), grads[2])), "torch.float16 "),
         ("dv", lambda out, lse, grads: (out, lse, (*grads[:2], None)), "NoneType"),
     ],

@@ -6,7 +6,7 @@ from torch import Tensor
 from cdistill.ops._engine import AttentionEngine
 from cdistill.ops._problem import AttentionProblem, Gradients
 
-TOKENS = 24  # of the problem that an engine is tried on
+TOKENS = 128  # of the problem that an engine is tried on
 MOST_ERROR = 0.05  # relative to the largest value: far from what rounding does, and from what a wrong formula gives
 
 
