@@ -285,7 +285,7 @@ def test_a_full_disk_costs_one_shard(models, tmp_path, monkeypatch):
         save_file(tensors, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "save_file", full)
+        patch.setattr(cache_writer, "save_file", full)
         with pytest.raises(
             RunError, match=r"could not be saved .* run `cdistill cache` again when there is room"
         ) as error:
@@ -410,5 +410,5 @@ def test_only_what_a_student_shares_is_moved(models, tmp_path, monkeypatch):
         built.student.lm_head.to("meta")
         return built
 
-    monkeypatch.setattr(cache, "build_models", build)
+    monkeypatch.setattr(cache_writer, "build_models", build)
     cache_writer.write_cache(cached(tmp_path / "run", models, tmp_path / "cache", stages=["dft"]))
