@@ -292,31 +292,28 @@ def linear_distillation(
         student_head: (Vs,Hs), the weight of the student's output layer, same dtype.
         teacher_hidden, teacher_head: (N,Ht) and (Vt,Ht), also of another dtype than the student's, at the price of
             logits in one that holds both; the teacher gets no gradient. None with ``teacher_topk``.
-        labels: (N,) int64 token ids below vocab_size, or ignore_index.
+        labels: (N,) int64 token ids below vocab_size, or ignore_index, whose rows are dropped before anything is computed.
         divergence: of the softmax of logits / temperature, not multiplied by temperature squared, with student p and
             teacher q: "forward_kl" KL(q||p), "reverse_kl" KL(p||q), or "jsd", beta KL(q||m) + (1 - beta) KL(p||m) with
             m = beta q + (1 - beta) p.
-        temperature: above 0.
-        beta: of "jsd", between 0 and 1.
-        ignore_index: rows with this label are dropped before anything is computed.
+        temperature, beta: above 0; of "jsd", between 0 and 1.
         student_bias, teacher_bias: (Vs,) and (Vt,).
         teacher_topk: (values, indices), both (N,K), of a teacher that ran earlier: natural log-probabilities at this
             temperature and the distinct tokens they belong to. All other tokens are one more outcome, for both models,
             with the probability that is left (at least 2^-24). "triton" takes up to 1,024 of them.
         vocab_size: columns of both heads that are real tokens, min(Vs,Vt) by default; the others are masked with -inf
             in both losses.
-        chunk_size: rows per chunk; by default as many as keep the logits of a chunk, both models', at 64 MB on the CPU,
-            and on CUDA at 512 MB or the size of the head's fp32 gradient, if that is wanted and larger.
-        loss_weights: the weights with which ce and kd will be added. Any ratio of the two in the backward pass gives the
-            right gradient, but only this one without computing everything a second time.
+        chunk_size: rows per chunk; by default as many as keep both models' logits of a chunk at 64 MB on the CPU, and on
+            CUDA at 512 MB or the size of the head's fp32 gradient, if that is wanted and larger.
+        loss_weights: with which ce and kd will be added. Any ratio of them in the backward pass gives the right gradient,
+            but only this one without computing everything a second time.
         impl: "torch", "cpp", "triton", or None to choose by device.
 
     Returns:
-        LinearDistillation(ce, kd, tokens): sums over the rows that are not ignored, fp32, in nats, and their number,
-        int64. Both sums are differentiable once in student_hidden, student_head and student_bias; without any valid
-        row they are 0 with gradient 0. inf and NaN in the inputs of a valid row reach the losses. Beside the gradients (of a
-        head in half precision also in fp32) the op holds the logits of one chunk. On CUDA each pass waits for the device
-        once.
+        LinearDistillation(ce, kd, tokens): sums over the rows that are not ignored, fp32, in nats, and their number, int64.
+        Both sums are differentiable once in student_hidden, student_head and student_bias; without any valid row they are 0
+        with gradient 0. inf and NaN in the inputs of a valid row reach the losses. Beside the gradients (of a head in half
+        precision also in fp32) the op holds the logits of one chunk. On CUDA each pass waits for the device once.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value, or impl cannot run here. On CUDA labels and

@@ -69,19 +69,8 @@ def token_regions(
     """
     if rows not in ROWS:
         raise ValueError(f"rows must be one of {', '.join(ROWS)}, got {rows!r}")
-    tokens = input_ids if mm_token_type_ids is None else mm_token_type_ids
-    if tokens is None:
-        raise ValueError("input_ids are needed to find the visual tokens where mm_token_type_ids is not given")
-    if tokens.ndim != 2:
-        raise ValueError(f"input_ids and mm_token_type_ids must be (B, T), got {tuple(tokens.shape)}")
+    tokens, visual = _visual_tokens(input_ids, mm_token_type_ids, visual_token_ids)
     _require_shape_of(tokens, input_ids=input_ids, labels=labels, attention_mask=attention_mask)
-
-    if mm_token_type_ids is not None:
-        visual = _is_in(mm_token_type_ids, VISUAL_TOKEN_TYPES)
-    elif visual_token_ids is None or (isinstance(visual_token_ids, Sequence) and not visual_token_ids):
-        raise ValueError("visual_token_ids must name at least one token id where mm_token_type_ids is not given")
-    else:
-        visual = _is_in(tokens, [visual_token_ids] if isinstance(visual_token_ids, int) else visual_token_ids)
     real = torch.ones_like(visual) if attention_mask is None else attention_mask != 0
     visual = visual & real
     after_first = real & (visual.cumsum(1) > 0)
@@ -105,6 +94,22 @@ def token_regions(
     packed = packed.masked_fill(packed == hidden, -1)
     widths = both.sum(-1).amax(-1).tolist() if tokens.shape[0] else [0, 0]
     return Regions(packed[0, :, : widths[0]].contiguous(), packed[1, :, : widths[1]].contiguous())
+
+
+def _visual_tokens(
+    input_ids: Tensor | None, types: Tensor | None, ids: int | Sequence[int] | None
+) -> tuple[Tensor, Tensor]:
+    """What tells the tokens apart (B, T), their types or ids, and which of them are visual."""
+    tokens = input_ids if types is None else types
+    if tokens is None:
+        raise ValueError("input_ids are needed to find the visual tokens where mm_token_type_ids is not given")
+    if tokens.ndim != 2:
+        raise ValueError(f"input_ids and mm_token_type_ids must be (B, T), got {tuple(tokens.shape)}")
+    if types is not None:
+        return tokens, _is_in(types, VISUAL_TOKEN_TYPES)
+    if ids is None or (isinstance(ids, Sequence) and not ids):
+        raise ValueError("visual_token_ids must name at least one token id where mm_token_type_ids is not given")
+    return tokens, _is_in(tokens, [ids] if isinstance(ids, int) else ids)
 
 
 def _require_shape_of(tokens: Tensor, **given: Tensor | None) -> None:
