@@ -113,7 +113,7 @@ def attention_launches(arch: int, head_dim: int, dtype: torch.dtype) -> list[tup
             lse = empty(2, B, Hq, T)
         grad = empty(B, R, V, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
         gradients = empty(B, Hq, T, head_dim, dtype=dtype), empty(B, kv_heads, T, head_dim, dtype=dtype)
-        x = AttentionProblem(q, k, k, rows, cols, lse, key_mask, causal=True, scale=head_dim**-0.5)
+        x = AttentionProblem(q, k, k, key_mask, True, head_dim**-0.5, rows, cols, lse)
         backend.row_lse(x)
         backend.row_lse_backward(x, dlse)
         backend.row_lse_backward(x, dlse, into=gradients)
@@ -148,7 +148,7 @@ def loss_launches(arch: int) -> list[tuple]:
                 backend.alignment_grad(a, compared, a[:, 0, 0], dtype)
         q = torch.empty(2, 1, 4096, 16, device="meta")
         cols = torch.empty(2, 2880, dtype=torch.int64, device="meta")
-        backend.regions(AttentionProblem(q, q, None, cols[:, :256], cols, key_mask=valid[0]))
+        backend.regions(AttentionProblem(q, q, key_mask=valid[0], rows=cols[:, :256], cols=cols))
 
     return recorded(call, arch)
 

@@ -227,7 +227,7 @@ def attention_problem(
     rows, cols = (None, None) if regions is None else map(_positions, ("rows", "cols"), regions, (q, q))
     if factor <= 0:
         q, factor = (-q, -factor) if factor < 0 else (q * 0.0, 1.0)
-    return AttentionProblem(q, k, v, rows, cols, lse, key_mask, causal, factor, heads == "each")
+    return AttentionProblem(q, k, v, key_mask, causal, factor, rows, cols, lse, heads == "each")
 
 
 def laid_out_like(x: Tensor, like: Tensor) -> Tensor:

@@ -23,12 +23,12 @@ class AttentionProblem(NamedTuple):
     q: Tensor  # (B,Hq,T,D)
     k: Tensor  # (B,Hkv,T,D), Hkv divides Hq
     v: Tensor | None = None  # (B,Hkv,T,D); None where only the probabilities are asked for
-    rows: Tensor | None = None  # (B,R) int32 or int64, contiguous, distinct, -1 = padding; None: all
-    cols: Tensor | None = None  # (B,V) likewise
-    lse: Tensor | None = None  # (B,Hq,T) fp32, natural; for some, split (2,B,Hq,T); None: not known
     key_mask: Tensor | None = None  # (B,T) bool, contiguous, True = real key
     causal: bool = True
     scale: float = 1.0  # of the scores q.k; above 0
+    rows: Tensor | None = None  # (B,R) int32 or int64, contiguous, distinct, -1 = padding; None: all
+    cols: Tensor | None = None  # (B,V) likewise
+    lse: Tensor | None = None  # (B,Hq,T) fp32, natural; for some, split (2,B,Hq,T); None: not known
     each: bool = False  # whether a slice is of each head, or the mean of the heads
 
     @property
@@ -94,12 +94,13 @@ class VocabularyOptions(NamedTuple):
 
 
 _SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", float: "float"}
-# "Tensor q, Tensor k, Tensor? v, ..., bool each"
-PROBLEM = ", ".join(f"{_SCHEMA_TYPES[of]} {name}" for name, of in AttentionProblem.__annotations__.items())
-_FIELDS = len(AttentionProblem._fields)
+_FIELDS = [f"{_SCHEMA_TYPES[of]} {name}" for name, of in AttentionProblem.__annotations__.items()]
+PROBLEM = ", ".join(_FIELDS)  # "Tensor q, Tensor k, Tensor? v, ..., bool each"
+OF_WHOLE = AttentionProblem._fields.index("rows")  # how many of the fields say all of whole attention
+WHOLE = ", ".join(_FIELDS[:OF_WHOLE])
 COMPARISON = "Tensor target, str loss, str reduction, bool sink_filter"  # as the caller gives it
 
 
-def problem_of(arguments: Sequence[Any]) -> tuple[AttentionProblem, Sequence[Any]]:
-    """The value that the first ``arguments`` of an operator stand for, as PROBLEM names them, and the other arguments."""
-    return AttentionProblem(*arguments[:_FIELDS]), arguments[_FIELDS:]
+def problem_of(arguments: Sequence[Any], fields: int = len(_FIELDS)) -> tuple[AttentionProblem, Sequence[Any]]:
+    """The value that the first ``arguments`` of an operator stand for, as PROBLEM or WHOLE names them, and the others."""
+    return AttentionProblem(*arguments[:fields]), arguments[fields:]

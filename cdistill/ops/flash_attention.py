@@ -11,7 +11,7 @@ from cdistill.ops._engine import AttentionEngine, attention_backward, attention_
 from cdistill.ops._engines import ENGINES
 from cdistill.ops._engines import engine as named_engine
 from cdistill.ops._operators import differentiable, operator
-from cdistill.ops._problem import PROBLEM, AttentionProblem, Gradients, problem_of
+from cdistill.ops._problem import OF_WHOLE, WHOLE, AttentionProblem, Gradients, problem_of
 
 _IMPLS = {"triton": "triton", "torch": "torch_flash"}
 
@@ -31,16 +31,16 @@ def _engine(problem: AttentionProblem, impl: str | None, engine: str | None) -> 
     raise ValueError("; ".join(reasons))
 
 
-@operator("flash_attention", f"{PROBLEM}, str? impl, str? engine", 3)
+@operator("flash_attention", f"{WHOLE}, str? impl, str? engine", 3)
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    problem, choice = problem_of(arguments)
+    problem, choice = problem_of(arguments, OF_WHOLE)
     out, lse, split = attention_forward(_engine(problem, *choice), problem)
     return laid_out_like(out, problem.q), lse, lse.new_empty(0) if split is None else split
 
 
 @_forward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    problem, choice = problem_of(arguments)
+    problem, choice = problem_of(arguments, OF_WHOLE)
     q = problem.q
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     return torch.empty_like(q), lse, lse.new_empty((2, *lse.shape) if _engine(problem, *choice).SPLITS_LSE else 0)
@@ -48,11 +48,11 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @operator(
     "flash_attention_backward",
-    f"Tensor? dout, Tensor? dlse, {PROBLEM}, str? impl, str? engine, Tensor out, Tensor natural, Tensor split",
+    f"Tensor? dout, Tensor? dlse, {WHOLE}, str? impl, str? engine, Tensor out, Tensor natural, Tensor split",
     3,
 )
 def _backward(dout: Tensor | None, dlse: Tensor | None, *arguments: Any) -> Gradients:
-    problem, (impl, engine, out, natural, split) = problem_of(arguments)
+    problem, (impl, engine, out, natural, split) = problem_of(arguments, OF_WHOLE)
     chosen = _engine(problem, impl, engine)
     problem = problem._replace(lse=split if chosen.SPLITS_LSE else natural)
     return gradients_like(problem, *attention_backward(chosen, problem, out, dout, dlse, backend(impl, problem.q)))
@@ -60,7 +60,7 @@ def _backward(dout: Tensor | None, dlse: Tensor | None, *arguments: Any) -> Grad
 
 @_backward.register_fake
 def _(dout: Tensor | None, dlse: Tensor | None, *arguments: Any) -> Gradients:
-    q, k, v = map(torch.empty_like, problem_of(arguments)[0].qkv)
+    q, k, v = map(torch.empty_like, problem_of(arguments, OF_WHOLE)[0].qkv)
     return q, k, v
 
 
@@ -103,4 +103,4 @@ def flash_attention(
         raise ValueError(f"impl must be None, 'triton' or 'torch' (there is no C++ flash attention), got {impl!r}")
     if impl is not None and engine is not None:
         raise ValueError(f"impl {impl!r} and engine {engine!r} name the same choice: leave one of them out")
-    return torch.ops.cdistill.flash_attention(*problem, impl, engine)[:2]
+    return torch.ops.cdistill.flash_attention(*problem[:OF_WHOLE], impl, engine)[:2]
