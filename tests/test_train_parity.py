@@ -8,7 +8,7 @@ import parity_cases
 import pytest
 from parity_cases import AXES, MICRO, Case, pairwise, train
 from ranks import RankError
-from test_terms import Features, Norm
+from test_terms import Features, Leading
 
 import cdistill
 from cdistill.runtime import launch
@@ -63,11 +63,11 @@ def test_terms_from_outside_have_one_gradient_too(mode, ranks):
 
 def train_by_own_terms(case, micro):
     with mock.patch.dict(TERMS), mock.patch.dict(OBJECTIVES):
-        for term in (Features, Norm):
+        for term in (Features, Leading):
             cdistill.register_term(term)
-        cdistill.register_objective("own", ("ar", "kd", "feature", "norm"), ("language", "adapter"))
+        cdistill.register_objective("own", ("ar", "kd", "feature", "leading"), ("language", "adapter"))
         losses, weights = train(case, micro)
-    assert losses[0].keys() == {"loss", "ar", "kd", "feature", "norm"}
+    assert losses[0].keys() == {"loss", "ar", "kd", "feature", "leading"}
     return losses, weights
 
 

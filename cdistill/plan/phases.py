@@ -42,14 +42,15 @@ def phases_of(recipe: Recipe, index: int, student: Blueprint, s: Setting) -> dic
         inputs["images"] += activations.teacher_hidden(recipe, teacher, s)
     forward = waiting | inputs
     phases["forward"] = forward | {"activations": acts["forward"]}
-    held = {"activations": acts["cached"], "logits": logits.forward + gathered["losses"], "terms": terms.kept}
-    phases["losses"] = forward | held
+    kept = {"terms": terms.kept} if terms.kept else {}
+    held = {"activations": acts["cached"], "logits": logits.forward + gathered["losses"]}
+    phases["losses"] = forward | held | kept
     after = resident | {"images": acts["images"], "targets": targets}
     phases["backward of the losses"] = after | {
         "gradients": gradients["between"],
         "activations": acts["kept"],
         "logits": logits.backward,
-        "terms": terms.kept,
+        **kept,
     }
     if s.zero != "off":
         phases["gradient of the head"] = after | {
