@@ -1,4 +1,4 @@
-"""Readers of other packages: by an entry point in any process, by a call in one, in `cdistill data`, mixes and recipes."""
+"""Readers of other packages, by a plugin in any process or a call in one; plugins."""
 
 import os
 import subprocess
@@ -55,6 +55,15 @@ class Tabs:
 def open_tabs(path, split=None):
     return Tabs(path)
 """
+PLUGIN = """
+from tabs_reader import open_tabs
+
+import cdistill
+from cdistill.data import register_reader
+
+register_reader("tabs", open_tabs)
+cdistill.register_objective("words", ("ar",), ("adapter",))
+"""
 ANSWERS = ["zero", "one", "two", "three"]
 LINES = [
     f"how many {colour} {shape} is there ?\t{answer}"
@@ -70,8 +79,9 @@ def package(tmp_path):
     root = tmp_path / "site"
     (root / "tabs-1.0.dist-info").mkdir(parents=True)
     (root / "tabs_reader.py").write_text(PACKAGE)
+    (root / "tabs_plugin.py").write_text(PLUGIN)
     (root / "tabs-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: tabs\nVersion: 1.0\n")
-    (root / "tabs-1.0.dist-info" / "entry_points.txt").write_text("[cdistill.readers]\ntabs = tabs_reader:open_tabs\n")
+    (root / "tabs-1.0.dist-info" / "entry_points.txt").write_text("[cdistill.plugins]\ntabs = tabs_plugin\n")
     (tmp_path / "set.txt").write_text("\n".join([*LINES[:5], "no answer", *LINES[5:]]))
     return root
 
@@ -87,12 +97,32 @@ def registered(package, monkeypatch):
     return open_tabs
 
 
-def test_a_command_finds_the_reader_of_an_installed_package(package, tmp_path):
+def in_a_process(package, *arguments):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(package), *sys.path])}
-    command = [sys.executable, "-m", "cdistill", "data", "check", f"tabs:{tmp_path / 'set.txt'}"]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
+def test_a_command_finds_the_reader_of_an_installed_package(package, tmp_path):
+    found = in_a_process(package, "-m", "cdistill", "data", "check", f"tabs:{tmp_path / 'set.txt'}")
     assert found.returncode == 1, found.stderr
     assert "no tab" in found.stdout and "set.txt, line 6" in found.stdout and "17    16    1" in found.stdout
+
+
+def test_objectives_of_a_plugin_are_known_to_all_processes_of_a_run(package, tmp_path):
+    (tmp_path / "mine.yaml").write_text("extends: demo-compodistill\nstage: {sft: {objective: words}}\nprocesses: 2\n")
+    code = (
+        "import sys; from cdistill.train import load_recipe; from cdistill.train.objectives import require_known_everywhere\n"
+        f"recipe = load_recipe({str(tmp_path / 'mine.yaml')!r})\n"
+        "require_known_everywhere([recipe.stage['sft'].objective], recipe.processes)\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules)\n"
+    )
+    (package / "tabs_plugin.py").write_text(PLUGIN.replace("from tabs_reader import open_tabs", "open_tabs = print"))
+    found = in_a_process(package, "-c", code)
+    assert found.returncode == 0, found.stderr
+    (package / "tabs_plugin.py").write_text("import nowhere")
+    found = in_a_process(package, "-m", "cdistill", "train", tmp_path / "mine.yaml")
+    told = "plugin tabs (tabs_plugin) cannot be imported: ModuleNotFoundError: No module named 'nowhere'; mend or uninstall it"
+    assert (found.returncode, found.stderr) == (2, f"cdistill: error: {told}\n")
 
 
 def test_recipes_and_mixes_are_served(registered, models, tmp_path):

@@ -4,13 +4,13 @@ import inspect
 import os
 import re
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
+
+from cdistill._plugins import import_plugins
 
 if TYPE_CHECKING:
     from cdistill.data.samples import Source
 
-GROUP = "cdistill.readers"
 MEMBERS = ("name", "in_order", "__len__", "__getitem__", "record", "place", "unread", "sizes")  # of a `Source`
 TAKEN = ("hf", "file", "http", "https")
 _PATH = re.compile(r"([A-Za-z][\w.+-]+):(?!//)(.*)", re.DOTALL)
@@ -21,10 +21,7 @@ def register_reader(name: str, opener: Callable[..., "Source"]) -> None:
     """Let paths that begin with ``name:`` be opened by ``opener``, in recipes, mixes and `cdistill data`.
 
     It is known in this process. A package whose reader should be known wherever it is installed, as in a run of several
-    processes, names it in its pyproject.toml instead::
-
-        [project.entry-points."cdistill.readers"]
-        mine = "my_package.reader:open_set"
+    processes, calls this in a plugin (`cdistill._plugins`).
 
     Args:
         name: letters, digits and ``_ . + -``, of two or more characters.
@@ -37,7 +34,7 @@ def register_reader(name: str, opener: Callable[..., "Source"]) -> None:
     """
     if not _PATH.fullmatch(f"{name}:"):
         raise ValueError(f"reader {name!r} must be named by two or more letters, digits and _ . + -")
-    if name in TAKEN or name in _openers or name in _installed():
+    if name in TAKEN or name in _openers:
         raise ValueError(f"reader {name!r} is taken: choose another name")
     if not callable(opener):
         raise ValueError(f"reader {name!r} must be a function that opens a set, got {type(opener).__name__}")
@@ -47,11 +44,13 @@ def register_reader(name: str, opener: Callable[..., "Source"]) -> None:
 def names_reader(path: str) -> bool:
     """Whether a path begins with the name of a reader of others."""
     match = _PATH.fullmatch(path)
-    return match is not None and (match[1] in _openers or match[1] in _installed())
+    return match is not None and _opener(match[1]) is not None
 
 
-def _installed() -> dict[str, Any]:
-    return {point.name: point for point in entry_points(group=GROUP)}
+def _opener(name: str) -> Callable[..., "Source"] | None:
+    if name not in _openers:
+        import_plugins()
+    return _openers.get(name)
 
 
 def open_registered(path: str, **options: Any) -> "Source | None":
@@ -63,16 +62,13 @@ def open_registered(path: str, **options: Any) -> "Source | None":
     if match is None or match[1] in TAKEN or os.path.exists(path):
         return None
     name, rest = match.groups()
-    opener = _openers.get(name)
+    opener = _opener(name)
     if opener is None:
-        point = _installed().get(name)
-        if point is None:
-            known = ", ".join(sorted({*_openers, *_installed()})) or "none"
-            raise ValueError(
-                f"{path}: there is no such file, and no reader called {name!r} (registered: {known}): install its package, or "
-                "call cdistill.data.register_reader in each process"
-            )
-        opener = point.load()
+        known = ", ".join(sorted(_openers)) or "none"
+        raise ValueError(
+            f"{path}: there is no such file, and no reader called {name!r} (registered: {known}): install its package, or "
+            "call cdistill.data.register_reader in each process"
+        )
     given = {key: value for key, value in options.items() if value not in (None, False)}
     parameters = inspect.signature(opener).parameters.values()
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):

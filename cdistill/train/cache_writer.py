@@ -41,7 +41,7 @@ from cdistill.train.cache import (
 )
 from cdistill.train.data import open_stage
 from cdistill.train.model import DistillationModel
-from cdistill.train.objectives import require_shipped
+from cdistill.train.objectives import require_known_everywhere
 from cdistill.train.recipes import Recipe, recipe_to_dict
 from cdistill.train.resolve import Stage, precision_of, resolve
 from cdistill.train.step import Step
@@ -238,7 +238,7 @@ def write_cache(recipe: Recipe) -> Path:
         raise ValueError(f"stages {', '.join(recipe.stages)} need no teacher: there is nothing to cache")
     whole = replace(recipe, teacher_memory=replace(recipe.teacher_memory, cache=None))
     if recipe.processes > 1 and not launch.launched():
-        require_shipped((recipe.stage[name].objective for name in recipe.stages), recipe.processes)
+        require_known_everywhere((recipe.stage[name].objective for name in recipe.stages), recipe.processes)
         with launch.quiet():
             models = build_models(whole)
             for stage in wanted:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cdistill._plugins import registers_everywhere
 from cdistill.choices import KDConfig
 from cdistill.train.terms import Settings, Term, check_terms, configured, term_named
 
@@ -75,11 +76,13 @@ OBJECTIVES = {
 }
 
 
-SHIPPED = frozenset(OBJECTIVES)
+# Objectives that every process of a run knows.
+_EVERYWHERE = set(OBJECTIVES)
 
 
 def register_objective(name: str, losses: tuple[str, ...], trained: tuple[str, ...]) -> Objective:
-    """Let stages of recipes name an objective of one's own, as ``objective: NAME``.
+    """Let stages of recipes name an objective of one's own, as ``objective: NAME``, in this process or, where a plugin calls
+    it (`cdistill._plugins`), in all of a run.
 
     Args:
         losses: names of terms, of one's own too (`cdistill.register_term`).
@@ -101,16 +104,18 @@ def register_objective(name: str, losses: tuple[str, ...], trained: tuple[str, .
             "teacher; leave vision and terms on patches out"
         )
     OBJECTIVES[name] = objective
+    if registers_everywhere():
+        _EVERYWHERE.add(name)
     return objective
 
 
-def require_shipped(names: Iterable[str], processes: int) -> None:
+def require_known_everywhere(names: Iterable[str], processes: int) -> None:
     """Raise ValueError for an objective of one's own, which processes that are started for a recipe would not know."""
     for name in names:
-        if name not in SHIPPED:
+        if name not in _EVERYWHERE:
             raise ValueError(
-                f"objective {name!r} is known in this process alone, and processes is {processes}: set it to 1, or start a "
-                "script that registers the objective and calls cdistill.train.run under torchrun"
+                f"objective {name!r} is known in this process alone, and processes is {processes}: set it to 1, register it in "
+                "a plugin, or start a script that does and calls cdistill.train.run under torchrun"
             )
 
 

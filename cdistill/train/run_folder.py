@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from cdistill._plugins import import_plugins
 from cdistill.data import strict_yaml
 from cdistill.models.load import RECIPE, load_model
 from cdistill.runtime import checkpoints
@@ -132,6 +133,7 @@ def locked(output: Path) -> Iterator[None]:
 def read_recipe(output: Path) -> Recipe:
     """The recipe of the run in an output folder. Raises ValueError if the file is not one."""
     path = output / RECIPE
+    import_plugins()
     try:
         content = strict_yaml.load(path.read_text(encoding="utf-8"), str(path))
     except ValueError:

@@ -37,7 +37,7 @@ from cdistill.train.cache import CachedCollator, CachedDataset, StageCache, fing
 from cdistill.train.data import encoder_of, open_stage, unread
 from cdistill.train.lora import add_lora
 from cdistill.train.model import DistillationModel
-from cdistill.train.objectives import require_shipped, set_trained
+from cdistill.train.objectives import require_known_everywhere, set_trained
 from cdistill.train.recipes import Recipe, recipe_to_dict
 from cdistill.train.resolve import Run, Stage, resolve
 from cdistill.train.run_folder import (
@@ -80,7 +80,7 @@ def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCall
                 "callbacks need recipe.processes 1: the stages of this recipe run in processes of their own"
             )
         if recipe.processes > 1:
-            require_shipped((recipe.stage[name].objective for name in recipe.stages), recipe.processes)
+            require_known_everywhere((recipe.stage[name].objective for name in recipe.stages), recipe.processes)
         with launch.quiet():
             models: Models | None = _prepare(recipe, output, resume, at_end)
         if recipe.processes > 1:

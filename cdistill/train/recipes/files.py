@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cdistill._plugins import import_plugins
 from cdistill.data import strict_yaml
 from cdistill.train.recipes.keys import Recipe
 from cdistill.train.recipes.mistakes import build
@@ -33,6 +34,7 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] =
         ValueError: an unknown recipe, key or value, which the message names, a key that a file gives twice, or an override
             that undoes another.
     """
+    import_plugins()
     content = _read(name_or_path, ())
     override(content, overrides)
     return recipe_from_dict(content)
