@@ -358,7 +358,7 @@ def test_the_result_speaks_as_it_was_taught(models, files, tmp_path):
         ({"packing": True, "vat__engine": "auto"}, r"packing needs vat\.engine sdpa, got 'auto'"),
         ({"packing": True, "teacher_memory__cache": "kept"}, r"packing must be false with teacher_memory\.cache"),
         ({"packing": True, "stage__dft__data": {}}, r"packing needs data\.path in every stage; stage\.dft has none"),
-        ({"group_by": "size"}, r"group_by must be one of None, length, modality, got 'size'"),
+        ({"group_by": "size"}, r"group_by must be one of length, modality or null, got 'size'"),
         ({"workers": -1}, r"workers must be at least 0, got -1"),
         ({"max_bad_samples": -1}, r"max_bad_samples must be at least 0, got -1"),
         (

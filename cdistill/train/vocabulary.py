@@ -115,13 +115,15 @@ def require_plain_head(model: Model, side: str, *, linear: bool) -> None:
     for name in AFTER_THE_HEAD:
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise ValueError(f"the {side}'s {name} {getattr(config, name)} is not supported")
-    if linear and not (isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward):
+    if not linear:
+        return
+    if not (isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward):
         raise ValueError(
             f"the {side}'s lm_head must be a torch.nn.Linear for the KD loss, got {type(head).__module__}."
             f"{type(head).__qualname__}: leave lm_head out of LoRA's target_modules and modules_to_save and out of quantisation"
         )
     weight = head.weight
-    if linear and not (type(weight).__module__.startswith("torch.") and weight.dtype in _WHOLE):
+    if not (type(weight).__module__.startswith("torch.") and weight.dtype in _WHOLE):
         raise ValueError(
             f"the {side}'s lm_head has a quantised weight ({type(weight).__qualname__}, {weight.dtype}): leave lm_head out of "
             "quantisation for the KD loss"
