@@ -136,7 +136,7 @@ def explain() -> None:
         for dtype in ("bf16", "fp16") if row["bytes"] == "2" else ("fp32",):
             worst, problem = trial(name, arch, head_dim, aot.DTYPES[dtype], general)
             reason = reason or (f"{written(general)}: {problem} ({dtype})" if problem else "")
-        reason = reason or f"{written(general)} compiles ({worst} registers): chosen for its time"
+        reason = reason or f"{written(general)} has no problem ({worst} registers): nothing was rejected"
         rows = read_table()
         (same,) = (r for r in rows if all(r[key] == row[key] for key in ("kernel", "bytes", "head_dim", "arch")))
         same["reason"] = reason
