@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from benchmarks._measure import Way
+from benchmarks._measure import Implementation
 from cdistill.ops import AttentionProblem, attention_with_alignment, flash_attention
 from cdistill.ops._engines import ENGINES, engine
 
@@ -107,7 +107,7 @@ Run = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
-class Contender(Way):
+class Contender(Implementation):
     """A way to compute ``run(q, k, v, target, rows, cols) -> (out, losses or None)`` under autograd.
 
     ``plain``: attention alone, the floor.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks._contenders import compiled, free_memory
-from benchmarks._measure import Way, one_line
+from benchmarks._measure import Implementation, one_line
 from cdistill.ops import linear_distillation, reference
 from cdistill.ops._vocabulary import CHUNK_BYTES
 
@@ -104,7 +104,7 @@ Run = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
-class Contender(Way):
+class Contender(Implementation):
     """A way to compute the mean of cross-entropy and divergence per token, ``run(*problem)``, under autograd.
 
     ``alone``: the divergence without the cross-entropy.

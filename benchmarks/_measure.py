@@ -122,7 +122,7 @@ def peak_bytes(forward: Forward, backward: Backward, device: torch.device) -> in
 
 
 @dataclass(frozen=True)
-class Way:
+class Implementation:
     """One of several ways to compute the same; ``parts`` are the checks it stands on: empty for what is not ours."""
 
     name: str
@@ -131,7 +131,7 @@ class Way:
 
 
 def judged(
-    found: Iterable[Way],
+    found: Iterable[Implementation],
     error_of: Callable[[Any], tuple[float, str]],
     failed: Mapping[str, str] = NO_FAILURES,
     deadline: float = float("inf"),
@@ -163,18 +163,18 @@ def judged(
     return rows, problems
 
 
-def timings(found: list[Sample], again: list[Sample]) -> dict[str, float]:
+def timings(found: list[Sample], repeated: list[Sample]) -> dict[str, float]:
     """Medians over two passes; spread is by how much their medians differ."""
-    all_of, first, second = medians(found + again), medians(found), medians(again or found)
+    all_of, first, second = medians(found + repeated), medians(found), medians(repeated or found)
     values = {f"{name}_ms": value for name, value in all_of._asdict().items()}
-    spread = 100 * abs(first.both - second.both) / all_of.both if again else None
-    return values | {"spread_percent": spread, "repeats": len(found) + len(again)}
+    spread = 100 * abs(first.both - second.both) / all_of.both if repeated else None
+    return values | {"spread_percent": spread, "repeats": len(found) + len(repeated)}
 
 
 def add_times(
     rows: dict[str, Row],
     steps_of: Callable[[Any], tuple[Forward, Backward]],
-    found: Iterable[Way],
+    found: Iterable[Implementation],
     device: torch.device,
     deadline: float,
     pass_seconds: float,
