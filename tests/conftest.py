@@ -50,7 +50,7 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_finish():
-    """What is imported stays: the garbage collector need not walk through it, which takes a tenth of the CPU time."""
+    """What is imported stays: the garbage collector need not walk through it, a twentieth of the CPU time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)

@@ -175,3 +175,6 @@ def test_a_file_whose_name_has_a_colon_is_read_as_a_file(registered, tmp_path, m
     monkeypatch.chdir(tmp_path)
     (tmp_path / "by-tabs:set.json").write_bytes(as_json([record(i) for i in range(3)], lines=False))
     assert len(open_source("by-tabs:set.json")) == 3
+    for name in ("set-1:a.jsonl", "set-1:b.jsonl"):
+        (tmp_path / name).write_bytes(as_json([record(0, images=0)], lines=True))
+    assert len(open_source("set-1:*.jsonl", columns={"conversations": "conversations"})) == 2

@@ -209,6 +209,13 @@ def test_losses_that_are_left_out():
     alone = cdistill.distill(teacher, student, vat_weight=0.0)(**batch)
     assert set(alone) == {"loss", "ar", "kd"}
     torch.testing.assert_close(alone["loss"], whole["ar"] + whole["kd"])
+    changed = cdistill.distill(teacher, student)
+    changed.vat_weight = 3.0
+    torch.testing.assert_close(changed(batch)["loss"], whole["ar"] + whole["kd"] + 3 * whole["vat"])
+    with pytest.raises(ValueError, match=r"^vat_weight needs a finite number of at least 0, got -1$"):
+        changed.vat_weight = -1
+    with pytest.raises(ValueError, match=r"^vat_weight needs an alignment"):
+        cdistill.distill(teacher, student, vat_weight=0.0).vat_weight = 1.0
 
 
 def test_a_few_lines_train_a_student():

@@ -43,7 +43,7 @@ def main(options: argparse.Namespace, load_processor: LoadProcessor) -> int:
         if options.action == "show":
             return _show(options, load_processor)
         return _check(options, load_processor) if options.action == "check" else _presets(options)
-    except BrokenPipeError:
+    except BrokenPipeError:  # an OSError that the command line tells
         raise
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"cdistill: error: {error}", file=sys.stderr)

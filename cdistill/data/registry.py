@@ -63,6 +63,8 @@ def open_registered(path: str, **options: Any) -> "Source | None":
         return None
     name, rest = match.groups()
     opener = _opener(name)
+    if opener is None and any(c in rest for c in "*?[{"):  # a pattern of files whose names have a colon
+        return None
     if opener is None:
         known = ", ".join(sorted(_openers)) or "none"
         raise ValueError(

@@ -21,6 +21,7 @@ from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.teacher import Teacher
 from cdistill.train.teacher_source import InMemory
 from cdistill.train.terms import Settings, Term, configured
+from cdistill.train.terms.alignment import Alignment
 from cdistill.vat import VAT, VATConfig, attention_layers
 
 
@@ -247,6 +248,21 @@ class Distillation(nn.Module):
     def weights(self) -> dict[str, float]:
         """Of each term in the loss."""
         return {term.name: term.weight for term in self.losses.terms}
+
+    @property
+    def vat_weight(self) -> float:
+        """Of the alignment, 0 without one; it may be changed between batches."""
+        return self.weights.get(Alignment.name, 0.0)
+
+    @vat_weight.setter
+    def vat_weight(self, value: float) -> None:
+        term = next((term for term in self.losses.terms if isinstance(term, Alignment)), None)
+        if term is None or not 0 <= value < float("inf"):
+            needs = (
+                "an alignment (distill() with vat_weight above 0)" if term is None else "a finite number of at least 0"
+            )
+            raise ValueError(f"vat_weight needs {needs}, got {value}")
+        term.weight = float(value)
 
     @torch.compiler.disable
     def _samples_of_window(self, batch: Mapping[str, Tensor]) -> Tensor:
