@@ -99,7 +99,9 @@ def registered(package, monkeypatch):
 
 def in_a_process(package, *arguments):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(package), *sys.path])}
-    return subprocess.run([sys.executable, *arguments], cwd=package.parent, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=package.parent, env=environment, capture_output=True, text=True
+    )
 
 
 def test_a_command_finds_the_reader_of_an_installed_package(package, tmp_path):

@@ -219,7 +219,7 @@ def test_a_graph_of_the_gradient_is_refused_in_words(impl):
     inputs = draw()
     leaf = inputs["student_hidden"].requires_grad_()
     result = run(impl, inputs)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+    with pytest.raises(RuntimeError, match="no autograd formula"):
         (gradient,) = torch.autograd.grad((result.ce + result.kd) ** 2, leaf, create_graph=True, retain_graph=False)
         gradient.sum().backward()
 

@@ -94,13 +94,14 @@ def attention_slice(
     return torch.ops.cdistill.attention_slice(*problem, impl)[0]
 
 
-@operator("attention_slice_accumulate", f"{PROBLEM}, Tensor(a!) sums, int[] windows, str? impl", 0, changes=("sums",))
+@operator("attention_slice_accumulate", f"{PROBLEM}, Tensor(a!) sums, int[] windows, str? impl", 0)
 def _accumulate(*arguments: Any) -> None:
     problem, (sums, windows, impl) = problem_of(arguments)
     chosen = backend(impl, problem.q)
     checked_regions(chosen, problem)
     if not sums.numel() or not windows:
         return
+    torch.autograd.graph.increment_version(sums)
     if chosen.FUSES_ACCUMULATION:
         chosen.slice_accumulate(with_lse(chosen, problem)[0], sums, list(windows))
         return

@@ -20,7 +20,7 @@ from cdistill.ops._contract import (
     require_tensor,
 )
 from cdistill.ops._dispatch import backend, warn_once
-from cdistill.ops._operators import operator, save_for_backward, saved_for_backward, without_autocast
+from cdistill.ops._operators import operator, register_gradient, save_for_backward, saved_for_backward, without_autocast
 from cdistill.ops._vocabulary import BLOCK, Inputs, Options, Wanted, empty_results, losses_and_gradients
 
 SAME_RATIO = 1e-5  # relative: upstream gradients are rounded
@@ -159,7 +159,7 @@ def _differentiate(ctx: Any, dce: Tensor | None, dkd: Tensor | None, *_: None) -
     return *found, *(None,) * (ctx.arguments - len(found))
 
 
-torch.library.register_autograd("cdistill::linear_distillation", _differentiate, setup_context=_save)
+register_gradient("linear_distillation", _save, _differentiate)
 
 
 def _require_side(side: str, hidden: Any, head: Any, bias: Tensor | None, rows: int) -> None:
