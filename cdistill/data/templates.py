@@ -166,6 +166,11 @@ class Template:
         if named is None and self._special:
             self._find_end()
 
+    @property
+    def replaces_own(self) -> bool:
+        """Whether chats are written by another template than the processor's, which has to go with what is trained."""
+        return self.name not in ("auto", "plain")
+
     def __call__(self, messages: Sequence[Message]) -> Rendered:
         """The text of a conversation that ends with an answer.
 
