@@ -10,9 +10,12 @@ import torch
 from conversation_cases import byte_level_processor, picture
 from family_models import QUIET, build, build_pair, collate, draw, draw_samples
 from torch.utils.data import SequentialSampler
-from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
+from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, Trainer, TrainingArguments
 
 import cdistill
+from cdistill.data.contract import LabelContract
+from cdistill.data.samples import Message
+from cdistill.train.compodistill import ConversationCollator
 
 NAME = "llava_llama"
 FEW = {"target_modules": ["q_proj", "v_proj"]}
@@ -387,3 +390,22 @@ def test_rows_become_batches(tmp_path):
     assert torch.equal(mixed["labels"][0][mixed["labels"][0] != -100], labels[labels != -100])
     with pytest.raises(ValueError, match="image"):
         collator([layouts[1] | {"image": str(tmp_path / "missing.png")}])
+
+
+@pytest.mark.parametrize("given", ["processing_class", "data_collator"])
+def test_what_is_saved_asks_and_stops_as_it_has_learned(tmp_path, given):
+    """The template is not the processor's own, and its end is not what ends the student's texts."""
+    student, teacher = build_pair(NAME)
+    processor, template = byte_level_processor(NAME), "qwen2_base"
+    args = arguments(
+        cdistill.CompoDistillConfig, tmp_path, template=template if given == "processing_class" else "plain"
+    )
+    options = {"data_collator": ConversationCollator(processor, template)} if given == "data_collator" else {}
+    trainer = cdistill.CompoDistillTrainer(student, teacher, args, processing_class=processor, **options)
+    trainer.save_model(str(tmp_path / "saved"))
+    contract = LabelContract(processor, template)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "How many?"}], add_generation_prompt=True)
+    assert prompt["input_ids"] == contract.prompt_ids([Message("user", ("How many?",))])
+    ends = GenerationConfig.from_pretrained(tmp_path / "saved").eos_token_id
+    assert ends == [*contract.end_ids, build(NAME, 0).generation_config.eos_token_id]

@@ -178,6 +178,35 @@ def test_a_head_that_changes_after_distill():
         distillation(batch)
 
 
+def halved(head):
+    head.register_forward_hook(lambda module, inputs, output: output / 2)
+
+
+def halved_before(head):
+    head.register_forward_pre_hook(lambda module, inputs: (inputs[0] / 2,))
+
+
+def replaced(head):
+    head.forward = lambda x: nn.Linear.forward(head, x) / 2
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(halved, "a forward hook of"), (halved_before, "a forward hook of"), (replaced, "a forward pass of its own")],
+)
+def test_what_is_put_around_a_head_is_not_left_out_in_silence(side, change, message):
+    student, teacher = build_pair(LLAVA)
+    distillation = cdistill.distill(teacher, student)
+    batch = draw(LLAVA, 3)
+    distillation(batch)
+    change((student if side == "student" else teacher).lm_head)
+    with pytest.raises(ValueError, match=f"the {side}'s lm_head has {message}"):
+        distillation(batch)
+    with pytest.raises(ValueError, match=f"the {side}'s lm_head has {message}"):
+        cdistill.distill(teacher, student)
+
+
 class Quantised(torch.Tensor):
     """As libraries of quantisation hold weights inside of linear layers."""
 

@@ -197,6 +197,18 @@ def test_a_role_that_a_template_refuses_makes_a_bad_sample(tmp_path):
         LabelContract(tokenizer_of("qwen"), str(path))([Message("system", ("x",)), *conversation((("a",), "b"))])
 
 
+def test_a_token_of_the_vocabulary_that_no_text_has_ends_no_answers():
+    """As of Qwen 3, whose vocabulary has "</s>" for another purpose, and which reads three tokens in it."""
+    vocab = {"<unk>": 0, "</s>": 1, "<": 2, "/": 3, "s": 4, ">": 5, "a": 6}
+    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab, [])), pad_token="<unk>")
+    with pytest.raises(
+        ValueError, match="needs the token </s>, which the tokenizer does not have as a token of its own"
+    ):
+        LabelContract(plain, "vicuna_v1")
+    plain.add_special_tokens({"eos_token": "</s>"})
+    assert LabelContract(plain, "vicuna_v1").end_ids == (1,)
+
+
 def test_a_tokenizer_that_ends_every_text_is_refused():
     class Processor:
         def __init__(self, tokenizer):

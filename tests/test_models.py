@@ -1,5 +1,7 @@
 """LLaVA composition, teacher adapter fetch, the shared vision pass, saving and loading."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -21,6 +23,7 @@ from cdistill.models import (
     student_embeddings,
     teacher_embeddings,
 )
+from cdistill.models.load import load_model
 
 IMAGE, VOCABULARY, TOKENS = 5, 40, 9
 
@@ -182,3 +185,21 @@ def test_bad_pairs_are_refused(generator):
         merge_visual_tokens(student, ids, torch.zeros(1, TOKENS, 32))
     with pytest.raises(ValueError, match="image tokens"):
         merge_visual_tokens(student, ids, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"hidden_size": 16}, "some have other shapes"),
+        ({"num_hidden_layers": 9}, r"model\.language_model\.layers\.\d\..* is missing"),
+    ],
+)
+def test_weights_that_do_not_fit_their_configuration(change, why, tmp_path):
+    build(LlamaConfig, 32, 2, 0).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"] |= change
+    config["text_config"].pop("layer_types", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"^teacher: the weights in .* do not fit its config.json: {why}$") as error:
+        load_model(tmp_path, "teacher")
+    assert "\n" not in str(error.value)

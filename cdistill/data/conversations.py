@@ -68,7 +68,10 @@ class Encoder:
         if not self.tokenizer.is_fast:
             raise ValueError(f"{type(self.tokenizer).__name__} is not a fast tokenizer, which labels need")
         if self.tokenizer.pad_token_id is None:
-            raise ValueError(f"{type(self.tokenizer).__name__} has no pad_token, which batches need")
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} has no pad_token, which batches need; set one in "
+                "tokenizer_config.json (eos_token will do)"
+            )
         self.contract = LabelContract(processor, template)
         self.template = self.contract.template
         self.pad_token_id: int = self.tokenizer.pad_token_id

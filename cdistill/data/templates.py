@@ -150,10 +150,11 @@ class Template:
             self.source = _named_template(named, self._image, bos=processor is tokenizer and _puts_bos(tokenizer))
         else:
             self.source = _own_template(processor, tokenizer) if name == "auto" else _template_file(name)
-        missing = [t for t in named.tokens if t not in tokenizer.get_vocab()] if named is not None else []
+        missing = [t for t in named.tokens if not _reads(tokenizer, t)] if named is not None else []
         if missing:
             raise ValueError(
-                f"template {name} needs the token {missing[0]}, which the tokenizer does not have; choose another template"
+                f"template {name} needs the token {missing[0]}, which the tokenizer does not have as a token of its own; "
+                "choose another template"
             )
         self._about = "template auto: the model's chat template" if name == "auto" else f"template {name}: the file"
         self._marks_answers = GENERATION.search(self.source) is not None
@@ -164,6 +165,11 @@ class Template:
         self.end: str | None = named.end if named is not None and named.end in named.tokens else None
         if named is None and self._special:
             self._find_end()
+
+    @property
+    def replaces_own(self) -> bool:
+        """Whether chats are written by another template than the processor's, which has to go with what is trained."""
+        return self.name not in ("auto", "plain")
 
     def __call__(self, messages: Sequence[Message]) -> Rendered:
         """The text of a conversation that ends with an answer.
@@ -345,6 +351,12 @@ class Template:
 def _puts_bos(tokenizer: Any) -> bool:
     """Whether a tokenizer begins every text with its BOS."""
     return callable(tokenizer) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def _reads(tokenizer: Any, token: str) -> bool:
+    """Whether a tokenizer finds a token in a text; one that its vocabulary has may be a part that it never makes of it."""
+    found = tokenizer("a" + token, add_special_tokens=False)["input_ids"]
+    return found[-1:] == [tokenizer.get_vocab().get(token)]
 
 
 def _image_mark(image_token: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, Trainer, 
 
 from cdistill.choices import KDConfig, VATConfig
 from cdistill.data.samples import IGNORE_INDEX
+from cdistill.data.templates import Template
+from cdistill.models.processor import save_chat_template, stop_at
 from cdistill.train.compodistill_config import COMPILED, CompoDistillConfig, made
 from cdistill.train.conversation_collator import ConversationCollator
 from cdistill.train.distillation import distill
@@ -40,7 +43,8 @@ class CompoDistillTrainer(Trainer):
         args: by default `CompoDistillConfig` with ``output_dir`` "compodistill".
         data_collator: makes what `Distillation.forward` takes, labels included; by default, with ``processing_class``, a
             `ConversationCollator`.
-        processing_class: the student's processor, saved beside it.
+        processing_class: the student's processor, saved beside it, with ``args.template`` as its chat template. What ends
+            answers there ends generation of the student, too.
         peft_config: of the adapters that the student is to get, by ``peft.get_peft_model``.
         vat: a `cdistill.vat.VAT` in place of ``args.vat``, for adaptive matching.
         terms: further terms of the loss, as for `cdistill.distill`; each is logged and evaluated under its name.
@@ -86,6 +90,10 @@ class CompoDistillTrainer(Trainer):
             data_collator = ConversationCollator(processing_class, args.template, args.max_length)
         if data_collator is None:
             raise ValueError("data_collator or processing_class must be given, to make batches of the rows")
+        self._template: Template | None = None
+        if isinstance(data_collator, ConversationCollator):  # what is learned is what the saved student generates
+            self._template = data_collator.encoder.template
+            stop_at(self.distillation.losses.student, data_collator.encoder.contract.end_ids)
         super().__init__(
             model=student,
             args=args,
@@ -241,6 +249,13 @@ class CompoDistillTrainer(Trainer):
             metrics: Any = output.metrics
             metrics.update({f"{prefix}_{name}": value for name, value in {"loss": loss, **terms}.items()})
         return output
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self._template is not None and self._template.replaces_own and self.processing_class is not None:
+            save_chat_template(
+                Path(str(self.args.output_dir if output_dir is None else output_dir)), self._template.source
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._holds_weights_whole:

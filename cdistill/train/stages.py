@@ -336,7 +336,7 @@ def _publish(run: Run, stage: Stage, models: Models, trainer: DistillTrainer, da
         if first_process():
             models.processor.save_pretrained(part)
             template = None if data.encoder is None else data.encoder.template
-            if template is not None and template.name not in ("auto", "plain"):  # the one conversations were written by
+            if template is not None and template.replaces_own:
                 save_chat_template(part, template.source)
         checkpoints.seal(part, stage=stage.name, step=trainer.state.global_step)
     if first_process():

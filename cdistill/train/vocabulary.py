@@ -13,13 +13,14 @@ from cdistill.choices import KDConfig
 from cdistill.models.load import Model
 from cdistill.models.parts import head_of
 from cdistill.ops import linear_distillation
-from cdistill.train.inside import inside, open_inside
+from cdistill.train.inside import KEYWORD, inside, open_inside
 from cdistill.train.step import Step
 
 MODULE = "vocabulary_losses"  # of a term that makes cross-entropy and divergence together
 # What some families do to logits after the head (Gemma, Cohere, Granite).
 AFTER_THE_HEAD = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling")
 _WHOLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes whose values are the weights
+_ENGINES = {"torch", "deepspeed", "accelerate", "transformers"}  # their hooks move weights and leave results alone
 
 
 class VocabularyLosses(nn.Module):
@@ -128,3 +129,20 @@ def require_plain_head(model: Model, side: str, *, linear: bool) -> None:
             f"the {side}'s lm_head has a quantised weight ({type(weight).__qualname__}, {weight.dtype}): leave lm_head out of "
             "quantisation for the KD loss"
         )
+    added = _added(head)
+    if added is not None:
+        raise ValueError(
+            f"the {side}'s lm_head has {added}, which the KD loss, taken from its weight, would leave out: remove it"
+        )
+
+
+def _added(head: nn.Module) -> str | None:
+    """What somebody has put around the forward pass of a head, other than what moves its weights; None if nothing."""
+    forward = vars(head).get("forward")
+    if forward is not None and not hasattr(forward, KEYWORD) and not hasattr(head, "_hf_hook"):
+        return "a forward pass of its own"
+    for hook in (*head._forward_pre_hooks.values(), *head._forward_hooks.values()):
+        function = getattr(hook, "func", hook)  # of a functools.partial
+        if str(function.__module__).partition(".")[0] not in _ENGINES:
+            return f"a forward hook of {function.__module__}"
+    return None
