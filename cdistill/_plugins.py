@@ -1,4 +1,4 @@
-"""Modules of other packages that register their readers, terms, objectives and engines, imported once in every process.
+"""Modules of other packages that register readers, terms, objectives, engines and families, imported once in every process.
 
 A package names such a module in its pyproject.toml::
 

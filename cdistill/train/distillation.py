@@ -13,7 +13,7 @@ from cdistill.choices import KDConfig
 from cdistill.data.samples import IGNORE_INDEX
 from cdistill.models.load import Model
 from cdistill.models.pair import CommonEncoder, check_frozen, check_pair, common_parameters, unwrapped
-from cdistill.models.parts import part_of
+from cdistill.models.parts import parameters_of
 from cdistill.train.callers import Route, Window, folder_of_trainer, items_of_trainer, window_of_trainer
 from cdistill.train.inside import inside, open_inside
 from cdistill.train.model import DistillationModel
@@ -343,7 +343,7 @@ def distill(
     student, teacher = unwrapped(student, "student"), unwrapped(teacher, "teacher")
     check_pair(student, teacher)
     freezes = not train_vision and not hasattr(given, "peft_config")
-    encoder = [p for name, p in student.named_parameters() if part_of(name) == "vision"] if freezes else []
+    encoder = parameters_of(student, "vision") if freezes else []
     common = common_parameters(student, teacher, frozen=encoder)
     looks_once = CommonEncoder(student, teacher)
     if vat_weight and not isinstance(vat, VAT):

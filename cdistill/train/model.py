@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cdistill.families import family_of
 from cdistill.models.llava import Llava, SharedVision, share_vision, student_embeddings
 from cdistill.models.load import Model
 from cdistill.models.parts import has_vision
@@ -17,9 +18,6 @@ from cdistill.train.teacher import Teacher, hidden_states
 from cdistill.train.teacher_source import TeacherSource, source_of
 from cdistill.train.terms import Term, check_terms
 from cdistill.vat import Recorder, install
-
-# How transformers' mixtures of experts name the weight of the loss that balances their experts.
-ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 class DistillationModel(nn.Module):
@@ -211,7 +209,7 @@ def _require_body(model: Model, side: str) -> None:
             "README's families"
         )
     configs = (model.config, model.config.get_text_config())
-    weights = [getattr(config, name, None) for config in configs for name in ROUTER_WEIGHTS]
+    weights = [getattr(config, name, None) for config in configs for name in family_of(model).router_fields]
     asked = any(getattr(config, "output_router_logits", False) for config in configs)
     if side == "student" and asked and any(weights):
         raise ValueError(

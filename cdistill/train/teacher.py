@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cdistill.families import Family
 from cdistill.models.llava import SharedVision, teacher_embeddings
 from cdistill.models.load import Model
-from cdistill.models.parts import VISUAL_MODULES, head_of, language_model
+from cdistill.models.parts import head_of, language_model
 from cdistill.models.taf import TAFAdapter
 from cdistill.runtime.zero import is_partitioned, teacher_config
 from cdistill.train.blank import looking
@@ -118,7 +119,7 @@ def partitioned(teacher: Teacher, *, precision: str, offload: bool) -> Any:
     return deepspeed.initialize(model=teacher, config=teacher_config(precision=precision, offload=offload))[0]
 
 
-def quantized(kind: str, dtype: torch.dtype) -> Any:
+def quantized(kind: str, dtype: torch.dtype, family: Family) -> Any:
     """What ``from_pretrained`` takes to load a teacher whose language model's layers have 8 or 4 bits.
 
     Head, adapter and vision encoder keep ``dtype``: the loss over the vocabulary needs the head's weight as it is. Raises
@@ -130,7 +131,8 @@ def quantized(kind: str, dtype: torch.dtype) -> Any:
 
     if find_spec("bitsandbytes") is None:
         raise ValueError("teacher_memory.quantization needs bitsandbytes: pip install cdistill[quantization]")
-    whole = ["lm_head", *VISUAL_MODULES, *(rf".*\.{name}" for name in VISUAL_MODULES)]  # patterns match from the start
+    visual = family.adapters + family.encoders
+    whole = ["lm_head", *visual, *(rf".*\.{name}" for name in visual)]  # patterns match from the start
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
     return BitsAndBytesConfig(

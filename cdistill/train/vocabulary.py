@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdistill.choices import KDConfig
+from cdistill.families import family_of
 from cdistill.models.load import Model
 from cdistill.models.parts import head_of
 from cdistill.ops import linear_distillation
@@ -17,8 +18,6 @@ from cdistill.train.inside import inside, open_inside
 from cdistill.train.step import Step
 
 MODULE = "vocabulary_losses"  # of a term that makes cross-entropy and divergence together
-# What some families do to logits after the head (Gemma, Cohere, Granite).
-AFTER_THE_HEAD = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling")
 _WHOLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes whose values are the weights
 
 
@@ -112,7 +111,7 @@ def require_plain_head(model: Model, side: str, *, linear: bool) -> None:
     The losses are taken from the head itself, and would leave out what a model does to its logits afterwards.
     """
     head, config = head_of(model), model.config.get_text_config()
-    for name in AFTER_THE_HEAD:
+    for name in family_of(model).logit_fields:
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise ValueError(f"the {side}'s {name} {getattr(config, name)} is not supported")
     if not linear:
