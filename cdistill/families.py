@@ -120,10 +120,62 @@ COMMON = Family(
 )
 
 _ROWS = (
+    Family("blip-2", adapters=("language_projection", "qformer", "query_tokens")),
+    Family("cosmos3_edge", adapters=("projector",)),
+    Family("deepseek_ocr2", adapters=("view_separator",)),
     Family("deepseek_v4", attention_layers=("compressed_sparse_attention", "heavily_compressed_attention")),
+    Family("deepseek_vl", adapters=("aligner",)),
+    Family(
+        "deepseek_vl_hybrid",
+        adapters=("aligner",),
+        encoders=("high_res_vision_neck", "high_res_vision_proj", "high_res_vision_alpha"),
+    ),
+    Family("dots3_note", encoders=("audio_tower",)),
+    Family("ernie4_5_vl_moe", adapters=("resampler_model",)),
+    Family("gemma3n", adapters=("embed_vision", "embed_audio"), encoders=("audio_tower",)),
+    Family("gemma4", adapters=("embed_vision", "embed_audio"), encoders=("audio_tower",)),
+    Family("gemma4_unified", adapters=("embed_vision", "embed_audio")),
+    Family("granite4_vision", adapters=("layerwise_projectors", "spatial_projectors")),
+    Family("hyperclovax_vision_v2", adapters=("projector",)),
+    Family("inkling_mm_model", encoders=("audio_tower",)),
+    Family("instructblip", adapters=("language_projection", "qformer", "query_tokens")),
+    Family("instructblipvideo", adapters=("language_projection", "qformer", "query_tokens")),
+    Family(
+        "janus",
+        adapters=("aligner",),
+        encoders=("vqmodel", "generation_embeddings", "generation_aligner", "generation_head"),  # for images it makes
+    ),
+    Family("kimi_k25", adapters=("mm_projector",)),
+    Family("kosmos-2", adapters=("image_to_text_projection",)),
+    Family("kosmos-2.5", adapters=("image_to_text_projection",)),
+    Family("lighton_ocr", adapters=("vision_projection",)),
     Family("minimax_m3_vl_text", attention_layers=("minimax_m3_sparse",)),
+    Family("muse_glimmer", adapters=("vision_adapter", "vision_projection")),
+    Family("muse_spark", adapters=("vision_adapter", "vision_projection"), encoders=("audio_tower",)),
+    Family("nemotron_h", other_layers=("mlp",)),
+    Family("ovis2", adapters=("visual_embeddings_table",)),
+    Family("paddleocr_vl", adapters=("projector",)),
+    Family(
+        "phi4_multimodal",  # inside what transformers calls its language model
+        adapters=(
+            "img_projection_up",
+            "img_projection_down",
+            "global_img_feature_extensor",
+            "sub_img_feature_extensor",
+            "up_proj_for_speech",
+            "down_proj_for_speech",
+            "up_proj_for_vision_speech",
+            "down_proj_for_vision_speech",
+        ),
+        encoders=("img_processor", "audio_embed"),
+    ),
+    Family("qwen2_5_omni_thinker", encoders=("audio_tower",)),
+    Family("qwen3_omni_moe_thinker", encoders=("audio_tower",)),
     Family("step3p5", attention_layers=("minimax_m3_sparse",)),
+    Family("unlimited_ocr", adapters=("view_separator",)),
     Family("unlimited_ocr_text", attention_layers=("reference_sliding_attention",)),
+    Family("video_llama_3", adapters=("projector",)),
+    Family("video_llava", encoders=("video_tower",)),
 )
 
 TABLE = {row.model_type: row for row in _ROWS}

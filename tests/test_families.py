@@ -112,11 +112,24 @@ def test_a_registered_family_is_distilled_like_the_one_that_it_is_made_of():
     assert parts["beak"] == "adapter" and parts["retina"] == "vision" and parts["language_model"] == "language"
 
 
-def test_without_its_row_such_a_family_is_refused():
+UNKNOWN = "belongs neither to its language model nor to a known adapter or encoder"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (None, "^ParrotConfig names no image_token_id "),
+        (replace(ROW, image_token=()), "^ParrotConfig names no image_token_id "),
+        (replace(ROW, adapters=()), rf"^model\.beak\.\S+ of Parrot {UNKNOWN}: "),
+        (replace(ROW, encoders=()), rf"^model\.retina\.\S+ of Parrot {UNKNOWN}: "),
+    ],
+    ids=["row", "token", "adapter", "encoder"],
+)
+def test_without_its_row_or_a_part_of_it_such_a_family_is_refused(row, message):
     student, teacher = (parrot_of(model) for model in build_pair("internvl"))
-    with pytest.raises(
-        ValueError, match=r"ParrotConfig names no image_token_id .*cdistill\.register_family"
-    ) as refused:
+    if row is not None:
+        register_family(row)
+    with pytest.raises(ValueError, match=message + r".*cdistill\.register_family") as refused:
         cdistill.distill(teacher, student)(draw("internvl", seed=5))
     assert "\n" not in str(refused.value)
 

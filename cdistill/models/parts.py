@@ -22,6 +22,24 @@ def named_parts(model: Any) -> Iterator[tuple[str, nn.Parameter, Part]]:
         yield name, parameter, _part_of(name, family)
 
 
+def require_known_parts(model: Any) -> None:
+    """Raise ValueError for a multimodal model with a parameter that is outside its language model and of no known part.
+
+    It would be frozen and trained with the language model.
+    """
+    if not has_vision(model):
+        return
+    language = {
+        id(p) for part in (language_model(model), head_of(model)) if part is not None for p in part.parameters()
+    }
+    for name, parameter, part in named_parts(model):
+        if part == "language" and id(parameter) not in language:
+            raise ValueError(
+                f"{name} of {type(model).__name__} belongs neither to its language model nor to a known adapter or encoder: "
+                f"register a row for {model.config.model_type} that names its module (cdistill.register_family)"
+            )
+
+
 def parameters_of(model: Any, *parts: Part) -> list[nn.Parameter]:
     """The parameters of some parts of a model."""
     return [parameter for _, parameter, part in named_parts(model) if part in parts]

@@ -13,7 +13,7 @@ from cdistill.choices import KDConfig
 from cdistill.data.samples import IGNORE_INDEX
 from cdistill.models.load import Model
 from cdistill.models.pair import CommonEncoder, check_frozen, check_pair, common_parameters, unwrapped
-from cdistill.models.parts import parameters_of
+from cdistill.models.parts import parameters_of, require_known_parts
 from cdistill.train.callers import Route, Window, folder_of_trainer, items_of_trainer, window_of_trainer
 from cdistill.train.inside import inside, open_inside
 from cdistill.train.model import DistillationModel
@@ -353,6 +353,7 @@ def distill(
     settings = Settings(kd or KDConfig(), aligned, vat_weight, None if ids is None else tuple(ids))
     source = InMemory(Teacher(teacher, shares_vision=looks_once()))
     model = DistillationModel(student, _terms(terms, settings), teacher=source, pads_right=False)
+    require_known_parts(student)
     _refuse_trained(model)
     for parameter in encoder:
         parameter.requires_grad_(False)
