@@ -156,7 +156,7 @@ def check_frozen(common: Mapping[str, nn.Parameter]) -> None:
 
 
 def _memory(parameter: nn.Parameter) -> Any:
-    """What two parameters have in common if one changes with the other; empty and partitioned ones are told by identity."""
+    """What two parameters have in common if one changes with the other; empty and partitioned ones are compared by identity."""
     local = getattr(parameter, "_local_tensor", parameter)
     if local.is_meta or not local.numel():
         return id(parameter)

@@ -13,7 +13,7 @@ Part = Literal["vision", "adapter", "fetched", "language", "lora"]
 
 
 def named_parts(model: Any) -> Iterator[tuple[str, nn.Parameter, Part]]:
-    """Every parameter of a model with its name and the part it belongs to, which is told by the name (`cdistill.families`).
+    """Every parameter of a model with its name and the part it belongs to, by the names of its modules (`cdistill.families`).
 
     ``fetched`` is the teacher's frozen adapter inside a student's (TAF), ``lora`` what LoRA has added to the language model.
     """

@@ -24,11 +24,11 @@ from cdistill.runtime.zero import is_partitioned
 CHECK = "torch_compilable_check"  # what transformers' models call to compare numbers of visual tokens and features
 
 
-def must_look(model: Any) -> bool:
+def needs_blank(model: Any) -> bool:
     """Whether a model has to run its vision path even if there is no image.
 
     True where its parameters are partitioned; with several processes, where vision encoder or adapter are trained; and where
-    the encoder is, because which of its layers get a gradient only its own forward pass tells.
+    the encoder is, because only its own forward pass shows which of its layers get a gradient.
     """
     if is_partitioned(model):
         return True
@@ -45,11 +45,11 @@ def idle_adapter(student: Any) -> dict[str, Tensor]:
 
 
 @contextmanager
-def looking(model: Any, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The inputs of a model that embeds images itself, with a blank image or video where it `must_look` and has none.
+def with_blanks(model: Any, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The inputs of a model that embeds images itself, with a blank image or video where it `needs_blank` and has none.
 
     Inside, the model does not compare how many visual tokens there are with what the encoder yields. Where parameters are
-    partitioned the processes tell each other whether there is a video; every process must come here.
+    partitioned, processes agree on whether there is a video, so every process must come here.
 
     Raises:
         ValueError: what a blank looks like for this family is not known.
@@ -85,7 +85,7 @@ def _missing(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """Inputs for the images and videos that a model must look at beside its own."""
     if not has_vision(model) or "input_ids" not in inputs:
         return {}
-    image = "pixel_values" not in inputs and must_look(model)
+    image = "pixel_values" not in inputs and needs_blank(model)
     video = False
     if hasattr(model.model, "get_video_features"):
         has_video = "pixel_values_videos" in inputs

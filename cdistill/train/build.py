@@ -44,10 +44,10 @@ from cdistill.vat import VAT, attention_layers
 class Models:
     """What a run trains and distils from; without a vision encoder the student is a causal language model.
 
-    ``processor`` is what a result's folder holds beside the weights, the tokenizer alone where there are no images;
-    ``reader`` makes batches of conversations, None where images always become the same tokens; ``held`` is the teacher as
-    a recipe wants it held, once it is; ``sources`` are the data sets that stages have opened; with ``shares_vision`` both
-    models look at an image once, through the encoder they have in common.
+    ``processor`` is saved beside the weights of a result, the tokenizer alone where there are no images. ``reader`` makes
+    batches of conversations; it is None where every image becomes the same tokens. ``teacher_source`` gives stages the
+    teacher's signal, once one has needed it. ``sources`` are the data sets that stages have opened. With ``shares_vision``
+    both models look at an image once, through the encoder they have in common.
     """
 
     student: Model
@@ -55,7 +55,7 @@ class Models:
     tokenizer: PreTrainedTokenizerBase
     processor: Processor
     reader: Any = None
-    held: Any = None
+    teacher_source: Any = None
     sources: dict[str, Source] = field(default_factory=dict)
     shares_vision: bool = False
 

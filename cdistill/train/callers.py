@@ -1,7 +1,7 @@
 """Who calls a `Distillation`: what wraps its student, and the `transformers.Trainer` whose step it is.
 
 A call that goes around DistributedDataParallel, or leaves out the number of items that Trainer has counted, gives losses that
-look right and gradients that are not. Neither is told to a model, so both are looked for.
+look right and gradients that are not. A model learns of neither, so this module looks for both.
 """
 
 from __future__ import annotations

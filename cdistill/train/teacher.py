@@ -15,7 +15,7 @@ from cdistill.models.load import Model
 from cdistill.models.parts import head_of, language_model
 from cdistill.models.taf import TAFAdapter
 from cdistill.runtime.zero import is_partitioned, teacher_config
-from cdistill.train.blank import looking
+from cdistill.train.blank import with_blanks
 from cdistill.vat.hook import KEYWORD
 
 # Inputs of a batch that show a model no image or video.
@@ -27,7 +27,7 @@ def hidden_states(model: Model, inputs: dict[str, Any], recorder: Any) -> Tensor
     extra = {} if recorder is None else {KEYWORD: recorder}
     if "inputs_embeds" in inputs:
         return language_model(model)(**inputs, use_cache=False, **extra).last_hidden_state
-    with looking(model, inputs) as inputs:
+    with with_blanks(model, inputs) as inputs:
         if any(name not in TEXT_INPUTS for name in inputs):
             inputs = {name: _as_model(model, value) for name, value in inputs.items()}
         return model.model(**inputs, use_cache=False, **extra).last_hidden_state

@@ -14,7 +14,7 @@ from cdistill.families import family_of
 from cdistill.models.load import Model
 from cdistill.models.parts import head_of
 from cdistill.ops import linear_distillation
-from cdistill.train.inside import inside, open_inside
+from cdistill.train.inside import instead_of_forward, make_replaceable
 from cdistill.train.step import Step
 
 MODULE = "vocabulary_losses"  # of a term that makes cross-entropy and divergence together
@@ -92,15 +92,15 @@ def _both(step: Step) -> tuple[Tensor, Tensor]:
         return step.shared[MODULE]
     head, losses, teacher, targets = head_of(step.student), step.modules[MODULE], step.teacher, step.targets
     assert teacher is not None
-    open_inside(head)  # what gathers its weight is a hook on its call
+    make_replaceable(head)  # what gathers its weight is a hook on its call
     made: Any
     if teacher.topk is not None:
         known, topk = teacher.vocabulary, teacher.topk
-        made = head(step.hidden, **inside(lambda x: losses(x, head, None, None, targets, topk, known)))
+        made = head(step.hidden, **instead_of_forward(lambda x: losses(x, head, None, None, targets, topk, known)))
     else:
         assert teacher.head is not None
         with teacher.head() as theirs:
-            made = head(step.hidden, **inside(lambda x: losses(x, head, teacher.hidden, theirs, targets)))
+            made = head(step.hidden, **instead_of_forward(lambda x: losses(x, head, teacher.hidden, theirs, targets)))
     step.shared[MODULE] = made
     return made
 
