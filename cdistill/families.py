@@ -221,10 +221,10 @@ def require_known_everywhere(configs: Iterable[Any], processes: int) -> None:
 
 
 def _model_types(config: Any) -> Names:
-    """Of a configuration and of all that it holds: language model, vision encoder."""
+    """Of a configuration and of all that it holds: language model, vision encoder. Code of others may give none."""
     parts = (getattr(config, name, None) for name in getattr(config, "sub_configs", ()))
     inner = (kind for part in parts if part is not None for kind in _model_types(part))
-    return tuple(dict.fromkeys((getattr(config, "model_type", COMMON.model_type), *inner)))
+    return tuple(dict.fromkeys((getattr(config, "model_type", None) or COMMON.model_type, *inner)))
 
 
 @cache

@@ -175,6 +175,7 @@ def test_what_a_row_says_is_known_of_the_whole_model():
     assert known.refused_keywords == {**COMMON.refused_keywords, "mood": "moods"}
     assert visual_token_ids(config) == (config.image_token_id,)
     assert family_of(transformers.LlamaConfig()) == replace(COMMON, model_type="llama")
+    assert family_of(transformers.PreTrainedConfig()) == COMMON
 
 
 def test_a_keyword_that_a_row_refuses_is_refused_in_its_layers():

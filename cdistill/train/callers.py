@@ -20,8 +20,8 @@ from torch import Tensor, nn
 LOOKS = 3  # calls with gradients before which wrappers are looked for: the first may be a trial before one wraps
 
 
-class Route:
-    """Whether a call of the student reaches what wraps it; ``check`` is for every call with gradients."""
+class WrapperCheck:
+    """Refuses calls of the student that go around its wrapper; ``check`` is for every call with gradients."""
 
     def __init__(self, student: nn.Module) -> None:
         self.student, self._calls = student, 0

@@ -14,7 +14,7 @@ from cdistill.data.samples import IGNORE_INDEX
 from cdistill.models.load import Model
 from cdistill.models.pair import CommonEncoder, check_frozen, check_pair, common_parameters, unwrapped
 from cdistill.models.parts import parameters_of, require_known_parts
-from cdistill.train.callers import Route, Window, folder_of_trainer, items_of_trainer, window_of_trainer
+from cdistill.train.callers import Window, WrapperCheck, folder_of_trainer, items_of_trainer, window_of_trainer
 from cdistill.train.inside import instead_of_forward, make_replaceable
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES
@@ -54,7 +54,7 @@ class Distillation(nn.Module):
         self._losses_and_student = (losses, student)
         for module in {id(m): m for m in (student, losses.student)}.values():
             make_replaceable(module)
-        self._route = Route(student)
+        self._wrapper_check = WrapperCheck(student)
         self._window: Window | None = None
         self._has_run = False
 
@@ -178,7 +178,7 @@ class Distillation(nn.Module):
         """What losses are divided by: the numbers that are given, or a Trainer's; None for the batch's own."""
         processes: int = 1
         if torch.is_grad_enabled():
-            self._route.check()
+            self._wrapper_check.check()
             if tokens is None and (found := items_of_trainer()) is not None:
                 tokens, processes = found
         if tokens is not None and samples is None and self.losses.counts_samples:

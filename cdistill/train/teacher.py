@@ -51,8 +51,8 @@ class Teacher(nn.Module):
         self.model = model.eval().requires_grad_(False)
         self.shares_vision = shares_vision
 
-    def leave_to(self, student: Model) -> None:
-        """Drop what the student also has: the shared vision encoder and, with TAF, the adapter. Nothing here uses them."""
+    def drop_shared_parts(self, student: Model) -> None:
+        """Drop the shared vision encoder and, with TAF, the adapter: the student has both, and nothing here uses them."""
         if not self.shares_vision:
             return
         self.model.model.vision_tower = None

@@ -135,7 +135,7 @@ def place_teacher(
 ) -> TeacherSource:
     """The source of a recipe's teacher: in memory, partitioned or quantised, without the parts that the student has, too."""
     teacher = Teacher(model, shares_vision=shares_vision)
-    teacher.leave_to(student)
+    teacher.drop_shared_parts(student)
     if memory.zero == 3:
         whole = teacher.to(dtype=DTYPES[precision])
         return Partitioned(partitioned(whole, precision=precision, offload=memory.offload))
