@@ -173,7 +173,7 @@ class CompoDistillTrainer(Trainer):
     ) -> Any:
         """The weighted sum of the losses of a batch, by a call of whatever has been wrapped around the student."""
         counted = num_items_in_batch is not None
-        losses = self.distillation.through(
+        losses = self.distillation.compute_losses(
             model, inputs, tokens=num_items_in_batch, samples=self._samples if counted else None
         )
         if counted and self._over_processes:  # which average gradients
