@@ -112,6 +112,13 @@ def _why_no_cpp() -> str | None:
 
 
 @cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has products of matrices in a dtype; without, torch takes 6 to 13 times as long as in fp32."""
+    name = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype)
+    return name is None or bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
+
+
+@cache
 def warn_once(message: str) -> None:
     """One line per process for what is chosen on the caller's behalf."""
     warnings.warn(message, stacklevel=2)

@@ -144,13 +144,13 @@ def attention_alignment(
 
 
 def _divergence(p: Tensor, q: Tensor, divergence: str, beta: float) -> Tensor:
-    """Sum over rows of the divergence of log-probabilities, student p and teacher q."""
+    """Divergence of each row of log-probabilities, student p and teacher q."""
     if divergence == "forward_kl":
-        return F.kl_div(p, q, reduction="sum", log_target=True)
+        return F.kl_div(p, q, reduction="none", log_target=True).sum(1)
     if divergence == "reverse_kl":
-        return F.kl_div(q, p, reduction="sum", log_target=True)
+        return F.kl_div(q, p, reduction="none", log_target=True).sum(1)
     m = torch.stack([q + math.log(beta), p + math.log(1 - beta)]).logsumexp(0)
-    from_q, from_p = (F.kl_div(m, x, reduction="sum", log_target=True) for x in (q, p))
+    from_q, from_p = (F.kl_div(m, x, reduction="none", log_target=True).sum(1) for x in (q, p))
     return beta * from_q + (1 - beta) * from_p
 
 
@@ -159,6 +159,11 @@ def _with_others(log_p: Tensor, indices: Tensor) -> Tensor:
     rest = torch.ones_like(log_p).scatter(1, indices, 0.0)
     others = (log_p.exp() * rest).sum(1, keepdim=True).log()
     return torch.cat([log_p.gather(1, indices), others], 1)
+
+
+def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    logits = F.linear(hidden, head, bias) * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def linear_distillation(
@@ -176,23 +181,35 @@ def linear_distillation(
     teacher_bias: Tensor | None = None,
     teacher_topk: tuple[Tensor, Tensor] | None = None,
     vocab_size: int | None = None,
+    topk_tail: bool = True,
+    weights: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    student_logit_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_logit_softcap: float | None = None,
 ) -> LinearDistillation:
     """Oracle of ``cdistill.ops.linear_distillation``: whole (N,V) logits, padding columns cut off."""
     if vocab_size is None:
         vocab_size = min(len(head) for head in (student_head, teacher_head) if head is not None)
-    student = F.linear(student_hidden, student_head, student_bias)[:, :vocab_size]
+    student = _logits(student_hidden, student_head, student_bias, student_logit_scale, student_logit_softcap)
+    student = student[:, :vocab_size]
     if student.dtype in (torch.float16, torch.bfloat16):
         student = student.float()
     valid = labels != ignore_index
-    ce = F.cross_entropy(student, labels, ignore_index=ignore_index, reduction="sum")
+    w = torch.ones_like(valid, dtype=student.dtype) if weights is None else weights.to(student.dtype)
+    ce = F.cross_entropy(student, labels, ignore_index=ignore_index, reduction="none")[valid] @ w[valid]
     p = F.log_softmax(student[valid] / temperature, dim=-1)
     if teacher_topk is not None:
         values, indices = teacher_topk[0][valid].to(p.dtype), teacher_topk[1][valid]
-        rest = 1 - values.exp().sum(1, keepdim=True)
-        p, q = _with_others(p, indices), torch.cat([values, rest.log()], 1)
-    else:
-        assert teacher_hidden is not None and teacher_head is not None
+        if topk_tail:
+            rest = 1 - values.exp().sum(1, keepdim=True)
+            p, q = _with_others(p, indices), torch.cat([values, rest.log()], 1)
+        else:
+            p, q = p.gather(1, indices).log_softmax(1), values.log_softmax(1)
+    elif teacher_hidden is not None and teacher_head is not None:
         with torch.no_grad():
-            teacher = F.linear(teacher_hidden, teacher_head, teacher_bias)[:, :vocab_size]
-        q = F.log_softmax(teacher[valid].to(p.dtype) / temperature, dim=-1)
-    return LinearDistillation(ce, _divergence(p, q, divergence, beta), valid.sum())
+            teacher = _logits(teacher_hidden, teacher_head, teacher_bias, teacher_logit_scale, teacher_logit_softcap)
+        q = F.log_softmax(teacher[valid, :vocab_size].to(p.dtype) / temperature, dim=-1)
+    else:
+        return LinearDistillation(ce, ce.new_zeros(()), valid.sum())
+    return LinearDistillation(ce, _divergence(p, q, divergence, beta) @ w[valid], valid.sum())
