@@ -12,6 +12,8 @@ from annotated_types import Ge, Gt, Le, Lt
 
 # Attention ops.
 AlignmentLoss: TypeAlias = Literal["cosine", "mse", "kl", "jsd"]
+RelationLoss: TypeAlias = Literal["cosine", "mse", "kl", "jsd", "reverse_kl"]
+Relation: TypeAlias = Literal["qk", "qq", "kk", "vv"]
 Reduction: TypeAlias = Literal["row", "matrix", "column"]
 Heads: TypeAlias = Literal["mean", "each"]
 Impl: TypeAlias = Literal["torch", "cpp", "triton"]
@@ -24,6 +26,8 @@ Matching: TypeAlias = Literal["group", "simple", "adaptive"]
 NamedSpan: TypeAlias = Literal["early", "intermediate", "later", "all", "official"]
 
 ALIGNMENT_LOSSES: tuple[str, ...] = get_args(AlignmentLoss)
+RELATION_LOSSES: tuple[str, ...] = get_args(RelationLoss)  # of which the Triton kernels lack the last
+RELATIONS: tuple[str, ...] = get_args(Relation)
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 HEADS: tuple[str, ...] = get_args(Heads)
 IMPLS: tuple[str, ...] = get_args(Impl)
@@ -41,7 +45,7 @@ TEMPLATES: tuple[str, ...] = get_args(Template)
 TEMPLATE_FILE = ".jinja"  # what the path of a template of one's own ends in
 
 # Alignment losses that compare shares: slices are divided by their sums first.
-SHARES = ("kl", "jsd")
+SHARES = ("kl", "jsd", "reverse_kl")
 
 
 # Numbers, with the bounds that a test of them and a recipe's schema read.
