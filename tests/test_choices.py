@@ -72,6 +72,7 @@ def test_a_backend_refuses_a_divergence_that_it_does_not_know(impl):
         ("layers", choices.NAMED_SPANS),
         ("rows", choices.ROWS),
         ("heads", choices.HEADS),
+        ("target", choices.TARGETS),
         ("engine", choices.VAT_ENGINES),
     ],
 )

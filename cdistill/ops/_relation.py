@@ -17,7 +17,7 @@ from cdistill.ops._pipeline import no_lse
 from cdistill.ops._problem import AttentionProblem, Gradients
 
 # Rows of a block: on a GPU as many as fill it; on a CPU a multiple of the row tile of cpp, more gain nothing there.
-CUDA_ROWS, CPU_ROWS = 512, 96
+CUDA_ROWS, CPU_ROWS = 512, 192
 FEWEST_ROWS = 16  # where a block holds slices of many heads
 
 
