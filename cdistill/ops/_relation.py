@@ -1,8 +1,9 @@
 """Slices of two models side by side, block of rows by block of rows: what `attention_relation` compares and drops.
 
-A block has a constant number of rows, so what exists at a time beside inputs and gradients does not grow with R*V. Whoever
-needs numbers of the whole slices first (`_relation_losses`) walks twice; the log-sum-exps are made in the first walk and kept
-for the others and for the backward pass.
+A block has a constant number of rows, so what exists at a time beside inputs and gradients does not grow with R*V. The last
+block is kept for the backward pass, which saves short answers from being recomputed. Whoever needs numbers of the whole slices
+first (`_relation_losses`) walks twice; the log-sum-exps are made in the first walk and kept for the others and for the
+backward pass.
 """
 
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from cdistill.ops._dispatch import Backend
 from cdistill.ops._pipeline import no_lse
 from cdistill.ops._problem import AttentionProblem, Gradients
 
-# Rows of a block: on a GPU as many as fill it; on a CPU a multiple of the row tile of cpp, more gain nothing there.
-CUDA_ROWS, CPU_ROWS = 512, 192
+# Rows of a block: on a GPU as many as fill it, on a CPU the most that a part of cpp has; more gain nothing there.
+CUDA_ROWS, CPU_ROWS = 512, 288
 FEWEST_ROWS = 16  # where a block holds slices of many heads
 
 
@@ -38,6 +39,20 @@ class Relation(NamedTuple):
         """Whether the slices have no entry."""
         return self.student.empty
 
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block but the last one."""
+        student, most = self.student, CUDA_ROWS if self.student.q.is_cuda else CPU_ROWS
+        if not student.each:
+            return most
+        return max(FEWEST_ROWS, most // max(student.q.shape[1], self.teacher[0].q.shape[1]))
+
+    @property
+    def last_shape(self) -> tuple[int, int, int]:
+        """Of a slice of the last block, (N,r,V)."""
+        rows, cols = (x.shape[1] for x in self.student.positions)
+        return self.samples, 0 if self.empty else rows - (rows - 1) // self.block_rows * self.block_rows, cols
+
 
 class Block(NamedTuple):
     """Slices of some of the rows."""
@@ -56,10 +71,15 @@ class Walk:
     """The blocks of both models' slices, as often as they are wanted."""
 
     def __init__(
-        self, impl: Backend, relation: Relation, own_lse: Tensor | None = None, teacher_lse: Tensor | None = None
+        self,
+        impl: Backend,
+        relation: Relation,
+        own_lse: Tensor | None = None,
+        teacher_lse: Tensor | None = None,
+        last: tuple[Tensor, Tensor] | None = None,
     ):
-        """With the log-sum-exps that another walk made, or None to make them."""
-        self._impl, self.relation = impl, relation
+        """With the log-sum-exps and the last block's slices that another walk made, or None to make them."""
+        self._impl, self.relation, self.last = impl, relation, last
         self._known = own_lse is not None
         self.own_lse = self._made([relation.student], own_lse)
         self.teacher_lse = self._made(relation.teacher, teacher_lse)
@@ -74,24 +94,24 @@ class Walk:
 
     def blocks(self) -> list[slice]:
         """Where the rows are cut."""
-        student, teacher = self.relation.student, self.relation.teacher[0]
-        rows, most = student.positions[0].shape[1], CUDA_ROWS if student.q.is_cuda else CPU_ROWS
-        if student.each:
-            most = max(FEWEST_ROWS, most // max(student.q.shape[1], teacher.q.shape[1]))
+        rows, most = self.relation.student.positions[0].shape[1], self.relation.block_rows
         return [slice(start, min(start + most, rows)) for start in range(0, rows, most)]
 
     def each(self, see: Callable[[Block], None]) -> None:
-        """Call ``see`` with block after block; none is there any more when the next one is made.
+        """Call ``see`` with block after block; none but the last is there any more when the next one is made.
 
         A later walk needs no product with keys outside the slice.
         """
-        for rows in self.blocks():
-            see(self._block(rows))
+        *blocks, last = self.blocks()
+        for rows in blocks:
+            see(Block(rows, *self._slices(rows)))
+        self.last = self.last or self._slices(last)
+        see(Block(last, *self.last))
         self._known = True
 
-    def _block(self, rows: slice) -> Block:
-        slices = self._slice(self.relation.student, self.own_lse, 0, rows), self._target(rows)
-        return Block(rows, *(self._grouped(x).flatten(0, -3) for x in slices))
+    def _slices(self, rows: slice) -> tuple[Tensor, Tensor]:
+        a, target = self._slice(self.relation.student, self.own_lse, 0, rows), self._target(rows)
+        return self._grouped(a).flatten(0, -3), self._grouped(target).flatten(0, -3)
 
     def problem(self, layer: AttentionProblem, lse: Tensor, index: int, rows: slice) -> AttentionProblem:
         """A layer's problem of a block, with its lse as far as that is known."""

@@ -76,7 +76,7 @@ def _call(arguments: Sequence[Any]) -> _Call:
     return _Call(Relation(student, teacher, groups), loss, reduction, sink_filter, impl, kept)
 
 
-@operator("attention_relation", _ARGUMENTS, 7)
+@operator("attention_relation", _ARGUMENTS, 9)
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     call = _call(arguments)
     relation, q = call.relation, call.relation.student.q
@@ -86,10 +86,13 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     if relation.empty:
         sizes, columns = call.moments_shape()
         empty = q.new_zeros(sizes, dtype=torch.float64), q.new_zeros(columns, dtype=torch.float32)
-        return q.new_zeros(q.shape[0], dtype=torch.float32), row_valid, col_valid, *empty, no_lse(q), no_lse(q)
+        last = (q.new_empty(relation.last_shape, dtype=torch.float32) for _ in range(2))
+        return q.new_zeros(q.shape[0], dtype=torch.float32), row_valid, col_valid, *empty, no_lse(q), no_lse(q), *last
     walk = Walk(chosen, relation)
     of_slices, moments = losses(chosen, walk, call.compared(row_valid, col_valid))
-    return of_slices.view(q.shape[0], -1).mean(1), row_valid, col_valid, *moments, walk.own_lse, walk.teacher_lse
+    assert walk.last is not None
+    of_samples = of_slices.view(q.shape[0], -1).mean(1)
+    return of_samples, row_valid, col_valid, *moments, walk.own_lse, walk.teacher_lse, *walk.last
 
 
 @_forward.register_fake
@@ -105,13 +108,14 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     lse = (
         x.new_empty((n, *x.shape)) if x.dim() > 1 else x for x, n in zip(own, (1, len(relation.teacher)), strict=True)
     )
-    return q.new_empty(q.shape[0], dtype=torch.float32), *valid, *moments, *lse
+    last = (q.new_empty(relation.last_shape, dtype=torch.float32) for _ in range(2))
+    return q.new_empty(q.shape[0], dtype=torch.float32), *valid, *moments, *lse, *last
 
 
 @operator(
     "attention_relation_backward",
     f"Tensor grad, {_ARGUMENTS}, Tensor row_valid, Tensor col_valid, Tensor sizes, Tensor columns, Tensor own_lse, "
-    "Tensor own_teacher_lse",
+    "Tensor own_teacher_lse, Tensor last_a, Tensor last_target",
     3,
 )
 def _backward(grad: Tensor, *arguments: Any) -> Gradients:
@@ -120,8 +124,9 @@ def _backward(grad: Tensor, *arguments: Any) -> Gradients:
 
     def differentiate() -> Gradients:
         chosen = call.backend
-        row_valid, col_valid, sizes, columns, *lse = call.kept
-        walk, compared = Walk(chosen, call.relation, *lse), call.compared(row_valid, col_valid)
+        row_valid, col_valid, sizes, columns, own_lse, teacher_lse, *last = call.kept
+        walk = Walk(chosen, call.relation, own_lse, teacher_lse, (last[0], last[1]))
+        compared = call.compared(row_valid, col_valid)
         weight, found = (grad / call.relation.groups).repeat_interleave(call.relation.groups), Gradient(chosen, walk)
 
         def add(block: Block) -> None:
@@ -139,7 +144,7 @@ def _(grad: Tensor, *arguments: Any) -> Gradients:
     return empty_slice_gradients(problem_of(arguments)[0])
 
 
-differentiable("attention_relation", leaves=("q", "k", "lse"), results=1, keeps=[1, 2, 3, 4, 5, 6])
+differentiable("attention_relation", leaves=("q", "k", "lse"), results=1, keeps=[1, 2, 3, 4, 5, 6, 7, 8])
 
 
 class _Given(NamedTuple):
@@ -286,7 +291,7 @@ def attention_relation(
 
     Returns:
         (B,) fp32, as attention_alignment. Differentiable once in student_q, student_k and student_lse. Beside inputs and
-        gradients (summed in fp32) it holds O(B (R + V)), log-sum-exps, and the slices of a constant number of rows.
+        gradients (summed in fp32) it holds O(B (R + V)), log-sum-exps, and slices of a constant number of rows.
 
     Raises:
         ValueError: as attention_alignment, or the two sides, or the layers of the window, do not fit each other.
