@@ -1,6 +1,7 @@
 """`cdistill.distill` on every family: losses and gradients against full logits and eager attention matrices."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -240,9 +241,13 @@ def test_a_batch_of_words_only_and_nothing_of_the_adapter_to_train():
 def test_packed_samples_lose_what_they_lose_by_themselves(name, rows, compared):
     """However a row is filled up behind them; KD and AR are means over labels, VAT over samples."""
     student, teacher = build_pair(name)
-    distillation = cdistill.distill(teacher, student, vat=VATConfig(layers="all", rows=compared))
+    config = VATConfig(layers="all", rows=compared)
+    distillation = cdistill.distill(teacher, student, vat=config)
     samples = draw_samples(name, 12)
-    found = distillation(pack(name, samples, rows, student).batch)
+    packed = pack(name, samples, rows, student).batch
+    found = distillation(packed)
+    recomputed = cdistill.distill(teacher, student, vat=replace(config, target="recomputed"))(packed)
+    torch.testing.assert_close(recomputed["vat_layers"], found["vat_layers"], rtol=1e-5, atol=1e-7)
     single = [distillation(collate(name, [sample])[0]) for sample in samples]
     labels = torch.tensor([sum(label != -100 for label in sample.labels) for sample in samples])
     for key in ("ar", "kd"):

@@ -7,6 +7,7 @@ from cdistill.ops._engine import AttentionEngine
 from cdistill.ops._engines import register_attention_engine
 from cdistill.ops._problem import AttentionProblem
 from cdistill.ops.attention_alignment import attention_alignment
+from cdistill.ops.attention_relation import attention_relation
 from cdistill.ops.attention_slice import attention_slice, attention_slice_accumulate
 from cdistill.ops.attention_with_alignment import attention_with_alignment
 from cdistill.ops.flash_attention import flash_attention
@@ -18,6 +19,7 @@ __all__ = [
     "LinearDistillation",
     "TokenLosses",
     "attention_alignment",
+    "attention_relation",
     "attention_slice",
     "attention_slice_accumulate",
     "attention_with_alignment",

@@ -223,9 +223,9 @@ def linear_distillation(
         divergence: of the softmax of logits / temperature, not multiplied by temperature squared, with student p and
             teacher q: "forward_kl" KL(q||p), "reverse_kl" KL(p||q), or "jsd", beta KL(q||m) + (1 - beta) KL(p||m) with
             m = beta q + (1 - beta) p.
-        temperature, beta, student_bias, teacher_bias: above 0; of "jsd", between 0 and 1; (Vs,); (Vt,).
-        teacher_topk: (values, indices), both (N,K), of a teacher that ran earlier: natural log-probabilities at this temperature
-            of distinct tokens ("triton": at most 1,024). All others are one more outcome, for both models, of what is left.
+        temperature, beta: above 0, and of "jsd", between 0 and 1. student_bias, teacher_bias: (Vs,) and (Vt,).
+        teacher_topk: (values, indices), both (N,K), of a teacher that ran earlier: log-probabilities at this temperature, of
+            distinct tokens (at most 1,024 on "triton"). All others are one more outcome, for both models, with what is left.
         vocab_size: columns of both heads that are real tokens, min(Vs,Vt) by default; the others count as -inf.
         chunk_size: rows per chunk; by default 64 MB of logits on the CPU, on CUDA 512 MB or the head's gradient if larger.
         loss_weights: with which ce and kd will be added; another ratio in the backward pass computes everything again.
