@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cdistill.choices import DIVERGENCES
 from cdistill.ops import linear_distillation, linear_token_losses
+from cdistill.ops._contract import is_number
 
 REDUCTIONS = ("mean", "sum", "none")
 _FULL = {0.0: "forward_kl", 1.0: "reverse_kl"}  # what "jsd" is at the ends of beta, as Liger and TRL have it
@@ -58,7 +59,7 @@ class DistillationHead(nn.Module):
         for name, value, allowed in (("reduction", reduction, REDUCTIONS), ("divergence", divergence, DIVERGENCES)):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        if isinstance(beta, bool) or not isinstance(beta, int | float) or not 0 <= beta <= 1:
+        if not is_number(beta) or not 0 <= beta <= 1:
             raise ValueError(f"beta must be from 0 to 1, got {beta!r}")
         unknown = set(options) - _OPTIONS
         if unknown:

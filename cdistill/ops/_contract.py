@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import cast
 
 import torch
@@ -14,6 +15,9 @@ from cdistill.ops._problem import AttentionProblem, Gradients
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # The smallest normal fp32 number: in KL a smaller share counts as this one, and nothing pulls it up.
 LEAST_SHARE = 2.0**-126
+SWAPPED = (
+    "; if these are (B, T, H, D), give x.transpose(1, 2)"  # where sizes look as if heads and tokens were exchanged
+)
 
 
 def require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -36,6 +40,11 @@ def require_tensor(name: str, value: object) -> None:
         raise ValueError(
             f"{name} has a forward-mode tangent, but the op has a backward pass only: use torch.func.vjp or grad"
         )
+
+
+def is_number(value: object, kind: type = Real) -> bool:
+    """Whether value is a number: Python's or numpy's, or with ``kind`` Integral a whole one; truth values are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...], axes: str, why: str = "") -> None:
@@ -76,7 +85,8 @@ def _require_queries_and_keys(q: Tensor, k: Tensor) -> None:
     if k.dtype != q.dtype:
         raise ValueError(f"k must have the dtype of q, {q.dtype}, got {k.dtype}")
     require_device("k", k, q.device)
-    require_shape("k", k, (batch, k_heads, tokens, width), "B, Hkv, T, D")
+    swapped = k.shape[1] == q_heads and k.shape[2] != tokens
+    require_shape("k", k, (batch, k_heads, tokens, width), "B, Hkv, T, D", SWAPPED if swapped else "")
     if tokens == 0:
         raise ValueError("q must hold at least one token, got T = 0")
     if not 16 <= width <= 256 or width % 8:
@@ -99,15 +109,17 @@ def _positions(name: str, positions: Tensor, q: Tensor) -> Tensor:
     return positions.contiguous()
 
 
-def require_positions(allowed: Tensor, rows: Tensor, cols: Tensor, tokens: int) -> None:
-    """Raise ValueError unless ``allowed`` (0-dim bool), which says that both hold distinct positions or -1."""
+def require_positions(allowed: Tensor, rows: Tensor, cols: Tensor, q: Tensor) -> None:
+    """Raise ValueError unless ``allowed`` (0-dim bool), which says that both hold distinct positions in q (B,Hq,T,D) or -1."""
+    heads, tokens = q.shape[1:3]
     if allowed.device.type != "cpu":
         message = f"rows and cols must hold distinct positions from 0 to T-1 = {tokens - 1}, or -1 for padding"
         torch._assert_async(allowed, message)
     elif not allowed:
         for name, positions in (("rows", rows), ("cols", cols)):
             if ((positions < -1) | (positions >= tokens)).any():
-                raise ValueError(f"{name} must hold positions from 0 to T-1 = {tokens - 1}, or -1 for padding")
+                swapped = SWAPPED if int(positions.max()) < heads else ""
+                raise ValueError(f"{name} must hold positions from 0 to T-1 = {tokens - 1}, or -1 for padding{swapped}")
         name = "rows" if has_repeats(rows) else "cols"
         raise ValueError(f"{name} must hold distinct positions within a sample")
 
@@ -126,7 +138,8 @@ def _key_mask(key_mask: Tensor, q: Tensor) -> Tensor:
             f"key_mask must have shape (B, T) = {(batch, tokens)}, got {tuple(key_mask.shape)}: "
             "keys can be hidden as padding or by causal=True, not for some rows only"
         )
-    require_shape("key_mask", key_mask, (batch, tokens), "B, T")
+    swapped = key_mask.shape[-1:] == q.shape[1:2]
+    require_shape("key_mask", key_mask, (batch, tokens), "B, T", SWAPPED if swapped and q.shape[1] != tokens else "")
     if key_mask.dtype != torch.bool:
         raise ValueError(f"key_mask must be bool (True = real key), got {key_mask.dtype}")
     require_device("key_mask", key_mask, q.device)
@@ -136,7 +149,7 @@ def _key_mask(key_mask: Tensor, q: Tensor) -> Tensor:
 def _scale(scale: float | None, width: int) -> float:
     if scale is None:
         return 1.0 / math.sqrt(width)
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+    if not is_number(scale) or not math.isfinite(scale):
         raise ValueError(f"scale must be None or a finite number, got {scale!r}")
     return float(scale)
 

@@ -1,12 +1,13 @@
 """What the ops over the vocabulary ask of their arguments."""
 
+from numbers import Integral
 from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from cdistill.choices import DIVERGENCES
-from cdistill.ops._contract import DTYPES, require_choice, require_device, require_shape, require_tensor
+from cdistill.ops._contract import DTYPES, is_number, require_choice, require_device, require_shape, require_tensor
 from cdistill.ops._vocabulary import Inputs, Options
 
 TINY, HUGE = 2.0**-100, 2.0**100  # of numbers that kernels take and divide by in fp32
@@ -49,7 +50,7 @@ def _require_topk(topk: Any, rows: int) -> tuple[Tensor, Tensor]:
 
 def require_number(name: str, value: Any, low: float, high: float, text: str) -> float:
     """Raise ValueError unless low < value < high, which ``text`` says in words."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
+    if not is_number(value) or not low < value < high:
         raise ValueError(f"{name} must be {text}, got {value!r}")
     return float(value)
 
@@ -127,18 +128,18 @@ def checked_options(inputs: Inputs, given: Given) -> Options:
     temperature = require_number("temperature", given.temperature, TINY, HUGE, "a finite number above 0")
     beta = require_number("beta", given.beta, 0, 1, "a number between 0 and 1")
     ignore_index, vocab_size, chunk_size = given.ignore_index, given.vocab_size, given.chunk_size
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int) or abs(ignore_index) >= 2**63:
+    if not is_number(ignore_index, Integral) or abs(ignore_index) >= 2**63:
         raise ValueError(f"ignore_index must be a whole number, got {ignore_index!r}")
     heads = inputs.student_head, inputs.teacher_head
     shared = min(head.shape[0] for head in heads if head is not None)
     if vocab_size is None:
         vocab_size = shared
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 1 <= vocab_size <= shared:
+    if not is_number(vocab_size, Integral) or not 1 <= vocab_size <= shared:
         raise ValueError(f"vocab_size must be from 1 to {shared}, the smaller of the two heads, got {vocab_size!r}")
     if inputs.top_values is not None and inputs.top_values.shape[1] >= vocab_size + (not given.topk_tail):
         most, got = "fewer than" if given.topk_tail else "at most", inputs.top_values.shape[1]
         raise ValueError(f"teacher_topk must hold {most} vocab_size = {vocab_size} tokens a row, got {got}")
-    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
+    if chunk_size is not None and (not is_number(chunk_size, Integral) or chunk_size < 1):
         raise ValueError(f"chunk_size must be None or a whole number above 0, got {chunk_size!r}")
     chunk_size = min(chunk_size or 0, max(len(inputs.labels), 1))
     after, positive = [], "None or a finite number above 0"
@@ -148,4 +149,13 @@ def checked_options(inputs: Inputs, given: Given) -> Options:
     divergence = given.divergence
     if inputs.teacher_hidden is None and inputs.top_values is None:
         divergence = "forward_kl"  # of the student and itself, which is 0
-    return Options(divergence, temperature, beta, ignore_index, vocab_size, chunk_size, bool(given.topk_tail), *after)
+    return Options(
+        divergence,
+        temperature,
+        beta,
+        int(ignore_index),
+        int(vocab_size),
+        int(chunk_size),
+        bool(given.topk_tail),
+        *after,
+    )
