@@ -96,6 +96,18 @@ def test_the_loss_is_that_of_attention_alignment_with_a_stored_target(loss, redu
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6 * y.abs().max().item())
 
 
+def test_places_and_mask_of_the_teacher_are_the_students_unless_given():
+    call = drawn(tokens=(23, 23))
+    for name in ("teacher_rows", "teacher_cols", "teacher_key_mask"):
+        call.options.pop(name)
+    default = call.run(attention_relation, call.leaves(), impl="cpp")
+    given = {"teacher_rows": call.rows, "teacher_cols": call.cols, "teacher_key_mask": call.options["key_mask"]}
+    assert torch.equal(default, call.run(attention_relation, call.leaves(), impl="cpp", **given))
+    given["teacher_key_mask"] = torch.ones_like(call.options["key_mask"])
+    other = call.run(attention_relation, call.leaves(), impl="cpp", **given)
+    assert other[0] == default[0] and other[1] != default[1]
+
+
 @on_cpu
 def test_reverse_kl_is_kl_with_the_models_exchanged(impl):
     one = drawn(numbers=(2, 2), tokens=(23, 23))
@@ -114,21 +126,22 @@ def test_reverse_kl_is_kl_with_the_models_exchanged(impl):
 @pytest.mark.parametrize("reduction", ["row", "matrix"])
 def test_faint_shares_live(loss, reduction, impl):
     """Two logits 0 and -gap against two that are alike: down to shares of 2^-126 value and gradient are those of float64."""
-    device = device_of(impl)
-    for gap in (18.0, 60.0, 80.0):
-        q, k = (torch.zeros(1, 1, 2, 16) for _ in range(2))
+    places = torch.tensor([[1]]), torch.tensor([[0, 1]])
+    for gap, faint in ((18.0, "student"), (60.0, "teacher"), (80.0, "student"), (80.0, "teacher")):
+        q, k, alike = (torch.zeros(1, 1, 2, 16) for _ in range(3))
         q[..., 0], k[0, 0, 1, 0] = 4.0, -gap
-        places = torch.tensor([[1]]), torch.tensor([[0, 1]])
+        alike[..., 0] = 0.5
 
-        def run(op, q, k, **options):
-            at = [x.to(q.device) for x in places]  # noqa: B023
-            zeros = torch.zeros_like(q)
-            return op(q, k, zeros, zeros, *at, loss=loss, reduction=reduction, **options)
+        def run(op, *leaves, faint=faint, q=q, k=k, alike=alike, **options):
+            teacher = (alike, alike) if faint == "student" else (q, k)
+            teacher = (x.to(leaves[0]) for x in teacher)
+            return op(*leaves, *teacher, *places, loss=loss, reduction=reduction, **options)
 
-        ours = with_gradients(lambda q, k: run(attention_relation, q, k, impl=impl), [q.to(device), k.to(device)])
-        exact = with_gradients(lambda q, k: run(reference.attention_relation, q, k), [q.double(), k.double()])
+        leaves = [q, k] if faint == "student" else [alike, alike.clone()]
+        ours = with_gradients(lambda *x: run(attention_relation, *x, impl=impl), leaves)
+        exact = with_gradients(lambda *x: run(reference.attention_relation, *x), [x.double() for x in leaves])
         for x, y in zip(ours, exact, strict=True):
-            torch.testing.assert_close(x.cpu().double(), y, rtol=2e-5, atol=1e-7)
+            torch.testing.assert_close(x.double(), y, rtol=2e-5, atol=1e-7)
 
 
 @on_cpu

@@ -190,13 +190,11 @@ def _layers(window: _Given) -> list[_Given]:
     """A window's layers, one if it is no list; what is None is None for all."""
     lists = {name: getattr(window, name) for name in ("q", "k", "lse")}
     lists = {name: list(x) if isinstance(x, list | tuple) else [x] for name, x in lists.items() if x is not None}
-    count = max((len(x) for x in lists.values()), default=1)
+    count = max([1, *[len(x) for x in lists.values()]])
     for name, x in lists.items():
         if len(x) != count:
             others = f"as many layers as the window's other lists, {count}"
             raise ValueError(f"teacher_{name} must hold {others if x else 'at least one layer'}, got {len(x)}")
-        if not x:
-            raise ValueError(f"teacher_{name} must hold at least one layer, got none")
     return [window._replace(**{name: x[i] for name, x in lists.items()}) for i in range(count)]
 
 
