@@ -7,6 +7,7 @@ import sys
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from op_cases import CASES, Case, assert_as_exact_as_eager, device_of, draw, moved, with_gradients
@@ -237,6 +238,34 @@ def test_bad_input_names_the_argument(change, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         attention_slice(*tensors, **arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"q": torch.zeros(2, 8, 4, 16), "k": torch.zeros(2, 8, 2, 16)},
+        {"q": torch.zeros(2, 8, 4, 16), "k": torch.zeros(2, 8, 4, 16)},
+        {
+            "q": torch.zeros(2, 8, 4, 16),
+            "k": torch.zeros(2, 8, 4, 16),
+            "cols": torch.zeros(2, 1, dtype=torch.int64),
+            "rows": torch.ones(2, 1, dtype=torch.int64),
+            "key_mask": torch.ones(2, 8, dtype=torch.bool),
+        },
+    ],
+)
+def test_tokens_before_heads_are_told(change):
+    arguments = GOOD | {"impl": "torch"} | change
+    tensors = [arguments.pop(name) for name in ("q", "k", "rows", "cols")]
+    with pytest.raises(ValueError, match=re.escape("; if these are (B, T, H, D), give x.transpose(1, 2)")):
+        attention_slice(*tensors, **arguments)
+
+
+def test_scalars_of_numpy_are_numbers(impl):
+    inputs = [torch.randn(1, 2, 8, 16), torch.randn(1, 2, 8, 16), torch.tensor([[4, 7]]), torch.tensor([[0, 3]])]
+    assert torch.equal(
+        attention_slice(*inputs, scale=np.float32(0.5), impl=impl), attention_slice(*inputs, scale=0.5, impl=impl)
+    )
 
 
 def test_triton_on_cpu_tensors_is_refused_without_the_interpreter(monkeypatch):

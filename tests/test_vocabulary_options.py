@@ -1,5 +1,6 @@
 """What rows weigh, what models do to their logits, no teacher, no tail: linear_distillation and linear_token_losses."""
 
+import numpy as np
 import pytest
 import torch
 from op_cases import device_of
@@ -75,3 +76,15 @@ def test_weights_of_ignored_rows_are_not_read(impl):
         values_and_gradients(impl, inputs | {"weights": weights}), values_and_gradients(impl, inputs), strict=True
     ):
         torch.testing.assert_close(found, expected)
+
+
+def test_scalars_of_numpy_are_numbers(impl):
+    options = {"temperature": 2.0, "beta": 0.25, "vocab_size": 20, "ignore_index": -100, "student_logit_softcap": 3.0}
+    kinds = {int: np.int64, float: np.float32}
+    inputs = draw(seed=8)
+    inputs["labels"].clamp_(max=19)
+    found = [
+        values_and_gradients(impl, inputs, divergence="jsd", **given)
+        for given in (options, {name: kinds[type(value)](value) for name, value in options.items()})
+    ]
+    assert all(map(torch.equal, *found))
