@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from cdistill import _moved, _register
 
 if TYPE_CHECKING:
+    from cdistill.families import Family as Family
+    from cdistill.families import register_family as register_family
     from cdistill.train.compodistill import CompoDistillConfig as CompoDistillConfig
     from cdistill.train.compodistill import CompoDistillTrainer as CompoDistillTrainer
     from cdistill.train.distillation import Distillation as Distillation
@@ -49,6 +51,8 @@ _LAZY = {
     "Distillation": "cdistill.train.distillation",
     "CompoDistillTrainer": "cdistill.train.compodistill",
     "CompoDistillConfig": "cdistill.train.compodistill",
+    "Family": "cdistill.families",
+    "register_family": "cdistill.families",
     "Term": "cdistill.train.terms",
     "register_term": "cdistill.train.terms",
     "register_objective": "cdistill.train.objectives",

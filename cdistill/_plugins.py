@@ -1,4 +1,4 @@
-"""Modules of other packages that register their readers, terms, objectives and engines, imported once in every process.
+"""Modules of other packages that register readers, terms, objectives, engines and families, imported once in every process.
 
 A package names such a module in its pyproject.toml::
 
@@ -30,8 +30,8 @@ def import_plugins() -> None:
                 point.load()
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            told = f"plugin {point.name} ({point.value}) cannot be imported: {reason}; mend or uninstall it"
-            raise ValueError(told) from error
+            message = f"plugin {point.name} ({point.value}) cannot be imported: {reason}; mend or uninstall it"
+            raise ValueError(message) from error
         _imported.add(point)
 
 

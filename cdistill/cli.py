@@ -131,7 +131,7 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
-    2 for a user's mistake, 1 for a run that failed, both told in one line; 143 (130) for one that SIGTERM (Ctrl-C)
+    2 for a user's mistake, 1 for a run that failed, both reported in one line; 143 (130) for one that SIGTERM (Ctrl-C)
     stopped.
     """
     parser = argparse.ArgumentParser(prog="cdistill", description="Distil multimodal language models by attention.")

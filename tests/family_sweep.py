@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
+from cdistill.models.parts import require_known_parts
 from cdistill.vat import Regions, SliceRecorder, attention_layers, install, uninstall
 from cdistill.vat.hook import text_model_of
 
@@ -223,7 +224,7 @@ class OtherOutput(AssertionError):
 
 
 def result_of(family: str) -> str:
-    """What becomes of a family; raises OtherOutput where it is neither exact nor refused."""
+    """What becomes of a family. Raises OtherOutput if it is not exact and not refused, ValueError for an unknown module."""
     model = plain = None
     try:
         try:
@@ -247,6 +248,7 @@ def result_of(family: str) -> str:
         if not same(run(model, batch), plain):
             raise OtherOutput(f"{family}: refused, and computes something else afterwards") from error
         return f"refused: {_line(error)}"
+    require_known_parts(model)
     if switched:
         uninstall(model)  # to SDPA without the hook
         plain = run(model, batch)

@@ -82,10 +82,10 @@ def test_processes_that_disagree_are_noticed_in_the_first_step(family, ranks):
 
 def train_without_blanks(case):
     """As before there were blanks: an adapter without images gets its zeros at another place of the graph."""
-    looks = model.must_look, blank.must_look
-    model.must_look = blank.must_look = lambda student: False
+    looks = model.needs_blank, blank.needs_blank
+    model.needs_blank = blank.needs_blank = lambda student: False
     try:
         return train(case, MICRO)
     finally:
-        model.must_look, blank.must_look = looks
+        model.needs_blank, blank.needs_blank = looks
         assert launch.launched()

@@ -122,6 +122,6 @@ def test_quantisation_without_its_package_is_told(wide, tmp_path, monkeypatch):
 def test_the_teacher_keeps_no_copy_of_what_the_student_has(models, tmp_path, taf):
     built = build_models(make_recipe(tmp_path / "run", models, student__taf=taf))
     teacher = Teacher(built.teacher, shares_vision=True)
-    teacher.leave_to(built.student)
+    teacher.drop_shared_parts(built.student)
     kept = {name.split(".")[2] for name, _ in teacher.named_parameters() if name.startswith("model.model.")}
     assert kept == ({"language_model"} if taf else {"language_model", "multi_modal_projector"})

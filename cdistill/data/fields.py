@@ -1,4 +1,4 @@
-"""Objects of JSON whose values are taken by name, so that what nobody took can be told."""
+"""JSON objects that record which of their values were read, so that the rest can be reported."""
 
 from __future__ import annotations
 

@@ -206,8 +206,8 @@ def check_resizing(processor: Any, width: int, height: int) -> None:
         scale = shortest / min(width, height)
         width, height = round(scale * width), round(scale * height)
     if width * height > most:
-        told = f"its processor would make {width:,} x {height:,} pixels of it, at most {MAX_RESIZED:,} are allowed"
-        raise BadSampleError("image too large", told)
+        message = f"its processor would make {width:,} x {height:,} pixels of it, at most {MAX_RESIZED:,} are allowed"
+        raise BadSampleError("image too large", message)
 
 
 def true_format(image: ImageFile | ImageBytes) -> str | None:

@@ -102,8 +102,8 @@ def blamed_on_sample(reason: str) -> Iterator[None]:
         raise
     except Exception as error:
         said = str(error).strip()
-        told = said if said and isinstance(error, ValueError) else f"{type(error).__name__}: {said}"
-        raise BadSampleError(reason, told) from error
+        text = said if said and isinstance(error, ValueError) else f"{type(error).__name__}: {said}"
+        raise BadSampleError(reason, text) from error
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,9 @@ class Unread:
     def __str__(self) -> str:
         """Keys with their counts, the most frequent first; "" where there is none."""
         most = sorted(self.keys.items(), key=lambda item: (-item[1], item[0]))
-        told = [f"{printable(name, 60)} ({count:,})" for name, count in most[:MOST_KEYS]]
-        rest = len(most) - len(told)
-        return ", ".join(told) + (f" and {rest} more" if rest else "")
+        listed = [f"{printable(name, 60)} ({count:,})" for name, count in most[:MOST_KEYS]]
+        rest = len(most) - len(listed)
+        return ", ".join(listed) + (f" and {rest} more" if rest else "")
 
 
 class Source(Protocol):

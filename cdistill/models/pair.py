@@ -9,23 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cdistill.families import family_of
 from cdistill.models.llava import Llava, VisualTokens, visual_tokens
 from cdistill.models.load import Model
-from cdistill.models.parts import has_vision, part_of
+from cdistill.models.parts import has_vision, parameters_of
 from cdistill.models.taf import TAFAdapter, adapter_layers, linear_layers
 
-# What decides how many visual tokens an image becomes, in the configurations of transformers' families.
-_OF_THE_MODEL = (
-    "image_token_id",
-    "video_token_id",
-    "image_seq_length",
-    "vision_feature_select_strategy",
-    "vision_aspect_ratio",
-    "image_grid_pinpoints",
-    "scale_factor",
-    "downsample_ratio",
-)
-_OF_THE_ENCODER = ("image_size", "patch_size", "spatial_merge_size", "temporal_patch_size")
 MOST_PADDING = 256  # tokens, or 1 %: of embeddings that are padded
 
 
@@ -91,10 +80,11 @@ def check_pair(student: Model, teacher: Model) -> None:
         _check_visual_tokens(student, teacher)
         _check_fetched(student, teacher)
         return
-    for name in _OF_THE_MODEL:
+    ours, theirs = family_of(student), family_of(teacher)
+    for name in dict.fromkeys(ours.visual_fields + theirs.visual_fields):
         _check_equal(name, student.config, teacher.config)
     if has_vision(student):
-        for name in _OF_THE_ENCODER:
+        for name in dict.fromkeys(ours.encoder_fields + theirs.encoder_fields):
             _check_equal(name, student.config.vision_config, teacher.config.vision_config, "vision_config.")
 
 
@@ -166,7 +156,7 @@ def check_frozen(common: Mapping[str, nn.Parameter]) -> None:
 
 
 def _memory(parameter: nn.Parameter) -> Any:
-    """What two parameters have in common if one changes with the other; empty and partitioned ones are told by identity."""
+    """What two parameters have in common if one changes with the other; empty and partitioned ones are compared by identity."""
     local = getattr(parameter, "_local_tensor", parameter)
     if local.is_meta or not local.numel():
         return id(parameter)
@@ -190,10 +180,10 @@ class CommonEncoder:
         """Whether images are to be looked at once now."""
         if not isinstance(self.student, Llava) or not isinstance(self.teacher, Llava):
             return False
-        ours = [p for name, p in self.student.named_parameters() if part_of(name) in ("vision", "fetched")]
+        ours = parameters_of(self.student, "vision", "fetched")
         if any(p.requires_grad for p in ours):
             return False
-        theirs = [p for name, p in self.teacher.named_parameters() if part_of(name) in ("vision", "adapter", "fetched")]
+        theirs = parameters_of(self.teacher, "vision", "adapter", "fetched")
         if self._state is not None and (_is_sharded(self.student) or _is_sharded(self.teacher)):
             return self._equal
         state = [(_memory(p), 0 if p.is_inference() else p._version) for p in (*ours, *theirs)]

@@ -2,26 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
+
+from torch import nn
+
+from cdistill.families import Family, family_of
 
 Part = Literal["vision", "adapter", "fetched", "language", "lora"]
 
-# Modules between vision encoder and language model; Qwen's mergers lie inside what transformers calls its encoder.
-_ADAPTERS = ("multi_modal_projector", "connector", "merger", "deepstack_merger_list", "image_newline")
-_ENCODERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower")
-VISUAL_MODULES = _ADAPTERS + _ENCODERS
 
-
-def part_of(name: str) -> Part:
-    """The part a parameter belongs to, by its name in ``named_parameters``.
+def named_parts(model: Any) -> Iterator[tuple[str, nn.Parameter, Part]]:
+    """Every parameter of a model with its name and the part it belongs to, by the names of its modules (`cdistill.families`).
 
     ``fetched`` is the teacher's frozen adapter inside a student's (TAF), ``lora`` what LoRA has added to the language model.
     """
+    family = family_of(model)
+    for name, parameter in model.named_parameters():
+        yield name, parameter, _part_of(name, family)
+
+
+def require_known_parts(model: Any) -> None:
+    """Raise ValueError for a multimodal model with a parameter that is outside its language model and of no known part.
+
+    It would be frozen and trained with the language model.
+    """
+    if not has_vision(model):
+        return
+    language = {
+        id(p) for part in (language_model(model), head_of(model)) if part is not None for p in part.parameters()
+    }
+    for name, parameter, part in named_parts(model):
+        if part == "language" and id(parameter) not in language:
+            raise ValueError(
+                f"{name} of {type(model).__name__} belongs neither to its language model nor to a known adapter or encoder: "
+                f"register a row for {model.config.model_type} that names its module (cdistill.register_family)"
+            )
+
+
+def parameters_of(model: Any, *parts: Part) -> list[nn.Parameter]:
+    """The parameters of some parts of a model."""
+    return [parameter for _, parameter, part in named_parts(model) if part in parts]
+
+
+def _part_of(name: str, family: Family) -> Part:
     path = name.split(".")
-    if any(word in path for word in _ADAPTERS):
+    if any(word in path for word in family.adapters):  # first: Qwen's mergers lie inside its encoder
         after = path[path.index("multi_modal_projector") + 1] if "multi_modal_projector" in path else ""
         return "fetched" if after == "teacher" else "adapter"
-    if any(word in path for word in _ENCODERS):
+    if any(word in path for word in family.encoders):
         return "vision"
     return "lora" if any(word.startswith("lora_") for word in path) else "language"
 

@@ -78,8 +78,8 @@ def save_chat_template(folder: Path, source: str) -> None:
             path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def stop_at(model: Any, tokens: Sequence[int]) -> None:
-    """Let generation of a model stop at these tokens, too, in what is saved of it as well."""
+def add_stop_tokens(model: Any, tokens: Sequence[int]) -> None:
+    """Add tokens to those at which a model stops generating, also in the generation config that is saved with it."""
     known = model.generation_config.eos_token_id
     known = [] if known is None else [known] if isinstance(known, int) else list(known)
     ids = [*(token for token in tokens if token not in known), *known]

@@ -43,8 +43,8 @@ def phases_of(recipe: Recipe, index: int, student: Blueprint, s: Setting) -> dic
     forward = waiting | inputs
     phases["forward"] = forward | {"activations": acts["forward"]}
     kept = {"terms": terms.kept} if terms.kept else {}
-    held = {"activations": acts["cached"], "logits": logits.forward + gathered["losses"]}
-    phases["losses"] = forward | held | kept
+    computed = {"activations": acts["cached"], "logits": logits.forward + gathered["losses"]}
+    phases["losses"] = forward | computed | kept
     after = resident | {"images": acts["images"], "targets": targets}
     phases["backward of the losses"] = after | {
         "gradients": gradients["between"],

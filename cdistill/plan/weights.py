@@ -50,18 +50,18 @@ def gradients(student: Blueprint, s: Setting) -> Bytes:
             "step": whole + buckets,
         }
     bucket = item * min(BUCKET, trained)
-    held = item * trained // (s.gpus if s.zero in (2, 3) else 1)
+    own = item * trained // (s.gpus if s.zero in (2, 3) else 1)
     part = trained // s.partitions
     if s.zero == 3:  # both are allocated once and for all
         return {
-            "between": held + bucket,
-            "begin": held + bucket,
-            "end": held + bucket,
-            "step": held + bucket + (4 + item) * part,
+            "between": own + bucket,
+            "begin": own + bucket,
+            "end": own + bucket,
+            "step": own + bucket + (4 + item) * part,
         }
-    between = held if s.accumulates else 0
-    step = held + (4 + item if item < 4 else 4) * part
-    return {"between": between, "begin": between + bucket, "end": held + bucket, "step": step}
+    between = own if s.accumulates else 0
+    step = own + (4 + item if item < 4 else 4) * part
+    return {"between": between, "begin": between + bucket, "end": own + bucket, "step": step}
 
 
 def teacher_weights(recipe: Recipe, student: Blueprint, teacher: Blueprint, s: Setting) -> int:
@@ -72,18 +72,18 @@ def teacher_weights(recipe: Recipe, student: Blueprint, teacher: Blueprint, s: S
     memory, item = recipe.teacher_memory, item_size(s.half)
     if memory.cache is not None:
         return 0
-    held = teacher.total
+    count = teacher.total
     if shares_vision(student.model, teacher.model):
         shared = [teacher.model.model.vision_tower]
         if isinstance(student.model.model.multi_modal_projector, TAFAdapter):
             shared.append(teacher.model.model.multi_modal_projector)
-        held -= sum(p.numel() for part in shared for p in part.parameters())
+        count -= sum(p.numel() for part in shared for p in part.parameters())
     if memory.zero == 3:
-        return 0 if memory.offload else item * held // s.gpus
+        return 0 if memory.offload else item * count // s.gpus
     if memory.quantization is None:
-        return item * held
+        return item * count
     linear = sum(_linear_sizes(teacher))
-    return int(item * (held - linear) + QUANTISED[memory.quantization] * linear)
+    return int(item * (count - linear) + QUANTISED[memory.quantization] * linear)
 
 
 def gathered_weights(recipe: Recipe, teacher: Blueprint, s: Setting) -> Bytes:

@@ -1,4 +1,4 @@
-"""Samples of a data set that cannot be used: left out, counted, told at a stage's end, and too many end the run."""
+"""Samples that cannot be used: they are left out, counted and reported at the end of a stage; too many end the run."""
 
 from __future__ import annotations
 

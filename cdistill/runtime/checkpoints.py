@@ -84,7 +84,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def choose(parent: Path, *, processes: int) -> Path | None:
     """The newest undamaged checkpoint of a stage, or None; one process calls it before any other reads the folder.
 
-    Partial ones are removed; damaged ones are told in one line each and put aside. Raises ValueError if the checkpoint
+    Partial ones are removed; damaged ones are reported in one line each and put aside. Raises ValueError if the checkpoint
     was written by another number of processes.
     """
     folders = [f for f in parent.glob(f"{PREFIX}*") if not f.name.endswith(DAMAGED)]

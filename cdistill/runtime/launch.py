@@ -31,7 +31,7 @@ def launched() -> bool:
 def environment(*, distributed: bool) -> Iterator[None]:
     """The environment variables of a run, restored afterwards.
 
-    Without a GPU DeepSpeed is told to use the CPU; ``distributed`` makes this process a world of its own where no
+    Without a GPU DeepSpeed uses the CPU; ``distributed`` makes this process a world of its own where no
     launcher has done so (DeepSpeed needs a process group even for one process).
     """
     import torch

@@ -11,45 +11,45 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from cdistill.models.parts import has_vision, part_of
+from cdistill.families import family_of
+from cdistill.models.parts import has_vision, named_parts, parameters_of
 from cdistill.runtime.collectives import gathered
 from cdistill.runtime.zero import is_partitioned
 
 CHECK = "torch_compilable_check"  # what transformers' models call to compare numbers of visual tokens and features
 
 
-def must_look(model: Any) -> bool:
+def needs_blank(model: Any) -> bool:
     """Whether a model has to run its vision path even if there is no image.
 
     True where its parameters are partitioned; with several processes, where vision encoder or adapter are trained; and where
-    the encoder is, because which of its layers get a gradient only its own forward pass tells.
+    the encoder is, because only its own forward pass shows which of its layers get a gradient.
     """
     if is_partitioned(model):
         return True
     if not torch.is_grad_enabled():
         return False
-    trained = {part_of(name) for name, p in model.named_parameters() if p.requires_grad}
+    trained = {part for _, p, part in named_parts(model) if p.requires_grad}
     return "vision" in trained or ("adapter" in trained and _world_size() > 1)
 
 
 def idle_adapter(student: Any) -> dict[str, Tensor]:
     """``idle``, a zero that gives the adapter gradients of 0 in a single process, where the vision path need not run for it."""
-    named = student.named_parameters()
-    trained = [p for name, p in named if p.requires_grad and part_of(name) == "adapter"]
+    trained = [p for p in parameters_of(student, "adapter") if p.requires_grad]
     return {"idle": 0.0 * torch.stack([p.float().sum() for p in trained]).sum()} if trained else {}
 
 
 @contextmanager
-def looking(model: Any, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The inputs of a model that embeds images itself, with a blank image or video where it `must_look` and has none.
+def with_blanks(model: Any, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The inputs of a model that embeds images itself, with a blank image or video where it `needs_blank` and has none.
 
     Inside, the model does not compare how many visual tokens there are with what the encoder yields. Where parameters are
-    partitioned the processes tell each other whether there is a video; every process must come here.
+    partitioned, processes agree on whether there is a video, so every process must come here.
 
     Raises:
         ValueError: what a blank looks like for this family is not known.
@@ -58,20 +58,22 @@ def looking(model: Any, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if not blank:
         yield inputs
         return
-    family = sys.modules[type(model.model).__module__]
-    check = getattr(family, CHECK, None)
-    if check is None:
+    modules = {sys.modules[kind.__module__] for kind in type(model.model).__mro__}
+    checks = {module: getattr(module, CHECK) for module in modules if hasattr(module, CHECK)}
+    if not checks:
         raise ValueError(_UNKNOWN.format(model.config.model_type))
-    setattr(family, CHECK, _accept)
+    for module in checks:
+        setattr(module, CHECK, _accept)
     try:
         yield inputs | blank
     finally:
-        setattr(family, CHECK, check)
+        for module, check in checks.items():
+            setattr(module, CHECK, check)
 
 
 _UNKNOWN = (
     "a micro-batch holds no image, and other processes of this run may have one: a {} model cannot look at a blank in its "
-    "place; give every micro-batch an image"
+    "place; give every micro-batch an image, or register a row for its family that has `blank` (cdistill.register_family)"
 )
 
 
@@ -83,7 +85,7 @@ def _missing(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """Inputs for the images and videos that a model must look at beside its own."""
     if not has_vision(model) or "input_ids" not in inputs:
         return {}
-    image = "pixel_values" not in inputs and must_look(model)
+    image = "pixel_values" not in inputs and needs_blank(model)
     video = False
     if hasattr(model.model, "get_video_features"):
         has_video = "pixel_values_videos" in inputs
@@ -98,9 +100,9 @@ def _missing(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
     blank: dict[str, Any] = {}
     try:
         if image:
-            blank |= _blank(model, "get_image_features", "pixel_values", "image_grid_thw")
+            blank |= _blank(model, "image")
         if video:
-            blank |= _blank(model, "get_video_features", "pixel_values_videos", "video_grid_thw")
+            blank |= _blank(model, "video")
     except AttributeError:  # another way to write the configuration
         raise ValueError(_UNKNOWN.format(model.config.model_type)) from None
     if ("image_grid_thw" in blank or "video_grid_thw" in blank) and "mm_token_type_ids" not in inputs:
@@ -108,9 +110,13 @@ def _missing(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
     return {name: value.to(ids.device) for name, value in blank.items()}
 
 
-def _blank(model: Any, method: str, pixels: str, grid: str) -> dict[str, Tensor]:
+def _blank(model: Any, kind: Literal["image", "video"]) -> dict[str, Tensor]:
     """The smallest image or video that a family takes. It is not 0, which Idefics takes for padding."""
-    takes = inspect.signature(getattr(model.model, method)).parameters
+    family = family_of(model)
+    if family.blank is not None:
+        return family.blank(model, kind)
+    pixels, grid = ("pixel_values", "image_grid_thw") if kind == "image" else ("pixel_values_videos", "video_grid_thw")
+    takes = inspect.signature(getattr(model.model, f"get_{kind}_features")).parameters
     config, vision = model.config, model.config.vision_config
     channels = next((c for n in ("num_channels", "in_channels", "in_chans") if (c := getattr(vision, n, None))), 3)
     if grid in takes:  # one visual token of merged patches

@@ -11,10 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from cdistill.builtin.dataset import build_tokenizer
 from cdistill.data.samples import IMAGE_TOKEN, Source
+from cdistill.families import family_of, require_known_everywhere
 from cdistill.models.llava import Llava, visual_tokens
 from cdistill.models.load import (
     DTYPES,
     Model,
+    load_config,
     load_multimodal,
     load_tokenizer,
     resolve_folder,
@@ -30,6 +32,7 @@ from cdistill.models.processor import (
     has_image_processor,
     load_processor,
 )
+from cdistill.runtime import launch
 from cdistill.train.recipes import Recipe, StudentConfig
 from cdistill.train.resolve import precision_of
 from cdistill.train.student import Vocabulary, folders_of, make_student, set_visual_tokens
@@ -41,10 +44,10 @@ from cdistill.vat import VAT, attention_layers
 class Models:
     """What a run trains and distils from; without a vision encoder the student is a causal language model.
 
-    ``processor`` is what a result's folder holds beside the weights, the tokenizer alone where there are no images;
-    ``reader`` makes batches of conversations, None where images always become the same tokens; ``held`` is the teacher as
-    a recipe wants it held, once it is; ``sources`` are the data sets that stages have opened; with ``shares_vision`` both
-    models look at an image once, through the encoder they have in common.
+    ``processor`` is saved beside the weights of a result, the tokenizer alone where there are no images. ``reader`` makes
+    batches of conversations; it is None where every image becomes the same tokens. ``teacher_source`` gives stages the
+    teacher's signal, once one has needed it. ``sources`` are the data sets that stages have opened. With ``shares_vision``
+    both models look at an image once, through the encoder they have in common.
     """
 
     student: Model
@@ -52,7 +55,7 @@ class Models:
     tokenizer: PreTrainedTokenizerBase
     processor: Processor
     reader: Any = None
-    held: Any = None
+    teacher_source: Any = None
     sources: dict[str, Source] = field(default_factory=dict)
     shares_vision: bool = False
 
@@ -70,6 +73,9 @@ def build_models(recipe: Recipe) -> Models:
     tokenizer = _tokenizer(recipe.student, teacher_tokenizer)
     vocabulary = Vocabulary(len(tokenizer), _image_token(tokenizer, teacher), _special(tokenizer))
     student = make_student(recipe.student, teacher, vocabulary, seed=recipe.seed)
+    if not launch.launched():
+        given = (model.config for model in (student, teacher) if model is not None)
+        require_known_everywhere(given, recipe.processes)
     if teacher is not None:
         check_pair(student, teacher)
         check_image_processors({"teacher": folder, **folders_of(recipe.student)})
@@ -101,7 +107,8 @@ def _load_teacher(recipe: Recipe, folder: Path) -> Model:
         return load_multimodal(folder, "teacher")
     dtype = DTYPES[precision_of(recipe)]
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else "cpu"
-    options = {"quantization_config": quantized(memory.quantization, dtype), "device_map": {"": device}}
+    family = family_of(load_config(folder, "teacher"))
+    options = {"quantization_config": quantized(memory.quantization, dtype, family), "device_map": {"": device}}
     return load_multimodal(folder, "teacher", dtype=dtype, **options)
 
 

@@ -46,7 +46,7 @@ from cdistill.train.recipes import Recipe, recipe_to_dict
 from cdistill.train.resolve import Stage, precision_of, resolve
 from cdistill.train.step import Step
 from cdistill.train.teacher import Teacher
-from cdistill.train.teacher_source import hold_teacher
+from cdistill.train.teacher_source import place_teacher
 from cdistill.vat import VAT
 
 PER_SHARD = 256  # samples
@@ -151,7 +151,7 @@ class CacheWriter:
 
     @torch.no_grad()
     def _ask(self, model: DistillationModel, batch: dict[str, Tensor], device: torch.device) -> list[StoredSignal]:
-        batch.pop(BAD, None)  # they are told when the cache is trained from
+        batch.pop(BAD, None)  # they are reported when a stage trains from the cache
         ids, labels, real = batch["input_ids"], batch["labels"], batch["attention_mask"].bool()
         step = model.step(labels.to(device), {k: v.to(device) for k, v in batch.items() if k != "labels"})
         model.ask(step, *model.inputs(step))
@@ -294,8 +294,8 @@ def _write_stage(stage: Stage, models: Models) -> None:
     writer, facts, work = _begin(stage, models)
     if work.missing:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        if models.held is None:
-            models.held = hold_teacher(
+        if models.teacher_source is None:
+            models.teacher_source = place_teacher(
                 recipe.teacher_memory,
                 models.teacher,
                 models.student,
@@ -303,10 +303,10 @@ def _write_stage(stage: Stage, models: Models) -> None:
                 device,
                 shares_vision=models.shares_vision,
             )
-        if models.held.shares_vision:
+        if models.teacher_source.shares_vision:
             _send_shared_vision(models.student, device)
         terms = stage.objective.terms(kd=recipe.kd, vat=writer.vat)
-        model = DistillationModel(models.student, terms, teacher=models.held)
+        model = DistillationModel(models.student, terms, teacher=models.teacher_source)
         batch = stage.config.micro_batch_size or stage.config.global_batch_size
         left = sum(len(samples) for shard in work.missing for samples in work.batches(shard, batch))
         with tqdm(total=left, desc=folder.name, unit="sample", disable=rank > 0, mininterval=1.0) as bar:

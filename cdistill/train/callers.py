@@ -1,7 +1,7 @@
 """Who calls a `Distillation`: what wraps its student, and the `transformers.Trainer` whose step it is.
 
 A call that goes around DistributedDataParallel, or leaves out the number of items that Trainer has counted, gives losses that
-look right and gradients that are not. Neither is told to a model, so both are looked for.
+look right and gradients that are not. A model learns of neither, so this module looks for both.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 LOOKS = 3  # calls with gradients before which wrappers are looked for: the first may be a trial before one wraps
 
 
-class Route:
-    """Whether a call of the student reaches what wraps it; ``check`` is for every call with gradients."""
+class WrapperCheck:
+    """Refuses calls of the student that go around its wrapper; ``check`` is for every call with gradients."""
 
     def __init__(self, student: nn.Module) -> None:
         self.student, self._calls = student, 0

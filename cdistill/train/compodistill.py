@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, Trainer, 
 from cdistill.choices import KDConfig, VATConfig
 from cdistill.data.samples import IGNORE_INDEX
 from cdistill.data.templates import Template
-from cdistill.models.processor import save_chat_template, stop_at
+from cdistill.models.processor import add_stop_tokens, save_chat_template
 from cdistill.train.compodistill_config import COMPILED, CompoDistillConfig, made
 from cdistill.train.conversation_collator import ConversationCollator
 from cdistill.train.distillation import distill
@@ -93,7 +93,7 @@ class CompoDistillTrainer(Trainer):
         self._template: Template | None = None
         if isinstance(data_collator, ConversationCollator):  # what is learned is what the saved student generates
             self._template = data_collator.encoder.template
-            stop_at(self.distillation.losses.student, data_collator.encoder.contract.end_ids)
+            add_stop_tokens(self.distillation.losses.student, data_collator.encoder.contract.end_ids)
         super().__init__(
             model=student,
             args=args,
@@ -173,7 +173,7 @@ class CompoDistillTrainer(Trainer):
     ) -> Any:
         """The weighted sum of the losses of a batch, by a call of whatever has been wrapped around the student."""
         counted = num_items_in_batch is not None
-        losses = self.distillation.through(
+        losses = self.distillation.compute_losses(
             model, inputs, tokens=num_items_in_batch, samples=self._samples if counted else None
         )
         if counted and self._over_processes:  # which average gradients

@@ -13,9 +13,9 @@ from cdistill.choices import KDConfig
 from cdistill.data.samples import IGNORE_INDEX
 from cdistill.models.load import Model
 from cdistill.models.pair import CommonEncoder, check_frozen, check_pair, common_parameters, unwrapped
-from cdistill.models.parts import part_of
-from cdistill.train.callers import Route, Window, folder_of_trainer, items_of_trainer, window_of_trainer
-from cdistill.train.inside import inside, open_inside
+from cdistill.models.parts import parameters_of, require_known_parts
+from cdistill.train.callers import Window, WrapperCheck, folder_of_trainer, items_of_trainer, window_of_trainer
+from cdistill.train.inside import instead_of_forward, make_replaceable
 from cdistill.train.left_out import refuse_left_out
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES
@@ -44,29 +44,30 @@ class Distillation(nn.Module):
         student: Model,
         *,
         common: Mapping[str, nn.Parameter],
-        looks_once: Callable[[], bool],
+        shares_images: Callable[[], bool],
     ) -> None:
         super().__init__()
         for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
             self.__dict__[name] = student.__dict__[name]  # the same objects: what is replaced there is replaced here
         self.training = student.training
-        self._common = (common, looks_once)
-        self._held = (losses, student)  # a tuple hides them from nn.Module, which has the student's modules already
+        self._sharing = (common, shares_images)
+        # a tuple, because nn.Module would list them, and it has the student's modules already
+        self._losses_and_student = (losses, student)
         for module in {id(m): m for m in (student, losses.student)}.values():
-            open_inside(module)
-        self._route = Route(student)
+            make_replaceable(module)
+        self._wrapper_check = WrapperCheck(student)
         self._window: Window | None = None
         self._has_run = False
 
     @property
     def student(self) -> Model:
         """The trained model, as it was given."""
-        return self._held[1]
+        return self._losses_and_student[1]
 
     @property
     def losses(self) -> DistillationModel:
         """What computes the losses, as sums."""
-        return self._held[0]
+        return self._losses_and_student[0]
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +83,7 @@ class Distillation(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "_held" not in self.__dict__:
+            if "_losses_and_student" not in self.__dict__:
                 raise
             return getattr(self.student, name)
 
@@ -172,13 +173,13 @@ class Distillation(nn.Module):
                 "torch.nn.DataParallel splits a batch between threads, which cannot share a teacher: start one process for "
                 "each GPU (torchrun, accelerate launch), or let this one see a single GPU (CUDA_VISIBLE_DEVICES=0)"
             )
-        return self.through(self.student, given, **self._counts(given, tokens, samples))
+        return self.compute_losses(self.student, given, **self._counts(given, tokens, samples))
 
     def _counts(self, batch: Mapping[str, Tensor], tokens: Any, samples: Any) -> dict[str, Any]:
         """What losses are divided by: the numbers that are given, or a Trainer's; None for the batch's own."""
         processes: int = 1
         if torch.is_grad_enabled():
-            self._route.check()
+            self._wrapper_check.check()
             if tokens is None and (found := items_of_trainer()) is not None:
                 tokens, processes = found
         if tokens is not None and samples is None and self.losses.counts_samples:
@@ -189,7 +190,7 @@ class Distillation(nn.Module):
         return counts
 
     @torch.compiler.disable
-    def through(
+    def compute_losses(
         self,
         model: nn.Module,
         batch: Mapping[str, Tensor],
@@ -209,14 +210,14 @@ class Distillation(nn.Module):
         def means(**given: Any) -> dict[str, Tensor]:
             nonlocal has_run
             has_run = True
-            self._follow(given["input_ids"].device)
-            self._look_again()
+            self._move_to(given["input_ids"].device)
+            self._check_sharing()
             return self._means(self.losses(**given), given["labels"], tokens, samples)
 
         def of_base(**given: Any) -> dict[str, Tensor]:
-            return base(**given, **inside(means))
+            return base(**given, **instead_of_forward(means))
 
-        result = model(**batch, **inside(means if base is self.student else of_base))
+        result = model(**batch, **instead_of_forward(means if base is self.student else of_base))
         if not has_run:
             raise ValueError(
                 "the student's forward pass has been replaced since distill() (use_liger_kernel does so) by one that gives "
@@ -281,22 +282,22 @@ class Distillation(nn.Module):
         assert self._window.samples is not None
         return self._window.samples
 
-    def _look_again(self) -> None:
-        """What was true of the models when they were given may have changed: trained parameters, weights loaded since."""
-        common, looks_once = self._common
+    def _check_sharing(self) -> None:
+        """What the models have in common may have changed since they were given, by training or by loading weights."""
+        common, shares_images = self._sharing
         check_frozen(common)
         if self.losses.teacher is not None:
-            self.losses.teacher.shares_vision = looks_once()
+            self.losses.teacher.shares_vision = shares_images()
 
-    def _follow(self, device: torch.device) -> None:
+    def _move_to(self, device: torch.device) -> None:
         """Bring the teacher and what terms have of their own to the batch: an accelerator moves the student alone."""
         for module in self.losses.modules_of_terms.values():
             module.to(device)
         model: Any = self.losses.teacher and self.losses.teacher.model
         if model is None or model.device == device:
             return
-        held = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
-        if not held and not any(p.is_meta for p in model.parameters()):  # meta: offloaded
+        placed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
+        if not placed and not any(p.is_meta for p in model.parameters()):  # meta: offloaded
             model.to(device)
 
 
@@ -345,20 +346,21 @@ def distill(
     student, teacher = _unwrapped(student, "student"), _unwrapped(teacher, "teacher")
     check_pair(student, teacher)
     freezes = not train_vision and not hasattr(given, "peft_config")
-    encoder = [p for name, p in student.named_parameters() if part_of(name) == "vision"] if freezes else []
+    encoder = parameters_of(student, "vision") if freezes else []
     common = common_parameters(student, teacher, frozen=encoder)
-    looks_once = CommonEncoder(student, teacher)
+    shares_images = CommonEncoder(student, teacher)
     if vat_weight and not isinstance(vat, VAT):
         vat = VAT(vat or VATConfig(), attention_layers(student), attention_layers(teacher))
     aligned = vat if vat_weight and isinstance(vat, VAT) else None
     ids = (visual_token_ids,) if isinstance(visual_token_ids, int) else visual_token_ids
     settings = Settings(kd or KDConfig(), aligned, vat_weight, None if ids is None else tuple(ids))
-    source = InMemory(Teacher(teacher, shares_vision=looks_once()))
+    source = InMemory(Teacher(teacher, shares_vision=shares_images()))
     model = DistillationModel(student, _terms(terms, settings), teacher=source, pads_right=False)
+    require_known_parts(student)
     _refuse_trained(model)
     for parameter in encoder:
         parameter.requires_grad_(False)
-    return Distillation(model, given, common=common, looks_once=looks_once)
+    return Distillation(model, given, common=common, shares_images=shares_images)
 
 
 def _unwrapped(model: Model, side: str) -> Model:

@@ -1,11 +1,11 @@
-"""Work inside a module's call: what wraps the call (DDP, FSDP2, DeepSpeed, autocast, peft) sees an ordinary forward pass.
+"""Runs a function in place of a module's forward pass, inside the module's call.
 
-Losses need a model's hidden states and the weight of its head, and no logits. Taken from parts of the model, they would go
-around hooks on the whole of it: gradients would not be reduced, sharded weights not gathered. So the call is made as usual,
-with a function as one more keyword that stands in for the forward pass::
+Losses need a model's hidden states and the weight of its head, but no logits. A loss that called parts of the model would go
+around the hooks on the whole: gradients would not be reduced, sharded weights not gathered. So the model is called as usual,
+with a keyword that replaces its forward pass, and wrappers (DDP, FSDP2, DeepSpeed, autocast, peft) see an ordinary call::
 
-    open_inside(model)
-    model(**batch, **inside(function))  # returns function(**batch)
+    make_replaceable(model)
+    model(**batch, **instead_of_forward(function))  # returns function(**batch)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 KEYWORD = "cdistill_inside"
 
 
-def inside(function: Callable[..., Any]) -> dict[str, Any]:
+def instead_of_forward(function: Callable[..., Any]) -> dict[str, Any]:
     """The keyword by which a module, or what wraps it, runs ``function`` in place of its forward pass.
 
     A compiler of the call leaves the function alone; layers in it that are compiled by themselves stay so.
@@ -29,8 +29,8 @@ def inside(function: Callable[..., Any]) -> dict[str, Any]:
     return {KEYWORD: torch.compiler.disable(function)}
 
 
-def open_inside(module: nn.Module) -> None:
-    """Let `inside` work for a module, whose own forward pass stays what it is. May be called again."""
+def make_replaceable(module: nn.Module) -> None:
+    """Let `instead_of_forward` work for a module; without it the forward pass stays what it is. May be called again."""
     given = module.__dict__.get("forward")
     if hasattr(given, KEYWORD):
         return

@@ -8,19 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cdistill.families import family_of
 from cdistill.models.llava import Llava, SharedVision, share_vision, student_embeddings
 from cdistill.models.load import Model
 from cdistill.models.parts import has_vision
-from cdistill.train.blank import idle_adapter, must_look
+from cdistill.train.blank import idle_adapter, needs_blank
 from cdistill.train.left_out import refuse_left_out
 from cdistill.train.step import Step
 from cdistill.train.teacher import Teacher, hidden_states
 from cdistill.train.teacher_source import TeacherSource, source_of
 from cdistill.train.terms import Term, check_terms
 from cdistill.vat import Recorder, install
-
-# How transformers' mixtures of experts name the weight of the loss that balances their experts.
-ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 class DistillationModel(nn.Module):
@@ -56,7 +54,7 @@ class DistillationModel(nn.Module):
         check_terms(self.terms)
         distils = any(term.teacher for term in self.terms)
         self.source = source_of(teacher, student) if distils and teacher is not None else None
-        self._looking = next((term for term in self.terms if term.attention), None)
+        self._attention_term = next((term for term in self.terms if term.attention), None)
         self._reads_tokens = any(term.labels == "tokens" for term in self.terms)
         if distils and self.source is None:
             needing = ", ".join(term.name for term in self.terms if term.teacher)
@@ -73,8 +71,8 @@ class DistillationModel(nn.Module):
                 if hasattr(self, name):
                     raise ValueError(f"term {term.name!r}: the name of its module {name!r} is taken: choose another")
                 self.add_module(name, module)
-        if self._looking is not None:
-            if self._looking.teacher and self.teacher is not None:
+        if self._attention_term is not None:
+            if self._attention_term.teacher and self.teacher is not None:
                 install(self.teacher.model)
             install(student)
 
@@ -117,7 +115,7 @@ class DistillationModel(nn.Module):
         losses = step.losses | _declared(self.terms, step.details)
         if self.counts_samples:
             losses["samples"] = step.samples
-        if "pixel_values" in step.batch or not has_vision(self.student) or self._looks_at_blanks:
+        if "pixel_values" in step.batch or not has_vision(self.student) or self._takes_blanks:
             return losses
         return losses | idle_adapter(self.student)
 
@@ -135,7 +133,7 @@ class DistillationModel(nn.Module):
         """A batch as its terms see it, before any model has run."""
         rest = {name: value for name, value in batch.items() if name != "counted" and value is not None}
         mask = None if self.pads_right else rest.get("attention_mask")
-        return Step(self.student, labels, rest, self.modules_of_terms, self._looking, mask, batch.get("counted"))
+        return Step(self.student, labels, rest, self.modules_of_terms, self._attention_term, mask, batch.get("counted"))
 
     def count_samples(self, labels: Tensor, **batch: Tensor) -> Tensor:
         """How many samples a batch holds, as terms over samples are divided by them."""
@@ -146,8 +144,8 @@ class DistillationModel(nn.Module):
     def ask(self, step: Step, shared: SharedVision | None, inputs: dict[str, Any]) -> None:
         """Let the teacher look at the batch, its attention seen by the term that compares it."""
         assert self.source is not None
-        looks = self._looking is not None and self.source.teacher is not None
-        recorder = self._looking.teacher_recorder(step) if looks and self._looking else None
+        looks = self._attention_term is not None and self.source.teacher is not None
+        recorder = self._attention_term.teacher_recorder(step) if looks and self._attention_term else None
         step.teacher = self.source.ask(step, recorder, shared, inputs)
 
     def _run(self, step: Step) -> None:
@@ -155,8 +153,8 @@ class DistillationModel(nn.Module):
         shared, inputs = self.inputs(step)
         if self.source is not None:
             self.ask(step, shared, inputs)
-        if self._looking is not None:
-            step.recorder = self._looking.recorder(step)
+        if self._attention_term is not None:
+            step.recorder = self._attention_term.recorder(step)
         step.hidden = self.student_hidden(inputs, shared, step.recorder).flatten(0, 1)[step.places]
 
     def student_hidden(self, inputs: dict[str, Any], shared: SharedVision | None, recorder: Recorder | None) -> Tensor:
@@ -186,13 +184,13 @@ class DistillationModel(nn.Module):
         if not self._composed:
             return None, inputs
         pixels, sizes = inputs.pop("pixel_values", None), inputs.pop("image_sizes", None)
-        return share_vision(self.student, pixels, sizes, idle=pixels is None and self._looks_at_blanks), inputs
+        return share_vision(self.student, pixels, sizes, idle=pixels is None and self._takes_blanks), inputs
 
     @property
-    def _looks_at_blanks(self) -> bool:
+    def _takes_blanks(self) -> bool:
         """Whether a blank image stands in where a batch has none."""
         together = self._composed and self.source is not None and self.source.is_partitioned
-        return must_look(self.student) or together
+        return needs_blank(self.student) or together
 
 
 def _scalar(term: Term, found: Any) -> Tensor:
@@ -221,7 +219,7 @@ def _require_body(model: Model, side: str) -> None:
             "README's families"
         )
     configs = (model.config, model.config.get_text_config())
-    weights = [getattr(config, name, None) for config in configs for name in ROUTER_WEIGHTS]
+    weights = [getattr(config, name, None) for config in configs for name in family_of(model).router_fields]
     asked = any(getattr(config, "output_router_logits", False) for config in configs)
     if side == "student" and asked and any(weights):
         raise ValueError(

@@ -124,14 +124,14 @@ def set_trained(student: Any, objective: Objective) -> None:
     import torch
 
     from cdistill.models.llava import image_size, vision_features
-    from cdistill.models.parts import part_of
+    from cdistill.models.parts import named_parts
 
-    parts = {name: part_of(name) for name, _ in student.named_parameters()}
+    parts = list(named_parts(student))
     trained = set(objective.trained)
-    if "language" in trained and "lora" in parts.values():
+    if "language" in trained and any(part == "lora" for _, _, part in parts):
         trained = trained - {"language"} | {"lora"}
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(parts[name] in trained)
+    for _, parameter, part in parts:
+        parameter.requires_grad_(part in trained)
     if "vision" in objective.trained:
         # Layers above the one whose features are used get no gradient, yet under ZeRO weight decay would move them.
         tower = student.model.vision_tower.requires_grad_(True)

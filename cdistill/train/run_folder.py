@@ -55,23 +55,23 @@ def _logged(metrics: Path) -> set[str]:
     return found
 
 
-def refuse_other_run(recipe: Recipe, held: Recipe, output: Path) -> None:
-    """Raise ValueError where a recipe would change what the run in a folder, of the recipe ``held``, has trained.
+def refuse_other_run(recipe: Recipe, recorded: Recipe, output: Path) -> None:
+    """Raise ValueError where a recipe would change what the run in a folder, of the recipe ``recorded``, has trained.
 
     The keys `FREE`, folders of images, and the sections of stages that have not begun may change, and all of a recipe of
     which no stage has. The message names the keys and both values.
     """
-    begun = begun_stages(held, output)
-    found = list(differences(_decided(held, begun), _decided(recipe, begun))) if begun else []
+    begun = begun_stages(recorded, output)
+    found = list(differences(_decided(recorded, begun), _decided(recipe, begun))) if begun else []
     if found:
         raise ValueError(
             f"output {output} holds a different run: {_listed(found)}; choose another folder, or go on with what is there"
         )
 
 
-def tell_changes(recipe: Recipe, output: Path, held: Recipe) -> None:
+def print_changes(recipe: Recipe, output: Path, recorded: Recipe) -> None:
     """Say in one line what a recipe changes that may change, beside `FREE`."""
-    before, now = (recipe_to_dict(r) for r in (held, recipe))
+    before, now = (recipe_to_dict(r) for r in (recorded, recipe))
     for content in (before, now):
         for name in FREE:
             del content[name]
@@ -173,9 +173,9 @@ def check_output(recipe: Recipe, output: Path, resume: bool) -> None:
         return
     if not (output / RECIPE).is_file():
         raise ValueError(f"output {output} is not empty and holds no run: choose another folder")
-    held = read_recipe(output)
-    refuse_other_run(recipe, held, output)
-    if not resume and begun_stages(held, output):
+    recorded = read_recipe(output)
+    refuse_other_run(recipe, recorded, output)
+    if not resume and begun_stages(recorded, output):
         raise ValueError(f"output {output} already holds a run of this recipe: continue it with --resume")
 
 

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 from cdistill.data import strict_yaml
 from cdistill.data.conversations import Encoder
 from cdistill.models.load import RECIPE, Model, load_model
-from cdistill.models.processor import save_chat_template, stop_at
+from cdistill.models.processor import add_stop_tokens, save_chat_template
 from cdistill.runtime import checkpoints, launch
 from cdistill.runtime.bad_samples import BadSamples
 from cdistill.runtime.collectives import first_process, naming_lost_peers, on_first_process
@@ -46,12 +46,12 @@ from cdistill.train.run_folder import (
     check_output,
     check_stages,
     locked,
+    print_changes,
     read_recipe,
     remove_leftovers,
     stage_folders,
-    tell_changes,
 )
-from cdistill.train.teacher_source import Cached, hold_teacher
+from cdistill.train.teacher_source import Cached, place_teacher
 from cdistill.train.trainer import DistillTrainer, RunLog, training_arguments
 from cdistill.vat import attention_layers
 
@@ -148,14 +148,14 @@ def _prepare(recipe: Recipe, output: Path, resume: bool, at_end: ExitStack) -> M
             at_end.enter_context(locked(output))
             check_output(recipe, output, resume)  # another run may have made it meanwhile
         if (output / RECIPE).is_file():
-            tell_changes(recipe, output, read_recipe(output))
+            print_changes(recipe, output, read_recipe(output))
         if not (output / RECIPE).is_file() or (output / RECIPE).read_text(encoding="utf-8") != text:
             checkpoints.write_atomically(output / RECIPE, text)
     return models
 
 
 def _stop_if(number: int, message: str) -> None:
-    """Raise Stopped for a signal, once the first process has told it."""
+    """Raise Stopped for a signal, after the first process has reported it."""
     if not number:
         return
     if first_process():
@@ -173,12 +173,12 @@ def _run_stage(
 ) -> None:
     """Make the student ready, build what trains it, train it and publish the result."""
     if not run.distils_from(stage.index):
-        models.teacher = models.held = None
+        models.teacher = models.teacher_source = None
     arguments = _ready(run, stage, models.student)
     counted = count_parameters(models.student)
     data = _Data(*(found := open_stage(stage, models)), encoder_of(found[0]))
     if data.encoder is not None:
-        stop_at(models.student, data.encoder.contract.end_ids)
+        add_stop_tokens(models.student, data.encoder.contract.end_ids)
     model, data = _distillation(run, stage, models, data, arguments)
     stop = StopCallback(request)
     trainer, log = _trainer(run, stage, model, arguments, data, callbacks, stop)
@@ -255,10 +255,10 @@ def _distillation(
         assert models.teacher is not None
         layers = attention_layers(student), attention_layers(models.teacher)
         if memory.cache is None:
-            models.held = models.held or hold_teacher(
+            models.teacher_source = models.teacher_source or place_teacher(
                 memory, models.teacher, student, run.precision, arguments.device, shares_vision=models.shares_vision
             )
-            teacher = models.held
+            teacher = models.teacher_source
             teacher.move(arguments.device)
         if stage.aligns:
             batches = DataLoader(data.dataset, stage.micro_batch_size, collate_fn=data.collator)
@@ -267,8 +267,8 @@ def _distillation(
             kept = StageCache(stage_cache(stage), fingerprint(stage, models, vat))
             teacher = Cached(kept.vocabulary)
             data = _Data(CachedDataset(data.dataset, kept), CachedCollator(data.collator), data.encoder)
-    elif models.held is not None:
-        models.held.move("cpu")  # from the GPU, where an earlier stage has left it
+    elif models.teacher_source is not None:
+        models.teacher_source.move("cpu")  # from the GPU, where an earlier stage has left it
     terms = stage.objective.terms(kd=run.recipe.kd, vat=vat, vat_weight=run.recipe.vat.weight)
     return DistillationModel(student, terms, teacher=teacher), data
 

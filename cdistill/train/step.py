@@ -16,7 +16,7 @@ from cdistill.data.samples import IGNORE_INDEX
 from cdistill.models.load import Model
 from cdistill.vat import PackedRegions, TeacherTargets, packed_regions
 
-ALL_ROWS: Any = {"rows": "all", "visual_token_ids": -1}  # of samples that are only to be told apart
+ALL_ROWS: Any = {"rows": "all", "visual_token_ids": -1}  # where only the boundaries of samples matter
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Step:
         batch: everything else of the batch that there is: ``input_ids`` (B, T), ``attention_mask``, pixels, and
             keys of the terms' own.
         modules: those of the terms, by name.
-        looking: the term that compares attention, if one does.
-        key_mask: (B, T) the padding that the models are told of, None where there is none to tell.
+        attention_term: the term that compares attention, if one does.
+        key_mask: (B, T) the padding mask that the models are given, None where they need none.
         counted: (B,) bool, the samples that count; None: all.
         teacher: what the teacher gives, None without one.
         recorder: what has seen the student's attention, made by the same term.
@@ -62,7 +62,7 @@ class Step:
     labels: Tensor
     batch: Mapping[str, Tensor]
     modules: Mapping[str, nn.Module]
-    looking: Any = None
+    attention_term: Any = None
     key_mask: Tensor | None = None
     counted: Tensor | None = None
     teacher: Signal | None = None
@@ -84,13 +84,13 @@ class Step:
 
     @property
     def is_packed(self) -> bool:
-        """Whether position ids alone tell the samples of a row apart."""
+        """Whether position ids alone separate the samples of a row."""
         return "attention_mask" not in self.batch and "position_ids" in self.batch
 
     @cached_property
     def regions(self) -> Any:
         """Rows and columns of the attention that is compared, if any is."""
-        return None if self.looking is None else self.looking.regions(self)
+        return None if self.attention_term is None else self.attention_term.regions(self)
 
     def zero(self) -> Tensor:
         """A zero in the graph of the first term, for one that has nothing to compare."""

@@ -20,7 +20,7 @@ from cdistill.models.load import (
     load_structure,
     resolve_folder,
 )
-from cdistill.models.parts import has_vision
+from cdistill.models.parts import has_vision, require_known_parts
 from cdistill.models.processor import COMPOSITIONS, has_image_processor, image_pixels, load_image_processor
 from cdistill.models.taf import TAFAdapter
 from cdistill.train.recipes import StudentConfig
@@ -50,6 +50,7 @@ def make_student(
         language = load_structure(folder, "student.base") if meta else load_model(folder)
         if has_vision(language):
             _check_same_kind(config, language)
+            require_known_parts(language)
             return language
         text = language.config
     else:

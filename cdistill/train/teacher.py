@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cdistill.families import Family
 from cdistill.models.llava import SharedVision, teacher_embeddings
 from cdistill.models.load import Model
-from cdistill.models.parts import VISUAL_MODULES, head_of, language_model
+from cdistill.models.parts import head_of, language_model
 from cdistill.models.taf import TAFAdapter
 from cdistill.runtime.zero import is_partitioned, teacher_config
-from cdistill.train.blank import looking
+from cdistill.train.blank import with_blanks
 from cdistill.vat.hook import KEYWORD
 
 # Inputs of a batch that show a model no image or video.
@@ -26,7 +27,7 @@ def hidden_states(model: Model, inputs: dict[str, Any], recorder: Any) -> Tensor
     extra = {} if recorder is None else {KEYWORD: recorder}
     if "inputs_embeds" in inputs:
         return language_model(model)(**inputs, use_cache=False, **extra).last_hidden_state
-    with looking(model, inputs) as inputs:
+    with with_blanks(model, inputs) as inputs:
         if any(name not in TEXT_INPUTS for name in inputs):
             inputs = {name: _as_model(model, value) for name, value in inputs.items()}
         return model.model(**inputs, use_cache=False, **extra).last_hidden_state
@@ -50,8 +51,8 @@ class Teacher(nn.Module):
         self.model = model.eval().requires_grad_(False)
         self.shares_vision = shares_vision
 
-    def leave_to(self, student: Model) -> None:
-        """Drop what the student also has: the shared vision encoder and, with TAF, the adapter. Nothing here uses them."""
+    def drop_shared_parts(self, student: Model) -> None:
+        """Drop the shared vision encoder and, with TAF, the adapter: the student has both, and nothing here uses them."""
         if not self.shares_vision:
             return
         self.model.model.vision_tower = None
@@ -118,7 +119,7 @@ def partitioned(teacher: Teacher, *, precision: str, offload: bool) -> Any:
     return deepspeed.initialize(model=teacher, config=teacher_config(precision=precision, offload=offload))[0]
 
 
-def quantized(kind: str, dtype: torch.dtype) -> Any:
+def quantized(kind: str, dtype: torch.dtype, family: Family) -> Any:
     """What ``from_pretrained`` takes to load a teacher whose language model's layers have 8 or 4 bits.
 
     Head, adapter and vision encoder keep ``dtype``: the loss over the vocabulary needs the head's weight as it is. Raises
@@ -130,7 +131,8 @@ def quantized(kind: str, dtype: torch.dtype) -> Any:
 
     if find_spec("bitsandbytes") is None:
         raise ValueError("teacher_memory.quantization needs bitsandbytes: pip install cdistill[quantization]")
-    whole = ["lm_head", *VISUAL_MODULES, *(rf".*\.{name}" for name in VISUAL_MODULES)]  # patterns match from the start
+    visual = family.adapters + family.encoders
+    whole = ["lm_head", *visual, *(rf".*\.{name}" for name in visual)]  # patterns match from the start
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
     return BitsAndBytesConfig(

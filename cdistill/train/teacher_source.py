@@ -130,12 +130,12 @@ def source_of(teacher: Model | TeacherSource, student: Model) -> TeacherSource:
     return InMemory(Teacher(teacher, shares_vision=shares_encoder(student, teacher)))
 
 
-def hold_teacher(
+def place_teacher(
     memory: TeacherMemory, model: Model, student: Model, precision: str, device: torch.device, *, shares_vision: bool
 ) -> TeacherSource:
-    """The teacher as a recipe wants it held, without what the student has, too."""
+    """The source of a recipe's teacher: in memory, partitioned or quantised, without the parts that the student has, too."""
     teacher = Teacher(model, shares_vision=shares_vision)
-    teacher.leave_to(student)
+    teacher.drop_shared_parts(student)
     if memory.zero == 3:
         whole = teacher.to(dtype=DTYPES[precision])
         return Partitioned(partitioned(whole, precision=precision, offload=memory.offload))

@@ -199,7 +199,7 @@ class DistillTrainer(Trainer):
             self._logged_step = progress["logged_step"]
             self.finite.load_state_dict(progress)
             self.bad.load_state_dict(progress["bad"])
-        with in_one_line():  # the death of a process that reads samples is told at any time, by a signal
+        with in_one_line():  # a signal reports the death of a process that reads samples, at any time
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def destroy_engine(self) -> None:

@@ -10,16 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdistill.choices import KDConfig
+from cdistill.families import family_of
 from cdistill.models.load import Model
 from cdistill.models.parts import head_of
 from cdistill.ops import linear_distillation
-from cdistill.train.inside import KEYWORD, inside, open_inside
+from cdistill.train.inside import KEYWORD, instead_of_forward, make_replaceable
 from cdistill.train.left_out import hook_of_others
 from cdistill.train.step import Step
 
 MODULE = "vocabulary_losses"  # of a term that makes cross-entropy and divergence together
-# What some families do to logits after the head (Gemma, Cohere, Granite).
-AFTER_THE_HEAD = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling")
 _WHOLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes whose values are the weights
 _ENGINES = {"torch", "deepspeed", "accelerate", "transformers"}  # their hooks move weights and leave results alone
 
@@ -95,15 +94,15 @@ def _both(step: Step) -> tuple[Tensor, Tensor]:
         return step.shared[MODULE]
     head, losses, teacher, targets = head_of(step.student), step.modules[MODULE], step.teacher, step.targets
     assert teacher is not None
-    open_inside(head)  # what gathers its weight is a hook on its call
+    make_replaceable(head)  # what gathers its weight is a hook on its call
     made: Any
     if teacher.topk is not None:
         known, topk = teacher.vocabulary, teacher.topk
-        made = head(step.hidden, **inside(lambda x: losses(x, head, None, None, targets, topk, known)))
+        made = head(step.hidden, **instead_of_forward(lambda x: losses(x, head, None, None, targets, topk, known)))
     else:
         assert teacher.head is not None
         with teacher.head() as theirs:
-            made = head(step.hidden, **inside(lambda x: losses(x, head, teacher.hidden, theirs, targets)))
+            made = head(step.hidden, **instead_of_forward(lambda x: losses(x, head, teacher.hidden, theirs, targets)))
     step.shared[MODULE] = made
     return made
 
@@ -114,7 +113,7 @@ def require_plain_head(model: Model, side: str, *, linear: bool) -> None:
     The losses are taken from the head itself, and would leave out what a model does to its logits afterwards.
     """
     head, config = head_of(model), model.config.get_text_config()
-    for name in AFTER_THE_HEAD:
+    for name in family_of(model).logit_fields:
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise ValueError(f"the {side}'s {name} {getattr(config, name)} is not supported")
     if not linear:

@@ -1,30 +1,11 @@
-"""What differs between model families: how visual tokens are marked, and which layers have softmax attention."""
+"""What alignment asks of a model: its visual tokens, its layers with softmax attention, the positions of packed samples."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_VISUAL_TOKEN_NAMES = (("image_token_id", "image_token_index"), ("video_token_id", "video_token_index"))
-
-# transformers' layer types. A "hybrid" layer has attention beside a recurrent state.
-_ATTENTION_TYPES = frozenset(
-    {
-        "full_attention",
-        "sliding_attention",
-        "chunked_attention",
-        "window_attention",
-        "indexed_attention",
-        "compressed_sparse_attention",
-        "heavily_compressed_attention",
-        "minimax_m3_sparse",
-        "reference_sliding_attention",
-        "hybrid",
-        "hybrid_sliding",
-        "attention",
-    }
-)
-_OTHER_TYPES = frozenset({"linear_attention", "conv", "mamba", "moe"})
+from cdistill.families import family_of
 
 
 def visual_token_ids(model_or_config: Any) -> tuple[int, ...]:
@@ -36,15 +17,16 @@ def visual_token_ids(model_or_config: Any) -> tuple[int, ...]:
     Raises ValueError where the configuration names neither.
     """
     config = getattr(model_or_config, "config", model_or_config)
-    found = []
-    for names in _VISUAL_TOKEN_NAMES:
+    family, found = family_of(config), []
+    for names in (family.image_token, family.video_token):
         values = (getattr(config, name, None) for name in names)
         token = next((value for value in values if value is not None), None)
         if token is not None and token not in found:
             found.append(int(token))
     if not found:
         raise ValueError(
-            f"{type(config).__name__} names no image_token_id or video_token_id; pass the ids of its visual tokens"
+            f"{type(config).__name__} names no image_token_id or video_token_id; pass the ids of its visual tokens, or "
+            "register its family (cdistill.register_family) with the names of their fields"
         )
     return tuple(found)
 
@@ -63,16 +45,21 @@ def attention_layers(model_or_config: Any) -> tuple[int, ...]:
     types = getattr(text, "layer_types", None)
     if types is None:
         return tuple(range(text.num_hidden_layers))
-    if unknown := sorted(set(types) - _ATTENTION_TYPES - _OTHER_TYPES):
-        raise ValueError(f"{type(text).__name__} has layers of unknown type {', '.join(unknown)}")
-    return tuple(i for i, kind in enumerate(types) if kind in _ATTENTION_TYPES)
+    family = family_of(config)
+    attention = {*family.attention_layers, *family.hybrid_layers}
+    if unknown := sorted(set(types) - attention - set(family.other_layers)):
+        raise ValueError(
+            f"{type(text).__name__} has layers of unknown type {', '.join(unknown)}; register the family of {text.model_type} "
+            "(cdistill.register_family) with what they are"
+        )
+    return tuple(i for i, kind in enumerate(types) if kind in attention)
 
 
 def check_packable(model_or_config: Any) -> None:
     """Raise ValueError for a model with layers that carry a state from one packed sample into the next."""
     config = getattr(model_or_config, "config", model_or_config)
     types = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
-    stateful = sorted(set(types) - _ATTENTION_TYPES | set(types) & {"hybrid", "hybrid_sliding"})
+    stateful = sorted(set(types) - set(family_of(config).attention_layers))
     if stateful:
         raise ValueError(
             f"packing: {type(config).__name__} has layers of type {', '.join(stateful)}, whose state passes from a sample to "

@@ -22,6 +22,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
+from cdistill.families import family_of
 from cdistill.vat.recorders import Recorder
 from cdistill.vat.regions import require_on_device
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 IMPLEMENTATION = "sdpa"
 KEYWORD = "cdistill_vat"
 
-# On a module of an installed text model: recorders may see its queries and keys.
+# On a module of an installed text model, whose queries and keys recorders may see: keywords that its family refuses.
 _MARK = "_cdistill_vat"
 # On a function of transformers' registries: it is our wrapper.
 _WRAPPER = "_cdistill_wrapper"
@@ -40,17 +41,6 @@ _WRAPPER = "_cdistill_wrapper"
 _PADDING = "_cdistill_padding"
 # The recorder's (B, T) sequence numbers, kept with its version on a mask that has been found to be their packing.
 _PACKING = "_cdistill_packing"
-
-# Keywords by which transformers' models change the scores or the visible keys of a layer.
-_UNSUPPORTED = {
-    "softcap": "logit soft-capping",
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
-    "position_bias": "a position bias",
-    "indices": "sparse key selection",
-    "block_indices": "sparse key selection",
-    "cache": "a paged cache",
-}
 
 
 class _Pass:
@@ -102,8 +92,9 @@ def install(model: "PreTrainedModel") -> None:
     _register()
     if text_model.config._attn_implementation != IMPLEMENTATION:
         text_model.set_attn_implementation(IMPLEMENTATION)
+    refused = family_of(model).refused_keywords
     for module in modules:
-        setattr(module, _MARK, True)
+        setattr(module, _MARK, refused)
     _leave_passes(model)
     for module in _around(model):
         module.register_forward_pre_hook(_begin_pass, with_kwargs=True)
@@ -318,7 +309,7 @@ def _require_plain_causal(
     def refuse(what: str) -> ValueError:
         return ValueError(f"layer {layer} uses {what}, which visual attention alignment does not support")
 
-    for name, what in _UNSUPPORTED.items():
+    for name, what in getattr(module, _MARK).items():
         if kwargs.get(name) is not None:
             raise refuse(what)
     is_causal = kwargs.get("is_causal")

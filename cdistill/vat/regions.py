@@ -128,7 +128,7 @@ def packed_regions(
     rows: Rows = "answer",
     mm_token_type_ids: Tensor | None = None,
 ) -> PackedRegions:
-    """`token_regions` of samples packed into rows, told apart by position ids that start anew.
+    """`token_regions` of samples packed into rows; position ids that start anew separate them.
 
     ``position_ids`` are those the model gets: (B, T), (1, T) for all rows, or (4, B, T) for multimodal rotary embeddings,
     text positions first. A sample begins wherever a position is not its predecessor plus one, as in transformers' own

@@ -1,4 +1,4 @@
-"""Plain values made into the sections of a recipe by pydantic, and every mistake in them told in a line with its dotted key."""
+"""Makes the sections of a recipe from plain values, by pydantic; every mistake is one line with its dotted key."""
 
 import json
 import math
