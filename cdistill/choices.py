@@ -12,6 +12,8 @@ from annotated_types import Ge, Gt, Le, Lt
 
 # Attention ops.
 AlignmentLoss: TypeAlias = Literal["cosine", "mse", "kl", "jsd"]
+RelationLoss: TypeAlias = Literal["cosine", "mse", "kl", "jsd", "reverse_kl"]
+Relation: TypeAlias = Literal["qk", "qq", "kk", "vv"]
 Reduction: TypeAlias = Literal["row", "matrix", "column"]
 Heads: TypeAlias = Literal["mean", "each"]
 Impl: TypeAlias = Literal["torch", "cpp", "triton"]
@@ -21,9 +23,12 @@ Divergence: TypeAlias = Literal["forward_kl", "reverse_kl", "jsd"]
 # Visual attention alignment.
 Rows: TypeAlias = Literal["answer", "predicting", "text", "visual", "all"]
 Matching: TypeAlias = Literal["group", "simple", "adaptive"]
+Target: TypeAlias = Literal["stored", "recomputed"]
 NamedSpan: TypeAlias = Literal["early", "intermediate", "later", "all", "official"]
 
 ALIGNMENT_LOSSES: tuple[str, ...] = get_args(AlignmentLoss)
+RELATION_LOSSES: tuple[str, ...] = get_args(RelationLoss)  # of which the Triton kernels lack the last
+RELATIONS: tuple[str, ...] = get_args(Relation)
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 HEADS: tuple[str, ...] = get_args(Heads)
 IMPLS: tuple[str, ...] = get_args(Impl)
@@ -33,6 +38,7 @@ VAT_ENGINES = ("sdpa", "auto", *ENGINES)  # transformers' own attention, or an e
 DIVERGENCES: tuple[str, ...] = get_args(Divergence)
 ROWS: tuple[str, ...] = get_args(Rows)
 MATCHINGS: tuple[str, ...] = get_args(Matching)
+TARGETS: tuple[str, ...] = get_args(Target)
 NAMED_SPANS: tuple[str, ...] = get_args(NamedSpan)
 
 # Conversations as text (`cdistill.data.templates`).
@@ -41,7 +47,7 @@ TEMPLATES: tuple[str, ...] = get_args(Template)
 TEMPLATE_FILE = ".jinja"  # what the path of a template of one's own ends in
 
 # Alignment losses that compare shares: slices are divided by their sums first.
-SHARES = ("kl", "jsd")
+SHARES = ("kl", "jsd", "reverse_kl")
 
 
 # Numbers, with the bounds that a test of them and a recipe's schema read.
@@ -119,7 +125,7 @@ class VATConfig:
     rows: Rows = "text"  # the best in benchmarks/results/demo_rows.json; the paper speaks of answer tokens
     """Tokens whose attention to the visual tokens is compared (`cdistill.vat.token_regions`)."""
     heads: Heads = "mean"
-    """The mean over heads, or each head by itself (models with equal numbers of heads only)."""
+    """The mean over heads, or each head by itself: models with equal numbers of heads, or with target recomputed a multiple."""
     engine: str = "sdpa"
     """What computes the aligned layers' attention: "sdpa", transformers' own beside the alignment; "auto" or an engine of
     `cdistill.ops.attention_with_alignment` ("triton", "torch_flash", "torch_cudnn", "flash_attn_2", "flash_attn_3",
@@ -128,12 +134,20 @@ class VATConfig:
     """With reduction column, leave attention sinks out (the authors' code)."""
     layer_sum: bool = False
     """Sum over layers, not their mean."""
+    target: Target = "stored"
+    """What is kept of the teacher's pass: the slice of every window, (rows, visual tokens) of each sample; or the queries and
+    keys of its aligned layers, from which the slices are recomputed beside the student's (`cdistill.ops.attention_relation`):
+    no slice is ever stored, which pays where rows times visual tokens are many. Needs engine sdpa."""
 
     def __post_init__(self) -> None:
         check_choices(self, "vat")
         engines = (*VAT_ENGINES, *REGISTERED_ENGINES)
         if self.engine not in engines:
             raise ValueError(f"vat.engine must be one of {', '.join(engines)}, got {self.engine!r}")
+        if self.target == "recomputed" and self.engine != "sdpa":
+            raise ValueError(
+                f"vat.target recomputed needs vat.engine sdpa, got {self.engine!r}: engines compare with stored slices"
+            )
         if self.sink_filter and self.reduction != "column":
             raise ValueError(f"vat.sink_filter needs vat.reduction column, got {self.reduction!r}")
         for name in ("student_layers", "teacher_layers"):

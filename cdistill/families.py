@@ -37,7 +37,10 @@ class Family:
         other_layers: for those without softmax attention.
         refused_keywords: keywords by which layers hand attention what changes scores or visible keys, and what that is
             called in the error that says so.
-        logit_fields: fields of the text configuration by which logits are changed after the head; not None or 1 is refused.
+        logit_fields: fields of the text configuration by which logits are changed after the head, each a "factor", a
+            "divisor", or a "softcap" c of c tanh(logits / c), which comes last; None and 1 change nothing.
+        own_head: what a model does between its decoder and its head, or to its logits, that no field stands for; losses
+            cannot be taken from its hidden states then, and it is refused.
         router_fields: fields with the weight of a loss that balances experts.
         blank: the smallest image (``"image"``) or video (``"video"``) that a model takes, as keywords of its forward pass
             on the CPU, not 0; needed where `cdistill.train.blank` makes another one than the family takes.
@@ -57,7 +60,8 @@ class Family:
     hybrid_layers: Names = ()
     other_layers: Names = ()
     refused_keywords: Mapping[str, str] = field(default_factory=dict)
-    logit_fields: Names = ()
+    logit_fields: Mapping[str, str] = field(default_factory=dict)
+    own_head: str = ""
     router_fields: Names = ()
     blank: Callable[[Any, Literal["image", "video"]], dict[str, Tensor]] | None = None
 
@@ -72,10 +76,14 @@ class Family:
         said = self.refused_keywords
         if not isinstance(said, Mapping) or not all(isinstance(text, str) for pair in said.items() for text in pair):
             raise ValueError(f"{where}: refused_keywords must say of each keyword what it is, got {said!r}")
+        kinds = self.logit_fields
+        if not isinstance(kinds, Mapping) or not set(kinds.values()) <= {"factor", "divisor", "softcap"}:
+            raise ValueError(f"{where}: logit_fields must say factor, divisor or softcap of each field, got {kinds!r}")
         if self.blank is not None and not callable(self.blank):
             raise ValueError(f"{where}: blank must be a function, got {self.blank!r}")
 
 
+_MAPPINGS = ("refused_keywords", "logit_fields")
 _NAMES = tuple(f.name for f in fields(Family) if f.type == "Names")
 
 COMMON = Family(
@@ -115,12 +123,23 @@ COMMON = Family(
         "block_indices": "sparse key selection",
         "cache": "a paged cache",
     },
-    logit_fields=("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling"),
+    logit_fields={
+        "logit_scale": "factor",
+        "lm_head_multiplier": "factor",
+        "logits_scaling": "divisor",
+        "final_logit_softcapping": "softcap",
+        "logits_soft_cap": "softcap",
+    },
     router_fields=("router_aux_loss_coef", "aux_loss_coef"),
 )
 
-_ROWS = (
-    Family("blip-2", adapters=("language_projection", "qformer", "query_tokens")),
+_ROWS: tuple[Family, ...] = (
+    Family(
+        "blip-2",
+        adapters=("language_projection", "qformer", "query_tokens"),
+        own_head="has no decoder apart from its head",
+    ),
+    Family("chameleon", own_head="leaves the tokens of images out of its logits"),
     Family("cosmos3_edge", adapters=("projector",)),
     Family("deepseek_ocr2", adapters=("view_separator",)),
     Family("deepseek_v4", attention_layers=("compressed_sparse_attention", "heavily_compressed_attention")),
@@ -137,7 +156,7 @@ _ROWS = (
     Family("gemma4_unified", adapters=("embed_vision", "embed_audio")),
     Family("granite4_vision", adapters=("layerwise_projectors", "spatial_projectors")),
     Family("hyperclovax_vision_v2", adapters=("projector",)),
-    Family("inkling_mm_model", encoders=("audio_tower",)),
+    Family("inkling_mm_model", encoders=("audio_tower",), own_head="scales hidden states before its head"),
     Family("instructblip", adapters=("language_projection", "qformer", "query_tokens")),
     Family("instructblipvideo", adapters=("language_projection", "qformer", "query_tokens")),
     Family(
@@ -147,11 +166,18 @@ _ROWS = (
     ),
     Family("kimi_k25", adapters=("mm_projector",)),
     Family("kosmos-2", adapters=("image_to_text_projection",)),
-    Family("kosmos-2.5", adapters=("image_to_text_projection",)),
+    Family("kosmos-2.5", adapters=("image_to_text_projection",), own_head="has no decoder apart from its head"),
     Family("lighton_ocr", adapters=("vision_projection",)),
     Family("minimax_m3_vl_text", attention_layers=("minimax_m3_sparse",)),
-    Family("muse_glimmer", adapters=("vision_adapter", "vision_projection")),
-    Family("muse_spark", adapters=("vision_adapter", "vision_projection"), encoders=("audio_tower",)),
+    Family(
+        "muse_glimmer", adapters=("vision_adapter", "vision_projection"), logit_fields={"output_multiplier": "factor"}
+    ),
+    Family(
+        "muse_spark",
+        adapters=("vision_adapter", "vision_projection"),
+        encoders=("audio_tower",),
+        logit_fields={"output_multiplier": "factor"},
+    ),
     Family("nemotron_h", other_layers=("mlp",)),
     Family("ovis2", adapters=("visual_embeddings_table",)),
     Family("paddleocr_vl", adapters=("projector",)),
@@ -176,7 +202,30 @@ _ROWS = (
     Family("unlimited_ocr_text", attention_layers=("reference_sliding_attention",)),
     Family("video_llama_3", adapters=("projector",)),
     Family("video_llava", encoders=("video_tower",)),
+    Family("hyperclovax", logit_fields={"logits_scaling": "factor"}),
+    Family("inkling_text", own_head="scales hidden states before its head"),
+    Family("minicpm3", own_head="scales hidden states before its head"),
+    Family("llama4_text", own_head="has no decoder apart from its head"),
+    Family("modernbert-decoder", own_head="has no decoder apart from its head"),
+    Family("prophetnet", own_head="predicts several tokens at a time"),
 )
+
+# Encoders that are also causal language models have layers between the last hidden states and the head.
+_TRANSFORMED_HEADS = (
+    *(
+        "bert",
+        "bert-generation",
+        "big_bird",
+        "camembert",
+        "data2vec-text",
+        "electra",
+        "ernie",
+        "megatron-bert",
+        "rembert",
+    ),
+    *("roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
+_ROWS += tuple(Family(name, own_head="transforms hidden states before its head") for name in _TRANSFORMED_HEADS)
 
 TABLE = {row.model_type: row for row in _ROWS}
 # Model types whose rows every process of a run has.
@@ -235,6 +284,8 @@ def _joined(model_types: Names) -> Family:
     }
     tokens = (token for row in rows for token in (*row.image_token, *row.video_token))
     everything["visual_fields"] = tuple(dict.fromkeys((*tokens, *everything["visual_fields"])))
-    keywords = {name: what for row in (COMMON, *rows) for name, what in row.refused_keywords.items()}
+    for name in _MAPPINGS:
+        everything[name] = {key: what for row in (COMMON, *rows) for key, what in getattr(row, name).items()}
+    own_head = next((row.own_head for row in rows if row.own_head), "")
     blank = next((row.blank for row in rows if row.blank is not None), None)
-    return Family(model_types[0], **everything, refused_keywords=keywords, blank=blank)
+    return Family(model_types[0], **everything, own_head=own_head, blank=blank)

@@ -3,7 +3,7 @@
 // Every loss compares pairs of vectors x (student) and y (teacher): each row, the flattened slice, or the (weighted)
 // column means. A pair is read in segments: rows of valid columns, copied to double. Three passes go over the segments,
 // each reduced in a fixed order:
-//   totals    cosine <x,x>, <y,y>; kl and jsd sum x, sum y
+//   totals    cosine <x,x>, <y,y>; kl, jsd and reverse_kl sum x, sum y
 //   distance  the loss, and what the gradient needs of the whole pair
 //   gradient  elementwise
 #include <cmath>
@@ -17,7 +17,7 @@
 
 namespace cdistill {
 
-enum class Loss : int { kCosine, kMse, kKl, kJsd };
+enum class Loss : int { kCosine, kMse, kKl, kJsd, kReverseKl };
 
 namespace {
 
@@ -68,10 +68,18 @@ Pair normalised(Loss loss, const Totals& totals, double length) {
   return {loss, factor(totals.x), factor(totals.y), length};
 }
 
+double at_least_share(double x) { return x < kLeastShare ? kLeastShare : x; }
+
 // Half the log of a share's ratio to the mean of both: d JSD / d share.
 double jsd_slope(double share, double other) {
-  const auto least = [](double x) { return x < kLeastShare ? kLeastShare : x; };
-  return 0.5 * std::log(2 * least(share) / (least(share) + least(other)));
+  return 0.5 * std::log(2 * at_least_share(share) / (at_least_share(share) + at_least_share(other)));
+}
+
+double log_ratio(double share, double other) { return std::log(at_least_share(share) / at_least_share(other)); }
+
+// d reverse KL / d share, less the 1 of every share that is not faint.
+double reverse_kl_slope(double share, double other) {
+  return log_ratio(share, other) - (share < kLeastShare ? 1 : 0);
 }
 
 // The loss of a segment. For cosine half the squared distance of the normalised vectors, which is exact as cos
@@ -99,6 +107,12 @@ double distance(const Pair& pair, const double* x, const double* y, int64_t n) {
         sum += student * jsd_slope(student, teacher) + teacher * jsd_slope(teacher, student);
       }
       return sum;
+    case Loss::kReverseKl:
+      for (int64_t j = 0; j < n; ++j) {
+        const double student = x[j] * pair.x_factor;
+        sum += student * log_ratio(student, y[j] * pair.y_factor);
+      }
+      return sum;
   }
   return sum;
 }
@@ -116,6 +130,11 @@ double common_part(const Pair& pair, const double* x, const double* y, int64_t n
       const double student = x[j] * pair.x_factor;
       sum += student * jsd_slope(student, y[j] * pair.y_factor);
     }
+  if (pair.loss == Loss::kReverseKl)
+    for (int64_t j = 0; j < n; ++j) {
+      const double student = x[j] * pair.x_factor;
+      sum += student * reverse_kl_slope(student, y[j] * pair.y_factor);
+    }
   return sum;
 }
 
@@ -126,6 +145,7 @@ double entry_gradient(const Pair& pair, double common, double x, double y) {
     case Loss::kMse: return 2 * (student - teacher) / pair.length;
     case Loss::kKl: return ((student < kLeastShare ? 0 : -teacher / student) - common) * pair.x_factor;
     case Loss::kJsd: return (jsd_slope(student, teacher) - common) * pair.x_factor;
+    case Loss::kReverseKl: return (reverse_kl_slope(student, teacher) - common) * pair.x_factor;
   }
   return 0;
 }
@@ -344,7 +364,8 @@ Value named(const char* what, const std::string& name, const std::pair<const cha
 
 Loss loss_named(const std::string& name) {
   static constexpr std::pair<const char*, Loss> kLosses[] = {
-      {"cosine", Loss::kCosine}, {"mse", Loss::kMse}, {"kl", Loss::kKl}, {"jsd", Loss::kJsd}};
+      {"cosine", Loss::kCosine}, {"mse", Loss::kMse}, {"kl", Loss::kKl}, {"jsd", Loss::kJsd},
+      {"reverse_kl", Loss::kReverseKl}};
   return named("loss", name, kLosses);
 }
 

@@ -268,14 +268,15 @@ def add_rows_kernel(
     store_vectors(p_dq, b_row, tl.trans(b_d), stride_dqt, True, UNIT, D, BD)
 
 
-def slice_backward(problem, grad, base, bound=None):
+def slice_backward(problem, grad, base, bound=None, into=None):
     """Gradient of ``slice_forward`` at fixed lse, added to dq and dk of ``base(dlse)``; returns dq, dk and dlse.
 
     grad (B,R,V) or (B,Hq,R,V), any strides. dlse (B,Hq,T) fp32 is zero outside the rows. ``base`` None: dq (B,Hq,T,D)
-    and dk (B,Hkv,T,D) in q's dtype, new and otherwise zero. bound (B,): what |P*grad| does not exceed, or None. While it
-    runs there live dlse and at most dq of the rows.
+    and dk (B,Hkv,T,D) are ``into``, or in q's dtype, new and otherwise zero. bound (B,): what |P*grad| does not exceed,
+    or None. While it runs there live dlse and at most dq of the rows.
     """
     gain = fp16_gain(problem.q, grad, bound) if grad.numel() else None
+    base = base if into is None else lambda dlse: into
     if problem.each:
         return head_gradients(problem, grad, base, gain, weight=1.0)
     heads = problem.q.shape[1]

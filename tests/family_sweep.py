@@ -18,7 +18,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from cdistill.models.parts import require_known_parts
+from cdistill.models.logits import after_head
+from cdistill.models.parts import head_of, require_known_parts
 from cdistill.vat import Regions, SliceRecorder, attention_layers, install, uninstall
 from cdistill.vat.hook import text_model_of
 
@@ -223,6 +224,24 @@ class OtherOutput(AssertionError):
     """With the hook a model computes something else, or a recorder sees something else than the model's attention."""
 
 
+def _check_head(model: Any, batch: dict[str, Tensor]) -> None:
+    """Raise OtherOutput unless logits are what `after_head` makes of the head's of the decoder's hidden states, or refused."""
+    try:
+        finish = after_head(model)
+    except ValueError:
+        return
+    hidden: list[Tensor] = []
+    hook = model.get_decoder().register_forward_hook(lambda module, given, out: hidden.append(out[0]))
+    try:
+        with torch.no_grad():
+            logits = model.eval()(**batch, use_cache=False).logits
+            expected = finish(head_of(model)(hidden[-1]))
+    finally:
+        hook.remove()
+    if not torch.allclose(logits, expected, rtol=1e-4, atol=1e-5):
+        raise OtherOutput(f"{type(model).__name__}: logits are not those of its head")
+
+
 def result_of(family: str) -> str:
     """What becomes of a family. Raises OtherOutput if it is not exact and not refused, ValueError for an unknown module."""
     model = plain = None
@@ -249,6 +268,7 @@ def result_of(family: str) -> str:
             raise OtherOutput(f"{family}: refused, and computes something else afterwards") from error
         return f"refused: {_line(error)}"
     require_known_parts(model)
+    _check_head(model, batch)
     if switched:
         uninstall(model)  # to SDPA without the hook
         plain = run(model, batch)

@@ -25,8 +25,9 @@ def test_lists_hold_what_is_there():
 
     assert tuple(_MODULES) == choices.IMPLS
     assert tuple(ENGINES) == choices.ENGINES
-    assert tuple(_torch_losses.DISTANCES) == tuple(alignment_loss.LOSSES) == choices.ALIGNMENT_LOSSES
-    assert set(choices.SHARES) <= set(choices.ALIGNMENT_LOSSES)
+    assert tuple(alignment_loss.LOSSES) == choices.ALIGNMENT_LOSSES
+    assert tuple(_torch_losses.DISTANCES) == choices.RELATION_LOSSES == (*choices.ALIGNMENT_LOSSES, "reverse_kl")
+    assert set(choices.SHARES) == set(_torch_losses.OF_SHARES)
 
 
 @pytest.mark.parametrize("impl", choices.IMPLS)
@@ -34,11 +35,12 @@ def test_a_backend_refuses_a_loss_or_a_reduction_that_it_does_not_know(impl):
     """As when one has been added to the list alone: it must not become another one."""
     a, valid, of = torch.rand(1, 2, 8), torch.ones(1, 8, dtype=torch.bool), backends()[impl]
     both, grad = (valid[:, :2].contiguous(), valid), torch.ones(1)
+    losses = choices.RELATION_LOSSES if of.HAS_REVERSE_KL else choices.ALIGNMENT_LOSSES
     for call in (
         lambda **names: of.alignment_loss(a, Comparison(*both, a, **names, sink_filter=False)),
         lambda **names: of.alignment_grad(a, Comparison(*both, a, **names, sink_filter=False), grad, a.dtype),
     ):
-        for loss in choices.ALIGNMENT_LOSSES:
+        for loss in losses:
             for reduction in choices.REDUCTIONS:
                 assert torch.isfinite(call(loss=loss, reduction=reduction)).all()
         for options in ({"loss": UNKNOWN, "reduction": "row"}, {"loss": "cosine", "reduction": UNKNOWN}):
@@ -70,6 +72,7 @@ def test_a_backend_refuses_a_divergence_that_it_does_not_know(impl):
         ("layers", choices.NAMED_SPANS),
         ("rows", choices.ROWS),
         ("heads", choices.HEADS),
+        ("target", choices.TARGETS),
         ("engine", choices.VAT_ENGINES),
     ],
 )

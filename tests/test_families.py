@@ -166,11 +166,13 @@ def test_what_a_row_says_is_known_of_the_whole_model():
         ValueError, match=r"unknown type telepathy; register the family of qwen2 \(cdistill\.register_family"
     ):
         attention_layers(config)
-    register_family(Family("qwen2", attention_layers=("telepathy",), logit_fields=("warmth",), router_fields=("toll",)))
+    register_family(
+        Family("qwen2", attention_layers=("telepathy",), logit_fields={"warmth": "factor"}, router_fields=("toll",))
+    )
     register_family(Family("llava", refused_keywords={"mood": "moods"}))
     assert attention_layers(config) == (0, 1)
     known = family_of(config)
-    assert known.logit_fields == ("warmth", *COMMON.logit_fields)
+    assert known.logit_fields == {**COMMON.logit_fields, "warmth": "factor"}
     assert known.router_fields == ("toll", *COMMON.router_fields)
     assert known.refused_keywords == {**COMMON.refused_keywords, "mood": "moods"}
     assert visual_token_ids(config) == (config.image_token_id,)
@@ -192,6 +194,7 @@ def test_rows_are_checked():
         ({"adapters": "beak"}, "adapters must be a tuple of names, got 'beak'"),
         ({"encoders": ("retina", 3)}, r"encoders must be a tuple of names, got \('retina', 3\)"),
         ({"refused_keywords": ("mood",)}, r"refused_keywords must say of each keyword what it is, got \('mood',\)"),
+        ({"logit_fields": {"warmth": "root"}}, "logit_fields must say factor, divisor or softcap of each field"),
         ({"blank": 3}, "blank must be a function, got 3"),
         ({"model_type": ""}, "model_type must be a model type of transformers"),
     ):
@@ -203,7 +206,13 @@ def test_rows_are_checked():
     for taken in (ROW, Family("deepseek_v4"), Family("any")):
         with pytest.raises(ValueError, match=f"family '{taken.model_type}' has a row already"):
             register_family(taken)
-    assert {field.name for field in fields(Family)} == {*families._NAMES, "model_type", "refused_keywords", "blank"}
+    assert {field.name for field in fields(Family)} == {
+        *families._NAMES,
+        "model_type",
+        *families._MAPPINGS,
+        "own_head",
+        "blank",
+    }
 
 
 def test_a_row_of_one_process_does_not_serve_several():

@@ -21,6 +21,7 @@ ALLOWED = {
     "choices": set(),
     "kernels": set(),
     "ops": {"kernels", "choices"},
+    "nn": {"ops"},
     "families": {"_plugins"},
     "vat": {"ops", "families"},
     "models": {"vat"},

@@ -53,6 +53,12 @@ RUNS = {
         0.04,
     ),
     "ZeRO-3, bf16": ({"stages": ["dpt", "dft"], "deepspeed": 3, "precision": "bf16"}, 384, 64, 0.04),
+    "recomputed targets": (
+        {"stages": ["dft"], "vat": {"rows": "text", "layers": "all", "target": "recomputed"}},
+        640,
+        300,
+        0.04,
+    ),
 }
 
 
@@ -101,3 +107,6 @@ def test_an_aligned_layer_keeps_its_slice(sized, tmp_path, rows):
     slices = 4 * 4 * 2 * 200 * VISUAL  # 4 layers, fp32, 2 samples
     assert kept[1]["targets"] - kept[0]["targets"] == slices
     assert slices <= kept[1]["activations"] - kept[0]["activations"] < 1.1 * slices
+    vat = {"layers": "all", "rows": rows, "target": "recomputed"}
+    recipe = recipe_of(tmp_path / "run", sized, stages=["dft"], vat=vat)
+    assert plan(recipe, **options).stages[0].phases["losses"]["activations"] - kept[0]["activations"] < 0.2 * slices

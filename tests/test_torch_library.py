@@ -9,6 +9,7 @@ from op_cases import Case, device_of, draw, moved
 from cdistill.ops import (
     AttentionProblem,
     attention_alignment,
+    attention_relation,
     attention_slice,
     attention_slice_accumulate,
     attention_with_alignment,
@@ -44,6 +45,9 @@ def calls(impl):
         "slice": lambda x: attention_slice(x["q"], x["k"], *(x[p] for p in positions), **options),
         "slice-lse": lambda x: attention_slice(x["q"], x["k"], *(x[p] for p in positions), lse=x["lse"], **options),
         "alignment": lambda x: attention_alignment(x["q"], x["k"], x["target"], *(x[p] for p in positions), **options),
+        "relation": lambda x: attention_relation(
+            x["q"], x["k"], [x["v"].roll(1, 2), x["v"]], [x["v"]] * 2, *(x[p] for p in positions), loss="kl", **options
+        ),
         "flash": lambda x: sum(y.float().square().sum() for y in flash_attention(x["q"], x["k"], x["v"], **flash)),
         "joint": lambda x: sum(
             y.float().square().sum()
@@ -59,7 +63,7 @@ def gradients(function, inputs):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("name", ["slice", "slice-lse", "alignment", "flash", "joint"])
+@pytest.mark.parametrize("name", ["slice", "slice-lse", "alignment", "relation", "flash", "joint"])
 def test_compiles_without_a_graph_break(name, impl):
     inputs = inputs_of(impl)
     function = calls(impl)[name]
@@ -69,7 +73,7 @@ def test_compiles_without_a_graph_break(name, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("name", ["slice", "alignment", "flash", "joint"])
+@pytest.mark.parametrize("name", ["slice", "alignment", "relation", "flash", "joint"])
 def test_autocast_rounds_nothing(name, impl):
     inputs = inputs_of(impl)
     with torch.autocast(device_of(impl), dtype=torch.bfloat16):
@@ -100,6 +104,10 @@ def test_opcheck(impl):
     for given in (problem, problem._replace(lse=x["lse"])):
         torch.library.opcheck(ops.attention_slice, (*given, impl))
         torch.library.opcheck(ops.attention_alignment, (*given, *loss, impl))
+    teacher = [x["q"].detach(), 2 * x["q"].detach()], [x["k"].detach()] * 2, []
+    for how in (("kl", "matrix", False), ("cosine", "column", True)):
+        options = (*teacher, x["key_mask"], 0.4, x["rows"], x["cols"], 1, *how, impl)
+        torch.library.opcheck(ops.attention_relation, (*problem, *options))
     whole = problem._replace(v=x["v"])
     torch.library.opcheck(ops.attention_with_alignment, (*whole, *loss, impl, ENGINES[impl]))
     flash = (x["q"], x["k"], x["v"], None, True, 0.3, None if impl == "cpp" else impl, None)

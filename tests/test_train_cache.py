@@ -216,6 +216,8 @@ def test_caches_that_do_not_fit(models, kept, tmp_path):
     refused(cached(output, other, folder, **changes), output, r"another teacher\.model\.safetensors")
     with pytest.raises(ValueError, match=r"vat\.matching must not be adaptive with teacher_memory\.cache"):
         cached(output, models, folder, vat__matching="adaptive")
+    with pytest.raises(ValueError, match=r"^vat\.target must be stored with teacher_memory\.cache"):
+        cached(output, models, folder, vat__target="recomputed")
 
 
 def test_samples_that_are_not_those_of_the_cache(models, kept, tmp_path):

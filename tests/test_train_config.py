@@ -207,6 +207,10 @@ def test_overrides_reach_every_level_and_are_yaml(path):
         ("teacher_memory.quantization=2bit", r"teacher_memory\.quantization must be one of 8bit, 4bit"),
         ("teacher_memory={zero: 3, quantization: 8bit}", r"teacher_memory\.quantization and zero 3 exclude each other"),
         ("max_nonfinite_steps=0", r"max_nonfinite_steps must be at least 1, got 0"),
+        (
+            "vat={target: recomputed, engine: auto}",
+            r"vat\.target recomputed needs vat\.engine sdpa, got 'auto': engines",
+        ),
         ("gradient_checkpointing=reentrant", r"gradient_checkpointing must not be reentrant with vat\.enabled"),
         ("name.deep=1", r"override 'name\.deep=1': name has no keys below it"),
         ("seed", r"must have the form key=value"),

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from cdistill.ops import _cpp, _vocabulary
+from cdistill.ops._dispatch import multiplies
 from cdistill.train import run
 from cdistill.train.build import build_models
 from cdistill.train.model import DistillationModel
@@ -197,15 +198,7 @@ def test_logits_have_the_precision_of_training(models, tmp_path, monkeypatch, ze
 
     monkeypatch.setattr(_cpp, "vocabulary_losses", kept)
     run(make_recipe(tmp_path / "run", models, stages=["dft"], precision="bf16", deepspeed=zero))
-    assert dtypes == [torch.bfloat16] * 6
-
-
-@pytest.mark.parametrize("name", ["final_logit_softcapping", "logit_scale", "logits_scaling"])
-def test_logits_that_are_changed_after_the_head_are_refused(models, tmp_path, name):
-    built = build_models(make_recipe(tmp_path / "run", models))
-    setattr(built.teacher.config.get_text_config(), name, 30.0)
-    with pytest.raises(ValueError, match=f"the teacher's {name} 30.0 is not supported"):
-        DistillationModel(built.student, OBJECTIVES["dpt"].terms(), teacher=built.teacher)
+    assert dtypes == [torch.bfloat16 if multiplies(torch.bfloat16) else torch.float32] * 6
 
 
 class LoraLinear(nn.Module):

@@ -17,18 +17,18 @@ from vat_models import (
 from cdistill.vat import VAT, SliceRecorder, StudentAlignment, VATConfig, install
 
 
-def training_step(student, teacher, batch, checkpointing, engine="sdpa"):
+def training_step(student, teacher, batch, checkpointing, engine="sdpa", **choices):
     student.zero_grad()
     student.train()
     if checkpointing is None:
         student.gradient_checkpointing_disable()
     else:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
-    vat = VAT(VATConfig(layers="all", engine=engine), STUDENT_LAYERS, TEACHER_LAYERS, impl="torch")
+    vat = VAT(VATConfig(layers="all", engine=engine, **choices), STUDENT_LAYERS, TEACHER_LAYERS, impl="torch")
     targets = vat.teacher(regions_of(batch), batch["attention_mask"])
     with torch.no_grad():
         teacher(**inputs(batch), cdistill_vat=targets)
-    alignment = vat.student(regions_of(batch), targets.targets, batch["attention_mask"])
+    alignment = vat.student(regions_of(batch), targets, batch["attention_mask"])
     language_loss = student(**batch, cdistill_vat=alignment).loss
     recorded = alignment.losses()
     (language_loss + alignment.loss()).backward()
@@ -58,6 +58,39 @@ def test_checkpointing_changes_no_bit(engine, monkeypatch):
     assert torch.equal(plain.loss(), checkpointed.loss())
     assert grads.keys() == plain_grads.keys()
     assert all(torch.equal(grads[name], plain_grads[name]) for name in grads)
+
+
+@pytest.mark.parametrize("checkpointing", [None, False])
+@pytest.mark.parametrize("choices", [{}, {"loss": "jsd", "reduction": "matrix"}], ids=["cosine", "jsd-matrix"])
+def test_recomputed_targets_train_as_stored_ones_do(choices, checkpointing):
+    student, teacher = student_and_teacher()
+    install(student)
+    install(teacher)
+    batch = draw_batch(22, "left")
+    stored, wanted = training_step(student, teacher, batch, None, **choices)
+    recomputed, found = training_step(student, teacher, batch, checkpointing, target="recomputed", **choices)
+    torch.testing.assert_close(recomputed.loss(), stored.loss(), rtol=1e-5, atol=1e-7)
+    assert found.keys() == wanted.keys()
+    for name, grad in found.items():
+        scale = wanted[name.replace("k_proj.bias", "k_proj.weight")].abs().max()
+        assert (grad - wanted[name]).abs().max() <= 1e-5 * scale, name
+
+
+def test_recomputed_targets_keep_no_slice_and_need_every_layer():
+    _, teacher = student_and_teacher()
+    install(teacher)
+    batch, vat = draw_batch(23), VAT(VATConfig(target="recomputed"), STUDENT_LAYERS, TEACHER_LAYERS)
+    targets = vat.teacher(regions_of(batch), batch["attention_mask"])
+    with pytest.raises(ValueError, match=r"layers \[.*\] were not recorded"):
+        vat.student(regions_of(batch), targets, batch["attention_mask"])
+    with torch.inference_mode():
+        teacher(**inputs(batch), cdistill_vat=targets)
+    kept = [x for layer in targets._recorded.values() for x in layer[:2]]
+    tokens = batch["input_ids"].shape[1]
+    assert len(kept) == 2 * len(targets.layers) and all(x.shape[2] == tokens and x.is_inference() for x in kept)
+    targets._recorded[min(targets.layers)] = (*targets._recorded[min(targets.layers)][:2], 0.123)
+    with pytest.raises(ValueError, match=r"scale their scores differently .* use vat.target stored"):
+        list(targets.windows(vat.matches[0].teachers, masked=False))
 
 
 @pytest.mark.parametrize("engine", ["torch_flash", "triton"])

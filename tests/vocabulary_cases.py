@@ -3,7 +3,7 @@
 import torch
 from op_cases import assert_as_exact_as_eager, device_of, moved
 
-from cdistill.ops import linear_distillation, reference
+from cdistill.ops import linear_distillation, linear_token_losses, reference
 
 LEAVES = ("student_hidden", "student_head", "student_bias")
 DIVERGENCES = ["forward_kl", "reverse_kl", "jsd"]
@@ -60,6 +60,15 @@ def run(impl, inputs, **options):
     if topk is not None:
         options["teacher_topk"] = tuple(x.to(device) for x in topk)
     return call(linear_distillation, moved(inputs, device), impl=impl, **options)
+
+
+def call_tokens(impl, inputs, **options):
+    """linear_token_losses on the device where this implementation is tested."""
+    inputs, device = dict(inputs), device_of(impl)
+    topk = inputs.pop("teacher_topk", None)
+    if topk is not None:
+        options["teacher_topk"] = tuple(x.to(device) for x in topk)
+    return call(linear_token_losses, moved(inputs, device), impl=impl, **options)
 
 
 def gradients_of(function, inputs, weights, leaves=LEAVES):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from cdistill.choices import ALIGNMENT_LOSSES, HEADS, REDUCTIONS
+from cdistill.choices import ALIGNMENT_LOSSES, HEADS, REDUCTIONS, RELATION_LOSSES
 from cdistill.ops._problem import AttentionProblem, Gradients
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -189,9 +189,13 @@ def require_sums(sums: Tensor, windows: Sequence[int], problem: AttentionProblem
         raise ValueError(f"windows must hold distinct indices from 0 to {count - 1}, got {list(windows)}")
 
 
-def require_loss(loss: str, reduction: str, sink_filter: bool) -> None:
+def require_loss(loss: str, reduction: str, sink_filter: bool, losses: tuple[str, ...] = ALIGNMENT_LOSSES) -> None:
     """Raise ValueError unless these name an alignment loss."""
-    require_choice("loss", loss, ALIGNMENT_LOSSES)
+    if loss in RELATION_LOSSES and loss not in losses:
+        raise ValueError(
+            f"loss must be one of {losses}, got {loss!r}, which attention_relation alone has: not all kernels do"
+        )
+    require_choice("loss", loss, losses)
     require_choice("reduction", reduction, REDUCTIONS)
     require_bool("sink_filter", sink_filter)
     if sink_filter and reduction != "column":

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 SPLITS_LSE = False  # it divides by the sum of a row's probabilities instead
-FUSES_DENOMINATOR = True
+FUSES_DENOMINATOR = HAS_REVERSE_KL = True
 FUSES_HEAD_COSINE = FUSES_ACCUMULATION = False
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -119,14 +119,18 @@ def slice_forward_with_lse(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
 
 
 def slice_backward(
-    problem: AttentionProblem, grad: Tensor, base: Base | None, bound: Tensor | None = None
+    problem: AttentionProblem,
+    grad: Tensor,
+    base: Base | None,
+    bound: Tensor | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> Gradients:
     """Gradient of ``slice_forward``, dS = P * G, added to that of ``base(dlse)``; dlse_i = -sum_j dS_ij, (B,Hq,T)."""
     lse = lse_at_rows(problem)
     dlse = torch.zeros_like(lse)
     rows, tokens = problem.positions[0], problem.q.shape[2]
     if base is None:
-        gradients = _zeros(problem.q, problem.k)
+        gradients = _zeros(problem.q, problem.k) if into is None else into
         _slice_backward(problem, lse, grad, _results(*gradients), dlse)
         return *gradients, to_rows(dlse, rows, tokens)
     _slice_backward(problem, lse, grad, [_C.Result(), _C.Result()], dlse)
@@ -136,9 +140,11 @@ def slice_backward(
     return *gradients, dlse
 
 
-def slice_backward_with_denominator(problem: AttentionProblem, grad: Tensor) -> tuple[Tensor, Tensor]:
+def slice_backward_with_denominator(
+    problem: AttentionProblem, grad: Tensor, into: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Gradient of the slice of ``slice_forward_with_lse``: dS_ij = P_ij * (G_ij + dlse_i) over all visible keys j."""
-    lse, gradients = lse_at_rows(problem), _zeros(problem.q, problem.k)
+    lse, gradients = lse_at_rows(problem), _zeros(problem.q, problem.k) if into is None else into
     _slice_backward(problem, lse, grad, _results(*gradients), torch.zeros_like(lse), denominator=True)
     return gradients
 

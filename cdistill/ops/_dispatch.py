@@ -31,6 +31,7 @@ class Backend(Protocol):
     FUSES_HEAD_COSINE: bool  # whether it has `head_cosine` and its backward pass
     FUSES_DENOMINATOR: bool  # whether it has `slice_forward_with_lse` and `slice_backward_with_denominator`
     FUSES_ACCUMULATION: bool  # whether it has `slice_accumulate`
+    HAS_REVERSE_KL: bool  # whether "reverse_kl" is one of its alignment losses
 
     def regions(self, problem: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
         """Rows (B,R) that see one of their columns, columns (B,V) that are not padding, and () bool: all allowed."""
@@ -63,19 +64,30 @@ class Backend(Protocol):
         """Add ``slice_forward`` to sums[w] for every w in ``windows``."""
 
     def slice_backward(
-        self, problem: AttentionProblem, grad: Tensor, base: Base | None, bound: Tensor | None = None
+        self,
+        problem: AttentionProblem,
+        grad: Tensor,
+        base: Base | None,
+        bound: Tensor | None = None,
+        into: tuple[Tensor, Tensor] | None = None,
     ) -> Gradients:
         """Gradient of ``slice_forward`` in q, k and lse (B,Hq,T), zero outside the rows.
 
-        ``base(dlse)`` gives the gradients of q and k to which those of the slice are added; None stands for zero.
-        ``bound`` (B,) is what |grad * P| of any head does not exceed, where |grad| itself may be huge.
+        ``base(dlse)`` gives the gradients of q and k to which those of the slice are added; None stands for zero, or for
+        ``into``, which is added to in place. ``bound`` (B,) is what |grad * P| of any head does not exceed, where |grad|
+        itself may be huge.
         """
 
     def slice_forward_with_lse(self, problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         """``slice_forward`` from the ``row_lse`` of its rows, and that."""
 
-    def slice_backward_with_denominator(self, problem: AttentionProblem, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient of ``slice_forward_with_lse`` in q and k; the problem has the lse that it returned."""
+    def slice_backward_with_denominator(
+        self, problem: AttentionProblem, grad: Tensor, into: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Gradient of ``slice_forward_with_lse`` in q and k, new, or added to ``into`` in place.
+
+        The problem has the lse that ``slice_forward_with_lse`` returned.
+        """
 
     def alignment_loss(self, a: Tensor, compared: Comparison) -> Tensor:
         """Distance of a (N,R,V) from the target: (N,)."""
@@ -109,6 +121,13 @@ def _why_no_cpp() -> str | None:
     except ImportError as error:
         return str(error)
     return None
+
+
+@cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has products of matrices in a dtype; without, torch takes 6 to 13 times as long as in fp32."""
+    name = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype)
+    return name is None or bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
 
 
 @cache

@@ -1,8 +1,11 @@
 """Attention engines that torch ships."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from cdistill.ops._dispatch import multiplies
 from cdistill.ops._engine import AttentionEngine, refusal_on_cuda
 from cdistill.ops._problem import AttentionProblem, Gradients
 
@@ -17,7 +20,7 @@ class TorchFlash(AttentionEngine):
 
     def forward(self, problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         if problem.q.device.type == "cpu":
-            return _cpu_forward(problem)
+            return _cpu_forward(problem) if multiplies(problem.q.dtype) else _widened_forward(problem)
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             *problem.qkv, 0.0, problem.causal, False, scale=problem.scale
         )
@@ -28,7 +31,8 @@ class TorchFlash(AttentionEngine):
     ) -> tuple[Tensor, Tensor, Tensor]:
         if problem.q.device.type == "cpu":
             assert dout is not None
-            return _cpu_backward(problem, out, dout)
+            backward = _cpu_backward if multiplies(problem.q.dtype) else _widened_backward
+            return backward(problem, out, dout)
         q, k, v = problem.qkv
         T = q.shape[2]
         seed = q.new_empty(2, dtype=torch.uint64)  # of the dropout there is not
@@ -100,6 +104,32 @@ def _cpu_backward(problem: AttentionProblem, out: Tensor, dout: Tensor) -> Gradi
     )
     if problem.group > 1:
         dk, dv = (g.float().unflatten(1, (k.shape[1], -1)).sum(2).to(g.dtype) for g in (dk, dv))
+    return dq, dk, dv
+
+
+def _widened(problem: AttentionProblem) -> Iterator[tuple[slice, slice, AttentionProblem]]:
+    """For each key head: its query heads, itself, and their part of the problem in fp32."""
+    q, k, v = problem.qkv
+    for head in range(k.shape[1]):
+        own, queries = slice(head, head + 1), slice(head * problem.group, (head + 1) * problem.group)
+        lse = None if problem.lse is None else problem.lse[:, queries]
+        part = problem._replace(q=q[:, queries].float(), k=k[:, own].float(), v=v[:, own].float(), lse=lse)
+        yield queries, own, part
+
+
+def _widened_forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(problem.q)
+    lse = out.new_empty(out.shape[:3], dtype=torch.float32)
+    for queries, _, part in _widened(problem):
+        out[:, queries], lse[:, queries] = _cpu_forward(part)
+    return out, lse
+
+
+def _widened_backward(problem: AttentionProblem, out: Tensor, dout: Tensor) -> Gradients:
+    dq, dk, dv = map(torch.empty_like, problem.qkv)
+    for queries, own, part in _widened(problem):
+        gradients = _cpu_backward(part, out[:, queries].float(), dout[:, queries].float())
+        dq[:, queries], dk[:, own], dv[:, own] = gradients
     return dq, dk, dv
 
 

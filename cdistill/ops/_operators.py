@@ -57,17 +57,20 @@ def operator(
 
 
 def save_for_backward(ctx: Any, *values: Any) -> None:
-    """Save values for `saved_for_backward`: tensors, also those made in inference mode, which autograd refuses, and others.
+    """Save values for `saved_for_backward`: tensors, also those made in inference mode, which autograd refuses, lists, others.
 
     Tensors made in inference mode cannot have a gradient or be changed in place, so they may wait on ``ctx``.
     """
-    ctx.apart = [None if isinstance(x, Tensor) and not x.is_inference() else x for x in values]
-    ctx.save_for_backward(*[x if y is None else None for x, y in zip(values, ctx.apart, strict=True)])
+    ctx.lists = [len(x) if isinstance(x, list) else None for x in values]
+    flat = [y for x in values for y in (x if isinstance(x, list) else [x])]
+    ctx.apart = [None if isinstance(x, Tensor) and not x.is_inference() else x for x in flat]
+    ctx.save_for_backward(*[x if y is None else None for x, y in zip(flat, ctx.apart, strict=True)])
 
 
 def saved_for_backward(ctx: Any) -> list[Any]:
     """What `save_for_backward` was given; to be called once, as gradient checkpointing allows no second time."""
-    return [x if y is None else y for x, y in zip(ctx.saved_tensors, ctx.apart, strict=True)]
+    flat = (x if y is None else y for x, y in zip(ctx.saved_tensors, ctx.apart, strict=True))
+    return [next(flat) if count is None else [next(flat) for _ in range(count)] for count in ctx.lists]
 
 
 def register_gradient(name: str, save: Callable[..., None], differentiate: Callable[..., Any]) -> None:
@@ -96,8 +99,9 @@ def differentiable(name: str, *, leaves: Sequence[str], results: int, keeps: Seq
         ctx.set_materialize_grads(False)
         save_for_backward(ctx, *inputs, *[output[i] for i in keeps])
 
-    def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        found: list[Tensor | None] = [None] * len(names)
+    def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        # torch wants a list for a list of tensors
+        found: list[Any] = [None if count is None else [None] * count for count in ctx.lists[: len(names)]]
         upstream = grads[:results]
         if any(x is not None for x in upstream):
             saved = saved_for_backward(ctx)

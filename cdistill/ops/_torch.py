@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 SPLITS_LSE = FUSES_DENOMINATOR = FUSES_HEAD_COSINE = FUSES_ACCUMULATION = False
+HAS_REVERSE_KL = True
 
 BLOCK_BYTES = 16 * 2**20
 
@@ -141,13 +142,17 @@ def slice_forward(problem: AttentionProblem) -> Tensor:
 
 
 def slice_backward(
-    problem: AttentionProblem, grad: Tensor, base: Base | None, bound: Tensor | None = None
+    problem: AttentionProblem,
+    grad: Tensor,
+    base: Base | None,
+    bound: Tensor | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> Gradients:
     """Gradient of ``slice_forward``, dS = P * G, added to that of ``base(dlse)``; dlse_i = -sum_j dS_ij, (B,Hq,T)."""
     q, k, (rows, cols) = problem.q, problem.k, problem.positions
     batch, q_heads, tokens, _ = q.shape
     lse = lse_at_rows(problem)
-    dq, dk = _fp32_zeros(q), _fp32_zeros(k)
+    dq, dk = (_fp32_zeros(q), _fp32_zeros(k)) if into is None else into
     dlse = torch.empty((batch, q_heads, rows.shape[1]), dtype=torch.float32, device=q.device)
     for block in _row_blocks(batch, rows.shape[1], cols.shape[1]):
         hidden = _hidden(problem, rows[:, block], cols)

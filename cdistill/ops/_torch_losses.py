@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cdistill.choices import SHARES
 from cdistill.ops._contract import LEAST_SHARE, require_choice
 from cdistill.ops._problem import Comparison, VocabularyOptions, VocabularyRows
 
@@ -64,23 +63,13 @@ def _normalise_sum(x: Tensor) -> tuple[Tensor, Tensor]:
     return x / total, total
 
 
-def _kl(x: Tensor, y: Tensor, length: Tensor) -> Tensor:
-    student, student_total = _normalise_sum(x)
-    target, target_total = _normalise_sum(y)
-    log_ratio = target.clamp(min=LEAST_SHARE).log_().sub_(student.clamp_(min=LEAST_SHARE).log_())
-    divergence = log_ratio.mul_(target).masked_fill_(target == 0, 0.0).sum(2)
-    return divergence.masked_fill_((student_total + target_total).isinf()[:, :, 0], 0.0)
+def _kl_terms(s: Tensor, t: Tensor) -> Tensor:
+    log_ratio = t.clamp(min=LEAST_SHARE).log_().sub_(s.clamp(min=LEAST_SHARE).log_())
+    return log_ratio.mul_(t).masked_fill_(t == 0, 0.0)
 
 
-def _kl_grad(x: Tensor, y: Tensor, length: Tensor) -> Tensor:
-    student, student_total = _normalise_sum(x)
-    target, target_total = _normalise_sum(y)
-    faint = student < LEAST_SHARE
-    difference = torch.sub(student, target, out=target)
-    common = torch.where(faint, student, difference).sum(2, keepdim=True)
-    grad = difference.div_(student).masked_fill_(faint, 1.0).sub_(common).div_(student_total)
-    grad.clamp_(-MOST_SLOPE, MOST_SLOPE)
-    return grad.masked_fill_(target_total.isinf(), 0.0)
+def _kl_slope(s: Tensor, t: Tensor) -> Tensor:
+    return torch.sub(s, t).div_(s).masked_fill_(s < LEAST_SHARE, 1.0)
 
 
 def _logs_of_mean(x: Tensor, y: Tensor) -> Tensor:
@@ -91,26 +80,64 @@ def _logs_of_mean(x: Tensor, y: Tensor) -> Tensor:
     return r.log1p().where(r.abs() < 0.25, x.log().sub_(both.mul_(0.5).log_()))
 
 
-def _jsd(x: Tensor, y: Tensor, length: Tensor) -> Tensor:
-    """The sum of (s log s/m + t log t/m) / 2 of the shares s and t; near ones by a series in r = (s - t) / (s + t)."""
-    s, s_total = _normalise_sum(x)
-    t, t_total = _normalise_sum(y)
+def _jsd_terms(s: Tensor, t: Tensor) -> Tensor:
+    """(s log s/m + t log t/m) / 2 of the shares s and t; near ones by a series in r = (s - t) / (s + t)."""
     both = s + t
     r = (s - t).div_(both.clamp(min=LEAST_SHARE))
     rr = r.square()
     series = (1 + rr * (1 / 6 + rr * (1 / 15 + rr * (1 / 28 + rr / 45)))).mul_(rr).mul_(both).mul_(0.25)
     terms = (s * _logs_of_mean(s, t)).add_(t * _logs_of_mean(t, s)).mul_(0.5)
-    divergence = series.where(r.abs() < 0.25, terms).sum(2)
-    return divergence.masked_fill_((s_total + t_total).isinf()[:, :, 0], 0.0)
+    return series.where(r.abs() < 0.25, terms)
 
 
-def _jsd_grad(x: Tensor, y: Tensor, length: Tensor) -> Tensor:
-    s, s_total = _normalise_sum(x)
-    t, t_total = _normalise_sum(y)
-    slope = _logs_of_mean(s, t).mul_(0.5)
-    common = (s * slope).sum(2, keepdim=True)
-    grad = slope.sub_(common).div_(s_total).clamp_(-MOST_SLOPE, MOST_SLOPE)
-    return grad.masked_fill_((s_total + t_total).isinf(), 0.0)
+def _jsd_slope(s: Tensor, t: Tensor) -> Tensor:
+    return _logs_of_mean(s, t).mul_(0.5)
+
+
+def _log_ratio(s: Tensor, t: Tensor) -> Tensor:
+    """log(s / t) of shares, by log1p where they are near."""
+    s, t = s.clamp(min=LEAST_SHARE), t.clamp(min=LEAST_SHARE)
+    r = (s - t).div_(t)
+    return r.log1p().where(r.abs() < 0.25, s.log().sub_(t.log_()))
+
+
+def _reverse_kl_terms(s: Tensor, t: Tensor) -> Tensor:
+    """s log s/t - (s - t), whose last part sums to zero; of near shares by a series in r = (s - t) / t."""
+    t_least = t.clamp(min=LEAST_SHARE)
+    r = (s - t).div_(t_least)
+    series = 1 / 2 + r * (-1 / 6 + r * (1 / 12 + r * (-1 / 20 + r * (1 / 30 + r * (-1 / 42 + r * (1 / 56 - r / 72))))))
+    series.mul_(r).mul_(r).mul_(t_least)
+    terms = (s * _log_ratio(s, t)).sub_(s).add_(t)
+    return series.where((r.abs() < 0.125) & (s >= LEAST_SHARE), terms)
+
+
+def _reverse_kl_slope(s: Tensor, t: Tensor) -> Tensor:
+    return _log_ratio(s, t).sub_((s < LEAST_SHARE).to(s.dtype))
+
+
+class Shares(NamedTuple):
+    """A loss of vectors that are divided by their sums: of shares s (student) and t (target) that each sum to one.
+
+    Its gradient in the vector x of sum X is (slope - sum s slope) / X.
+    """
+
+    terms: Callable[[Tensor, Tensor], Tensor]  # whose sum is the loss
+    slope: Callable[[Tensor, Tensor], Tensor]  # the loss differentiated by s, but for what all entries have in common
+
+    def value(self, x: Tensor, y: Tensor, length: Tensor) -> Tensor:
+        """0 for a zero vector."""
+        s, x_total = _normalise_sum(x)
+        t, y_total = _normalise_sum(y)
+        return self.terms(s, t).sum(2).masked_fill_((x_total + y_total).isinf()[:, :, 0], 0.0)
+
+    def gradient(self, x: Tensor, y: Tensor, length: Tensor) -> Tensor:
+        """In x; zero for a zero vector."""
+        s, x_total = _normalise_sum(x)
+        t, y_total = _normalise_sum(y)
+        slope = self.slope(s, t)
+        common = (slope * s).sum(2, keepdim=True)
+        grad = slope.sub_(common).div_(x_total).clamp_(-MOST_SLOPE, MOST_SLOPE)
+        return grad.masked_fill_((x_total + y_total).isinf(), 0.0)
 
 
 class Distance(NamedTuple):
@@ -120,11 +147,15 @@ class Distance(NamedTuple):
     gradient: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+OF_SHARES = {
+    "kl": Shares(_kl_terms, _kl_slope),
+    "jsd": Shares(_jsd_terms, _jsd_slope),
+    "reverse_kl": Shares(_reverse_kl_terms, _reverse_kl_slope),
+}
 DISTANCES = {
     "cosine": Distance(_cosine, _cosine_grad),
     "mse": Distance(_mse, _mse_grad),
-    "kl": Distance(_kl, _kl_grad),
-    "jsd": Distance(_jsd, _jsd_grad),
+    **{name: Distance(loss.value, loss.gradient) for name, loss in OF_SHARES.items()},
 }
 
 
@@ -191,7 +222,7 @@ def alignment_grad(a: Tensor, compared: Comparison, grad_out: Tensor, dtype: tor
         u, v, weights = _columns(x, compared.sink_filter)
         grad = distance_grad(u, v, x.n_cols).mul_(grad_out[:, None, None]) * weights
         grad = grad.expand_as(a).contiguous()
-    if compared.loss in SHARES:
+    if compared.loss in OF_SHARES:
         grad.clamp_(-MOST_SLOPE, MOST_SLOPE)
     return grad.masked_fill_(~x.valid, 0.0)
 

@@ -6,13 +6,14 @@ and head are two more products: 6 M V Hs + 2 M V Ht operations for M rows, nothi
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cdistill.ops._contract import require_values
-from cdistill.ops._dispatch import Backend
+from cdistill.ops._dispatch import Backend, multiplies
 from cdistill.ops._problem import VocabularyOptions, VocabularyRows
 
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of both buffers together
@@ -36,6 +37,7 @@ class Inputs(NamedTuple):
     top_values: Tensor | None  # (N,K)
     top_indices: Tensor | None  # (N,K) int64
     labels: Tensor  # (N,) int64
+    weights: Tensor | None  # (N,) of each row's losses
 
 
 class Options(NamedTuple):
@@ -47,6 +49,11 @@ class Options(NamedTuple):
     ignore_index: int
     vocab_size: int
     chunk_size: int  # 0: by CHUNK_BYTES
+    tail: bool  # whether all tokens beside a teacher's top-k are one more outcome; else there are no others
+    student_scale: float  # of logits, before softcap tanh(logits / softcap); a softcap of 0 is none
+    student_softcap: float
+    teacher_scale: float
+    teacher_softcap: float
 
 
 class Wanted(NamedTuple):
@@ -66,6 +73,15 @@ class Results(NamedTuple):
     hidden: Tensor  # (N,Hs)
     head: Tensor  # (Vs,Hs)
     bias: Tensor  # (Vs,)
+
+
+class RowLosses(NamedTuple):
+    """Losses of the n rows that are not ignored."""
+
+    rows: Tensor  # (n,) int64: which they are
+    ce: Tensor  # (n,) fp32
+    kd: Tensor  # (n,) fp32
+    teacher_ce: Tensor  # (n,) fp32, only if asked for
 
 
 def gradient_dtype(hidden: Tensor) -> torch.dtype:
@@ -93,10 +109,12 @@ def empty_results(inputs: Inputs, wanted: Wanted) -> Results:
 def _buffer_dtype(student: Tensor, teacher: Tensor | None) -> torch.dtype:
     """Logits are kept in the dtype of the models, as these make them, or one that holds both models'.
 
-    CPUs have no products of fp16 worth the name.
+    On a CPU that is fp32 for fp16, and for bf16 where the CPU has no products in it.
     """
     dtype = student.dtype if teacher is None else torch.promote_types(student.dtype, teacher.dtype)
-    return torch.float32 if dtype == torch.float16 and not student.is_cuda else dtype
+    if not student.is_cuda and (dtype == torch.float16 or not multiplies(dtype)):
+        return torch.float32
+    return dtype
 
 
 def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -113,6 +131,14 @@ def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, out: Tensor) -> N
         torch.mm(hidden, head[block].to(out.dtype).mT, out=out[:, block])
     if bias is not None:
         out += bias
+
+
+def _finish(logits: Tensor, scale: float, softcap: float) -> None:
+    """What a model does to its logits after the head, in place: softcap * tanh(scale * logits / softcap)."""
+    if softcap:
+        logits.mul_(scale / softcap).tanh_().mul_(softcap)
+    elif scale != 1.0:
+        logits.mul_(scale)
 
 
 def _hidden_gradient(dlogits: Tensor, head: Tensor) -> Tensor:
@@ -154,7 +180,7 @@ def chunk_rows(rows: int, row_bytes: int, *, on_cuda: bool, head_gradient: int) 
     return max(math.ceil(rows / chunks / unit), 1) * unit
 
 
-def _top_teacher(inputs: Inputs, rows: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor] | None:
+def _top_teacher(inputs: Inputs, rows: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor] | None:
     """Log-probabilities (n,K) fp32 and indices (n,K) of the teacher's top-k, and log-probability (n,) of the others.
 
     Raises ValueError for values that are none, and for indices outside the vocabulary or twice in a row.
@@ -162,11 +188,14 @@ def _top_teacher(inputs: Inputs, rows: Tensor, vocab_size: int) -> tuple[Tensor,
     if inputs.top_values is None or inputs.top_indices is None:
         return None
     values, indices = inputs.top_values[rows].float(), inputs.top_indices[rows]
-    ordered = indices.sort(dim=1).values
+    ordered, V = indices.sort(dim=1).values, options.vocab_size
     require_values(
-        ((ordered >= 0) & (ordered < vocab_size)).all() & (ordered[:, 1:] != ordered[:, :-1]).all(),
-        f"teacher_topk indices must be distinct in a row and from 0 to vocab_size-1 = {vocab_size - 1}",
+        ((ordered >= 0) & (ordered < V)).all() & (ordered[:, 1:] != ordered[:, :-1]).all(),
+        f"teacher_topk indices must be distinct in a row and from 0 to vocab_size-1 = {V - 1}",
     )
+    if not options.tail:
+        require_values(~values.isnan().any(), "teacher_topk values must be log-probabilities or logits, one is NaN")
+        return values, indices, values[:, 0]
     total = values.double().exp().sum(1)
     require_values(
         (total <= MOST_PROBABILITY).all(),
@@ -175,13 +204,124 @@ def _top_teacher(inputs: Inputs, rows: Tensor, vocab_size: int) -> tuple[Tensor,
     return values, indices, (1.0 - total).clamp(min=SMALLEST_TAIL).log().float()
 
 
-def _chunks(inputs: Inputs, options: Options, rows: int, head_gradient: int) -> tuple[int, Tensor]:
-    """Rows per chunk, and its buffer of logits: one, or two (n,V) with a teacher's."""
+def _chunks(inputs: Inputs, options: Options, rows: int, wanted: Wanted) -> tuple[int, Tensor, Tensor]:
+    """Rows per chunk, and its buffers of logits (2,n,V): the student's and the teacher's, or a single one for both.
+
+    Also that (n,V) of the slope of the student's softcap, empty where there is none.
+    """
     V, dtype = options.vocab_size, _buffer_dtype(inputs.student_hidden, inputs.teacher_hidden)
-    stride, buffers = math.ceil(V / ROW_UNIT) * ROW_UNIT, 1 if inputs.teacher_hidden is None else 2
-    on_cuda, row_bytes = inputs.student_hidden.is_cuda, buffers * stride * dtype.itemsize
+    stride, models = math.ceil(V / ROW_UNIT) * ROW_UNIT, 1 if inputs.teacher_hidden is None else 2
+    slopes = int(any(wanted) and options.student_softcap != 0)
+    on_cuda, row_bytes = inputs.student_hidden.is_cuda, (models + slopes) * stride * dtype.itemsize
+    head_gradient = inputs.student_head.numel() if wanted.head else 0
     chunk = options.chunk_size or chunk_rows(rows, row_bytes, on_cuda=on_cuda, head_gradient=head_gradient)
-    return chunk, inputs.student_hidden.new_empty(buffers, min(chunk, rows), stride, dtype=dtype)[:, :, :V]
+    buffers = inputs.student_hidden.new_empty(models + slopes, min(chunk, rows), stride, dtype=dtype)[:, :, :V]
+    return (
+        chunk,
+        buffers[:models].expand(2, -1, -1) if models == 1 else buffers[:models],
+        buffers[models:].flatten(0, 1),
+    )
+
+
+def _log_probability(logits: Tensor, labels: Tensor) -> Tensor:
+    """(c,) of the labels, a few rows at a time: a sum in another dtype copies what it sums."""
+    of_labels = logits.gather(1, labels[:, None])[:, 0].float()
+    step = max(1, BLOCK * BLOCK // logits.shape[1])
+    return of_labels - torch.cat([part.float().logsumexp(1) for part in logits.split(step)])
+
+
+class _TopOnly:
+    """Divergence of a teacher and a student to whom the teacher's top-k are all tokens there are.
+
+    Made before the student's logits become a gradient, to which ``add_gradient`` then adds its own.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        student: Tensor,
+        stored: tuple[Tensor, Tensor, Tensor],
+        kd: Tensor,
+        settings: VocabularyOptions,
+    ):
+        values, self.indices, _ = stored
+        count, K = values.shape
+        width = math.ceil(K / ROW_UNIT) * ROW_UNIT
+        both = values.new_zeros(2, count, width)[:, :, :K]
+        both[0], both[1] = student.gather(1, self.indices), values * settings.temperature
+        labels, unused = self.indices.new_zeros(count), torch.empty_like(kd)
+        backend.vocabulary_losses(
+            VocabularyRows(both[0], both[1], None, labels, unused, kd), settings._replace(ce_weight=0.0)
+        )
+        self.gradient = both[0]
+
+    def add_gradient(self, dlogits: Tensor) -> None:
+        dlogits.scatter_add_(1, self.indices, self.gradient.to(dlogits.dtype))
+
+
+def _row_losses(
+    backend: Backend,
+    inputs: Inputs,
+    options: Options,
+    settings: VocabularyOptions,
+    wanted: Wanted,
+    add_gradients: Callable[[Tensor, Tensor, Tensor], None],
+    teacher_ce: bool = False,
+) -> RowLosses:
+    """Losses of the rows that are not ignored.
+
+    ``add_gradients`` is called with the index of a chunk's rows, their hidden states and the gradients of their logits.
+    """
+    valid, V = inputs.labels != options.ignore_index, options.vocab_size
+    # How many rows are left decides the sizes of the products: the one place here that waits for a CUDA device.
+    rows = valid.nonzero()[:, 0]
+    require_values(
+        (~valid | ((inputs.labels >= 0) & (inputs.labels < V))).all(),
+        f"labels must be from 0 to vocab_size-1 = {V - 1}, or ignore_index = {options.ignore_index}",
+    )
+    top = _top_teacher(inputs, rows, options)
+    chunk, buffers, slopes = _chunks(inputs, options, len(rows), wanted)
+    hidden, student_head = inputs.student_hidden, inputs.student_head[:V]
+    student_bias, teacher_bias = (x if x is None else x[:V] for x in (inputs.student_bias, inputs.teacher_bias))
+    found = RowLosses(rows, *(hidden.new_empty(len(rows), dtype=torch.float32) for _ in range(3)))
+    for start in range(0, len(rows), chunk):
+        part = slice(start, start + chunk)
+        index = rows[part]
+        chosen, labels = hidden[index], inputs.labels[index]
+        student, teacher = buffers[0, : len(index)], buffers[1, : len(index)]
+        _logits(chosen, student_head, student_bias, student)
+        _finish(student, options.student_scale, options.student_softcap)
+        if inputs.teacher_hidden is not None and inputs.teacher_head is not None:
+            _logits(inputs.teacher_hidden[index], inputs.teacher_head[:V], teacher_bias, teacher)
+            _finish(teacher, options.teacher_scale, options.teacher_softcap)
+            if teacher_ce:
+                found.teacher_ce[part] = -_log_probability(teacher, labels)
+        slope = slopes[: len(index)]
+        if len(slope):
+            torch.mul(student, student, out=slope).mul_(-(options.student_softcap**-2)).add_(1.0)
+        stored = None if top is None else (top[0][part], top[1][part], top[2][part])
+        ce, kd, of_all, apart = found.ce[part], found.kd[part], settings, None
+        if stored is not None and not options.tail:
+            apart = _TopOnly(backend, student, stored, kd, settings)
+            stored, kd, of_all = None, torch.empty_like(kd), settings._replace(kd_weight=0.0)
+        # A student without a teacher is its own: the divergence is 0.
+        seen = None if stored is not None else teacher
+        backend.vocabulary_losses(VocabularyRows(student, seen, stored, labels, ce, kd), of_all)
+        if settings.gradient:
+            if apart is not None:
+                apart.add_gradient(student)
+            if len(slope):
+                student.mul_(slope)
+            add_gradients(index, chosen, student)
+    return found
+
+
+def token_losses(backend: Backend, inputs: Inputs, options: Options) -> RowLosses:
+    """Losses of every row (N,), 0 for those that are ignored."""
+    settings = VocabularyOptions(options.divergence, options.temperature, options.beta, 0.0, 0.0, gradient=False)
+    found = _row_losses(backend, inputs, options, settings, Wanted(False, False, False), lambda *_: None, True)
+    whole = [x.new_zeros(len(inputs.labels)).index_copy_(0, found.rows, x) for x in found[1:]]
+    return RowLosses(found.rows, *whole)
 
 
 def losses_and_gradients(
@@ -193,27 +333,19 @@ def losses_and_gradients(
     kd_weight: float,
 ) -> Results:
     """Sums of both losses over the valid rows, and the gradients of ce_weight * ce + kd_weight * kd."""
-    valid = inputs.labels != options.ignore_index
-    # How many rows are left decides the sizes of the products: the one place here that waits for a CUDA device.
-    rows = valid.nonzero()[:, 0]
-    V = options.vocab_size
-    require_values(
-        (~valid | ((inputs.labels >= 0) & (inputs.labels < V))).all(),
-        f"labels must be from 0 to vocab_size-1 = {V - 1}, or ignore_index = {options.ignore_index}",
-    )
-    top = _top_teacher(inputs, rows, V)
-
-    results = empty_results(inputs, wanted)._replace(tokens=valid.sum())
+    results = empty_results(inputs, wanted)
     for gradient in results[3:]:
         gradient.zero_()
-    hidden, student_head = inputs.student_hidden, inputs.student_head[:V]
-    student_bias, teacher_bias = (x if x is None else x[:V] for x in (inputs.student_bias, inputs.teacher_bias))
-    chunk, buffer = _chunks(inputs, options, len(rows), inputs.student_head.numel() if wanted.head else 0)
-    ce, kd = (hidden.new_empty(len(rows), dtype=torch.float32) for _ in range(2))
+    hidden, student_head, weights = inputs.student_hidden, inputs.student_head[: options.vocab_size], inputs.weights
+    counted = inputs.labels != options.ignore_index
+    if weights is not None:
+        weights = torch.where(counted, weights, 0.0)
+        most = weights.abs().max().clamp(min=torch.finfo(torch.float32).tiny) if len(weights) else weights.new_ones(())
+        weights = weights / most  # those of the largest rows are 1, so that gradients fit the dtype of logits
 
     # Weights reach the kernel scaled by a power of 2, so that gradients of logits fit their dtype.
     scale = 2.0 ** math.frexp(max(abs(ce_weight), abs(kd_weight) / options.temperature))[1]
-    scale /= FP16_GAIN[options.divergence] if buffer.dtype == torch.float16 else 1.0
+    scale /= FP16_GAIN[options.divergence] if _buffer_dtype(hidden, inputs.teacher_hidden) == torch.float16 else 1.0
     settings = VocabularyOptions(
         options.divergence,
         options.temperature,
@@ -222,24 +354,28 @@ def losses_and_gradients(
         kd_weight / scale,
         gradient=any(wanted),
     )
-    for start in range(0, len(rows), chunk):
-        part = slice(start, start + chunk)
-        index = rows[part]
-        student_hidden, student = hidden[index], buffer[0, : len(index)]
-        _logits(student_hidden, student_head, student_bias, student)
-        teacher = None
-        if inputs.teacher_hidden is not None and inputs.teacher_head is not None:
-            teacher = buffer[1, : len(index)]
-            _logits(inputs.teacher_hidden[index], inputs.teacher_head[:V], teacher_bias, teacher)
-        stored = None if top is None else (top[0][part], top[1][part], top[2][part])
-        part_rows = VocabularyRows(student, teacher, stored, inputs.labels[index], ce[part], kd[part])
-        backend.vocabulary_losses(part_rows, settings)
+    scale *= options.student_scale
+
+    def add_gradients(index: Tensor, chosen: Tensor, dlogits: Tensor) -> None:
+        V = dlogits.shape[1]
+        of_rows = None if weights is None else weights[index, None]
         if wanted.hidden:
-            results.hidden[index] = (_hidden_gradient(student, student_head) * scale).to(results.hidden.dtype)
+            of_hidden = _hidden_gradient(dlogits, student_head) * scale
+            of_hidden = of_hidden if of_rows is None else of_hidden * of_rows
+            results.hidden[index] = of_hidden.to(results.hidden.dtype)
+        if of_rows is not None and (wanted.head or wanted.bias):
+            dlogits.mul_(of_rows.to(dlogits.dtype))
         if wanted.head:
-            _add_head_gradient(results.head[:V], student, student_hidden, scale)
+            _add_head_gradient(results.head[:V], dlogits, chosen, scale)
         if wanted.bias:
             for first in range(0, V, BLOCK):  # a sum in another dtype copies what it sums on CPUs
                 block = slice(first, min(first + BLOCK, V))
-                results.bias[block].add_(student[:, block].sum(0, dtype=torch.float32), alpha=scale)
-    return results._replace(ce=ce.sum(), kd=kd.sum())
+                results.bias[block].add_(dlogits[:, block].sum(0, dtype=torch.float32), alpha=scale)
+
+    rows = _row_losses(backend, inputs, options, settings, wanted, add_gradients)
+    ce, kd = rows.ce, rows.kd
+    if inputs.weights is not None and weights is not None:
+        ce, kd = (x * inputs.weights[rows.rows] for x in (ce, kd))
+        for gradient in results[3:]:
+            gradient.mul_(most)
+    return results._replace(ce=ce.sum(), kd=kd.sum(), tokens=counted.sum())

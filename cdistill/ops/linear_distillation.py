@@ -5,32 +5,35 @@ together, in the forward pass, for the ratio of ``loss_weights``: one fp32 (V,Hs
 scales it. If it finds another ratio there it makes the gradients anew.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
-from cdistill.choices import DIVERGENCES
-from cdistill.ops._contract import (
-    DTYPES,
-    laid_out_like,
-    require_choice,
-    require_device,
-    require_shape,
-    require_tensor,
-)
+from cdistill.ops._contract import laid_out_like
 from cdistill.ops._dispatch import backend, warn_once
 from cdistill.ops._operators import operator, register_gradient, save_for_backward, saved_for_backward, without_autocast
-from cdistill.ops._vocabulary import BLOCK, Inputs, Options, Wanted, empty_results, losses_and_gradients
+from cdistill.ops._vocabulary import (
+    BLOCK,
+    Inputs,
+    Options,
+    Wanted,
+    empty_results,
+    losses_and_gradients,
+    token_losses,
+)
+from cdistill.ops._vocabulary_contract import HUGE, Given, LogitOptions, checked_inputs, checked_options, require_number
 
 SAME_RATIO = 1e-5  # relative: upstream gradients are rounded
-TINY, HUGE = 2.0**-100, 2.0**100  # of numbers that kernels take and divide by in fp32
 
 _INPUTS = (
     "Tensor student_hidden, Tensor student_head, Tensor? student_bias, Tensor? teacher_hidden, Tensor? teacher_head, "
-    "Tensor? teacher_bias, Tensor? top_values, Tensor? top_indices, Tensor labels"
+    "Tensor? teacher_bias, Tensor? top_values, Tensor? top_indices, Tensor labels, Tensor? weights"
 )
-_OPTIONS = "str divergence, float temperature, float beta, int ignore_index, SymInt vocab_size, SymInt chunk_size"
+_OPTIONS = (
+    "str divergence, float temperature, float beta, int ignore_index, SymInt vocab_size, SymInt chunk_size, bool tail, "
+    "float student_scale, float student_softcap, float teacher_scale, float teacher_softcap"
+)
 _SETTINGS = f"{_INPUTS}, {_OPTIONS}, float ce_weight, float kd_weight, str? impl"
 _INPUT_COUNT = len(Inputs._fields)
 _WAITS = (torch.Tag.cudagraph_unsafe,)  # for a CUDA device
@@ -42,6 +45,14 @@ class LinearDistillation(NamedTuple):
     ce: Tensor  # () fp32, nats
     kd: Tensor  # () fp32, nats
     tokens: Tensor  # () int64
+
+
+class TokenLosses(NamedTuple):
+    """Losses of every row, without gradients; 0 for those that are ignored."""
+
+    ce: Tensor  # (N,) fp32, nats: minus the student's log-probability of the label
+    kd: Tensor  # (N,) fp32, nats
+    teacher_ce: Tensor | None  # (N,) fp32, nats, likewise the teacher's; None without its whole logits
 
 
 def _split(settings: tuple[Any, ...]) -> tuple[Inputs, Options, tuple[float, float], str | None]:
@@ -116,6 +127,18 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     return empty_results(Inputs(*arguments[:_INPUT_COUNT]), Wanted(*arguments[-3:]))
 
 
+@operator("linear_token_losses", f"{_INPUTS}, {_OPTIONS}, str? impl", 3, tags=_WAITS)
+def _token_losses(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, options, impl = Inputs(*arguments[:_INPUT_COUNT]), Options(*arguments[_INPUT_COUNT:-1]), arguments[-1]
+    return token_losses(backend(impl, inputs.student_hidden, "student_hidden"), inputs, options)[1:]
+
+
+@_token_losses.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs = Inputs(*arguments[:_INPUT_COUNT])
+    return tuple(inputs.labels.new_empty(len(inputs.labels), dtype=torch.float32) for _ in range(3))
+
+
 @operator(
     "linear_distillation_backward",
     f"Tensor? dce, Tensor? dkd, Tensor hidden, Tensor head, Tensor bias, {_SETTINGS}",
@@ -162,108 +185,10 @@ def _differentiate(ctx: Any, dce: Tensor | None, dkd: Tensor | None, *_: None) -
 register_gradient("linear_distillation", _save, _differentiate)
 
 
-def _require_side(side: str, hidden: Any, head: Any, bias: Tensor | None, rows: int) -> None:
-    """Check hidden states, head and bias of the student or the teacher."""
-    for name, tensor in ((f"{side}_hidden", hidden), (f"{side}_head", head)):
-        require_tensor(name, tensor)
-        if tensor.dim() != 2:
-            raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(tensor.shape)}")
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name} must be float16, bfloat16 or float32, got {tensor.dtype}")
-    require_shape(f"{side}_hidden", hidden, (rows, hidden.shape[1]), "N, H", " by labels")
-    require_shape(f"{side}_head", head, (head.shape[0], hidden.shape[1]), "V, H")
-    if head.dtype != hidden.dtype:
-        raise ValueError(f"{side}_head must have the dtype of {side}_hidden, {hidden.dtype}, got {head.dtype}")
-    if bias is not None:
-        require_shape(f"{side}_bias", bias, (head.shape[0],), "V")
-        if not bias.is_floating_point():
-            raise ValueError(f"{side}_bias must have a floating dtype, got {bias.dtype}")
-
-
-def _require_topk(topk: Any, rows: int) -> tuple[Tensor, Tensor]:
-    """Check ``teacher_topk`` and return its values and its indices as int64."""
-    if not isinstance(topk, tuple | list) or len(topk) != 2:
-        raise ValueError(f"teacher_topk must be a pair (values, indices), got {type(topk).__name__}")
-    values, indices = topk
-    for name, tensor in (("values", values), ("indices", indices)):
-        require_tensor(f"teacher_topk {name}", tensor)
-    if values.dim() != 2 or len(values) != rows or not values.shape[1]:
-        raise ValueError(f"teacher_topk values must have shape (N, K) with N = {rows}, got {tuple(values.shape)}")
-    require_shape("teacher_topk indices", indices, tuple(values.shape), "N, K")
-    if not values.is_floating_point():
-        raise ValueError(f"teacher_topk values must have a floating dtype, got {values.dtype}")
-    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
-        raise ValueError(f"teacher_topk indices must have an integer dtype, got {indices.dtype}")
-    return values.detach(), indices.long()
-
-
-def _require_number(name: str, value: Any, low: float, high: float, text: str) -> float:
-    """Raise ValueError unless low < value < high, which ``text`` says in words."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
-        raise ValueError(f"{name} must be {text}, got {value!r}")
-    return float(value)
-
-
-Side = tuple[Tensor | None, Tensor | None, Tensor | None]  # hidden states (N,H), head (V,H) and bias (V,)
-
-
-def _inputs(student: Side, teacher: Side, topk: Any, labels: Tensor) -> Inputs:
-    """Check all tensors, and detach those of the teacher."""
-    require_tensor("labels", labels)
-    if labels.dim() != 1 or labels.dtype != torch.int64:
-        raise ValueError(f"labels must be int64 of shape (N,), got {labels.dtype} of shape {tuple(labels.shape)}")
-    _require_side("student", *student, len(labels))
-    top: tuple[Tensor | None, Tensor | None] = (None, None)
-    if topk is None:
-        _require_side("teacher", *teacher, len(labels))
-    elif any(x is not None for x in teacher):
-        raise ValueError("teacher_hidden, teacher_head and teacher_bias must be None with teacher_topk")
-    else:
-        top = _require_topk(topk, len(labels))
-    hidden, head, bias = student
-    assert hidden is not None and head is not None
-    teacher_hidden, teacher_head, teacher_bias = (x if x is None else x.detach() for x in teacher)
-    inputs = Inputs(hidden, head, bias, teacher_hidden, teacher_head, teacher_bias, *top, labels)
-    for name, tensor in zip(Inputs._fields, inputs, strict=True):
-        if tensor is not None:
-            require_device(name.replace("top_", "teacher_topk "), tensor, hidden.device, "student_hidden")
-    return inputs
-
-
-def _options(
-    inputs: Inputs,
-    divergence: str,
-    temperature: float,
-    beta: float,
-    ignore_index: int,
-    vocab_size: int | None,
-    chunk_size: int | None,
-) -> Options:
-    """Check all options; sizes become those of the inputs where the caller leaves them open."""
-    require_choice("divergence", divergence, DIVERGENCES)
-    temperature = _require_number("temperature", temperature, TINY, HUGE, "a finite number above 0")
-    beta = _require_number("beta", beta, 0, 1, "a number between 0 and 1")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int) or abs(ignore_index) >= 2**63:
-        raise ValueError(f"ignore_index must be a whole number, got {ignore_index!r}")
-    heads = inputs.student_head, inputs.teacher_head
-    shared = min(head.shape[0] for head in heads if head is not None)
-    if vocab_size is None:
-        vocab_size = shared
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 1 <= vocab_size <= shared:
-        raise ValueError(f"vocab_size must be from 1 to {shared}, the smaller of the two heads, got {vocab_size!r}")
-    if inputs.top_values is not None and inputs.top_values.shape[1] >= vocab_size:
-        got = inputs.top_values.shape[1]
-        raise ValueError(f"teacher_topk must hold fewer than vocab_size = {vocab_size} tokens a row, got {got}")
-    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size must be None or a whole number above 0, got {chunk_size!r}")
-    chunk_size = min(chunk_size or 0, max(len(inputs.labels), 1))
-    return Options(divergence, temperature, beta, ignore_index, vocab_size, chunk_size)
-
-
 def _weights(loss_weights: Any) -> list[float]:
     if not isinstance(loss_weights, tuple | list) or len(loss_weights) != 2 or not any(loss_weights):
         raise ValueError(f"loss_weights must be two numbers that are not both 0, got {loss_weights!r}")
-    return [_require_number("loss_weights", w, -HUGE, HUGE, "two finite numbers") for w in loss_weights]
+    return [require_number("loss_weights", w, -HUGE, HUGE, "two finite numbers") for w in loss_weights]
 
 
 def linear_distillation(
@@ -284,30 +209,29 @@ def linear_distillation(
     chunk_size: int | None = None,
     loss_weights: tuple[float, float] = (1.0, 1.0),
     impl: str | None = None,
+    weights: Tensor | None = None,
+    **options: Unpack[LogitOptions],
 ) -> LinearDistillation:
     """Cross-entropy and teacher-student divergence over the vocabulary, from hidden states (paper 3.1, L_ar and L_kd).
 
     Args:
-        student_hidden: (N,Hs) fp16, bf16 or fp32, already shifted against labels.
-        student_head: (Vs,Hs), the weight of the student's output layer, same dtype.
+        student_hidden, student_head: (N,Hs), already shifted against labels, and (Vs,Hs), fp16, bf16 or fp32 of one dtype.
         teacher_hidden, teacher_head: (N,Ht) and (Vt,Ht), also of another dtype than the student's, at the price of
-            logits in one that holds both; the teacher gets no gradient. None with ``teacher_topk``.
+            logits in one that holds both; the teacher gets no gradient. None with ``teacher_topk``, or without a teacher:
+            then kd is 0.
         labels: (N,) int64 token ids below vocab_size, or ignore_index, whose rows are dropped before anything is computed.
         divergence: of the softmax of logits / temperature, not multiplied by temperature squared, with student p and
             teacher q: "forward_kl" KL(q||p), "reverse_kl" KL(p||q), or "jsd", beta KL(q||m) + (1 - beta) KL(p||m) with
             m = beta q + (1 - beta) p.
-        temperature, beta: above 0; of "jsd", between 0 and 1.
-        student_bias, teacher_bias: (Vs,) and (Vt,).
-        teacher_topk: (values, indices), both (N,K), of a teacher that ran earlier: natural log-probabilities at this
-            temperature and the distinct tokens they belong to. All other tokens are one more outcome, for both models,
-            with the probability that is left (at least 2^-24). "triton" takes up to 1,024 of them.
-        vocab_size: columns of both heads that are real tokens, min(Vs,Vt) by default; the others are masked with -inf
-            in both losses.
-        chunk_size: rows per chunk; by default as many as keep both models' logits of a chunk at 64 MB on the CPU, and on
-            CUDA at 512 MB or the size of the head's fp32 gradient, if that is wanted and larger.
-        loss_weights: with which ce and kd will be added. Any ratio of them in the backward pass gives the right gradient,
-            but only this one without computing everything a second time.
+        temperature, beta: above 0, and of "jsd", between 0 and 1. student_bias, teacher_bias: (Vs,) and (Vt,).
+        teacher_topk: (values, indices), both (N,K), of a teacher that ran earlier: log-probabilities at this temperature, of
+            distinct tokens (at most 1,024 on "triton"). All others are one more outcome, for both models, with what is left.
+        vocab_size: columns of both heads that are real tokens, min(Vs,Vt) by default; the others count as -inf.
+        chunk_size: rows per chunk; by default 64 MB of logits on the CPU, on CUDA 512 MB or the head's gradient if larger.
+        loss_weights: with which ce and kd will be added; another ratio in the backward pass computes everything again.
         impl: "torch", "cpp", "triton", or None to choose by device.
+        weights: (N,) of each row's losses in both sums, any floating dtype, without gradient; 1 by default.
+        options: what models do to their logits, and what the tokens beside a top-k are: `LogitOptions`.
 
     Returns:
         LinearDistillation(ce, kd, tokens): sums over the rows that are not ignored, fp32, in nats, and their number, int64.
@@ -316,13 +240,50 @@ def linear_distillation(
         precision also in fp32) the op holds the logits of one chunk. On CUDA each pass waits for the device once.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype, device or value, or impl cannot run here. On CUDA labels and
-            indices outside the vocabulary trip a device-side assertion instead, because reading them would synchronise.
+        ValueError: an argument has a wrong shape, dtype, device or value, or impl cannot run here. On CUDA labels and indices
+            outside the vocabulary trip a device-side assertion instead: reading them would synchronise.
     """
     student, teacher = (student_hidden, student_head, student_bias), (teacher_hidden, teacher_head, teacher_bias)
-    inputs = _inputs(student, teacher, teacher_topk, labels)
-    options = _options(inputs, divergence, temperature, beta, ignore_index, vocab_size, chunk_size)
+    inputs = checked_inputs(student, teacher, teacher_topk, labels, weights)
+    given = Given(divergence, temperature, beta, ignore_index, vocab_size, chunk_size, **options)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in student]
-    arguments = (*inputs, *options, *_weights(loss_weights), impl, *wanted)
-    ce, kd, tokens, *_ = torch.ops.cdistill.linear_distillation(*arguments)
-    return LinearDistillation(ce, kd, tokens)
+    alone = inputs.teacher_hidden is None and inputs.top_values is None
+    arguments = (*inputs, *checked_options(inputs, given), *([1.0, 0.0] if alone else _weights(loss_weights)), impl)
+    ce, kd, tokens, *_ = torch.ops.cdistill.linear_distillation(*arguments, *wanted)
+    return LinearDistillation(ce, kd.detach() if alone else kd, tokens)
+
+
+def linear_token_losses(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | None,
+    labels: Tensor,
+    *,
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
+    beta: float = 0.5,
+    ignore_index: int = -100,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    teacher_topk: tuple[Tensor, Tensor] | None = None,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    impl: str | None = None,
+    **options: Unpack[LogitOptions],
+) -> TokenLosses:
+    """The losses of every token, of which `linear_distillation` returns the sums: for weights, filters and reports.
+
+    Args and errors are those of `linear_distillation`. Nothing here has a gradient: the gradient of sum(w * ce) is that of
+    linear_distillation(..., weights=w).ce.
+
+    Returns:
+        TokenLosses(ce, kd, teacher_ce), each (N,) fp32 in nats, 0 where the label is ignored. ce and teacher_ce are minus the
+        log-probabilities of the labels at temperature 1; teacher_ce is None without the teacher's hidden states.
+    """
+    student, teacher = (student_hidden, student_head, student_bias), (teacher_hidden, teacher_head, teacher_bias)
+    inputs = checked_inputs(student, teacher, teacher_topk, labels, None)
+    given = Given(divergence, temperature, beta, ignore_index, vocab_size, chunk_size, **options)
+    alone = [x if x is None else x.detach() for x in inputs]
+    ce, kd, teacher_ce = torch.ops.cdistill.linear_token_losses(*alone, *checked_options(inputs, given), impl)
+    return TokenLosses(ce, kd, None if teacher_hidden is None else teacher_ce)

@@ -4,6 +4,7 @@ They keep the dtype of their inputs, so that tests call them in float64, and aut
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +81,8 @@ def _vector_distance(student: Tensor, target: Tensor, loss: str) -> Tensor:
     seen = s.clamp(min=LEAST_SHARE)
     if loss == "kl":
         return (torch.xlogy(t, t) - t * seen.log()).sum()
+    if loss == "reverse_kl":
+        return (s * (seen.log() - t.clamp(min=LEAST_SHARE).log())).sum()
     if loss == "jsd":
         m = (seen + t.clamp(min=LEAST_SHARE)) / 2
         return (torch.xlogy(t, t) - t * m.log() + s * (seen.log() - m.log())).sum() / 2
@@ -104,6 +107,37 @@ def slice_distance(a: Tensor, t: Tensor, loss: str, reduction: str, sink_filter:
     return _vector_distance((m * a).sum(0) / c, (m * t).sum(0) / c, loss)
 
 
+def _compared(
+    a: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    key_mask: Tensor | None,
+    causal: bool,
+    loss: str,
+    reduction: str,
+    sink_filter: bool,
+) -> Tensor:
+    """Losses (B,) of slices and their targets (B,H,R,V): of the rows that see one of their columns."""
+    losses = []
+    for b in range(len(rows)):
+        real_cols = [v for v, j in enumerate(cols[b].tolist()) if j >= 0]
+        seen_keys = [j for j in cols[b].tolist() if j >= 0 and (key_mask is None or key_mask[b, j])]
+        real_rows = [r for r, i in enumerate(rows[b].tolist()) if any(0 <= j <= i or not causal for j in seen_keys)]
+        real_rows = [r for r in real_rows if rows[b, r] >= 0]
+        if not real_rows or not real_cols:
+            losses.append(a.sum() * 0)
+            continue
+        per_head = [
+            slice_distance(
+                a_h[real_rows][:, real_cols], t_h[real_rows][:, real_cols].to(a.dtype), loss, reduction, sink_filter
+            )
+            for a_h, t_h in zip(a[b], target[b], strict=True)
+        ]
+        losses.append(torch.stack(per_head).mean())
+    return torch.stack(losses)
+
+
 def attention_alignment(
     q: Tensor,
     k: Tensor,
@@ -124,33 +158,69 @@ def attention_alignment(
     a = attention_slice(q, k, rows, cols, lse=lse, causal=causal, scale=scale, key_mask=key_mask, heads=heads)
     if heads == "mean":
         a, target = a[:, None], target[:, None]
-    losses = []
-    for b in range(q.shape[0]):
-        real_cols = [v for v, j in enumerate(cols[b].tolist()) if j >= 0]
-        seen_keys = [j for j in cols[b].tolist() if j >= 0 and (key_mask is None or key_mask[b, j])]
-        real_rows = [r for r, i in enumerate(rows[b].tolist()) if any(0 <= j <= i or not causal for j in seen_keys)]
-        real_rows = [r for r in real_rows if rows[b, r] >= 0]
-        if not real_rows or not real_cols:
-            losses.append(q.sum() * 0)
-            continue
-        per_head = [
-            slice_distance(
-                a_h[real_rows][:, real_cols], t_h[real_rows][:, real_cols].to(a.dtype), loss, reduction, sink_filter
-            )
-            for a_h, t_h in zip(a[b], target[b], strict=True)
+    return _compared(a, target, rows, cols, key_mask, causal, loss, reduction, sink_filter)
+
+
+def relation_slice(relation: str, q: Any, k: Any, heads: str, groups: int, *where: Tensor, **options: Any) -> Tensor:
+    """Slice of a model's relation, (B,1,R,V), or for heads="each" (B,groups,R,V): the means of consecutive heads."""
+    q, k = {"qk": (q, k), "qq": (q, q), "kk": (k, k), "vv": (q, q)}[relation]
+    a = attention_slice(q, k, *where, heads="each", **options)
+    return a.unflatten(1, (groups if heads == "each" else 1, -1)).mean(2)
+
+
+def attention_relation(
+    student_q: Any,
+    student_k: Any,
+    teacher_q: Any,
+    teacher_k: Any,
+    rows: Tensor,
+    cols: Tensor,
+    *,
+    loss: str = "cosine",
+    reduction: str = "row",
+    sink_filter: bool = False,
+    heads: str = "mean",
+    student_lse: Tensor | None = None,
+    teacher_lse: Any = None,
+    causal: bool = True,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    teacher_scale: float | None = None,
+    teacher_key_mask: Tensor | None = None,
+    teacher_rows: Tensor | None = None,
+    teacher_cols: Tensor | None = None,
+    student_relation: str = "qk",
+    teacher_relation: str = "qk",
+) -> Tensor:
+    """Oracle of ``cdistill.ops.attention_relation``."""
+    lists = [x if isinstance(x, list) else [x] for x in (teacher_q, teacher_k, teacher_lse)]
+    layers_q, layers_k, layers_lse = (x * (max(map(len, lists)) // len(x)) for x in lists)
+    of_rows: tuple[Tensor, Tensor] = (
+        student_k if student_relation == "kk" else student_q,
+        layers_k[0] if teacher_relation == "kk" else layers_q[0],
+    )
+    groups = min(x.shape[1] for x in of_rows)
+    options = {"lse": student_lse, "causal": causal, "scale": scale, "key_mask": key_mask}
+    a = relation_slice(student_relation, student_q, student_k, heads, groups, rows, cols, **options)
+    where = rows if teacher_rows is None else teacher_rows, cols if teacher_cols is None else teacher_cols
+    options |= {"scale": teacher_scale, "key_mask": key_mask if teacher_key_mask is None else teacher_key_mask}
+    with torch.no_grad():
+        slices = [
+            relation_slice(teacher_relation, q, k, heads, groups, *where, **(options | {"lse": lse}))
+            for q, k, lse in zip(layers_q, layers_k, layers_lse, strict=True)
         ]
-        losses.append(torch.stack(per_head).mean())
-    return torch.stack(losses)
+        target = torch.stack(slices).mean(0).to(a.dtype)
+    return _compared(a, target, rows, cols, key_mask, causal, loss, reduction, sink_filter)
 
 
 def _divergence(p: Tensor, q: Tensor, divergence: str, beta: float) -> Tensor:
-    """Sum over rows of the divergence of log-probabilities, student p and teacher q."""
+    """Divergence of each row of log-probabilities, student p and teacher q."""
     if divergence == "forward_kl":
-        return F.kl_div(p, q, reduction="sum", log_target=True)
+        return F.kl_div(p, q, reduction="none", log_target=True).sum(1)
     if divergence == "reverse_kl":
-        return F.kl_div(q, p, reduction="sum", log_target=True)
+        return F.kl_div(q, p, reduction="none", log_target=True).sum(1)
     m = torch.stack([q + math.log(beta), p + math.log(1 - beta)]).logsumexp(0)
-    from_q, from_p = (F.kl_div(m, x, reduction="sum", log_target=True) for x in (q, p))
+    from_q, from_p = (F.kl_div(m, x, reduction="none", log_target=True).sum(1) for x in (q, p))
     return beta * from_q + (1 - beta) * from_p
 
 
@@ -159,6 +229,11 @@ def _with_others(log_p: Tensor, indices: Tensor) -> Tensor:
     rest = torch.ones_like(log_p).scatter(1, indices, 0.0)
     others = (log_p.exp() * rest).sum(1, keepdim=True).log()
     return torch.cat([log_p.gather(1, indices), others], 1)
+
+
+def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    logits = F.linear(hidden, head, bias) * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def linear_distillation(
@@ -176,23 +251,35 @@ def linear_distillation(
     teacher_bias: Tensor | None = None,
     teacher_topk: tuple[Tensor, Tensor] | None = None,
     vocab_size: int | None = None,
+    topk_tail: bool = True,
+    weights: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    student_logit_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_logit_softcap: float | None = None,
 ) -> LinearDistillation:
     """Oracle of ``cdistill.ops.linear_distillation``: whole (N,V) logits, padding columns cut off."""
     if vocab_size is None:
         vocab_size = min(len(head) for head in (student_head, teacher_head) if head is not None)
-    student = F.linear(student_hidden, student_head, student_bias)[:, :vocab_size]
+    student = _logits(student_hidden, student_head, student_bias, student_logit_scale, student_logit_softcap)
+    student = student[:, :vocab_size]
     if student.dtype in (torch.float16, torch.bfloat16):
         student = student.float()
     valid = labels != ignore_index
-    ce = F.cross_entropy(student, labels, ignore_index=ignore_index, reduction="sum")
+    w = torch.ones_like(valid, dtype=student.dtype) if weights is None else weights.to(student.dtype)
+    ce = F.cross_entropy(student, labels, ignore_index=ignore_index, reduction="none")[valid] @ w[valid]
     p = F.log_softmax(student[valid] / temperature, dim=-1)
     if teacher_topk is not None:
         values, indices = teacher_topk[0][valid].to(p.dtype), teacher_topk[1][valid]
-        rest = 1 - values.exp().sum(1, keepdim=True)
-        p, q = _with_others(p, indices), torch.cat([values, rest.log()], 1)
-    else:
-        assert teacher_hidden is not None and teacher_head is not None
+        if topk_tail:
+            rest = 1 - values.exp().sum(1, keepdim=True)
+            p, q = _with_others(p, indices), torch.cat([values, rest.log()], 1)
+        else:
+            p, q = p.gather(1, indices).log_softmax(1), values.log_softmax(1)
+    elif teacher_hidden is not None and teacher_head is not None:
         with torch.no_grad():
-            teacher = F.linear(teacher_hidden, teacher_head, teacher_bias)[:, :vocab_size]
-        q = F.log_softmax(teacher[valid].to(p.dtype) / temperature, dim=-1)
-    return LinearDistillation(ce, _divergence(p, q, divergence, beta), valid.sum())
+            teacher = _logits(teacher_hidden, teacher_head, teacher_bias, teacher_logit_scale, teacher_logit_softcap)
+        q = F.log_softmax(teacher[valid, :vocab_size].to(p.dtype) / temperature, dim=-1)
+    else:
+        return LinearDistillation(ce, ce.new_zeros(()), valid.sum())
+    return LinearDistillation(ce, _divergence(p, q, divergence, beta) @ w[valid], valid.sum())

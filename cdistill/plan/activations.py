@@ -12,6 +12,7 @@ from torch import nn
 from cdistill.models.llava import image_size
 from cdistill.models.parts import head_of, language_model
 from cdistill.models.taf import TAFAdapter, feature_width
+from cdistill.ops._relation import CPU_ROWS, CUDA_ROWS
 from cdistill.ops._vocabulary import ROW_UNIT, chunk_rows
 from cdistill.plan.blueprint import Blueprint, is_llava
 from cdistill.plan.footprint import (
@@ -24,6 +25,7 @@ from cdistill.plan.footprint import (
 from cdistill.plan.setting import Bytes, Setting, item_size
 from cdistill.train.recipes import Recipe
 from cdistill.train.terms import Memory
+from cdistill.vat import VAT, attention_layers
 
 
 def images(student: Blueprint, s: Setting) -> Bytes:
@@ -46,9 +48,26 @@ def attention_slice(recipe: Recipe, student: Blueprint, rows: int, s: Setting) -
     return 4 * s.batch * heads * rows * (s.visual or s.length)
 
 
-def targets(recipe: Recipe, terms: Memory, student: Blueprint, s: Setting) -> int:
-    """The teacher's window means, one slice per aligned student layer; a single one for grounded words."""
-    return terms.targets * attention_slice(recipe, student, terms.rows, s)
+def _recomputed(rows: int, s: Setting) -> tuple[int, int]:
+    """Rows of the slices that exist at a time while attention is recomputed, and their number.
+
+    Both models', their gradient and what that is made of.
+    """
+    return min(rows, CUDA_ROWS if s.device == "cuda" else CPU_ROWS), 4
+
+
+def targets(recipe: Recipe, terms: Memory, student: Blueprint, teacher: Blueprint | None, s: Setting) -> int:
+    """The teacher's window means, one slice per aligned student layer; a single one for grounded words.
+
+    With ``vat.target`` recomputed the queries and keys of its aligned layers.
+    """
+    if not terms.recomputes or teacher is None:
+        return terms.targets * attention_slice(recipe, student, terms.rows, s)
+    _, layers = VAT.spans(recipe.vat, attention_layers(student.model), attention_layers(teacher.model))
+    config = teacher.model.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    vectors = config.num_attention_heads + config.num_key_value_heads
+    return len(layers) * s.batch * s.length * vectors * width * item_size(s.half)
 
 
 def teacher_hidden(recipe: Recipe, teacher: Blueprint | None, s: Setting) -> int:
@@ -62,11 +81,8 @@ def teacher_pass(recipe: Recipe, terms: Memory, teacher: Blueprint, s: Setting) 
     """Embeddings, one layer's working memory, hidden states, and a slice on its way into the targets."""
     width = teacher.model.config.get_text_config().hidden_size
     layer = _decoder(teacher, 1, s.batch, s.length, s.half, None, None)
-    return (
-        2 * s.batch * s.length * width * item_size(s.half)
-        + layer.forward
-        + attention_slice(recipe, teacher, terms.rows, s)
-    )
+    on_its_way = 0 if terms.recomputes else attention_slice(recipe, teacher, terms.rows, s)
+    return 2 * s.batch * s.length * width * item_size(s.half) + layer.forward + on_its_way
 
 
 def activations(recipe: Recipe, terms: Memory, student: Blueprint, s: Setting) -> Bytes:
@@ -79,9 +95,10 @@ def activations(recipe: Recipe, terms: Memory, student: Blueprint, s: Setting) -
     layers, aligned, rows = len(language_model(student.model).layers), terms.layers, terms.rows
     compared, slices = one, 0
     if aligned:
-        options = (recipe.vat.loss, recipe.vat.reduction, recipe.vat.sink_filter, recipe.vat.heads)
+        options = (recipe.vat.loss, recipe.vat.reduction, recipe.vat.sink_filter, recipe.vat.heads, terms.recomputes)
         compared = _decoder(student, 1, *common, (options, rows, s.visual or s.length))
-        slices = attention_slice(recipe, student, rows, s)
+        at_a_time, number = _recomputed(rows, s) if terms.recomputes else (rows, 1)
+        slices = number * attention_slice(recipe, student, at_a_time, s)
     width = student.model.config.get_text_config().hidden_size
     item = item_size(s.student)
     embeds = s.batch * s.length * width * item + _adapter(student, s)
@@ -150,12 +167,12 @@ def _decoder(
 ) -> Footprint:
     recorder = None
     if alignment is not None:
-        (loss, reduction, sink_filter, heads), rows, cols = alignment
+        (loss, reduction, sink_filter, heads, recomputes), rows, cols = alignment
         count = blueprint.model.config.get_text_config().num_attention_heads if heads == "each" else 0
         options = {"loss": loss, "reduction": reduction, "sink_filter": sink_filter, "heads": heads}
 
         def recorder() -> Any:
-            return alignment_recorder(options, batch, rows, cols, count)
+            return alignment_recorder(options, batch, rows, cols, count, recomputes=recomputes)
 
     trains = blueprint.trained > 0
     return decoder_footprint(

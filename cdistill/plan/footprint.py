@@ -25,7 +25,7 @@ from cdistill.models.llava import features_of, image_size
 from cdistill.models.load import Model
 from cdistill.models.parts import language_model
 from cdistill.models.taf import feature_width
-from cdistill.vat import LayerMatch, Regions, StudentAlignment, hook, install
+from cdistill.vat import LayerMatch, Regions, StudentAlignment, TeacherLayers, hook, install
 
 # The hook's attention under another name, whose mask function makes none: transformers reads the values of positions to tell
 # whether samples are packed, and fake tensors have none.
@@ -149,11 +149,21 @@ def decoder_footprint(
     return footprint(make, autocast, trained=trained)
 
 
-def alignment_recorder(options: dict[str, Any], batch: int, rows: int, cols: int, heads: int) -> StudentAlignment:
+def alignment_recorder(
+    options: dict[str, Any], batch: int, rows: int, cols: int, heads: int, *, recomputes: bool
+) -> StudentAlignment:
     """A recorder of layer 0 for a batch of fake tensors; ``heads`` 0 for their mean."""
-    regions = Regions(torch.empty(batch, rows, dtype=torch.int32), torch.empty(batch, cols, dtype=torch.int32))
+    match, regions = (
+        LayerMatch(0, (0,)),
+        Regions(torch.empty(batch, rows, dtype=torch.int32), torch.empty(batch, cols, dtype=torch.int32)),
+    )
+    if recomputes:
+        layers = TeacherLayers([match], regions, key_mask=None)
+        q = torch.empty(batch, max(heads, 1), max(rows, cols), 16)
+        layers.record(0, q, q, q, scale=None, causal=True)
+        return StudentAlignment([match], regions, layers, key_mask=None, **options)
     target = torch.empty(batch, *([heads] if heads else []), rows, cols)
-    return StudentAlignment([LayerMatch(0, (0,))], regions, [target], key_mask=None, **options)
+    return StudentAlignment([match], regions, [target], key_mask=None, **options)
 
 
 def encoder_footprint(model: Model, images: int, *, dtype: torch.dtype, autocast: torch.dtype | None) -> Footprint:

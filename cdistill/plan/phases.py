@@ -28,7 +28,7 @@ def phases_of(recipe: Recipe, index: int, student: Blueprint, s: Setting) -> dic
     if terms.classes:
         return _on_patches(resident, gradients, terms, student, s)
     images = activations.images(student, s)
-    targets = activations.targets(recipe, terms, student, s)
+    targets = activations.targets(recipe, terms, student, teacher, s)
     acts = activations.activations(recipe, terms, student, s)
     logits = activations.vocabulary(recipe, terms, student, teacher, s)
     gathered = {"pass": 0, "losses": 0} if teacher is None else weights.gathered_weights(recipe, teacher, s)

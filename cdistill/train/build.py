@@ -169,9 +169,11 @@ def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> N
             else:
                 VAT(config, *layers)
             heads = [model.config.get_text_config().num_attention_heads for model in (student, teacher)]
-            if config.heads == "each" and heads[0] != heads[1]:
+            fits = max(heads) % min(heads) == 0 if config.target == "recomputed" else heads[0] == heads[1]
+            if config.heads == "each" and not fits:
+                more = ", or a multiple" if config.target == "recomputed" else ""
                 raise ValueError(
-                    f"vat.heads each needs equal head counts, got {heads[0]} and {heads[1]} for the teacher"
+                    f"vat.heads each needs equal head counts{more}, got {heads[0]} and {heads[1]} for the teacher"
                 )
 
 

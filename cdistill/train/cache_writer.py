@@ -22,6 +22,7 @@ from cdistill.data import strict_yaml
 from cdistill.data.dataset import BAD
 from cdistill.data.samples import IGNORE_INDEX
 from cdistill.models.load import DTYPES, Model
+from cdistill.models.logits import after_head
 from cdistill.models.taf import TAFAdapter
 from cdistill.runtime import checkpoints, launch
 from cdistill.runtime.collectives import naming_lost_peers, on_first_process
@@ -187,10 +188,10 @@ class CacheWriter:
         return found
 
     def _largest(self, teacher: Teacher, hidden: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-        values, indices = [], []
+        values, indices, finished = [], [], after_head(teacher.model)
         with teacher.head() as head:
             for rows in hidden.split(ROWS_OF_LOGITS):
-                logits = head(rows)[:, :columns].float() / self.temperature
+                logits = finished(head(rows)[:, :columns]).float() / self.temperature
                 largest = logits.log_softmax(-1).topk(self.top_k)
                 values.append(largest.values.to(self.dtypes[0]).cpu())
                 indices.append(largest.indices.to(torch.int32).cpu())

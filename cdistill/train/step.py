@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cdistill.data.samples import IGNORE_INDEX
 from cdistill.models.load import Model
-from cdistill.vat import PackedRegions, TeacherTargets, packed_regions
+from cdistill.vat import PackedRegions, TeacherLayers, TeacherTargets, packed_regions
 
 ALL_ROWS: Any = {"rows": "all", "visual_token_ids": -1}  # where only the boundaries of samples matter
 
@@ -35,7 +35,7 @@ class Signal:
     head: Callable[[], AbstractContextManager[nn.Linear]] | None = None
     topk: tuple[Tensor, Tensor] | None = None
     vocabulary: int | None = None
-    attention: TeacherTargets | Tensor | None = None
+    attention: TeacherTargets | TeacherLayers | Tensor | None = None
 
 
 @dataclass

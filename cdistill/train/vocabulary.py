@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdistill.choices import KDConfig
-from cdistill.families import family_of
 from cdistill.models.load import Model
+from cdistill.models.logits import AfterHead, after_head
 from cdistill.models.parts import head_of
 from cdistill.ops import linear_distillation
 from cdistill.train.inside import KEYWORD, instead_of_forward, make_replaceable
@@ -30,9 +30,9 @@ class VocabularyLosses(nn.Module):
     and not for the whole forward pass.
     """
 
-    def __init__(self, kd: KDConfig) -> None:
+    def __init__(self, kd: KDConfig, student: AfterHead = AfterHead(), teacher: AfterHead = AfterHead()) -> None:  # noqa: B008
         super().__init__()
-        self.kd = kd
+        self.kd, self.student, self.teacher = kd, student, teacher
 
     def forward(
         self,
@@ -72,6 +72,10 @@ class VocabularyLosses(nn.Module):
             else teacher_head.bias.to(hidden.device),
             teacher_topk=topk,
             loss_weights=(1.0, self.kd.weight),
+            student_logit_scale=self.student.factor,
+            student_logit_softcap=self.student.softcap,
+            teacher_logit_scale=self.teacher.factor,
+            teacher_logit_softcap=self.teacher.softcap,
         )
         return result.ce, result.kd
 
@@ -80,7 +84,8 @@ def cross_entropy(step: Step) -> Tensor:
     """Sum of the cross-entropy over the labels of a batch, made with the divergence where a term asks for that."""
     if MODULE in step.modules:
         return _both(step)[0]
-    return F.cross_entropy(head_of(step.student)(step.hidden).float(), step.targets, reduction="sum")
+    logits = after_head(step.student)(head_of(step.student)(step.hidden))
+    return F.cross_entropy(logits.float(), step.targets, reduction="sum")
 
 
 def divergence(step: Step) -> Tensor:
@@ -108,14 +113,9 @@ def _both(step: Step) -> tuple[Tensor, Tensor]:
 
 
 def require_plain_head(model: Model, side: str, *, linear: bool) -> None:
-    """Raise ValueError unless logits are what the head gives, and (``linear``) the head its weight and bias.
-
-    The losses are taken from the head itself, and would leave out what a model does to its logits afterwards.
-    """
-    head, config = head_of(model), model.config.get_text_config()
-    for name in family_of(model).logit_fields:
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise ValueError(f"the {side}'s {name} {getattr(config, name)} is not supported")
+    """Raise ValueError unless logits are what `after_head` makes of the head's, and (``linear``) it is its weight."""
+    head = head_of(model)
+    after_head(model, side)
     if not linear:
         return
     if not (isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward):

@@ -8,7 +8,7 @@ from cdistill.vat.distances import LayerDistances, layer_distances
 from cdistill.vat.families import attention_layers, check_packable, packed_position_ids, visual_token_ids
 from cdistill.vat.hook import install, installed, uninstall
 from cdistill.vat.matching import LayerMatch, layer_range, match_layers
-from cdistill.vat.recorders import Recorder, SliceRecorder, StudentAlignment, TeacherTargets
+from cdistill.vat.recorders import Recorder, SliceRecorder, StudentAlignment, TeacherLayers, TeacherTargets
 from cdistill.vat.regions import (
     PackedRegions,
     PackedSample,
@@ -29,6 +29,7 @@ __all__ = [
     "Regions",
     "SliceRecorder",
     "StudentAlignment",
+    "TeacherLayers",
     "TeacherTargets",
     "VATConfig",
     "attention_layers",

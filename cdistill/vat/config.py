@@ -8,7 +8,7 @@ from torch import Tensor
 from cdistill.choices import VATConfig
 from cdistill.vat.distances import LayerDistances
 from cdistill.vat.matching import Layers, layer_range, match_layers
-from cdistill.vat.recorders import AnyRegions, StudentAlignment, TeacherTargets
+from cdistill.vat.recorders import AnyRegions, StudentAlignment, TeacherLayers, TeacherTargets
 from cdistill.vat.regions import PackedRegions, Regions, packed_regions, token_regions
 
 
@@ -101,12 +101,17 @@ class VAT:
             mm_token_type_ids=mm_token_type_ids,
         )
 
-    def teacher(self, regions: AnyRegions, key_mask: Tensor | None) -> TeacherTargets:
-        """Recorder for the teacher's forward pass over one batch."""
+    def teacher(self, regions: AnyRegions, key_mask: Tensor | None) -> TeacherTargets | TeacherLayers:
+        """Recorder for the teacher's forward pass over one batch, by ``config.target``."""
+        if self.config.target == "recomputed":
+            return TeacherLayers(self.matches, regions, key_mask=key_mask)
         return TeacherTargets(self.matches, regions, key_mask=key_mask, heads=self.config.heads, impl=self._impl)
 
     def student(
-        self, regions: AnyRegions, targets: TeacherTargets | Sequence[Tensor], key_mask: Tensor | None
+        self,
+        regions: AnyRegions,
+        targets: TeacherTargets | TeacherLayers | Sequence[Tensor],
+        key_mask: Tensor | None,
     ) -> StudentAlignment:
         """Recorder for the student's forward pass over the same batch; ``targets`` is the teacher's, or what it gave."""
         config = self.config

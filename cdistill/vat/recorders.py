@@ -11,7 +11,13 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
-from cdistill.ops import attention_alignment, attention_slice, attention_slice_accumulate, attention_with_alignment
+from cdistill.ops import (
+    attention_alignment,
+    attention_relation,
+    attention_slice,
+    attention_slice_accumulate,
+    attention_with_alignment,
+)
 from cdistill.vat.matching import LayerMatch
 from cdistill.vat.regions import PackedRegions, Regions, require_same_counts
 
@@ -63,6 +69,21 @@ def _require_all(layers: Collection[int], recorded: Collection[int]) -> None:
             "as model(..., cdistill_vat=recorder); if it was, its layers pass no keyword arguments on to their "
             "attention (as stablelm's and nemotron's) and cannot be aligned"
         )
+
+
+def _by_layer(
+    matches: Sequence[LayerMatch], targets: Sequence[Tensor], wanted: tuple[int, int, int]
+) -> dict[int, Tensor]:
+    """The targets of the student's layers; raises ValueError unless each is of (samples, rows, visual tokens) ``wanted``."""
+    if len(targets) != len(matches):
+        raise ValueError(f"targets must hold one tensor for each of the {len(matches)} matches, got {len(targets)}")
+    for target in targets:
+        if (target.shape[0], *target.shape[-2:]) != wanted:
+            raise ValueError(
+                f"targets must be (samples, rows, visual tokens) = {wanted} like the student's regions, got "
+                f"{tuple(target.shape)}: teacher and student must see every image through equally many visual tokens"
+            )
+    return {match.student: target for match, target in zip(matches, targets, strict=True)}
 
 
 class TeacherTargets:
@@ -137,10 +158,63 @@ class TeacherTargets:
         return self._means
 
 
+class TeacherLayers:
+    """Teacher side of the alignment without targets: the queries and keys of the layers in the windows, as they come.
+
+    The student's recorder makes slices of them and drops them again, so that memory grows with the tokens of a batch and
+    the teacher's aligned layers, not with rows times visual tokens. A layer recorded twice counts once.
+
+    ``matches``, ``regions`` and ``key_mask`` as for `TeacherTargets`.
+    """
+
+    def __init__(self, matches: Sequence[LayerMatch], regions: AnyRegions, *, key_mask: Tensor | None):
+        self.matches = tuple(matches)
+        self.layers = frozenset(t for match in self.matches for t in match.teachers)
+        self.key_mask, self.sequence = _key_mask(key_mask, regions), _sequence(regions)
+        self.regions = regions
+        self._recorded: dict[int, tuple[Tensor, Tensor, float | None]] = {}
+
+    def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, causal: bool) -> None:
+        """Keep one layer's queries and keys."""
+        self._recorded.setdefault(layer, (q.detach(), k.detach(), scale))
+
+    def require_all(self) -> None:
+        """Raise ValueError naming the layers that no forward pass has recorded."""
+        _require_all(self.layers, self._recorded)
+
+    def windows(self, layers: Sequence[int], *, masked: bool) -> Iterator[dict[str, Any]]:
+        """What `attention_relation` is to compare with, by its arguments: for all samples, or of each packed one.
+
+        ``masked``: whether the student has a key mask, which the op would take for the teacher's if that has none.
+
+        Raises ValueError for layers of a window that scale their scores differently.
+        """
+        of = [self._recorded[layer] for layer in layers]
+        scales = {scale for _, _, scale in of}
+        if len(scales) > 1:
+            raise ValueError(
+                f"layers {list(layers)} scale their scores differently ({', '.join(map(str, scales))}), which vat.target "
+                "recomputed cannot average; use vat.target stored"
+            )
+        for parts in zip(*(_parts(self.regions, q, k) for q, k, _ in of), strict=True):
+            samples = parts[0][2]
+            mask = self.key_mask
+            if mask is None and masked:
+                mask = torch.ones(parts[0][0].shape[::2], dtype=torch.bool, device=parts[0][0].device)
+            yield {
+                "teacher_q": [q for q, _, _ in parts],
+                "teacher_k": [k for _, k, _ in parts],
+                "teacher_rows": self.regions.rows[samples],
+                "teacher_cols": self.regions.cols[samples],
+                "teacher_key_mask": mask,
+                "teacher_scale": of[0][2],
+            }
+
+
 class StudentAlignment:
     """Student side of the alignment: the loss of every matched student layer, made inside its forward pass.
 
-    ``targets`` is the teacher's recorder after its forward pass, or one tensor for each match, as
+    ``targets`` is the teacher's recorder after its forward pass, of either kind, or one tensor for each match, as
     `TeacherTargets.targets` gives them; ``regions`` are the student's rows and columns, as many as the teacher's in
     every sample; ``key_mask`` as for `TeacherTargets`; ``loss``, ``reduction``, ``sink_filter``, ``heads`` and ``impl``
     as in `cdistill.ops.attention_alignment`. ``layer_sum`` sums over layers (the authors' code) where the paper takes
@@ -160,7 +234,7 @@ class StudentAlignment:
         self,
         matches: Sequence[LayerMatch],
         regions: AnyRegions,
-        targets: "TeacherTargets | Sequence[Tensor]",
+        targets: "TeacherTargets | TeacherLayers | Sequence[Tensor]",
         *,
         key_mask: Tensor | None,
         loss: str = "cosine",
@@ -171,22 +245,20 @@ class StudentAlignment:
         impl: str | None = None,
         engine: str = "sdpa",
     ):
-        if isinstance(targets, TeacherTargets):
+        if isinstance(targets, TeacherTargets | TeacherLayers) and targets.regions is not regions:
             require_same_counts(targets.regions, regions)
-            targets = targets.targets
-        if len(targets) != len(matches):
-            raise ValueError(f"targets must hold one tensor for each of the {len(matches)} matches, got {len(targets)}")
-        wanted = (len(regions.rows), regions.rows.shape[1], regions.cols.shape[1])
-        for target in targets:
-            if (target.shape[0], *target.shape[-2:]) != wanted:
-                raise ValueError(
-                    f"targets must be (samples, rows, visual tokens) = {wanted} like the student's regions, got "
-                    f"{tuple(target.shape)}: teacher and student must see every image through equally many visual tokens"
-                )
+        if isinstance(targets, TeacherLayers):
+            targets.require_all()
+            if engine != "sdpa":
+                raise ValueError(f"vat.target recomputed needs vat.engine sdpa, got {engine!r}")
+            self._targets: TeacherLayers | dict[int, Tensor] = targets
+        else:
+            found = targets.targets if isinstance(targets, TeacherTargets) else targets
+            self._targets = _by_layer(matches, found, (len(regions.rows), regions.rows.shape[1], regions.cols.shape[1]))
         if engine != "sdpa" and isinstance(regions, PackedRegions):
             raise ValueError(f"vat.engine {engine} cannot make the attention of packed samples; use vat.engine sdpa")
         self.layers = frozenset(match.student for match in matches)
-        self._targets = {match.student: target for match, target in zip(matches, targets, strict=True)}
+        self._windows = {match.student: match.teachers for match in matches}
         self.key_mask, self.sequence = _key_mask(key_mask, regions), _sequence(regions)
         self._regions = regions
         self._loss, self._reduction, self._sink_filter = loss, reduction, sink_filter
@@ -204,7 +276,7 @@ class StudentAlignment:
                 "under reentrant gradient checkpointing; set gradient_checkpointing_kwargs={'use_reentrant': False} "
                 "(to evaluate only, make the recorder inside torch.no_grad())"
             )
-        target, rows, cols = self._targets[layer], self._regions.rows, self._regions.cols
+        rows, cols = self._regions.rows, self._regions.cols
         options: dict[str, Any] = {
             "loss": self._loss,
             "reduction": self._reduction,
@@ -215,18 +287,26 @@ class StudentAlignment:
             "heads": self._heads,
             "impl": self._impl,
         }
-        out = None
-        if self._engine == "sdpa":
-            parts = [
-                attention_alignment(part_q, part_k, target[part], rows[part], cols[part], **options)
-                for part_q, part_k, part in _parts(self._regions, q, k)
+        out, parts = None, _parts(self._regions, q, k)
+        if isinstance(self._targets, TeacherLayers):
+            windows = self._targets.windows(self._windows[layer], masked=self.key_mask is not None)
+            found = [
+                attention_relation(part_q, part_k, rows=rows[part], cols=cols[part], **window, **options)
+                for (part_q, part_k, part), window in zip(parts, windows, strict=True)
             ]
-            losses = torch.cat(parts) if len(parts) != 1 else parts[0]
+        elif self._engine == "sdpa":
+            target = self._targets[layer]
+            found = [
+                attention_alignment(part_q, part_k, target[part], rows[part], cols[part], **options)
+                for part_q, part_k, part in parts
+            ]
         else:
             # under autocast, rotary embeddings leave q and k in fp32
             q, k = q.to(v.dtype), k.to(v.dtype)
             engine = None if self._engine == "auto" else self._engine
-            out, losses = attention_with_alignment(q, k, v, target, rows, cols, **options, engine=engine)
+            out, losses = attention_with_alignment(q, k, v, self._targets[layer], rows, cols, **options, engine=engine)
+            found = [losses]
+        losses = torch.cat(found) if len(found) != 1 else found[0]
         self._losses.setdefault(layer, losses)
         return out
 

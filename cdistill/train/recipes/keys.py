@@ -328,11 +328,13 @@ class Recipe(Keys):
                 yield "stages must not distil after vision: the encoder would no longer be the teacher's"
         if self.teacher_memory.zero == 3 and self.deepspeed == "off":
             yield "teacher_memory.zero 3 needs deepspeed"
-        adaptive = self.vat.matching == "adaptive" and any(map(self.aligns, objectives))
-        if self.teacher_memory.cache is not None and adaptive:
-            yield (
-                "vat.matching must not be adaptive with teacher_memory.cache: it measures the student where a stage begins"
-            )
+        if self.teacher_memory.cache is not None and any(map(self.aligns, objectives)):
+            if self.vat.matching == "adaptive":
+                yield (
+                    "vat.matching must not be adaptive with teacher_memory.cache: it measures the student where a stage begins"
+                )
+            if self.vat.target == "recomputed":
+                yield "vat.target must be stored with teacher_memory.cache, which keeps slices and no queries and keys"
 
     def _problems_of_packing(self) -> Iterator[str]:
         builtin = [name for name in self.stages if self.stage[name].data.path is None]

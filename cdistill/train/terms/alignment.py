@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from cdistill.models.load import Model
     from cdistill.train.step import Step
-    from cdistill.vat import VAT, StudentAlignment, TeacherTargets
+    from cdistill.vat import VAT, StudentAlignment, TeacherLayers, TeacherTargets
     from cdistill.vat.recorders import AnyRegions
 
 
@@ -58,7 +58,7 @@ class Alignment(Term):
             return regions
         return regions._replace(rows=regions.rows.masked_fill(~step.counted[:, None], -1))
 
-    def teacher_recorder(self, step: Step) -> TeacherTargets | None:
+    def teacher_recorder(self, step: Step) -> TeacherTargets | TeacherLayers | None:
         """None where there is nothing to align."""
         if not (step.regions.cols.shape[1] and step.regions.rows.shape[1]):
             return None
@@ -84,7 +84,7 @@ class Alignment(Term):
 
     @classmethod
     def memory(cls, recipe: Any, student: Any, sizes: Sizes) -> Memory:
-        """A slice for every aligned layer."""
+        """A slice for every aligned layer, or the teacher's queries and keys."""
         from cdistill.vat import VAT, attention_layers
 
         if not (recipe.vat.enabled and sizes.visual):
@@ -92,4 +92,5 @@ class Alignment(Term):
         layers, _ = VAT.spans(recipe.vat, attention_layers(student), attention_layers(student))
         rows = {"text": sizes.length - sizes.visual, "visual": sizes.visual, "all": sizes.length}
         # each label has one row, its own or the one before
-        return Memory(len(layers), rows.get(recipe.vat.rows, sizes.answers), targets=len(layers))
+        of_rows, recomputes = rows.get(recipe.vat.rows, sizes.answers), recipe.vat.target == "recomputed"
+        return Memory(len(layers), of_rows, targets=0 if recomputes else len(layers), recomputes=recomputes)

@@ -59,6 +59,7 @@ class Memory:
     Attributes:
         layers: student layers whose attention is compared, in ``rows`` rows of each sample.
         targets: slices of attention that it is compared with.
+        recomputes: whether it keeps queries and keys of the teacher's aligned layers in place of slices.
         logits: which it makes: none, whole ones, or chunks (for all terms over the vocabulary together).
         classes: outputs of the head on the vision encoder that is trained in place of the language model.
         kept: bytes that stay from the forward to the backward pass.
@@ -70,12 +71,16 @@ class Memory:
     logits: Literal["none", "whole", "chunks"] = "none"
     classes: int = 0
     kept: int = 0
+    recomputes: bool = False
 
     def __add__(self, other: Memory) -> Memory:
         """Of two terms of a loss."""
         logits = max(self.logits, other.logits, key=("none", "whole", "chunks").index)
         names = ("layers", "rows", "targets", "classes", "kept")
-        return Memory(logits=logits, **{name: getattr(self, name) + getattr(other, name) for name in names})
+        recomputes = self.recomputes or other.recomputes
+        return Memory(
+            logits=logits, recomputes=recomputes, **{name: getattr(self, name) + getattr(other, name) for name in names}
+        )
 
 
 class Term:

@@ -41,9 +41,11 @@ class Divergence(Term):
 
     def modules(self, student: Model, teacher: Model | None) -> dict[str, nn.Module]:
         """What reads both heads, without parameters of its own."""
+        from cdistill.models.logits import AfterHead, after_head
         from cdistill.train.vocabulary import MODULE, VocabularyLosses
 
-        return {MODULE: VocabularyLosses(self.kd)}
+        known = [AfterHead() if model is None else after_head(model) for model in (student, teacher)]
+        return {MODULE: VocabularyLosses(self.kd, *known)}
 
     def forward(self, step: Step) -> Tensor:
         """Sum over labels, in nats."""
