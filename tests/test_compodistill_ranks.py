@@ -66,8 +66,16 @@ def oracle(name):
 
 
 class InOrder(cdistill.CompoDistillTrainer):
+    """Takes samples as they come, and counts the batches that it learns from."""
+
+    batches = 0
+
     def _get_train_sampler(self, *args):
         return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def training_step(self, *args, **kwargs):
+        self.batches += 1
+        return super().training_step(*args, **kwargs)
 
 
 def arguments(kind, output, **options):
@@ -153,21 +161,28 @@ def test_trainer_on_two_processes_trains_as_a_plain_loop(ranks, tmp_path, name, 
 
 
 def resume_on_a_rank(name, mode, output):
-    """The losses of a run that logs each of three steps, and of one that goes on after the second."""
-    options = {"save_strategy": "steps", "save_steps": 2}
+    """Losses and batches of a run that logs each of three steps, and of one that goes on after the second, amid an epoch."""
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+    }
+    options |= {"optim": "adamw_torch", "learning_rate": 0.01, "lr_scheduler_type": "linear"}  # which have a state
     whole = trainer_on_a_rank(name, mode, output, **options)
     whole.train()
     whole.save_model(str(output / "whole"))
     resumed = trainer_on_a_rank(name, mode, output, **options)
     resumed.train(resume_from_checkpoint=str(output / "checkpoint-2"))
     resumed.save_model(str(output / "resumed"))
-    return [[entry["loss"] for entry in t.state.log_history if "ar" in entry] for t in (whole, resumed)]
+    return [([entry["loss"] for entry in t.state.log_history if "ar" in entry], t.batches) for t in (whole, resumed)]
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_resumed_run_on_two_processes_ends_with_the_same_bits(ranks, tmp_path, mode):
-    for whole, resumed in ranks.call(resume_on_a_rank, "llava_llama", mode, tmp_path):
+    for (whole, batches), (resumed, further) in ranks.call(resume_on_a_rank, "llava_llama", mode, tmp_path):
         assert len(whole) == STEPS and resumed == whole
+        assert batches == STEPS and further == STEPS - 2  # it does not start anew
     whole, resumed = (
         AutoModelForImageTextToText.from_pretrained(tmp_path / which).state_dict() for which in ("whole", "resumed")
     )

@@ -1,11 +1,12 @@
 """`cdistill.distill` trains what the caller holds: adapters, encoders and weights as they are when a batch comes."""
 
 import copy
+import functools
 
 import peft
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import Accelerator, cpu_offload
 from family_models import build_pair, draw
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -205,6 +206,102 @@ def test_what_is_put_around_a_head_is_not_left_out_in_silence(side, change, mess
         distillation(batch)
     with pytest.raises(ValueError, match=f"the {side}'s lm_head has {message}"):
         cdistill.distill(teacher, student)
+
+
+def colder(module, inputs, output):
+    if hasattr(output, "logits"):
+        output.logits = output.logits / 2
+
+
+def with_colder_logits(model):
+    given = model.forward
+
+    @functools.wraps(given)
+    def forward(*args, **kwargs):
+        output = given(*args, **kwargs)
+        output.logits = output.logits / 2
+        return output
+
+    model.forward = forward
+
+
+def beneath_a_library(model):
+    with_colder_logits(model)
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+
+
+@pytest.mark.parametrize(
+    ("side", "change", "message"),
+    [
+        ("student", lambda m: m.register_forward_hook(colder), "a forward hook of test_distill_models on the whole"),
+        ("teacher", lambda m: m.register_forward_hook(colder), "a forward hook of test_distill_models on the whole"),
+        ("teacher", lambda m: m.register_forward_pre_hook(lambda *_: None), "a forward hook of test_distill_models"),
+        ("teacher", with_colder_logits, "a forward pass of test_distill_models on the whole model"),
+        ("teacher", beneath_a_library, "a forward pass of test_distill_models on the whole model"),
+        ("student", lambda m: m.model.register_forward_hook(colder), "a forward hook of .* on its part `model`"),
+        ("teacher", lambda m: m.model.register_forward_pre_hook(colder), "a forward hook of .* on its part `model`"),
+    ],
+)
+def test_what_is_put_around_a_model_is_not_left_out_in_silence(side, change, message):
+    student, teacher = common_encoder()
+    distillation = cdistill.distill(teacher, student)
+    batch = draw(LLAVA, 3)
+    distillation(batch)
+    change(student if side == "student" else teacher)
+    for again in (lambda: distillation(batch), lambda: cdistill.distill(teacher, student)):
+        with pytest.raises(ValueError, match=f"^the {side} has {message}") as refused:
+            again()
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_what_is_put_around_a_peft_model(side):
+    pair = dict(zip(("student", "teacher"), build_pair(LLAVA), strict=True))
+    pair[side] = get_peft_model(pair[side], LoraConfig(r=2, **NAMED))
+    pair[side].register_forward_hook(colder)
+    with pytest.raises(ValueError, match=f"^the {side} has a forward hook of test_distill_models on the whole model"):
+        cdistill.distill(pair["teacher"], pair["student"])
+
+
+def prepared(model):
+    Accelerator(mixed_precision="bf16").prepare_model(model)
+
+
+def offloaded(model):
+    cpu_offload(model)
+
+
+def compiled(model):
+    model.forward = torch.compile(model.forward, backend="eager")
+
+
+def once_a_student(model):
+    cdistill.distill(build_pair(LLAVA)[1], model, train_vision=True)
+
+
+@pytest.mark.parametrize("change", [prepared, offloaded, compiled, once_a_student])
+def test_what_libraries_put_around_a_teacher_is_its_own(change):
+    student, teacher = common_encoder()
+    batch = draw(LLAVA, 3)
+    expected = cdistill.distill(teacher, student)(batch)["kd"]
+    change(teacher)
+    assert torch.equal(cdistill.distill(teacher, student)(batch)["kd"], expected)
+
+
+def test_hooks_before_the_student_and_on_what_distill_returned_do_their_work():
+    student, teacher = build_pair(LLAVA)
+    batch, seen = draw(LLAVA, 3), []
+    distillation = cdistill.distill(teacher, student)
+    changed = batch | {"pixel_values": batch["pixel_values"] / 2}
+    expected = distillation(changed)["loss"]
+
+    def darker(module, args, kwargs):
+        return args, kwargs | {"pixel_values": kwargs["pixel_values"] / 2}
+
+    student.register_forward_pre_hook(darker, with_kwargs=True)
+    distillation.register_forward_hook(lambda module, inputs, losses: seen.append(losses["loss"]))
+    distillation(batch)
+    assert len(seen) == 1 and torch.equal(seen[0], expected)
 
 
 class Quantised(torch.Tensor):

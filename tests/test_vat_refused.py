@@ -107,6 +107,39 @@ def test_attention_that_is_not_plain_is_refused_in_recorded_layers_only(options,
         attention(model.model.language_model.layers[2].self_attn, q, k, k, None, cdistill_vat=recorder, **options)
 
 
+def attend_twice(layers):
+    """As differential attention does, with two calls of the attention function in one layer."""
+    attend = layers[1].self_attn.forward
+    layers[1].self_attn.forward = lambda *args, **kwargs: [attend(*args, **kwargs) for _ in range(2)][1]
+
+
+def share(layers):
+    layers[2] = layers[1]
+
+
+@pytest.mark.parametrize("change", [attend_twice, share])
+@pytest.mark.parametrize("called", ["whole", "body", "language model"])
+def test_a_layer_that_attends_twice_in_one_pass(change, called):
+    """Whichever of the models within each other is called; a pass of its own is another matter."""
+    model, _ = student_and_teacher()
+    install(model)
+    layers = model.model.language_model.layers
+    batch, recorder = draw_batch(19), record_everything(model, draw_batch(19))
+    given = inputs(batch) | {"use_cache": False}  # which each attention would lengthen
+    if called == "language model":
+        given["inputs_embeds"] = model.get_input_embeddings()(given.pop("input_ids"))
+        del given["pixel_values"]
+    part = {"whole": model, "body": model.model, "language model": model.model.language_model}[called]
+    part(**given, cdistill_vat=recorder)  # a second pass
+    change(layers)
+    others = SliceRecorder([0, 3], regions_of(batch), key_mask=batch["attention_mask"], impl="torch")
+    part(**given, cdistill_vat=others)
+    assert set(others.slices) == {0, 3}
+    with pytest.raises(ValueError, match="layer 1 attends more than once in one forward pass") as refused:
+        part(**given, cdistill_vat=recorder)
+    assert "\n" not in str(refused.value)
+
+
 def refuse(model, message, layer=0, **forward):
     """The recorder of this layer is refused, with the reason, while another one's forward pass goes on."""
     install(model)

@@ -8,12 +8,13 @@ from vat_models import (
     draw_batch,
     gradients,
     inputs,
+    record_everything,
     regions_of,
     student_and_teacher,
     vat_loss,
 )
 
-from cdistill.vat import VAT, StudentAlignment, VATConfig, install
+from cdistill.vat import VAT, SliceRecorder, StudentAlignment, VATConfig, install
 
 
 def training_step(student, teacher, batch, checkpointing, engine="sdpa", **choices):
@@ -133,6 +134,23 @@ def test_reentrant_checkpointing_is_refused():
     student.enable_input_require_grads()
     with pytest.raises(ValueError, match="'use_reentrant': False"):
         training_step(student, teacher, draw_batch(10), True)
+
+
+def test_what_is_watched_in_training_is_recorded_once_under_reentrant_checkpointing():
+    student, _ = student_and_teacher()
+    install(student)
+    batch = draw_batch(12)
+    expected = record_everything(student, batch).slices[1]
+    student.train().enable_input_require_grads()
+    student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    runs = []
+    student.model.language_model.layers[1].self_attn.register_forward_hook(
+        lambda *_: runs.append(torch.is_grad_enabled())
+    )
+    recorder = SliceRecorder([1], regions_of(batch), key_mask=batch["attention_mask"], impl="torch")
+    student(**batch, cdistill_vat=recorder).loss.backward()
+    assert runs == [False, True]
+    assert torch.equal(recorder.slices[1], expected)
 
 
 def test_evaluation_without_gradient():

@@ -16,6 +16,7 @@ from cdistill.models.pair import CommonEncoder, check_frozen, check_pair, common
 from cdistill.models.parts import parameters_of, require_known_parts
 from cdistill.train.callers import Window, WrapperCheck, folder_of_trainer, items_of_trainer, window_of_trainer
 from cdistill.train.inside import instead_of_forward, make_replaceable
+from cdistill.train.left_out import refuse_left_out
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.teacher import Teacher
@@ -334,14 +335,15 @@ def distill(
     Raises:
         ValueError: the models cannot be distilled: other visual tokens or vocabularies, attention that cannot be aligned,
             layers that cannot be matched, a head that is more than a linear layer, a peft method that does more than change
-            layers, a trained parameter that is the teacher's, too; or terms that are not complete, do not go together, or
-            have parameters to train, which no optimizer of the student's would.
+            layers, hooks of one's own on a whole model, a replaced forward pass of the teacher, a trained parameter that is
+            the teacher's, too; or terms that are not complete, do not go together, or have parameters to train, which no
+            optimizer of the student's would.
     """
     for name, value in (("vat_weight", vat_weight), ("kd.weight", (kd or KDConfig()).weight)):
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be at least 0 and finite, got {value}")
     given = student
-    student, teacher = unwrapped(student, "student"), unwrapped(teacher, "teacher")
+    student, teacher = _unwrapped(student, "student"), _unwrapped(teacher, "teacher")
     check_pair(student, teacher)
     freezes = not train_vision and not hasattr(given, "peft_config")
     encoder = parameters_of(student, "vision") if freezes else []
@@ -359,6 +361,12 @@ def distill(
     for parameter in encoder:
         parameter.requires_grad_(False)
     return Distillation(model, given, common=common, shares_images=shares_images)
+
+
+def _unwrapped(model: Model, side: str) -> Model:
+    """The model inside of a wrapper, which is not looked at again."""
+    refuse_left_out(model, side, "the whole model", called=side == "student")
+    return unwrapped(model, side)
 
 
 def _terms(further: Sequence[Term | str], settings: Settings) -> list[Term]:

@@ -13,6 +13,7 @@ from cdistill.models.llava import Llava, SharedVision, share_vision, student_emb
 from cdistill.models.load import Model
 from cdistill.models.parts import has_vision
 from cdistill.train.blank import idle_adapter, needs_blank
+from cdistill.train.left_out import refuse_left_out
 from cdistill.train.step import Step
 from cdistill.train.teacher import Teacher, hidden_states
 from cdistill.train.teacher_source import TeacherSource, source_of
@@ -79,6 +80,15 @@ class DistillationModel(nn.Module):
         """Before every batch, too: what a caller holds may change."""
         for term in self.terms:
             term.check(self.student, None if self.teacher is None else self.teacher.model)
+        if not self._reads_tokens:
+            return
+        refuse_left_out(self.student, "student", "the whole model", called=True)
+        if self._composed:
+            refuse_left_out(self.student.model, "student", "its part `model`", called=False)
+        if self.teacher is not None:
+            refuse_left_out(self.teacher.model, "teacher", "the whole model", called=False)
+            if self.teacher.shares_vision:
+                refuse_left_out(self.teacher.model.model, "teacher", "its part `model`", called=False)
 
     @property
     def teacher(self) -> Teacher | None:

@@ -15,6 +15,7 @@ from cdistill.models.logits import AfterHead, after_head
 from cdistill.models.parts import head_of
 from cdistill.ops import linear_distillation
 from cdistill.train.inside import KEYWORD, instead_of_forward, make_replaceable
+from cdistill.train.left_out import hook_of_others
 from cdistill.train.step import Step
 
 MODULE = "vocabulary_losses"  # of a term that makes cross-entropy and divergence together
@@ -140,8 +141,4 @@ def _added(head: nn.Module) -> str | None:
     forward = vars(head).get("forward")
     if forward is not None and not hasattr(forward, KEYWORD) and not hasattr(head, "_hf_hook"):
         return "a forward pass of its own"
-    for hook in (*head._forward_pre_hooks.values(), *head._forward_hooks.values()):
-        function = getattr(hook, "func", hook)  # of a functools.partial
-        if str(function.__module__).partition(".")[0] not in _ENGINES:
-            return f"a forward hook of {function.__module__}"
-    return None
+    return hook_of_others((*head._forward_pre_hooks.values(), *head._forward_hooks.values()), _ENGINES)

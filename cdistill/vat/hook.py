@@ -5,7 +5,8 @@ A recorder may make the output itself, where alignment and attention share their
 A model's implementation stays "sdpa", by name and by what it computes: models ask for that name to build sparse masks, to
 shorten queries and more, and another name would silently change what they compute. So transformers' own functions of that
 name are wrapped, once for the process; without the keyword they do what they did. `install` marks the modules whose queries
-and keys a recorder may see. The recorder travels as a keyword of the model's forward pass, so the hook keeps no state::
+and keys a recorder may see. The recorder travels as a keyword of the model's forward pass, so the hook keeps no state; a hook
+on the model puts it into what tells the layers of one pass from those of the next::
 
     install(model)
     recorder = TeacherTargets(matches, regions, key_mask=batch["attention_mask"])
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +43,41 @@ _PADDING = "_cdistill_padding"
 _PACKING = "_cdistill_packing"
 
 
+class _Pass:
+    """One forward pass that carries a recorder, and the layers that it has shown to it.
+
+    Only calls of the model make one: gradient checkpointing runs layers again within the pass that they belong to.
+    """
+
+    def __init__(self, recorder: Any) -> None:
+        self.recorder = recorder
+        self._seen: dict[int, list[tuple[ReferenceType[Tensor], int]]] = {}
+
+    def enter(self, layer: int, query: Tensor, key: Tensor) -> None:
+        """Raise ValueError for a layer whose queries and keys are others than those of its attention before.
+
+        DiffLlama's are the same, with other values. A recomputation in a backward pass makes its own.
+        """
+        if torch._C._current_graph_task_id() != -1:
+            return
+        before = self._seen.get(layer)
+        if before is None:
+            self._seen[layer] = [(ref(x), _version(x)) for x in (query, key)]
+        elif any(kept() is not x or v != _version(x) for (kept, v), x in zip(before, (query, key), strict=True)):
+            raise ValueError(
+                f"layer {layer} attends more than once in one forward pass, and a recorder takes one attention of each layer: "
+                "align other layers (student_layers and teacher_layers of VATConfig), or use another family"
+            )
+
+
+def _begin_pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A pre-hook of models that hold each other, of which the outermost one that is called begins the pass."""
+    recorder = kwargs.get(KEYWORD)
+    if recorder is None or isinstance(recorder, _Pass):
+        return None
+    return args, kwargs | {KEYWORD: _Pass(recorder)}
+
+
 def install(model: "PreTrainedModel") -> None:
     """Let recorders see the attention of the text model of ``model``, which runs on SDPA; outputs stay SDPA's, bit for bit.
 
@@ -58,11 +95,15 @@ def install(model: "PreTrainedModel") -> None:
     refused = family_of(model).refused_keywords
     for module in modules:
         setattr(module, _MARK, refused)
+    _leave_passes(model)
+    for module in _around(model):
+        module.register_forward_pre_hook(_begin_pass, with_kwargs=True)
 
 
 def uninstall(model: "PreTrainedModel", implementation: str = "sdpa") -> None:
     """Hide the text model from recorders, and switch it to one of transformers' own attention implementations."""
     text_model = text_model_of(model)
+    _leave_passes(model)
     for module in text_model.modules():
         vars(module).pop(_MARK, None)
     if text_model.config._attn_implementation != implementation:
@@ -97,6 +138,21 @@ def text_model_of(model: "PreTrainedModel") -> "PreTrainedModel":
     if text_model is None:
         raise ValueError(f"{type(model).__name__} has no submodule that owns its text configuration")
     return text_model
+
+
+def _around(model: nn.Module) -> list[nn.Module]:
+    """The models, one within the other, that may be called with a recorder: those that hold marked modules."""
+    from transformers import PreTrainedModel
+
+    models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    return [m for m in models if any(hasattr(inner, _MARK) for inner in m.modules())]
+
+
+def _leave_passes(model: nn.Module) -> None:
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _begin_pass]:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _attention_modules(model: "PreTrainedModel", text_model: "PreTrainedModel") -> list[nn.Module]:
@@ -184,11 +240,15 @@ def _record(
     """Show a layer's queries and keys to the recorder if it wants them; the layer's attention if it has made that, too."""
     if not hasattr(module, _MARK):  # a vision tower's, or a model that is not installed
         return None
+    this_pass = recorder if isinstance(recorder, _Pass) else None
+    recorder = recorder if this_pass is None else this_pass.recorder
     if not isinstance(recorder, Recorder):
         raise ValueError(f"{KEYWORD} must be a recorder of cdistill.vat, got {type(recorder).__name__}")
     layer: Any = module.layer_idx
     if layer not in recorder.layers:
         return None
+    if this_pass is not None:
+        this_pass.enter(layer, query, key)
     sequence = getattr(recorder, "sequence", None)
     _require_plain_causal(layer, module, query, key, attention_mask, kwargs, packed=sequence is not None)
     if sequence is None:
