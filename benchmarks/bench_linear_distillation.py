@@ -41,7 +41,7 @@ def speedups(seconds: dict[str, float]) -> dict[str, float]:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("widths", WIDTHS, ids=lambda w: "{}-{}".format(*w))
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_is_faster_than_eager_and_liger(benchmark, cpu_environment, widths, dtype, divergence):
+def test_is_faster_than_eager_and_liger(benchmark, cpu_environment, target, widths, dtype, divergence):
     torch._dynamo.reset()
     size = Size("cpu", 512, *widths, 32000)
     p = draw(size, DTYPES[dtype], CPU)
@@ -79,5 +79,6 @@ def test_is_faster_than_eager_and_liger(benchmark, cpu_environment, widths, dtyp
         error_over_allowed={name: rows[name]["error_over_allowed"] for name in runs},
         left_out=left_out | {name: row["skipped"] for name, row in rows.items() if "skipped" in row},
     )
-    missed = {name: x for name, x in speedups(best).items() if claimed(name, dtype, size.student) and x < CLAIM}
-    assert not missed
+    for name, x in speedups(best).items():
+        if claimed(name, dtype, size.student):
+            target(f"times as fast as {name}", x, at_least=CLAIM)

@@ -1,4 +1,8 @@
-"""Shared by the benchmarks: what a result must say about where it was measured, and what needs a GPU."""
+"""Shared by the benchmarks: what a result must say about where it was measured, what needs a GPU, and targets.
+
+A benchmark fails for a wrong result. A missed target is shown at the end of the run, and fails it with ``--strict`` only: cores
+that are shared or slow say little of the code.
+"""
 
 import os
 import platform
@@ -30,6 +34,34 @@ def device() -> torch.device:
 def deadline(request) -> float:
     """When a module's SECONDS are over."""
     return time.monotonic() + request.module.SECONDS
+
+
+MISSED = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def target(request, benchmark):
+    """A function that notes beside the result whether a measured number is ``at_least`` or ``at_most`` what it should be."""
+
+    def note(name: str, value: float, *, at_least: float | None = None, at_most: float | None = None) -> None:
+        met = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
+        bound = f"at most {at_most:g}" if at_least is None else f"at least {at_least:g}"
+        benchmark.extra_info.setdefault("targets", {})[name] = {"value": value, "target": bound, "met": met}
+        if not met:
+            line = f"{request.node.nodeid.rpartition('/')[2]}: {name} {value:.3g}, target {bound}"
+            request.config.stash.setdefault(MISSED, []).append(line)
+            if request.config.getini("strict"):
+                pytest.fail(line, pytrace=False)
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    missed = config.stash.get(MISSED, [])
+    if missed:
+        terminalreporter.section("targets missed (--strict makes them fail)")
+        for line in missed:
+            terminalreporter.line(line)
 
 
 @pytest.fixture
