@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import random
 import tempfile
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,18 +90,17 @@ AXES: dict[str, tuple[Any, ...]] = {
 def pairwise(seed: int = 0) -> list[Case]:
     """Cases in which any two values of any two axes that are possible together meet; a greedy choice of random ones."""
     rng = random.Random(seed)
-
-    def pairs(case: Case) -> set[Any]:
-        return set(itertools.combinations(enumerate(astuple(case)), 2))
-
     drawn = [Case(**{name: rng.choice(values) for name, values in AXES.items()}) for _ in range(6000)]
-    drawn = [case for case in drawn if case.possible]
-    left = set().union(*map(pairs, drawn))
-    chosen = []
+    pairs = {
+        case: set(itertools.combinations(((name, getattr(case, name)) for name in AXES), 2))
+        for case in drawn
+        if case.possible
+    }
+    left, chosen = set().union(*pairs.values()), []
     while left:
-        best = max(drawn, key=lambda case: len(pairs(case) & left))
+        best = max(pairs, key=lambda case: len(pairs[case] & left))
         chosen.append(best)
-        left -= pairs(best)
+        left -= pairs[best]
     return chosen
 
 
