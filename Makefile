@@ -5,12 +5,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: demo test test-asan bench lint setup clean
+.PHONY: demo test pytest test-asan bench lint setup clean
 
 demo: setup
 	$(BIN)/cdistill demo
 
-test: setup lint
+# mypy needs one core for a minute or two, beside which the tests go on.
+test: setup
+	$(MAKE) -j2 lint pytest
+
+pytest: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
 
 # The C++ module under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the sources; 2 minutes.
