@@ -14,8 +14,8 @@ from torch import Tensor
 from benchmarks._contenders import DTYPES
 from benchmarks._distillation import IGNORED, Contender, Problem, Size, draw
 from benchmarks._exactness import Check, InexactError, Results, check_assertion, fault, gradients, main, run_all, worst
+from cdistill.choices import DIVERGENCES
 from cdistill.ops import linear_distillation, reference
-from cdistill.ops.linear_distillation import DIVERGENCES
 
 MODULE = "benchmarks._exactness_distillation"
 WEIGHTS = (0.7, 1.3)

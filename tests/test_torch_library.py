@@ -180,11 +180,14 @@ def test_autocast_does_not_round_linear_distillation(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck_of_linear_distillation(impl, k):
     student, teacher, topk, labels = heads(impl, k=k)
-    options = ("jsd", 1.5, 0.4, -100, 29, 4, 1.0, 2.0, impl)
+    weights = torch.rand(len(labels), device=labels.device)
+    options = ("jsd", 1.5, 0.4, -100, 29, 4, True, 0.5, 3.0, 1.0, 0.0)
     for wanted in ((True, True, True), (True, False, False), (False, False, False)):
         leaves = [x if w else x.detach() for x, w in zip(student, wanted, strict=True)]
-        arguments = (*leaves, *teacher, *(topk or (None, None)), labels, *options, *wanted)
-        torch.library.opcheck(torch.ops.cdistill.linear_distillation, arguments)
+        inputs = (*leaves, *teacher, *(topk or (None, None)), labels, weights)
+        torch.library.opcheck(torch.ops.cdistill.linear_distillation, (*inputs, *options, 1.0, 2.0, impl, *wanted))
+    detached = [x if x is None else x.detach() for x in inputs]
+    torch.library.opcheck(torch.ops.cdistill.linear_token_losses, (*detached, *options, impl))
 
 
 def test_bad_positions_raise_from_compiled_code():

@@ -99,6 +99,10 @@ class _AnyTokenizer:
     def get_vocab(self) -> dict[str, int]:
         return dict.fromkeys(("<|endoftext|>", "</s>", "<|im_start|>", "<|im_end|>"), 0)
 
+    def __call__(self, text: str, **options: object) -> dict[str, list[int]]:
+        """Ids of a text that ends with one of these tokens."""
+        return {"input_ids": [0]}
+
 
 def _picture(image: ImageFile | ImageBytes, opened: Image.Image) -> Picture:
     name = str(image.path) if isinstance(image, ImageFile) else image.name

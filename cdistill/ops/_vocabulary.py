@@ -283,7 +283,7 @@ def _row_losses(
     chunk, buffers, slopes = _chunks(inputs, options, len(rows), wanted)
     hidden, student_head = inputs.student_hidden, inputs.student_head[:V]
     student_bias, teacher_bias = (x if x is None else x[:V] for x in (inputs.student_bias, inputs.teacher_bias))
-    found = RowLosses(rows, *(hidden.new_empty(len(rows), dtype=torch.float32) for _ in range(3)))
+    found = RowLosses(rows, *(hidden.new_zeros(len(rows), dtype=torch.float32) for _ in range(3)))
     for start in range(0, len(rows), chunk):
         part = slice(start, start + chunk)
         index = rows[part]
