@@ -137,7 +137,7 @@ class VATConfig:
     target: Target = "stored"
     """What is kept of the teacher's pass: the slice of every window, (rows, visual tokens) of each sample; or the queries and
     keys of its aligned layers, from which the slices are recomputed beside the student's (`cdistill.ops.attention_relation`):
-    no slice is ever stored, which pays where rows times visual tokens are many. Needs engine sdpa."""
+    both in blocks of 288 rows (512 on a GPU), of which the last waits for the backward pass. Needs engine sdpa."""
 
     def __post_init__(self) -> None:
         check_choices(self, "vat")

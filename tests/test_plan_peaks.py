@@ -109,4 +109,6 @@ def test_an_aligned_layer_keeps_its_slice(sized, tmp_path, rows):
     assert slices <= kept[1]["activations"] - kept[0]["activations"] < 1.1 * slices
     vat = {"layers": "all", "rows": rows, "target": "recomputed"}
     recipe = recipe_of(tmp_path / "run", sized, stages=["dft"], vat=vat)
-    assert plan(recipe, **options).stages[0].phases["losses"]["activations"] - kept[0]["activations"] < 0.2 * slices
+    found = plan(recipe, **options).stages[0].phases["losses"]
+    # the last block of rows of both models' slices, which here has all of them
+    assert 2 * slices <= found["activations"] - kept[0]["activations"] < 2.2 * slices
