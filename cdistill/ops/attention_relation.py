@@ -1,4 +1,4 @@
-"""Distance of a student's attention from a teacher's, both recomputed from queries and keys: no more than a block of rows exists.
+"""Distance of a student's attention from a teacher's, both recomputed from queries and keys: a block of rows at a time.
 
 A relation says what takes the place of queries and keys: "qk" queries and keys, as in attention; "qq" queries, "kk" keys and
 "vv" values among themselves, as MiniLM and LinearARD relate tokens, softmax over all tokens that a row sees. "qq" reads q
