@@ -91,7 +91,7 @@ def without_tokenizer(name: str) -> Template:
 
 class _AnyTokenizer:
     image_token = IMAGE_TOKEN
-    chat_template = None
+    chat_template = bos_token_id = None
 
     def __init__(self) -> None:
         self.special_tokens_map: dict[str, str] = {}
