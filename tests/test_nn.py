@@ -173,12 +173,14 @@ def test_what_cannot_be_right_is_refused(drawn):
     for options, message in (
         ({"reduction": "avg"}, "reduction must be one of mean, sum, none, got 'avg'"),
         ({"divergence": "kl"}, "divergence must be one of forward_kl, reverse_kl, jsd, got 'kl'"),
+        ({"ce_weight": 0.0, "kd_weight": 0.0}, "ce_weight and kd_weight must not both be 0"),
         ({"beta": 1.5}, "beta must be from 0 to 1, got 1.5"),
         ({"softcap": 3.0}, "softcap: no option of DistillationHead"),
     ):
         with pytest.raises(ValueError, match=message):
             DistillationHead(**options)
     for head, given, message in (
+        (DistillationHead(ce_weight=0.0), {"labels": labels}, "a teacher must be given where ce_weight is 0"),
         (DistillationHead(), {"labels": None}, "labels must be given where ce_weight is not 0"),
         (DistillationHead(), {"labels": labels[:-1]}, r"hidden must have the shape of labels \(19,\), got \(20, 16\)"),
         (DistillationHead(reduction="sum"), {"labels": labels, "num_items": 3}, "num_items is what a mean divides by"),
@@ -188,3 +190,21 @@ def test_what_cannot_be_right_is_refused(drawn):
             head(hidden, weight, **given)
     with pytest.raises(ValueError, match="reduction must be batchmean, sum, mean or none, got 'avg'"):
         generalized_jsd_loss(hidden, hidden, reduction="avg")
+    for changes, message in (
+        ({"temperature": 0}, "temperature must be a finite number above 0, got 0"),
+        ({"student_logits": hidden.double()}, "student_logits must be float16, bfloat16 or float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generalized_jsd_loss(**({"student_logits": hidden, "teacher_logits": hidden} | changes))
+
+
+def test_a_second_derivative_is_refused(drawn):
+    hidden, weight, _ = leaves(drawn)
+    losses = (
+        generalized_jsd_loss(hidden, hidden.detach() * 2).square(),
+        DistillationHead(reduction="none")(hidden, weight, drawn["labels"]).loss.square().sum(),
+    )
+    for loss in losses:
+        (first,) = torch.autograd.grad(loss, hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            first.square().sum().backward()

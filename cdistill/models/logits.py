@@ -87,10 +87,11 @@ def _tried(model: Any) -> tuple[Tensor, Tensor]:
         return given[-1]
 
     device = model.get_input_embeddings().weight.device
-    training, hook = model.training, head.register_forward_hook(replace)
+    training, hook = {m: m.training for m in model.modules()}, head.register_forward_hook(replace)
     try:
         logits = model.eval()(input_ids=torch.arange(4, device=device)[None], use_cache=False).logits
     finally:
         hook.remove()
-        model.train(training)
+        for module, mode in training.items():  # each has its own: a frozen encoder may stay in evaluation
+            module.training = mode
     return given[-1].float(), logits.float()

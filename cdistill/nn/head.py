@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from cdistill.choices import DIVERGENCES
 from cdistill.ops import linear_distillation, linear_token_losses
@@ -61,6 +62,8 @@ class DistillationHead(nn.Module):
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         if not is_number(beta) or not 0 <= beta <= 1:
             raise ValueError(f"beta must be from 0 to 1, got {beta!r}")
+        if not ce_weight and not kd_weight:
+            raise ValueError("ce_weight and kd_weight must not both be 0")
         unknown = set(options) - _OPTIONS
         if unknown:
             raise ValueError(
@@ -71,6 +74,7 @@ class DistillationHead(nn.Module):
         self.weights = (float(ce_weight), float(kd_weight))
         self.reduction, self.ignore_index, self.shift = reduction, ignore_index, shift
         self.options = options | {"divergence": divergence, "beta": beta, "temperature": temperature}
+        self.options["ignore_index"] = ignore_index
 
     def extra_repr(self) -> str:
         return f"ce_weight={self.weights[0]}, kd_weight={self.weights[1]}, reduction={self.reduction!r}, {self.options}"
@@ -104,11 +108,12 @@ class DistillationHead(nn.Module):
         Where all labels are ignored every loss is 0, with gradient 0.
 
         Raises:
-            ValueError: a shape, dtype, device or value that `cdistill.ops.linear_distillation` refuses, or weights with
-                reduction "none".
+            ValueError: what `cdistill.ops.linear_distillation` refuses, or weights with reduction "none".
         """
         if num_items is not None and self.reduction != "mean":
             raise ValueError(f"num_items is what a mean divides by, and reduction is {self.reduction!r}")
+        if not self.weights[0] and teacher_hidden is None and teacher_topk is None:
+            raise ValueError("a teacher must be given where ce_weight is 0: nothing would be learned")
         if labels is None:
             if self.weights[0] != 0:
                 raise ValueError("labels must be given where ce_weight is not 0")
@@ -120,7 +125,6 @@ class DistillationHead(nn.Module):
         arguments: Any = (*_autocast(rows["hidden"], weight), *_autocast(taught, teacher_weight), labels)
         topk = None if teacher_topk is None else (rows["values"], rows["indices"])
         options: dict[str, Any] = self.options | {
-            "ignore_index": self.ignore_index,
             "student_bias": bias,
             "teacher_bias": teacher_bias,
             "teacher_topk": topk,
@@ -191,6 +195,7 @@ class _EachLoss(torch.autograd.Function):
         return loss.view_as(loss)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         made: list[Any] = [x if x is None else x.detach().requires_grad_(x.requires_grad) for x in ctx.saved_tensors]
         options = ctx.options | {"student_bias": made[2], "weights": grads[0].flatten()}

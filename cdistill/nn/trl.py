@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from cdistill.ops._contract import DTYPES, is_number
 from cdistill.ops._dispatch import backend
 from cdistill.ops._problem import VocabularyOptions, VocabularyRows
 
@@ -31,7 +33,7 @@ def generalized_jsd_loss(
     """Divergence of the softmaxes of two models' logits, as TRL's GKDTrainer has it (Agarwal et al. 2024, equation 1).
 
     Args:
-        student_logits, teacher_logits: (..., V) fp16, bf16 or fp32 of one dtype; the teacher gets no gradient. Where they exist
+        student_logits, teacher_logits: (..., V) fp16, bf16 or fp32; the teacher gets no gradient. Where they exist
             already this is the loss to use; `DistillationHead` never makes them.
         labels: (...) with -100 where a token does not count; all count if None.
         beta: from 0, KL(teacher || student), to 1, KL(student || teacher); between them the generalised JSD.
@@ -45,15 +47,7 @@ def generalized_jsd_loss(
     Raises:
         ValueError: other shapes than these, or a reduction that is not named here.
     """
-    if reduction not in ("batchmean", "sum", "mean", "none"):
-        raise ValueError(f"reduction must be batchmean, sum, mean or none, got {reduction!r}")
-    if student_logits.shape != teacher_logits.shape:
-        shapes = f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
-        raise ValueError(f"student_logits and teacher_logits must have the same shape, got {shapes}")
-    if labels is not None and labels.shape != student_logits.shape[:-1]:
-        raise ValueError(f"labels must have shape {tuple(student_logits.shape[:-1])}, got {tuple(labels.shape)}")
-    if isinstance(beta, bool) or not 0 <= beta <= 1:
-        raise ValueError(f"beta must be from 0 to 1, got {beta!r}")
+    _check(student_logits, teacher_logits, labels, beta, temperature, reduction)
     teacher_logits = teacher_logits.detach()
     if logits_are_probs:
         student_logits, teacher_logits = (x.float().clamp_min(1e-8).log() for x in (student_logits, teacher_logits))
@@ -77,6 +71,30 @@ def generalized_jsd_loss(
     return total / (max(len(student), 1) if labels is not None else first)
 
 
+def _check(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    beta: float,
+    temperature: float,
+    reduction: str,
+) -> None:
+    if reduction not in ("batchmean", "sum", "mean", "none"):
+        raise ValueError(f"reduction must be batchmean, sum, mean or none, got {reduction!r}")
+    if student_logits.shape != teacher_logits.shape:
+        shapes = f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+        raise ValueError(f"student_logits and teacher_logits must have the same shape, got {shapes}")
+    if labels is not None and labels.shape != student_logits.shape[:-1]:
+        raise ValueError(f"labels must have shape {tuple(student_logits.shape[:-1])}, got {tuple(labels.shape)}")
+    if not is_number(beta) or not 0 <= beta <= 1:
+        raise ValueError(f"beta must be from 0 to 1, got {beta!r}")
+    for name, x in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} must be float16, bfloat16 or float32, got {x.dtype}")
+    if not is_number(temperature) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be a finite number above 0, got {temperature!r}")
+
+
 def _terms(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     """What each token of the vocabulary adds to the divergence of logits (..., V)."""
     p, q = student.log_softmax(-1), teacher.log_softmax(-1)
@@ -94,7 +112,8 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor, divergence: str, beta: float, temperature: float) -> Tensor:
         chosen = backend(None, student, "student_logits")
         count, V = student.shape
-        dtype = torch.float32 if student.dtype == torch.float16 and not student.is_cuda else student.dtype
+        dtype = torch.promote_types(student.dtype, teacher.dtype)
+        dtype = torch.float32 if dtype == torch.float16 and not student.is_cuda else dtype
         rows = student.new_empty(2, count, -(-V // ROW_UNIT) * ROW_UNIT, dtype=dtype)[:, :, :V]
         rows[0], rows[1] = student, teacher
         labels = torch.zeros(count, dtype=torch.int64, device=student.device)
@@ -108,6 +127,7 @@ class _Divergence(torch.autograd.Function):
         return kd.sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return (gradient * grads[0]).to(ctx.dtype), None, None, None, None
