@@ -34,6 +34,7 @@ from transformers import (
 
 import cdistill
 from cdistill.choices import KDConfig
+from cdistill.models.logits import after_head
 from cdistill.models.parts import named_parts
 from cdistill.vat import VAT, VATConfig, attention_layers
 
@@ -125,6 +126,15 @@ def test_it_is_in_the_losses_without_a_teachers_too():
     expected = student(**batch).logits[:, :-1].flatten(0, 1)
     expected = F.cross_entropy(expected, batch["labels"][:, 1:].flatten(), ignore_index=-100)
     torch.testing.assert_close(losses["ar"], expected)
+
+
+def test_a_model_that_is_tried_keeps_the_modes_of_its_modules():
+    student, _ = heeding(build_pair("llava_llama"), Capped, Capped)
+    student.train()
+    student.model.vision_tower.eval()
+    modes = [module.training for module in student.modules()]
+    assert after_head(student).softcap == 3.0
+    assert [module.training for module in student.modules()] == modes and len(set(modes)) == 2
 
 
 def test_what_a_model_does_to_its_logits_is_refused_where_no_field_says_it():
