@@ -9,6 +9,9 @@ from . import _launch
 # Elements from one token to the next at which offsets within a block of 128 tokens leave 32 bits.
 FAR = 2**24
 
+# Architectures on which what needs the mask has a loop of its own, in kernels of 2-byte elements (their loops say why).
+PARTED = {"flash_forward": (80, 86, 89, 120), "flash_dkdv": (90,)}
+
 
 @triton.jit
 def block_pointers(
@@ -38,6 +41,27 @@ def load_block(
     """(BT, BD) vectors from position i_t on, zeros beyond T and D; AGAIN as for `load_rows`."""
     m_tile = (i_t + tl.arange(0, BT) < T)[:, None] & (tl.arange(0, BD) < D)[None, :]
     return tl.load(block_pointers(p_x, i_t, stride_t, UNIT, BT, BD), mask=m_tile, other=0.0, volatile=AGAIN)
+
+
+@triton.jit
+def load_key_block(
+    p_x,  # (T, D) keys or values of one sample and head
+    i_n,
+    T,
+    stride_t,
+    UNIT: tl.constexpr,
+    D: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """`load_block`, with PLAIN of positions none of which is beyond T."""
+    p_tile, m_tile = block_pointers(p_x, i_n, stride_t, UNIT, BN, BD), None
+    if D != BD:
+        m_tile = (tl.arange(0, BD) < D)[None, :]
+    if not PLAIN:
+        m_tile = (i_n + tl.arange(0, BN) < T)[:, None] & (tl.arange(0, BD) < D)[None, :]
+    return tl.load(p_tile, mask=m_tile, other=None if m_tile is None else 0.0)
 
 
 @triton.jit
@@ -77,6 +101,13 @@ def key_blocks(
         first = first // BN * BN
     plain_stop = tl.minimum(all_see, stop) // BN * BN
     return first, plain, plain_stop, tl.minimum(any_sees, stop)
+
+
+@triton.jit
+def apart(first, plain, plain_stop):
+    """[plain, plain_stop) of `key_blocks`, empty at ``first`` where it is of no use."""
+    m_any = plain < plain_stop
+    return tl.where(m_any, plain, first), tl.where(m_any, plain_stop, first)
 
 
 @triton.jit(do_not_specialize=_launch.BATCH_DEPENDENT)
@@ -121,6 +152,11 @@ def problem_arguments(problem) -> dict:
     heads = problem.q.shape[1]
     arguments = {"Hq": heads, "GROUP": heads // problem.k.shape[1], "CAUSAL": problem.causal, "scale": problem.scale}
     return arguments | key_bounds(problem.key_mask)
+
+
+def parted(kernel: str, q: torch.Tensor) -> bool:
+    """Whether this kernel's blocks that need the mask have a loop of their own."""
+    return q.element_size() == 2 and _launch.architecture(q.device) in PARTED[kernel]
 
 
 def key_bounds(key_mask: torch.Tensor | None) -> dict:

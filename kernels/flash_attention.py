@@ -19,10 +19,13 @@ import triton.language as tl
 
 from . import _launch
 from ._flash_blocks import (
+    apart,
     key_blocks,
     launch_blocks,
     like,
     load_block,
+    load_key_block,
+    parted,
     problem_arguments,
     store_block,
 )
@@ -68,6 +71,7 @@ def flash_forward_kernel(
     scale,  # > 0: the running maximum of s*scale is then that of s
     GROUP: tl.constexpr,
     CAUSAL: tl.constexpr,
+    PARTED: tl.constexpr,
     UNIT: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
@@ -101,24 +105,39 @@ def flash_forward_kernel(
     b_max = tl.full((BM,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BM,), tl.float32)
     b_acc = tl.zeros((BM, BD), tl.float32)
-    for i_n in tl.range(first, stop, BN):
-        b_k = load_block(p_k, i_n, T, stride_kt, UNIT, D, BN, BD)
-        b_s = scores(b_q, b_k)
-        if CAREFUL or (i_n < plain) | (i_n >= plain_stop):
-            b_col = load_keys(None, p_mask, i_n + tl.arange(0, BN), T)
-            b_s = tl.where(visible(o_m[:, None], b_col[None, :], CAUSAL), b_s, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1) * (scale * LOG2E))
-        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_decay = tl.exp2(b_max - b_safe)
-        b_p = exponentials(b_s, scale, b_safe[:, None])
-        b_v = load_block(p_v, i_n, T, stride_vt, UNIT, D, BN, BD)
-        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-        if CAREFUL:
-            m_bad = visible(o_m[:, None], b_col[None, :], CAUSAL) & not_finite(b_v)[None, :]
-            b_sum += tl.where(tl.max(m_bad.to(tl.int32), 1) != 0, float("nan"), 0.0)
-            b_v = finite(b_v)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="ieee")
-        b_max = b_new
+    # Where scores go from one product to the next in registers (mma.sync), an `if` in the loop parts the two, and they take the
+    # way through shared memory: there what needs the mask has a loop of its own. Hopper's products do not mind the `if`; two
+    # loops take registers there, and with the plain one first ptxas serialises the products.
+    TWO: tl.constexpr = PARTED and not CAREFUL
+    if TWO:
+        plain, plain_stop = apart(first, plain, plain_stop)
+    for PLAIN in tl.static_range(TWO, -1, -1):
+        begin, end = first, stop
+        if PLAIN:
+            begin, end = plain, plain_stop
+        elif TWO:
+            end -= plain_stop - plain
+        for i_step in tl.range(begin, end, BN):
+            i_n = i_step
+            if TWO and not PLAIN:
+                i_n = tl.where(i_step < plain, i_step, i_step + (plain_stop - plain))
+            b_k = load_key_block(p_k, i_n, T, stride_kt, UNIT, D, BN, BD, PLAIN)
+            b_s = scores(b_q, b_k)
+            if not PLAIN and (TWO or CAREFUL or (i_n < plain) | (i_n >= plain_stop)):
+                b_col = load_keys(None, p_mask, i_n + tl.arange(0, BN), T)
+                b_s = tl.where(visible(o_m[:, None], b_col[None, :], CAUSAL), b_s, float("-inf"))
+            b_new = tl.maximum(b_max, tl.max(b_s, 1) * (scale * LOG2E))
+            b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+            b_decay = tl.exp2(b_max - b_safe)
+            b_p = exponentials(b_s, scale, b_safe[:, None])
+            b_v = load_key_block(p_v, i_n, T, stride_vt, UNIT, D, BN, BD, PLAIN)
+            b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+            if CAREFUL:
+                m_bad = visible(o_m[:, None], b_col[None, :], CAUSAL) & not_finite(b_v)[None, :]
+                b_sum += tl.where(tl.max(m_bad.to(tl.int32), 1) != 0, float("nan"), 0.0)
+                b_v = finite(b_v)
+            b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="ieee")
+            b_max = b_new
     check(b_acc, p_again, CAREFUL)
     m_seen = o_m < T
     if p_bounds is not None:
@@ -142,7 +161,7 @@ def flash_forward(problem):
     out, lse = like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     split = lse.new_empty((2, *lse.shape))
     if out.numel():
-        arguments = {"p_lse": lse, "p_split": split, **problem_arguments(problem)}
+        arguments = {"p_lse": lse, "p_split": split, "PARTED": parted("flash_forward", q), **problem_arguments(problem)}
         tensors = {"q": q, "k": problem.k, "v": problem.v, "out": out}
         launch_blocks(flash_forward_kernel, "flash_forward", "out", tensors, **arguments)
     return out, lse, split

@@ -11,6 +11,7 @@ from ._flash_blocks import (
     launch_blocks,
     like,
     load_block,
+    parted,
     problem_arguments,
     store_block,
 )
@@ -113,6 +114,7 @@ def flash_dkdv_kernel(
     scale,
     GROUP: tl.constexpr,
     CAUSAL: tl.constexpr,
+    PARTED: tl.constexpr,
     UNIT: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
@@ -159,37 +161,48 @@ def flash_dkdv_kernel(
     b_dk = tl.zeros((BN, BD), tl.float32)
     b_dv = tl.zeros((BN, BD), tl.float32)
     n_steps = n_blocks * GROUP
-    for i_step in tl.range(0, n_steps):
-        i_g = tl.cast(i_step % GROUP, tl.int64)
-        i_m = (first + i_step // GROUP) * BM
-        o_m = i_m + tl.arange(0, BM)
-        b_q = load_block(p_q + i_g * stride_qh * UNIT, i_m, T, stride_qt, UNIT, D, BM, BD)
-        b_sT = scores(again(b_k, p_k, i_n, T, stride_kt, UNIT, D, BN, BD), b_q)
-        b_dpT = tl.zeros((BN, BM), tl.float32)
-        if p_dout is not None:
-            b_dout = load_block(p_dout + i_g * stride_douth * UNIT, i_m, T, stride_doutt, UNIT, D, BM, BD)
-            b_dpT = scores(again(b_v, p_v, i_n, T, stride_vt, UNIT, D, BN, BD), b_dout)
-        p_row = p_rows + i_g * 3 * T + o_m
-        b_max = tl.load(p_row, mask=o_m < T, other=float("inf"))
-        b_share = tl.load(p_row + T, mask=o_m < T, other=0.0) * headroom
-        b_pT = exponentials(b_sT, scale, b_max[None, :]) * b_share[None, :]
-        if CAUSAL and i_m < i_n + BN - 1:
-            b_pT = tl.where(o_m[None, :] >= o_n[:, None], b_pT, 0.0)
-        b_delta = tl.load(p_row + 2 * T, mask=o_m < T, other=0.0)
-        b_dsT = b_pT * ((b_dpT - b_delta[None, :]) * b_gain)
-        if CAREFUL:
-            m_adds = (b_max != float("inf"))[None, :] & (o_n >= 0)[:, None]
-            if CAUSAL:
-                m_adds &= o_m[None, :] >= o_n[:, None]
-            b_dsT = tl.where(m_adds, b_dsT, 0.0)
-            b_q = finite(b_q)
+    # On Hopper the diagonal has a loop of its own, before the other: without the `if`, 64 queries a step fit the registers.
+    TWO: tl.constexpr = PARTED and CAUSAL and not CAREFUL
+    n_diagonal = 0
+    if TWO:
+        n_diagonal = tl.minimum(tl.cdiv(i_n + BN - 1, BM) - first, n_blocks) * GROUP
+    for PLAIN in tl.static_range(1 + TWO):
+        begin, end = 0, n_steps
+        if PLAIN:
+            begin = n_diagonal
+        elif TWO:
+            end = n_diagonal
+        for i_step in tl.range(begin, end):
+            i_g = tl.cast(i_step % GROUP, tl.int64)
+            i_m = (first + i_step // GROUP) * BM
+            o_m = i_m + tl.arange(0, BM)
+            b_q = load_block(p_q + i_g * stride_qh * UNIT, i_m, T, stride_qt, UNIT, D, BM, BD)
+            b_sT = scores(again(b_k, p_k, i_n, T, stride_kt, UNIT, D, BN, BD), b_q)
+            b_dpT = tl.zeros((BN, BM), tl.float32)
             if p_dout is not None:
-                b_pT += tl.where(not_finite(b_dout), float("nan"), 0.0)[None, :]
-                b_dout = finite(b_dout)
-            b_pT = tl.where(m_adds, b_pT, 0.0)
-        if p_dout is not None:
-            b_dv = tl.dot(b_pT.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
-        b_dk = tl.dot(b_dsT.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+                b_dout = load_block(p_dout + i_g * stride_douth * UNIT, i_m, T, stride_doutt, UNIT, D, BM, BD)
+                b_dpT = scores(again(b_v, p_v, i_n, T, stride_vt, UNIT, D, BN, BD), b_dout)
+            p_row = p_rows + i_g * 3 * T + o_m
+            b_max = tl.load(p_row, mask=o_m < T, other=float("inf"))
+            b_share = tl.load(p_row + T, mask=o_m < T, other=0.0) * headroom
+            b_pT = exponentials(b_sT, scale, b_max[None, :]) * b_share[None, :]
+            if CAUSAL and not PLAIN and (TWO or i_m < i_n + BN - 1):
+                b_pT = tl.where(o_m[None, :] >= o_n[:, None], b_pT, 0.0)
+            b_delta = tl.load(p_row + 2 * T, mask=o_m < T, other=0.0)
+            b_dsT = b_pT * ((b_dpT - b_delta[None, :]) * b_gain)
+            if CAREFUL:
+                m_adds = (b_max != float("inf"))[None, :] & (o_n >= 0)[:, None]
+                if CAUSAL:
+                    m_adds &= o_m[None, :] >= o_n[:, None]
+                b_dsT = tl.where(m_adds, b_dsT, 0.0)
+                b_q = finite(b_q)
+                if p_dout is not None:
+                    b_pT += tl.where(not_finite(b_dout), float("nan"), 0.0)[None, :]
+                    b_dout = finite(b_dout)
+                b_pT = tl.where(m_adds, b_pT, 0.0)
+            if p_dout is not None:
+                b_dv = tl.dot(b_pT.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
+            b_dk = tl.dot(b_dsT.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
     check(tl.where(m_real[:, None], b_dk * 0.0 + b_dv * 0.0, 0.0), p_again, CAREFUL)
     p_dk += (i_b * stride_dkb + i_kv * stride_dkh) * UNIT
     store_block(p_dk, i_n, b_dk * (scale / (headroom * b_gain)), m_real, stride_dkt, UNIT, D, BN, BD)
@@ -268,6 +281,7 @@ def flash_dq_kernel(
         b_dout = load_block(p_dout, i_m, T, stride_doutt, UNIT, D, BM, BD)
 
     b_dq = tl.zeros((BM, BD), tl.float32)
+    # One loop with an `if`: a loop for the mask alone saves no access of shared memory here and takes registers.
     for i_n in tl.range(first, stop, BN):
         b_k = load_block(p_k, i_n, T, stride_kt, UNIT, D, BN, BD)
         b_s = scores(again(b_q, p_q, i_m, T, stride_qt, UNIT, D, BM, BD), b_k)
@@ -328,6 +342,7 @@ def flash_backward(problem, out, dout, dlse):
     launch_blocks(flash_rows_kernel, "flash_rows", "out", tensors, _launch.launch, **arguments)
     arguments = {"p_rows": rows, "p_gain": _gain(v, dout, rows[:, :, 2], key_mask), **problem_arguments(problem)}
     tensors = {"q": q, "k": k, "v": v, "dout": dout}
-    launch_blocks(flash_dkdv_kernel, "flash_dkdv", "dk", {**tensors, "dk": dk, "dv": dv}, **arguments)
+    loops = {"PARTED": parted("flash_dkdv", q)}
+    launch_blocks(flash_dkdv_kernel, "flash_dkdv", "dk", {**tensors, "dk": dk, "dv": dv}, **arguments, **loops)
     launch_blocks(flash_dq_kernel, "flash_dq", "dq", {**tensors, "dq": dq}, **arguments)
     return dq, dk, dv

@@ -143,6 +143,7 @@ def slice_backward_rows_kernel(
         if p_cosine is not None:
             b_gT = b_pT * b_cos[None, :] - b_gT * b_inverse[None, :]
         b_dsT = b_pT * (b_gT * b_gain)
+        # An `if`, because positions come in any order: no range of blocks is known to be visible before they are read.
         if not wholly_visible(b_row, b_col, CAUSAL):
             b_dsT = tl.where(visible(b_row[None, :], b_col[:, None], CAUSAL), b_dsT, 0.0)
         b_dlse -= tl.sum(b_dsT, 0)

@@ -2,9 +2,11 @@
 
 import re
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
+from cdistill.kernels import _flash_blocks, _launch
 from op_cases import CASES, Case, assert_as_exact_as_eager, device_of, draw, moved
 
 from cdistill.ops import flash_attention, reference
@@ -87,6 +89,30 @@ def test_matches_float64_in_half_precision(name, impl):
     rounded, _ = eager(inputs, case, torch.float16, ("out", "lse"))
     got = ours(inputs, case, ("out", "lse"), impl)
     assert got[0].dtype == torch.float16 and got[1].dtype == torch.float32
+    cpu = [[x.cpu() for x in results] for results in (got, rounded, exact)]
+    assert_as_exact_as_eager(*cpu)
+
+
+LONG = Case(batch=1, q_heads=2, k_heads=1, tokens=100, width=16, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("causal", "hidden"),
+    [(True, None), (True, slice(0, 40)), (True, slice(70, 71)), (False, slice(80, 100)), (False, slice(0, 90))],
+)
+def test_loops_with_the_mask_apart(causal, hidden):
+    """What some GPUs run: no block is left out and none counted twice, whatever keys are hidden, all blocks plain or none."""
+    case = replace(LONG, causal=causal)
+    inputs = inputs_of(case, "triton")
+    if hidden is not None:
+        inputs["key_mask"] = torch.ones(1, case.tokens, dtype=torch.bool, device=inputs["q"].device)
+        inputs["key_mask"][:, hidden] = False
+    exact, lives = eager(inputs, case, torch.float64, ("out", "lse"))
+    rounded, _ = eager(inputs, case, torch.float16, ("out", "lse"))
+    here = _launch.architecture(inputs["q"].device)
+    with mock.patch.dict(_flash_blocks.PARTED, {"flash_forward": (here,), "flash_dkdv": (here,)}):
+        got = ours(inputs, case, ("out", "lse"), "triton")
+    got[1] = got[1].masked_fill(~lives, 0.0)
     cpu = [[x.cpu() for x in results] for results in (got, rounded, exact)]
     assert_as_exact_as_eager(*cpu)
 
