@@ -3,6 +3,7 @@
 import gc
 import os
 
+import forks
 import interpreter
 import pytest
 import torch
@@ -16,6 +17,16 @@ torch.set_num_threads(1)
 
 if not torch.cuda.is_available():
     interpreter.hasten()
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # not a worker of pytest-xdist, which shares the session's
+        forks.begin_session()
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        forks.end_session()
 
 
 def pytest_collection_finish():
