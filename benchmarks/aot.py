@@ -1,7 +1,8 @@
 """Registers, spills and shared memory of every Triton kernel, compiled ahead of time: `python -m benchmarks.aot`.
 
 The table, benchmarks/results/aot.csv, names each configuration by a hash of the kernel's code and of what it is compiled for:
-after a change only what changed is compiled again. Needs no GPU.
+after a change only what changed is compiled again. Needs no GPU. A count that is empty was not known yet when its configuration
+was compiled; on Hopper none is.
 
 The launchers run on meta tensors with the launch recorded instead of made, so what is compiled is exactly
 what they would launch.
@@ -9,13 +10,14 @@ what they would launch.
 
 import argparse
 import ast
+import contextlib
 import csv
 import functools
 import hashlib
+import io
 import itertools
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -26,10 +28,12 @@ from unittest import mock
 import torch
 import triton
 from cdistill.kernels import _launch, backend, flash_attention, flash_gradient, vocabulary_losses
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from benchmarks import _compiled
 from cdistill import choices
 from cdistill.ops._problem import AttentionProblem, Comparison, VocabularyOptions, VocabularyRows
 
@@ -56,8 +60,25 @@ POINTERS = {
 }
 CAREFUL_HEAD_DIMS = (64,)  # programs that hardly ever run are compiled for these alone
 COMPILED_FOR = ("num_warps", "num_stages")
+BENCHMARKED_HEAD_DIMS = (64, 128)  # of benchmarks/_contenders.py: compiled for its main shape, too
+# Of kernels with Hopper's own matrix instructions: products that several warps repeat, instructions that wait for each other,
+# and in loops what there is between products. Flash attention needs no more of shared memory than 6 numbers of rows a product;
+# 30 are a key mask's at head dimension 256. A slice's gradient is read in a layout of its own, two bytes at a time as long as
+# its columns may end anywhere, and moved to that of the scores; so is the target of the cosine of heads, whose sums cross
+# warps.
+MOST_ON_HOPPER = {
+    "replicated_wgmma": 0,
+    "serialised_wgmma": 0,
+    "tile_conversions": 0,
+    "shared_accesses": 32,
+    "narrow_loads": 0,
+}
+MORE_ON_HOPPER = {
+    "slice_backward_rows_kernel": {"tile_conversions": 1, "shared_accesses": 64, "narrow_loads": 32},
+    "slice_backward_cols_kernel": {"tile_conversions": 1, "narrow_loads": 32},
+    "head_cosine_kernel": {"tile_conversions": 1, "shared_accesses": 128},
+}
 TABLE = Path(__file__).parent / "results/aot.csv"
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 @functools.cache
@@ -97,8 +118,34 @@ def recorded(call, arch: int, multiprocessors: int = 1) -> list[tuple]:
     return launches
 
 
+def benchmarked_launches(arch: int, head_dim: int, dtype: torch.dtype) -> list[tuple]:
+    """What `attention_with_alignment` and `row_lse` launch at the benchmark's main shape: a kv head per head, no key mask."""
+    B, H, T, R, V = 4, 16, 4096, 256, 2880
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    def call():
+        q = empty(B, H, T, head_dim, dtype=dtype)
+        rows, cols = empty(B, R, dtype=torch.int64), empty(B, V, dtype=torch.int64)
+        x = AttentionProblem(q, q, q, None, True, head_dim**-0.5, rows, cols)
+        out, _, lse = flash_attention.flash_forward(x)
+        x = x._replace(lse=lse)
+        backend.slice_forward(x)
+        backend.slice_backward(
+            x, empty(B, R, V, dtype=dtype), lambda dlse: flash_gradient.flash_backward(x, out, out, dlse)[:2]
+        )
+        backend.row_lse(x)
+        backend.row_lse_backward(x, empty(B, H, T))
+
+    return [launch for launch in recorded(call, arch, multiprocessors=132) if not launch[1].get("CAREFUL")]
+
+
 def attention_launches(arch: int, head_dim: int, dtype: torch.dtype) -> list[tuple]:
-    """One launch of every attention kernel, causal: with grouped heads and a split lse; with a key mask and a natural lse."""
+    """One launch of every attention kernel, causal: with grouped heads and a split lse; with a key mask and a natural lse.
+
+    At the head dimensions of the benchmark also its own launches, in the dtype that it is in.
+    """
     B, Hq, T, R, V = 2, 8, 4096, 256, 2880
     few = Hq * head_dim - 8  # columns for which the backward pass keeps no dq
 
@@ -131,7 +178,10 @@ def attention_launches(arch: int, head_dim: int, dtype: torch.dtype) -> list[tup
         flash_gradient.flash_backward(x._replace(lse=split), out, out, dlse)
 
     mask = empty(B, T, dtype=torch.bool)
-    return recorded(lambda: call(2, None), arch) + recorded(lambda: call(Hq, mask), arch, multiprocessors=1 << 20)
+    launches = recorded(lambda: call(2, None), arch) + recorded(lambda: call(Hq, mask), arch, multiprocessors=1 << 20)
+    if head_dim in BENCHMARKED_HEAD_DIMS and dtype == torch.bfloat16:
+        launches += benchmarked_launches(arch, head_dim, dtype)
+    return launches
 
 
 def loss_launches(arch: int) -> list[tuple]:
@@ -194,30 +244,6 @@ def specialised(kernel, args: dict) -> tuple[dict, dict, dict]:
     return signature, constants, attributes
 
 
-def register_wgmma(ptx: str) -> int:
-    """Hopper matrix instructions whose left operand comes from registers."""
-    operands = (m.group(0).split("}", 1)[1] for m in re.finditer(r"wgmma\.mma_async[^;]*\}[^;]*;", ptx))
-    return sum("{" in o for o in operands)
-
-
-def transposed_register_operands(ttgir: str) -> int:
-    """Hopper dots whose left operand is a transposed tensor in registers, of which the bundled ptxas makes wrong code."""
-    made = {}
-    for line in ttgir.splitlines():
-        if match := re.match(r"\s*(%[\w#:]+) = \"?([\w.]+)\"?(.*)", line):
-            made[match[1].split(":")[0]] = match[2], re.findall(r"%[\w]+", match[3])
-
-    def transposed(name: str) -> bool:
-        op, operands = made.get(name, ("", []))
-        if op == "tt.trans":
-            return True
-        same_place = op.startswith(("arith.", "math.", "tt.fp_to_fp", "ttg.convert_layout", "ttg.local_"))
-        return same_place and any(transposed(operand) for operand in operands)
-
-    lefts = re.findall(r"ttng\.warp_group_dot (%\w+),.*? : tensor<", ttgir)
-    return sum(transposed(left) for left in lefts)
-
-
 def variant(signature: dict, constants: dict) -> str:
     """What tells launches of one kernel apart, beyond tile and head dimension."""
     words = [str(constants[name]) for name in ("LOSS", "TERM", "SIZE", "DIVERGENCE") if name in constants]
@@ -236,28 +262,35 @@ def variant(signature: dict, constants: dict) -> str:
     return ", ".join(words + [text for name, text in left_out.items() if constants.get(name, "") is None])
 
 
-def compile_one(launch: tuple, arch: int) -> dict:
+def compiled(launch: tuple, arch: int) -> tuple[CompiledKernel, str]:
+    """A launch's kernel as Triton compiles it, and what ptxas says of it."""
     kernel, args = launch
     signature, constants, attributes = specialised(kernel, args)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {name: args[name] for name in COMPILED_FOR if name in args}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage = subprocess.run(
-            [CUOBJDUMP, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
-        )
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups()
-    shared, limits = compiled.metadata.shared, SHARED_MEMORY[arch]
-    threads = 32 * options["num_warps"]
+    log = io.StringIO()
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = True  # what comes from a cache has no log
+        result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return result, log.getvalue()
+
+
+def compile_one(launch: tuple, arch: int) -> dict:
+    kernel, args = launch
+    signature, constants, _ = specialised(kernel, args)
+    made, log = compiled(launch, arch)
+    ttgir, ptx = made.asm["ttgir"], made.asm["ptx"]
+    registers, stack = re.findall(r"Used (\d+) registers", log)[-1], re.findall(r"(\d+) bytes stack frame", log)[-1]
+    shared, limits = made.metadata.shared, SHARED_MEMORY[arch]
+    threads = 32 * args["num_warps"]
     return {
         "kernel": kernel.__name__,
         "variant": variant(signature, constants),
         "arch": arch,
         "tile": "x".join(str(args[name]) for name in ("BM", "BN", "BR", "BV") if name in constants),
-        "num_warps": options["num_warps"],
-        "num_stages": options["num_stages"],
+        "num_warps": args["num_warps"],
+        "num_stages": args["num_stages"],
         "registers": int(registers),
         "spill_bytes": int(stack),
         "shared": shared,
@@ -267,8 +300,15 @@ def compile_one(launch: tuple, arch: int) -> dict:
             THREADS_PER_MULTIPROCESSOR.get(arch, 1536) // threads,
             limits[1] // (shared + 1024),  # the system keeps 1 KiB of every program
         ),
-        "register_wgmma": register_wgmma(compiled.asm["ptx"]),
-        "transposed_operands": transposed_register_operands(compiled.asm["ttgir"]),
+        "register_wgmma": _compiled.register_wgmma(ptx),
+        "transposed_operands": _compiled.transposed_register_operands(ttgir),
+        "wgmma_products": _compiled.wgmma_products(ttgir),
+        "replicated_wgmma": _compiled.replicated_products(ttgir, r"ttng\.warp_group_dot"),
+        "replicated_mma": _compiled.replicated_products(ttgir, r"tt\.dot"),
+        "serialised_wgmma": _compiled.serialised_wgmma(log),
+        "tile_conversions": _compiled.tile_conversions(ttgir),
+        "shared_accesses": _compiled.shared_accesses(ttgir, ptx),
+        "narrow_loads": _compiled.narrow_loads(ptx),
     }
 
 
@@ -333,13 +373,17 @@ def write_table(rows: list[dict]) -> None:
 def problem(row: dict) -> str:
     """Why a configuration must not be in the tile table; empty if it may.
 
-    Careful programs may spill: hardly any runs, and it costs them no more than time.
+    Careful programs may spill and be slow: hardly any runs.
     """
+    often = "careful" not in row["variant"]
     problems = {
-        "spills": row["spill_bytes"] and "careful" not in row["variant"],
+        "spills": row["spill_bytes"] and often,
         "shared memory": row["shared"] > row["shared_limit"],
         "transposed register operand": row["transposed_operands"],
     }
+    if int(row.get("wgmma_products") or 0) and often:
+        most = MOST_ON_HOPPER | MORE_ON_HOPPER.get(row["kernel"], {})
+        problems |= {name.replace("_", " "): float(row[name]) > limit for name, limit in most.items()}
     return ", ".join(name for name, found in problems.items() if found)
 
 
@@ -353,7 +397,8 @@ def main() -> None:
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("unset TRITON_INTERPRET: the interpreter's kernels cannot be compiled")
     version, kept = read_table()
-    known = {r["key"]: r for r in kept} if version == triton.__version__ and not options.all else {}
+    kept = [] if options.all or version != triton.__version__ else kept
+    known = {r["key"]: r for r in kept if r.get("wgmma_products")}
     cells = [(dtype, *map(int, numbers)) for dtype, *numbers in options.only] if options.only else grid()
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as cache:
@@ -375,7 +420,7 @@ def main() -> None:
                 f"sm_{r['arch']:<4} {r['kernel']:<28} {r['variant']:<20} {r['dtype']} D={r['head_dim']:<4} "
                 f"{r['tile']:<8} {r['num_warps']} warps  registers {r['registers']:<4} spill {r['spill_bytes']:<5} "
                 f"shared {r['shared']:<7} CTAs {r['ctas_per_multiprocessor']} register wgmma {r['register_wgmma']} "
-                f"{r['problem']}"
+                f"shared accesses {r['shared_accesses']} {r['problem']}"
             )
     if any(r["problem"] for r in rows):
         sys.exit("configurations with a problem must not be in the tile table")

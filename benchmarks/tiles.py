@@ -78,11 +78,11 @@ def written(tile: Tile) -> str:
     return f"{tile.BM}x{tile.BN}, {tile.num_warps} warps, {tile.num_stages} stages"
 
 
-def search(name: str, arch: int, dtype: str, head_dim: int) -> tuple[Tile, str]:
-    """The largest tile without a problem up to the one for all architectures, and why no larger one."""
+def search(name: str, arch: int, dtype: str, head_dim: int, most: Tile | None = None) -> tuple[Tile, str]:
+    """The largest tile without a problem up to ``most`` (None: the one for all architectures), and why no larger one."""
     q = torch.empty(1, 1, 1, head_dim, dtype=aot.DTYPES[dtype], device="meta")
     size = (q.element_size(), _launch.padded_head_dim(head_dim))
-    most = _launch.TILES.get((name, *size, 0)) or _launch.TILES[name.removesuffix("_split"), *size, 0]
+    most = most or _launch.TILES.get((name, *size, 0)) or _launch.TILES[name.removesuffix("_split"), *size, 0]
     rejected = []
     for tile in candidates(most):
         worst, problem = trial(name, arch, head_dim, q.dtype, tile)
@@ -152,6 +152,9 @@ def main() -> None:
     searching.add_argument("arch", type=int)
     searching.add_argument("dtype", choices=aot.DTYPES)
     searching.add_argument("head_dim", type=int)
+    searching.add_argument(
+        "--most", type=int, nargs=4, metavar=("BM", "BN", "WARPS", "STAGES"), help="start here, not at the tile for all"
+    )
     searching.add_argument("--write", action="store_true", help="keep what is found")
     commands.add_parser("explain", help="give entries of one architecture their reasons")
     options = parser.parse_args()
@@ -163,8 +166,8 @@ def main() -> None:
             explain()
             return
         of = (options.name, options.arch, options.dtype, options.head_dim)
-        tile, reason = search(*of)
-        if options.write and reason:  # else the tile for all architectures serves
+        tile, reason = search(*of, options.most and Tile(*options.most))
+        if options.write and (reason or options.most):  # else the tile for all architectures serves
             keep(*of, tile, reason)
 
 

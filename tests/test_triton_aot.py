@@ -81,13 +81,30 @@ def test_no_configuration_has_a_problem(table):
     assert all(int(r["ctas_per_multiprocessor"]) >= 1 for r in table)
 
 
+def test_on_hopper_every_loop_is_counted(table):
+    """Elsewhere a count is empty if its configuration was compiled before there was one."""
+    counts = ("wgmma_products", "replicated_mma", "tile_conversions", "shared_accesses", "narrow_loads")
+    assert [r["key"] for r in table if r["arch"] == "90" and not all(r[name] for name in counts)] == []
+
+
+def test_the_benchmarks_main_shape_is_compiled(table):
+    """A kv head for each head, no key mask, a split lse: what the shapes of the benchmark launch in bf16."""
+    wanted = {"slice_forward_kernel", "slice_backward_rows_kernel", "slice_backward_cols_kernel", "flash_rows_kernel"}
+    wanted |= {"row_lse_backward_dq_kernel", "row_lse_backward_dk_kernel"}
+    for arch, head_dim in itertools.product(ARCHITECTURES, ("64", "128")):
+        rows = [r for r in table if (r["arch"], r["head_dim"], r["dtype"]) == (arch, head_dim, "bf16")]
+        assert {r["kernel"] for r in rows if r["variant"] == "split lse"} == wanted
+        plain = {r["kernel"] for r in rows if not r["variant"]}
+        assert {"row_lse_kernel", "flash_forward_kernel", "flash_dkdv_kernel", "flash_dq_kernel"} <= plain
+
+
 def test_the_table_says_what_the_compiler_says(table):
     """One configuration of each kernel, other ones in every run, compiled now."""
     sample = [
         random.choice([r for r in table if r["kernel"] == kernel]) for kernel in sorted(ATTENTION | LOSSES | VOCABULARY)
     ]
     for row, now in zip(sample, json.loads(run("-c", COMPILED_NOW, json.dumps(sample))), strict=True):
-        assert row == {name: str(value) for name, value in now.items()}
+        assert row == {name: str(value) if row[name] or name == "problem" else "" for name, value in now.items()}
 
 
 COMPILED_NOW = """
@@ -158,33 +175,58 @@ def test_slices_on_hopper_take_both_operands_from_shared_memory(table):
     assert slices and not any(int(r["register_wgmma"]) for r in slices)
 
 
-def test_the_check_finds_a_transposed_operand_in_registers(tmp_path):
-    """What a plain dot(trans(ds), q) compiles to on Hopper, and the same without the transposition."""
-    code = """
-import triton, triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from benchmarks.aot import transposed_register_operands
+FAULTY = """
+import json, sys, torch, triton, triton.language as tl
+from benchmarks import aot
 
 @triton.jit
-def kernel(p_q, p_out, TRANSPOSED: tl.constexpr):
-    o_q = tl.arange(0, 64)[:, None] * 64 + tl.arange(0, 64)[None, :]
-    b_q = tl.load(p_q + o_q)
-    b_ds = tl.exp2(tl.dot(b_q, tl.trans(b_q)))
-    if TRANSPOSED:
-        b_ds = tl.trans(b_ds)
-    tl.store(p_out + o_q, tl.dot(b_ds.to(tl.bfloat16), b_q))
+def kernel(p_k, p_q, p_factor, p_out, N, NARROW: tl.constexpr, TRANSPOSED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    D: tl.constexpr = 128
+    o_m, o_d = tl.arange(0, BM), tl.arange(0, D)
+    b_k = tl.load(p_k + o_m[:, None] * D + o_d[None, :])
+    b_acc = tl.zeros((BM, D), tl.float32)
+    for i_n in tl.range(0, N, BN):
+        o_n = i_n + tl.arange(0, BN)
+        b_q = tl.load(p_q + o_n[:, None] * D + o_d[None, :])
+        b_p = tl.exp2(tl.dot(b_k, tl.trans(b_q)))
+        if NARROW:
+            p_tile = p_factor + o_m[:, None] * 4096 + o_n[None, :]
+            b_p *= tl.load(p_tile, mask=(o_n < N)[None, :], other=0.0)
+        if TRANSPOSED:
+            b_p = tl.trans(b_p)
+        b_acc = tl.dot(b_p.to(tl.bfloat16), b_q, b_acc)
+    tl.store(p_out + o_m[:, None] * D + o_d[None, :], b_acc)
 
-for transposed in (True, False):
-    signature = {"p_q": "*bf16", "p_out": "*fp32", "TRANSPOSED": "constexpr"}
-    attributes = {(i,): [["tt.divisibility", 16]] for i in (0, 1)}
-    source = ASTSource(kernel, signature, {"TRANSPOSED": transposed}, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    print(transposed_register_operands(compiled.asm["ttgir"]))
+p, out = torch.empty(16, dtype=torch.bfloat16, device="meta"), torch.empty(16, device="meta")
+args = {"p_k": p, "p_q": p, "p_factor": p, "p_out": out, "N": 100, "NARROW": False, "TRANSPOSED": False, "num_stages": 2}
+sound = {"BM": 128, "BN": 64, "num_warps": 8}
+slow = {"BM": 64, "BN": 32, "num_warps": 8, "NARROW": True}
+transposed = {"BM": 64, "BN": 64, "num_warps": 4, "TRANSPOSED": True}
+rows = [aot.compile_one((kernel, args | form), 90) for form in (sound, slow, transposed)]
+limits = rows[0] | aot.MOST_ON_HOPPER
+over = [aot.problem(limits | {name: most + 1}) for name, most in aot.MOST_ON_HOPPER.items()]
+print(json.dumps([[(row, aot.problem(row)) for row in rows], aot.problem(limits), over]))
 """
+
+
+def test_the_gate_sees_each_fault(tmp_path):
+    """Of Hopper's products: 64 rows for 8 warps, which also makes ptxas wait after each, factors read two bytes at a time and
+    moved to other threads; and a transposed left operand in registers. The sound form has none of it."""
     path = tmp_path / "kernel.py"  # Triton reads the source of a kernel from its file
-    path.write_text(code)
-    assert run(str(path)).split() == ["1", "0"]
+    path.write_text(FAULTY)
+    forms, at_limits, over_one_limit = json.loads(run(str(path)))
+    (sound, none), (slow, slow_problem), (transposed, transposed_problem) = forms
+    counts = ("replicated_wgmma", "serialised_wgmma", "tile_conversions", "shared_accesses", "narrow_loads")
+    assert sound["wgmma_products"] == 2
+    assert [sound[name] for name in counts] == [0] * 5
+    assert none == ""
+    assert all(slow[name] for name in counts)
+    assert slow_problem == "replicated wgmma, serialised wgmma, tile conversions, narrow loads"
+    assert (sound["transposed_operands"], slow["transposed_operands"]) == (0, 0)
+    assert transposed["transposed_operands"]
+    assert "transposed register operand" in transposed_problem
+    assert at_limits == ""
+    assert over_one_limit == [name.replace("_", " ") for name in counts]
 
 
 def test_counts_and_strides_of_a_batch_do_not_recompile():
