@@ -1,23 +1,33 @@
-"""Shared by the benchmarks: what a result must say about where it was measured, what needs a GPU, and targets.
+"""Shared by the benchmarks: what is run, what a result must say about where it was measured, and how targets are noted.
 
 A benchmark fails for a wrong result. A missed target is shown at the end of the run, and fails it with ``--strict`` only: cores
-that are shared or slow say little of the code.
+that are shared or slow say little of the code. Suites that take minutes run when they are named or with ``-m long``.
 """
 
-import os
-import platform
-import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import _results
 
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (FileNotFoundError, StopIteration):
-        return platform.processor() or platform.machine()
+RESULTS = pytest.StashKey[list[Path]]()
+MISSED = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config):
+    """The markers, where another project's configuration is read."""
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU; skipped where there is none")
+    config.addinivalue_line("markers", "long: takes minutes; runs with -m long, or where its file is named")
+
+
+def pytest_collection_modifyitems(session, config, items):
+    if config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("long") and not session.isinitpath(item.path)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_runtest_setup(item):
@@ -25,28 +35,16 @@ def pytest_runtest_setup(item):
         pytest.skip("needs a CUDA GPU: nothing was measured")
 
 
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    return torch.device("cuda")
-
-
-@pytest.fixture(scope="module")
-def deadline(request) -> float:
-    """When a module's SECONDS are over."""
-    return time.monotonic() + request.module.SECONDS
-
-
-MISSED = pytest.StashKey[list[str]]()
-
-
 @pytest.fixture
-def target(request, benchmark):
+def target(request):
     """A function that notes beside the result whether a measured number is ``at_least`` or ``at_most`` what it should be."""
 
     def note(name: str, value: float, *, at_least: float | None = None, at_most: float | None = None) -> None:
         met = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
         bound = f"at most {at_most:g}" if at_least is None else f"at least {at_least:g}"
-        benchmark.extra_info.setdefault("targets", {})[name] = {"value": value, "target": bound, "met": met}
+        if "benchmark" in request.fixturenames:
+            noted = request.getfixturevalue("benchmark").extra_info.setdefault("targets", {})
+            noted[name] = {"value": value, "target": bound, "met": met}
         if not met:
             line = f"{request.node.nodeid.rpartition('/')[2]}: {name} {value:.3g}, target {bound}"
             request.config.stash.setdefault(MISSED, []).append(line)
@@ -62,15 +60,15 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("targets missed (--strict makes them fail)")
         for line in missed:
             terminalreporter.line(line)
+    for path in config.stash.get(RESULTS, []):
+        from benchmarks import report
+
+        terminalreporter.section("ours beside its rivals")
+        for line in report.closing(path):
+            terminalreporter.line(line)
 
 
 @pytest.fixture
 def cpu_environment():
-    """Processor, number of cores, load before the measurement, and versions, for ``benchmark.extra_info``."""
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+    """For ``benchmark.extra_info``."""
+    return _results.cpu_environment()
