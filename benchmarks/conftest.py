@@ -22,10 +22,15 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(session, config, items):
+    """Without -m: what is long, or needs a GPU that is not there, only where its file is named."""
     if config.option.markexpr:
         return
-    left_out = [item for item in items if item.get_closest_marker("long") and not session.isinitpath(item.path)]
-    if left_out:
+
+    def unasked(item) -> bool:
+        needs_gpu = item.get_closest_marker("gpu") and not torch.cuda.is_available()
+        return bool(item.get_closest_marker("long") or needs_gpu) and not session.isinitpath(item.path)
+
+    if left_out := [item for item in items if unasked(item)]:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
 
