@@ -48,7 +48,7 @@ def _relation_of(size: _relation.Size) -> Problem:
 
 # 16 heads of 64 are Qwen1.5-0.5B's; an image of 729 tokens is the paper's.
 PROBLEMS = {
-    "attention-T512": _attention(Shape("T512", 1, 16, 16, 512, 64, 128, 256)),
+    "attention-T512": _attention(Shape("T512", 1, 16, 16, 512, 64, 64, 256)),
     "attention-T1024": _attention(Shape("T1024", 1, 16, 16, 1024, 64, 128, 729)),
     "attention-T2048": _attention(Shape("T2048", 1, 16, 16, 2048, 64, 128, 729)),
     "vocabulary": _vocabulary(_distillation.Size("trained", 256, 256, 256, 32000)),

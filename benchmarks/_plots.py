@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,10 @@ from benchmarks._cases import ATTENTION
 from benchmarks._tables import PLAIN, by_shape, mark, number
 
 Panel = Callable[[Any], None]
+LENGTHS = (
+    ("overhead_percent_over_best_plain", "Attention: time over the fastest without a loss", "%"),
+    ("peak_mb", "Attention: peak memory beside the inputs", "MB"),
+)
 
 
 def colour(contender: str) -> str:
@@ -42,7 +47,7 @@ def bars(axis: Any, name: str, rows: list[dict[str, Any]]) -> None:
     )
 
 
-def against_length(axis: Any, series: dict[str, list[tuple[int, float]]], title: str, y: str, log: bool) -> None:
+def against_length(axis: Any, series: dict[str, list[tuple[int, float]]], title: str, y: str) -> None:
     """A line for each contender that was measured at two lengths or more."""
     markers = itertools.cycle("os^vDPX*")
     for contender, points in series.items():
@@ -52,10 +57,10 @@ def against_length(axis: Any, series: dict[str, list[tuple[int, float]]], title:
     lengths = sorted({x for points in series.values() for x, _ in points})
     axis.set_xticks(lengths, [f"{x}" for x in lengths])
     axis.minorticks_off()
-    if log:
+    if y == "MB":
         axis.set_yscale("log")
     axis.legend(fontsize=7, frameon=False)
-    _finish(axis, title, "tokens", y)
+    _finish(axis, title, "tokens (batch and heads: see above)", y)
 
 
 def lengths(data: dict[str, Any], key: str) -> dict[str, list[tuple[int, float]]]:
@@ -78,9 +83,9 @@ def roofline_points(data: dict[str, Any]) -> list[tuple[str, float, float]]:
     return [(name, row["flops"] / row["bytes"], row["tflops"]) for name, row in named]
 
 
-def roofline(axis: Any, data: dict[str, Any], points: list[tuple[str, float, float]]) -> None:
+def roofline(axis: Any, rates: dict[str, float], points: list[tuple[str, float, float]]) -> None:
     """Measured ceilings; a point's operations are those that must be done, its bytes every input and result once."""
-    flops, copy = data["rates"]["matmul_tflops"], data["rates"]["copy_tb_per_s"]
+    flops, copy = rates["matmul_tflops"], rates["copy_tb_per_s"]
     ridge, most = flops / copy, max(x for _, x, _ in points)
     x = [min(ridge / 8, min(x for _, x, _ in points) / 2), ridge, max(most, ridge) * 2]
     axis.plot(x, [min(flops, copy * value) for value in x], color="black", linewidth=1)
@@ -89,7 +94,7 @@ def roofline(axis: Any, data: dict[str, Any], points: list[tuple[str, float, flo
         axis.plot([intensity], [tflops], linestyle="", marker=next(markers), markersize=5, label=name)
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.legend(fontsize=6, frameon=False, loc="lower right")
+    axis.legend(fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     title = f"Roofline: {number(flops)} TFLOP/s in a product, {number(copy)} TB/s in a copy"
     _finish(axis, title, "operations per byte that must be moved", "TFLOP/s")
 
@@ -100,17 +105,12 @@ def panels(data: dict[str, Any]) -> list[Panel]:
         for name, rows in by_shape(data, op).items():
             timed = [row for row in rows.values() if "both_ms" in row]
             if timed:
-                found.append(lambda axis, name=f"{op}, {name}", timed=timed: bars(axis, name, timed))
+                found.append(partial(bars, name=f"{op}, {name}", rows=timed))
     if "rates" in data and (points := roofline_points(data)):
-        found.append(lambda axis: roofline(axis, data, points))
-    overhead = lengths(data, "overhead_percent_over_best_plain")
-    memory = lengths(data, "peak_mb")
-    if overhead:
-        title = "Time over the fastest attention without a loss"
-        found.append(lambda axis: against_length(axis, overhead, title, "%", log=False))
-    if memory:
-        title = "Peak memory beside the inputs"
-        found.append(lambda axis: against_length(axis, memory, title, "MB", log=True))
+        found.append(partial(roofline, rates=data["rates"], points=points))
+    for key, title, y in LENGTHS:
+        if series := lengths(data, key):
+            found.append(partial(against_length, series=series, title=title, y=y))
     return found
 
 

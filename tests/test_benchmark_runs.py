@@ -72,8 +72,11 @@ def test_one_table_shows_ours_beside_every_rival():
     assert cells[-2:] == [["ours", "4", "1", "-", "-"], ["not timed: liger: not installed"]]
 
 
-def test_the_report_draws_times_memory_and_the_roofline(tmp_path):
-    data = results()
+def test_the_report_draws_times_memory_and_the_roofline(tmp_path, monkeypatch):
+    data, titles, finish = results(), [], _plots._finish
+    monkeypatch.setattr(
+        _plots, "_finish", lambda axis, title, *more: finish(axis, titles.append(title) or title, *more)
+    )
     (tmp_path / "it").mkdir()
     path = tmp_path / "it/results.json"
     path.write_text(json.dumps(data))
@@ -82,7 +85,8 @@ def test_the_report_draws_times_memory_and_the_roofline(tmp_path):
     assert said[0].startswith("# Some processor") and "Targets" not in said[0]
     picture = path.with_suffix(".png")
     assert said[0].rstrip().endswith(f"picture: {picture}") and picture.read_bytes()[1:4] == b"PNG"
-    assert len(_plots.panels(data)) == 3 + 3
+    assert len(titles) == 6 and titles[3].startswith("Roofline: 2 TFLOP/s")
+    assert titles[4:] == [title for _, title, _ in _plots.LENGTHS]
     assert _plots.lengths(data, "peak_mb")["eager"] == [(1024, 30.0), (2048, 30.0)]
     points = {name: point for name, *point in _plots.roofline_points(data)}
     assert points["vocabulary layer, trained, jsd"] == [8.0, 2.0] and len(points) == 3
