@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import _exactness_attention, _gpu_tasks, _plots, _relation, conftest, gpu, report
+from benchmarks import _exactness_attention, _gpu_tasks, _measure, _plots, _relation, _results, conftest, gpu, report
 from benchmarks._cases import attention, measured, relation
-from benchmarks._contenders import FLEX_ON_CPU, STACK, Shape
+from benchmarks._contenders import COMPILED_STACK, FLEX_ON_CPU, STACK, Shape, contenders, draw
 from benchmarks._gpu_tasks import CHECKS, TASKS, Task
 from benchmarks._measure import REHEARSAL, rounds
 from benchmarks._results import ROOT, ResultsFile
@@ -348,3 +349,75 @@ def test_the_whole_run_on_a_gpu_is_rehearsed_on_the_cpu(tmp_path, monkeypatch, c
     assert {row["op"] for row in data["rows"]} == {"vocabulary layer", "attention relation"} and "rates" in data
     out = capsys.readouterr().out
     assert "1 of 1 passed" in out and "Not reached" not in out and str(path) in out
+
+
+class OnCuda(torch.Tensor):
+    """A CPU tensor that says it is on a GPU."""
+
+    device = property(lambda _: torch.device("cuda"))
+    is_cuda = property(lambda _: True)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """What the benchmarks ask of torch.cuda, by the clock: an H200's capability, and a queue that is never behind."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = time.perf_counter()
+
+        def elapsed_time(self, other):
+            return 1e3 * (other.at - self.at)
+
+    empty, slept = torch.empty, []
+    answers = {
+        "synchronize": None,
+        "get_device_name": "NVIDIA H200",
+        "get_device_capability": (9, 0),
+        "get_device_properties": SimpleNamespace(L2_cache_size=1000),
+        "mem_get_info": (10**11, 10**11),
+        "memory_allocated": 10**6,
+        "max_memory_allocated": 5 * 10**6,
+        "reset_peak_memory_stats": None,
+        "empty_cache": None,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    monkeypatch.setattr(torch, "empty", lambda *size, device, **options: empty(*size, **options))
+    _measure._flushed.cache_clear()
+    yield slept
+    _measure._flushed.cache_clear()
+
+
+def test_a_gpu_is_timed_by_its_events(fake_cuda):
+    device, calls = torch.device("cuda"), []
+
+    def forward():
+        calls.append("forward")
+        time.sleep(2e-3)
+
+    taken = _measure.passes({"x": (forward, lambda _: time.sleep(4e-3))}, device, float("inf"), pass_seconds=0.05)["x"]
+    row = _measure.timings(taken)
+    assert len(taken) == 2 and len(calls) == row["repeats"] + 4  # two of each pass do not count
+    assert 2 <= row["forward_ms"] < row["backward_ms"] and row["both_ms"] >= 6
+    assert len(fake_cuda) == row["repeats"] and min(fake_cuda) > 6 * _measure.CYCLES_PER_MS
+    assert _measure.peak_mb(forward, lambda _: None, device) == 4.0
+    environment = _results.environment(device)
+    assert environment["device"] == "NVIDIA H200" and {"cuda", "cudnn", "driver"} <= environment["versions"].keys()
+
+
+def test_on_a_gpu_all_rivals_take_part(fake_cuda):
+    shape = Shape("T128", 1, 2, 1, 128, 64, 3, 9)
+    p = draw(shape, torch.float16, CPU)
+    on_gpu = p._replace(**{name: getattr(p, name).detach().as_subclass(OnCuda) for name in "qkv"})
+    found, left_out = contenders(shape, on_gpu)
+    names = {c.name for c in found}
+    assert names >= {"ours", "flash_attention (own)", "sdpa/flash", "sdpa/cudnn", "flex (plain)"}
+    assert names >= {"flex + compiled einsum", COMPILED_STACK, "eager"} and STACK not in names
+    assert len([name for name in left_out if left_out[name] == "is ours"]) == 1
+    assert all(name.startswith("ours/") for name in left_out)
