@@ -70,6 +70,8 @@ def _contenders_of(rows: Rows) -> list[list[str]]:
 
 def overview(data: dict[str, Any]) -> str:
     """Ours beside every rival, plain text: forward and backward pass, and peak memory beside the inputs."""
+    if not data.get("rows"):
+        return "nothing was timed"
     lines = [["", "ms", "times ours", "peak MB", "times ours"]]
     notes: dict[str, dict[str, None]] = {}
     for op in dict.fromkeys(row["op"] for row in data.get("rows", [])):
