@@ -12,6 +12,7 @@ import torch
 from benchmarks import _results
 
 RESULTS = pytest.StashKey[list[Path]]()
+LONG = pytest.StashKey[list[str]]()
 MISSED = pytest.StashKey[list[str]]()
 
 
@@ -21,18 +22,15 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "long: takes minutes; runs with -m long, or where its file is named")
 
 
-def pytest_collection_modifyitems(session, config, items):
-    """Without -m: what is long, or needs a GPU that is not there, only where its file is named."""
-    if config.option.markexpr:
-        return
-
-    def unasked(item) -> bool:
-        needs_gpu = item.get_closest_marker("gpu") and not torch.cuda.is_available()
-        return bool(item.get_closest_marker("long") or needs_gpu) and not session.isinitpath(item.path)
-
-    if left_out := [item for item in items if unasked(item)]:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+def pytest_ignore_collect(collection_path, config):
+    """What is long, or needs a GPU that is not there; unless its file is named, of which pytest does not ask, or -m given."""
+    if config.option.markexpr or not collection_path.match("bench_*.py"):
+        return None
+    text = collection_path.read_text()
+    is_long = "pytest.mark.long" in text
+    if is_long:
+        config.stash.setdefault(LONG, []).append(collection_path.name)
+    return True if is_long or ("pytest.mark.gpu" in text and not torch.cuda.is_available()) else None
 
 
 def pytest_runtest_setup(item):
@@ -71,6 +69,8 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("ours beside its rivals")
         for line in report.closing(path):
             terminalreporter.line(line)
+    if left_out := config.stash.get(LONG, []):
+        terminalreporter.line(f"not run, minutes each: {', '.join(left_out)}; name one, or give -m long")
 
 
 @pytest.fixture
