@@ -19,6 +19,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
+import torch
+
 from benchmarks import report
 from benchmarks._exactness import run_apart
 from benchmarks._gpu_tasks import CHECKS, REHEARSED, TASKS
@@ -94,7 +96,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.rehearse:
         os.environ |= {REHEARSAL: "1", "TRITON_INTERPRET": "1"}
+    elif not torch.cuda.is_available():
+        parser.error("there is no CUDA GPU here; --rehearse goes through all of it on the CPU")
     names = [name for name in (*CHECKS, *TASKS) if matches(options.k, name)]
+    if not names:
+        parser.error(f"-k {options.k!r}: nothing has these words in its name, such as {', '.join([*TASKS][:4])}")
     file = run([name for name in names if name in REHEARSED] if options.rehearse else names, options.seconds)
     print("", *report.closing(file.path), "python -m benchmarks.report: all tables, and targets", sep="\n")
     return int(any(file.data["done"].values()))

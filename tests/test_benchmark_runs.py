@@ -315,6 +315,26 @@ def test_what_failed_its_check_is_not_timed_on_a_gpu(file, monkeypatch):
     assert TASKS["slices T4096"].run(file, 1.0) == ["not timed: its check failed"]
 
 
+def test_a_tile_that_was_not_checked_is_not_timed_on_a_gpu(file, monkeypatch):
+    told = []
+    monkeypatch.setattr(_gpu_tasks._passes, "timed_tiles", lambda *_, failed, **__: told.append(failed) or [])
+    names = [name for name in CHECKS if name.startswith("check tile-slice_rows-d128")]
+    file.add("planned", names)
+    file.add("done", {names[0]: [], names[1]: ["dq: error 3"]})
+    TASKS["tiles slice_rows D128"].run(file, 1.0)
+    shown = [name.removeprefix("check ") for name in names]
+    assert told == [{shown[1]: "dq: error 3", shown[2]: "not reached"}]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the run itself would begin")
+def test_a_mistake_in_the_call_is_one_line(capsys, monkeypatch):
+    monkeypatch.setenv(REHEARSAL, "1")  # which is undone
+    for arguments, words in ((["--rehearse", "-k", "nothing"], "attention T4096"), ([], "--rehearse")):
+        with pytest.raises(SystemExit):
+            gpu.main(arguments)
+        assert words in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_the_whole_run_on_a_gpu_is_rehearsed_on_the_cpu(tmp_path, monkeypatch, capsys):
     """Its processes are this one; `python -m benchmarks.gpu --rehearse` starts them."""
     monkeypatch.setenv("CDISTILL_RESULTS", str(tmp_path))
