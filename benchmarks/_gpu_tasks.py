@@ -91,12 +91,9 @@ def _time_slices(shape: Shape, file: ResultsFile, seconds: float) -> Problems:
 def _time_tiles(key: tuple[str, int, int], file: ResultsFile, seconds: float) -> Problems:
     shape = _tiny(next(s for s in SHAPES if s.name == _passes.TILE_SHAPES[key[2]]))
     done = file.data["done"]
-    failed = {
-        name: "; ".join(done.get(name, ["not reached"]))
-        for name in file.data["planned"]
-        if name.startswith("check tile-")
-    }
-    failed = {name.removeprefix("check "): reason for name, reason in failed.items() if reason}
+    checks = [name for name in file.data["planned"] if name.startswith("check tile-")]
+    failed = {name.removeprefix("check "): "; ".join(done.get(name, ["not reached"])) for name in checks}
+    failed = {name: reason for name, reason in failed.items() if reason}
     tiles = [] if rehearsing() else CANDIDATES[key]
     file.add("tiles", _passes.timed_tiles(key, tiles, shape, _dtype(), gpu(), failed=failed))
     return []
