@@ -223,11 +223,11 @@ def times_ours(theirs: list[Sample], own: list[Sample]) -> float:
 
 
 def rates(device: torch.device, size: int = 8192, copied: int = 2**32, seconds: float = 0.3) -> dict[str, float]:
-    """The ceilings of this GPU now: a bf16 product of random square matrices, and a copy counting reads and writes."""
+    """The ceilings, best of several: a product of random square matrices (bf16 on a GPU), a copy counting reads and writes."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     source = torch.ones(copied, dtype=torch.uint8, device=device)
     destination = torch.empty_like(source)
-    product = medians(samples(lambda: a @ b, lambda _: None, device, seconds)).forward
-    copy = medians(samples(lambda: destination.copy_(source), lambda _: None, device, seconds)).forward
+    product = min(sample.forward for sample in samples(lambda: a @ b, lambda _: None, device, seconds))
+    copy = min(sample.forward for sample in samples(lambda: destination.copy_(source), lambda _: None, device, seconds))
     return {"matmul_tflops": 2 * size**3 / product / 1e9, "copy_tb_per_s": 2 * copied / copy / 1e9}

@@ -135,7 +135,7 @@ def closing(path: Path) -> list[str]:
     where = f"{data['device']}, {data['threads']} threads on {data['cores']} cores, load {data['load_average']:.1f}"
     about = [
         where + "; a forward and backward pass",
-        "times ours: how many times ours others take; peak MB: beside the inputs; (no loss): attention alone",
+        "times ours: a median over turns; peak MB: beside the inputs; (no loss): attention alone",
         "eager: whole matrices, as output_attentions=True makes them; a star: further from float64 than twice eager",
     ]
     if any(row["contender"] == UNCOMPILED for row in data.get("rows", [])):
