@@ -16,7 +16,7 @@ from benchmarks._overview import CPU, DTYPE, PROBLEMS, fresh_peaks
 from benchmarks._results import ResultsFile, results_folder
 from benchmarks.conftest import RESULTS
 
-ROUND_SECONDS = 6.0  # of a problem, or three rounds
+ROUND_SECONDS = 4.0  # of a problem, or three rounds
 
 
 @pytest.fixture(scope="session")
