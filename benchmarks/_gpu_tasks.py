@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import _exactness_attention, _exactness_distillation, _passes, _relation
 from benchmarks._cases import Case, attention, measured, relation, vocabulary
-from benchmarks._contenders import SHAPES, Shape
+from benchmarks._contenders import SHAPES, Contender, Shape, ours
 from benchmarks._distillation import DIVERGENCES, SIZES
 from benchmarks._exactness import run_apart
 from benchmarks._exactness_attention import CANDIDATES
@@ -88,6 +88,14 @@ def _time_slices(shape: Shape, file: ResultsFile, seconds: float) -> Problems:
     return []
 
 
+def _time_kernels(shape: Shape, file: ResultsFile, seconds: float) -> Problems:
+    if failed_parts(file, f"bf16-d{shape.width}-"):
+        return ["not timed: its check failed"]
+    for found in (Contender("ours", ours(None)), Contender("ours/triton", ours("triton"))):
+        file.add("kernels", _passes.kernel_times(_tiny(shape), _dtype(), gpu(), found))
+    return []
+
+
 def _time_tiles(key: tuple[str, int, int], file: ResultsFile, seconds: float) -> Problems:
     shape = _tiny(next(s for s in SHAPES if s.name == _passes.TILE_SHAPES[key[2]]))
     done = file.data["done"]
@@ -112,6 +120,7 @@ def _of_shapes(kind: str, time_shape: Callable[..., Problems], need: float, most
 def _tasks() -> dict[str, Task]:
     by_attention = _of_shapes("attention", _time_attention, 30.0, 80.0)
     by_slices = _of_shapes("slices", _time_slices, 8.0, 10.0)
+    by_kernels = _of_shapes("kernels", _time_kernels, 8.0, 10.0)
     by_vocabulary = {
         f"vocabulary {size.name}, {divergence}": Task(partial(_time_vocabulary, size, divergence), 15.0, 30.0)
         for size in SIZES
@@ -126,11 +135,11 @@ def _tasks() -> dict[str, Task]:
         for name in module.ALONE
     }
     every = {"rates": Task(_measure_rates, 5.0, 10.0)}
-    every |= by_attention | by_slices | by_vocabulary | by_relation | by_tiles
-    first = ["rates", "attention T4096", "attention T32768", "slices T4096", "vocabulary trained, jsd"]
-    first += ["relation one-layer", "slices T32768", "vocabulary trained, forward_kl"]
+    every |= by_attention | by_slices | by_kernels | by_vocabulary | by_relation | by_tiles
+    first = ["rates", "attention T4096", "attention T32768", "slices T4096", "kernels T4096", "vocabulary trained, jsd"]
+    first += ["relation one-layer", "slices T32768", "kernels T32768", "vocabulary trained, forward_kl"]
     first += [name for name in by_tiles if name.endswith("D128")]
-    last = {name: every.pop(name) for name in ("attention T131072", "slices T131072")} | by_size
+    last = {name: every.pop(name) for name in ("attention T131072", "slices T131072", "kernels T131072")} | by_size
     return {name: (every | last)[name] for name in dict.fromkeys([*first, *every, *last])}
 
 

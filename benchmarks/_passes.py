@@ -6,17 +6,19 @@ from typing import Any
 import torch
 from cdistill.kernels import _launch
 from cdistill.kernels._launch import Tile
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks._cases import attention_steps
 from benchmarks._contenders import DTYPES, Contender, Problem, Shape, draw, own_flash
 from benchmarks._exactness_attention import tile_in_use, tile_name
-from benchmarks._measure import NO_FAILURES, Backward, Forward, medians, samples
+from benchmarks._measure import NO_FAILURES, Backward, Forward, medians, samples, synchronize
 from cdistill.ops import AttentionProblem, attention_alignment, attention_slice
 from cdistill.ops._engine import attention_forward
 from cdistill.ops._engines import engine
 
 PASS_SECONDS = 0.25
 TILE_SECONDS = 0.15
+PROFILED, MOST_KERNELS = 3, 20  # passes; rows that are kept
 TILE_SHAPES = {128: "T4096", 64: "T4096 D64"}
 
 
@@ -67,6 +69,23 @@ def slice_passes(
         row = {"shape": shape.name, "pass": name, "dtype": dtype, "ms": ms, "floor_ms": floor}
         rows.append(row | {"flops": flops, "bytes": moved, "tflops": flops / ms / 1e9})
     return rows
+
+
+def kernel_times(shape: Shape, dtype: str, device: torch.device, contender: Contender) -> list[dict[str, Any]]:
+    """Time of each kernel in a forward and backward pass, by torch's profiler; of each operator where a CPU rehearses."""
+    forward, backward = attention_steps(contender, draw(shape, DTYPES[dtype], device))
+    backward(forward())
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as found:
+        for _ in range(PROFILED):
+            backward(forward())
+        synchronize(device)
+    same = {"shape": shape.name, "contender": contender.name, "dtype": dtype}
+    rows = []
+    for event in found.key_averages():
+        ms = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3 / PROFILED
+        rows.append({**same, "kernel": event.key[:70], "ms": ms, "calls": event.count / PROFILED})
+    return sorted((row for row in rows if row["ms"]), key=lambda row: -row["ms"])[:MOST_KERNELS]
 
 
 def timed_tiles(

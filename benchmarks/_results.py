@@ -7,6 +7,7 @@ import re
 import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     packages = ("triton", "flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel")
     return {
         "device": name_of(device),
+        "compiled": find_spec("cdistill._C") is not None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],

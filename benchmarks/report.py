@@ -97,6 +97,14 @@ def tiles_table(data: dict[str, Any]) -> str:
     return table(["kernel", "tile", "", "ms"], lines)
 
 
+def kernels_table(data: dict[str, Any]) -> str:
+    lines = [
+        [f"{row['shape']}, {row['contender']}", f"`{row['kernel']}`", number(row["calls"]), number(row["ms"])]
+        for row in data["kernels"]
+    ]
+    return table(["", "kernel", "calls", "ms"], lines)
+
+
 def attention(data: dict[str, Any]) -> list[str]:
     """What was measured of attention."""
     sizes = {shape.name: shape for shape in SHAPES}
@@ -113,6 +121,8 @@ def attention(data: dict[str, Any]) -> list[str]:
     )
     if data.get("slices"):
         parts += ["## Passes over the slice, from a given LSE", slices_table(data)]
+    if data.get("kernels"):
+        parts += ["## Kernels of a forward and backward pass", kernels_table(data)]
     if data.get("tiles"):
         parts += ["## Tiles", tiles_table(data)]
     return parts
@@ -140,6 +150,8 @@ def closing(path: Path) -> list[str]:
     ]
     if any(row["contender"] == UNCOMPILED for row in data.get("rows", [])):
         about.append("liger compiled, which takes most of a minute: pytest benchmarks/bench_linear_distillation.py")
+    if not data["compiled"]:
+        about.append("cdistill._C was not built: on the CPU ours is the torch implementation")
     files = [f"picture: {picture}", f"all figures: {path}"] if picture else [f"all figures: {path}"]
     return [*about, "", *overview(data).splitlines(), *outcome(data), "", *files]
 

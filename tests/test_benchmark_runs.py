@@ -52,6 +52,7 @@ def results():
         "date": "2026-01-01",
         "commit": "abc",
         "versions": {"torch": "2"},
+        "compiled": False,
         "cores": 2,
         "threads": 1,
         "load_average": 0.5,
@@ -104,7 +105,8 @@ def test_a_run_that_had_a_plan_says_what_was_not_reached(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(data))
     closing = "\n".join(report.closing(path))
-    assert "1 of 2 passed, 0 failed" in closing and "- attention x: dq: error 3 times what is allowed" in closing
+    assert "1 of 2 passed, 0 failed" in closing and "_C was not built" in closing
+    assert "- attention x: dq: error 3 times what is allowed" in closing
     assert closing.partition("Not reached:\n\n")[2].startswith("- check b\n- attention y\n")
     assert f"picture: {path.with_suffix('.png')}" in closing and "Targets" in report.markdown(data)
 
@@ -320,6 +322,18 @@ def test_what_failed_its_check_is_not_timed_on_a_gpu(file, monkeypatch):
         assert TASKS[name].run(file, 1.0) == []
     assert told == [{"slice": "dq: error 3"}, {}, {"jsd": "crashed"}]
     assert TASKS["slices T4096"].run(file, 1.0) == ["not timed: its check failed"]
+
+
+def test_kernels_of_a_pass_are_timed(file, monkeypatch):
+    def products(q, k, v, *_):
+        return q @ k.repeat(1, 2, 1, 1).mT @ v.repeat(1, 2, 1, 1), None
+
+    monkeypatch.setenv(REHEARSAL, "1")
+    monkeypatch.setattr(_gpu_tasks, "ours", lambda engine: products)
+    assert TASKS["kernels T4096"].run(file, 5.0) == []
+    times = {row["kernel"]: row for row in file.data["kernels"] if row["contender"] == "ours/triton"}
+    assert times["aten::bmm"]["calls"] == 6 and times["aten::bmm"]["ms"] > 0  # two products, and four gradients
+    assert "| `aten::bmm` | 6 |" in report.kernels_table(file.data)
 
 
 def test_a_tile_that_was_not_checked_is_not_timed_on_a_gpu(file, monkeypatch):
