@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import _results
+from benchmarks._measure import rehearsing
 
 RESULTS = pytest.StashKey[list[Path]]()
 LONG = pytest.StashKey[list[str]]()
@@ -34,7 +35,7 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+    if item.get_closest_marker("gpu") and not (torch.cuda.is_available() or rehearsing()):
         pytest.skip("needs a CUDA GPU: nothing was measured")
 
 
@@ -69,7 +70,8 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("ours beside its rivals")
         for line in report.closing(path):
             terminalreporter.line(line)
-    if left_out := config.stash.get(LONG, []):
+    left_out = config.stash.get(LONG, [])
+    if left_out and any(Path(argument).is_dir() for argument in config.args):
         terminalreporter.line(f"not run, minutes each: {', '.join(left_out)}; name one, or give -m long")
 
 
