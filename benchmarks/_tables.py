@@ -121,8 +121,11 @@ def outcome(data: dict[str, Any]) -> list[str]:
     checks = [name for name in planned if name.startswith("check ")]
     failed = {name: done[name] for name in planned if done.get(name)}
     passed = sum(name in done and not done[name] for name in checks)
+    broken = sum(name in failed for name in checks)
     parts = [
-        f"Checks against float64: {passed} of {len(checks)} passed, {sum(name in failed for name in checks)} failed."
+        f"Checks against float64: {passed} of {len(checks)} passed, {broken} failed."
+        if checks
+        else "Nothing was checked."
     ]
     if failed:
         parts.append("Failed:\n\n" + "\n".join(f"- {name}: {one}" for name, found in failed.items() for one in found))
