@@ -40,12 +40,22 @@ lint: setup
 
 setup: $(READY)
 
-# pip installs torch by itself first: deepspeed's build reads its version.
+# The compiler and pip work side by side. deepspeed's build reads the version of torch, which is therefore there first; files
+# are compiled to bytecode when they are first imported, which most never are.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --no-build-isolation -c constraints.txt
 $(READY): pyproject.toml setup.py constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch setuptools wheel pybind11 ninja
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
+	$(PIP) setuptools wheel pybind11 ninja
+	$(MAKE) -j2 install-cdistill install-dependencies
 	touch $@
+
+.PHONY: install-cdistill install-dependencies
+install-cdistill:
+	$(PIP) --no-deps -e .
+
+install-dependencies:
+	$(PIP) torch
+	$(PIP) -r constraints.txt
 
 clean:
 	rm -rf build *.egg-info cdistill/*.so $(VENV)

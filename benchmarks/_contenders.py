@@ -48,6 +48,11 @@ class Shape:
         return 2.0 * self.batch * self.q_heads * self.rows * self.cols * self.width
 
     @property
+    def least_values(self) -> int:
+        """Numbers of q, k, v, out and of their gradients."""
+        return 4 * self.batch * self.tokens * self.width * (self.q_heads + self.kv_heads)
+
+    @property
     def slice_bytes(self) -> int:
         """Of one fp32 slice B*R*V."""
         return 4 * self.batch * self.rows * self.cols
@@ -226,8 +231,8 @@ def ours(engine_name: str | None) -> Run:
     return lambda *inputs: attention_with_alignment(*inputs, engine=engine_name)
 
 
-PLAIN = ("sdpa/cudnn", "sdpa/flash", "flex (plain)", "flash_attention (own)")
-COMPILED_STACK = "sdpa + compiled einsum"
+STACK, COMPILED_STACK = "sdpa + einsum", "sdpa + compiled einsum"
+FLEX_ON_CPU = "FlexAttention has no backward pass on the CPU"
 
 
 def _memory_of_eager(shape: Shape, dtype: torch.dtype) -> int:
@@ -250,24 +255,30 @@ def contenders(shape: Shape, problem: Problem) -> tuple[list[Contender], dict[st
     default = engine(None, x)
     stands_for = {f"ours/{name}" for name, candidate in ENGINES.items() if candidate is default}
     found = [Contender("ours", ours(None), alignment | stands_for)]
-    left_out: dict[str, str] = {}
+    left_out = dict.fromkeys(stands_for, "is ours")
     for name, candidate in ENGINES.items():
         reason = candidate.missing() or candidate.refusal(x)
         if reason:
             left_out[f"ours/{name}"] = reason
-        else:
+        elif candidate is not default:
             found.append(Contender(f"ours/{name}", ours(name), alignment | {f"ours/{name}"}))
-    found.append(Contender("flash_attention (own)", own_flash, frozenset({"flash"}), plain=True))
-    found += [Contender("sdpa/flash", sdpa_flash, plain=True), Contender("sdpa/cudnn", sdpa_cudnn, plain=True)]
+    flash = Contender("flash_attention (own)", own_flash, frozenset({"flash"}), plain=True)
+    if "ours/triton" in left_out and "ours/triton" not in stands_for:
+        left_out[flash.name] = left_out["ours/triton"]
+    else:
+        found.append(flash)
+    found.append(Contender("sdpa/flash", sdpa_flash, plain=True))
     others = [
+        Contender("sdpa/cudnn", sdpa_cudnn, plain=True),
         Contender("flex (plain)", flex_plain, plain=True),
         Contender("flex + compiled einsum", flex_einsum),
         Contender("aten lse + compiled einsum (gradient through LSE dropped)", aten_lse_einsum, drops_gradient=True),
     ]
     if device.type != "cuda":
         left_out |= {c.name: "needs CUDA tensors" for c in others}
+        left_out |= dict.fromkeys((c.name for c in others if c.name.startswith("flex")), FLEX_ON_CPU)
         others = []
-    others += [Contender(COMPILED_STACK, sdpa_einsum), Contender("eager", eager)]
+    others += [Contender(COMPILED_STACK if device.type == "cuda" else STACK, sdpa_einsum), Contender("eager", eager)]
     for c in others:
         if not shape.rivals and not c.plain and c.name != "flex + compiled einsum":
             left_out[c.name] = "not tried at this length"

@@ -44,6 +44,12 @@ class Size:
         return 1.0 * (self.rows - self.ignored) * self.vocab * products
 
     @property
+    def least_values(self) -> int:
+        """Numbers of both heads and all hidden states, and of the student's gradients."""
+        student = self.student * (self.rows * 2 + self.vocab * (1 + self.trained))
+        return student + self.teacher * (self.rows + self.vocab)
+
+    @property
     def promised_bytes(self) -> int:
         """The gradient of a trained head in fp32 and two buffers for logits on a GPU, whatever the rows."""
         head = 4 * self.vocab * self.student * self.trained
@@ -165,6 +171,7 @@ EAGER = "eager"
 THRIFTY = "eager, one log-softmax"
 COMPILED = f"{THRIFTY}, compiled"
 CHUNKED = "liger chunked"
+UNCOMPILED = f"{CHUNKED}, not compiled"
 FUSED = "liger fused, no cross-entropy"
 
 
@@ -182,7 +189,7 @@ def _liger(divergence: str, device: torch.device, compiling: bool) -> tuple[list
         return [], dict.fromkeys((CHUNKED, FUSED), "has JSD only")
     found, left_out = [], {}
     try:
-        found.append(Contender(CHUNKED, liger_chunked(compiling)))
+        found.append(Contender(CHUNKED if compiling else UNCOMPILED, liger_chunked(compiling)))
         if device.type == "cuda":
             found.append(Contender(FUSED, liger_fused(), alone=True))
         else:
@@ -201,7 +208,7 @@ def contenders(
     """
     parts = frozenset({divergence})
     found = [Contender(OURS, ours(divergence), parts)]
-    if divergence == "jsd":  # beside FUSED
+    if divergence == "jsd" and device.type == "cuda":  # beside FUSED
         found.append(Contender(f"{OURS}, no cross-entropy", ours(divergence, alone=True), parts, alone=True))
     others, left_out = _liger(divergence, device, compiling)
     if device.type == "cuda":

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from unittest import mock
 
@@ -14,10 +14,12 @@ from torch import Tensor
 
 from benchmarks._by_definition import attention_by_definition, results_of
 from benchmarks._contenders import DTYPES, SHAPES, Problem, Shape, contenders, draw
-from benchmarks._exactness import Check, InexactError, Results, check_assertion, fault, gradients, main, run_all, worst
+from benchmarks._exactness import Check, InexactError, Results, check_assertion, fault, gradients, main, worst
+from benchmarks._measure import rehearsing
 from cdistill.ops import (
     AttentionProblem,
     attention_alignment,
+    attention_relation,
     attention_slice,
     attention_slice_accumulate,
     attention_with_alignment,
@@ -149,6 +151,15 @@ def alignment_results(x: Drawn, dtype: torch.dtype, own: bool, heads: str = "mea
     return gradients({"losses": losses}, [x.dlosses], leaves)
 
 
+def relation_results(x: Drawn, dtype: torch.dtype, own: bool) -> Results:
+    """The loss between two models whose queries and keys are each other's."""
+    leaves = dict(zip("qk", x.leaves(dtype), strict=False))
+    teacher = [y.detach().roll(1, 2) for y in leaves.values()]
+    function, impl = (attention_relation, {"impl": "triton"}) if own else (reference.attention_relation, {})
+    losses = function(*leaves.values(), *teacher, x.rows, x.cols, **x.options, **impl)
+    return gradients({"losses": losses}, [x.dlosses], leaves)
+
+
 def both_results(x: Drawn, dtype: torch.dtype, engine: str | None) -> Results:
     """attention_with_alignment with this engine; its definition for None."""
     leaves = x.leaves(dtype)
@@ -164,6 +175,9 @@ def both_results(x: Drawn, dtype: torch.dtype, engine: str | None) -> Results:
 
 def check_config(config: Config, device: torch.device) -> None:
     """Every op and every engine that can run, with each of the configuration's masks."""
+    if rehearsing():  # Triton's interpreter has no bf16
+        dtype = config.dtype.replace("bf", "fp")
+        config = replace(config, dtype=dtype, width=16, tokens=24, rows=17, cols=18)
     dtype, inexact = DTYPES[config.dtype], {}
 
     def compare(part: str, mask: str, results: Callable[..., Results], **arguments) -> None:
@@ -184,6 +198,8 @@ def check_config(config: Config, device: torch.device) -> None:
             compare("slice", mask, slice_results, heads="each")
         compare("accumulate", mask, accumulated_results)
         compare("alignment", mask, alignment_results)
+        if mask == config.masks[0]:
+            compare("relation", mask, relation_results)
         compare("head cosine", mask, alignment_results, heads="each")
         exact, same = (both_results(x, d, None) for d in (torch.float64, dtype))
         problem = AttentionProblem(x.q, x.k, x.v, **x.options, scale=config.width**-0.5)
@@ -382,11 +398,6 @@ PREPARATIONS: dict[str, Check] = {
     f"compile-{shape.name}".replace(" ", "-"): partial(compile_for, shape) for shape in SHAPES if shape.rivals
 }
 TOGETHER = {**PREPARATIONS, **CHECKS, **TILE_CHECKS}
-
-
-def run_checks() -> dict[str, dict[str, str]]:
-    """Results of all checks by name."""
-    return run_all(TOGETHER, ALONE, MODULE)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,33 @@
-"""How the GPU benchmarks measure: device time by events, peak memory, the two ceilings of the GPU, and the results file."""
+"""How times are taken, by events on a GPU and by the clock on a CPU; peak memory, the two ceilings, and the results file."""
 
-import json
 import os
-import platform
-import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cache
-from importlib import metadata
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).parent.parent
+REHEARSAL = "CDISTILL_REHEARSAL"  # in the environment: tiny sizes on the CPU in the place of a GPU
 CYCLES_PER_MS = 2_000_000  # of a GPU at its highest clock
 MOST_REPEATS, FEWEST_REPEATS = 60, 2
+MOST_ROUNDS, FEWEST_ROUNDS = 15, 3
 LONGEST_WAIT_MS = 20.0
 NO_FAILURES: Mapping[str, str] = {}
 
 Row = dict[str, Any]  # of one contender
+
+
+def rehearsing() -> bool:
+    return REHEARSAL in os.environ
+
+
+def gpu() -> torch.device:
+    """What the GPU benchmarks run on."""
+    return torch.device("cpu" if rehearsing() else "cuda")
 
 
 def one_line(error: Exception) -> str:
@@ -105,11 +108,22 @@ def samples(forward: Forward, backward: Backward, device: torch.device, seconds:
     return [Sample(_ms_between(a, b), _ms_between(b, c), _ms_between(a, c), host) for a, b, c, host in marks]
 
 
+def one_sample(forward: Forward, backward: Backward, device: torch.device) -> Sample:
+    """One repeat on the CPU, which works while the host waits."""
+    points = [_mark(device)]
+    outputs = forward()
+    points.append(_mark(device))
+    backward(outputs)
+    points.append(_mark(device))
+    both = _ms_between(points[0], points[2])
+    return Sample(_ms_between(*points[:2]), _ms_between(*points[1:]), both, both)
+
+
 def medians(found: list[Sample]) -> Sample:
     return Sample(*(statistics.median(x) for x in zip(*found, strict=True)))
 
 
-def peak_bytes(forward: Forward, backward: Backward, device: torch.device) -> int | None:
+def peak_mb(forward: Forward, backward: Backward, device: torch.device) -> float | None:
     """Memory that one forward and backward pass needs beyond its inputs, its results included; None on the CPU."""
     if device.type != "cuda":
         return None
@@ -118,7 +132,7 @@ def peak_bytes(forward: Forward, backward: Backward, device: torch.device) -> in
     torch.cuda.reset_peak_memory_stats(device)
     backward(forward())
     synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
 
 
 @dataclass(frozen=True)
@@ -163,108 +177,57 @@ def judged(
     return rows, problems
 
 
-def timings(found: list[Sample], repeated: list[Sample]) -> dict[str, float]:
-    """Medians over two passes; spread is by how much their medians differ."""
-    all_of, first, second = medians(found + repeated), medians(found), medians(repeated or found)
-    values = {f"{name}_ms": value for name, value in all_of._asdict().items()}
-    spread = 100 * abs(first.both - second.both) / all_of.both if repeated else None
-    return values | {"spread_percent": spread, "repeats": len(found) + len(repeated)}
+def timings(halves: list[list[Sample]]) -> Row:
+    """Medians; spread is by how much those of two halves differ."""
+    found = [sample for half in halves for sample in half]
+    values = {f"{name}_ms": value for name, value in medians(found)._asdict().items()}
+    differences = [medians(half).both for half in halves]
+    spread = 100 * (max(differences) - min(differences)) / values["both_ms"] if len(halves) > 1 else None
+    return values | {"spread_percent": spread, "repeats": len(found)}
 
 
-def add_times(
-    rows: dict[str, Row],
-    steps_of: Callable[[Any], tuple[Forward, Backward]],
-    found: Iterable[Implementation],
-    device: torch.device,
-    deadline: float,
-    pass_seconds: float,
-) -> None:
-    """Time and peak memory of what `judged` let pass, in two passes, the second in reverse order."""
-    ready = {way.name: steps_of(way) for way in found if "skipped" not in rows[way.name]}
-    peaks = {name: peak_bytes(*steps, device) for name, steps in ready.items()}
+def passes(
+    ready: Mapping[str, tuple[Forward, Backward]], device: torch.device, deadline: float, pass_seconds: float = 0.25
+) -> dict[str, list[list[Sample]]]:
+    """Two passes over all contenders, the second in reverse order; each has all samples of one in a row."""
     taken: dict[str, list[list[Sample]]] = {name: [] for name in ready}
     for name in [*ready, *reversed(ready)]:
         if time.monotonic() < deadline:
             taken[name].append(samples(*ready[name], device, pass_seconds))
-    for name, passes in taken.items():
-        if not passes:
-            rows[name]["skipped"] = "out of time"
-            continue
-        peak = peaks[name]
-        rows[name].update(timings(*passes, *[[]] * (2 - len(passes))))
-        rows[name]["peak_mb"] = None if peak is None else peak / 1e6
+    return taken
+
+
+def rounds(
+    ready: Mapping[str, tuple[Forward, Backward]], device: torch.device, deadline: float, seconds: float
+) -> dict[str, list[list[Sample]]]:
+    """Rounds in which all contenders take a turn, so that other load on the machine meets all; the first does not count."""
+    taken: dict[str, list[list[Sample]]] = {name: [[], []] for name in ready}
+    count, start = 1, time.monotonic()
+    for number in range(1 + MOST_ROUNDS):
+        if number > count or time.monotonic() > deadline:
+            break
+        for name, steps in ready.items():
+            sample = one_sample(*steps, device)
+            if number:
+                taken[name][number % 2].append(sample)
+        if not number:
+            count = max(FEWEST_ROUNDS, int(seconds / (time.monotonic() - start + 1e-9)))
+    return taken
+
+
+def times_ours(theirs: list[Sample], own: list[Sample]) -> float:
+    """How many times as long: the median over rounds, where both took turns."""
+    if len(theirs) == len(own):
+        return statistics.median(a.both / b.both for a, b in zip(theirs, own, strict=True))
+    return medians(theirs).both / medians(own).both
 
 
 def rates(device: torch.device, size: int = 8192, copied: int = 2**32, seconds: float = 0.3) -> dict[str, float]:
-    """The ceilings of this GPU now: a bf16 product of random square matrices, and a copy counting reads and writes."""
+    """The ceilings, best of several: a product of random square matrices (bf16 on a GPU), a copy counting reads and writes."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     source = torch.ones(copied, dtype=torch.uint8, device=device)
     destination = torch.empty_like(source)
-    product = medians(samples(lambda: a @ b, lambda _: None, device, seconds)).forward
-    copy = medians(samples(lambda: destination.copy_(source), lambda _: None, device, seconds)).forward
+    product = min(sample.forward for sample in samples(lambda: a @ b, lambda _: None, device, seconds))
+    copy = min(sample.forward for sample in samples(lambda: destination.copy_(source), lambda _: None, device, seconds))
     return {"matmul_tflops": 2 * size**3 / product / 1e9, "copy_tb_per_s": 2 * copied / copy / 1e9}
-
-
-def _output(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return None
-
-
-def version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Where, when and with what the results were made."""
-    cuda = device.type == "cuda"
-    changes = _output("git", "status", "--porcelain", "--untracked-files=no")
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None
-    packages = ("triton", "flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel")
-    return {
-        "gpu": torch.cuda.get_device_name(device) if cuda else "none",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _output("git", "rev-parse", "HEAD") or os.environ.get("CDISTILL_COMMIT"),
-        "uncommitted_changes": None if changes is None else bool(changes),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version() if cuda else None,
-            "driver": driver.splitlines()[0] if driver else None,
-            **{name: version(name) for name in packages if version(name)},
-        },
-    }
-
-
-def results_folder() -> Path:
-    """benchmarks/results, or what CDISTILL_RESULTS says."""
-    return Path(os.environ.get("CDISTILL_RESULTS") or ROOT / "benchmarks/results")
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-class ResultsFile:
-    """NAME.json of one GPU, written anew whenever something is added, so that a cut-off run leaves its results."""
-
-    def __init__(self, folder: Path, device: torch.device, name: str = "attention"):
-        self.data: dict[str, Any] = environment(device)
-        self.path = folder / slug(self.data["gpu"]) / f"{name}.json"
-
-    def add(self, section: str, found: Any) -> None:
-        """Put ``found`` into a section; lists grow."""
-        if isinstance(found, list):
-            self.data.setdefault(section, []).extend(found)
-        else:
-            self.data[section] = found
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".part")
-        unfinished.write_text(json.dumps(self.data, indent=1) + "\n")
-        unfinished.replace(self.path)

@@ -1,9 +1,10 @@
-"""The report of `linear_distillation` on one GPU, from its distillation.json."""
+"""What the report says of `linear_distillation`."""
 
 from typing import Any
 
+from benchmarks._cases import VOCABULARY
 from benchmarks._distillation import DIVERGENCES, OURS, SIZES, Size, shape_name
-from benchmarks._tables import Rows, both, by_shape, number, opening, shape_table, table, verdict
+from benchmarks._tables import Rows, both, by_shape, number, shape_table, table, verdict
 
 SHARE_OF_FLOOR = 0.85
 MEMORY_ALLOWANCE = 1.1  # for the gradient of hidden states and the rows of a chunk
@@ -49,18 +50,19 @@ def targets(shapes: dict[str, Rows]) -> list[list[str]]:
     return lines
 
 
-def markdown(data: dict[str, Any]) -> str:
-    """The whole page."""
-    shapes = by_shape(data)
-    parts = opening(data, f"linear_distillation, {data['gpu']}")
-    parts += ["## Targets", table(["", "shape", "measured", "limit", ""], targets(shapes))]
+def vocabulary(data: dict[str, Any]) -> list[str]:
+    """What was measured of the vocabulary layer."""
+    shapes = by_shape(data, VOCABULARY)
+    for row in (row for rows in shapes.values() for row in rows.values() if "both_ms" in row and "rates" in data):
+        row["floor_ms"] = row["flops"] / data["rates"]["matmul_tflops"] / 1e9
+        row["floor_percent"] = 100 * row["floor_ms"] / row["both_ms"]
+    parts = ["## Targets of the vocabulary layer", table(["", "shape", "measured", "limit", ""], targets(shapes))]
+    parts = parts if data.get("planned") else []
     for name, rows in shapes.items():
         first = next(iter(rows.values()))
         parts += [f"## {name}: {first['size']}, {first['dtype']}", shape_table(rows, COLUMNS)]
     parts.append(
-        "± is by how much two passes over all contenders differed; the floor is the time of the products alone, 6 M V Hs + "
-        "2 M V Ht operations (4 M V Hs with a frozen head) of the M rows that count, at the measured rate; 'peak' is memory "
-        "beyond the inputs, gradients included; 'host' is the time to issue the work, with waits for the device. A star: "
-        "further from float64 than twice eager."
+        "The floor is the time of the products alone, 6 M V Hs + 2 M V Ht operations (4 M V Hs with a frozen head) of the M "
+        "rows that count, at the measured rate."
     )
-    return "\n\n".join(parts)
+    return parts if shapes else []

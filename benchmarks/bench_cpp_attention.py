@@ -17,6 +17,7 @@ from benchmarks._cpu import peak_multiply_adds
 from cdistill.ops import attention_slice
 
 _C = pytest.importorskip("cdistill._C", reason="cdistill._C was not built: nothing was measured")
+pytestmark = pytest.mark.long
 
 ROUNDS = 5
 MOST_TIMES_FLOOR = 1.6

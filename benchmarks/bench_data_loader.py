@@ -25,6 +25,8 @@ from cdistill.data.llava import LlavaJson
 from cdistill.data.mix import Order
 from cdistill.models.processor import build_processor
 
+pytestmark = pytest.mark.long
+
 SIDE, WORKERS, BATCH = 384, 2, 8
 IMAGES, SAMPLES, ROUNDS = 32, 320, 5
 MARKS = ["<pad>", "</s>", "<image>"]

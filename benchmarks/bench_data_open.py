@@ -19,6 +19,8 @@ from benchmarks._data_open import MODES, RECORDS, photo, write
 from cdistill.data.images import open_image
 from cdistill.data.samples import ImageBytes
 
+pytestmark = pytest.mark.long
+
 MOST_SECONDS, MOST_MB = 20.0, 1536.0
 SIDE = 384
 ROUNDS = 15

@@ -15,6 +15,8 @@ import torch
 
 from benchmarks._dft_step import EAGER, OFF, ON, SHAPES, WAYS, Step
 
+pytestmark = pytest.mark.long
+
 ROUNDS = {"T2048": 5, "T512": 9, "T128": 41}
 MOST_TIME, MOST_MEMORY = 1.10, 1.05  # of VAT off
 

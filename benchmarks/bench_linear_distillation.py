@@ -14,9 +14,11 @@ import torch
 from benchmarks._contenders import DTYPES
 from benchmarks._distillation import CHUNKED, DIVERGENCES, EAGER, OURS, Size, contenders, draw
 from benchmarks._exactness_distillation import errors, results_of
-from benchmarks._measure import judged, version
+from benchmarks._measure import judged
+from benchmarks._results import version
 
 _C = pytest.importorskip("cdistill._C", reason="cdistill._C was not built: nothing was measured")
+pytestmark = pytest.mark.long
 
 CPU = torch.device("cpu")
 WIDTHS = ((256, 256), (256, 512), (512, 512))

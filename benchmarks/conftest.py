@@ -1,52 +1,54 @@
-"""Shared by the benchmarks: what a result must say about where it was measured, what needs a GPU, and targets.
+"""Shared by the benchmarks: what is run, what a result must say about where it was measured, and how targets are noted.
 
 A benchmark fails for a wrong result. A missed target is shown at the end of the run, and fails it with ``--strict`` only: cores
-that are shared or slow say little of the code.
+that are shared or slow say little of the code. Suites that take minutes run when they are named or with ``-m long``.
 """
 
-import os
-import platform
-import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import _results
+from benchmarks._measure import rehearsing
 
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (FileNotFoundError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def pytest_runtest_setup(item):
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU: nothing was measured")
-
-
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    return torch.device("cuda")
-
-
-@pytest.fixture(scope="module")
-def deadline(request) -> float:
-    """When a module's SECONDS are over."""
-    return time.monotonic() + request.module.SECONDS
-
-
+RESULTS = pytest.StashKey[list[Path]]()
+LONG = pytest.StashKey[list[str]]()
 MISSED = pytest.StashKey[list[str]]()
 
 
+def pytest_configure(config):
+    """The markers, where another project's configuration is read."""
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU; skipped where there is none")
+    config.addinivalue_line("markers", "long: takes minutes; runs with -m long, or where its file is named")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """What is long, or needs a GPU that is not there; unless its file is named, of which pytest does not ask, or -m given."""
+    if config.option.markexpr or not collection_path.match("bench_*.py"):
+        return None
+    text = collection_path.read_text()
+    is_long = "pytest.mark.long" in text
+    if is_long:
+        config.stash.setdefault(LONG, []).append(collection_path.name)
+    return True if is_long or ("pytest.mark.gpu" in text and not torch.cuda.is_available()) else None
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not (torch.cuda.is_available() or rehearsing()):
+        pytest.skip("needs a CUDA GPU: nothing was measured")
+
+
 @pytest.fixture
-def target(request, benchmark):
+def target(request):
     """A function that notes beside the result whether a measured number is ``at_least`` or ``at_most`` what it should be."""
 
     def note(name: str, value: float, *, at_least: float | None = None, at_most: float | None = None) -> None:
         met = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
         bound = f"at most {at_most:g}" if at_least is None else f"at least {at_least:g}"
-        benchmark.extra_info.setdefault("targets", {})[name] = {"value": value, "target": bound, "met": met}
+        if "benchmark" in request.fixturenames:
+            noted = request.getfixturevalue("benchmark").extra_info.setdefault("targets", {})
+            noted[name] = {"value": value, "target": bound, "met": met}
         if not met:
             line = f"{request.node.nodeid.rpartition('/')[2]}: {name} {value:.3g}, target {bound}"
             request.config.stash.setdefault(MISSED, []).append(line)
@@ -62,15 +64,18 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("targets missed (--strict makes them fail)")
         for line in missed:
             terminalreporter.line(line)
+    for path in config.stash.get(RESULTS, []):
+        from benchmarks import report
+
+        terminalreporter.section("ours beside its rivals")
+        for line in report.closing(path):
+            terminalreporter.line(line)
+    left_out = config.stash.get(LONG, [])
+    if left_out and any(Path(argument).is_dir() for argument in config.args):
+        terminalreporter.line(f"not run, minutes each: {', '.join(left_out)}; name one, or give -m long")
 
 
 @pytest.fixture
 def cpu_environment():
-    """Processor, number of cores, load before the measurement, and versions, for ``benchmark.extra_info``."""
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+    """For ``benchmark.extra_info``."""
+    return _results.cpu_environment()

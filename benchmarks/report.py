@@ -1,7 +1,7 @@
-"""Tables and plots of the GPU benchmarks' results: `python -m benchmarks.report [FOLDER]`.
+"""Tables and a picture of results: `python -m benchmarks.report [FOLDER]`.
 
-FOLDER holds <gpu>/attention.json and <gpu>/distillation.json; by default benchmarks/results, or what CDISTILL_RESULTS says.
-Markdown goes to standard output, a picture of attention per GPU beside its JSON. Nothing is computed that was not measured.
+FOLDER holds <device>/results.json of GPUs and CPUs; by default benchmarks/results, or what CDISTILL_RESULTS says. Markdown goes
+to standard output, a picture beside each JSON. Nothing is computed that was not measured.
 """
 
 import argparse
@@ -10,12 +10,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _report_distillation
+from benchmarks._cases import ATTENTION, RELATION
 from benchmarks._contenders import COMPILED_STACK, SHAPES, Shape
-from benchmarks._measure import results_folder
-from benchmarks._tables import Rows, both, by_shape, mark, number, opening, shape_table, table, verdict
+from benchmarks._distillation import UNCOMPILED
+from benchmarks._plots import plot
+from benchmarks._report_distillation import vocabulary
+from benchmarks._results import results_folder
+from benchmarks._tables import (
+    Rows,
+    both,
+    by_shape,
+    number,
+    opening,
+    outcome,
+    overview,
+    shape_table,
+    table,
+    verdict,
+)
 
-NOTHING = "no GPU results yet: run pytest benchmarks/ -m gpu on a machine with one"
+NOTHING = "no results yet: run pytest benchmarks/, or python -m benchmarks.gpu on a machine with a GPU"
 
 COLUMNS = {
     "forward ms": "forward_ms",
@@ -83,16 +97,23 @@ def tiles_table(data: dict[str, Any]) -> str:
     return table(["kernel", "tile", "", "ms"], lines)
 
 
-def markdown(data: dict[str, Any]) -> str:
-    """The report of attention on one GPU."""
+def kernels_table(data: dict[str, Any]) -> str:
+    lines = [
+        [f"{row['shape']}, {row['contender']}", f"`{row['kernel']}`", number(row["calls"]), number(row["ms"])]
+        for row in data["kernels"]
+    ]
+    return table(["", "kernel", "calls", "ms"], lines)
+
+
+def attention(data: dict[str, Any]) -> list[str]:
+    """What was measured of attention."""
     sizes = {shape.name: shape for shape in SHAPES}
-    shapes = by_shape(data)
-    parts = opening(data, data["gpu"])
-    parts.append("## Targets")
-    parts.append(table(["", "shape", "measured", "limit", ""], targets(shapes, sizes)))
+    shapes = by_shape(data, ATTENTION)
+    parts = ["## Targets of attention", table(["", "shape", "measured", "limit", ""], targets(shapes, sizes))]
+    parts = parts if data.get("planned") else []
     for name, rows in shapes.items():
         first = next(iter(rows.values()))
-        parts += [f"## {name}: {first.get('size', '')}, {first['dtype']}", shape_table(rows, COLUMNS)]
+        parts += [f"## {name}: {first['size']}, {first['dtype']}", shape_table(rows, COLUMNS)]
     parts.append(
         "± is by how much two passes over all contenders differed; 'over plain' is the time beyond the fastest plain "
         "attention; 'extra' is peak memory beyond the thriftiest SDPA's; 'host' is the time to issue the work, which the "
@@ -100,66 +121,56 @@ def markdown(data: dict[str, Any]) -> str:
     )
     if data.get("slices"):
         parts += ["## Passes over the slice, from a given LSE", slices_table(data)]
+    if data.get("kernels"):
+        parts += ["## Kernels of a forward and backward pass", kernels_table(data)]
     if data.get("tiles"):
         parts += ["## Tiles", tiles_table(data)]
+    return parts
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """The report of one device."""
+    parts = [*opening(data, data["device"]), *outcome(data), "```\n" + overview(data) + "\n```"]
+    parts += [*attention(data), *vocabulary(data)]
+    for name, rows in by_shape(data, RELATION).items():
+        first = next(iter(rows.values()))
+        parts += [f"## {RELATION}, {name}: {first['size']}, {first['dtype']}", shape_table(rows, COLUMNS)]
     return "\n\n".join(parts)
 
 
-def colour(contender: str) -> str:
-    if contender.startswith("ours"):
-        return "tab:blue"
-    return "tab:gray" if "einsum" not in contender and contender != "eager" else "tab:orange"
-
-
-def plot(data: dict[str, Any], path: Path) -> None:
-    """One bar chart per shape, of forward and backward; darker is the forward part."""
-    from matplotlib.figure import Figure
-
-    shapes = {
-        name: sorted((r for r in rows.values() if "both_ms" in r), key=lambda r: -r["both_ms"])
-        for name, rows in by_shape(data).items()
-    }
-    shapes = {name: rows for name, rows in shapes.items() if rows}
-    if not shapes:
-        return
-    lines = -(-len(shapes) // 2)
-    figure = Figure(figsize=(15, 0.5 + 3.2 * lines), layout="constrained")
-    axes = iter(figure.subplots(lines, 2, squeeze=False).flat)
-    for axis, (name, rows) in zip(axes, shapes.items(), strict=False):
-        colours = [colour(row["contender"]) for row in rows]
-        names = [mark(row).replace(" (gradient", "\n(gradient") for row in rows]
-        positions = range(len(rows))
-        forward, total = [row["forward_ms"] for row in rows], [row["both_ms"] for row in rows]
-        axis.barh(positions, total, color=colours, alpha=0.5)
-        axis.barh(positions, forward, color=colours)
-        axis.set_yticks(positions, names, fontsize=8)
-        axis.bar_label(axis.containers[0], labels=[f" {number(x)}" for x in total], fontsize=8)
-        axis.set_title(f"{name}: {rows[0].get('size', '')} {rows[0]['dtype']}", fontsize=9, loc="left")
-        axis.margins(x=0.1)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set_xlabel("ms, forward (dark) and backward", fontsize=8)
-    for axis in axes:
-        axis.remove()
-    figure.suptitle(f"Attention with its alignment loss (gray: without), {data['gpu']}", fontsize=11)
-    figure.savefig(path, dpi=130)
+def closing(path: Path) -> list[str]:
+    """Lines that end a run: one table, the picture, all figures."""
+    data = json.loads(path.read_text())
+    picture = plot(data, path.with_suffix(".png"))
+    where = f"{data['device']}, {data['threads']} threads on {data['cores']} cores, load {data['load_average']:.1f}"
+    about = [
+        where + "; a forward and backward pass",
+        "times ours: a median over turns; peak MB: beside the inputs; (no loss): attention alone",
+        "eager: whole matrices, as output_attentions=True makes them; a star: further from float64 than twice eager",
+    ]
+    if any(row["contender"] == UNCOMPILED for row in data.get("rows", [])):
+        about.append("liger compiled, which takes most of a minute: pytest benchmarks/bench_linear_distillation.py")
+    if not data["compiled"]:
+        about.append("cdistill._C was not built: on the CPU ours is the torch implementation")
+    files = [f"picture: {picture}", f"all figures: {path}"] if picture else [f"all figures: {path}"]
+    return [*about, "", *overview(data).splitlines(), *outcome(data), "", *files]
 
 
 def report(folder: Path, say: Callable[[str], None] = print) -> None:
-    files = sorted(file for name in ("attention", "distillation") for file in folder.glob(f"*/{name}.json"))
+    files = sorted(folder.glob("*/results.json"))
     if not files:
         say(NOTHING)
     for file in files:
         data = json.loads(file.read_text())
-        if file.stem == "distillation":
-            say(_report_distillation.markdown(data) + "\n")
-        else:
-            say(markdown(data) + "\n")
-            plot(data, file.with_suffix(".png"))
+        picture = plot(data, file.with_suffix(".png"))
+        say(markdown(data) + (f"\n\npicture: {picture}\n" if picture else "\n"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Tables and plots of the GPU benchmarks' results.")
-    parser.add_argument("folder", nargs="?", type=Path, default=results_folder(), help="where <gpu>/*.json lie")
+    parser = argparse.ArgumentParser(description="Tables and a picture of the benchmarks' results.")
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=results_folder(), help="where <device>/results.json lie"
+    )
     report(parser.parse_args().folder)
 
 

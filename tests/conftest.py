@@ -1,9 +1,10 @@
 """Shared by all tests: the triton interpreter where there is no GPU, one thread, and fixtures of the op tests."""
 
-import functools
 import gc
 import os
 
+import forks
+import interpreter
 import pytest
 import torch
 from op_cases import ISAS
@@ -14,39 +15,18 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
-def hasten_the_interpreter():
-    """Leave out what Triton's interpreter does again in every call: a third of the time of the tests that run in it.
-
-    A device function patches the whole language anew although the kernel that calls it has done so, and the numpy type of a
-    block is looked up in a dictionary that is built for each.
-    """
-    from triton import language as tl
-    from triton.runtime import interpreter
-
-    patch = interpreter.InterpretedFunction.__call__
-    languages = functools.cache(
-        lambda function: [value for value in function.__globals__.values() if value is tl or value is tl.core]
-    )
-
-    def call(self, *args, **kwargs):
-        if any(tl.core.is_builtin(language.arange) for language in languages(self.fn)):
-            return patch(self, *args, **kwargs)
-        return self.rewrite()(*args, **kwargs)
-
-    interpreter.InterpretedFunction.__call__ = call
-    find, known = interpreter._get_np_dtype, {}
-
-    def numpy_type(type):
-        name = str(type.scalar)
-        if name not in known:
-            known[name] = find(type)
-        return known[name]
-
-    interpreter._get_np_dtype = numpy_type
-
-
 if not torch.cuda.is_available():
-    hasten_the_interpreter()
+    interpreter.hasten()
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # not a worker of pytest-xdist, which shares the session's
+        forks.begin_session()
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        forks.end_session()
 
 
 def pytest_collection_finish():

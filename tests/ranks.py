@@ -1,28 +1,22 @@
 """Processes of a distributed run that stay alive between calls: ``Ranks`` runs functions of test modules on them.
 
-They are forked from one process with everything imported (multiprocessing's fork server), join one gloo group and then wait
-for calls, so that a call costs no start. A group in which a call failed or hung is replaced by a new one.
+They are forks (`forks.py`) that join one gloo group and then wait for calls, so that a call costs no start. A group in which a
+call failed or hung is replaced by a new one.
 """
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import sys
 import tempfile
 import time
 import traceback
+from multiprocessing import connection
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from forks import ENVIRONMENT, Fork
+
 HANGS = 120  # seconds, for a call that takes a few
-ENVIRONMENT = {
-    "DS_ACCELERATOR": "cpu",
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-PRELOADED = ["rank_imports"]
 
 
 class RankError(AssertionError):
@@ -33,8 +27,6 @@ class Ranks:
     """Groups of processes, one for each number of them that is asked for; a group of 1 is a plain process without a group."""
 
     def __init__(self):
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(PRELOADED)
         self.groups = {}
         self.folder = tempfile.TemporaryDirectory()
 
@@ -46,18 +38,19 @@ class Ranks:
     def start(self, function, *args, world=2):
         """As `call`, but returns at once a function that waits for the results."""
         if world not in self.groups:
-            self.groups[world] = self._fork(world)
-        pipes = self.groups[world][1]
-        for pipe in pipes:
-            pipe.send((function, args))
+            store = Path(self.folder.name) / f"{world}-{time.monotonic_ns()}"
+            arguments = [(rank, world, str(store)) for rank in range(world)]
+            self.groups[world] = [Fork("ranks:_serve", *each, serves=True) for each in arguments]
+        for fork in self.groups[world]:
+            fork.connection.send((function, args))
         return lambda timeout=HANGS: self._results(world, timeout)
 
     def _results(self, world, timeout):
-        pipes = self.groups[world][1]
+        pipes = [fork.connection for fork in self.groups[world]]
         deadline, answers = time.monotonic() + timeout, {}
         while len(answers) < world and not any(error for error, _ in answers.values()):
             waiting = [pipe for i, pipe in enumerate(pipes) if i not in answers]
-            ready = multiprocessing.connection.wait(waiting, max(0, deadline - time.monotonic()))
+            ready = connection.wait(waiting, max(0, deadline - time.monotonic()))
             if not ready:
                 answers |= {i: ("it hangs", None) for i in range(world) if i not in answers}
             for pipe in ready:
@@ -71,31 +64,11 @@ class Ranks:
             raise RankError("\n".join(f"rank {rank} of {world}: {error}" for rank, error in failed.items()))
         return [answers[rank][1] for rank in range(world)]
 
-    def _fork(self, world):
-        before = dict(os.environ)
-        path = os.pathsep.join((str(ROOT), str(ROOT / "tests"), before.get("PYTHONPATH", "")))
-        os.environ.update({**ENVIRONMENT, "PYTHONPATH": path})  # of the fork server, if this starts it
-        store = Path(self.folder.name) / f"{world}-{time.monotonic_ns()}"
-        processes, pipes = [], []
-        try:
-            for rank in range(world):
-                ours, theirs = self.context.Pipe()
-                process = self.context.Process(target=_serve, args=(theirs, rank, world, str(store)), daemon=True)
-                process.start()
-                theirs.close()
-                processes.append(process)
-                pipes.append(ours)
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
-        return processes, pipes
-
     def _end(self, world):
-        processes, pipes = self.groups.pop(world)
-        for process, pipe in zip(processes, pipes, strict=True):
-            pipe.close()
-            process.kill()
-            process.join()
+        for fork in self.groups.pop(world):
+            fork.connection.close()
+            with contextlib.suppress(ProcessLookupError):
+                fork.kill()
 
     def close(self):
         """End all processes."""
@@ -106,12 +79,10 @@ class Ranks:
 
 def _serve(pipe, rank, world, store):
     """Carry out calls until the other end of the pipe is closed."""
-    import torch
     import torch.distributed as dist
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
     os.environ.update(ENVIRONMENT)
     if world > 1:
         here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}

@@ -1,53 +1,25 @@
-"""Runs of `cdistill train` that are forked from one process with everything imported, and killed where a plan says.
-
-``python survive_runs.py`` reads one request (JSON) a line and answers with one line: a run is a process of its own, and
-so is each of its ranks, but starting one takes no imports. A plan is a mapping:
+"""Runs of `cdistill train` and their ranks in forks (`forks.py`), killed where a plan says. A plan is a mapping:
 
 - ``call``: dotted name of a function (``torch.save``); its ``nth`` call with ``match`` in its arguments kills the process,
   before it does anything, or with ``half`` after it has done half of its work (a file cut in two, a folder half removed);
 - ``step``: ``[stage, n]`` sends ``signal`` after that step, or with ``bytes`` lets no file grow larger from then on, as on a
   full disk; ``seconds`` sends the signal after that time;
+- ``set``: ``[module, name, value]`` sets a constant;
 - ``spoil``: ``[stage, n]`` makes the loss of the step after the n-th NaN;
 - ``rank``: the rank it is for, otherwise each; -1 is the process that starts the others.
 """
 
 import importlib
-import json
 import os
 import resource
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 
-HANGS = 200  # seconds, for a run that takes 1 or 2
-ROOT = Path(__file__).parent.parent
-
-
-class Forks:
-    """The forking process, seen from the tests."""
-
-    def __init__(self):
-        path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env
-        )
-
-    def train(self, recipe, *options, plan=None):
-        """Exit code (negative for a signal) and output of one run of a recipe file."""
-        arguments = ["train", str(recipe), *options]
-        self.process.stdin.write(json.dumps({"arguments": arguments, "plan": plan or {}}) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        return answer["code"], answer["output"]
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
+from forks import Fork, leave
 
 
 class ForkedPopen:
@@ -57,7 +29,7 @@ class ForkedPopen:
     real = subprocess.Popen
 
     def __init__(self, command, *, env, start_new_session):
-        assert start_new_session and command[-3:-1] == ["cdistill.train.worker", "train"]
+        assert start_new_session and command[-3] == "cdistill.train.worker"
         self.returncode = None
         self.pid = os.fork()
         if not self.pid:
@@ -92,21 +64,6 @@ class ForkedPopen:
         os.kill(self.pid, signal.SIGKILL)
 
 
-def leave(main):
-    """Run a function and end the process with its result, as a fresh one would."""
-    code = 70
-    try:
-        code = main()
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
 def carry_out(plan, rank):
     """Arrange for what a plan says to happen in this process."""
     if plan.get("rank", rank) != rank:
@@ -132,6 +89,9 @@ def carry_out(plan, rank):
             return before(self, args, state, control, **kwargs)
 
         StopCallback.on_step_end = on_step_end
+    if "set" in plan:
+        module, name, value = plan["set"]
+        setattr(importlib.import_module(module), name, value)
     if "spoil" in plan:
         stage, step = plan["spoil"]
         from cdistill.train.trainer import DistillTrainer
@@ -168,64 +128,19 @@ def die_in(module, name, match, nth, half):
     setattr(module, name, replaced)
 
 
-def train(arguments, plan):
-    import torch
+def command(*arguments, plan=None):
+    """Exit code (negative for a signal) and output of a command of cdistill."""
+    fork = Fork("survive_runs:carry_out_command", list(map(str, arguments)), plan or {})
+    return fork.wait(), fork.text()[0]
 
+
+def carry_out_command(arguments, plan):
     from cdistill import cli
     from cdistill.runtime import launch
 
-    torch.set_num_threads(1)
     ForkedPopen.plan = plan
     several = "processes=2" in arguments
     if several:
         launch.subprocess.Popen = ForkedPopen
     carry_out(plan, -1 if several else 0)
     return cli.main(arguments)
-
-
-def wait(pid):
-    """Status of a child, which is killed if it hangs."""
-    deadline = time.monotonic() + HANGS
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return status
-        if time.monotonic() > deadline:
-            os.kill(pid, signal.SIGKILL)
-        time.sleep(0.01)
-
-
-def serve():
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-    import gc
-
-    import deepspeed
-    import torch._dynamo
-    import torch.utils.tensorboard
-    import tqdm.auto
-
-    import cdistill.ops
-    import cdistill.train.stages
-    import cdistill.train.worker
-
-    assert all((deepspeed, torch, tqdm, cdistill))
-    gc.collect()
-    gc.freeze()  # a run collects garbage several times, and need not look through all modules
-    for line in sys.stdin:
-        request = json.loads(line)
-        with tempfile.TemporaryFile("w+") as output:
-            pid = os.fork()
-            if not pid:
-                os.dup2(output.fileno(), 1)
-                os.dup2(output.fileno(), 2)
-                os.setsid()
-                leave(lambda request=request: train(**request))
-            status = wait(pid)
-            output.seek(0)
-            answer = {"code": os.waitstatus_to_exitcode(status), "output": output.read()}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    serve()

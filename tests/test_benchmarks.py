@@ -16,23 +16,28 @@ from benchmarks import (
     _distillation,
     _exactness_attention,
     _exactness_distillation,
+    _passes,
+    _relation,
     _report_distillation,
-    bench_gpu_attention,
-    bench_gpu_distillation,
     report,
 )
 from benchmarks._by_definition import attention_by_definition, results_of, rows_alone
+from benchmarks._cases import attention, measured, vocabulary
 from benchmarks._contenders import Contender, Shape, draw
-from benchmarks._distillation import CHUNKED, FUSED, OURS, SIZES, Size
+from benchmarks._distillation import CHUNKED, FUSED, OURS, SIZES, UNCOMPILED, Size
 from benchmarks._exactness import InexactError, excess, worst
 from benchmarks._exactness_attention import Config
-from benchmarks._measure import ResultsFile, judged, rates
+from benchmarks._measure import judged, passes, rates
+from benchmarks._results import ResultsFile
+from benchmarks._tables import number
 from cdistill.ops import reference
 
 CPU = torch.device("cpu")
 TINY = Shape("T4096", 1, 2, 1, 30, 16, 3, 9)
 TINY_HEADS = Size("trained", 37, 24, 40, 301, ignored=9)
+TINY_RELATION = _relation.Size("one-layer", 2, 3, 1, 3, 9, 30, 16)
 SECONDS = 0.01  # of a timing
+QUICK = partial(passes, pass_seconds=SECONDS)
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the benchmark itself runs")
 
@@ -122,7 +127,7 @@ def test_other_tiles_are_checked_and_timed(kernel):
     _exactness_attention.check_tile(CPU, key, tile, "fp32", Config("fp32", 16, 1, 1, tokens=24, rows=17, cols=18))
     failed = {_exactness_attention.tile_name(key, Tile(64, 16, 1, 1)): "too far from float64"}
     tiles = [tile, Tile(64, 16, 1, 1)]
-    rows = bench_gpu_attention.timed_tiles(key, tiles, TINY, "fp32", CPU, failed=failed, seconds=SECONDS)
+    rows = _passes.timed_tiles(key, tiles, TINY, "fp32", CPU, failed=failed, seconds=SECONDS)
     assert [row["in_table"] for row in rows] == [True, False, False]
     assert ["ms" in row for row in rows] == [True, True, False]
 
@@ -135,14 +140,13 @@ def test_other_tiles_belong_to_kernels_of_the_table():
 
 def test_no_failed_check_is_timed():
     failed = {"ours/triton": "dq: error 7.00 times what is allowed", "flash": "crashed"}
-    options = {"failed": failed, "seconds": 60, "pass_seconds": SECONDS}
-    rows, problems = bench_gpu_attention.measured(TINY, "fp32", CPU, **options)
+    rows, problems = measured(attention(TINY), "fp32", CPU, failed=failed, timer=QUICK)
     found = {row["contender"]: row for row in rows}
     assert not problems
     assert "7.00" in found["ours/triton"]["skipped"] and "both_ms" not in found["ours/triton"]
     assert "crashed" in found["flash_attention (own)"]["skipped"]
     assert "both_ms" in found["ours"] and "CUDA" in found["ours/torch_cudnn"]["skipped"]
-    rows, _ = bench_gpu_attention.measured(TINY, "fp32", CPU, failed={"": "crashed"}, seconds=0.0)
+    rows, _ = measured(attention(TINY), "fp32", CPU, failed={"": "crashed"}, seconds=0.0)
     assert all("skipped" in row for row in rows)
 
 
@@ -158,29 +162,33 @@ def test_what_is_inexact_at_the_timed_shape_fails():
         Contender("b", broken, frozenset({"flash"})),
         Contender("c", broken),
     ]
-    rows, problems = bench_gpu_attention.compared(found, draw(TINY, torch.float32, CPU), {}, float("inf"))
+    rows, problems = judged(found, attention(TINY).error_of(draw(TINY, torch.float32, CPU)))
     assert all("skipped" in row for row in rows.values())
     assert rows["c"]["skipped"] == "RuntimeError: no kernel"
     assert [line[:3] for line in problems] == ["a: ", "b: "]
 
 
 def test_rehearsal_writes_results_and_a_report(tmp_path):
-    file = ResultsFile(tmp_path, CPU)
+    file = ResultsFile.new(tmp_path, CPU)
     file.add("rates", rates(CPU, size=64, copied=2**16, seconds=SECONDS))
-    file.add("checks", {"passed": 3, "failed": {"bf16-d64-mha": {"flash": "no mask, dq: error 3.00"}}})
-    rows, problems = bench_gpu_attention.measured(TINY, "fp16", CPU, seconds=60, pass_seconds=SECONDS)
+    file.add("planned", ["check bf16-d64-mha", "check bf16-d128-mha", "attention T4096", "attention paper"])
+    file.add("done", {"check bf16-d64-mha": ["flash no mask, dq: error 3.00"], "check bf16-d128-mha": []})
+    file.add("done", {"attention T4096": []})
+    rows, problems = measured(attention(TINY), "fp16", CPU, timer=QUICK)
     assert not problems
-    file.add("rows", [{**row, "size": str(TINY)} for row in rows])
+    file.add("rows", rows)
     ceilings = file.data["rates"]
-    file.add("slices", bench_gpu_attention.slice_passes(TINY, "fp32", CPU, ceilings, seconds=SECONDS))
-    file.add("tiles", bench_gpu_attention.timed_tiles(("flash_dq", 4, 16), [], TINY, "fp32", CPU, seconds=SECONDS))
+    file.add("slices", _passes.slice_passes(TINY, "fp32", CPU, ceilings, seconds=SECONDS))
+    file.add("tiles", _passes.timed_tiles(("flash_dq", 4, 16), [], TINY, "fp32", CPU, seconds=SECONDS))
     data = json.loads(file.path.read_text())
-    assert data["versions"]["torch"] == torch.__version__ and data["gpu"] == "none"
+    assert data["versions"]["torch"] == torch.__version__ and data["versions"]["cdistill"] == "checkout"
     assert {row["contender"] for row in data["rows"] if "both_ms" in row} >= {"ours", "ours/triton", "eager"}
 
     said = []
     report.report(tmp_path, said.append)
-    assert "| ours/triton |" in said[0] and "1 failed" in said[0] and "B1 H2/1 R3 V9 T30 D16" in said[0]
+    assert "| ours/triton |" in said[0] and "1 of 2 passed, 1 failed" in said[0] and "B1 H2/1 R3 V9 T30 D16" in said[0]
+    assert "- check bf16-d64-mha: flash no mask, dq: error 3.00" in said[0]
+    assert said[0].partition("Not reached:\n\n")[2].startswith("- attention paper\n\n")
     assert file.path.with_suffix(".png").read_bytes()[1:4] == b"PNG"
 
 
@@ -218,7 +226,7 @@ def errors_of(size, divergence, dtype=torch.float32, **options):
 def test_contenders_of_distillation_compute_what_we_compute(divergence, trained):
     size = replace(TINY_HEADS, trained=trained)
     errors = errors_of(size, divergence)
-    assert len(errors) == (5 if divergence == "jsd" else 3)
+    assert len(errors) == (4 if divergence == "jsd" else 3)
     assert all(ratio <= 1 for ratio, _ in errors.values()), errors
     p = _distillation.draw(size, torch.float32, CPU)
     assert len(p.leaves) == 1 + trained and (p.labels == -100).sum() == 9
@@ -297,8 +305,7 @@ def test_a_wrong_divergence_is_reported_by_its_name(monkeypatch):
 
 
 def distilled(divergence, **options):
-    options = {"seconds": 60, "pass_seconds": SECONDS, "compiling": False, **options}
-    return bench_gpu_distillation.measured(TINY_HEADS, divergence, "fp32", CPU, 0.1, **options)
+    return measured(vocabulary(TINY_HEADS, divergence, compiling=False), "fp32", CPU, timer=QUICK, **options)
 
 
 def test_no_failed_divergence_is_timed(monkeypatch):
@@ -319,21 +326,21 @@ def test_no_failed_divergence_is_timed(monkeypatch):
 
 
 def test_rehearsal_of_distillation_writes_results_and_a_report(tmp_path):
-    file = ResultsFile(tmp_path, CPU, "distillation")
-    file.add("rates", rates(CPU, size=64, copied=2**16, seconds=SECONDS))
-    file.add("checks", {"passed": 3, "failed": {"bf16-plain": {"jsd": "dhead: error 3.00"}}})
+    file = ResultsFile.new(tmp_path, CPU)
+    file.add("rates", {"matmul_tflops": 0.1, "copy_tb_per_s": 0.01})
     for divergence in _distillation.DIVERGENCES:
         rows, problems = distilled(divergence)
         assert not problems
         file.add("rows", rows)
     data = json.loads(file.path.read_text())
     own = next(row for row in data["rows"] if row["contender"] == OURS)
-    assert own["floor_percent"] == pytest.approx(100 * TINY_HEADS.flops / 1e8 / own["both_ms"])
     assert own["times_ours"] == 1.0
 
     said = []
     report.report(tmp_path, said.append)
-    assert f"| {CHUNKED} |" in said[0] and "1 failed" in said[0] and str(TINY_HEADS) in said[0]
+    assert f"| {UNCOMPILED} |" in said[0] and str(TINY_HEADS) in said[0]
+    share = 100 * TINY_HEADS.flops / 1e8 / own["both_ms"]
+    assert f"| {number(share)} |" in said[0]
     assert f"- {FUSED}: needs CUDA tensors" in said[0]
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import datasets
+import forks
 import pytest
 import yaml
 from data_check_cases import KINDS, Given, Maker, listed, made_up_set, said, write
@@ -240,7 +241,7 @@ def test_ended_from_outside_it_leaves_no_process(tmp_path, number):
     write(path, [maker.record(None) for _ in range(2000)] + [maker.record() for _ in range(6)], lines=True)
     for image in tmp_path.glob("pictures/*/*.jpg"):
         Image.new("RGB", (8000, 8000)).save(image)  # takes a while
-    shown = subprocess.Popen([sys.executable, "-m", "cdistill", "data", "check", path, "--workers", "2"])
+    shown = forks.Fork("forks:run_command", ["-m", "cdistill", "data", "check", str(path), "--workers", "2"])
     children = Path(f"/proc/{shown.pid}/task/{shown.pid}/children")
     while len(found := children.read_text().split()) < 2:
         time.sleep(0.05)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import forks
 import pytest
 from builtin_models import make_recipe
 from data_files import as_json, record
@@ -105,7 +106,8 @@ def in_a_process(package, *arguments):
 
 
 def test_a_command_finds_the_reader_of_an_installed_package(package, tmp_path):
-    found = in_a_process(package, "-m", "cdistill", "data", "check", f"tabs:{tmp_path / 'set.txt'}")
+    command = ["-m", "cdistill", "data", "check", f"tabs:{tmp_path / 'set.txt'}"]
+    found = forks.python(*command, cwd=package.parent, env=os.environ | {"PYTHONPATH": str(package)})
     assert found.returncode == 1, found.stderr
     assert "no tab" in found.stdout and "set.txt, line 6" in found.stdout and "17    16    1" in found.stdout
 

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from graphlib import TopologicalSorter
 from importlib import import_module
 from pathlib import Path
@@ -127,6 +128,15 @@ def test_files_and_functions_have_a_size_that_can_be_read(folder):
             if isinstance(node, ast.FunctionDef):
                 size = node.end_lineno - node.lineno + 1
                 assert size <= MOST_LINES_OF_A_FUNCTION, f"{path.name}: {node.name} has {size} lines"
+
+
+def test_every_dependency_has_a_version_that_make_installs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    needed = [*project["dependencies"], *extras["lora"], *extras["quantization"], *extras["dev"]]
+    names = {re.match(r"[\w-]+", each)[0].lower() for each in needed} - {"cdistill"}
+    pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert names <= pinned
 
 
 def test_import_is_cheap():

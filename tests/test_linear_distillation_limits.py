@@ -2,9 +2,8 @@
 
 import json
 import re
-import subprocess
-import sys
 
+import forks
 import pytest
 import torch
 from op_cases import allocations, device_of
@@ -86,8 +85,9 @@ BUFFERS_MB = 64
 def growth(impl, dtype, passes, monkeypatch):
     """Of passes of (rows, whether the head is trained, width)."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # freed tensors go back to the system
-    command = [sys.executable, "-c", GROWTH, impl, str(dtype).removeprefix("torch."), json.dumps(passes)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    done = forks.python("-c", GROWTH, impl, str(dtype).removeprefix("torch."), json.dumps(passes))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,9 +1,8 @@
 """Peak memory of the CPU ops: it grows neither with T*T nor with Hq*R*V, measured so that the eager oracle fails."""
 
 import os
-import subprocess
-import sys
 
+import forks
 import pytest
 import torch
 from op_cases import Case, draw, peak_memory
@@ -57,13 +56,14 @@ for case in (Case(batch=1), *SIZES.values()):
 
 def process_growth(impl):
     """Growth of the resident memory over one pass in a fresh process, in MB, at the sizes "tokens" and "heads"."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
-        "MALLOC_MMAP_THRESHOLD_": "65536",  # freed tensors go back to the system, so that later ones are seen
-    }
-    command = [sys.executable, "-c", RESIDENT + PEAK_OF_A_PROCESS, impl]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    return measured(RESIDENT + PEAK_OF_A_PROCESS, impl)
+
+
+def measured(code, *arguments):
+    """The numbers that a process of its own writes."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed tensors go back, so that later ones are seen
+    done = forks.python("-c", code, *arguments, env=environment)
+    assert done.returncode == 0, done.stderr
     return [float(line) for line in done.stdout.split()]
 
 
@@ -149,10 +149,7 @@ print(resident("VmHWM") - before - 2 * inputs[0].nbytes / 2**20)
 def test_cpp_needs_two_slices_and_16_mb_per_thread(dtype, given, threads):
     """At a slice of 32 MB beside gradients of 1 MB, so that a third one would not fit under the bound."""
     rows, cols, tokens, heads, width = 1024, 8192, 9300, 1, 16
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_MMAP_THRESHOLD_": "65536"}
-    sizes = map(str, (threads, rows, cols, tokens, heads, width, dtype, given))
-    command = [sys.executable, "-c", RESIDENT + GROWTH_OF_CPP, *sizes]
-    growth = float(subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout)
+    (growth,) = measured(RESIDENT + GROWTH_OF_CPP, threads, rows, cols, tokens, heads, width, dtype, given)
     assert 48 < growth < 2 * 32 + 16 * threads
 
 

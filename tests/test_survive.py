@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 from builtin_models import recipe_values
-from survive_runs import ROOT, Forks
+from forks import ROOT
+from survive_runs import command as run_command
 
 from cdistill.runtime import checkpoints
 from cdistill.runtime.signals import stop_on_signals
@@ -28,8 +29,8 @@ ENGINES = {"plain": ("off", 1), "plainx2": ("off", 2), "zero2": (2, 1), "zero2x2
 class Run:
     """One output folder and its recipe; stage dpt has 3 steps, dft 4."""
 
-    def __init__(self, forks, folder, models, engine, **changes):
-        self.forks, self.output, self.path = forks, folder / "run", folder / "recipe.yaml"
+    def __init__(self, folder, models, engine, **changes):
+        self.output, self.path = folder / "run", folder / "recipe.yaml"
         zero, self.processes = ENGINES[engine]
         values = {"stages": ["dpt", "dft"], "stage__dft__samples": 16, "save_steps": 1, "vat__loss": "mse"}
         content = recipe_values(self.output, models, deepspeed=zero, **(values | changes))
@@ -38,7 +39,7 @@ class Run:
 
     def train(self, *options, plan=None):
         options = [f"processes={self.processes}", *options]
-        return self.forks.train(self.path, *options, plan=plan)
+        return run_command("train", self.path, *options, plan=plan)
 
     def resume(self, plan=None):
         return self.train("--resume", plan=plan)
@@ -55,15 +56,8 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def forks():
-    forks = Forks()
-    yield forks
-    forks.close()
-
-
-@pytest.fixture(scope="module")
-def new_run(forks, models, tmp_path_factory):
-    return lambda engine="plain", **changes: Run(forks, tmp_path_factory.mktemp("run"), models, engine, **changes)
+def new_run(models, tmp_path_factory):
+    return lambda engine="plain", **changes: Run(tmp_path_factory.mktemp("run"), models, engine, **changes)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from builtin_models import make_recipe
 from PIL import Image
+from survive_runs import command
 from test_train_stages import Crash, metrics, same, weights
 from test_train_teacher import assert_close, losses
 from torch.utils.data import DataLoader
@@ -155,12 +156,13 @@ def test_too_many_bad_samples_end_the_run(models, files, tmp_path, capsys):
     assert len(bad_samples(tmp_path / "run")) >= 2
 
 
-def test_processes_count_their_bad_samples_together(models, files, tmp_path, capfd):
+def test_processes_count_their_bad_samples_together(models, files, tmp_path):
     parts = {"stage__dft__micro_batch_size": 2, "processes": 2}
     recipe = recipe_of(tmp_path / "run", models, files, max_bad_samples=2, **parts)
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe_to_dict(recipe)))
-    assert main(["train", str(tmp_path / "recipe.yaml")]) == 1
-    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("cdistill: error:")]
+    code, text = command("train", tmp_path / "recipe.yaml", "processes=2")
+    told = [line for line in text.splitlines() if line.startswith("cdistill: error:")]
+    assert code == 1, text
     assert ": 3 bad samples, more than max_bad_samples 2" in told[0] and "failed with exit code 1" in told[1]
     assert len(told) == 2 and len({bad["place"] for bad in bad_samples(tmp_path / "run")}) == 3
 

@@ -138,7 +138,7 @@ def _finite(problem: AttentionProblem) -> tuple[AttentionProblem, Tensor | None]
 
     A block of torch's CPU kernel multiplies keys and values of the future by zero, and 0 * NaN would reach earlier rows.
     """
-    if all(x.isfinite().all() for x in problem.qkv):
+    if all(x.sum().isfinite() or x.isfinite().all() for x in problem.qkv):  # a sum takes a fortieth of the time
         return problem, None
     bad_q, bad_k, bad_v = (~x.isfinite().all(3) for x in problem.qkv)
     bad = bad_k | bad_v
