@@ -15,7 +15,7 @@ test: setup
 	$(MAKE) -j2 lint pytest
 
 pytest: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # The C++ module under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the sources; 2 minutes.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections import Counter
 
 import forks
 import interpreter
@@ -27,6 +28,12 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if not hasattr(config, "workerinput"):
         forks.end_session()
+
+
+def pytest_collection_modifyitems(items):
+    """Files of few tests hold the long ones: they are begun first, so that no worker is left with one at the end."""
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: tests[item.path])
 
 
 def pytest_collection_finish():
