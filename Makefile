@@ -41,7 +41,8 @@ lint: setup
 setup: $(READY)
 
 # The compiler and pip work side by side. deepspeed's build reads the version of torch, which is therefore there first; files
-# are compiled to bytecode when they are first imported, which most never are.
+# are compiled to bytecode when they are first imported, which most never are, and must then be kept.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --no-compile --no-build-isolation -c constraints.txt
 $(READY): pyproject.toml setup.py constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
