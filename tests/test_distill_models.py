@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator, cpu_offload
+from accelerate.state import AcceleratorState
 from family_models import build_pair, draw
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -264,6 +265,7 @@ def test_what_is_put_around_a_peft_model(side):
 
 
 def prepared(model):
+    AcceleratorState._reset_state(reset_partial_state=True)  # a trainer of another file may have left its own
     Accelerator(mixed_precision="bf16").prepare_model(model)
 
 
