@@ -67,7 +67,11 @@ class Fork:
                 "key": bytes(current_process().authkey),  # tensors are sent through shared memory
             }
         )
-        self.pid = self.connection.recv()
+        try:
+            self.pid = self.connection.recv()
+        except (EOFError, ConnectionError) as error:
+            said = (Path(os.environ[SESSION]) / "log").read_text()
+            raise RuntimeError(f"the server of forks has died: {said[-2000:]}") from error
         self.returncode = None
 
     def wait(self, timeout=HANGS):
