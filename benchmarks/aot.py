@@ -1,8 +1,8 @@
 """Registers, spills and shared memory of every Triton kernel, compiled ahead of time: `python -m benchmarks.aot`.
 
 The table, benchmarks/results/aot.csv, names each configuration by a hash of the kernel's code and of what it is compiled for:
-after a change only what changed is compiled again. Needs no GPU. A count that is empty was not known yet when its configuration
-was compiled; on Hopper none is.
+after a change only what changed is compiled again; so it is where the counts of benchmarks/_compiled.py are made by other code.
+Needs no GPU. What there is between products is counted on Hopper alone, whose compiled code the gate judges by it.
 
 The launchers run on meta tensors with the launch recorded instead of made, so what is compiled is exactly
 what they would launch.
@@ -14,6 +14,7 @@ import contextlib
 import csv
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import os
@@ -61,6 +62,7 @@ POINTERS = {
 CAREFUL_HEAD_DIMS = (64,)  # programs that hardly ever run are compiled for these alone
 COMPILED_FOR = ("num_warps", "num_stages")
 BENCHMARKED_HEAD_DIMS = (64, 128)  # of benchmarks/_contenders.py: compiled for its main shape, too
+HOPPER = 90
 # Of kernels with Hopper's own matrix instructions: products that several warps repeat, instructions that wait for each other,
 # and in loops what there is between products. Flash attention needs no more of shared memory than 6 numbers of rows a product;
 # 30 are a key mask's at head dimension 256. A slice's gradient is read in a layout of its own, two bytes at a time as long as
@@ -96,6 +98,13 @@ def code(kernel: JITFunction) -> str:
         elif isinstance(value, triton.language.constexpr | int | float | str):
             parts.append(f"{name} = {value}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def made_by() -> str:
+    """What the table's rows are made by: the compiler's version, and a hash of the code that counts in what it makes."""
+    tree = ast.parse(inspect.getsource(_compiled))
+    counts = hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:12]
+    return f"triton {triton.__version__}, counts {counts}"
 
 
 def key(launch: tuple, arch: int) -> str:
@@ -302,6 +311,11 @@ def compile_one(launch: tuple, arch: int) -> dict:
         ),
         "register_wgmma": _compiled.register_wgmma(ptx),
         "transposed_operands": _compiled.transposed_register_operands(ttgir),
+    } | (hopper_counts(ttgir, ptx, log) if arch == HOPPER else dict.fromkeys(hopper_counts("", "", ""), ""))
+
+
+def hopper_counts(ttgir: str, ptx: str, log: str) -> dict:
+    return {
         "wgmma_products": _compiled.wgmma_products(ttgir),
         "replicated_wgmma": _compiled.replicated_products(ttgir, r"ttng\.warp_group_dot"),
         "replicated_mma": _compiled.replicated_products(ttgir, r"tt\.dot"),
@@ -353,18 +367,26 @@ def compiled_row(key: str, launch: tuple, arch: int, dtype: str, head_dim: int) 
 
 
 def read_table() -> tuple[str, list[dict]]:
-    """The version of triton that made the kept table, and its rows (all values are text)."""
+    """What made the kept table (as `made_by`), and its rows (all values are text)."""
     if not TABLE.exists():
         return "", []
     with TABLE.open() as file:
-        version = file.readline().split()[-1]
-        return version, list(csv.DictReader(file))
+        made = file.readline().removeprefix("#").strip()
+        return made, list(csv.DictReader(file))
+
+
+def kept() -> dict[str, dict]:
+    """The rows of the kept table that the present code would make, too, by their keys."""
+    made, rows = read_table()
+    if made.split(", ")[0] != made_by().split(", ")[0]:
+        return {}
+    return {r["key"]: r for r in rows if made == made_by() or r["arch"] != str(HOPPER)}
 
 
 def write_table(rows: list[dict]) -> None:
     """Keep the rows as the table."""
     with TABLE.open("w", newline="") as file:
-        file.write(f"# triton {triton.__version__}\n")
+        file.write(f"# {made_by()}\n")
         table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
@@ -396,9 +418,7 @@ def main() -> None:
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("unset TRITON_INTERPRET: the interpreter's kernels cannot be compiled")
-    version, kept = read_table()
-    kept = [] if options.all or version != triton.__version__ else kept
-    known = {r["key"]: r for r in kept if r.get("wgmma_products")}
+    known = {} if options.all else kept()
     cells = [(dtype, *map(int, numbers)) for dtype, *numbers in options.only] if options.only else grid()
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as cache:
