@@ -137,7 +137,7 @@ def benchmarked_launches(arch: int, head_dim: int, dtype: torch.dtype) -> list[t
     def call():
         q = empty(B, H, T, head_dim, dtype=dtype)
         rows, cols = empty(B, R, dtype=torch.int64), empty(B, V, dtype=torch.int64)
-        x = AttentionProblem(q, q, q, None, True, head_dim**-0.5, rows, cols)
+        x = AttentionProblem(q, q, q, scale=head_dim**-0.5, rows=rows, cols=cols)
         out, _, lse = flash_attention.flash_forward(x)
         x = x._replace(lse=lse)
         backend.slice_forward(x)
@@ -169,7 +169,7 @@ def attention_launches(arch: int, head_dim: int, dtype: torch.dtype) -> list[tup
             lse = empty(2, B, Hq, T)
         grad = empty(B, R, V, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
         gradients = empty(B, Hq, T, head_dim, dtype=dtype), empty(B, kv_heads, T, head_dim, dtype=dtype)
-        x = AttentionProblem(q, k, k, key_mask, True, head_dim**-0.5, rows, cols, lse)
+        x = AttentionProblem(q, k, k, key_mask, scale=head_dim**-0.5, rows=rows, cols=cols, lse=lse)
         backend.row_lse(x)
         backend.row_lse_backward(x, dlse)
         backend.row_lse_backward(x, dlse, into=gradients)

@@ -208,7 +208,7 @@ BAD = [
     ({"q": [[0.0]]}, "q must be a tensor"),
     ({"k": torch.zeros(2, 2, 8, 16).half()}, "k must have the dtype of q"),
     ({"k": torch.zeros(2, 3, 8, 16)}, "k must have a number of heads that divides the 4 heads of q"),
-    ({"k": torch.zeros(2, 2, 9, 16)}, "k must have shape"),
+    ({"k": torch.zeros(2, 2, 7, 16)}, "k must have the 8 tokens of q"),
     ({"k": torch.zeros(2, 2, 8, 16, device="meta")}, "k must be on cpu"),
     ({"rows": torch.tensor([1, 2])}, "rows must have shape (B, count)"),
     ({"rows": torch.tensor([[1.0], [2.0]])}, "rows must have an integer dtype"),

@@ -99,18 +99,18 @@ def test_results_lie_in_memory_as_the_compiler_was_told(impl, transposed):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck(impl):
     x, ops = inputs_of(impl), torch.ops.cdistill
-    problem = AttentionProblem(x["q"], x["k"], None, x["key_mask"], True, 0.3, x["rows"], x["cols"])
+    problem = AttentionProblem(x["q"], x["k"], None, x["key_mask"], True, 0.3, None, x["rows"], x["cols"])
     loss = (x["target"], "cosine", "row", False)
     for given in (problem, problem._replace(lse=x["lse"])):
         torch.library.opcheck(ops.attention_slice, (*given, impl))
         torch.library.opcheck(ops.attention_alignment, (*given, *loss, impl))
     teacher = [x["q"].detach(), 2 * x["q"].detach()], [x["k"].detach()] * 2, []
     for how in (("kl", "matrix", False), ("cosine", "column", True)):
-        options = (*teacher, x["key_mask"], 0.4, x["rows"], x["cols"], 1, *how, impl)
+        options = (*teacher, x["key_mask"], 0.4, None, x["rows"], x["cols"], 1, *how, impl)
         torch.library.opcheck(ops.attention_relation, (*problem, *options))
     whole = problem._replace(v=x["v"])
     torch.library.opcheck(ops.attention_with_alignment, (*whole, *loss, impl, ENGINES[impl]))
-    flash = (x["q"], x["k"], x["v"], None, True, 0.3, None if impl == "cpp" else impl, None)
+    flash = (x["q"], x["k"], x["v"], None, True, 0.3, None, None if impl == "cpp" else impl, None)
     torch.library.opcheck(ops.flash_attention, flash)
     detached = problem._replace(q=x["q"].detach(), k=x["k"].detach())
     sums = torch.zeros(3, *x["target"].shape, device=x["q"].device)

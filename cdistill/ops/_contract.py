@@ -1,8 +1,9 @@
 """What the public attention ops accept: one check per argument, each error naming the argument and what is allowed."""
 
+import itertools
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import cast
 
 import torch
@@ -81,12 +82,16 @@ def _require_queries_and_keys(q: Tensor, k: Tensor) -> None:
         if tensor.stride(-1) != 1:
             raise ValueError(f"{name} must have unit stride on its last dimension, got strides {tensor.stride()}")
     batch, q_heads, tokens, width = q.shape
-    k_heads = k.shape[1]
+    k_heads, keys = k.shape[1:3]
     if k.dtype != q.dtype:
         raise ValueError(f"k must have the dtype of q, {q.dtype}, got {k.dtype}")
     require_device("k", k, q.device)
-    swapped = k.shape[1] == q_heads and k.shape[2] != tokens
-    require_shape("k", k, (batch, k_heads, tokens, width), "B, Hkv, T, D", SWAPPED if swapped else "")
+    if keys < tokens:
+        raise ValueError(
+            f"k must have the {tokens} tokens of q, or more before them, got {tuple(k.shape)}"
+            f"{SWAPPED if k_heads == q_heads else ''}"
+        )
+    require_shape("k", k, (batch, k_heads, keys, width), "B, Hkv, T, D")
     if tokens == 0:
         raise ValueError("q must hold at least one token, got T = 0")
     if not 16 <= width <= 256 or width % 8:
@@ -109,17 +114,22 @@ def _positions(name: str, positions: Tensor, q: Tensor) -> Tensor:
     return positions.contiguous()
 
 
-def require_positions(allowed: Tensor, rows: Tensor, cols: Tensor, q: Tensor) -> None:
-    """Raise ValueError unless ``allowed`` (0-dim bool), which says that both hold distinct positions in q (B,Hq,T,D) or -1."""
-    heads, tokens = q.shape[1:3]
+def require_positions(allowed: Tensor, problem: AttentionProblem) -> None:
+    """Raise ValueError unless ``allowed`` (0-dim bool): rows hold distinct positions of queries or -1, cols of keys."""
+    (rows, cols), heads, tokens = problem.positions, problem.q.shape[1], problem.k.shape[2]
     if allowed.device.type != "cpu":
         message = f"rows and cols must hold distinct positions from 0 to T-1 = {tokens - 1}, or -1 for padding"
+        if problem.offset:
+            message += f"; the first query is at {problem.offset}"
         torch._assert_async(allowed, message)
     elif not allowed:
-        for name, positions in (("rows", rows), ("cols", cols)):
-            if ((positions < -1) | (positions >= tokens)).any():
+        for name, positions, first in (("rows", rows, problem.offset), ("cols", cols, 0)):
+            if ((positions < -1) | (positions >= tokens) | ((positions >= 0) & (positions < first))).any():
                 swapped = SWAPPED if int(positions.max()) < heads else ""
-                raise ValueError(f"{name} must hold positions from 0 to T-1 = {tokens - 1}, or -1 for padding{swapped}")
+                of = f" (those of the last {problem.q.shape[2]} tokens, which q has)" if first else ""
+                raise ValueError(
+                    f"{name} must hold positions from {first} to T-1 = {tokens - 1}{of}, or -1 for padding{swapped}"
+                )
         name = "rows" if has_repeats(rows) else "cols"
         raise ValueError(f"{name} must hold distinct positions within a sample")
 
@@ -130,8 +140,8 @@ def has_repeats(positions: Tensor) -> Tensor:
     return ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()
 
 
-def _key_mask(key_mask: Tensor, q: Tensor) -> Tensor:
-    batch, _, tokens, _ = q.shape
+def _key_mask(key_mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    batch, tokens = q.shape[0], k.shape[2]
     require_tensor("key_mask", key_mask)
     if key_mask.dim() > 2:
         raise ValueError(
@@ -144,6 +154,30 @@ def _key_mask(key_mask: Tensor, q: Tensor) -> Tensor:
         raise ValueError(f"key_mask must be bool (True = real key), got {key_mask.dtype}")
     require_device("key_mask", key_mask, q.device)
     return key_mask.contiguous()
+
+
+def _documents(cu_seqlens: Tensor | Sequence[int], q: Tensor, k: Tensor) -> list[int]:
+    """Where documents begin and the last one ends, as numbers."""
+    if isinstance(cu_seqlens, Tensor):
+        if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            found = f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+            raise ValueError(f"cu_seqlens must be int32 or int64 of shape (documents + 1,), got {found}")
+        cu_seqlens = cu_seqlens.tolist()
+    elif not isinstance(cu_seqlens, list | tuple) or not all(is_number(x, Integral) for x in cu_seqlens):
+        raise ValueError(f"cu_seqlens must be a tensor (documents + 1,) or a list of ints, got {cu_seqlens!r}")
+    documents = [int(x) for x in cu_seqlens]
+    tokens = q.shape[2]
+    if q.shape[0] != 1:
+        raise ValueError(f"cu_seqlens needs documents packed into one row, q (1, H, T, D), got B = {q.shape[0]}")
+    if k.shape[2] != tokens:
+        raise ValueError(f"cu_seqlens needs as many queries as keys, got {tokens} and {k.shape[2]}")
+    if len(documents) < 2 or documents[0] != 0 or documents[-1] != tokens:
+        ends = f"{documents[0]} to {documents[-1]}" if documents else "nothing"
+        raise ValueError(f"cu_seqlens must go from 0 to T = {tokens}, where the last document ends, got {ends}")
+    for before, after in itertools.pairwise(documents):
+        if after < before:
+            raise ValueError(f"cu_seqlens must not decrease, got {after} after {before}")
+    return documents
 
 
 def _scale(scale: float | None, width: int) -> float:
@@ -226,6 +260,7 @@ def attention_problem(
     key_mask: Tensor | None,
     lse: Tensor | None = None,
     heads: str = "mean",
+    cu_seqlens: Tensor | Sequence[int] | None = None,
 ) -> AttentionProblem:
     """Validate what attention ops take, and bring it into the form that backends and engines take.
 
@@ -237,14 +272,15 @@ def attention_problem(
     """
     _require_queries_and_keys(q, k)
     require_bool("causal", causal)
-    key_mask = None if key_mask is None else _key_mask(key_mask, q)
+    key_mask = None if key_mask is None else _key_mask(key_mask, q, k)
+    documents = None if cu_seqlens is None else _documents(cu_seqlens, q, k)
     factor = _scale(scale, q.shape[-1])
     require_choice("heads", heads, HEADS)
     lse = None if lse is None else _lse(lse, q)
     rows, cols = (None, None) if regions is None else map(_positions, ("rows", "cols"), regions, (q, q))
     if factor <= 0:
         q, factor = (-q, -factor) if factor < 0 else (q * 0.0, 1.0)
-    return AttentionProblem(q, k, v, key_mask, causal, factor, rows, cols, lse, heads == "each")
+    return AttentionProblem(q, k, v, key_mask, causal, factor, documents, rows, cols, lse, heads == "each")
 
 
 def laid_out_like(x: Tensor, like: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 SPLITS_LSE = False  # it divides by the sum of a row's probabilities instead
-FUSES_DENOMINATOR = HAS_REVERSE_KL = True
+FUSES_DENOMINATOR = TAKES_FEWER_QUERIES = HAS_REVERSE_KL = True
 FUSES_HEAD_COSINE = FUSES_ACCUMULATION = False
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -38,9 +38,9 @@ def _by_address(problem: AttentionProblem, rows: Tensor, cols: Tensor | None) ->
     """A problem as the module takes it; ``cols`` only where there is a slice. rows and cols int32."""
     q, k, key_mask = problem.q, problem.k, problem.key_mask
     assert all(x.is_contiguous() for x in (rows, cols, key_mask) if x is not None)
-    batch, q_heads, tokens, width = q.shape
+    batch, q_heads, _, width = q.shape
     return _C.Problem(
-        q=q.data_ptr(),
+        q=_of_first_key(q, problem.offset),
         q_strides=q.stride()[:3],
         k=k.data_ptr(),
         k_strides=k.stride()[:3],
@@ -48,7 +48,7 @@ def _by_address(problem: AttentionProblem, rows: Tensor, cols: Tensor | None) ->
         batch=batch,
         heads=q_heads,
         kv_heads=k.shape[1],
-        tokens=tokens,
+        tokens=k.shape[2],
         dim=width,
         rows=rows.data_ptr(),
         n_rows=rows.shape[1],
@@ -60,10 +60,18 @@ def _by_address(problem: AttentionProblem, rows: Tensor, cols: Tensor | None) ->
     )
 
 
-def _results(*gradients: Tensor) -> "list[_C.Result]":
+def _of_first_key(q: Tensor, offset: int) -> int:
+    """The address that a query at the first key would have; the module reads and writes at rows, none of which is before q."""
+    return q.data_ptr() - offset * q.stride(2) * q.element_size()
+
+
+def _results(problem: AttentionProblem, dq: Tensor, dk: Tensor) -> "list[_C.Result]":
     """Gradients (B,H,T,D) by address, to be added to."""
-    assert all(x.stride(3) == 1 for x in gradients)
-    return [_C.Result(address=x.data_ptr(), dtype=_DTYPES[x.dtype], strides=x.stride()[:3]) for x in gradients]
+    assert dq.stride(3) == dk.stride(3) == 1
+    return [
+        _C.Result(address=_of_first_key(x, offset), dtype=_DTYPES[x.dtype], strides=x.stride()[:3])
+        for x, offset in ((dq, problem.offset), (dk, 0))
+    ]
 
 
 def _zeros(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,9 +94,9 @@ def row_lse_backward(
     if into is not None and not dlse.any():  # all of it was folded
         return into
     rows = problem.positions[0].int()
-    lse, dlse = lse_at_rows(problem), at_rows(dlse, rows)
+    lse, dlse = lse_at_rows(problem), at_rows(dlse, problem.query_rows)
     gradients = _zeros(problem.q, problem.k) if into is None else into
-    given, results = _by_address(problem, rows, None), _results(*gradients)
+    given, results = _by_address(problem, rows, None), _results(problem, *gradients)
     _C.row_lse_backward(given, lse.data_ptr(), dlse.data_ptr(), *results, torch.get_num_threads())
     return gradients
 
@@ -115,7 +123,7 @@ def slice_forward_with_lse(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     a, lse = _empty_slice(problem), torch.empty((*q.shape[:2], rows.shape[1]), dtype=torch.float32, device=q.device)
     given = _by_address(problem, rows, cols)
     _C.slice_forward_with_lse(given, lse.data_ptr(), a.data_ptr(), problem.each, torch.get_num_threads())
-    return a, to_rows(lse, rows, q.shape[2])
+    return a, to_rows(lse, problem.query_rows, q.shape[2])
 
 
 def slice_backward(
@@ -128,15 +136,15 @@ def slice_backward(
     """Gradient of ``slice_forward``, dS = P * G, added to that of ``base(dlse)``; dlse_i = -sum_j dS_ij, (B,Hq,T)."""
     lse = lse_at_rows(problem)
     dlse = torch.zeros_like(lse)
-    rows, tokens = problem.positions[0], problem.q.shape[2]
+    rows, tokens = problem.query_rows, problem.q.shape[2]
     if base is None:
         gradients = _zeros(problem.q, problem.k) if into is None else into
-        _slice_backward(problem, lse, grad, _results(*gradients), dlse)
+        _slice_backward(problem, lse, grad, _results(problem, *gradients), dlse)
         return *gradients, to_rows(dlse, rows, tokens)
     _slice_backward(problem, lse, grad, [_C.Result(), _C.Result()], dlse)
     dlse = to_rows(dlse, rows, tokens)
     gradients = base(dlse)
-    _slice_backward(problem, lse, grad, _results(*gradients), None)
+    _slice_backward(problem, lse, grad, _results(problem, *gradients), None)
     return *gradients, dlse
 
 
@@ -145,7 +153,7 @@ def slice_backward_with_denominator(
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the slice of ``slice_forward_with_lse``: dS_ij = P_ij * (G_ij + dlse_i) over all visible keys j."""
     lse, gradients = lse_at_rows(problem), _zeros(problem.q, problem.k) if into is None else into
-    _slice_backward(problem, lse, grad, _results(*gradients), torch.zeros_like(lse), denominator=True)
+    _slice_backward(problem, lse, grad, _results(problem, *gradients), torch.zeros_like(lse), denominator=True)
     return gradients
 
 

@@ -31,6 +31,7 @@ class Backend(Protocol):
     FUSES_HEAD_COSINE: bool  # whether it has `head_cosine` and its backward pass
     FUSES_DENOMINATOR: bool  # whether it has `slice_forward_with_lse` and `slice_backward_with_denominator`
     FUSES_ACCUMULATION: bool  # whether it has `slice_accumulate`
+    TAKES_FEWER_QUERIES: bool  # whether problems may have fewer queries than keys
     HAS_REVERSE_KL: bool  # whether "reverse_kl" is one of its alignment losses
 
     def regions(self, problem: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:

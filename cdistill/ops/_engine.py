@@ -94,9 +94,9 @@ def _folded_backward(
     """`attention_backward` of an engine that takes no dlse: it gets it folded into ``out``, which is put back afterwards."""
     q, k, v = problem.qkv
     if problem.rows is None:
-        rows = torch.arange(q.shape[2], device=q.device).expand(q.shape[0], -1).contiguous()
+        rows = torch.arange(problem.offset, k.shape[2], device=q.device).expand(q.shape[0], -1).contiguous()
         problem = problem._replace(rows=rows, cols=rows[:, :0])
-    rows, _ = problem.positions
+    rows = problem.query_rows
     if dout is None:
         dq, dk = impl.row_lse_backward(problem, dlse)
         return dq.to(q.dtype), dk.to(k.dtype), torch.zeros_like(v)

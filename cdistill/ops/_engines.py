@@ -14,6 +14,7 @@ from cdistill.ops._dispatch import backend
 from cdistill.ops._engine import AttentionEngine
 from cdistill.ops._engines_flash_attn import FlashAttn2, FlashAttn3, FlashAttn4
 from cdistill.ops._engines_torch import TorchCudnn, TorchFlash
+from cdistill.ops._pieces import for_pieces
 from cdistill.ops._problem import AttentionProblem
 from cdistill.ops._registered import Registered
 
@@ -106,6 +107,7 @@ def engine(name: str | None, problem: AttentionProblem) -> AttentionEngine:
             raise ValueError(f"engine must be None or one of {(*ENGINES, *REGISTERED)}, got {name!r}")
         if reason := chosen.missing():
             raise ValueError(f"engine={name!r} cannot run: {reason}")
+        chosen = for_pieces(chosen, problem)
         if reason := chosen.refusal(problem):
             raise ValueError(f"engine={name!r} {reason}")
         return chosen
@@ -114,7 +116,7 @@ def engine(name: str | None, problem: AttentionProblem) -> AttentionEngine:
         preferred = _PREFERRED.get(torch.cuda.get_device_capability(problem.q.device)[0], _OTHER)
     refusals = []
     for candidate in preferred:
-        chosen = ENGINES[candidate]
+        chosen = for_pieces(ENGINES[candidate], problem)
         if torch.are_deterministic_algorithms_enabled() and not chosen.deterministic:
             continue
         reason = chosen.missing() or chosen.refusal(problem)

@@ -91,7 +91,8 @@ def differentiable(name: str, *, leaves: Sequence[str], results: int, keeps: Seq
     ``leaves``, in this order: anything for one that is None.
     """
     backward = getattr(torch.ops.cdistill, f"{name}_backward")
-    names = [argument.name for argument in getattr(torch.ops.cdistill, name).default._schema.arguments]
+    taken = getattr(torch.ops.cdistill, name).default._schema.arguments
+    names, of_tensors = [x.name for x in taken], [isinstance(x.type, torch.ListType) for x in taken]
     of_leaves = [names.index(leaf) for leaf in leaves]
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -100,8 +101,9 @@ def differentiable(name: str, *, leaves: Sequence[str], results: int, keeps: Seq
         save_for_backward(ctx, *inputs, *[output[i] for i in keeps])
 
     def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        # torch wants a list for a list of tensors
-        found: list[Any] = [None if count is None else [None] * count for count in ctx.lists[: len(names)]]
+        # torch wants a list for a list of tensors, which a list of numbers that may be None is not
+        counts = zip(ctx.lists, of_tensors, strict=False)
+        found: list[Any] = [[None] * count if listed and count is not None else None for count, listed in counts]
         upstream = grads[:results]
         if any(x is not None for x in upstream):
             saved = saved_for_backward(ctx)

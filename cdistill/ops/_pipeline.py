@@ -18,7 +18,7 @@ from cdistill.ops._problem import AttentionProblem, Base, Comparison, Gradients
 def checked_regions(impl: Backend, problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """Rows (B,R) that see one of their columns and columns (B,V) that are not padding; raises for bad positions."""
     row_valid, col_valid, allowed = impl.regions(problem)
-    require_positions(allowed, *problem.positions, problem.q)
+    require_positions(allowed, problem)
     return row_valid, col_valid
 
 

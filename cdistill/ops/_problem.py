@@ -15,17 +15,20 @@ Base = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class AttentionProblem(NamedTuple):
-    """Softmax attention, whole or at some rows and columns. Row i sees key j where causality and key_mask allow it.
+    """Softmax attention, whole or at some rows and columns. Row i sees key j where causality, key_mask and documents allow it.
 
-    Tensors (B,heads,T,D) are fp16, bf16 or fp32, have unit stride on D and one dtype and device.
+    Tensors (B,heads,T,D) are fp16, bf16 or fp32, have unit stride on D and one dtype and device. The queries are those of the
+    last tokens: of all, if there are as many as keys. What has neither documents nor fewer queries than keys goes to backends
+    and engines as it is, the rest in pieces (`_pieces`) unless a backend takes it.
     """
 
-    q: Tensor  # (B,Hq,T,D)
+    q: Tensor  # (B,Hq,T,D), or fewer tokens
     k: Tensor  # (B,Hkv,T,D), Hkv divides Hq
     v: Tensor | None = None  # (B,Hkv,T,D); None where only the probabilities are asked for
     key_mask: Tensor | None = None  # (B,T) bool, contiguous, True = real key
     causal: bool = True
     scale: float = 1.0  # of the scores q.k; above 0
+    documents: list[int] | None = None  # [0, ..., T]: tokens between two of these see each other alone; B is 1
     rows: Tensor | None = None  # (B,R) int32 or int64, contiguous, distinct, -1 = padding; None: all
     cols: Tensor | None = None  # (B,V) likewise
     lse: Tensor | None = None  # (B,Hq,T) fp32, natural; for some, split (2,B,Hq,T); None: not known
@@ -47,6 +50,17 @@ class AttentionProblem(NamedTuple):
     def group(self) -> int:
         """Query heads for each key head."""
         return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def offset(self) -> int:
+        """Position of the first query."""
+        return self.k.shape[2] - self.q.shape[2]
+
+    @property
+    def query_rows(self) -> Tensor:
+        """Which of the queries the rows are, -1 for padding."""
+        rows = self.positions[0]
+        return rows if self.offset == 0 else (rows - self.offset).clamp(min=-1)
 
     @property
     def slice_shape(self) -> tuple[int, ...]:
@@ -93,7 +107,7 @@ class VocabularyOptions(NamedTuple):
     gradient: bool  # whether the student's logits become the gradient of ce_weight * ce + kd_weight * kd
 
 
-_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", float: "float"}
+_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", float: "float", list[int] | None: "int[]?"}
 _FIELDS = [f"{_SCHEMA_TYPES[of]} {name}" for name, of in AttentionProblem.__annotations__.items()]
 PROBLEM = ", ".join(_FIELDS)  # "Tensor q, Tensor k, Tensor? v, ..., bool each"
 OF_WHOLE = AttentionProblem._fields.index("rows")  # how many of the fields say all of whole attention

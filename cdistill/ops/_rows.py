@@ -15,10 +15,11 @@ def regions(problem: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
 
     Allowed: every position is -1, or that of a token and distinct within its sample and its kind.
     """
-    (rows, cols), tokens, key_mask = problem.positions, problem.q.shape[2], problem.key_mask
+    (rows, cols), tokens, key_mask = problem.positions, problem.k.shape[2], problem.key_mask
     allowed = torch.ones((), dtype=torch.bool, device=rows.device)
-    for positions in (rows, cols):
-        allowed = allowed & ((positions >= -1) & (positions < tokens)).all() & ~has_repeats(positions)
+    for positions, lowest in ((rows, problem.offset), (cols, 0)):
+        in_range = (positions == -1) | ((positions >= lowest) & (positions < tokens))
+        allowed = allowed & in_range.all() & ~has_repeats(positions)
     col_valid = cols >= 0
     if cols.shape[1] == 0:
         return torch.zeros_like(rows, dtype=torch.bool), col_valid, allowed
@@ -45,13 +46,13 @@ def to_rows(x: Tensor, rows: Tensor, tokens: int) -> Tensor:
 
 def lse_at_rows(problem: AttentionProblem) -> Tensor:
     """The problem's lse at its rows, (B,Hq,R); +inf where a row is padding or sees no key, so that P is 0 there."""
-    (rows, _), lse, key_mask = problem.positions, problem.lse, problem.key_mask
+    (rows, _), lse, key_mask = problem.positions, problem.lse, problem.key_mask  # of a problem without documents
     assert lse is not None
     sees_key = rows >= 0
     if key_mask is not None:
         keys_seen = key_mask.cumsum(1) if problem.causal else key_mask.sum(1, keepdim=True).expand_as(key_mask)
         sees_key = sees_key & (keys_seen.gather(1, rows.clamp(min=0).long()) > 0)
-    return at_rows(lse, rows).masked_fill_(~sees_key[:, None], torch.inf)
+    return at_rows(lse, problem.query_rows).masked_fill_(~sees_key[:, None], torch.inf)
 
 
 def _real(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 SPLITS_LSE = FUSES_DENOMINATOR = FUSES_HEAD_COSINE = FUSES_ACCUMULATION = False
-HAS_REVERSE_KL = True
+TAKES_FEWER_QUERIES = HAS_REVERSE_KL = True
 
 BLOCK_BYTES = 16 * 2**20
 
@@ -74,8 +74,8 @@ def _fp32_zeros(x: Tensor) -> Tensor:
     return torch.zeros(x.shape, dtype=torch.float32, device=x.device)
 
 
-def _all_keys(q: Tensor) -> Tensor:
-    return torch.arange(q.shape[2], dtype=torch.int32, device=q.device).expand(q.shape[0], -1)
+def _all_keys(k: Tensor) -> Tensor:
+    return torch.arange(k.shape[2], dtype=torch.int32, device=k.device).expand(k.shape[0], -1)
 
 
 def row_lse(problem: AttentionProblem) -> Tensor:
@@ -83,45 +83,45 @@ def row_lse(problem: AttentionProblem) -> Tensor:
 
     NaN for a row with a score of +inf, or of nothing but -inf, as its softmax is.
     """
-    q, k, (rows, _) = problem.q, problem.k, problem.positions
+    q, k, (rows, _), queries = problem.q, problem.k, problem.positions, problem.query_rows
     batch, q_heads, tokens, _ = q.shape
-    keys = _all_keys(q)
+    keys = _all_keys(k)
     lse = torch.empty((batch, q_heads, rows.shape[1]), dtype=torch.float32, device=q.device)
-    for block in _row_blocks(batch, rows.shape[1], tokens):
+    for block in _row_blocks(batch, rows.shape[1], k.shape[2]):
         hidden = _hidden(problem, rows[:, block], keys)
         for h in range(q_heads):
-            scores = _gather(q[:, h], rows[:, block]).mul_(problem.scale) @ k[:, h // problem.group].float().mT
+            scores = _gather(q[:, h], queries[:, block]).mul_(problem.scale) @ k[:, h // problem.group].float().mT
             scores.masked_fill_(hidden, -torch.inf)
             top = scores.amax(2, keepdim=True)
             top.masked_fill_(hidden.all(2, keepdim=True), 0.0)
             lse[:, h, block] = scores.sub_(top).exp_().sum(2).log_().add_(top[:, :, 0])
-    return to_rows(lse.masked_fill_(lse == -torch.inf, torch.inf), rows, tokens)
+    return to_rows(lse.masked_fill_(lse == -torch.inf, torch.inf), queries, tokens)
 
 
 def row_lse_backward(
     problem: AttentionProblem, dlse: Tensor, into: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gradient of ``row_lse``: dS_ij = P_ij * dlse_i over all visible keys j."""
-    q, k, (rows, _) = problem.q, problem.k, problem.positions
-    batch, q_heads, tokens, _ = q.shape
-    keys = _all_keys(q)
-    lse, dlse = lse_at_rows(problem), at_rows(dlse, rows)
+    q, k, (rows, _), queries = problem.q, problem.k, problem.positions, problem.query_rows
+    batch, q_heads = q.shape[:2]
+    keys = _all_keys(k)
+    lse, dlse = lse_at_rows(problem), at_rows(dlse, queries)
     dq, dk = _fp32_zeros(q), _fp32_zeros(k)
-    for block in _row_blocks(batch, rows.shape[1], tokens):
+    for block in _row_blocks(batch, rows.shape[1], k.shape[2]):
         hidden = _hidden(problem, rows[:, block], keys)
         for h in range(q_heads):
-            q_rows = _gather(q[:, h], rows[:, block]).mul_(problem.scale)
+            q_rows = _gather(q[:, h], queries[:, block]).mul_(problem.scale)
             k_all = k[:, h // problem.group].float()
             ds = (q_rows @ k_all.mT).sub_(lse[:, h, block, None]).exp_().mul_(dlse[:, h, block, None])
             ds.masked_fill_(hidden, 0.0)
-            _scatter_add(dq[:, h], rows[:, block], (ds @ _finite(k_all)).mul_(problem.scale))
+            _scatter_add(dq[:, h], queries[:, block], (ds @ _finite(k_all)).mul_(problem.scale))
             dk[:, h // problem.group] += ds.mT @ _finite(q_rows)
     return (dq, dk) if into is None else (into[0].add_(dq), into[1].add_(dk))
 
 
 def slice_forward(problem: AttentionProblem) -> Tensor:
     """exp(scale * q.k - lse) at (rows, cols), zero where hidden: the head mean (B,R,V), or (B,Hq,R,V)."""
-    q, k, (rows, cols) = problem.q, problem.k, problem.positions
+    q, k, (rows, cols), queries = problem.q, problem.k, problem.positions, problem.query_rows
     batch, q_heads, _, _ = q.shape
     lse = lse_at_rows(problem)
     a = torch.zeros(problem.slice_shape, dtype=torch.float32, device=q.device)
@@ -130,7 +130,7 @@ def slice_forward(problem: AttentionProblem) -> Tensor:
         for h in range(q_heads):
             if h % problem.group == 0:
                 k_cols = _gather(k[:, h // problem.group], cols)
-            p = _gather(q[:, h], rows[:, block]).mul_(problem.scale) @ k_cols.mT
+            p = _gather(q[:, h], queries[:, block]).mul_(problem.scale) @ k_cols.mT
             p.sub_(lse[:, h, block, None]).exp_()
             # Filled, not multiplied: a hidden key may score far above the row's LSE, and exp overflows to inf.
             p.masked_fill_(hidden, 0.0)
@@ -149,7 +149,7 @@ def slice_backward(
     into: tuple[Tensor, Tensor] | None = None,
 ) -> Gradients:
     """Gradient of ``slice_forward``, dS = P * G, added to that of ``base(dlse)``; dlse_i = -sum_j dS_ij, (B,Hq,T)."""
-    q, k, (rows, cols) = problem.q, problem.k, problem.positions
+    q, k, (rows, cols), queries = problem.q, problem.k, problem.positions, problem.query_rows
     batch, q_heads, tokens, _ = q.shape
     lse = lse_at_rows(problem)
     dq, dk = (_fp32_zeros(q), _fp32_zeros(k)) if into is None else into
@@ -161,15 +161,15 @@ def slice_backward(
             if h % problem.group == 0:
                 k_cols = _gather(k[:, h // problem.group], cols)
                 dk_cols = torch.zeros_like(k_cols)
-            q_rows = _gather(q[:, h], rows[:, block]).mul_(problem.scale)
+            q_rows = _gather(q[:, h], queries[:, block]).mul_(problem.scale)
             ds = (q_rows @ k_cols.mT).sub_(lse[:, h, block, None]).exp_()
             ds.mul_(grad[:, h, block] if mean_grad is None else mean_grad).masked_fill_(hidden, 0.0)
             dlse[:, h, block] = ds.sum(2).neg_()
-            _scatter_add(dq[:, h], rows[:, block], (ds @ _finite(k_cols)).mul_(problem.scale))
+            _scatter_add(dq[:, h], queries[:, block], (ds @ _finite(k_cols)).mul_(problem.scale))
             dk_cols.baddbmm_(ds.mT, _finite(q_rows))
             if (h + 1) % problem.group == 0:
                 _scatter_add(dk[:, h // problem.group], cols, dk_cols)
-    dlse = to_rows(dlse, rows, tokens)
+    dlse = to_rows(dlse, queries, tokens)
     if base is None:
         return dq, dk, dlse
     base_q, base_k = base(dlse)

@@ -1,13 +1,14 @@
 """The visual attention alignment loss (VAT): distance of a student's attention slice from a target slice."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cdistill.ops._contract import attention_problem, require_loss, require_target
-from cdistill.ops._dispatch import backend
 from cdistill.ops._operators import differentiable, operator
+from cdistill.ops._pieces import backend_of
 from cdistill.ops._pipeline import (
     checked_regions,
     empty_own_lse,
@@ -25,7 +26,7 @@ _ARGUMENTS = f"{PROBLEM}, {COMPARISON}, str? impl"
 @operator("attention_alignment", _ARGUMENTS, 5)
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     problem, (*how, impl) = problem_of(arguments)
-    chosen = backend(impl, problem.q)
+    chosen = backend_of(impl, problem)
     regions = checked_regions(chosen, problem)
     losses, kept, own_lse = losses_forward(chosen, problem, Comparison(*regions, *how))
     return losses, kept, *regions, own_lse
@@ -34,7 +35,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 @_forward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     problem, (*how, impl) = problem_of(arguments)
-    chosen, q = backend(impl, problem.q), problem.q
+    chosen, q = backend_of(impl, problem), problem.q
     rows, cols = problem.positions
     regions = torch.empty_like(rows, dtype=torch.bool), torch.empty_like(cols, dtype=torch.bool)
     kept = q.new_empty(kept_shape(chosen, problem, Comparison(*regions, *how)), dtype=torch.float32)
@@ -48,7 +49,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 )
 def _backward(grad: Tensor, *arguments: Any) -> Gradients:
     problem, (*how, impl, kept, row_valid, col_valid, own_lse) = problem_of(arguments)
-    chosen, compared = backend(impl, problem.q), Comparison(row_valid, col_valid, *how)
+    chosen, compared = backend_of(impl, problem), Comparison(row_valid, col_valid, *how)
     return slice_gradients(problem, lambda: losses_backward(chosen, problem, compared, own_lse, kept, grad))
 
 
@@ -76,6 +77,7 @@ def attention_alignment(
     key_mask: Tensor | None = None,
     heads: str = "mean",
     impl: str | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
 ) -> Tensor:
     """Distance of A = attention_slice(q, k, rows, cols) from a target slice, per sample (paper 3.2).
 
@@ -90,7 +92,7 @@ def attention_alignment(
             mean over rows.
         sink_filter: with reduction="column", leave entries above mean + one standard deviation out of the mean (the
             authors' code); the filter itself carries no gradient.
-        q, k, rows, cols, lse, causal, scale, key_mask, heads, impl: as in attention_slice.
+        q, k, rows, cols, lse, causal, scale, key_mask, heads, impl, cu_seqlens: as in attention_slice.
 
     Returns:
         (B,) fp32, one loss per sample. A row that sees none of its columns counts as padding; a sample without rows or
@@ -100,10 +102,8 @@ def attention_alignment(
     Raises:
         ValueError: as attention_slice, or target, loss, reduction or sink_filter is not one of the above.
     """
-    regions = rows, cols
-    problem = attention_problem(
-        q, k, None, regions, lse=lse, causal=causal, scale=scale, key_mask=key_mask, heads=heads
-    )
+    options: dict[str, Any] = {"causal": causal, "scale": scale, "key_mask": key_mask, "heads": heads}
+    problem = attention_problem(q, k, None, (rows, cols), lse=lse, cu_seqlens=cu_seqlens, **options)
     require_loss(loss, reduction, sink_filter)
     require_target(target, problem)
     compared = (target.detach(), loss, reduction, sink_filter)

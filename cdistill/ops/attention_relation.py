@@ -21,8 +21,9 @@ from cdistill.ops._contract import (
     require_shape,
     require_tensor,
 )
-from cdistill.ops._dispatch import Backend, backend
+from cdistill.ops._dispatch import Backend
 from cdistill.ops._operators import differentiable, operator
+from cdistill.ops._pieces import InPieces, backend_of
 from cdistill.ops._pipeline import checked_regions, empty_own_lse, empty_slice_gradients, no_lse, slice_gradients
 from cdistill.ops._problem import PROBLEM, AttentionProblem, Gradients, problem_of
 from cdistill.ops._relation import Block, Gradient, Relation, Walk
@@ -30,7 +31,8 @@ from cdistill.ops._relation_losses import Compared, Moments, gradient, losses, m
 
 _ARGUMENTS = (
     f"{PROBLEM}, Tensor[] teacher_q, Tensor[] teacher_k, Tensor[] teacher_lse, Tensor? teacher_key_mask, "
-    "float teacher_scale, Tensor teacher_rows, Tensor teacher_cols, int groups, str loss, str reduction, bool sink_filter, "
+    "float teacher_scale, int[]? teacher_documents, Tensor teacher_rows, Tensor teacher_cols, int groups, str loss, "
+    "str reduction, bool sink_filter, "
     "str? impl"
 )
 
@@ -48,8 +50,9 @@ class _Call(NamedTuple):
     @property
     def backend(self) -> Backend:
         """The backend for both sides; raises ValueError if it cannot compute one of them."""
-        backend(self.impl, self.relation.teacher[0].q, "teacher_q")
-        return backend(self.impl, self.relation.student.q, "student_q")
+        of_teacher = backend_of(self.impl, self.relation.teacher[0], "teacher_q")
+        of_student = backend_of(self.impl, self.relation.student, "student_q")
+        return of_teacher if isinstance(of_teacher, InPieces) else of_student
 
     def compared(self, row_valid: Tensor, col_valid: Tensor) -> Compared:
         """What is compared of every one of the N slices."""
@@ -65,10 +68,10 @@ class _Call(NamedTuple):
 
 def _call(arguments: Sequence[Any]) -> _Call:
     student, rest = problem_of(arguments)
-    layers_q, layers_k, layers_lse, key_mask, scale, rows, cols, groups, loss, reduction, sink_filter, impl, *kept = (
-        rest
-    )
-    shared = {"key_mask": key_mask, "causal": student.causal, "scale": scale, "rows": rows, "cols": cols}
+    layers_q, layers_k, layers_lse, *rest = rest
+    key_mask, scale, documents, rows, cols, groups, loss, reduction, sink_filter, impl, *kept = rest
+    shared = {"key_mask": key_mask, "causal": student.causal, "scale": scale, "documents": documents}
+    shared |= {"rows": rows, "cols": cols}
     teacher = [
         AttentionProblem(q, k, lse=lse, each=student.each, **shared)
         for q, k, lse in zip(layers_q, layers_k, layers_lse or [None] * len(layers_q), strict=True)
@@ -159,13 +162,14 @@ class _Given(NamedTuple):
     cols: Tensor
     scale: float | None
     key_mask: Tensor | None
+    cu_seqlens: Tensor | Sequence[int] | None
 
     @property
     def names(self) -> dict[str, str]:
         """What the arguments of `attention_problem` are called here."""
         q, k = "k" if self.relation == "kk" else "q", "q" if self.relation in ("qq", "vv") else "k"
         names = {"q": f"{self.side}_{q}", "k": f"{self.side}_{k}", "lse": f"{self.side}_lse"}
-        others = () if self.side == "student" else ("rows", "cols", "scale", "key_mask")
+        others = () if self.side == "student" else ("rows", "cols", "scale", "key_mask", "cu_seqlens")
         return names | {name: f"{self.side}_{name}" for name in others}
 
     def problem(self, **options: Any) -> AttentionProblem:
@@ -177,7 +181,7 @@ class _Given(NamedTuple):
             require_tensor(names[name], tensor)
         if self.side == "teacher":
             q, k = q.detach(), k.detach()
-        options |= {"lse": self.lse, "scale": self.scale, "key_mask": self.key_mask}
+        options |= {"lse": self.lse, "scale": self.scale, "key_mask": self.key_mask, "cu_seqlens": self.cu_seqlens}
         try:
             return attention_problem(q, k, None, (self.rows, self.cols), **options)
         except ValueError as error:  # begins with the name of an argument, and may speak of q
@@ -204,12 +208,12 @@ def _window(
     """The teacher's layers as problems, all of one shape; ``key_mask`` is the student's."""
     layers = _layers(given)
     if given.key_mask is None and key_mask is not None:
-        read = layers[0].k if given.relation == "kk" else layers[0].q
-        tokens = read.shape[2] if isinstance(read, Tensor) and read.dim() == 4 else student.q.shape[2]
-        if tokens != student.q.shape[2]:
+        read, keys = layers[0].q if given.relation in ("qq", "vv") else layers[0].k, student.k.shape[2]
+        tokens = read.shape[2] if isinstance(read, Tensor) and read.dim() == 4 else keys
+        if tokens != keys:
             raise ValueError(
                 f"teacher_key_mask must be given with a key_mask where the teacher has other tokens, {tokens}, than the "
-                f"student, {student.q.shape[2]}"
+                f"student, {keys}"
             )
         layers = [layer._replace(key_mask=key_mask) for layer in layers]
     problems, names = [layer.problem(**options) for layer in layers], given.names
@@ -238,11 +242,13 @@ def _groups(student: AttentionProblem, teacher: AttentionProblem) -> int:
     return fewer
 
 
-def _flat(student: AttentionProblem, teacher: list[AttentionProblem], groups: int) -> tuple[Any, ...]:
+def _flat(student: AttentionProblem, teacher: list[AttentionProblem]) -> tuple[Any, ...]:
     """The problems as the operator takes them."""
+    groups = _groups(student, teacher[0])
     first, lse = teacher[0], [layer.lse for layer in teacher if layer.lse is not None]
     layers = [layer.q for layer in teacher], [layer.k for layer in teacher], lse
-    return *student._replace(each=groups > 1), *layers, first.key_mask, first.scale, *first.positions, groups
+    of_first = first.key_mask, first.scale, first.documents, *first.positions
+    return *student._replace(each=groups > 1), *layers, *of_first, groups
 
 
 def attention_relation(
@@ -269,6 +275,8 @@ def attention_relation(
     student_relation: str = "qk",
     teacher_relation: str = "qk",
     impl: str | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    teacher_cu_seqlens: Tensor | Sequence[int] | None = None,
 ) -> Tensor:
     """Distance of a student's attention slice from a teacher's, per sample (paper 3.2); neither slice is stored.
 
@@ -282,10 +290,10 @@ def attention_relation(
         heads: "mean"; or "each", compared one by one. Where a model has a multiple of the other's heads, the slices of
             its consecutive heads are averaged in groups.
         student_lse, teacher_lse: as in attention_slice, (B,heads,tokens) of the relation; a list for a window.
-        teacher_rows, teacher_cols, teacher_key_mask: (B,R), (B,V), (B,Tt); by default the student's.
+        teacher_rows, teacher_cols, teacher_key_mask, teacher_cu_seqlens: (B,R), (B,V), (B,Tt), (S+1,), else the student's.
         scale, teacher_scale: of the scores; by default one over the root of each side's own width.
         student_relation, teacher_relation: see the top of this file.
-        reduction, sink_filter, rows, cols, causal, key_mask, impl: as in attention_alignment; causal holds for both.
+        reduction, sink_filter, rows, cols, causal (of both), key_mask, impl, cu_seqlens: as in attention_alignment.
 
     Returns:
         (B,) fp32, as attention_alignment. Differentiable once in student_q, student_k and student_lse. Beside inputs and
@@ -295,12 +303,11 @@ def attention_relation(
         ValueError: as attention_alignment, or the two sides, or the layers of the window, do not fit each other.
     """
     options = {"causal": causal, "heads": heads}
-    places = rows, cols
-    of_student = _Given("student", student_q, student_k, student_lse, student_relation, *places, scale, key_mask)
-    student = of_student.problem(**options)
+    how = student_relation, rows, cols, scale, key_mask, cu_seqlens
+    student = _Given("student", student_q, student_k, student_lse, *how).problem(**options)
     require_loss(loss, reduction, sink_filter, RELATION_LOSSES)
     places = rows if teacher_rows is None else teacher_rows, cols if teacher_cols is None else teacher_cols
-    how = teacher_relation, *places, teacher_scale, teacher_key_mask
+    documents = cu_seqlens if teacher_cu_seqlens is None else teacher_cu_seqlens
+    how = teacher_relation, *places, teacher_scale, teacher_key_mask, documents
     teacher = _window(_Given("teacher", teacher_q, teacher_k, teacher_lse, *how), student, key_mask, **options)
-    arguments = _flat(student, teacher, _groups(student, teacher[0]))
-    return torch.ops.cdistill.attention_relation(*arguments, loss, reduction, sink_filter, impl)[0]
+    return torch.ops.cdistill.attention_relation(*_flat(student, teacher), loss, reduction, sink_filter, impl)[0]

@@ -6,6 +6,7 @@ all keys for free; the rest is added to its dq and dk in place. Besides what att
 gradient, and, with Triton, dq of the rows.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,10 +20,10 @@ from cdistill.ops._contract import (
     require_loss,
     require_target,
 )
-from cdistill.ops._dispatch import backend
 from cdistill.ops._engine import attention_backward, attention_forward
 from cdistill.ops._engines import engine as named_engine
 from cdistill.ops._operators import differentiable, operator
+from cdistill.ops._pieces import backend_of
 from cdistill.ops._pipeline import checked_regions, kept_shape, losses_backward, losses_forward
 from cdistill.ops._problem import COMPARISON, PROBLEM, Comparison, Gradients, problem_of
 
@@ -32,7 +33,7 @@ _ARGUMENTS = f"{PROBLEM}, {COMPARISON}, str? impl, str? engine"
 @operator("attention_with_alignment", _ARGUMENTS, 6)
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     problem, (*how, impl, engine) = problem_of(arguments)
-    chosen, attention = backend(impl, problem.q), named_engine(engine, problem)
+    chosen, attention = backend_of(impl, problem), named_engine(engine, problem)
     regions = checked_regions(chosen, problem)
     out, lse, split = attention_forward(attention, problem)
     if chosen.SPLITS_LSE and split is not None:
@@ -44,7 +45,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 @_forward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     problem, (*how, impl, engine) = problem_of(arguments)
-    chosen, q = backend(impl, problem.q), problem.q
+    chosen, q = backend_of(impl, problem), problem.q
     rows, cols = problem.positions
     regions = torch.empty_like(rows, dtype=torch.bool), torch.empty_like(cols, dtype=torch.bool)
     split = named_engine(engine, problem).SPLITS_LSE and chosen.SPLITS_LSE
@@ -60,7 +61,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 )
 def _backward(dout: Tensor | None, dloss: Tensor | None, *arguments: Any) -> Gradients:
     problem, (*how, impl, engine, out, lse, kept, row_valid, col_valid) = problem_of(arguments)
-    chosen, attention = backend(impl, problem.q), named_engine(engine, problem)
+    chosen, attention = backend_of(impl, problem), named_engine(engine, problem)
     problem = problem._replace(lse=lse)
     if dloss is None or problem.empty:
         return gradients_like(problem, *attention_backward(attention, problem, out, dout, None, chosen))
@@ -102,6 +103,7 @@ def attention_with_alignment(
     heads: str = "mean",
     impl: str | None = None,
     engine: str | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output, and the distance of its probabilities at (rows, cols) from a target slice (VAT, paper 3.2).
 
@@ -110,7 +112,7 @@ def attention_with_alignment(
     Args:
         q, k, v: (B,Hq,T,D), (B,Hkv,T,D), (B,Hkv,T,D), as in flash_attention.
         target, rows, cols, loss, reduction, sink_filter, heads: as in attention_alignment.
-        causal, scale, key_mask: as in flash_attention.
+        causal, scale, key_mask, cu_seqlens: as in flash_attention.
         impl: who computes the slice: "torch", "cpp", "triton", or None to choose by device.
         engine: who computes attention: "triton" (own kernels), "torch_flash", "torch_cudnn", "flash_attn_2",
             "flash_attn_3", "flash_attn_4", or None for the fastest one that is there (a deterministic one only if
@@ -124,7 +126,8 @@ def attention_with_alignment(
         ValueError: an argument has a wrong shape, dtype, device or value, or impl or engine cannot run here. On CUDA the
             values of rows and cols are checked by a device-side assertion instead, because reading them would synchronise.
     """
-    problem = attention_problem(q, k, v, (rows, cols), causal=causal, scale=scale, key_mask=key_mask, heads=heads)
+    options: dict[str, Any] = {"causal": causal, "scale": scale, "key_mask": key_mask, "heads": heads}
+    problem = attention_problem(q, k, v, (rows, cols), cu_seqlens=cu_seqlens, **options)
     require_attention_values(problem)
     require_loss(loss, reduction, sink_filter)
     require_target(target, problem)

@@ -4,6 +4,7 @@ They keep the dtype of their inputs, so that tests call them in float64, and aut
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,17 +23,23 @@ def attention_probabilities(
     causal: bool = True,
     scale: float | None = None,
     key_mask: Tensor | None = None,
+    cu_seqlens: Sequence[int] | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T + mask), or exp(scale * q k^T - lse) with a given lse (B,Hq,T): (B,Hq,T,T).
 
-    A query that sees no key has probability zero everywhere.
+    A query that sees no key has probability zero everywhere. Fewer queries than keys are those of the last keys.
     """
-    batch, q_heads, tokens, width = q.shape
+    batch, q_heads, queries, width = q.shape
+    tokens = k.shape[2]
     k = k.repeat_interleave(q_heads // k.shape[1], dim=1)
     scores = q @ k.transpose(-1, -2) * (width**-0.5 if scale is None else scale)
     visible = torch.ones(batch, 1, tokens, tokens, dtype=torch.bool, device=q.device)
     if causal:
         visible = visible.tril()
+    if cu_seqlens is not None:
+        document = torch.bucketize(torch.arange(tokens), torch.tensor(cu_seqlens), right=True)
+        visible = visible & (document[:, None] == document).to(q.device)
+    visible = visible[:, :, tokens - queries :]
     if key_mask is not None:
         visible = visible & key_mask[:, None, None, :]
     if lse is None:
@@ -54,14 +61,17 @@ def attention_slice(
     scale: float | None = None,
     key_mask: Tensor | None = None,
     heads: str = "mean",
+    cu_seqlens: Sequence[int] | None = None,
 ) -> Tensor:
     """Oracle of ``cdistill.ops.attention_slice``."""
-    p = attention_probabilities(q, k, lse=lse, causal=causal, scale=scale, key_mask=key_mask)
+    options: dict[str, Any] = {"causal": causal, "scale": scale, "key_mask": key_mask, "cu_seqlens": cu_seqlens}
+    p = attention_probabilities(q, k, lse=lse, **options)
     if heads == "mean":
         p = p.mean(dim=1, keepdim=True)
     real = (rows >= 0)[:, None, :, None] & (cols >= 0)[:, None, None, :]
+    queries = rows - (k.shape[2] - q.shape[2])
     samples = [
-        p_b[:, r.clamp(min=0).long()][:, :, c.clamp(min=0).long()] for p_b, r, c in zip(p, rows, cols, strict=True)
+        p_b[:, r.clamp(min=0).long()][:, :, c.clamp(min=0).long()] for p_b, r, c in zip(p, queries, cols, strict=True)
     ]
     a = torch.where(real, torch.stack(samples), 0.0)
     return a if heads == "each" else a[:, 0]
@@ -107,6 +117,11 @@ def slice_distance(a: Tensor, t: Tensor, loss: str, reduction: str, sink_filter:
     return _vector_distance((m * a).sum(0) / c, (m * t).sum(0) / c, loss)
 
 
+def _together(i: int, j: int, cu_seqlens: Sequence[int] | None) -> bool:
+    """Whether two tokens are of one document."""
+    return all((i >= start) == (j >= start) for start in cu_seqlens or ())
+
+
 def _compared(
     a: Tensor,
     target: Tensor,
@@ -117,13 +132,18 @@ def _compared(
     loss: str,
     reduction: str,
     sink_filter: bool,
+    cu_seqlens: Sequence[int] | None = None,
 ) -> Tensor:
     """Losses (B,) of slices and their targets (B,H,R,V): of the rows that see one of their columns."""
     losses = []
     for b in range(len(rows)):
         real_cols = [v for v, j in enumerate(cols[b].tolist()) if j >= 0]
         seen_keys = [j for j in cols[b].tolist() if j >= 0 and (key_mask is None or key_mask[b, j])]
-        real_rows = [r for r, i in enumerate(rows[b].tolist()) if any(0 <= j <= i or not causal for j in seen_keys)]
+        real_rows = [
+            r
+            for r, i in enumerate(rows[b].tolist())
+            if any((0 <= j <= i or not causal) and _together(i, j, cu_seqlens) for j in seen_keys)
+        ]
         real_rows = [r for r in real_rows if rows[b, r] >= 0]
         if not real_rows or not real_cols:
             losses.append(a.sum() * 0)
@@ -153,12 +173,14 @@ def attention_alignment(
     scale: float | None = None,
     key_mask: Tensor | None = None,
     heads: str = "mean",
+    cu_seqlens: Sequence[int] | None = None,
 ) -> Tensor:
     """Oracle of ``cdistill.ops.attention_alignment``."""
-    a = attention_slice(q, k, rows, cols, lse=lse, causal=causal, scale=scale, key_mask=key_mask, heads=heads)
+    options: dict[str, Any] = {"causal": causal, "scale": scale, "key_mask": key_mask, "cu_seqlens": cu_seqlens}
+    a = attention_slice(q, k, rows, cols, lse=lse, heads=heads, **options)
     if heads == "mean":
         a, target = a[:, None], target[:, None]
-    return _compared(a, target, rows, cols, key_mask, causal, loss, reduction, sink_filter)
+    return _compared(a, target, rows, cols, key_mask, causal, loss, reduction, sink_filter, cu_seqlens)
 
 
 def relation_slice(relation: str, q: Any, k: Any, heads: str, groups: int, *where: Tensor, **options: Any) -> Tensor:
@@ -191,6 +213,8 @@ def attention_relation(
     teacher_cols: Tensor | None = None,
     student_relation: str = "qk",
     teacher_relation: str = "qk",
+    cu_seqlens: Sequence[int] | None = None,
+    teacher_cu_seqlens: Sequence[int] | None = None,
 ) -> Tensor:
     """Oracle of ``cdistill.ops.attention_relation``."""
     lists = [x if isinstance(x, list) else [x] for x in (teacher_q, teacher_k, teacher_lse)]
@@ -200,17 +224,18 @@ def attention_relation(
         layers_k[0] if teacher_relation == "kk" else layers_q[0],
     )
     groups = min(x.shape[1] for x in of_rows)
-    options = {"lse": student_lse, "causal": causal, "scale": scale, "key_mask": key_mask}
+    options = {"lse": student_lse, "causal": causal, "scale": scale, "key_mask": key_mask, "cu_seqlens": cu_seqlens}
     a = relation_slice(student_relation, student_q, student_k, heads, groups, rows, cols, **options)
     where = rows if teacher_rows is None else teacher_rows, cols if teacher_cols is None else teacher_cols
     options |= {"scale": teacher_scale, "key_mask": key_mask if teacher_key_mask is None else teacher_key_mask}
+    options |= {"cu_seqlens": cu_seqlens if teacher_cu_seqlens is None else teacher_cu_seqlens}
     with torch.no_grad():
         slices = [
             relation_slice(teacher_relation, q, k, heads, groups, *where, **(options | {"lse": lse}))
             for q, k, lse in zip(layers_q, layers_k, layers_lse, strict=True)
         ]
         target = torch.stack(slices).mean(0).to(a.dtype)
-    return _compared(a, target, rows, cols, key_mask, causal, loss, reduction, sink_filter)
+    return _compared(a, target, rows, cols, key_mask, causal, loss, reduction, sink_filter, cu_seqlens)
 
 
 def _divergence(p: Tensor, q: Tensor, divergence: str, beta: float) -> Tensor:
