@@ -202,6 +202,26 @@ def test_packed_samples_equal_eager(name):
     check(name, alignment, lambda dtype: eager_loss(*pair(name), batch.batch, vat, expected, dtype, layers))
 
 
+@pytest.mark.parametrize("name", ["llava_qwen2", "qwen2_5_vl"])
+def test_an_engine_makes_the_attention_of_packed_samples(name):
+    """Losses, their gradients and logits are those of the model's own attention; what is padding alone gets zeros."""
+    _, batch, vat, regions = packed(name, 5, VATConfig(layers="all", rows="answer", engine="torch_flash"))
+    _, layers = matched(name)
+    expected = places(batch.batch, batch.visual, batch.spans)
+    alignment = aligned(pair(name), batch.batch, vat, regions, None)
+    check(name, alignment, lambda dtype: eager_loss(*pair(name), batch.batch, vat, expected, dtype, layers))
+    student, _ = pair(name)
+    targets = [torch.rand(5, regions.rows.shape[1], regions.cols.shape[1])] * len(vat.matches)
+    results = []
+    for recorder in (None, vat.student(regions, targets, None)):
+        with installed(student):
+            logits = student(**inputs(batch.batch), cdistill_vat=recorder, use_cache=False).logits[batch.real]
+        weight = student.get_input_embeddings().weight
+        results.append([logits.detach(), *torch.autograd.grad(logits.square().mean(), weight)])
+    for theirs, ours in zip(*results, strict=True):
+        assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()
+
+
 # recurrent layers and convolutions carry one packed sample's state into the next
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in HYBRID])
 def test_packed_samples_equal_samples_by_themselves(name):
@@ -283,8 +303,6 @@ def test_packing_that_the_model_does_not_see_is_refused():
     assert recorder.slices[1].any()
     with pytest.raises(ValueError, match="key_mask must be None for packed samples"):
         SliceRecorder([1], regions, key_mask=batch.real)
-    with pytest.raises(ValueError, match=r"vat\.engine torch_flash cannot make the attention of packed samples"):
-        VAT(VATConfig(engine="torch_flash", rows="answer"), 3, 5).student(regions, [torch.zeros(5, 5, 8)], None)
 
 
 def test_one_sample_per_row_needs_no_mask():

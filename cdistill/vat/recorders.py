@@ -53,13 +53,32 @@ def _sequence(regions: AnyRegions) -> Tensor | None:
     return regions.sequence if isinstance(regions, PackedRegions) else None
 
 
+def _sequences(regions: PackedRegions, *tensors: Tensor) -> Iterator[tuple[tuple[Tensor, ...], slice | None]]:
+    """What packed tensors (B,H,T,D) hold of each sequence, one after the other, and which sample of the regions that is.
+
+    None for what is padding alone. The parts of a tensor are views with one gradient between them.
+    """
+    for row, of_row in enumerate(zip(*(x.split(1) for x in tensors), strict=True)):
+        lengths: list[int] = []
+        samples: list[slice | None] = []
+        known = [(s.start, s.stop, slice(i, i + 1)) for i, s in enumerate(regions.samples) if s.row == row]
+        end = tensors[0].shape[2]
+        for start, stop, sample in (*known, (end, end, None)):
+            for length, of in ((start - sum(lengths), None), (stop - start, sample)):
+                if length:
+                    lengths.append(length)
+                    samples.append(of)
+        yield from zip(zip(*(x.split(lengths, 2) for x in of_row), strict=True), samples, strict=True)
+
+
 def _parts(regions: AnyRegions, q: Tensor, k: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
     """Queries and keys of what shares one call of an op, as views, and which samples of the regions these are."""
     if not isinstance(regions, PackedRegions):
         yield q, k, slice(None)
         return
-    for i, (row, start, stop) in enumerate(regions.samples):
-        yield q[row : row + 1, :, start:stop], k[row : row + 1, :, start:stop], slice(i, i + 1)
+    for (part_q, part_k), sample in _sequences(regions, q, k):
+        if sample is not None:
+            yield part_q, part_k, sample
 
 
 def _require_all(layers: Collection[int], recorded: Collection[int]) -> None:
@@ -219,8 +238,8 @@ class StudentAlignment:
     every sample; ``key_mask`` as for `TeacherTargets`; ``loss``, ``reduction``, ``sink_filter``, ``heads`` and ``impl``
     as in `cdistill.ops.attention_alignment`. ``layer_sum`` sums over layers (the authors' code) where the paper takes
     the mean. ``engine`` "sdpa" leaves the layers' attention to SDPA, bit for bit; "auto", or an engine of
-    `cdistill.ops.attention_with_alignment` by name, makes both in one forward and one backward pass (not of packed
-    samples).
+    `cdistill.ops.attention_with_alignment` by name, makes both in one forward and one backward pass, of packed samples one
+    by one.
 
     Safe under non-reentrant gradient checkpointing: the recomputation runs the same ops and the first recording stays.
     A recorder made while gradients are enabled refuses to record without them, which is what reentrant checkpointing
@@ -255,8 +274,6 @@ class StudentAlignment:
         else:
             found = targets.targets if isinstance(targets, TeacherTargets) else targets
             self._targets = _by_layer(matches, found, (len(regions.rows), regions.rows.shape[1], regions.cols.shape[1]))
-        if engine != "sdpa" and isinstance(regions, PackedRegions):
-            raise ValueError(f"vat.engine {engine} cannot make the attention of packed samples; use vat.engine sdpa")
         self.layers = frozenset(match.student for match in matches)
         self._windows = {match.student: match.teachers for match in matches}
         self.key_mask, self.sequence = _key_mask(key_mask, regions), _sequence(regions)
@@ -302,13 +319,30 @@ class StudentAlignment:
             ]
         else:
             # under autocast, rotary embeddings leave q and k in fp32
-            q, k = q.to(v.dtype), k.to(v.dtype)
-            engine = None if self._engine == "auto" else self._engine
-            out, losses = attention_with_alignment(q, k, v, self._targets[layer], rows, cols, **options, engine=engine)
-            found = [losses]
+            out, found = self._with_attention(self._targets[layer], q.to(v.dtype), k.to(v.dtype), v, options)
         losses = torch.cat(found) if len(found) != 1 else found[0]
         self._losses.setdefault(layer, losses)
         return out
+
+    def _with_attention(
+        self, target: Tensor, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The layer's attention (B,Hq,T,D), and the losses of what shares a call; what is padding alone is given zeros."""
+        regions, engine = self._regions, None if self._engine == "auto" else self._engine
+        if not isinstance(regions, PackedRegions):
+            out, losses = attention_with_alignment(q, k, v, target, *regions, **options, engine=engine)
+            return out, [losses]
+        outs, found = [], []
+        for (part_q, part_k, part_v), sample in _sequences(regions, q, k, v):
+            if sample is None:
+                outs.append(torch.zeros_like(part_q))
+                continue
+            where = target[sample], regions.rows[sample], regions.cols[sample]
+            out, losses = attention_with_alignment(part_q, part_k, part_v, *where, **options, engine=engine)
+            outs.append(out)
+            found.append(losses)
+        batch = torch.cat(outs, 2)[0].unflatten(1, (q.shape[0], q.shape[2]))  # rows side by side: (Hq,B,T,D)
+        return batch.transpose(0, 1), found
 
     def losses(self) -> dict[int, Tensor]:
         """Loss (B,) fp32 of every sample and matched student layer, with gradient; 0 for samples without visual tokens.
