@@ -6,6 +6,7 @@ Importing this package imports torch; transformers is imported when the hook is 
 from cdistill.vat.config import VAT, VATConfig
 from cdistill.vat.distances import LayerDistances, layer_distances
 from cdistill.vat.families import attention_layers, check_packable, packed_position_ids, visual_token_ids
+from cdistill.vat.generation import GenerationRecorder
 from cdistill.vat.hook import install, installed, uninstall
 from cdistill.vat.matching import LayerMatch, layer_range, match_layers
 from cdistill.vat.recorders import Recorder, SliceRecorder, StudentAlignment, TeacherLayers, TeacherTargets
@@ -21,6 +22,7 @@ from cdistill.vat.regions import (
 
 __all__ = [
     "VAT",
+    "GenerationRecorder",
     "LayerDistances",
     "LayerMatch",
     "PackedRegions",

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from cdistill.families import family_of
+from cdistill.vat.generation import GenerationRecorder
 from cdistill.vat.recorders import Recorder
 from cdistill.vat.regions import require_on_device
 
@@ -196,7 +197,7 @@ def _attention_modules(model: "PreTrainedModel", text_model: "PreTrainedModel") 
 
 def _register() -> None:
     """Wrap what transformers holds for SDPA, unless it is wrapped; others may have put their own function there meanwhile."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin
     from transformers.masking_utils import causal_mask_function
 
     attention, mask = AttentionInterface()[IMPLEMENTATION], AttentionMaskInterface()[IMPLEMENTATION]
@@ -204,6 +205,8 @@ def _register() -> None:
         AttentionInterface.register(IMPLEMENTATION, _attention(attention))
     if not hasattr(mask, _WRAPPER):
         AttentionMaskInterface.register(IMPLEMENTATION, _mask(mask, causal_mask_function))
+    if not hasattr(GenerationMixin._validate_model_kwargs, _WRAPPER):
+        setattr(GenerationMixin, "_validate_model_kwargs", _validation(GenerationMixin._validate_model_kwargs))  # noqa: B010
 
 
 def _attention(sdpa: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[Tensor, None]]:
@@ -249,10 +252,15 @@ def _record(
         return None
     if this_pass is not None:
         this_pass.enter(layer, query, key)
-    sequence = getattr(recorder, "sequence", None)
-    _require_plain_causal(layer, module, query, key, attention_mask, kwargs, packed=sequence is not None)
+    sequence, cached = getattr(recorder, "sequence", None), isinstance(recorder, GenerationRecorder)
+    if isinstance(recorder, GenerationRecorder):
+        key = recorder.show(layer, query, key, attention_mask)
+    _require_plain_causal(layer, module, query, key, attention_mask, kwargs, packed=sequence is not None, cached=cached)
     if sequence is None:
-        _require_same_padding(recorder.key_mask, getattr(attention_mask, _PADDING, (None, None))[0])
+        padding = getattr(attention_mask, _PADDING, (None, None))[0]
+        _require_same_padding(
+            recorder.key_mask, padding[:, : key.shape[2]] if cached and padding is not None else padding
+        )
     else:
         _require_same_packing(sequence, query, attention_mask)
     out = recorder.record(layer, query, key, value, scale=kwargs.get("scaling"), causal=True)
@@ -280,6 +288,23 @@ def _mask(sdpa_mask: Callable[..., Tensor | None], causal: Callable[..., Any]) -
     return mask
 
 
+def _validation(validate: Callable[..., None]) -> Callable[..., None]:
+    """What `generate` finds no fault with: of an installed model also a recorder of generation."""
+
+    @wraps(validate)
+    def validation(model: Any, model_kwargs: dict[str, Any]) -> None:
+        recorder = model_kwargs.get(KEYWORD)
+        if recorder is None or not is_installed(model):
+            validate(model, model_kwargs)
+            return
+        if not isinstance(recorder, GenerationRecorder):
+            raise ValueError(f"{KEYWORD} of generate must be a GenerationRecorder, got {type(recorder).__name__}")
+        validate(model, {name: value for name, value in model_kwargs.items() if name != KEYWORD})
+
+    setattr(validation, _WRAPPER, True)
+    return validation
+
+
 def _version(mask: Tensor) -> int:
     """Counts what is written into a mask; tensors of inference mode do not count it."""
     return -1 if mask.is_inference() else mask._version
@@ -300,10 +325,11 @@ def _require_plain_causal(
     kwargs: dict[str, Any],
     *,
     packed: bool,
+    cached: bool,
 ) -> None:
     """Raise ValueError unless the layer's attention is softmax(scale * q k^T) under causality and padding alone.
 
-    The mask of ``packed`` samples is left to `_require_same_packing`.
+    The mask of ``packed`` samples is left to `_require_same_packing`, how many keys are ``cached`` to the recorder.
     """
 
     def refuse(what: str) -> ValueError:
@@ -317,10 +343,10 @@ def _require_plain_causal(
         is_causal = getattr(module, "is_causal", True)
     if not is_causal or not getattr(getattr(module, "config", None), "is_causal", True):
         raise refuse("bidirectional attention")
-    if query.shape[2] != key.shape[2]:
+    if query.shape[2] != key.shape[2] and not cached:
         raise refuse(
-            f"{query.shape[2]} queries on {key.shape[2]} keys (a key-value cache, cross-attention, or logits_to_keep that "
-            "leaves out queries)"
+            f"{query.shape[2]} queries on {key.shape[2]} keys (a key-value cache, which GenerationRecorder alone takes, "
+            "cross-attention, or logits_to_keep that leaves out queries)"
         )
     if packed:
         return

@@ -81,7 +81,8 @@ def _parts(regions: AnyRegions, q: Tensor, k: Tensor) -> Iterator[tuple[Tensor, 
             yield part_q, part_k, sample
 
 
-def _require_all(layers: Collection[int], recorded: Collection[int]) -> None:
+def require_all(layers: Collection[int], recorded: Collection[int]) -> None:
+    """Raise ValueError naming the layers that no forward pass has recorded."""
     if missing := sorted(set(layers) - set(recorded)):
         raise ValueError(
             f"layers {missing} were not recorded: run a model that has them, prepared by cdistill.vat.install, "
@@ -171,7 +172,7 @@ class TeacherTargets:
         Raises ValueError naming the layers that no forward pass has recorded.
         """
         if self._means is None:
-            _require_all(self.layers, self._recorded)
+            require_all(self.layers, self._recorded)
             sums = () if self._sums is None else [window.flatten(0, 1) for window in self._sums.unbind(1)]
             self._means = [x.div_(len(match.teachers)) for x, match in zip(sums, self.matches, strict=True)]
         return self._means
@@ -199,7 +200,7 @@ class TeacherLayers:
 
     def require_all(self) -> None:
         """Raise ValueError naming the layers that no forward pass has recorded."""
-        _require_all(self.layers, self._recorded)
+        require_all(self.layers, self._recorded)
 
     def windows(self, layers: Sequence[int], *, masked: bool) -> Iterator[dict[str, Any]]:
         """What `attention_relation` is to compare with, by its arguments: for all samples, or of each packed one.
@@ -351,7 +352,7 @@ class StudentAlignment:
 
         Raises ValueError naming the layers that no forward pass has recorded.
         """
-        _require_all(self.layers, self._losses)
+        require_all(self.layers, self._losses)
         return {layer: self._losses[layer] for layer in sorted(self.layers)}
 
     def loss(self) -> Tensor:
@@ -411,5 +412,5 @@ class SliceRecorder:
 
         Raises ValueError naming the layers that no forward pass has recorded.
         """
-        _require_all(self.layers, self._slices)
+        require_all(self.layers, self._slices)
         return {layer: self._slices[layer] for layer in sorted(self.layers)}
