@@ -31,9 +31,9 @@ class Piece(NamedTuple):
     rows: Tensor | slice  # which of the whole's R rows and V columns it has
     cols: Tensor | slice
 
-    def take(self, x: Tensor, otherwise: float = 0.0) -> Tensor:
-        """The part of x (...,Tq), of which the whole has no more queries than ``otherwise`` says."""
-        return F.pad(x[..., self.queries], (self.before, 0), value=otherwise).contiguous()
+    def take(self, x: Tensor) -> Tensor:
+        """The part of x (...,Tq), zeros for queries that are none of the whole: their scores and gradients are zero, too."""
+        return F.pad(x[..., self.queries], (self.before, 0)).contiguous()
 
     def take_vectors(self, x: Tensor) -> Tensor:
         """The part of x (B,Hq,Tq,D)."""
@@ -245,15 +245,8 @@ class EngineInPieces(AttentionEngine):
         dq, dk, dv = map(torch.zeros_like, problem.qkv)
         for piece in _with_queries(problem):
             part_out, part_dout = (None if x is None else piece.take_vectors(x) for x in (out, dout))
-            part = piece.problem
-            if piece.before:  # probabilities 0 where there is no query
-                lse = cast(Tensor, problem.lse)
-                filled = piece.take(lse, torch.inf)
-                if lse.dim() == 4:  # split: maxima and shares
-                    filled[1, ..., : piece.before] = 0.0
-                part = part._replace(lse=filled)
             part_dlse = None if dlse is None else piece.take(dlse)
-            part_q, part_k, part_v = self._engine.backward(part, cast(Tensor, part_out), part_dout, part_dlse)
+            part_q, part_k, part_v = self._engine.backward(piece.problem, cast(Tensor, part_out), part_dout, part_dlse)
             dq[:, :, piece.queries] = part_q[:, :, piece.before :]
             dk[:, :, piece.keys], dv[:, :, piece.keys] = part_k, part_v
         return dq, dk, dv
