@@ -123,6 +123,7 @@ COMMANDS = {
     "cache": Command("keep what a recipe's teacher gives, to train without it", _cache_arguments, _cache),
     "data": Command("check data sets, look at samples, list the paper's sets", data.add_arguments, _data),
     "eval": Command("measure a model on the built-in task", evaluation.add_arguments, evaluation.main),
+    **{f"eval {word}": Command(line, do.add_arguments, do.main) for word, (line, do) in evaluation.WORDS.items()},
     "export": Command("write a model that plain transformers loads", _export_arguments, _export),
     "recipes": Command("list the shipped recipes, or what a recipe may say", _recipes_arguments, _recipes),
 }
@@ -139,7 +140,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.arguments(subparsers.add_parser(name, help=command.help, description=command.help))
-    options, extra = parser.parse_known_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if " ".join(words[:2]) in COMMANDS:  # as in `eval score`
+        words[:2] = [" ".join(words[:2])]
+    options, extra = parser.parse_known_args(words)
     if any(argument.startswith("-") or not hasattr(options, "overrides") for argument in extra):
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     if extra:  # argparse gives up on key=value after an option

@@ -6,10 +6,14 @@ of JSON that holds all that is needed to score it again, and the benchmark's met
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
+
+from cdistill.eval.statistics import Metric, Tally
 
 KINDS = ("generate", "log_likelihood", "probability")
 
@@ -26,7 +30,8 @@ class Question:
             number of tokens come back) or ``probability`` (of ``continuation``, a word such as "Yes", as the first word).
         continuation: the text that is scored.
         max_new_tokens: where a reply is cut.
-        facts: what scoring needs: label, sub-type, the group that dependent questions share, ... (JSON values).
+        facts: what scoring needs (JSON values): ``subtype``, ``label``, ``item`` (the entry of the published list, where
+            several questions are made of one), ``unit`` (the image or group that dependent questions share), ...
     """
 
     id: str
@@ -56,24 +61,44 @@ class Answer:
     tokens: int = 0
     cut: bool = False
 
+    def to_json(self, task: str) -> dict[str, Any]:
+        """One line of a file of replies: the question's fields, the answer's, and the benchmark's name."""
+        answer = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "question"}
+        return {"task": task, **asdict(self.question), **answer}
 
-@dataclass(frozen=True)
-class Metric:
-    """One number of a benchmark.
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any], place: str) -> Answer:
+        """The answer of such a line; ValueError names ``place`` and the field that is missing or of the wrong kind."""
+        said: dict[str, Any] = {}
+        for name, kinds in _KINDS.items():
+            if name not in record:
+                raise ValueError(f"{place}: the field {name} is missing")
+            said[name] = record[name]
+            if not isinstance(said[name], kinds) or (isinstance(said[name], bool) and name != "cut"):
+                raise ValueError(f"{place}: {name} has a value of the wrong kind, {said[name]!r:.60}")
+        if said["kind"] not in KINDS:
+            raise ValueError(f"{place}: kind must be one of {', '.join(KINDS)}, got {said['kind']!r}")
+        if said["score"] is not None and math.isnan(said["score"]):
+            raise ValueError(f"{place}: score is not a number")
+        said["images"] = tuple(said["images"])
+        own = {each.name: said.pop(each.name) for each in fields(cls) if each.name != "question"}
+        return cls(Question(**said), **own)
 
-    Attributes:
-        percent: the value; 0..100 for shares.
-        n: independent units behind it (images or groups where questions depend on each other, else questions).
-        right: units that are right, where the value is their share.
-        standard_error: of ``percent``.
-        interval: 95 % interval of ``percent``, by bootstrap over the independent units.
-    """
 
-    percent: float
-    n: int
-    right: int | None = None
-    standard_error: float = 0.0
-    interval: tuple[float, float] = (0.0, 0.0)
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("id", "prompt", "kind", "continuation", "reply"), str),
+    **dict.fromkeys(("max_new_tokens", "tokens"), int),
+    "images": list,
+    "facts": dict,
+    "score": (float, int, type(None)),
+    "cut": bool,
+}
+
+
+def write_answers(path: Path, task: str, answers: Iterable[Answer]) -> None:
+    """Write answers as JSON lines."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(answer.to_json(task), ensure_ascii=False) + "\n" for answer in answers)
 
 
 class Benchmark(Protocol):
@@ -88,8 +113,20 @@ class Benchmark(Protocol):
     def questions(self, data: Path) -> list[Question]:
         """Read the published files in folder ``data``; ValueError names file, line and field of a record that is not right."""
 
+    def tally(self, answers: Sequence[Answer]) -> Tally:
+        """Sums over the independent units and the metrics made of them, from answers alone."""
+
     def metrics(self, answers: Sequence[Answer]) -> dict[str, Metric]:
-        """Every metric and sub-metric by name, from answers alone; the last one is the benchmark's headline number."""
+        """Every metric and sub-metric by name: those of `tally`; the last one is the benchmark's headline number."""
+
+    def read(self, answer: Answer) -> str | None:
+        """What a reply says in the benchmark's terms ("A", "yes", a short answer); None if it says none of them."""
+
+    def right(self, answer: Answer) -> float | None:
+        """How right a reply is, 0..1; None for a score that means something beside others only."""
+
+    def remarks(self, questions: Sequence[Question]) -> list[str]:
+        """One line for each sub-type of which there are not as many as in the published version."""
 
     def recorded(self, files: Sequence[Path]) -> list[Answer]:
         """Answers or scores in the published forms (a benchmark without one raises ValueError)."""
