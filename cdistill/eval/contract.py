@@ -25,7 +25,8 @@ class Question:
     Attributes:
         id: unique within its benchmark, the same in every run.
         prompt: the user's text, without image tokens or a template.
-        images: where the images are, in order: paths relative to the folder of images, or ``FILE.parquet#ROW.COLUMN``.
+        images: where the images are, in order: paths relative to the folder of images (``A|B`` is A or, where A is not, B),
+            ``FILE.parquet#ROW.COLUMN`` relative to the data, or ``builtin:SUBTYPE/SEED/INDEX`` (see `benchmarks.builtin`).
         kind: ``generate`` (greedy, a text comes back), ``log_likelihood`` (of ``continuation`` as the model's turn: sum and
             number of tokens come back) or ``probability`` (of ``continuation``, a word such as "Yes", as the first word).
         continuation: the text that is scored.

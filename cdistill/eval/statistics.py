@@ -40,9 +40,6 @@ class Totals:
     def __getitem__(self, name: str) -> np.ndarray:
         return self._values[..., self._columns[name]]
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._columns
-
     def share(self, name: str) -> np.ndarray:
         """What `Tally.count` has counted under a name: right over all."""
         return self[name] / self[f"{name} n"]
@@ -60,6 +57,7 @@ class Tally:
     def __init__(self) -> None:
         self._units: dict[str, dict[str, float]] = {}
         self._columns: dict[str, int] = {}
+        self._soft: set[str] = set()  # names under which something was counted that is neither right nor wrong
         self._formulas: dict[str, tuple[Formula, tuple[str, ...], bool]] = {}  # what it counts, and whether right of n
 
     def add(self, unit: str, name: str, value: float = 1.0) -> None:
@@ -72,6 +70,8 @@ class Tally:
         """Count something that is right (1), wrong (0) or in between."""
         self.add(unit, name, float(right))
         self.add(unit, f"{name} n")
+        if right not in (0, 1):
+            self._soft.add(name)
 
     def share(self, name: str, counted: str | None = None) -> None:
         """A metric: the share of what was counted under a name."""
@@ -81,6 +81,9 @@ class Tally:
     def metric(self, name: str, formula: Formula, of: Sequence[str]) -> None:
         """A metric: a function of totals, in 0..1, of what was counted under the names ``of``."""
         self._formulas[name] = (formula, tuple(of), False)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._columns
 
     def mean(self, name: str, of: Sequence[str]) -> None:
         """A metric: the plain mean of other metrics."""
@@ -125,7 +128,7 @@ class Tally:
         for i, (name, (_, counted, counts)) in enumerate(self._formulas.items()):
             there = [self._columns[f"{each} n"] for each in counted]
             n, right = (sums[:, at].sum() for at in (there, [self._columns[each] for each in counted]))
-            is_share = counts and float(right).is_integer() and abs(right - n * values[i]) < 1e-6
+            is_share = counts and self._soft.isdisjoint(counted) and abs(right - n * values[i]) < 1e-6
             result[name] = Metric(
                 percent=100.0 * float(values[i]),
                 n=round(n),

@@ -6,7 +6,10 @@ from importlib import import_module
 
 from cdistill.eval.contract import Benchmark
 
-NAMES = ("sugarcrepe",)
+NAMES = (
+    *("sugarcrepe", "sade", "bivlc", "winoground", "rbench", "reefknot", "vsr", "mmvp", "naturalbench", "pope"),
+    *("vqav2", "vizwiz", "gqa", "textvqa", "mme"),
+)
 GROUPS = {
     "compositional": ("sugarcrepe", "sade", "bivlc", "winoground"),
     "hallucination": ("rbench", "reefknot"),

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from cdistill.eval.contract import Answer, Question
+from cdistill.eval.files import read_text
 from cdistill.eval.statistics import Metric, Tally
+
+SHORT = "\nAnswer the question using a single word or phrase."  # what LLaVA 1.5's authors add to short-answer questions
 
 
 class Base:
-    """A benchmark of questions that are right or wrong each by itself; see `cdistill.eval.contract.Benchmark`."""
+    """A benchmark; see `cdistill.eval.contract.Benchmark`. One of questions that are right or wrong each by itself needs
+    `questions`, `read`, and `tally` only.
+    """
 
     name = ""
     title = ""
     licence = ""
     download = ""
     counts: Mapping[str, int] = MappingProxyType({})
+    prompt = "{}"
 
     def questions(self, data: Path) -> list[Question]:
         """Read the published files."""
@@ -32,7 +39,10 @@ class Base:
         """Every metric and sub-metric by name; ValueError where there is no answer."""
         if not answers:
             raise ValueError(f"{self.name}: there are no answers to score")
-        return self.tally(answers).measure()
+        tally = self.tally(answers)
+        if not tally.names:
+            raise ValueError(f"{self.name}: none of the {len(answers)} answers belongs to a whole group")
+        return tally.measure()
 
     def recorded(self, files: Sequence[Path]) -> list[Answer]:
         """Refuse: most benchmarks have no published form of replies."""
@@ -44,21 +54,59 @@ class Base:
         """What a reply says."""
         raise NotImplementedError
 
-    def right(self, answer: Answer) -> float:
+    def right(self, answer: Answer) -> float | None:
         """Whether a reply says the label."""
         return float(self.read(answer) == fact(answer, "label"))
 
     def remarks(self, questions: Sequence[Question]) -> list[str]:
-        """One line for each sub-type of which there are not as many as in the published version."""
+        """One line for each sub-type of which there are not as many as in the published version, one for broken groups."""
+        whole = list(self.counts) == ["questions"]
         found: dict[str, set[str]] = {subtype: set() for subtype in self.counts}
+        items: Counter[str] = Counter()
+        wanted: dict[str, int] = {}
         for question in questions:
-            subtype = str(question.facts.get("subtype", "questions"))
-            found.setdefault(subtype, set()).add(str(question.facts.get("item", question.id)))
-        return [
-            f"{self.name} {subtype}: {len(items)} here, {self.counts.get(subtype, 0)} in the published version"
-            for subtype, items in found.items()
-            if len(items) != self.counts.get(subtype, 0)
+            item = str(question.facts.get("item", question.id))
+            subtype = "questions" if whole else str(question.facts.get("subtype", "questions"))
+            found.setdefault(subtype, set()).add(item)
+            items[item] += 1
+            wanted[item] = int(question.facts.get("of", 1))
+        lines = [
+            f"{self.name} {subtype}: {len(there)} here, {self.counts.get(subtype, 0)} in the published version"
+            for subtype, there in found.items()
+            if len(there) != self.counts.get(subtype, 0)
         ]
+        broken = sum(items[item] < wanted[item] for item in items)
+        if broken:
+            lines.append(f"{self.name}: {broken} of {len(items)} groups lack a question, and are left out")
+        return lines
+
+
+class Accuracy(Base):
+    """A benchmark whose metrics are accuracies: one of each sub-type, and one of all questions."""
+
+    def tally(self, answers: Sequence[Answer]) -> Tally:
+        """Units are the images."""
+        tally = Tally()
+        subtypes: dict[str, None] = {}
+        for answer in answers:
+            subtype, right = answer.question.facts.get("subtype"), self.right(answer)
+            assert right is not None
+            if subtype is not None:
+                subtypes[subtype] = None
+                tally.count(unit(answer), subtype, right)
+            tally.count(unit(answer), "accuracy", right)
+        for subtype in sorted(subtypes):
+            tally.share(subtype)
+        tally.share("accuracy")
+        return tally
+
+
+def groups(answers: Sequence[Answer]) -> dict[str, list[Answer]]:
+    """Answers by ``item``, of items that have all of the questions that fact ``of`` says."""
+    found: dict[str, list[Answer]] = {}
+    for answer in answers:
+        found.setdefault(str(fact(answer, "item")), []).append(answer)
+    return {item: group for item, group in found.items() if len(group) == int(fact(group[0], "of"))}
 
 
 def fact(answer: Answer, name: str) -> Any:
@@ -66,3 +114,30 @@ def fact(answer: Answer, name: str) -> Any:
     if name not in answer.question.facts:
         raise ValueError(f"question {answer.question.id!r} lacks the fact {name!r}: is it of another benchmark?")
     return answer.question.facts[name]
+
+
+def unit(answer: Answer) -> str:
+    """The independent unit of an answer."""
+    return str(fact(answer, "unit"))
+
+
+def template(data: Path, prompt: str) -> str:
+    """A prompt with ``{}`` for what is asked, or the one in ``prompt.txt`` among the data, for models that know no English."""
+    path = data / "prompt.txt"
+    if not path.is_file():
+        return prompt
+    text = read_text(path).strip("\n")
+    if text.count("{}") != prompt.count("{}") or text.replace("{}", "").count("{"):
+        raise ValueError(f"{path}: must have {{}} {prompt.count('{}')} times, as in {prompt!r}")
+    return text
+
+
+def find(data: Path, *patterns: str) -> list[Path]:
+    """Files among the data that fit the first of these patterns that any fits; ValueError names the patterns if none does."""
+    for pattern in patterns:
+        paths = sorted(data.glob(pattern))
+        if paths:
+            return paths
+    if not data.is_dir():
+        raise ValueError(f"there is no folder {str(data)!r}")
+    raise ValueError(f"{data}: has no {' and no '.join(patterns)}")

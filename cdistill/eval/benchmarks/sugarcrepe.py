@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from cdistill.eval.benchmarks.base import Base, fact
+from cdistill.eval.benchmarks.base import Base, fact, template, unit
 from cdistill.eval.contract import Answer, Question
 from cdistill.eval.files import Record, csv_records, json_records
 from cdistill.eval.replies import letter
@@ -21,10 +21,6 @@ from cdistill.eval.statistics import Tally
 
 SUBTYPES = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 ORDERS = ("positive_first", "negative_first")
-PROMPT = (
-    "Which caption best describes the image?\n(A) {}\n (B) {}\n"
-    "Answer with the option's alphabet from the given choices directly."
-)
 
 
 class SugarCrepe(Base):
@@ -37,6 +33,10 @@ class SugarCrepe(Base):
         "github.com/RAIVNLab/sugar-crepe: the seven files of data/ into --data; "
         "images.cocodataset.org/zips/val2017.zip: its folder val2017 is --images"
     )
+    prompt = (
+        "Which caption best describes the image?\n(A) {}\n (B) {}\n"
+        "Answer with the option's alphabet from the given choices directly."
+    )
     counts = MappingProxyType(dict(zip(SUBTYPES, (692, 2062, 788, 1652, 1406, 666, 245), strict=True)))
 
     def questions(self, data: Path) -> list[Question]:
@@ -44,8 +44,9 @@ class SugarCrepe(Base):
         files = {subtype: data / f"{subtype}.json" for subtype in SUBTYPES if (data / f"{subtype}.json").is_file()}
         if not files:
             raise ValueError(f"{data}: has none of SugarCrepe's files, {', '.join(f'{s}.json' for s in SUBTYPES)}")
+        prompt = template(data, self.prompt)
         return [
-            _question(record, subtype, order)
+            _question(record, subtype, order, prompt)
             for subtype, path in files.items()
             for record in json_records(path)
             for order in ORDERS
@@ -62,7 +63,8 @@ class SugarCrepe(Base):
         for answer in answers:
             subtype, order = fact(answer, "subtype"), fact(answer, "order")
             orders[subtype][order] = None
-            tally.count(str(fact(answer, "unit")), f"{subtype}/{order}" if order else subtype, self.right(answer))
+            right = self.read(answer) == fact(answer, "label")
+            tally.count(unit(answer), f"{subtype}/{order}" if order else subtype, right)
         for subtype in sorted(orders):
             given = [order for order in ORDERS if order in orders[subtype]]
             for order in given:
@@ -101,13 +103,13 @@ class SugarCrepe(Base):
         return list(answers.values())
 
 
-def _question(record: Record, subtype: str, order: str, item: str = "") -> Question:
+def _question(record: Record, subtype: str, order: str, prompt: str = SugarCrepe.prompt, item: str = "") -> Question:
     """The question of a record; ``order`` is empty where the captions were compared by scores."""
     right, wrong, image = record.text("caption"), record.text("negative_caption"), record.name("filename")
     item = f"{subtype}/{item or record.key}"
     first, second = (wrong, right) if order == "negative_first" else (right, wrong)
     facts = {"subtype": subtype, "order": order, "item": item, "unit": image, "label": "B" if first == wrong else "A"}
-    return Question(f"{item}/{order}".rstrip("/"), PROMPT.format(first, second), (image,), facts=facts)
+    return Question(f"{item}/{order}".rstrip("/"), prompt.format(first, second), (image,), facts=facts)
 
 
 def _gpt4v(path: Path) -> list[Answer]:
@@ -173,7 +175,7 @@ def _scored(path: Path) -> list[Answer]:
             raise ValueError(
                 f"{record.place}: type and subtype must make one of {', '.join(SUBTYPES)}, got {subtype!r}"
             )
-        question = _question(record, subtype, "", str(numbers[subtype]))
+        question = _question(record, subtype, "", item=str(numbers[subtype]))
         same = (subtype, record.text("filename"), record.text("caption"), record.text("negative_caption"))
         if same in seen:
             raise ValueError(f"{record.place}: is {seen[same]} again")
