@@ -8,12 +8,12 @@ from cdistill.eval.contract import Benchmark
 
 NAMES = (
     *("sugarcrepe", "sade", "bivlc", "winoground", "rbench", "reefknot", "vsr", "mmvp", "naturalbench", "pope"),
-    *("vqav2", "vizwiz", "gqa", "textvqa", "mme"),
+    *("vqav2", "vizwiz", "gqa", "textvqa", "mme", "builtin"),
 )
 GROUPS = {
     "compositional": ("sugarcrepe", "sade", "bivlc", "winoground"),
     "hallucination": ("rbench", "reefknot"),
-    "vqa": ("vqav2", "vizwiz", "gqa", "textvqa", "mme"),
+    "vqa": ("vqav2", "vizwiz", "gqa", "textvqa", "mme", "builtin"),
 }
 GROUPS["paper"] = (*GROUPS["vqa"], *GROUPS["compositional"], *GROUPS["hallucination"])
 
