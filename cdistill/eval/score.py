@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError(f"--json: {str(options.json)!r} is a folder, or in none")
     benchmark = benchmarks.get(options.task)
     answers = read_answers(benchmark, options.files)
-    result = score(benchmark, answers)
+    metrics = benchmark.metrics(answers)
+    result = score(benchmark, answers, metrics)
     if options.json is not None:
         write_atomically(options.json, json.dumps(result, indent=2) + "\n")
-    for line in table(benchmark.metrics(answers)):
+    for line in table(metrics):
         print(line)
     for remark in result["remarks"]:
         print(remark)
@@ -64,15 +65,21 @@ def read_answers(benchmark: Benchmark, files: Sequence[Path]) -> list[Answer]:
 
 def _is_ours(path: Path) -> bool:
     if not path.is_file():
-        raise ValueError(f"no such file: {path}")
+        raise ValueError(f"{path}: is a folder, name the files in it" if path.is_dir() else f"no such file: {path}")
     with path.open("rb") as file:
         first = file.readline(1 << 24)
-    return first.startswith(b'{"task":')
+    try:
+        record = json.loads(first)
+    except ValueError:  # of a published form
+        return False
+    return isinstance(record, dict) and {"task", "prompt"} <= record.keys()
 
 
-def score(benchmark: Benchmark, answers: Sequence[Answer]) -> dict[str, Any]:
-    """Metrics, counts, standard errors and intervals by name, and what there is to say about the answers."""
-    metrics = benchmark.metrics(answers)
+def score(
+    benchmark: Benchmark, answers: Sequence[Answer], metrics: Mapping[str, Metric] | None = None
+) -> dict[str, Any]:
+    """Metrics of answers as JSON: values, counts, standard errors and intervals by name, and what there is to say."""
+    metrics = benchmark.metrics(answers) if metrics is None else metrics
     unparsed = sum(answer.score is None and benchmark.read(answer) is None for answer in answers)
     cut = sum(answer.cut for answer in answers)
     remarks = benchmark.remarks([answer.question for answer in answers])
@@ -94,7 +101,7 @@ def score(benchmark: Benchmark, answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-def table(metrics: dict[str, Metric]) -> list[str]:
+def table(metrics: Mapping[str, Metric]) -> list[str]:
     """One line for each metric: name, value, standard error, 95 % interval, counts."""
     width = max(map(len, metrics))
     lines = []

@@ -130,7 +130,7 @@ class Tally:
             n, right = (sums[:, at].sum() for at in (there, [self._columns[each] for each in counted]))
             is_share = counts and self._soft.isdisjoint(counted) and abs(right - n * values[i]) < 1e-6
             result[name] = Metric(
-                percent=100.0 * float(values[i]),
+                percent=100.0 * round(right) / round(n) if is_share else 100.0 * float(values[i]),
                 n=round(n),
                 right=round(right) if is_share else None,
                 units=int((sums[:, there] > 0).any(1).sum()),

@@ -46,10 +46,15 @@ class BiVLC(Crossed):
         if len(files) > 1:
             raise ValueError(f"{files[1]}: give one csv, it has all sub-types")
         answers: list[Answer] = []
+        seen: dict[tuple[str, ...], str] = {}
         for record in csv_records(files[0]):
             if "correct" in record.fields and "text_score" not in record.fields:
                 raise ValueError(f"{files[0]}: is SugarCrepe's csv; score it as sugarcrepe")
             right = {name: record.flag(name) for name in COMPARISONS}
+            same = tuple(value for name, value in record.fields.items() if "score" not in name)
+            if same in seen:
+                raise ValueError(f"{record.place}: is {seen[same]} again")
+            seen[same] = record.place
             for name, of in (("text_score", "text_score_i"), ("image_score", "image_score_c")):
                 if record.flag(name) != (right[f"{of}0"] and right[f"{of}1"]):
                     raise ValueError(f"{record.place}: {name} is not what {of}0 and {of}1 make")

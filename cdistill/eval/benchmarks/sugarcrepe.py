@@ -125,6 +125,8 @@ def _gpt4v(path: Path) -> list[Answer]:
         chosen = reply.get("multiple_choice_answer") if isinstance(reply, dict) else None
         if not isinstance(chosen, str):
             raise ValueError(f"{record.place}: the field answer.multiple_choice_answer is missing")
+        if chosen not in (record.fields["caption"], record.fields["negative_caption"], ""):
+            raise ValueError(f"{record.place}: multiple_choice_answer is neither caption, {chosen!r:.60}")
         right = chosen == record.fields["caption"]
         if record.fields.get("correct") is not None and record.flag("correct") != right:
             raise ValueError(
