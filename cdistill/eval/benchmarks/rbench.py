@@ -37,25 +37,33 @@ class RBench(Base):
 
     def questions(self, data: Path) -> list[Question]:
         """Questions of ``image-level*.json``, each with the lists of ids (``*_ids_[1-5].json``) that name it."""
-        lists = _lists(find(data, "*image-level*_ids_[1-5].json", "*_ids_[1-5].json"))
+        lists = find(data, "*image-level*_ids_[1-5].json", "*_ids_[1-5].json")
         paths = [path for path in find(data, "*image-level*.json", "*.json") if "_ids_" not in path.name]
         if len(paths) != 1:
             raise ValueError(f"{data}: must hold one file of image-level questions, has {len(paths)}")
-        prompt, result, seen = template(data, self.prompt), [], set()
-        for record in _records(paths[0]):
-            item, image = record.name("question_id"), record.text("image")
-            if item in seen:
-                raise ValueError(f"{record.place}: question_id {item} is there twice")
-            seen.add(item)
-            label = "no" if "no" in str(record.fields.get("label") or "").lower() else "yes"
-            if not isinstance(record.get("label"), str):
-                raise ValueError(f"{record.place}: label must be a text, got {record.fields['label']!r:.60}")
-            facts = {"unit": image, "label": label, "lists": lists.get(item, [])}
-            result.append(Question(item, prompt.format(record.text("text")), (image,), facts=facts))
-        missing = next((item for item in lists if item not in seen), None)
-        if missing is not None:
-            raise ValueError(f"{paths[0]}: has no question {missing}, which a list of ids names")
-        return result
+        return _questions(paths[0], lists, template(data, self.prompt))
+
+    def recorded(self, files: Sequence[Path]) -> list[Answer]:
+        """What the authors' script takes: questions, lists of ids, and lines ``{"question_id": 0, "text": "No"}``."""
+        lists = [path for path in files if "_ids_" in path.name]
+        others = {path: next(_records(path), None) for path in files if path not in lists}
+        asked = [path for path, first in others.items() if first is not None and "label" in first.fields]
+        if not lists or len(asked) != 1 or len(others) != 2:
+            raise ValueError(
+                f"{files[0]}: give the questions with their labels, the lists of ids, and one file of replies"
+            )
+        replies: dict[str, str] = {}
+        for path in others.keys() - set(asked):
+            for record in _records(path):
+                item, text = record.name("question_id"), record.get("text")
+                if item in replies or not isinstance(text, str):
+                    raise ValueError(f"{record.place}: question_id {item} is there twice, or its text is no text")
+                replies[item] = text
+        questions = _questions(asked[0], lists, self.prompt)
+        unknown = next(iter(replies.keys() - {question.id for question in questions}), None)
+        if unknown is not None:
+            raise ValueError(f"{asked[0]}: has no question {unknown}, which a reply names")
+        return [Answer(question, replies[question.id]) for question in questions if question.id in replies]
 
     def read(self, answer: Answer) -> str:
         """Yes or no."""
@@ -80,6 +88,23 @@ class RBench(Base):
         return (
             [f"rbench: no question of id list {', '.join(missing)}, the published version has five"] if missing else []
         )
+
+
+def _questions(path: Path, lists: Sequence[Path], prompt: str) -> list[Question]:
+    numbers, result, seen = _lists(lists), [], set()
+    for record in _records(path):
+        item, image = record.name("question_id"), record.text("image")
+        if item in seen:
+            raise ValueError(f"{record.place}: question_id {item} is there twice")
+        seen.add(item)
+        if not isinstance(record.get("label"), str):
+            raise ValueError(f"{record.place}: label must be a text, got {record.fields['label']!r:.60}")
+        label = "no" if "no" in record.fields["label"].lower() else "yes"
+        facts = {"unit": image, "label": label, "lists": numbers.get(item, [])}
+        result.append(Question(item, prompt.format(record.text("text")), (image,), facts=facts))
+    if not any(question.facts["lists"] for question in result):
+        raise ValueError(f"{path}: has none of the question ids in {', '.join(each.name for each in lists)}")
+    return result
 
 
 def _lists(paths: Sequence[Path]) -> dict[str, list[int]]:
