@@ -85,6 +85,9 @@ def score(
     remarks = benchmark.remarks([answer.question for answer in answers])
     if unparsed:
         remarks.append(f"{benchmark.name}: {unparsed} of {len(answers)} replies say nothing that counts, and are wrong")
+    empty = sum(answer.score is None and not answer.reply.strip() for answer in answers) if not unparsed else 0
+    if empty:
+        remarks.append(f"{benchmark.name}: {empty} of {len(answers)} replies are empty, and are read by its rule")
     if cut:
         remarks.append(f"{benchmark.name}: {cut} of {len(answers)} replies were cut")
     return {
