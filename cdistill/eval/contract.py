@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,8 +64,8 @@ class Answer:
 
     def to_json(self, task: str) -> dict[str, Any]:
         """One line of a file of replies: the question's fields, the answer's, and the benchmark's name."""
-        answer = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "question"}
-        return {"task": task, **asdict(self.question), **answer}
+        answer = {name: value for name, value in vars(self).items() if name != "question"}
+        return {"task": task, **vars(self.question), "facts": dict(self.question.facts), **answer}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any], place: str) -> Answer:

@@ -88,14 +88,14 @@ def json_records(path: Path, *keys: str) -> Iterator[Record]:
     """
     text, start = read_text(path), 0
     for key in keys:
-        found = next((at for name, at in _members(text, start, path) if name == key), None)
+        found = next((at for name, at, _ in _members(text, start, path, until=key) if name == key), None)
         if found is None:
             raise ValueError(f"{path}: there is no {key!r}")
         start = found
     seen, line, counted = set(), 1, 0
-    for name, at in _members(text, start, path):
+    for name, at, value in _members(text, start, path):
         line, counted = line + text.count("\n", counted, at), at
-        value, place = _value(text, at, path)[0], f"{path} line {line}"
+        place = f"{path} line {line}"
         if name is not None and name in seen:
             raise ValueError(f"{place}: the id {name!r} is there twice")
         seen.add(name)
@@ -105,8 +105,10 @@ def json_records(path: Path, *keys: str) -> Iterator[Record]:
             raise ValueError(f"{place}: is not a JSON object but {value!r:.60}")
 
 
-def _members(text: str, start: int, path: Path) -> Iterator[tuple[str | None, int]]:
-    """Key (None in a list) and place of each member of the list or object that begins at ``start``, not decoded."""
+def _members(text: str, start: int, path: Path, until: str | None = None) -> Iterator[tuple[str | None, int, Any]]:
+    """Key (None in a list), place and value of each member of the list or object that begins at ``start``; that of the key
+    ``until`` is the last, and is not decoded.
+    """
     at = _skip(text, start)
     opening = text[at : at + 1]
     if opening not in ("[", "{") or not opening:
@@ -118,8 +120,12 @@ def _members(text: str, start: int, path: Path) -> Iterator[tuple[str | None, in
         if opening == "{":
             key, at = _value(text, at, path)
             at = _after(text, _skip(text, at), ":", path)
-        yield key, at
-        at = _skip(text, _value(text, at, path)[1])
+        if until is not None and key == until:
+            yield key, at, None
+            return
+        value, end = _value(text, at, path)
+        yield key, at, value
+        at = _skip(text, end)
         if text[at : at + 1] != closing:
             at = _after(text, at, ",", path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 
 def letter(reply: str, letters: str) -> str | None:
@@ -53,6 +54,7 @@ _DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMB
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 
+@lru_cache(maxsize=1 << 16)  # ten people say much the same
 def short_answer(text: str, *, words_first: bool = False) -> str:
     """An answer as the VQA evaluation (Antol et al., 2015) compares it.
 
@@ -78,6 +80,5 @@ def agreement(answer: str, people: Sequence[str]) -> float:
     """Accuracy of an answer among those of (ten) people, 0..1: min(n / 3, 1) of the others who say the same, averaged over
     leaving each of them out. All are compared as they are.
     """
-    same = sum(each == answer for each in people)
-    left_out = (min((same - (each == answer)) / 3.0, 1.0) for each in people)
-    return sum(left_out) / len(people) if people else 0.0
+    same, n = sum(each == answer for each in people), len(people)
+    return (same * min((same - 1) / 3.0, 1.0) + (n - same) * min(same / 3.0, 1.0)) / n if same else 0.0

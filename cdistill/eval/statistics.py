@@ -149,7 +149,7 @@ class Tally:
 
     def _intervals(self, sums: np.ndarray) -> np.ndarray:
         """(2, metrics): 2.5 and 97.5 % of the bootstrap. Units with the same sums are drawn together."""
-        rows, times = np.unique(sums, axis=0, return_counts=True)
+        rows, times = np.unique(np.round(sums, 9), axis=0, return_counts=True)
         draws = np.random.default_rng(0).multinomial(len(sums), times / len(sums), size=REPLICATES)
         values = self.values(draws @ rows)
         return np.stack([_quantiles(column) for column in values.T], axis=1)
