@@ -295,6 +295,9 @@ def test_a_record_that_lacks_a_field_is_named_by_file_line_and_field(tmp_path):
         benchmarks.get("sugarcrepe").questions(tmp_path)
     with pytest.raises(ValueError, match=r"has no examples\.jsonl"):
         benchmarks.get("winoground").questions(tmp_path)
+    lines(tmp_path / "coco_pope_random.json", *[{"question_id": 4, "image": "a", "text": "?", "label": "no"}] * 2)
+    with pytest.raises(ValueError, match="question random/4 of pope is there twice"):
+        benchmarks.get("pope").questions(tmp_path)
     with pytest.raises(ValueError, match="there is no folder"):
         benchmarks.get("gqa").questions(tmp_path / "none")
     with pytest.raises(ValueError, match="there are sugarcrepe, "):

@@ -236,7 +236,10 @@ def test_our_own_lines_hold_all_that_scoring_needs(tmp_path, capsys):
         ([lines[0].replace('"sugarcrepe"', '"pope"')], "line 1: is of 'pope', not of sugarcrepe"),
         ([lines[0].replace('"cut"', '"cat"')], "line 1: the field cut is missing"),
         ([lines[0].replace('"tokens": 2', '"tokens": "2"')], "line 1: tokens has a value of the wrong kind"),
-        ([lines[0].replace('"label"', '"table"')], "lacks the fact 'label'"),
+        ([lines[0].replace('"label"', '"table"')], "line 1: the fact label must be one of 'A', 'B', got None"),
+        ([lines[0].replace('"label": "A"', '"label": "C"')], "line 1: the fact label must be one of 'A', 'B', got 'C'"),
+        ([lines[0].replace('"unit": "0.jpg"', '"unit": [0]')], "line 1: the fact unit has a value of the wrong kind"),
+        ([lines[0].replace('"generate"', '"probability"')], "line 1: score is not a number"),
     ):
         path.write_text("\n".join(spoil))
         assert reason in refusal(capsys, tmp_path, "sugarcrepe", path)

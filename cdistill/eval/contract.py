@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,8 +79,11 @@ class Answer:
                 raise ValueError(f"{place}: {name} has a value of the wrong kind, {said[name]!r:.60}")
         if said["kind"] not in KINDS:
             raise ValueError(f"{place}: kind must be one of {', '.join(KINDS)}, got {said['kind']!r}")
-        if said["score"] is not None and math.isnan(said["score"]):
+        if (said["kind"] != "generate" and said["score"] is None) or math.isnan(said["score"] or 0.0):
             raise ValueError(f"{place}: score is not a number")
+        for name, value in said["facts"].items():
+            if name in _FACTS and not _FACTS[name](value):
+                raise ValueError(f"{place}: the fact {name} has a value of the wrong kind, {value!r:.60}")
         said["images"] = tuple(said["images"])
         own = {each.name: said.pop(each.name) for each in fields(cls) if each.name != "question"}
         return cls(Question(**said), **own)
@@ -93,6 +96,22 @@ _KINDS: dict[str, Any] = {
     "facts": dict,
     "score": (float, int, type(None)),
     "cut": bool,
+}
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_FACTS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("subtype", "label", "item", "unit", "order", "part", "type", "comparison"), _is_text),
+    **dict.fromkeys(("of", "caption", "image", "question"), _is_count),
+    "answers": lambda value: isinstance(value, list) and value != [] and all(map(_is_text, value)),
+    "lists": lambda value: isinstance(value, list) and all(map(_is_count, value)),
 }
 
 
@@ -110,6 +129,7 @@ class Benchmark(Protocol):
     licence: str
     download: str  # what to fetch and where it goes, for `cdistill eval presets`
     counts: Mapping[str, int]  # questions of the published version by sub-type
+    known: Mapping[str, Sequence[str]]  # the values that facts may have
 
     def questions(self, data: Path) -> list[Question]:
         """Read the published files in folder ``data``; ValueError names file, line and field of a record that is not right."""

@@ -57,6 +57,10 @@ def read_answers(benchmark: Benchmark, files: Sequence[Path]) -> list[Answer]:
             if record.fields.get("task") != benchmark.name:
                 raise ValueError(f"{record.place}: is of {record.fields.get('task')!r}, not of {benchmark.name}")
             answer = Answer.from_json(record.fields, record.place)
+            for name, values in benchmark.known.items():
+                if (value := answer.question.facts.get(name)) not in values:
+                    named = ", ".join(map(repr, values))
+                    raise ValueError(f"{record.place}: the fact {name} must be one of {named}, got {value!r:.60}")
             if answer.question.id in answers:
                 raise ValueError(f"{record.place}: {answer.question.id!r} is there twice")
             answers[answer.question.id] = answer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +17,7 @@ SHORT = "\nAnswer the question using a single word or phrase."  # what LLaVA 1.5
 
 class Base:
     """A benchmark; see `cdistill.eval.contract.Benchmark`. One of questions that are right or wrong each by itself needs
-    `questions`, `read`, and `tally` only.
+    `load`, `read`, and `tally` only.
     """
 
     name = ""
@@ -25,11 +25,22 @@ class Base:
     licence = ""
     download = ""
     counts: Mapping[str, int] = MappingProxyType({})
+    known: Mapping[str, Sequence[str]] = MappingProxyType({})
     prompt = "{}"
 
-    def questions(self, data: Path) -> list[Question]:
+    def load(self, data: Path) -> list[Question]:
         """Read the published files."""
         raise NotImplementedError
+
+    def questions(self, data: Path) -> list[Question]:
+        """What `load` reads; ValueError where it is nothing, or has an id twice."""
+        questions = self.load(data)
+        twice = [name for name, times in Counter(question.id for question in questions).items() if times > 1]
+        if twice:
+            raise ValueError(f"{data}: question {twice[0]} of {self.name} is there twice")
+        if not questions:
+            raise ValueError(f"{data}: holds no questions of {self.name}")
+        return questions
 
     def tally(self, answers: Sequence[Answer]) -> Tally:
         """Count what the answers are worth."""
@@ -75,7 +86,7 @@ class Base:
             for subtype, there in found.items()
             if len(there) != self.counts.get(subtype, 0)
         ]
-        broken = sum(items[item] < wanted[item] for item in items)
+        broken = sum(items[item] != wanted[item] for item in items)
         if broken:
             lines.append(f"{self.name}: {broken} of {len(items)} groups lack a question, and are left out")
         return lines
@@ -107,6 +118,16 @@ def groups(answers: Sequence[Answer]) -> dict[str, list[Answer]]:
     for answer in answers:
         found.setdefault(str(fact(answer, "item")), []).append(answer)
     return {item: group for item, group in found.items() if len(group) == int(fact(group[0], "of"))}
+
+
+def by_facts(group: Sequence[Answer], names: Sequence[str], wanted: Iterable[tuple[Any, ...]]) -> dict[Any, Answer]:
+    """Answers of a group by these facts of theirs; ValueError where they are not one for each of those wanted."""
+    found = {tuple(fact(answer, name) for name in names): answer for answer in group}
+    if found.keys() != set(wanted):
+        raise ValueError(
+            f"question {group[0].question.id!r} and the others of its item should differ in {' and '.join(names)}"
+        )
+    return found
 
 
 def fact(answer: Answer, name: str) -> Any:

@@ -28,9 +28,10 @@ class BiVLC(Crossed):
         "huggingface.co/datasets/imirandam/BiVLC: the parquet files of data/ into --data (537 MB, with the images)"
     )
     counts = MappingProxyType(dict(zip(SUBTYPES, (76, 399, 437, 1200, 462, 278, 81), strict=True)))
+    known = MappingProxyType({"subtype": SUBTYPES})
     text_name, image_name = "i2t", "t2i"
 
-    def questions(self, data: Path) -> list[Question]:
+    def load(self, data: Path) -> list[Question]:
         """Four questions for each row of the parquet files."""
         result: list[Question] = []
         for path in find(data, "*.parquet"):

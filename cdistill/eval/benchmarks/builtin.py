@@ -26,7 +26,7 @@ class Builtin(Base):
     download = "nothing: it is drawn from a seed"
     counts = MappingProxyType(dict.fromkeys((*RECOGNITION, *COMPOSITIONAL), 500))
 
-    def questions(self, data: Path) -> list[Question]:
+    def load(self, data: Path) -> list[Question]:
         """What `draw` gives by default, whatever the folder."""
         return self.draw()
 

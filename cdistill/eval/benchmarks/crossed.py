@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cdistill.eval.benchmarks.base import Base, fact, groups, template, unit
+from cdistill.eval.benchmarks.base import Base, by_facts, groups, template, unit
 from cdistill.eval.contract import Answer, Question
 from cdistill.eval.statistics import Tally
 
@@ -82,10 +82,11 @@ class Crossed(Base):
 
 def _comparisons(group: Sequence[Answer]) -> dict[str, bool]:
     if "comparison" in group[0].question.facts:
-        return {fact(answer, "comparison"): answer.reply == "True" for answer in group}
-    scores: dict[tuple[int, int], float] = {}
-    for answer in group:
+        said = by_facts(group, ["comparison"], [(name,) for name in COMPARISONS])
+        return {name: said[name,].reply == "True" for name in COMPARISONS}
+    scores = {}
+    for pair, answer in by_facts(group, ["caption", "image"], PAIRS).items():
         if answer.score is None:
             raise ValueError(f"question {answer.question.id!r} has no score")
-        scores[fact(answer, "caption"), fact(answer, "image")] = answer.score
+        scores[pair] = answer.score
     return {name: scores[more] > scores[less] for name, (more, less) in COMPARISONS.items()}

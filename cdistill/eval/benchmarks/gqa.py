@@ -28,7 +28,7 @@ class GQA(Accuracy):
     counts = MappingProxyType({"questions": 12578})
     prompt = "{}" + SHORT
 
-    def questions(self, data: Path) -> list[Question]:
+    def load(self, data: Path) -> list[Question]:
         """The questions of ``testdev_balanced_questions.json`` or of parquet files with the same fields."""
         path = find(data, "testdev_balanced_questions.json", "*questions.json", "*.parquet")[0]
         prompt, result = template(data, self.prompt), []

@@ -46,9 +46,10 @@ class MME(Base):
         "is --data and --images; or the parquet files of huggingface.co/datasets/lmms-lab/MME into --data"
     )
     counts = MappingProxyType(PERCEPTION | COGNITION)
+    known = MappingProxyType({"subtype": (*PERCEPTION, *COGNITION), "label": ("yes", "no")})
     prompt = "{}" + SHORT
 
-    def questions(self, data: Path) -> list[Question]:
+    def load(self, data: Path) -> list[Question]:
         """The text files of each task's folder (``TASK/*.txt`` or ``TASK/questions_answers_YN/*.txt``), or parquet rows."""
         folders = [task for task in self.counts if (data / task).is_dir()]
         if folders:

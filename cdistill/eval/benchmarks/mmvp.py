@@ -25,9 +25,10 @@ class MMVP(Base):
     licence = "MIT"
     download = 'huggingface.co/datasets/MMVP/MMVP: Questions.csv into --data; its folder "MMVP Images" is --images'
     counts = MappingProxyType({"questions": 150})
+    known = MappingProxyType({"label": ("A", "B")})
     prompt = "{} {}\nAnswer with the option's letter from the given choices directly."
 
-    def questions(self, data: Path) -> list[Question]:
+    def load(self, data: Path) -> list[Question]:
         """The rows of ``Questions.csv``."""
         prompt, result, seen = template(data, self.prompt), [], set()
         for record in csv_records(find(data, "Questions.csv")[0]):

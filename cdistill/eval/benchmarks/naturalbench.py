@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from cdistill.eval.benchmarks.base import Base, fact, find, groups, template, unit
+from cdistill.eval.benchmarks.base import Base, by_facts, fact, find, groups, template, unit
 from cdistill.eval.contract import Answer, Question
 from cdistill.eval.files import parquet_records
 from cdistill.eval.replies import first_word
@@ -31,9 +31,10 @@ class NaturalBench(Base):
     licence = "Apache-2.0"
     download = "huggingface.co/datasets/BaiqiL/NaturalBench: its parquet files into --data (with the images)"
     counts = MappingProxyType({"questions": 1900})
+    known = MappingProxyType({"type": tuple(SUFFIXES), "label": ("yes", "no", "a", "b")})
     prompt = "{} {}"
 
-    def questions(self, data: Path) -> list[Question]:
+    def load(self, data: Path) -> list[Question]:
         """Four questions for each row of the parquet files."""
         prompt, result = template(data, self.prompt), []
         for path in find(data, "*.parquet"):
@@ -58,7 +59,8 @@ class NaturalBench(Base):
         """Units are the groups."""
         tally = Tally()
         for group in groups(answers).values():
-            right = {(fact(each, "question"), fact(each, "image")): bool(self.right(each)) for each in group}
+            asked = by_facts(group, ["question", "image"], [(0, 0), (0, 1), (1, 0), (1, 1)])
+            right = {key: bool(self.right(answer)) for key, answer in asked.items()}
             for value in right.values():
                 tally.count(unit(group[0]), "accuracy", value)
             for k in (0, 1):

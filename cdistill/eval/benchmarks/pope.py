@@ -31,9 +31,10 @@ class POPE(Base):
         "images.cocodataset.org/zips/val2014.zip: its folder val2014 is --images"
     )
     counts = MappingProxyType(dict.fromkeys(SPLITS, 3000))
+    known = MappingProxyType({"subtype": SPLITS, "label": ("yes", "no")})
     prompt = "{}" + SHORT
 
-    def questions(self, data: Path) -> list[Question]:
+    def load(self, data: Path) -> list[Question]:
         """The lines of ``coco_pope_random.json`` and the two others, those that are there."""
         prompt = template(data, self.prompt)
         result = []

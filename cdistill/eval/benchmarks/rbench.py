@@ -34,8 +34,9 @@ class RBench(Base):
         "nocaps_image-level_rel_ids_[1-5].json into --data; its images are --images"
     )
     counts = MappingProxyType({})
+    known = MappingProxyType({"label": ("yes", "no")})
 
-    def questions(self, data: Path) -> list[Question]:
+    def load(self, data: Path) -> list[Question]:
         """Questions of ``image-level*.json``, each with the lists of ids (``*_ids_[1-5].json``) that name it."""
         lists = find(data, "*image-level*_ids_[1-5].json", "*_ids_[1-5].json")
         paths = [path for path in find(data, "*image-level*.json", "*.json") if "_ids_" not in path.name]

@@ -34,11 +34,14 @@ class Reefknot(Base):
         "asked, too); Visual Genome's folders VG_100K and VG_100K_2 lie in --images"
     )
     counts = MappingProxyType({"perception": 2150, "cognitive": 4800})
+    known = MappingProxyType(
+        {"part": tuple(PARTS), "subtype": tuple(prefix + kind for prefix in PARTS.values() for kind in KINDS)}
+    )
     _others = MappingProxyType(
         {"yes_no/perception": 4300, "yes_no/cognitive": 5440, "free/perception": 2150, "free/cognitive": 2720}
     )
 
-    def questions(self, data: Path) -> list[Question]:
+    def load(self, data: Path) -> list[Question]:
         """The lines of ``Multichoice.jsonl``, and of ``YESNO.jsonl`` and ``VQA.jsonl`` where they are there."""
         prompt, result = template(data, self.prompt), []
         for path in find(data, "*.jsonl"):

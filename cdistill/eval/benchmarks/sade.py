@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from cdistill.eval.benchmarks.base import Base, fact, find, groups, template, unit
+from cdistill.eval.benchmarks.base import Base, by_facts, fact, find, groups, template, unit
 from cdistill.eval.contract import Answer, Question
 from cdistill.eval.files import Record, json_records, line_records
 from cdistill.eval.statistics import Tally
@@ -29,7 +29,7 @@ class SADE(Base):
     counts = MappingProxyType({})
     prompt = "Describe the image."
 
-    def questions(self, data: Path) -> list[Question]:
+    def load(self, data: Path) -> list[Question]:
         """A question for each caption of each entry of ``*.json`` and ``*.jsonl``."""
         prompt, result = template(data, self.prompt), []
         for path in sorted([*data.glob("*.json"), *data.glob("*.jsonl")]) or find(data, "*.json", "*.jsonl"):
@@ -62,8 +62,9 @@ class SADE(Base):
         tally = Tally()
         subtypes: dict[str, None] = {}
         for group in groups(answers).values():
-            means = {fact(answer, "caption"): _mean(answer) for answer in group}
-            right = all(means[0] > mean for caption, mean in means.items() if caption)
+            captions = by_facts(group, ["caption"], [(i,) for i in range(len(group))])
+            first, *others = (_mean(captions[i,]) for i in range(len(group)))
+            right = all(first > mean for mean in others)
             subtypes[fact(group[0], "subtype")] = None
             tally.count(unit(group[0]), fact(group[0], "subtype"), right)
         for subtype in subtypes:

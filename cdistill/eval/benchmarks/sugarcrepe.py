@@ -33,13 +33,14 @@ class SugarCrepe(Base):
         "github.com/RAIVNLab/sugar-crepe: the seven files of data/ into --data; "
         "images.cocodataset.org/zips/val2017.zip: its folder val2017 is --images"
     )
+    known = MappingProxyType({"subtype": SUBTYPES, "order": ("", *ORDERS), "label": ("A", "B")})
     prompt = (
         "Which caption best describes the image?\n(A) {}\n (B) {}\n"
         "Answer with the option's alphabet from the given choices directly."
     )
     counts = MappingProxyType(dict(zip(SUBTYPES, (692, 2062, 788, 1652, 1406, 666, 245), strict=True)))
 
-    def questions(self, data: Path) -> list[Question]:
+    def load(self, data: Path) -> list[Question]:
         """Both orders of every pair in the files ``add_att.json`` ... ``swap_obj.json`` that are there."""
         files = {subtype: data / f"{subtype}.json" for subtype in SUBTYPES if (data / f"{subtype}.json").is_file()}
         if not files:

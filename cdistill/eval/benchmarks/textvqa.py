@@ -31,7 +31,7 @@ class TextVQA(SoftAccuracy):
     counts = MappingProxyType({"questions": 5000})
     prompt = "{}\nReference OCR token: {}" + SHORT
 
-    def questions(self, data: Path) -> list[Question]:
+    def load(self, data: Path) -> list[Question]:
         """Entries of ``TextVQA*_val.json`` with the tokens of ``*OCR*_val.json`` or of LLaVA's ``*_ocr.jsonl``, or rows of
         parquet files with ``ocr_tokens``.
         """

@@ -25,7 +25,7 @@ class VizWiz(SoftAccuracy):
     counts = MappingProxyType({"questions": 4319})
     prompt = "{}\nWhen the provided information is insufficient, respond with 'Unanswerable'." + SHORT
 
-    def questions(self, data: Path) -> list[Question]:
+    def load(self, data: Path) -> list[Question]:
         """The records of ``val.json``."""
         prompt, result = template(data, self.prompt), []
         for record in json_records(find(data, "val.json", "*.json")[0]):

@@ -28,7 +28,7 @@ class VQAv2(SoftAccuracy):
     prompt = "{}" + SHORT
     words_first = False
 
-    def questions(self, data: Path) -> list[Question]:
+    def load(self, data: Path) -> list[Question]:
         """The questions of ``*questions.json`` with the answers of ``*annotations.json``."""
         said = {}
         annotations = find(data, "*annotations.json")[0]

@@ -27,9 +27,10 @@ class VSR(Accuracy):
         "images: COCO train2017 and val2017, all in one folder, which is --images"
     )
     counts = MappingProxyType({"true": 629, "false": 593})
+    known = MappingProxyType({"label": ("true", "false")})
     prompt = "Based on the image, is this statement true or false? {}\nAnswer with true or false directly."
 
-    def questions(self, data: Path) -> list[Question]:
+    def load(self, data: Path) -> list[Question]:
         """The lines of ``test.jsonl``, or of the only ``*.jsonl`` there."""
         paths = find(data, "test.jsonl", "*.jsonl")
         if len(paths) > 1:

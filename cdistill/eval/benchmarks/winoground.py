@@ -29,7 +29,7 @@ class Winoground(Crossed):
     )
     counts = MappingProxyType({"questions": 400})
 
-    def questions(self, data: Path) -> list[Question]:
+    def load(self, data: Path) -> list[Question]:
         """Four questions for each line of ``examples.jsonl``, or row of the parquet files."""
         result: list[Question] = []
         seen: set[str] = set()
