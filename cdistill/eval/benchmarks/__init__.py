@@ -13,7 +13,7 @@ NAMES = (
 GROUPS = {
     "compositional": ("sugarcrepe", "sade", "bivlc", "winoground"),
     "hallucination": ("rbench", "reefknot"),
-    "vqa": ("vqav2", "vizwiz", "gqa", "textvqa", "mme", "builtin"),
+    "vqa": ("vqav2", "vizwiz", "gqa", "textvqa", "mme"),
 }
 GROUPS["paper"] = (*GROUPS["vqa"], *GROUPS["compositional"], *GROUPS["hallucination"])
 

@@ -80,13 +80,14 @@ class Base:
             subtype = "questions" if whole else str(question.facts.get("subtype", "questions"))
             found.setdefault(subtype, set()).add(item)
             items[item] += 1
-            wanted[item] = int(question.facts.get("of", 1))
+            if "of" in question.facts:
+                wanted[item] = int(question.facts["of"])
         lines = [
             f"{self.name} {subtype}: {len(there)} here, {self.counts.get(subtype, 0)} in the published version"
             for subtype, there in found.items()
             if len(there) != self.counts.get(subtype, 0)
         ]
-        broken = sum(items[item] != wanted[item] for item in items)
+        broken = sum(items[item] != count for item, count in wanted.items())
         if broken:
             lines.append(f"{self.name}: {broken} of {len(items)} groups lack a question, and are left out")
         return lines
