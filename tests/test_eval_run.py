@@ -242,11 +242,13 @@ def test_mistakes_in_one_line(data, tmp_path, capsys):
         assert message in refused(capsys, *arguments)
 
 
-def test_models_that_cannot_be_loaded_are_told_in_one_line(tmp_path, capsys):
+def test_models_that_cannot_be_loaded_are_told_in_one_line(data, tmp_path, capsys):
     folder = shutil.copytree(model_folder("builtin:teacher"), tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     (folder / "processor_config.json").unlink()
-    assert load(str(folder)).processor.image_processor is not None  # of a composition it is known
+    ask = ("--task", "sugarcrepe", "--data", data)
+    assert "m has no image processor (preprocessor_config.json" in refused(capsys, folder, *ask)
+    assert run(folder, "--n", 1) == 0  # the built-in task comes with its pixels
     other = {"model_type": "internvl", "vision_config": {}, "text_config": {"model_type": "qwen2"}}
     for values, message in (
         (config | {"model_type": "nothing_known"}, "m cannot be loaded"),

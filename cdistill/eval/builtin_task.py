@@ -116,7 +116,13 @@ def ask(runner: Runner, questions: Sequence[Question], title: str) -> dict[str, 
 
 def evaluate_model(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """What `Exam.evaluate` gives for the model that the options name, whatever words it knows, and the modality."""
-    loaded = load(options.model, dtype=options.dtype or "fp32", load_in=options.load_in, device_map=options.device_map)
+    loaded = load(
+        options.model,
+        dtype=options.dtype or "fp32",
+        load_in=options.load_in,
+        device_map=options.device_map,
+        usual_processor=True,  # which models that know the task's own pixels do not need
+    )
     n, seed = 500 if options.n is None else options.n, options.seed or 0
     exam = Exam(n=n, seed=seed, modality="image" if loaded.sees else "text")
     prompts = Prompts(loaded.processor)

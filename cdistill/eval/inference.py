@@ -30,6 +30,7 @@ SHARED_TYPES = {"mm_token_type_ids"}  # others may tell attention what sees what
 WORTH = 0.75  # of the tokens at most, or sharing is not worth a pass of its own
 # By how much two ways may differ, in units of the dtype's rounding and of what batches of one prompt differ from one by one.
 ROUNDINGS, NOISES = 16.0, 4.0
+MOST_ROUNDING = 0.25  # nats: in bf16 a mask or a position that is wrong must not pass for rounding
 FAILURES = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "max_length")
 
@@ -120,8 +121,8 @@ class Inference:
             again = torch.cat([self._measure([prompt] * 2)[:, :1] for prompt in asked], 1)
         except FAILURES as error:
             raise ValueError(f"model: {type(self.model).__name__} answers no question: {one_line(error)}") from None
-        unit = torch.finfo(self.model.dtype).eps * (1.0 + expected.abs().max())
-        allowed = NOISES * (again - expected).abs().max() + ROUNDINGS * unit
+        rounding = ROUNDINGS * torch.finfo(self.model.dtype).eps * (1.0 + float(expected.abs().max()))
+        allowed = NOISES * float((again - expected).abs().max()) + min(rounding, MOST_ROUNDING)
         self._worth = 1.0  # it is to be tried
         for way in WAYS[:-1]:
             self.way = way

@@ -44,7 +44,12 @@ class Loaded:
 
 
 def load(
-    reference: str, *, dtype: str | None = None, load_in: str | None = None, device_map: str | None = None
+    reference: str,
+    *,
+    dtype: str | None = None,
+    load_in: str | None = None,
+    device_map: str | None = None,
+    usual_processor: bool = False,
 ) -> Loaded:
     """Load a model to be measured.
 
@@ -53,6 +58,7 @@ def load(
             ``builtin:NAME``, or an id of the Hugging Face hub.
         dtype: ``fp32``, ``bf16`` or ``fp16``; by default that of the files.
         load_in: ``8bit`` or ``4bit``: the language model's layers are quantised by bitsandbytes.
+        usual_processor: a LLaVA without an image processor gets the usual one of its vision encoder.
         device_map: of accelerate, as ``auto``; by default the whole model is on this process's GPU, or on the CPU.
 
     Raises:
@@ -61,7 +67,7 @@ def load(
     if load_in is not None and not torch.cuda.is_available():
         raise ValueError(f"--load-in {load_in} needs a CUDA GPU, and there is none; leave it out")
     try:
-        return _load(reference, dtype, load_in, device_map)
+        return _load(reference, dtype, load_in, device_map, usual_processor)
     except (ValueError, OSError, ImportError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         said = one_line(error)
         if not said.startswith("model: "):
@@ -69,7 +75,7 @@ def load(
         raise ValueError(said) from None
 
 
-def _load(reference: str, dtype: str | None, load_in: str | None, device_map: str | None) -> Loaded:
+def _load(reference: str, dtype: str | None, load_in: str | None, device_map: str | None, usual: bool) -> Loaded:
     folder = model_folder(reference)
     adapted = (folder / ADAPTER_CONFIG).is_file()
     folders = [base_of(folder), folder] if adapted else [folder]
@@ -78,7 +84,7 @@ def _load(reference: str, dtype: str | None, load_in: str | None, device_map: st
             f"model: {folder} is a peft adapter: --load-in takes whole models; `cdistill export` makes one of it"
         )
     config: Any = load_config(folders[0], "model")
-    processor = load_questioner(folders, config)  # before the weights, which may take long
+    processor = load_questioner(folders, config, usual=usual)  # before the weights, which may take long
     options: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
     wanted: Any = "auto" if dtype is None else DTYPES[dtype]
     if load_in is not None:
@@ -110,11 +116,11 @@ def model_folder(reference: str) -> Path:
         ) from None
 
 
-def load_questioner(folders: list[Path], config: Any) -> Any:
+def load_questioner(folders: list[Path], config: Any, *, usual: bool) -> Any:
     """Processor or tokenizer of a model whose files lie in some folders, a later one's before an earlier one's.
 
     Raises:
-        ValueError: a model that sees images has no image processor.
+        ValueError: a model that sees images has no image processor, nor is the ``usual`` one of a LLaVA's encoder wanted.
     """
     sees = hasattr(config, "vision_config")
     with_images = [folder for folder in folders if has_image_processor(folder)]
@@ -124,7 +130,7 @@ def load_questioner(folders: list[Path], config: Any) -> Any:
     tokenizer = load_tokenizer((words or folders)[-1], "model")
     if not sees:
         return tokenizer
-    if config.model_type not in COMPOSITIONS:
+    if not usual or config.model_type not in COMPOSITIONS:
         raise ValueError(
             f"model: {folders[-1]} has no image processor (preprocessor_config.json or processor_config.json is missing); "
             "put that of the model beside its weights"
