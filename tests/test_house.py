@@ -34,7 +34,7 @@ ALLOWED = {
     "runtime": {"data"},
     "train": {"models", "builtin", "runtime"},
     "plan": {"train"},
-    "eval": {"models", "builtin", "runtime"},
+    "eval": {"analysis", "runtime"},
     "analysis": {"models", "builtin"},
     "demo": {"train", "analysis", "eval"},
     "cli": {"demo", "plan", "eval"},

@@ -113,6 +113,17 @@ class Tally:
                 row[self._columns[name]] = value
         return result
 
+    def outcomes(self, name: str, sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How many are right, and how many there are, of what a metric counts: (units, counts) each, of `sums`."""
+        _, counted, _ = self._formulas[name]
+        right, there = ([self._columns[f"{each}{end}"] for each in counted] for end in ("", " n"))
+        return sums[:, right], sums[:, there]
+
+    def is_share(self, name: str) -> bool:
+        """Whether a metric is the share of right ones among all that are counted under one name."""
+        _, counted, counts = self._formulas[name]
+        return counts and len(counted) == 1
+
     def values(self, totals: np.ndarray) -> np.ndarray:
         """Metrics (..., metrics) in 0..1 of totals (..., sums); NaN where nothing was counted."""
         named = Totals(totals, self._columns)

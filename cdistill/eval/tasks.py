@@ -244,6 +244,7 @@ def _publish(
     result |= {
         "missing": len(task.missing),
         "model": options.model,
+        "images": [str(root.absolute()) for root in task.pictures.roots],
         "versions": {"cdistill": __version__} | {name: version(name) for name in ("torch", "transformers")},
     }
     if results is not None:
