@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: demo test pytest test-asan bench lint setup clean
+.PHONY: demo test pytest test-asan bench lint setup eval-env clean
 
 demo: setup
 	$(BIN)/cdistill demo
@@ -58,5 +58,19 @@ install-dependencies:
 	$(PIP) torch
 	$(PIP) -r constraints.txt
 
+# lmms-eval in an environment of its own over the project's, in which it would break transformers: no torchvision (served for
+# CUDA alone) and an older filelock. Our tasks are linked among its own, so that it finds them by name.
+EVAL := .venv-eval
+SITE_OF := -c "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+OURS := $(wildcard cdistill/eval/lmms_eval/*.yaml) $(addprefix cdistill/eval/lmms_eval/,_cdistill row.jsonl utils.py)
+eval-env: $(EVAL)/.ready
+$(EVAL)/.ready: constraints-eval.txt $(OURS) | setup
+	test -x $(EVAL)/bin/python || $(BIN)/python -m venv $(EVAL)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE_OF))')" > "$$($(EVAL)/bin/python $(SITE_OF))/over_cdistill.pth"
+	$(EVAL)/bin/python -m pip install --quiet --no-deps lmms_eval==0.7.3
+	$(EVAL)/bin/python -m pip install --quiet -r constraints-eval.txt
+	tasks="$$($(EVAL)/bin/python $(SITE_OF))/lmms_eval/tasks/cdistill" && mkdir -p "$$tasks" && ln -sf $(addprefix $(CURDIR)/,$(OURS)) "$$tasks"
+	touch $@
+
 clean:
-	rm -rf build *.egg-info cdistill/*.so $(VENV)
+	rm -rf build *.egg-info cdistill/*.so $(VENV) $(EVAL)

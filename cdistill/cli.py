@@ -7,10 +7,13 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cdistill import __version__, demo
+from cdistill.builtin import command as builtin
 from cdistill.data import command as data
+from cdistill.eval import benchmarks
 from cdistill.eval import command as evaluation
 from cdistill.plan import command as planning
 from cdistill.runtime.errors import RunError, print_error
@@ -55,6 +58,11 @@ def _cache(options: argparse.Namespace) -> int:
 
 
 def _data(options: argparse.Namespace) -> int:
+    if options.action == "check" and options.preset in benchmarks.NAMES:
+        from cdistill.eval.presets import check
+
+        return check(options.preset, Path(options.path), None if options.images is None else Path(options.images))
+
     def load(reference: str) -> Any:
         from cdistill.models.load import load_tokenizer, resolve_folder
         from cdistill.models.processor import has_image_processor, load_processor
@@ -122,7 +130,9 @@ COMMANDS = {
     "plan": Command("tell what a recipe needs on each GPU", planning.add_arguments, planning.main),
     "cache": Command("keep what a recipe's teacher gives, to train without it", _cache_arguments, _cache),
     "data": Command("check data sets, look at samples, list the paper's sets", data.add_arguments, _data),
-    "eval": Command("measure a model on the built-in task", evaluation.add_arguments, evaluation.main),
+    "eval": Command("measure a model on benchmarks or the built-in task", evaluation.add_arguments, evaluation.main),
+    **{f"eval {word}": Command(line, do.add_arguments, do.main) for word, (line, do) in evaluation.WORDS.items()},
+    "builtin write": Command("write the built-in task in a benchmark's files", builtin.add_arguments, builtin.main),
     "export": Command("write a model that plain transformers loads", _export_arguments, _export),
     "recipes": Command("list the shipped recipes, or what a recipe may say", _recipes_arguments, _recipes),
 }
@@ -139,7 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.arguments(subparsers.add_parser(name, help=command.help, description=command.help))
-    options, extra = parser.parse_known_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if " ".join(words[:2]) in COMMANDS:  # as in `eval score`
+        words[:2] = [" ".join(words[:2])]
+    options, extra = parser.parse_known_args(words)
     if any(argument.startswith("-") or not hasattr(options, "overrides") for argument in extra):
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     if extra:  # argparse gives up on key=value after an option

@@ -117,7 +117,7 @@ def demo(*, seeds: int, output: Path, n: int = QUESTIONS, overrides: Sequence[st
     if teacher_reference is None:
         raise ValueError(f"teacher of recipe {recipes[DISTILLED].name} must be given: there is nothing to distil")
 
-    from cdistill.builtin.scorer import evaluate
+    from cdistill.eval.builtin_task import Exam
     from cdistill.models.load import load_for_evaluation
     from cdistill.train.build import build_models
 
@@ -134,14 +134,15 @@ def demo(*, seeds: int, output: Path, n: int = QUESTIONS, overrides: Sequence[st
     trained = time.perf_counter()
     print(f"evaluating with {n} questions per sub-type", flush=True)
     teacher = load_for_evaluation(teacher_reference, "teacher")
+    exam = Exam(n=n, seed=EVALUATION_SEED)
     students: dict[str, list[Any]] = {model: [] for model in RECIPES}
     first: dict[str, PreTrainedModel] = {TEACHER: teacher}
     for model, paths in finals.items():
         for path in paths:
             student = load_for_evaluation(str(path), model)
-            students[model].append(evaluate(student, n=n, seed=EVALUATION_SEED))
+            students[model].append(exam.evaluate(student, NAMES[model]))
             first.setdefault(model, student)
-    comparison = Comparison(evaluate(teacher, n=n, seed=EVALUATION_SEED), students, training_seeds)
+    comparison = Comparison(exam.evaluate(teacher, NAMES[TEACHER]), students, training_seeds)
     meta = _meta(recipes, n) | {
         "seconds": {"training": round(trained - started, 1), "evaluation": round(time.perf_counter() - trained, 1)}
     }

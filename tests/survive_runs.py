@@ -1,4 +1,4 @@
-"""Runs of `cdistill train` and their ranks in forks (`forks.py`), killed where a plan says. A plan is a mapping:
+"""Runs of `cdistill train` and `eval` and their ranks in forks (`forks.py`), killed where a plan says. A plan is a mapping:
 
 - ``call``: dotted name of a function (``torch.save``); its ``nth`` call with ``match`` in its arguments kills the process,
   before it does anything, or with ``half`` after it has done half of its work (a file cut in two, a folder half removed);
@@ -29,7 +29,8 @@ class ForkedPopen:
     real = subprocess.Popen
 
     def __init__(self, command, *, env, start_new_session):
-        assert start_new_session and command[-3] == "cdistill.train.worker"
+        worker = command[-3]
+        assert start_new_session and worker in ("cdistill.train.worker", "cdistill.eval.worker")
         self.returncode = None
         self.pid = os.fork()
         if not self.pid:
@@ -40,10 +41,8 @@ class ForkedPopen:
             os.environ.clear()
             os.environ.update(env)
             sys.argv = ["worker", *command[-2:]]
-            from cdistill.train import worker
-
             carry_out(self.plan, int(env["RANK"]))
-            leave(worker.main)
+            leave(importlib.import_module(worker).main)
 
     def poll(self):
         if self.returncode is None:
@@ -139,7 +138,7 @@ def carry_out_command(arguments, plan):
     from cdistill.runtime import launch
 
     ForkedPopen.plan = plan
-    several = "processes=2" in arguments
+    several = "processes=2" in arguments or "--processes" in arguments
     if several:
         launch.subprocess.Popen = ForkedPopen
     carry_out(plan, -1 if several else 0)

@@ -34,9 +34,9 @@ ALLOWED = {
     "runtime": {"data"},
     "train": {"models", "builtin", "runtime"},
     "plan": {"train"},
-    "eval": {"models", "builtin"},
+    "eval": {"analysis", "runtime"},
     "analysis": {"models", "builtin"},
-    "demo": {"train", "analysis"},
+    "demo": {"train", "analysis", "eval"},
     "cli": {"demo", "plan", "eval"},
     "__main__": {"cli"},
 }

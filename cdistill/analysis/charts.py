@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from html import escape
 
 import numpy as np
+from PIL import Image
 
 from cdistill.builtin.render import to_image
 
@@ -23,12 +24,16 @@ WIDTH = (
 
 @dataclass(frozen=True)
 class Bar:
-    """A value in 0..1 with its uncertainty, and the name and colour of whom it belongs to."""
+    """A value in 0..1 with its uncertainty, and the name and colour of whom it belongs to.
+
+    Whiskers reach one error to either side, or over ``interval`` where it is given.
+    """
 
     name: str
     colour: str
     value: float
     error: float
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,11 @@ def legend(entries: Mapping[str, str]) -> str:
     return f'<p class="legend">{items}</p>'
 
 
-def bar_chart(groups: Mapping[str, Sequence[Bar]], baselines: Mapping[str, float], *, label: str) -> str:
-    """Horizontal bars in groups from 0 to 100 %, whiskers of one error, a dotted mark at the baseline."""
-    left, right, thick, gap, top = 92, 44, 13, 12, 8
+def bar_chart(
+    groups: Mapping[str, Sequence[Bar]], baselines: Mapping[str, float], *, label: str, strong: str = "average"
+) -> str:
+    """Horizontal bars in groups from 0 to 100 %, with whiskers, a dotted mark at the baseline; one name is in bold."""
+    left, right, thick, gap, top = max(92, 20 + 7 * max(map(len, groups), default=0)), 44, 13, 12, 8
     scale = WIDTH - left - right
     parts: list[str] = []
     height = top + sum(len(bars) * thick + gap for bars in groups.values()) + 22
@@ -88,17 +95,17 @@ def bar_chart(groups: Mapping[str, Sequence[Bar]], baselines: Mapping[str, float
     y: float = top
     for name, bars in groups.items():
         middle = y + len(bars) * thick / 2
-        weight = 'font-weight="700"' if name == "average" else ""
+        weight = 'font-weight="700"' if name == strong else ""
         parts.append(_text(left - 8, middle + 4, name, anchor="end", more=weight))
         start = y
         for bar in bars:
             centre, x = y + thick / 2, left + scale * bar.value
-            reach = scale * bar.error
+            low, high = bar.interval or (bar.value - bar.error, bar.value + bar.error)
+            begin, end = (left + scale * min(max(at, 0.0), 1.0) for at in (low, high))
             tip = f"{bar.name}, {name}: {100 * bar.value:.1f} % (± {100 * bar.error:.1f})"
             parts.append(_rect(left, y + 1, max(x - left, 0.5), thick - 2, fill=bar.colour, more='rx="2"', tip=tip))
-            parts.append(_line(max(x - reach, left), centre, min(x + reach, left + scale), centre, INK, 1.5))
-            beyond = min(x + reach, left + scale) + 5
-            parts.append(_text(beyond, centre + 3.5, f"{100 * bar.value:.1f}", size=10.5, colour=MUTED))
+            parts.append(_line(begin, centre, end, centre, INK, 1.5))
+            parts.append(_text(end + 5, centre + 3.5, f"{100 * bar.value:.1f}", size=10.5, colour=MUTED))
             y += thick
         if name in baselines:
             x = left + scale * baselines[name]
@@ -230,6 +237,16 @@ def png(image: np.ndarray) -> str:
     buffer = io.BytesIO()
     to_image(image).save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def thumbnail(image: Image.Image, size: int = 256) -> str:
+    """Data URL of an image of at most ``size`` pixels to either side; one of few pixels is enlarged, pixel by pixel."""
+    small, buffer = image.convert("RGB"), io.BytesIO()
+    small.thumbnail((size, size))
+    times = max(1, size // 2 // max(small.size))
+    small = small.resize((times * small.width, times * small.height), Image.Resampling.NEAREST)
+    small.save(buffer, format="JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def attention_map(image: str, weights: Sequence[float] | None, *, label: str) -> str:

@@ -157,6 +157,11 @@ WORDS = (
 )
 
 
+def caption_pair(scene: Scene, subtype: str, rng: random.Random) -> tuple[str, str] | None:
+    """A caption that is true of the scene and one that is not, of a sub-type of `COMPOSITIONAL`; None as in `ask`."""
+    return _CAPTION_PAIRS[subtype](scene, rng)
+
+
 def ask(scene: Scene, subtype: str, rng: random.Random) -> Question | None:
     """A question of the given sub-type about the scene, or None where the scene does not allow one.
 
@@ -167,7 +172,7 @@ def ask(scene: Scene, subtype: str, rng: random.Random) -> Question | None:
         return _DIRECT[subtype](scene, rng)
     if subtype not in _CAPTION_PAIRS:
         raise ValueError(f"subtype must be one of {', '.join(DIRECT + COMPOSITIONAL)}, got {subtype!r}")
-    pair = _CAPTION_PAIRS[subtype](scene, rng)
+    pair = caption_pair(scene, subtype, rng)
     if pair is None:
         return None
     right, wrong = pair

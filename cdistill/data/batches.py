@@ -25,7 +25,11 @@ class PaddingCollator:
         length = max(len(sample.input_ids) for sample in samples)
         batch = _rows([[sample] for sample in samples], length, self.pad_token_id)
         sizes = torch.tensor([[len(sample.input_ids)] for sample in samples])
-        return batch | {"attention_mask": (torch.arange(length) < sizes).long()} | _images(samples)
+        return (
+            batch
+            | {"attention_mask": (torch.arange(length) < sizes).long()}
+            | joined_images([sample.images for sample in samples])
+        )
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class PackingCollator:
             parts = [*(len(sample.input_ids) for sample in row), max(lengths) - length]
             positions.append(torch.cat([torch.arange(part) for part in parts]))
         batch["position_ids"] = torch.stack(positions)
-        return batch | _images(samples)
+        return batch | joined_images([sample.images for sample in samples])
 
 
 def next_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
@@ -97,10 +101,10 @@ def _padded(rows: Iterable[Sequence[Tensor]], length: int, fill: int) -> Tensor:
     return result
 
 
-def _images(samples: Sequence[Encoded]) -> dict[str, Tensor]:
+def joined_images(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """What processors made of the images of all samples, in order."""
-    names = {name: None for sample in samples for name in sample.images}
-    return {name: _joined([sample.images[name] for sample in samples if name in sample.images]) for name in names}
+    names = {name: None for images in samples for name in images}
+    return {name: _joined([images[name] for images in samples if name in images]) for name in names}
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

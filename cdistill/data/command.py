@@ -87,7 +87,9 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bad", type=Path, metavar="FILE", help="where bad records are listed (default: PATH.bad.jsonl)"
     )
-    parser.add_argument("--preset", metavar="NAME", help="compare the counts with those of a set of the paper")
+    parser.add_argument(
+        "--preset", metavar="NAME", help="compare the counts with those of a set of the paper, or a benchmark"
+    )
     _processor_arguments(parser, "also make tokens and pixels of every record, as this model does")
     parser.add_argument(
         "--max-length", type=int, metavar="N", help="tokens of a sample at most, as in a recipe (default: any number)"

@@ -34,7 +34,7 @@ class Encoded:
     images: dict[str, Tensor]
 
 
-class _ImageParts(NamedTuple):
+class ImageParts(NamedTuple):
     """Images as a processor sees them: the tokens (and their types) that each stands for, and the tensors of all."""
 
     tokens: list[list[int]]
@@ -92,18 +92,40 @@ class Encoder:
             BadSampleError: no token of an answer within ``max_length``, a text that holds a mark of an image itself, more
                 or fewer marks than images, or answers that the tokenizer does not keep apart from questions.
         """
+        self._refuse_marks(messages)
+        if images and self._image_id is None:
+            raise BadSampleError("image count", f"{len(images)} images for a model that takes none")
+        ids, labelled = self.contract(messages)
+        self._require_marks(ids, len(images))
+        return self._fit(ids, labelled, [image if image.mode == "RGB" else image.convert("RGB") for image in images])
+
+    def prompt(self, messages: Sequence[Message], visual: ImageParts) -> tuple[list[int], dict[str, list[int]]]:
+        """Tokens that ask for an answer to messages of which the last is the user's, and their types.
+
+        ``visual`` is what `image_parts` made of the images that the messages show; it serves any number of prompts.
+
+        Raises:
+            BadSampleError: a text that holds a mark of an image itself, more or fewer marks than images, or messages that the
+                template refuses.
+        """
+        self._refuse_marks(messages)
+        with blamed_on_sample("chat template"):
+            ids = self.contract.prompt_ids(messages)
+        self._require_marks(ids, len(visual.tokens))
+        _, tokens, types = self._expand(ids, visual)
+        return tokens, types
+
+    def _refuse_marks(self, messages: Sequence[Message]) -> None:
         for message in messages:
             for part in message.parts:
                 if isinstance(part, str) and (found := [token for token in self._visual if token in part]):
                     raise BadSampleError(
                         "mark in the text", f"{found[0]} stands for an image, and in the text of the sample"
                     )
-        if images and self._image_id is None:
-            raise BadSampleError("image count", f"{len(images)} images for a model that takes none")
-        ids, labelled = self.contract(messages)
-        if (count := sum(token == self._image_id for token in ids)) != len(images):
-            raise BadSampleError("image count", f"{count} marks in the text, {len(images)} images")
-        return self._fit(ids, labelled, [image if image.mode == "RGB" else image.convert("RGB") for image in images])
+
+    def _require_marks(self, ids: Sequence[int], images: int) -> None:
+        if (count := sum(token == self._image_id for token in ids)) != images:
+            raise BadSampleError("image count", f"{count} marks in the text, {images} images")
 
     def _tokenize(self, *texts: str) -> list[list[int]]:
         """Tokens of texts that a template has written, as the processor makes them of words alone."""
@@ -112,7 +134,7 @@ class Encoder:
     def _fit(self, ids: list[int], labelled: np.ndarray, images: list[Image.Image]) -> Encoded:
         """Put tokens in place of the marks, and shorten the sample until it fits."""
         while True:
-            visual = self._image_parts(images)
+            visual = self.image_parts(images)
             origins, tokens, types = self._expand(ids, visual)
             answers = labelled[origins]
             answers[:1] = False  # no token precedes it that could predict it
@@ -133,10 +155,10 @@ class Encoder:
             input_ids, labels, {name: torch.tensor(of[:limit]) for name, of in types.items()}, visual.tensors
         )
 
-    def _image_parts(self, images: list[Image.Image]) -> _ImageParts:
+    def image_parts(self, images: list[Image.Image]) -> ImageParts:
         """What the processor makes of the images of one sample."""
         if not images:
-            return _ImageParts([], {name: [] for name in self._types}, {})
+            return ImageParts([], {name: [] for name in self._types}, {})
         between = self.tokenizer.eos_token or self.tokenizer.pad_token
         marks = between.join([self.template.image_token or ""] * len(images))
         for image in images:
@@ -149,9 +171,9 @@ class Encoder:
         cuts = [-1, *(i for i, token in enumerate(ids) if token == separator), len(ids)]
         types = {name: made.pop(name)[0].tolist() for name in TOKEN_TYPES if name in made}
         parts = {name: [of[a + 1 : b] for a, b in pairwise(cuts)] for name, of in {"ids": ids, **types}.items()}
-        return _ImageParts(parts.pop("ids"), parts, {name: torch.as_tensor(value) for name, value in made.items()})
+        return ImageParts(parts.pop("ids"), parts, {name: torch.as_tensor(value) for name, value in made.items()})
 
-    def _expand(self, ids: list[int], visual: _ImageParts) -> tuple[list[int], list[int], dict[str, list[int]]]:
+    def _expand(self, ids: list[int], visual: ImageParts) -> tuple[list[int], list[int], dict[str, list[int]]]:
         """Tokens with images in place of their marks: the index in ``ids`` that each comes from, their ids and types."""
         origins: list[int] = []
         tokens: list[int] = []
@@ -174,7 +196,7 @@ class Encoder:
             self(messages, [])
             return
         images = [Image.new("RGB", (64, 48)), Image.new("RGB", (48, 64))]
-        self._types = tuple(self._image_parts(images).types)
+        self._types = tuple(self.image_parts(images).types)
         self(messages, images)
         asked = Message("user", (Mark.IMAGE, "See?", Mark.IMAGE))
         found = self([asked, messages[-1]], images)

@@ -70,13 +70,13 @@ def export(
         raise ValueError(f"output: {output} exists and is no empty folder")
     folder = resolve_folder(str(model), "model")
     adapted = (folder / ADAPTER_CONFIG).is_file()
-    folders = [_base_of(folder), folder] if adapted else [folder]
+    folders = [base_of(folder), folder] if adapted else [folder]
     processor, remarks = _check(folders)  # before the weights, which may take long
     loaded = _load(folders[0])
     target = loaded.dtype if dtype is None else DTYPES[dtype]
     merged = ["LoRA"] if adapted else []
     if adapted:
-        loaded = _merge_adapter(loaded.float(), folder)  # sums in a narrower format would lose what was learnt
+        loaded = merge_adapter(loaded.float(), folder)  # sums in a narrower format would lose what was learnt
     is_taf = isinstance(loaded, TAFLlavaForConditionalGeneration)
     if merge_taf and is_taf and loaded.config.taf_activation == "linear":
         if can_merge_taf(loaded):
@@ -141,8 +141,8 @@ def _product(adapter: TAFAdapter) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
-def _base_of(folder: Path) -> Path:
-    """Folder of the model that a peft adapter was trained on."""
+def base_of(folder: Path) -> Path:
+    """Folder of the model that a peft adapter was trained on; ValueError if it is not there or an adapter itself."""
     path = folder / ADAPTER_CONFIG
     try:
         reference = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
@@ -181,8 +181,12 @@ def _load(folder: Path) -> Model:
     return loaded
 
 
-def _merge_adapter(base: Model, folder: Path) -> Model:
-    """The base of a peft adapter with the adapter merged into its weights."""
+def merge_adapter(base: Model, folder: Path) -> Model:
+    """The base of a peft adapter with the adapter merged into its weights, in the base's dtype.
+
+    Raises:
+        ValueError: peft is not installed, or the adapter is missing, corrupt, of another base or cannot be merged.
+    """
     path, weights = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         raise ValueError(f"model: {weights} is missing")

@@ -57,16 +57,18 @@ def load_model(
     key: str = "student.base",
     *,
     dtype: torch.dtype | str = torch.float32,
-    attention: str = "sdpa",
+    attention: str | None = "sdpa",
+    **options: Any,
 ) -> Model:
     """LLaVA or causal language model in a folder made by ``save_pretrained``; ``dtype`` "auto" is that of the files.
 
-    Raises ValueError naming the missing or corrupt file.
+    ``attention`` None is the model's own choice, ``options`` are those of ``from_pretrained``. Raises ValueError naming the
+    missing or corrupt file.
     """
     folder = Path(folder)
     config = load_config(folder, key)
     auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    return _load(auto, folder, key, dtype, attention)
+    return _load(auto, folder, key, dtype, attention, **options)
 
 
 def load_structure(folder: Path, key: str) -> Model:
@@ -115,7 +117,7 @@ def _load(
     folder: Path,
     key: str,
     dtype: torch.dtype | str = torch.float32,
-    attention: str = "sdpa",
+    attention: str | None = "sdpa",
     **options: Any,
 ) -> Model:
     """``auto.from_pretrained`` on verified files."""

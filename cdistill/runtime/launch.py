@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -85,8 +85,8 @@ def init_process_group() -> None:
     atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
 
 
-def start_processes(count: int, action: str, path: Path) -> None:
-    """Run ``count`` data-parallel processes of `cdistill.train.worker`, which get an action and its path, and wait for them.
+def start_processes(count: int, action: str, path: Path, program: Sequence[str] | None = None) -> None:
+    """Run ``count`` processes of a program (`cdistill.train.worker`), which get an action and its path, and wait for them.
 
     The processes meet at a store of this one, on a free port or on MASTER_PORT if that is set. They get a SIGTERM or
     SIGINT of this process as SIGTERM, and SIGKILL if it dies.
@@ -99,6 +99,7 @@ def start_processes(count: int, action: str, path: Path) -> None:
     """
     import torch
 
+    command = program or WORKER
     store = _host_store()
     shared = {
         "WORLD_SIZE": str(count),
@@ -114,7 +115,7 @@ def start_processes(count: int, action: str, path: Path) -> None:
             for rank in range(count):
                 environ = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 # A session of its own: a terminal's Ctrl-C reaches this process alone, which passes it on once.
-                workers.append(subprocess.Popen([*WORKER, action, str(path)], env=environ, start_new_session=True))
+                workers.append(subprocess.Popen([*command, action, str(path)], env=environ, start_new_session=True))
             killed = _wait(workers, request)
         finally:
             for worker in workers:

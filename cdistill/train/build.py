@@ -32,11 +32,11 @@ from cdistill.models.processor import (
     has_image_processor,
     load_processor,
 )
+from cdistill.models.quantized import quantized
 from cdistill.runtime import launch
 from cdistill.train.recipes import Recipe, StudentConfig
 from cdistill.train.resolve import precision_of
 from cdistill.train.student import Vocabulary, folders_of, make_student, set_visual_tokens
-from cdistill.train.teacher import quantized
 from cdistill.vat import VAT, attention_layers
 
 
@@ -108,7 +108,10 @@ def _load_teacher(recipe: Recipe, folder: Path) -> Model:
     dtype = DTYPES[precision_of(recipe)]
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else "cpu"
     family = family_of(load_config(folder, "teacher"))
-    options = {"quantization_config": quantized(memory.quantization, dtype, family), "device_map": {"": device}}
+    options = {
+        "quantization_config": quantized(memory.quantization, dtype, family, "teacher_memory.quantization"),
+        "device_map": {"": device},
+    }
     return load_multimodal(folder, "teacher", dtype=dtype, **options)
 
 

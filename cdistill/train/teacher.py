@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cdistill.families import Family
 from cdistill.models.llava import SharedVision, teacher_embeddings
 from cdistill.models.load import Model
 from cdistill.models.parts import head_of, language_model
@@ -117,24 +116,3 @@ def partitioned(teacher: Teacher, *, precision: str, offload: bool) -> Any:
     import deepspeed
 
     return deepspeed.initialize(model=teacher, config=teacher_config(precision=precision, offload=offload))[0]
-
-
-def quantized(kind: str, dtype: torch.dtype, family: Family) -> Any:
-    """What ``from_pretrained`` takes to load a teacher whose language model's layers have 8 or 4 bits.
-
-    Head, adapter and vision encoder keep ``dtype``: the loss over the vocabulary needs the head's weight as it is. Raises
-    ValueError if bitsandbytes is not installed.
-    """
-    from importlib.util import find_spec
-
-    from transformers import BitsAndBytesConfig
-
-    if find_spec("bitsandbytes") is None:
-        raise ValueError("teacher_memory.quantization needs bitsandbytes: pip install cdistill[quantization]")
-    visual = family.adapters + family.encoders
-    whole = ["lm_head", *visual, *(rf".*\.{name}" for name in visual)]  # patterns match from the start
-    if kind == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=whole
-    )
