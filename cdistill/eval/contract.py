@@ -11,9 +11,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from cdistill.eval.statistics import Metric, Tally
+if TYPE_CHECKING:
+    from cdistill.eval.statistics import Metric, Tally
+
 
 KINDS = ("generate", "log_likelihood", "probability")
 

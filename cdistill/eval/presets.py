@@ -5,12 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tqdm import tqdm
-
 from cdistill.data.presets import aligned
-from cdistill.data.samples import BadSampleError
 from cdistill.eval import benchmarks
-from cdistill.eval.pictures import Pictures
 
 SHOWN = 5  # images that are not good
 
@@ -57,6 +53,11 @@ def check(name: str, data: Path, images: Path | None) -> int:
     Returns:
         1 if an image is missing or cannot be read, or a sub-type has not its published number of entries, else 0.
     """
+    from tqdm import tqdm
+
+    from cdistill.data.samples import BadSampleError
+    from cdistill.eval.pictures import Pictures
+
     benchmark = benchmarks.get(name)
     if not data.is_dir():
         raise ValueError(f"{data}: is no folder; that of the files of {name} is checked")

@@ -6,12 +6,14 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cdistill.eval import benchmarks
 from cdistill.eval.contract import Answer, Benchmark
 from cdistill.eval.files import line_records, write_atomically
-from cdistill.eval.statistics import Metric
+
+if TYPE_CHECKING:
+    from cdistill.eval.statistics import Metric
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

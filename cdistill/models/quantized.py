@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from cdistill.families import Family
-
-KINDS = ("8bit", "4bit")
 
 
 def quantized(kind: str, dtype: torch.dtype, family: Family, key: str) -> Any:
@@ -18,6 +15,8 @@ def quantized(kind: str, dtype: torch.dtype, family: Family, key: str) -> Any:
     Head, adapter and vision encoder keep ``dtype``: losses over the vocabulary need the head's weight as it is. Raises
     ValueError, which begins with ``key``, if bitsandbytes is not installed.
     """
+    from importlib.util import find_spec
+
     from transformers import BitsAndBytesConfig
 
     if find_spec("bitsandbytes") is None:
