@@ -357,7 +357,6 @@ def test_the_result_speaks_as_it_was_taught(models, files, tmp_path):
         ({"data": {"seed": -1}}, r"stage\.dpt\.data\.seed must be at least 0, got -1"),
         ({"data": {"turns": 3}}, r"data\.turns is of the built-in task: leave it out, or 6, where path is given"),
         ({"data": {"max_length": 1}}, r"data\.max_length must be at least 2, got 1"),
-        ({"packing": True, "vat__engine": "auto"}, r"packing needs vat\.engine sdpa, got 'auto'"),
         ({"packing": True, "teacher_memory__cache": "kept"}, r"packing must be false with teacher_memory\.cache"),
         ({"packing": True, "stage__dft__data": {}}, r"packing needs data\.path in every stage; stage\.dft has none"),
         ({"group_by": "size"}, r"group_by must be one of length, modality or null, got 'size'"),

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from cdistill.data.conversations import Encoded, Encoder
 from cdistill.data.images import open_image
-from cdistill.data.mix import Order
+from cdistill.data.mix import HeldOut, Order
 from cdistill.data.samples import BadSampleError, Sample, Source
 
 BAD = "bad_samples"  # key of a batch
@@ -53,7 +53,7 @@ class SampleDataset(Dataset):
     def __init__(
         self,
         source: Source,
-        order: Order,
+        order: Order | HeldOut,
         encoder: Encoder,
         *,
         size: int,
@@ -74,6 +74,7 @@ class SampleDataset(Dataset):
             raise IndexError(number)
         index = self.order[number]
         left_out: list[BadSample] = []
+        tried: set[int] = set()
         for attempt in range(ATTEMPTS):
             place = f"{self.source.name}[{index}]"
             try:
@@ -82,20 +83,22 @@ class SampleDataset(Dataset):
                 return encode(sample, self.encoder, about=self.about, exif=self.exif), tuple(left_out)
             except BadSampleError as error:
                 left_out.append(BadSample(error.place or place, error.reason, error.detail))
-            index = self._substitute(number, index, attempt)
+            tried.add(index)
+            index = self._substitute(number, index, attempt, tried)
         last = left_out[-1]
         raise ValueError(
             f"{self.source.name}: {ATTEMPTS} samples in a row cannot be used, the last is {last.place} ({last.reason}: "
             f"{last.detail}); `cdistill data check` tells what is wrong"
         )
 
-    def _substitute(self, number: int, index: int, attempt: int) -> int:
+    def _substitute(self, number: int, index: int, attempt: int, tried: set[int]) -> int:
         if self._has_image is None:  # a stream is not gone back in
             return (index + 1) % len(self.source)
         epoch = self.order.epoch_size
         drawn = np.random.default_rng((self.seed, number, attempt)).integers(epoch, size=ATTEMPTS)
         candidates = [self.order[number // epoch * epoch + int(n)] for n in drawn]
-        return next((i for i in candidates if self._has_image[i] == self._has_image[index]), candidates[0])
+        fresh = [i for i in candidates if i not in tried] or candidates
+        return next((i for i in fresh if self._has_image[i] == self._has_image[index]), fresh[0])
 
 
 class BadSampleCollator:

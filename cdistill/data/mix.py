@@ -276,12 +276,13 @@ class Order:
     Args:
         source: a `Mix`, or any other source, each sample of which comes once.
         seed: of all permutations.
+        held_out: how many samples come in no epoch: the last ones of the first. The others keep their order.
 
     Raises:
-        ValueError: an epoch would hold no sample.
+        ValueError: an epoch would hold no sample, or samples of a stream are to be held out.
     """
 
-    def __init__(self, source: Source, seed: int) -> None:
+    def __init__(self, source: Source, seed: int, *, held_out: int = 0) -> None:
         self.seed = seed
         parts = source.parts if isinstance(source, Mix) else (Part(source, np.arange(len(source))),)
         self._counts = [len(part.kept) for part in parts]
@@ -291,18 +292,35 @@ class Order:
         if not self.epoch_size:
             raise ValueError(f"{source.name} has no samples")
         self._epoch: tuple[int, np.ndarray] | None = None
+        self._starts = [0]  # of the epochs without what is held out, which may differ in size
+        self._held_out = np.empty(0, dtype=np.int64)
+        if held_out:
+            if any(self._in_order):
+                raise ValueError(f"{source.name} is a stream, of which no samples can be held out")
+            self._held_out = _last_distinct(self.epoch(0), held_out, source.name)
+            self.epoch_size = len(self.epoch(0))
+
+    @property
+    def held_out(self) -> HeldOut:
+        """The samples that come in no epoch, as an order of their own."""
+        return HeldOut(self._held_out)
 
     def __getitem__(self, number: int) -> int:
         """The index of the sample that is the ``number``-th of a run, from 0 on; numbers have no end."""
         if number < 0:
             raise IndexError(f"numbers start at 0, got {number}")
         epoch, inside = divmod(number, self.epoch_size)
+        if len(self._held_out):
+            while self._starts[-1] <= number:
+                self._starts.append(self._starts[-1] + len(self.epoch(len(self._starts) - 1)))
+            epoch = int(np.searchsorted(self._starts, number, side="right")) - 1
+            inside = number - self._starts[epoch]
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = epoch, self.epoch(epoch)
         return int(self._epoch[1][inside])
 
     def epoch(self, number: int) -> np.ndarray:
-        """The indices of an epoch, (epoch_size,) int64, in order."""
+        """The indices of an epoch, (N,) int64, in order; ``epoch_size`` of the first."""
         drawn, start = [], 0
         for part, count in enumerate(self._counts):
             drawn.append(start + self._drawn(part, number))
@@ -315,7 +333,8 @@ class Order:
                 places = (mixed >= start) & (mixed < start + len(those))
                 mixed[places] = np.arange(start, start + len(those))
             start += len(those)
-        return joined[mixed]
+        indices = joined[mixed]
+        return indices[~np.isin(indices, self._held_out)] if len(self._held_out) else indices
 
     def _drawn(self, part: int, epoch: int) -> np.ndarray:
         """The samples of a part that come in an epoch, those of a weight above 1 several times, whole rounds first."""
@@ -328,3 +347,24 @@ class Order:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_epoch": None}
+
+
+class HeldOut:
+    """Samples that an `Order` leaves out, again and again in the same order."""
+
+    def __init__(self, indices: np.ndarray) -> None:
+        self._indices, self.epoch_size = indices, len(indices)
+
+    def __getitem__(self, number: int) -> int:
+        return int(self._indices[number % self.epoch_size])
+
+
+def _last_distinct(epoch: np.ndarray, count: int, name: str) -> np.ndarray:
+    """The last ``count`` samples of an epoch, each once. Raises ValueError if no other is left."""
+    backwards = epoch[::-1]
+    found, places = np.unique(backwards, return_index=True)
+    if len(found) <= count:
+        raise ValueError(
+            f"{name} has {len(found):,} samples, of which {count:,} cannot be held out: none would be left"
+        )
+    return backwards[np.sort(places)[:count]][::-1]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
@@ -20,7 +20,7 @@ from cdistill.data.batches import PackingCollator, PaddingCollator
 from cdistill.data.conversations import Encoded, Encoder
 from cdistill.data.dataset import BadSampleCollator, SampleDataset
 from cdistill.data.grouping import length_grouped, modality_grouped
-from cdistill.data.mix import Order, open_source
+from cdistill.data.mix import HeldOut, Order, open_source
 from cdistill.data.samples import IMAGE_TOKEN, Source
 from cdistill.models.load import Model
 from cdistill.train.build import Models
@@ -59,14 +59,22 @@ def open_stage(stage: Stage, models: Models) -> tuple[Dataset, Any]:
     return Subset(data, modality_grouped(lengths, images, stage.config.global_batch_size, seed)), collate
 
 
+def open_validation(stage: Stage, models: Models) -> tuple[Dataset, Any]:
+    """Dataset and collator of what a stage with ``validation`` holds out of its data. Raises ValueError as `open_stage`."""
+    assert stage.config.validation is not None
+    make = _builtin_dataset if stage.config.data.path is None else _file_dataset
+    data, collate, _ = make(stage, models, held_out=stage.config.validation.samples)
+    return data, collate
+
+
 def encoder_of(dataset: Dataset) -> Encoder | None:
     """What makes tokens of the samples of a stage; None where the built-in task does that itself."""
     return getattr(dataset.dataset if isinstance(dataset, Subset) else dataset, "encoder", None)
 
 
-def _builtin_dataset(stage: Stage, models: Models) -> Any:
-    """Dataset, collator, and what tells lengths and numbers of images of all samples."""
-    size, options = stage.samples, stage.config.data
+def _builtin_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
+    """Dataset, collator, and what tells lengths and numbers of images of all samples; or of so many that are ``held_out``."""
+    size, options = held_out or stage.samples, stage.config.data
     tokenizer: Any = models.tokenizer
     vocabulary = tokenizer.get_vocab()
     for word in build_tokenizer().get_vocab():
@@ -77,6 +85,7 @@ def _builtin_dataset(stage: Stage, models: Models) -> Any:
         size=size,
         seed=stage.data_seed,
         tokenizer=tokenizer,
+        held_out=held_out > 0,
         grounding="grounding" in stage.objective.inputs,
     )
     data: Dataset = source
@@ -88,11 +97,17 @@ def _builtin_dataset(stage: Stage, models: Models) -> Any:
     return data, collate, lambda: ([source.length(i) for i in range(size)], shown)
 
 
-def _file_dataset(stage: Stage, models: Models) -> Any:
+def _file_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
     """As `_builtin_dataset`, of the files that a recipe names."""
-    size, seed, options = stage.samples, stage.data_seed, stage.config.data
-    source = _open(models, options, size)
-    order = Order(source, seed)
+    size, seed, options = held_out or stage.samples, stage.data_seed, stage.config.data
+    source = _open(models, options, stage.samples)
+    validation = stage.config.validation
+    try:
+        order: Order | HeldOut = Order(source, seed, held_out=0 if validation is None else validation.samples)
+    except ValueError as error:
+        raise ValueError(f"{error}{'' if validation is None else '; lower validation.samples'}") from None
+    if held_out:
+        order = cast(Order, order).held_out
     encoder = _encoder(options, models)
     about = _resized_to(models)
     data = SampleDataset(source, order, encoder, size=size, seed=seed, about=about, exif=options.exif)

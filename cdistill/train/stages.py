@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from cdistill.train.build import (
     count_parameters,
 )
 from cdistill.train.cache import CachedCollator, CachedDataset, StageCache, fingerprint, stage_cache
-from cdistill.train.data import encoder_of, open_stage, unread
+from cdistill.train.data import encoder_of, open_stage, open_validation, unread
 from cdistill.train.lora import add_lora
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import require_known_everywhere, set_trained
@@ -53,6 +54,7 @@ from cdistill.train.run_folder import (
 )
 from cdistill.train.teacher_source import Cached, place_teacher
 from cdistill.train.trainer import DistillTrainer, RunLog, training_arguments
+from cdistill.train.validation import VALUE, Validation, best_so_far
 from cdistill.vat import attention_layers
 
 METRICS_BYTES = 1_000_000
@@ -137,6 +139,8 @@ def _prepare(recipe: Recipe, output: Path, resume: bool, at_end: ExitStack) -> M
     models = build_models(recipe)
     for stage in run.stages:
         open_stage(stage, models)
+        if stage.config.validation is not None:
+            open_validation(stage, models)
         if recipe.teacher_memory.cache is not None and stage.objective.distils:
             StageCache(stage_cache(stage), fingerprint(stage, models, vat_of(stage, models)))
     if resume:
@@ -182,6 +186,7 @@ def _run_stage(
     model, data = _distillation(run, stage, models, data, arguments)
     stop = StopCallback(request)
     trainer, log = _trainer(run, stage, model, arguments, data, callbacks, stop)
+    _measure(run, stage, models, trainer, log, data)
     at_end.callback(trainer.destroy_engine)
     checkpoint = on_first_process(lambda: checkpoints.choose(stage.checkpoints, processes=run.world))
     start = 0 if checkpoint is None else checkpoints.checkpoint_step(checkpoint)
@@ -199,8 +204,9 @@ def _run_stage(
     step = trainer.state.global_step
     saved = f"{stage.checkpoints}/checkpoint-{step}"
     _stop_if(stop.signal, f"{stage.label}: saved after step {step:,} of {stage.config.steps:,} in {saved} and stopped")
-    _publish(run, stage, models, trainer, data)
+    _publish(stage.folder, stage, models, trainer, data, step=step)
     if first_process():
+        shutil.rmtree(run.output / CHECKPOINTS, ignore_errors=True)
         rate = (stage.config.steps - start) * stage.config.global_batch_size / seconds
         skipped = f", {trainer.finite.skipped} steps skipped (not finite)" if trainer.finite.skipped else ""
         loss = "none" if log.last["loss"] is None else f"{log.last['loss']:.4f}"
@@ -305,6 +311,34 @@ def _trainer(
     return trainer, log
 
 
+def _measure(run: Run, stage: Stage, models: Models, trainer: DistillTrainer, log: RunLog, data: _Data) -> None:
+    """Let the trainer measure the student as it goes, if the stage says so, and keep the best."""
+    config = stage.config
+    if config.validation is None:
+        return
+    metric = None if config.keep_best is None else config.keep_best.removeprefix("validation.")
+    folder = stage.folder.with_name(f"{stage.label}-best")
+
+    def keep(step: int, means: dict[str, float]) -> None:
+        assert metric is not None
+        value, best = means[metric], on_first_process(lambda: best_so_far(folder))
+        if best is None or value < best:
+            _publish(folder, stage, models, trainer, data, step=step, **{VALUE: value, "metric": config.keep_best})
+
+    held_out = open_validation(stage, models)
+    report = partial(log.measured, "validation")
+    trainer.add_callback(
+        Validation(
+            trainer,
+            *held_out,
+            every=config.validation.every,
+            batch=stage.micro_batch_size,
+            report=report,
+            keep=None if metric is None else keep,
+        )
+    )
+
+
 def _announce(
     stage: Stage, models: Models, model: DistillationModel, data: _Data, counted: tuple[int, int], start: int
 ) -> None:
@@ -326,9 +360,9 @@ def _announce(
         )
 
 
-def _publish(run: Run, stage: Stage, models: Models, trainer: DistillTrainer, data: _Data) -> None:
+def _publish(folder: Path, stage: Stage, models: Models, trainer: DistillTrainer, data: _Data, **facts: Any) -> None:
     """Write the student beside its folder, and rename it when all of it is there."""
-    part = stage.folder.with_name(f"{stage.label}.part")
+    part = folder.with_name(f"{folder.name}.part")
     if first_process() and part.exists():
         shutil.rmtree(part)
     with checkpoints.saving(part, trainer.bytes_to_save(optimizer=False)):
@@ -338,7 +372,7 @@ def _publish(run: Run, stage: Stage, models: Models, trainer: DistillTrainer, da
             template = None if data.encoder is None else data.encoder.template
             if template is not None and template.replaces_own:
                 save_chat_template(part, template.source)
-        checkpoints.seal(part, stage=stage.name, step=trainer.state.global_step)
+        checkpoints.seal(part, stage=stage.name, **facts)
     if first_process():
-        checkpoints.publish(part, stage.folder)
-        shutil.rmtree(run.output / CHECKPOINTS, ignore_errors=True)
+        checkpoints.remove(folder)
+        checkpoints.publish(part, folder)

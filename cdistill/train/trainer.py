@@ -315,7 +315,7 @@ class RunLog(TrainerCallback):
                 continue
             if entry["stage"] != self.stage or entry["step"] <= step:
                 kept.append(line)
-                if entry["stage"] == self.stage:
+                if entry["stage"] == self.stage and "loss" in entry:
                     self.last = entry
         checkpoints.write_atomically(path, "".join(kept))
 
@@ -373,6 +373,14 @@ class RunLog(TrainerCallback):
         shown = {name: f"{entry[name]:.4f}" for name in ("loss", *TERMS) if entry.get(name) is not None}
         self._bar.set_postfix(shown, refresh=False)
         self.last = entry
+
+    def measured(self, name: str, step: int, values: dict[str, float]) -> None:
+        """Write what was measured of the student after a step, in a line of its own; on the first process."""
+        entry = {"stage": self.stage, "step": step, "samples": step * self.per_step, name: values}
+        self._metrics.write(json.dumps(entry) + "\n")
+        self._metrics.flush()
+        for key, value in values.items():
+            self._board.add_scalar(f"{name}/{key}", value, step)
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Close what `on_train_begin` opened."""

@@ -192,6 +192,17 @@ class DataConfig(Keys):
 
 
 @dataclass(frozen=True, config=STRICT)
+class ValidationConfig(Keys):
+    """The stage's own losses on samples that it is not trained on, without gradients."""
+
+    samples: AtLeastOne = 500
+    """Samples held out: the last ones of the order in which the data set is gone through, which changes in nothing else; of
+    the built-in task, samples of its held-out scenes."""
+    every: AtLeastOne = 500
+    """Steps between two measurements; there is one after the last step, too."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class StageConfig(Keys):
     """One stage."""
 
@@ -218,6 +229,11 @@ class StageConfig(Keys):
     ] = 1.0
     """Gradients are scaled down to this norm; .inf leaves them as they are."""
     data: DataConfig = field(default_factory=DataConfig)
+    validation: ValidationConfig | None = None
+    """Measure the stage's losses on a held-out part of its data; null measures nothing."""
+    keep_best: str | None = None
+    """Keep the student that has been best so far, in a folder beside the stage's result (2-dft-best): by which metric, such as
+    validation.ar or validation.loss (the lowest); null keeps the last one alone."""
 
     def problems(self) -> Iterator[str]:
         whole, micro = self.global_batch_size, self.micro_batch_size
@@ -225,6 +241,7 @@ class StageConfig(Keys):
             yield f"samples must be at least global_batch_size ({whole}), got {self.samples}"
         if micro is not None and (micro < 1 or whole % micro):
             yield f"micro_batch_size must divide global_batch_size ({whole}), got {micro}"
+        yield from self._problems_of_measuring()
         if self.objective not in OBJECTIVES:
             yield f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}"
         elif self.data.path is not None:
@@ -234,6 +251,23 @@ class StageConfig(Keys):
             yield f"data.modality must be text for objective text, got {self.data.modality!r}"
         elif self.objective in ("vision", "pt", "dpt") and self.data.modality != "image":
             yield f"data.modality must be image for objective {self.objective}, got {self.data.modality!r}"
+
+    def _problems_of_measuring(self) -> Iterator[str]:
+        if self.validation is not None:
+            if self.data.streaming:
+                yield "validation must be null with data.streaming: no samples of a stream can be held out"
+            if self.objective in OBJECTIVES and OBJECTIVES[self.objective].trains_on_patches:
+                yield f"validation must be null for objective {self.objective}, which is trained on patches of images"
+        if self.keep_best is not None and self.keep_best not in self.measured:
+            known = ", ".join(self.measured) or "none, as validation is null"
+            yield f"keep_best must be a metric of this stage ({known}), got {self.keep_best!r}"
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Metrics by which the best student can be told."""
+        if self.validation is None or self.objective not in OBJECTIVES:
+            return ()
+        return ("validation.loss", *(f"validation.{name}" for name in OBJECTIVES[self.objective].losses))
 
     @property
     def steps(self) -> int:
@@ -328,6 +362,10 @@ class Recipe(Keys):
                 yield "stages must not distil after vision: the encoder would no longer be the teacher's"
         if self.teacher_memory.zero == 3 and self.deepspeed == "off":
             yield "teacher_memory.zero 3 needs deepspeed"
+        if self.teacher_memory.cache is not None:
+            for name in distilling:
+                if self.stage[name].validation is not None:
+                    yield f"stage.{name}.validation must be null with teacher_memory.cache, which keeps training samples alone"
         if self.teacher_memory.cache is not None and any(map(self.aligns, objectives)):
             if self.vat.matching == "adaptive":
                 yield (
@@ -342,8 +380,6 @@ class Recipe(Keys):
             yield f"packing needs data.path in every stage; stage.{builtin[0]} has none"
         if self.teacher_memory.cache is not None:
             yield "packing must be false with teacher_memory.cache, which keeps samples one by one"
-        if self.vat.engine != "sdpa":
-            yield f"packing needs vat.engine sdpa, got {self.vat.engine!r}"
 
     def aligns(self, objective: str) -> bool:
         """Whether visual attention is aligned under an objective of this recipe."""
