@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from cdistill.eval import benchmarks, paired, paper
-from cdistill.eval.contract import Answer, Benchmark, Metric
+from cdistill.eval.contract import Answer, Benchmark
 from cdistill.eval.folders import Result, common_tasks, labels, read_result
 from cdistill.eval.paired import Difference
+from cdistill.eval.statistics import Metric
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from cdistill.eval.comparison import (
     remarks,
     value,
 )
-from cdistill.eval.contract import Answer, Metric, Question
+from cdistill.eval.contract import Answer, Question
 from cdistill.eval.paired import Difference
 from cdistill.eval.parting import Case, cases, examples, patterns
 from cdistill.eval.pictures import Pictures
+from cdistill.eval.statistics import Metric
 
 EXAMPLES = 12  # of each benchmark
 COLOURS = ("#5b6470", "#c2570c", "#1d4ed8", "#15803d", "#9d174d", "#6d28d9", "#0e7490", "#a16207")
