@@ -1,13 +1,15 @@
 """Packed documents (cu_seqlens) and queries fewer than keys, in every op, backend and engine, against float64."""
 
 import random
+from unittest import mock
 
 import pytest
 import torch
-from op_cases import assert_as_exact_as_eager
+from op_cases import assert_as_exact_as_eager, peak_memory
 
 from cdistill.ops import (
     AttentionProblem,
+    _pieces,
     attention_relation,
     attention_slice,
     attention_slice_accumulate,
@@ -93,6 +95,16 @@ def test_results_and_gradients_are_those_of_a_whole_masked_attention(kind, impl)
         assert_as_exact_as_eager(drawn.results(drawn.ours, torch.float32), eager, exact)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_documents_where_their_rows_cannot_be_counted(impl):
+    """As on a GPU, where rows and columns of other documents become padding instead of being left out."""
+    with mock.patch.object(_pieces, "counts_at_once", lambda positions: False):
+        for seed in range(1, DRAWS[impl] + 1):
+            drawn = Drawn("documents", impl, seed)
+            exact, eager = (drawn.results(drawn.wanted, dtype) for dtype in (torch.float64, torch.float32))
+            assert_as_exact_as_eager(drawn.results(drawn.ours, torch.float32), eager, exact)
+
+
 @pytest.mark.parametrize("kind", ["documents", "fewer queries"])
 def test_log_sum_exps_and_their_gradients(kind):
     """Flash attention's lse, given to the slice: a gradient flows through both."""
@@ -143,13 +155,20 @@ def test_slices_of_documents_are_added_to_their_windows():
 
 
 def test_a_chunk_is_the_end_of_the_whole():
-    """Queries of the last tokens give what all queries give there, and take no memory of the others in cpp and torch."""
+    """Queries of the last tokens give what all queries give there."""
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(1, 4, 33, 16, generator=generator), torch.randn(1, 2, 33, 16, generator=generator)
     rows, cols = torch.tensor([[32, 30, -1, 31]]), torch.arange(9)[None]
     for impl in IMPLS:
         whole = attention_slice(q, k, rows, cols, impl=impl)
         assert torch.equal(attention_slice(q[:, :, 30:], k, rows, cols, impl=impl), whole)
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_a_token_on_a_long_cache_takes_no_memory_of_the_other_queries(impl):
+    q, k = torch.randn(1, 32, 1, 64), torch.randn(1, 2, 4096, 64)
+    rows, cols = torch.tensor([[4095]]), torch.arange(100)[None]
+    assert peak_memory(lambda: attention_slice(q, k, rows, cols, impl=impl)) < 0.1 * q.nbytes * 4096
 
 
 REFUSED = {

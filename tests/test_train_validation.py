@@ -1,6 +1,7 @@
 """Losses on held-out samples: right, of samples that are never trained on, and without a trace in the training."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ from cdistill.builtin.dataset import BuiltinDataset, Collator
 from cdistill.builtin.task import BuiltinTask
 from cdistill.data.mix import Mix, Order, Part
 from cdistill.models.load import load_model
+from cdistill.runtime import checkpoints
 from cdistill.train import run
 from cdistill.train.build import build_models
 from cdistill.train.data import open_stage, open_validation
 from cdistill.train.resolve import resolve
+from cdistill.train.validation import METRIC, VALUE, is_best
 
 HELD_OUT = {"samples": 10, "every": 2}
 
@@ -75,6 +78,17 @@ def test_the_best_student_is_kept(measured, models):
     load_model(output / "1-dft-best")
 
 
+def test_which_student_is_better(tmp_path):
+    """A value that is not finite never is; one by another metric, after the recipe has changed, cannot be compared."""
+    assert is_best(tmp_path / "none", "validation.ar", 3.0) and not is_best(
+        tmp_path / "none", "validation.ar", math.nan
+    )
+    (tmp_path / "best").mkdir()
+    checkpoints.seal(tmp_path / "best", step=2, **{METRIC: "validation.ar", VALUE: 1.0})
+    for metric, value, better in (("ar", 0.5, True), ("ar", 1.0, False), ("ar", -math.inf, False), ("kd", 9.0, True)):
+        assert is_best(tmp_path / "best", f"validation.{metric}", value) is better
+
+
 def test_measuring_leaves_no_trace_in_the_training(measured, models, tmp_path):
     output, final = measured
     plain = run(make_recipe(tmp_path / "plain", models, stages=["dft"]))
@@ -96,8 +110,11 @@ def test_a_resumed_run_measures_the_same(measured, models, tmp_path):
 def test_two_processes_measure_what_one_does(measured, models, ranks, tmp_path):
     """Ten samples in batches that the processes cannot share evenly, the model partitioned over them."""
     output, _ = measured
-    changes = {"deepspeed": 3, "stage__dft__micro_batch_size": 2}
+    changes = {"deepspeed": 3, "stage__dft__micro_batch_size": 2, "stage__dft__keep_best": "validation.ar"}
     ranks.call(run, recipe(tmp_path / "run", models, **changes), world=2)
+    best = (json.loads((folder / "1-dft-best" / "complete").read_text()) for folder in (tmp_path / "run", output))
+    assert len({manifest["step"] for manifest in best}) == 1
+    load_model(tmp_path / "run" / "1-dft-best")
     for (step, ours), (wanted, theirs) in zip(validations(tmp_path / "run"), validations(output), strict=True):
         assert step == wanted and ours == pytest.approx(theirs, rel=1e-3)
 
@@ -168,6 +185,12 @@ REFUSED = [
         r"must be a metric of this stage \(validation\.loss, .*, validation\.vat\), got 'validation\.kl'",
     ),
 ]
+
+
+def test_the_best_by_an_alignment_that_is_not_made(models, tmp_path):
+    changes = {"stage__dft__validation": HELD_OUT, "stage__dft__keep_best": "validation.vat", "vat__enabled": False}
+    with pytest.raises(ValueError, match=r"stage\.dft\.keep_best must not be validation\.vat without vat\.enabled"):
+        make_recipe(tmp_path, models, stages=["dft"], **changes)
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED)

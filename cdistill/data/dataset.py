@@ -98,10 +98,9 @@ class SampleDataset(Dataset):
         drawn = np.random.default_rng((self.seed, number, attempt)).integers(epoch, size=ATTEMPTS)
         candidates = [self.order[number // epoch * epoch + int(n)] for n in drawn]
         alike = [i for i in candidates if self._has_image[i] == self._has_image[index]]
-        if isinstance(self.order, HeldOut):  # a small part, in which there may be no other of the kind
-            candidates = [i for i in candidates if i not in tried] or candidates
-            alike = [i for i in alike if i not in tried]
-        return ([i for i in alike if i not in tried] or alike or candidates)[0]
+        fresh = [i for i in candidates if i not in tried]
+        small = isinstance(self.order, HeldOut)  # there may be no other of the kind
+        return ([i for i in alike if i in fresh] or (fresh if small else alike) or candidates)[0]
 
 
 class BadSampleCollator:

@@ -57,6 +57,11 @@ class Piece(NamedTuple):
         dk[:, :, self.keys] += part_k
 
 
+def counts_at_once(positions: Tensor) -> bool:
+    """Whether it costs no sync to know how many positions are somewhere, and all samples (one) have equally many."""
+    return positions.device.type == "cpu" and len(positions) == 1
+
+
 def _local(positions: Tensor | None, start: int, stop: int) -> tuple[Tensor | None, Tensor | slice]:
     """Positions (B,N) within [start, stop), counted from start, and which of the N they are.
 
@@ -65,7 +70,7 @@ def _local(positions: Tensor | None, start: int, stop: int) -> tuple[Tensor | No
     if positions is None:
         return None, ALL
     inside = (positions >= start) & (positions < stop)
-    if positions.device.type == "cpu" and len(positions) == 1:
+    if counts_at_once(positions):
         index = inside[0].nonzero()[:, 0]
         return positions[:, index] - start, index
     return torch.where(inside, positions - start, -1), ALL
@@ -117,7 +122,7 @@ class InPieces:
 
     def _asked(self, problem: AttentionProblem) -> Iterator[Piece]:
         """Pieces with rows and columns, or with rows where columns play no part."""
-        for piece in pieces(problem):
+        for piece in _with_queries(problem):
             rows, cols = piece.problem.positions
             if rows.shape[1] and (cols.shape[1] or not problem.positions[1].shape[1]):
                 yield piece
@@ -253,7 +258,7 @@ class EngineInPieces(AttentionEngine):
 
 
 def _with_queries(problem: AttentionProblem) -> Iterator[Piece]:
-    """Pieces of whole attention; an empty document has none."""
+    """The pieces but empty documents."""
     return (piece for piece in pieces(problem) if piece.problem.q.shape[2])
 
 

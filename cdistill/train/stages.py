@@ -54,7 +54,7 @@ from cdistill.train.run_folder import (
 )
 from cdistill.train.teacher_source import Cached, place_teacher
 from cdistill.train.trainer import DistillTrainer, RunLog, training_arguments
-from cdistill.train.validation import VALUE, Validation, best_so_far
+from cdistill.train.validation import METRIC, VALUE, Validation, is_best
 from cdistill.vat import attention_layers
 
 METRICS_BYTES = 1_000_000
@@ -316,14 +316,13 @@ def _measure(run: Run, stage: Stage, models: Models, trainer: DistillTrainer, lo
     config = stage.config
     if config.validation is None:
         return
-    metric = None if config.keep_best is None else config.keep_best.removeprefix("validation.")
-    folder = stage.folder.with_name(f"{stage.label}-best")
+    metric, folder = config.keep_best, stage.folder.with_name(f"{stage.label}-best")
 
     def keep(step: int, means: dict[str, float]) -> None:
         assert metric is not None
-        value, best = means[metric], on_first_process(lambda: best_so_far(folder))
-        if best is None or value < best:
-            _publish(folder, stage, models, trainer, data, step=step, **{VALUE: value, "metric": config.keep_best})
+        value = means[metric.removeprefix("validation.")]
+        if on_first_process(lambda: is_best(folder, metric, value)):
+            _publish(folder, stage, models, trainer, data, step=step, **{METRIC: metric, VALUE: value})
 
     held_out = open_validation(stage, models)
     report = partial(log.measured, "validation")

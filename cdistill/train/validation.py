@@ -6,6 +6,7 @@ order, so that a run with it has the bits of one without, and one that is resume
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from cdistill.data.dataset import BAD
 from cdistill.data.samples import IGNORE_INDEX
 from cdistill.runtime import checkpoints
 
-VALUE = "best"  # key of a folder's manifest: the metric and its value
+METRIC, VALUE = "metric", "best"  # keys of a folder's manifest
 
 
 class Validation(TrainerCallback):
@@ -109,9 +110,11 @@ def _means(terms: Any, sums: Tensor) -> dict[str, float]:
     return {"loss": total, **means}
 
 
-def best_so_far(folder: Path) -> float | None:
-    """The value of the metric by which the student in a folder is the best so far; None if there is none."""
+def is_best(folder: Path, metric: str, value: float) -> bool:
+    """Whether a value of a metric is lower than that of the student in a folder, if there is one, and by this metric."""
+    if not math.isfinite(value):
+        return False
     if not (folder / checkpoints.COMPLETE).is_file() or checkpoints.damage(folder) is not None:
-        return None
-    value: float | None = checkpoints.read_manifest(folder).get(VALUE)
-    return value
+        return True
+    kept = checkpoints.read_manifest(folder)
+    return kept.get(METRIC) != metric or value < kept[VALUE]

@@ -346,6 +346,9 @@ class Recipe(Keys):
                 yield "student.vision must be null or the teacher with student.taf, whose encoder is shared"
             if "vision" in objectives:
                 yield "stages must not train the vision encoder with student.taf: it is the teacher's"
+        for name in self.stages:
+            if self.stage[name].keep_best == "validation.vat" and not self.vat.enabled:
+                yield f"stage.{name}.keep_best must not be validation.vat without vat.enabled: nothing is aligned"
         if self.gradient_checkpointing == "reentrant" and any(map(self.aligns, objectives)):
             yield "gradient_checkpointing must not be reentrant with vat.enabled: it would drop the gradient"
 
