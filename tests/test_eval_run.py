@@ -8,6 +8,7 @@ import torch
 from builtin_models import llava, text_config
 from PIL import Image
 from survive_runs import command
+from tqdm import tqdm
 from transformers import Qwen2ForCausalLM
 
 from cdistill.builtin.dataset import build_tokenizer
@@ -407,3 +408,23 @@ def test_data_check_counts_questions_and_images(data, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "sugarcrepe: 28 questions about 14 images, 13 of them good" in said
     assert "swap_att: 2 here, 666 in the published version" in said and "unreadable image" in said
+
+
+def test_what_is_not_a_number_is_no_wrong_answer(data, monkeypatch):
+    """As of fp16 that overflows: of every question, before one is asked, or of a single one."""
+    loaded = load("builtin:teacher")
+    inference = Inference(loaded.model, Prompts(loaded.processor))
+    questions = benchmarks.get("winoground").questions(data / "winoground")[:4]
+    pictures = Pictures([data / "winoground", data / "winoground" / "images"])
+
+    def source(group):
+        return inference.prompts.about(group, [pictures.open(name) for name in group[0].images])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inference, "log_likelihoods", lambda prompts: [0.0] * (len(prompts) - 1) + [float("nan")])
+        with pytest.raises(ValueError, match=r"the log-likelihood of question '.*' is not a number in torch\.float32"):
+            list(Runner(inference, source, batch_size=4).answers(questions, tqdm(disable=True)))
+    with torch.no_grad():
+        loaded.model.get_output_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"model: \w+ gives no numbers in torch\.float32; take --dtype"):
+        inference.find_way()

@@ -121,6 +121,11 @@ class Inference:
             again = torch.cat([self._measure([prompt] * 2)[:, :1] for prompt in asked], 1)
         except FAILURES as error:
             raise ValueError(f"model: {type(self.model).__name__} answers no question: {one_line(error)}") from None
+        if expected.isnan().any():
+            raise ValueError(
+                f"model: {type(self.model).__name__} gives no numbers in {self.model.dtype}; take --dtype fp32 or bf16, or see "
+                "whether its weights are whole"
+            )
         rounding = ROUNDINGS * torch.finfo(self.model.dtype).eps * (1.0 + float(expected.abs().max()))
         allowed = NOISES * float((again - expected).abs().max()) + min(rounding, MOST_ROUNDING)
         self._worth = 1.0  # it is to be tried

@@ -182,6 +182,12 @@ class Runner:
             replies = self.inference.generate(prompts)
             return [Answer(q, r.text, None, r.tokens, r.cut) for (q, _), r in zip(batch, replies, strict=True)]
         sums = self.inference.log_likelihoods(prompts)
+        for (question, _), value in zip(batch, sums, strict=True):
+            if math.isnan(value):  # which would lose to every other, and be wrong in silence
+                raise ValueError(
+                    f"model: the log-likelihood of question {question.id!r} is not a number in "
+                    f"{self.inference.model.dtype}; take --dtype fp32 or bf16"
+                )
         scores = [math.exp(s) if q.kind == "probability" else s for (q, _), s in zip(batch, sums, strict=True)]
         return [Answer(q, "", s, len(p.continuation)) for (q, p), s in zip(batch, scores, strict=True)]
 
@@ -224,9 +230,12 @@ def free_memory(device: torch.device) -> int:
     """Bytes that can be had on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo", encoding="ascii") as file:
-        known = dict(line.split(":", 1) for line in file)
-    available = int(known["MemAvailable"].split()[0]) * 1024
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            known = dict(line.split(":", 1) for line in file)
+        available = int(known["MemAvailable"].split()[0]) * 1024
+    except OSError:  # not Linux, where all that there is must do
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 

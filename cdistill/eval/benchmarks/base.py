@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from cdistill.eval.statistics import Metric, Tally
 SHORT = "\nAnswer the question using a single word or phrase."  # what LLaVA 1.5's authors add to short-answer questions
 
 
-class Base:
+class Base(ABC):
     """A benchmark; see `cdistill.eval.contract.Benchmark`. One of questions that are right or wrong each by itself needs
     `load`, `read`, and `tally` only.
     """
@@ -28,9 +29,9 @@ class Base:
     known: Mapping[str, Sequence[str]] = MappingProxyType({})
     prompt = "{}"
 
+    @abstractmethod
     def load(self, data: Path) -> list[Question]:
         """Read the published files."""
-        raise NotImplementedError
 
     def questions(self, data: Path) -> list[Question]:
         """What `load` reads; ValueError where it is nothing, or has an id twice."""
@@ -42,9 +43,9 @@ class Base:
             raise ValueError(f"{data}: holds no questions of {self.name}")
         return questions
 
+    @abstractmethod
     def tally(self, answers: Sequence[Answer]) -> Tally:
         """Count what the answers are worth."""
-        raise NotImplementedError
 
     def metrics(self, answers: Sequence[Answer]) -> dict[str, Metric]:
         """Every metric and sub-metric by name; ValueError where there is no answer."""
@@ -61,9 +62,9 @@ class Base:
             f"{files[0]}: {self.name} has no published form of replies; give the lines that `cdistill eval` writes"
         )
 
+    @abstractmethod
     def read(self, answer: Answer) -> str | None:
         """What a reply says."""
-        raise NotImplementedError
 
     def right(self, answer: Answer) -> float | None:
         """Whether a reply says the label."""
