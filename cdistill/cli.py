@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cdistill import __version__, demo
+from cdistill.attention import command as analyzing
 from cdistill.builtin import command as builtin
 from cdistill.data import command as data
 from cdistill.eval import benchmarks
@@ -132,6 +133,7 @@ COMMANDS = {
     "data": Command("check data sets, look at samples, list the paper's sets", data.add_arguments, _data),
     "eval": Command("measure a model on benchmarks or the built-in task", evaluation.add_arguments, evaluation.main),
     **{f"eval {word}": Command(line, do.add_arguments, do.main) for word, (line, do) in evaluation.WORDS.items()},
+    **{f"analyze {word}": Command(*of) for word, of in analyzing.WORDS.items()},
     "builtin write": Command("write the built-in task in a benchmark's files", builtin.add_arguments, builtin.main),
     "export": Command("write a model that plain transformers loads", _export_arguments, _export),
     "recipes": Command("list the shipped recipes, or what a recipe may say", _recipes_arguments, _recipes),

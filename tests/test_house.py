@@ -36,8 +36,9 @@ ALLOWED = {
     "plan": {"train"},
     "eval": {"analysis", "runtime"},
     "analysis": {"models", "builtin"},
+    "attention": {"eval"},
     "demo": {"train", "analysis", "eval"},
-    "cli": {"demo", "plan", "eval"},
+    "cli": {"demo", "plan", "attention"},
     "__main__": {"cli"},
 }
 

@@ -52,6 +52,27 @@ code { background: #eff2f5; border-radius: 4px; padding: 1px 5px; font-size: .9e
 }
 """
 
+# For pages whose pictures follow the colours of the page (`cdistill.analysis.figures`).
+DARK = """
+@media (prefers-color-scheme: dark) {
+  :root { color-scheme: dark; }
+  body { background: #0d1117; color: #e6edf3; }
+  section, .card { background: #161b22; border-color: #30363d; }
+  th, td { border-color: #30363d; }
+  figcaption, .note, td small, .card span, .card b small { color: #9da7b1; }
+  code { background: #2a313a; }
+  .right { color: #5ecb85; } .wrong { color: #ff8f8f; }
+}
+@media print {
+  :root { color-scheme: light; }
+  body { background: #fff; color: #1b1f24; font-size: 11pt; }
+  section, .card { background: #fff; border: 0; padding: 0; }
+  figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; }
+  th, td { border-color: #afb8c1; } figcaption, .note, td small { color: #424a53; }
+  .grid { grid-template-columns: 1fr 1fr; }
+}
+"""
+
 
 def document(title: str, body: str, style: str = "") -> str:
     """A whole page of HTML sections, with rules of its own beside the common ones."""

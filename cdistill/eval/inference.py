@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -108,8 +108,8 @@ class Inference:
             sums |= zip(part, self._log_likelihoods([prompts[i] for i in part]), strict=True)
         return [sums[i] for i in range(len(prompts))]
 
-    def find_way(self) -> str:
-        """Try the model on made-up questions, and settle on the fastest of `WAYS` that gives what one prompt at a time does.
+    def find_way(self, ways: Sequence[str] = WAYS) -> str:
+        """Try the model on made-up questions, and settle on the fastest of ``ways`` that gives what one prompt at a time does.
 
         Raises:
             ValueError: it does not answer one prompt at a time either.
@@ -129,7 +129,7 @@ class Inference:
         rounding = ROUNDINGS * torch.finfo(self.model.dtype).eps * (1.0 + float(expected.abs().max()))
         allowed = NOISES * float((again - expected).abs().max()) + min(rounding, MOST_ROUNDING)
         self._worth = 1.0  # it is to be tried
-        for way in WAYS[:-1]:
+        for way in ways[:-1]:
             self.way = way
             try:
                 found = self._measure(asked)
@@ -138,7 +138,7 @@ class Inference:
             if self.way == way and (found - expected).abs().max() <= allowed:
                 break
         else:
-            self.way = WAYS[-1]
+            self.way = ways[-1]
         self._worth = WORTH
         return self.way
 
@@ -163,7 +163,7 @@ class Inference:
         rows = [prompt.ids for prompt in prompts]
         begun = self._begin(prompts, rows)
         if begun is None:
-            inputs = self._inputs(prompts, rows, left=True)
+            inputs = self.inputs(prompts, rows, left=True)
         else:
             inputs = self._continued(prompts, begun, left=True)
             inputs["input_ids"] = torch.cat((begun.ids, inputs["input_ids"]), 1)
@@ -207,7 +207,7 @@ class Inference:
         rows = [prompt.ids + prompt.continuation for prompt in prompts]
         begun = self._begin(prompts, rows)
         if begun is None:
-            inputs: dict[str, Any] = self._inputs(prompts, rows) | {"use_cache": False}
+            inputs: dict[str, Any] = self.inputs(prompts, rows) | {"use_cache": False}
         else:
             inputs = self._continued(prompts, begun)
         left = rows if begun is None else begun.left
@@ -215,12 +215,15 @@ class Inference:
         starts = [stop - len(prompt.continuation) for stop, prompt in zip(stops, prompts, strict=True)]
         kept = torch.tensor(sorted({i for a, b in zip(starts, stops, strict=True) for i in range(a, b)}))
         self.passes += 1
-        if self._keeps_logits:
-            logits = self.model(**inputs, logits_to_keep=kept.to(self.device)).logits
-        else:
-            logits = self.model(**inputs).logits[:, kept.to(self.device)]
+        logits = self.logits(inputs, kept)
         for row, start, stop in zip(logits, starts, stops, strict=True):
             yield row[torch.searchsorted(kept, torch.arange(start, stop)).to(row.device)]
+
+    def logits(self, inputs: Mapping[str, Any], kept: Tensor) -> Tensor:
+        """Logits (B, K, V) of the K positions ``kept``, which are the same in every row."""
+        if self._keeps_logits:
+            return self.model(**inputs, logits_to_keep=kept.to(self.device)).logits
+        return self.model(**inputs).logits[:, kept.to(self.device)]
 
     def _begin(self, prompts: list[Prompt], rows: list[list[int]]) -> Begun | None:
         """Run what rows of prompts about the same images begin with; None where that is not to be done."""
@@ -235,7 +238,7 @@ class Inference:
         if not all(counts) or whole - spared > self._worth * whole:
             return None
         firsts = [prompts[group[0]] for group in groups.values()]
-        inputs = self._inputs(firsts, [first.ids[:count] for first, count in zip(firsts, counts, strict=True)])
+        inputs = self.inputs(firsts, [first.ids[:count] for first, count in zip(firsts, counts, strict=True)])
         inner: Any = getattr(self.model, "model", None)
         if hasattr(inner, "rope_deltas"):
             inner.rope_deltas = None  # of an earlier batch
@@ -259,7 +262,7 @@ class Inference:
         )
         return Begun(left, cache, *selected)
 
-    def _inputs(self, prompts: list[Prompt], rows: list[list[int]], *, left: bool = False) -> dict[str, Tensor]:
+    def inputs(self, prompts: list[Prompt], rows: list[list[int]], *, left: bool = False) -> dict[str, Tensor]:
         """Token rows that show the prompts' images, padded, as the model takes them."""
         ids, mask = _padded(rows, [self._filler(prompt) for prompt in prompts], left=left)
         inputs = {"input_ids": ids, "attention_mask": mask}

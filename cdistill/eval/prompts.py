@@ -48,6 +48,7 @@ class Prompts:
     Attributes:
         tokenizer: the processor's.
         stops: tokens by which the template closes an answer.
+        encoder: makes tokens and labels of conversations; None for a template or processor by which labels cannot be placed.
 
     Raises:
         ValueError: there is no chat template.
@@ -64,12 +65,12 @@ class Prompts:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self._one_at_a_time = Lock()  # tokenizers are changed where they are used
         self.takes_images = getattr(processor, "image_processor", None) is not None
-        self._encoder: Encoder | None
+        self.encoder: Encoder | None
         try:
-            self._encoder = Encoder(processor)
+            self.encoder = Encoder(processor)
         except ValueError:  # labels cannot be placed by this template or processor; prompts can be written
-            self._encoder = None
-        self.stops: tuple[int, ...] = () if self._encoder is None else self._encoder.contract.end_ids
+            self.encoder = None
+        self.stops: tuple[int, ...] = () if self.encoder is None else self.encoder.contract.end_ids
         visual = (getattr(processor, name, None) for name in ("image_token", "video_token"))
         self.visual = {self.tokenizer.convert_tokens_to_ids(token) for token in visual if token is not None}
 
@@ -87,14 +88,14 @@ class Prompts:
         if images and not self.takes_images:
             raise ValueError(f"model: it has no image processor, and question {questions[0].id!r} shows an image")
         images = [image if image.mode == "RGB" else image.convert("RGB") for image in images]
-        visual = None if self._encoder is None else self._encoder.image_parts(images)
+        visual = None if self.encoder is None else self.encoder.image_parts(images)
         result = []
         for question in questions:
             try:
-                if self._encoder is None or visual is None:
+                if self.encoder is None or visual is None:
                     result.append(self._by_processor(question, images))
                 else:
-                    result.append(self._by_encoder(self._encoder, question, visual))
+                    result.append(self._by_encoder(self.encoder, question, visual))
             except BadSampleError as error:
                 raise ValueError(f"question {question.id!r}: {error}") from None
         return result

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=int, metavar="N", help="the first N questions, and those that count with them")
     parser.add_argument(
-        "--batch-size", type=_batch_size, metavar="N", help="questions of a batch (default: auto, by length and memory)"
+        "--batch-size", type=batch_size, metavar="N", help="questions of a batch (default: auto, by length and memory)"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="where replies and metrics go (default: nowhere)")
     parser.add_argument("--resume", action="store_true", help="go on with what --output holds")
@@ -54,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON, too")
 
 
-def _batch_size(text: str) -> int | None:
+def batch_size(text: str) -> int | None:
+    """What --batch-size says; None for auto."""
     if text == "auto":
         return None
     if not text.isdecimal() or int(text) < 1:

@@ -169,3 +169,23 @@ class Tally:
 def _quantiles(values: np.ndarray) -> np.ndarray:
     values = values[np.isfinite(values)]
     return np.quantile(values, (0.025, 0.975)) if len(values) else np.full(2, np.nan)
+
+
+def bootstrapped_means(values: np.ndarray, units: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Means of (N, ...) values over samples and their 95 % intervals, by bootstrap over the independent ``units`` (N,).
+
+    The draws are the same for all values of one call, so that means of differences may be asked for beside them.
+
+    Returns:
+        mean, low, high: each (...) float64.
+    """
+    flat = np.asarray(values, np.float64).reshape(len(values), -1)
+    _, place = np.unique(np.asarray(units), return_inverse=True)
+    count = np.bincount(place).astype(np.float64)
+    sums = np.zeros((len(count), flat.shape[1]))
+    np.add.at(sums, place, flat)
+    draws = np.random.default_rng(0).multinomial(len(count), np.full(len(count), 1 / len(count)), size=REPLICATES)
+    means = (draws @ sums) / (draws @ count)[:, None]
+    low, high = np.quantile(means, (0.025, 0.975), axis=0)
+    shape = np.shape(values)[1:]
+    return flat.mean(0).reshape(shape), low.reshape(shape), high.reshape(shape)

@@ -1,0 +1,136 @@
+"""Figures of matplotlib as inline SVG whose colours follow the page: light, dark, or printed."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Hex values that stand for a variable of the page's style. Lines also differ by dash and marker, for print without colour.
+_INK, _MUTED, _GRID = "#1b1f24", "#57606a", "#d8dee4"
+SERIES = ("#5b6470", "#c2570c", "#1d4ed8", "#15803d", "#9d174d", "#6d28d9", "#0e7490", "#a16207")
+_DARK_SERIES = ("#a3adb8", "#f59e5b", "#7aa7ff", "#5ecb85", "#f28cb8", "#b79cf7", "#5cc8df", "#e0b04c")
+_DASHES = ("-", "--", "-.", ":")
+_MARKERS = "sovD^P*X"
+_WIDTH, _HEIGHT = 4.8, 3.1  # inches; 12 units of text in charts of 480
+
+_VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--grid", **{c: f"--series{i}" for i, c in enumerate(SERIES)}}
+STYLE = (
+    ":root {"
+    + "".join(f"{name}: {colour}; " for colour, name in _VARIABLES.items())
+    + "}\n@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --muted: #9da7b1; --grid: #30363d; "
+    + "".join(f"--series{i}: {colour}; " for i, colour in enumerate(_DARK_SERIES))
+    + "} }\n@media print { :root {"
+    + "".join(f"{name}: {colour}; " for colour, name in _VARIABLES.items())
+    + "} }\n"
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve with its 95 % band; ``series`` chooses colour, dash and marker. Values that are not numbers leave gaps."""
+
+    name: str
+    series: int
+    x: Sequence[float]
+    y: Sequence[float | None]
+    low: Sequence[float | None] | None = None
+    high: Sequence[float | None] | None = None
+
+
+def lines(
+    curves: Sequence[Line], *, title: str, x: str, y: str, label: str, span: tuple[float, float] | None = None
+) -> str:
+    """Curves on one pair of axes; ``span`` are the ends of the y axis, ``label`` says what the picture shows."""
+    figure, axes = _axes(title, x, y)
+    for curve in curves:
+        colour, values = SERIES[curve.series % len(SERIES)], np.array(curve.y, np.float64)
+        axes.plot(
+            curve.x,
+            values,
+            color=colour,
+            linestyle=_DASHES[curve.series % len(_DASHES)],
+            marker=_MARKERS[curve.series % len(_MARKERS)],
+            markersize=4,
+            linewidth=1.5,
+            label=curve.name,
+        )
+        if curve.low is not None and curve.high is not None:
+            ends = (np.array(end, np.float64) for end in (curve.low, curve.high))
+            axes.fill_between(curve.x, *ends, color=colour, alpha=0.18, linewidth=0)
+    if span is not None:
+        axes.set_ylim(*span)
+    axes.locator_params(axis="x", integer=True, nbins=12)
+    _legend(axes, len(curves))
+    return svg(figure, label)
+
+
+def cells(values: Sequence[Sequence[float]], *, title: str, x: str, y: str, rows: Sequence[Any], label: str) -> str:
+    """A matrix of numbers in 0..1 as shaded cells; ``rows`` name them from the bottom."""
+    figure, axes = _axes(title, x, y)
+    shown = np.array(values, np.float64)
+    axes.grid(False)
+    picture = axes.pcolormesh(shown, cmap="cividis", vmin=min(0.0, float(np.nanmin(shown))), vmax=1, edgecolors="none")
+    axes.set_yticks(np.arange(len(rows)) + 0.5, [str(row) for row in rows])
+    step = max(1, shown.shape[1] // 12)
+    axes.set_xticks(np.arange(0, shown.shape[1], step) + 0.5, [str(i) for i in range(0, shown.shape[1], step)])
+    if shown.size <= 96:
+        for (i, j), value in np.ndenumerate(shown):
+            axes.text(j + 0.5, i + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=7, color=_on(value))
+    bar = figure.colorbar(picture, ax=axes)
+    bar.ax.tick_params(colors=_MUTED, labelsize=8)
+    return svg(figure, label)
+
+
+def _on(value: float) -> str:
+    return "#000000" if value > 0.55 else "#ffffff"
+
+
+def svg(figure: Figure, label: str) -> str:
+    """A figure as an element of a page, with its description."""
+    import matplotlib
+
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "cdistill", "svg.image_inline": True}):
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    box = re.search(r'viewBox="([^"]+)"', text)
+    assert box is not None, "matplotlib writes a viewBox"
+    text = re.sub(r' id="[A-Za-z]+[\w.]*_\d+"', "", text[text.index(">") + 1 :])  # axes_1, of every figure
+    for colour, name in _VARIABLES.items():
+        text = text.replace(colour, f"var({name})")
+    head = (
+        f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box[1]}" role="img" aria-label="{escape(label)}">'
+    )
+    return f"{head}<title>{escape(label)}</title>{text.strip()}"
+
+
+def _axes(title: str, x: str, y: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure((_WIDTH, _HEIGHT), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=10, color=_INK, loc="left", fontweight="bold")
+    axes.set_xlabel(x, fontsize=9, color=_MUTED)
+    axes.set_ylabel(y, fontsize=9, color=_MUTED)
+    axes.tick_params(colors=_MUTED, labelsize=8)
+    axes.grid(True, color=_GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for name, spine in axes.spines.items():
+        spine.set_visible(name in ("left", "bottom"))
+        spine.set_color(_MUTED)
+    return figure, axes
+
+
+def _legend(axes: Any, count: int) -> None:
+    if count:
+        axes.legend(fontsize=8, frameon=False, labelcolor=_INK, loc="best", handlelength=3)

@@ -1,0 +1,175 @@
+"""The page of ``cdistill analyze``: all analyses that a folder holds, in one file that needs no network and no script."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from cdistill.analysis import figures
+from cdistill.analysis.page import DARK, document
+
+Result = Mapping[str, Any]
+
+_STYLE = """
+h1, h2 { overflow-wrap: anywhere; } .facts td:first-child { white-space: nowrap; } th:first-child { text-transform: none; }
+.grid > figure { min-width: 0; }
+td.words, th.words { text-align: left; white-space: normal; }
+"""
+_SHOWN = {
+    "visual": ("Similarity on the image", "cosine", "cosine of the attention to the visual tokens"),
+    "text": ("Similarity on the text", "cosine", "cosine of the attention to the text"),
+    "mass": ("Share on the image", "share of attention", "share of attention on the visual tokens"),
+    "entropy": ("Spread over the image", "entropy in nats", "entropy of the attention over the visual tokens"),
+}
+
+
+def page(results: Mapping[str, Result], folder: Path) -> str:
+    """The whole document of the results by analysis; ``folder`` is where their pictures lie."""
+    sections = {"similarity": _similarity, "confidence": _confidence}
+    body = "".join(sections[name](result) for name, result in results.items())
+    title = "What teacher and students look at"
+    return document(title, f"<h1>{title}</h1>{body}{_facts(results)}", figures.STYLE + DARK + _STYLE)
+
+
+def short_names(result: Result) -> dict[str, str]:
+    """Names that tell the models of a result apart, by those the user gave."""
+    students = [student["name"] for student in result["students"]]
+    short = [Path(name).name.removeprefix("builtin:") for name in students]
+    if len({*short, "teacher"}) <= len(short):
+        short = students
+    return dict(zip(students, short, strict=True)) | {result["teacher"]["name"]: "teacher"}
+
+
+def interval(entry: Mapping[str, Any], sign: str = "") -> str:
+    """A mean and its interval as a cell."""
+    return f"{entry['mean']:{sign}.3f} <small>[{entry['low']:{sign}.3f}, {entry['high']:{sign}.3f}]</small>"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """Rows of cells (HTML) under their names; the first ``words`` columns hold text."""
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        return (
+            "<tr>"
+            + "".join(f"<{tag}{' class=words' if i < words else ''}>{cell}</{tag}>" for i, cell in enumerate(cells))
+            + "</tr>"
+        )
+
+    return f'<div class="scroll"><table>{row(list(map(escape, head)), "th")}{"".join(row(r, "td") for r in rows)}</table></div>'
+
+
+def series_of(entry: Mapping[str, Any]) -> int:
+    """The look of a model's curves: the teacher's, then the students' by their place."""
+    return 0 if entry["role"] == "teacher" else 1 + int(entry["place"])
+
+
+def _similarity(result: Result) -> str:
+    names = short_names(result)
+    parts = []
+    for quantity, (title, y, what) in _SHOWN.items():
+        found = [(of, [e for e in of["quantities"] if e["quantity"] == quantity]) for of in result["sets"]]
+        top = max((max(e["high"]) for _, entries in found for e in entries), default=1.0)
+        span = (0.0, 1.02 if quantity != "entropy" else 1.05 * top)
+        panels = []
+        for of, entries in found:
+            curves = [
+                figures.Line(names[e["model"]], series_of(e), _depths(result, e), e["mean"], e["low"], e["high"])
+                for e in entries
+            ]
+            label = f"{of['name']}: {what} by depth, of {', '.join(curve.name for curve in curves)}"
+            axis = "depth of the layer in %"
+            panels.append(
+                f"<figure>{figures.lines(curves, title=of['name'], x=axis, y=y, label=label, span=span)}</figure>"
+            )
+        parts.append(f'<h3>{title}</h3><div class="grid">{"".join(panels)}</div>')
+    return f"""
+<section><h2>Do the students look where the teacher looks?</h2>
+{_averages(result, names)}
+{"".join(parts)}{_heads(result, names)}
+<p class="note">All is taken at the positions that predict the tokens of the right answer, mean over them and over samples.
+Similarity compares a student's layer with the teacher's at the same relative depth; the table compares each layer of the
+student's middle 30-70 % with {_windows(result)}. Bands and brackets are 95 % intervals by bootstrap over images or groups.
+Text is every token that is not visual, the question and what stands before the image.</p></section>"""
+
+
+def _depths(result: Result, entry: Mapping[str, Any]) -> list[float]:
+    model = result["teacher"] if entry["role"] == "teacher" else result["students"][entry["place"]]
+    return [100 * (model["layers"].index(layer) + 0.5) / len(model["layers"]) for layer in entry["layers"]]
+
+
+def _windows(result: Result) -> str:
+    if all(student["matches"]["grouped"] for student in result["students"]):
+        return "the mean over its window of the teacher's (group matching)"
+    return "its window of the teacher's (group matching) or, where the teacher has fewer, the layer at the same depth"
+
+
+def _averages(result: Result, names: Mapping[str, str]) -> str:
+    head = ["set", "student", "samples", "image", "text", "image, to the first", "text, to the first"]
+    rows = []
+    for of in result["sets"]:
+        for place, student in enumerate(result["students"]):
+            entries = [e for e in of["averages"] if e["place"] == place]
+            differences = [interval(e["difference"], "+") if "difference" in e else "" for e in entries]
+            cells = [escape(of["name"]), escape(names[student["name"]]), f"{of['samples']:,}"]
+            rows.append(cells + [interval(e) for e in entries] + differences)
+    if len(result["students"]) == 1:
+        head, rows = head[:5], [row[:5] for row in rows]
+    return table(head, rows, words=2)
+
+
+def _heads(result: Result, names: Mapping[str, str]) -> str:
+    panels = []
+    for of in result["sets"]:
+        for entry in of["quantities"]:
+            if entry["quantity"] != "visual" or entry["heads"] is None:
+                continue
+            title = f"{names[entry['model']]}, {of['name']}"
+            label = f"Similarity on the image of each head of {title}, by layer"
+            shown = figures.cells(entry["heads"], title=title, x="head", y="layer", rows=entry["layers"], label=label)
+            panels.append(f"<figure>{shown}</figure>")
+    unlike = [
+        names[student["name"]] for student in result["students"] if student["heads"] != result["teacher"]["heads"]
+    ]
+    note = f"{', '.join(unlike)}: means over heads only, for the teacher has another number of heads."
+    note = f"<p>{escape(note)}</p>" if unlike else ""
+    grid = f'<div class="grid">{"".join(panels)}</div>' if panels else ""
+    return f"<h3>Head by head, on the image</h3>{grid}{note}"
+
+
+def _confidence(result: Result) -> str:
+    names = short_names(result)
+    panels, rows = [], []
+    for of in result["sets"]:
+        curves = []
+        for student in of["students"]:
+            found = student["bins"]
+            x, y, low, high = ([each[key] for each in found] for key in ("similarity", "mean", "low", "high"))
+            curves.append(figures.Line(names[student["model"]], 1 + student["place"], x, y, low, high))
+            c = student["rank_correlation"]
+            shown = "-" if c["mean"] is None else interval(c, "+")
+            ends = (f"{each['mean']:.3f} <small>({each['tokens']:,} tokens)</small>" for each in (found[0], found[-1]))
+            rows.append([escape(of["name"]), escape(names[student["model"]]), f"{student['tokens']:,}", shown, *ends])
+        label = f"{of['name']}: mean probability of the right token by similarity to the teacher on the image"
+        shown = figures.lines(
+            curves, title=of["name"], x="similarity on the image", y="probability", label=label, span=(0, 1.02)
+        )
+        panels.append(f"<figure>{shown}</figure>")
+    head = ["set", "student", "tokens", "rank correlation", "least similar", "most similar"]
+    return f"""
+<section><h2>Are students surer of the right answer where they look as the teacher does?</h2>
+{table(head, rows, words=2)}<div class="grid">{"".join(panels)}</div>
+<p class="note">Each token of the right answer counts once: its probability, and the cosine to the teacher's attention on the
+image in the row that predicts it, mean over the layers of the student's middle. Bins hold about equally many tokens. Bands and
+brackets are 95 % intervals by bootstrap over images or groups; the correlation is Spearman's.</p></section>"""
+
+
+def _facts(results: Mapping[str, Result]) -> str:
+    rows = []
+    for name, result in results.items():
+        models = [result["teacher"], *result["students"]]
+        said = "; ".join(f"{m['name']} ({len(m['layers'])} layers, {m['heads']} heads, {m['dtype']})" for m in models)
+        versions = ", ".join(f"{k} {v}" for k, v in result["made_by"].items())
+        rows.append(f"<tr><td>{name}</td><td>{escape(said)}<br><small>{escape(versions)}</small></td></tr>")
+    return f'<section><h2>How this was made</h2><table class="facts">{"".join(rows)}</table></section>'
