@@ -9,7 +9,7 @@ from family_models import build
 from family_table import EOS, FAMILIES, ID
 from PIL import Image
 from test_eval_inference import TEMPLATE
-from vat_oracle import KeepFloat64, eager_attentions
+from vat_oracle import KeepFloat64
 
 from cdistill.attention.models import Models
 from cdistill.eval.contract import Question
@@ -47,7 +47,7 @@ def questions(family, kind="log_likelihood", seed=1):
     result = []
     for i, size in enumerate(FAMILIES[family].images):
         image = Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8))
-        asked = [Question(f"{i} {n}", words(n), (f"{i}",), kind, words(1 + n // 3), 4) for n in (6, 3)]
+        asked = [Question(f"{i} {n}", words(n), (f"{i}",), kind, words(1 + n // 3), 2) for n in (6, 3)]
         result.append((asked, [image]))
     return result
 
@@ -64,15 +64,21 @@ def inputs_alone(inference, reading, dtype):
     return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
 
 
+@cache
+def in_float64(model, implementation):
+    """A copy of a model that attends by this implementation of transformers."""
+    made = copy.deepcopy(model).double()
+    made.set_attn_implementation(implementation)
+    return made
+
+
 def float64_attention(inference, reading):
     """Attention matrices (H, T, T) of a model's attention layers, and its logits (T, V)."""
-    model = copy.deepcopy(inference.model)
     inputs = inputs_alone(inference, reading, torch.float64)
-    with torch.no_grad():
-        matrices = eager_attentions(model, inputs, torch.float64)
-        with KeepFloat64():
-            logits = model(**inputs, use_cache=False).logits[0]
-    return [matrix[0] for matrix in matrices], logits
+    with torch.no_grad(), KeepFloat64():
+        made = in_float64(inference.model, "eager")(**inputs, use_cache=False, output_attentions=True)
+    assert all(matrix.dtype == torch.float64 for matrix in made.attentions)
+    return [matrix[0] for matrix in made.attentions], made.logits[0]
 
 
 def visual_places(family, reading):

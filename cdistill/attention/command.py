@@ -52,6 +52,36 @@ def _confidence(options: argparse.Namespace) -> int:
     return _on_sets("confidence", options, confidence, table)
 
 
+def _intervene_arguments(parser: argparse.ArgumentParser) -> None:
+    _models_arguments(parser)
+    data_options.add_arguments(parser)
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=0.5,
+        help="of the teacher's attention in the new one (default: %(default)s, the average)",
+    )
+    parser.add_argument(
+        "--layers",
+        default="intermediate",
+        help="student layers: intermediate, early, later, all, or 4-9; named ones get the teacher's by group matching, others "
+        "those of the same depth (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--heads",
+        default="mean",
+        help="mean: all heads, towards the mean over the teacher's; each: head by head, of equally many; 0,3: these heads of "
+        "the student alone, towards the mean (default: %(default)s)",
+    )
+
+
+def _intervene(options: argparse.Namespace) -> int:
+    from cdistill.attention.intervention import intervene, table
+
+    how = {"span": options.layers, "share": options.share, "heads": options.heads}
+    return _on_sets("intervene", options, intervene, table, **how)
+
+
 def _on_sets(
     name: str,
     options: argparse.Namespace,
@@ -99,4 +129,5 @@ def _load(options: argparse.Namespace, *, builtin: bool) -> Models:
 WORDS: dict[str, tuple[str, Arguments, Main]] = {
     "similarity": ("compare where students and teacher look, by layer and head", _sets_arguments, _similarity),
     "confidence": ("compare how sure students are by how alike they look", _sets_arguments, _confidence),
+    "intervene": ("answer with the teacher's attention, and compare accuracies", _intervene_arguments, _intervene),
 }

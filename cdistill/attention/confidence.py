@@ -46,7 +46,7 @@ def bins(
 ) -> list[dict[str, Any]]:
     """Answer tokens in bins of about equally many, from the least similar: edges, counts, means and 95 % intervals.
 
-    ``similarity``, ``probability`` and ``units`` are (N,). Tokens of one similarity are never parted, so there may be fewer bins.
+    ``similarity``, ``probability`` and ``units`` are (N,). Tokens of one similarity stay together, which may make fewer bins.
     """
     edges = np.unique(np.quantile(similarity, np.linspace(0, 1, most + 1)))
     inner = edges[1:-1]
@@ -56,7 +56,7 @@ def bins(
         chosen = np.flatnonzero(place == i)
         if not len(chosen):
             continue
-        there = [units[j] for j in chosen]
+        there = [units[int(j)] for j in chosen]
         mean, low, high = bootstrapped_means(probability[chosen], there)
         ends = similarity[chosen]
         entry = {"from": float(ends.min()), "to": float(ends.max()), "similarity": float(ends.mean())}

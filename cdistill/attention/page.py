@@ -27,7 +27,7 @@ _SHOWN = {
 
 def page(results: Mapping[str, Result], folder: Path) -> str:
     """The whole document of the results by analysis; ``folder`` is where their pictures lie."""
-    sections = {"similarity": _similarity, "confidence": _confidence}
+    sections = {"similarity": _similarity, "confidence": _confidence, "intervene": _intervene}
     body = "".join(sections[name](result) for name, result in results.items())
     title = "What teacher and students look at"
     return document(title, f"<h1>{title}</h1>{body}{_facts(results)}", figures.STYLE + DARK + _STYLE)
@@ -163,6 +163,31 @@ def _confidence(result: Result) -> str:
 <p class="note">Each token of the right answer counts once: its probability, and the cosine to the teacher's attention on the
 image in the row that predicts it, mean over the layers of the student's middle. Bins hold about equally many tokens. Bands and
 brackets are 95 % intervals by bootstrap over images or groups; the correlation is Spearman's.</p></section>"""
+
+
+def _intervene(result: Result) -> str:
+    names, parts = short_names(result), []
+    for of in result["sets"]:
+        rows = []
+        for student in of["students"]:
+            name = names[student["model"]]
+            for each in student["metrics"]:
+                d = each["difference"]
+                change = f"{d['percent']:+.1f} <small>± {d['standard_error']:.1f}</small>"
+                change = f"<b>{change}</b>" if d["p"] is not None and d["p"] < 0.05 else change
+                cells = [f"{each[when]['percent']:.1f}" for when in ("before", "after")]
+                p = "-" if d["p"] is None else f"{d['p']:.3f} <small>{d['test']}</small>"
+                teacher = f"{of['teacher'][each['metric']]:.1f}"
+                rows.append([escape(each["metric"]), escape(name), f"{each['n']:,}", *cells, change, p, teacher])
+        head = ["metric", "student", "n", "before", "after", "change", "p", "teacher"]
+        parts.append(f"<h3>{escape(of['name'])}</h3>{table(head, rows, words=2)}")
+    return f"""
+<section><h2>Do students answer better with the teacher's attention?</h2>
+{"".join(parts)}
+<p class="note">Accuracy in %. While it answers, the student's attention to the visual tokens is replaced by
+{1 - result["share"]:g} of its own and {result["share"]:g} of the teacher's in the rows that predict the answer, its layers
+{escape(str(result["layers"]))}, heads {escape(result["heads"])}; the whole row is divided by its new sum. ± one standard
+error of the paired difference; bold changes have p &lt; 0.05.</p></section>"""
 
 
 def _facts(results: Mapping[str, Result]) -> str:

@@ -67,6 +67,7 @@ class Inference:
     Attributes:
         stops: tokens that end a reply: the model's, and what its chat template closes an answer with.
         passes: forward passes so far.
+        cache_name: what the model calls its past, as an argument and in its output.
     """
 
     def __init__(self, model: Model, prompts: Prompts, way: str = "shared") -> None:
@@ -75,7 +76,7 @@ class Inference:
         self.passes = 0
         self._worth = WORTH
         parameters = inspect.signature(model.forward).parameters
-        self._cache = "cache" if "cache" in parameters else "past_key_values"  # transformers 5.24 renamed it
+        self.cache_name = "cache" if "cache" in parameters else "past_key_values"  # transformers 5.24 renamed it
         self._keeps_logits = "logits_to_keep" in parameters
         if "position_ids" not in parameters and way == "shared":
             self.way = "padded"
@@ -175,7 +176,7 @@ class Inference:
             config.update(max_new_tokens=limit, **options)
         if not options:
             self._configs[limit] = config
-        made = self.model.generate(**inputs, generation_config=config)
+        made = self.write(prompts, inputs, config)
         if options:
             return made
         made = made[:, inputs["input_ids"].shape[1] :]
@@ -215,9 +216,17 @@ class Inference:
         starts = [stop - len(prompt.continuation) for stop, prompt in zip(stops, prompts, strict=True)]
         kept = torch.tensor(sorted({i for a, b in zip(starts, stops, strict=True) for i in range(a, b)}))
         self.passes += 1
-        logits = self.logits(inputs, kept)
+        logits = self.answer_logits(prompts, inputs, kept)
         for row, start, stop in zip(logits, starts, stops, strict=True):
             yield row[torch.searchsorted(kept, torch.arange(start, stop)).to(row.device)]
+
+    def write(self, prompts: Sequence[Prompt], inputs: Mapping[str, Any], config: Any) -> Any:
+        """What ``generate`` gives for prompts whose ``inputs`` are made; a subclass may run the model another way."""
+        return self.model.generate(**inputs, generation_config=config)
+
+    def answer_logits(self, prompts: Sequence[Prompt], inputs: Mapping[str, Any], kept: Tensor) -> Tensor:
+        """`logits` of prompts with their continuations; a subclass may run the model another way."""
+        return self.logits(inputs, kept)
 
     def logits(self, inputs: Mapping[str, Any], kept: Tensor) -> Tensor:
         """Logits (B, K, V) of the K positions ``kept``, which are the same in every row."""
@@ -244,7 +253,7 @@ class Inference:
             inner.rope_deltas = None  # of an earlier batch
         self.passes += 1
         made = self.model(**inputs, use_cache=True, **({"logits_to_keep": 1} if self._keeps_logits else {}))
-        cache = getattr(made, self._cache, None)
+        cache = getattr(made, self.cache_name, None)
         if cache is None or not all(type(layer) is DynamicLayer for layer in cache.layers):
             self.way = "padded"  # states and windows cannot begin anew behind a gap
             return None
@@ -282,7 +291,7 @@ class Inference:
         if hasattr(getattr(self.model, "model", None), "rope_deltas"):
             positions = positions.expand(3, -1, -1)  # of words: the same in time, height and width
         whole = torch.cat((begun.mask, mask), 1)
-        return {"input_ids": ids, "attention_mask": whole, "position_ids": positions, self._cache: begun.cache}
+        return {"input_ids": ids, "attention_mask": whole, "position_ids": positions, self.cache_name: begun.cache}
 
     def _filler(self, prompt: Prompt) -> int:
         """A token of the prompt itself for its padding, which is masked: penalties for repetition then see nothing new."""

@@ -74,7 +74,7 @@ class GenerationRecorder:
         return key[:, :, :n]
 
     @torch.no_grad()
-    def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, causal: bool) -> None:
+    def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, causal: bool) -> Any:
         """Keep one layer's slice of the queries that predict tokens; k is as `show` gives it."""
         n = self._tokens[layer] = k.shape[2]
         first = max(n - q.shape[2], self._prompt - 1)

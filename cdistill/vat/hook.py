@@ -1,6 +1,6 @@
 """The transformers hook: SDPA makes a layer's output, and a recorder passed to the model sees its queries and keys.
 
-A recorder may make the output itself, where alignment and attention share their passes.
+A recorder may make the output itself, where alignment and attention share their passes, or change it in some rows.
 
 A model's implementation stays "sdpa", by name and by what it computes: models ask for that name to build sparse masks, to
 shorten queries and more, and another name would silently change what they compute. So transformers' own functions of that
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from cdistill.families import family_of
 from cdistill.vat.generation import GenerationRecorder
-from cdistill.vat.recorders import Recorder
+from cdistill.vat.recorders import Recorder, RowChanges
 from cdistill.vat.regions import require_on_device
 
 if TYPE_CHECKING:
@@ -220,11 +220,11 @@ def _attention(sdpa: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         recorder = kwargs.pop(KEYWORD, None)
-        if recorder is not None:
-            out = _record(recorder, module, query, key, value, attention_mask, kwargs)
-            if out is not None:
-                return out.transpose(1, 2).contiguous(), None
-        return sdpa(module, query, key, value, attention_mask, **kwargs)
+        made = None if recorder is None else _record(recorder, module, query, key, value, attention_mask, kwargs)
+        if isinstance(made, Tensor):
+            return made.transpose(1, 2).contiguous(), None
+        out, _ = sdpa(module, query, key, value, attention_mask, **kwargs)
+        return (out if made is None else made.applied_to(out)), None
 
     setattr(attention, _WRAPPER, True)
     return attention
@@ -239,8 +239,9 @@ def _record(
     value: Tensor,
     attention_mask: Tensor | None,
     kwargs: dict[str, Any],
-) -> Tensor | None:
-    """Show a layer's queries and keys to the recorder if it wants them; the layer's attention if it has made that, too."""
+) -> Tensor | RowChanges | None:
+    """Show a layer's queries and keys to the recorder if it wants them; the layer's attention, or changes to it, if it has
+    made that, too."""
     if not hasattr(module, _MARK):  # a vision tower's, or a model that is not installed
         return None
     this_pass = recorder if isinstance(recorder, _Pass) else None

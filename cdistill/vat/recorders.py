@@ -6,7 +6,7 @@ its own keys only.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,6 +24,21 @@ from cdistill.vat.regions import PackedRegions, Regions, require_same_counts
 AnyRegions: TypeAlias = Regions | PackedRegions
 
 
+class RowChanges(NamedTuple):
+    """What a recorder makes of a layer's attention in some rows: ``(output + added) * scale``."""
+
+    rows: Tensor  # (B, R) among the queries that were shown, -1 = padding
+    added: Tensor  # (B, Hq, R, D)
+    scale: Tensor  # (B, Hq, R)
+
+    def applied_to(self, out: Tensor) -> Tensor:
+        """The layer's attention (B, T, Hq, D) with the changes, in its dtype; other rows bit for bit. One synchronisation."""
+        sample, row = (self.rows >= 0).nonzero(as_tuple=True)
+        place = sample, self.rows[sample, row].long()
+        changed = (out[place] + self.added[sample, :, row]) * self.scale[sample, :, row, None]
+        return out.index_put(place, changed.to(out.dtype))
+
+
 @runtime_checkable
 class Recorder(Protocol):
     """What the attention hook calls: `record` once for every layer in ``layers`` (0-based indices).
@@ -36,10 +51,10 @@ class Recorder(Protocol):
 
     def record(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, causal: bool
-    ) -> Tensor | None:
+    ) -> Tensor | RowChanges | None:
         """Use q (B,Hq,T,D), k and v (B,Hkv,T,D) of one layer, positions already encoded.
 
-        Returns the layer's attention (B,Hq,T,D) if it was made with that; None if SDPA is to make it.
+        Returns the layer's attention (B,Hq,T,D) if it was made with that; else SDPA is to make it, and None if it stays.
         """
 
 
