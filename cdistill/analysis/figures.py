@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -73,6 +73,42 @@ def lines(
     return svg(figure, label)
 
 
+@dataclass(frozen=True)
+class Point:
+    """A value with its 95 % interval; ``series`` chooses colour and marker. None is not drawn."""
+
+    name: str
+    series: int
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+def points(groups: Mapping[str, Sequence[Point]], *, title: str, x: str, label: str) -> str:
+    """Values beside zero, in rows of which the first is on top; ``label`` says what the picture shows."""
+    most = max(map(len, groups.values()))
+    figure, axes = _axes(title, x, "", 0.9 + len(groups) * (0.1 + 0.12 * most))
+    axes.axvline(0, color=_MUTED, linewidth=1)
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.invert_yaxis()
+    named: dict[str, Any] = {}
+    for row, group in enumerate(groups.values()):
+        for place, point in enumerate(group):
+            if point.value is None or point.low is None or point.high is None:
+                continue
+            y = row + 0.6 * ((place + 0.5) / most - 0.5)
+            colour = SERIES[point.series % len(SERIES)]
+            axes.plot([point.low, point.high], [y, y], color=colour, linewidth=1.5)
+            marker = _MARKERS[point.series % len(_MARKERS)]
+            (named[point.name],) = axes.plot(
+                [point.value], [y], color=colour, marker=marker, markersize=4, linestyle=""
+            )
+    if named:
+        options = {"fontsize": 8, "frameon": False, "labelcolor": _INK, "ncols": 3}
+        figure.legend(list(named.values()), list(named), loc="outside lower left", **options)
+    return svg(figure, label)
+
+
 def cells(values: Sequence[Sequence[float]], *, title: str, x: str, y: str, rows: Sequence[Any], label: str) -> str:
     """A matrix of numbers in 0..1 as shaded cells; ``rows`` name them from the bottom."""
     figure, axes = _axes(title, x, y)
@@ -114,10 +150,11 @@ def svg(figure: Figure, label: str) -> str:
     return f"{head}<title>{escape(label)}</title>{text.strip()}"
 
 
-def _axes(title: str, x: str, y: str) -> tuple[Any, Any]:
+def _axes(title: str, x: str, y: str, height: float = _HEIGHT) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure((_WIDTH, _HEIGHT), layout="constrained")
+    figure = Figure((_WIDTH, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=10, color=_INK, loc="left", fontweight="bold")
     axes.set_xlabel(x, fontsize=9, color=_MUTED)

@@ -82,6 +82,61 @@ def _intervene(options: argparse.Namespace) -> int:
     return _on_sets("intervene", options, intervene, table, **how)
 
 
+def _maps_arguments(parser: argparse.ArgumentParser) -> None:
+    _models_arguments(parser)
+    parser.add_argument(
+        "--image", action="append", type=Path, default=[], help="a picture of your own, several times for several"
+    )
+    parser.add_argument("--question", help="about --image")
+    parser.add_argument("--answer", help="to --question (default: each model says its own)")
+    parser.add_argument(
+        "--words",
+        help="of the question or the answer: draw what their rows look at (default: the rows that predict the answer)",
+    )
+    parser.add_argument(
+        "--layers",
+        action="append",
+        help="a range of layers whose mean is drawn, several times for several: early, intermediate, later, all, or 4-9 "
+        "(default: the first three)",
+    )
+    data_options.add_arguments(parser, limit=2)
+
+
+def _maps(options: argparse.Namespace) -> int:
+    from cdistill.attention import maps, results
+    from cdistill.attention.data import sets_of
+    from cdistill.runtime import launch
+
+    results.check_folder(options.output)
+    if (options.question is None) != (not options.image):
+        raise ValueError("--question and --image belong together")
+    if options.answer is not None and options.question is None:
+        raise ValueError("--answer is of --question")
+    if options.image and options.task:
+        raise ValueError("--image and --task: name one of the two")
+    if options.image:
+        cases = [maps.own_case(options.image, options.question, options.answer)]
+    else:
+        cases = maps.cases_of(sets_of(options))
+    with launch.quiet():
+        models = _load(options, builtin=options.task in ([], ["builtin"]))
+        spans = list(dict.fromkeys(options.layers or maps.SPANS))
+        found = maps.maps(models, cases, spans=spans, words=options.words, folder=options.output)
+        result = results.whole("maps", models, found)
+    return _publish(options.output, result, maps.table)
+
+
+def _page_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the --output of other analyses")
+
+
+def _page(options: argparse.Namespace) -> int:
+    from cdistill.attention import results
+
+    print(f"written: {results.write_page(options.folder)}")
+    return 0
+
+
 def _on_sets(
     name: str,
     options: argparse.Namespace,
@@ -130,4 +185,6 @@ WORDS: dict[str, tuple[str, Arguments, Main]] = {
     "similarity": ("compare where students and teacher look, by layer and head", _sets_arguments, _similarity),
     "confidence": ("compare how sure students are by how alike they look", _sets_arguments, _confidence),
     "intervene": ("answer with the teacher's attention, and compare accuracies", _intervene_arguments, _intervene),
+    "maps": ("draw what teacher and students look at", _maps_arguments, _maps),
+    "page": ("make the page of the results in a folder again", _page_arguments, _page),
 }

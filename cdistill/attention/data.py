@@ -33,6 +33,7 @@ class Set:
         group: ``vqa``, ``compositional``, ``hallucination``, or empty where that is not known.
         questions: with the answer as ``continuation``, of a file's samples without words.
         read: makes tokens of questions about the same images.
+        pictures: opens the images of questions; None for a data set.
         benchmark: that scores answers; None for a data set.
         left_out: why questions are not asked, with their number.
     """
@@ -41,6 +42,7 @@ class Set:
     group: str
     questions: list[Question]
     read: Callable[[Models, Sequence[Question]], list[Reading]]
+    pictures: Pictures | None = None
     benchmark: Benchmark | None = None
     left_out: Counter[str] = field(default_factory=Counter)
 
@@ -121,7 +123,7 @@ def _benchmark(name: str, options: argparse.Namespace, several: bool, answered: 
         if lacking:
             left_out["without a right answer"] = lacking
     group = next((group for group, names in benchmarks.GROUPS.items() if name in names), "")
-    return Set(name, group, questions, _reader(task.pictures), task.benchmark, left_out)
+    return Set(name, group, questions, _reader(task.pictures), task.pictures, task.benchmark, left_out)
 
 
 def _builtin(options: argparse.Namespace, answered: bool) -> list[Set]:
@@ -133,7 +135,8 @@ def _builtin(options: argparse.Namespace, answered: bool) -> list[Set]:
         asked = spread([q for q in drawn if q.facts["subtype"] in subtypes], options.limit)
         questions = _answered(asked)[0] if answered else asked
         group = "compositional" if family == "compositional" else "vqa"
-        result.append(Set(f"built-in {family}", group, questions, _reader(Pictures([Path()])), benchmark))
+        pictures = Pictures([Path()])
+        result.append(Set(f"built-in {family}", group, questions, _reader(pictures), pictures, benchmark))
     return result
 
 
@@ -178,4 +181,4 @@ def _samples(path: str, options: argparse.Namespace) -> Set:
             found.append(models.read_sample(sample, [open_image(image) for image in sample.images]))
         return found
 
-    return Set(source.name, "", questions, read, None, left_out)
+    return Set(source.name, "", questions, read, left_out=left_out)

@@ -8,8 +8,8 @@ from pathlib import Path
 from cdistill.eval import benchmarks
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what says which questions are asked."""
+def add_arguments(parser: argparse.ArgumentParser, limit: int = 500) -> None:
+    """Declare what says which questions are asked; ``limit`` is the default number of each set."""
     known = ", ".join((*benchmarks.NAMES, *benchmarks.GROUPS))
     parser.add_argument(
         "--task",
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit",
         type=int,
-        default=500,
+        default=limit,
         metavar="N",
         help="questions of each set, spread over it (default: %(default)s)",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -13,8 +14,14 @@ from cdistill.analysis.page import DARK, document
 Result = Mapping[str, Any]
 
 _STYLE = """
-h1, h2 { overflow-wrap: anywhere; } .facts td:first-child { white-space: nowrap; } th:first-child { text-transform: none; }
-.grid > figure { min-width: 0; }
+h1, h2 { overflow-wrap: anywhere; } th:first-child { text-transform: none; }
+section h3 { margin-top: 1.3rem; } .grid { margin-top: .8rem; } .grid > figure { min-width: 0; }
+.facts td:first-child { white-space: nowrap; } .facts td { overflow-wrap: anywhere; }
+.chart { max-width: 520px; margin-bottom: .6rem; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 12px; margin: .4rem 0 .8rem; }
+.pictures img { width: 100%; max-width: 300px; height: auto; display: block; border-radius: 6px; }
+.pictures figcaption { margin-top: .2rem; overflow-wrap: anywhere; } h4 { margin: .6rem 0 0; font-size: .95rem; }
+.case { border-top: 1px solid #d8dee4; padding-top: 1rem; margin-top: 1rem; } .case h3 { overflow-wrap: anywhere; }
 td.words, th.words { text-align: left; white-space: normal; }
 """
 _SHOWN = {
@@ -28,7 +35,8 @@ _SHOWN = {
 def page(results: Mapping[str, Result], folder: Path) -> str:
     """The whole document of the results by analysis; ``folder`` is where their pictures lie."""
     sections = {"similarity": _similarity, "confidence": _confidence, "intervene": _intervene}
-    body = "".join(sections[name](result) for name, result in results.items())
+    body = "".join(sections[name](result) for name, result in results.items() if name in sections)
+    body += _maps(results["maps"], folder) if "maps" in results else ""
     title = "What teacher and students look at"
     return document(title, f"<h1>{title}</h1>{body}{_facts(results)}", figures.STYLE + DARK + _STYLE)
 
@@ -43,7 +51,11 @@ def short_names(result: Result) -> dict[str, str]:
 
 
 def interval(entry: Mapping[str, Any], sign: str = "") -> str:
-    """A mean and its interval as a cell."""
+    """A mean and its interval as a cell; a dash for what is not a number."""
+    if entry["mean"] is None:
+        return "-"
+    if entry["low"] is None or entry["high"] is None:
+        return f"{entry['mean']:{sign}.3f}"
     return f"{entry['mean']:{sign}.3f} <small>[{entry['low']:{sign}.3f}, {entry['high']:{sign}.3f}]</small>"
 
 
@@ -148,7 +160,7 @@ def _confidence(result: Result) -> str:
             x, y, low, high = ([each[key] for each in found] for key in ("similarity", "mean", "low", "high"))
             curves.append(figures.Line(names[student["model"]], 1 + student["place"], x, y, low, high))
             c = student["rank_correlation"]
-            shown = "-" if c["mean"] is None else interval(c, "+")
+            shown = interval(c, "+")
             ends = (f"{each['mean']:.3f} <small>({each['tokens']:,} tokens)</small>" for each in (found[0], found[-1]))
             rows.append([escape(of["name"]), escape(names[student["model"]]), f"{student['tokens']:,}", shown, *ends])
         label = f"{of['name']}: mean probability of the right token by similarity to the teacher on the image"
@@ -180,7 +192,14 @@ def _intervene(result: Result) -> str:
                 teacher = f"{of['teacher'][each['metric']]:.1f}"
                 rows.append([escape(each["metric"]), escape(name), f"{each['n']:,}", *cells, change, p, teacher])
         head = ["metric", "student", "n", "before", "after", "change", "p", "teacher"]
-        parts.append(f"<h3>{escape(of['name'])}</h3>{table(head, rows, words=2)}")
+        chart = figures.points(
+            _changes(of, names),
+            title="",
+            x="change in points",
+            label=f"{of['name']}: change of each metric with the teacher's attention, with 95 % intervals",
+        )
+        shown = f'<figure class="chart">{chart}</figure>{table(head, rows, words=2)}'
+        parts.append(f"<h3>{escape(of['name'])}</h3>{shown}")
     return f"""
 <section><h2>Do students answer better with the teacher's attention?</h2>
 {"".join(parts)}
@@ -188,6 +207,57 @@ def _intervene(result: Result) -> str:
 {1 - result["share"]:g} of its own and {result["share"]:g} of the teacher's in the rows that predict the answer, its layers
 {escape(str(result["layers"]))}, heads {escape(result["heads"])}; the whole row is divided by its new sum. ± one standard
 error of the paired difference; bold changes have p &lt; 0.05.</p></section>"""
+
+
+def _changes(of: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, list[figures.Point]]:
+    """By metric the change of each student."""
+    result: dict[str, list[figures.Point]] = {}
+    for student in of["students"]:
+        for each in student["metrics"]:
+            d = each["difference"]
+            point = figures.Point(names[student["model"]], 1 + student["place"], d["percent"], *d["interval"])
+            result.setdefault(each["metric"], []).append(point)
+    return result
+
+
+def _maps(result: Result, folder: Path) -> str:
+    names, parts = short_names(result), []
+    rows = f"the words {result['words']!r}" if result["words"] else "the rows that predict the answer"
+    for case in result["cases"]:
+        models = [result["teacher"]["name"], *(student["name"] for student in result["students"])]
+        said = "; ".join(
+            f"{names[model]}: {answer or 'nothing'}" for model, answer in zip(models, case["answers"], strict=True)
+        )
+        said = case["answers"][0] if len(set(case["answers"])) == 1 else said
+        place = "on the image" if len(case["images"]) == 1 else "on all images"
+        images = "".join(_picture(folder, name, f"image {i + 1}", "the image") for i, name in enumerate(case["images"]))
+        blocks = []
+        for span in result["spans"]:
+            cells = []
+            for entry in (entry for entry in case["maps"] if entry["span"] == span):
+                for of in entry["pictures"]:
+                    name = names[entry["model"]]
+                    alt = f"attention of {name} in its {span} layers over image {of['picture'] + 1} ({of['level']})"
+                    caption = f"<b>{escape(name)}</b>, {of['level']}<br>{100 * entry['share']:.0f} % {place}"
+                    cells.append(_picture(folder, of["file"], alt, caption))
+            blocks.append(f"<h4>{escape(span)} layers</h4><div class='pictures'>{''.join(cells)}</div>")
+        parts.append(
+            f"<div class='case'><h3>{escape(case['question'])}</h3><p>answer: {escape(said)}</p>"
+            f"<div class='pictures'>{images}</div>{''.join(blocks)}</div>"
+        )
+    return f"""
+<section><h2>What the models look at</h2>{"".join(parts)}
+<p class="note">The glow marks the attention from {escape(rows)} to the visual tokens, mean over heads and over the layers of
+each range, by area and scaled to the strongest of each picture. Tiles of one image are put together; a frame is a picture of
+its own.</p></section>"""
+
+
+def _picture(folder: Path, name: str, alt: str, caption: str) -> str:
+    try:
+        data = base64.b64encode((folder / name).read_bytes()).decode()
+    except OSError as error:
+        raise ValueError(f"{folder / name}: {error.strerror}; run `cdistill analyze maps` again") from None
+    return f'<figure><img src="data:image/png;base64,{data}" alt="{escape(alt)}"><figcaption>{caption}</figcaption></figure>'
 
 
 def _facts(results: Mapping[str, Result]) -> str:

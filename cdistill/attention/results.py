@@ -92,13 +92,21 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
 
 def write(folder: Path, result: Mapping[str, Any]) -> list[Path]:
     """Write an analysis and the page of all that the folder holds; the paths."""
-    from cdistill.attention.page import page
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output: {folder} cannot be made ({error.strerror})") from None
     path = folder / f"{result['analysis']}.json"
     write_atomically(path, json.dumps(numbers(dict(result)), indent=1, ensure_ascii=False) + "\n")
-    write_atomically(folder / PAGE, page(read(folder), folder))
-    return [path, folder / PAGE]
+    return [path, write_page(folder)]
+
+
+def write_page(folder: Path) -> Path:
+    """Make the page of what a folder holds; its path. ValueError where that is nothing, or of another version."""
+    from cdistill.attention.page import page
+
+    found = read(folder)
+    if not found:
+        raise ValueError(f"{folder}: holds no results of `cdistill analyze`")
+    write_atomically(folder / PAGE, page(found, folder))
+    return folder / PAGE
