@@ -10,7 +10,7 @@ from attention_cases import family_pair, float64_attention, questions, visual_pl
 from PIL import Image
 
 from cdistill.attention.confidence import bins, rank_correlation
-from cdistill.attention.data import right_text, spread
+from cdistill.attention.data import right_text
 from cdistill.attention.layout import TILES, WHOLE, Piece
 from cdistill.attention.maps import Case, draw, maps, places_of
 from cdistill.attention.models import by_depth, matches_of
@@ -135,10 +135,3 @@ def test_the_right_answer_is_the_benchmark_s():
     assert right_text(question("probability", "Yes", caption=1, image=1)) == "Yes"
     assert right_text(question("probability", "yes", caption=1, image=0)) == "no"
     assert right_text(question()) is None
-
-
-def test_a_limit_is_spread_over_a_set_and_cuts_no_entry():
-    asked = [Question(f"{i}", "p", facts={"item": f"{i // 4}"}) for i in range(80)]
-    items = [question.facts["item"] for question in spread(asked, 16)]
-    assert items == [item for item in ("0", "6", "13", "19") for _ in range(4)]
-    assert spread(asked, 1000) == asked and len(spread(asked, 1)) == 4

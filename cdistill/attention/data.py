@@ -99,23 +99,9 @@ def right_text(question: Question) -> str | None:
     return None if said is None or not str(said).strip() else str(said)
 
 
-def spread(questions: Sequence[Question], limit: int) -> list[Question]:
-    """About ``limit`` questions at even distances, with all others of their entries."""
-    entries: dict[str, list[Question]] = {}
-    for question in questions:
-        entries.setdefault(str(question.facts.get("item", question.id)), []).append(question)
-    number = max(1, min(len(entries), round(limit * len(entries) / max(1, len(questions)))))
-    names = list(entries)
-    chosen = np.linspace(0, len(names) - 1, number).round().astype(int) if number > 1 else [0]
-    return [question for i in dict.fromkeys(int(i) for i in chosen) for question in entries[names[i]]]
-
-
 def _benchmark(name: str, options: argparse.Namespace, several: bool, answered: bool) -> Set:
-    said = argparse.Namespace(
-        data=options.data, images=options.images, n=None, seed=None, limit=1 << 62, missing="leave"
-    )
-    task = tasks.prepare(name, said, several=several)
-    questions, left_out = spread(task.asked, options.limit), Counter[str]()
+    task = tasks.prepare(name, options.data, options.images, limit=options.limit, several=several)
+    questions, left_out = task.asked, Counter[str]()
     if task.missing:
         left_out["without their images"] = len(task.missing)
     if answered:
@@ -132,7 +118,7 @@ def _builtin(options: argparse.Namespace, answered: bool) -> list[Set]:
     result = []
     for family, subtypes in FAMILIES.items():
         drawn = benchmark.draw(n=-(-options.limit // len(subtypes)), seed=options.seed)
-        asked = spread([q for q in drawn if q.facts["subtype"] in subtypes], options.limit)
+        asked = tasks.spread([q for q in drawn if q.facts["subtype"] in subtypes], options.limit)
         questions = _answered(asked)[0] if answered else asked
         group = "compositional" if family == "compositional" else "vqa"
         pictures = Pictures([Path()])
