@@ -153,22 +153,20 @@ class LastRow(GenerationRecorder):
 class LastRowExchanged(LastRow):
     """Recorder of a student that writes: changes the row that predicts the next token.
 
-    ``targets`` is asked for the teacher's slices by student layer at every step.
+    ``target`` gives the teacher's slice of a student layer, at every step.
     """
 
-    def __init__(
-        self, what: Exchange, cols: Tensor, key_mask: Tensor, targets: Callable[[], Mapping[int, Tensor]]
-    ) -> None:
+    def __init__(self, what: Exchange, cols: Tensor, key_mask: Tensor, target: Callable[[int], Tensor]) -> None:
         layers = [match.student for match in what.matches]
         super().__init__(layers, cols, prompt=key_mask.shape[1], key_mask=key_mask, heads="each")
-        self._what, self._targets = what, targets
+        self._what, self._target = what, target
 
     @torch.no_grad()
     def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, causal: bool) -> Any:
         """The `RowChanges` of one layer."""
         super().record(layer, q, k, v, scale=scale, causal=causal)
         (own,) = self._slices[layer]
-        theirs = self._targets()[layer].to(own.device)
+        theirs = self._target(layer).to(own.device)
         values = values_at(v[:, :, : k.shape[2]], self._cols)
         rows = torch.full((len(q), 1), q.shape[2] - 1, dtype=torch.int32, device=q.device)
         return RowChanges(rows, *changes(own, theirs, values, self._what.share, self._what.heads))
@@ -193,15 +191,13 @@ class Exchanged(AsStudent):
     def __init__(self, models: Models, student: int, what: Exchange) -> None:
         super().__init__(models, student)
         self._models, self._what = models, what
-        self._layers = sorted({layer for match in what.matches for layer in match.teachers})
+        self._windows = {match.student: match.teachers for match in what.matches}
+        self._layers = sorted({layer for window in self._windows.values() for layer in window})
 
-    def _targets(self, slices: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """By student layer the mean over its teacher layers, (B, Hq, R, V) or over heads, too, (B, 1, R, V)."""
-        found = {}
-        for match in self._what.matches:
-            mean = torch.stack([slices[layer] for layer in match.teachers]).mean(0)
-            found[match.student] = mean if self._what.each else mean.mean(1, keepdim=True)
-        return found
+    def _target(self, layer: int, slices: Mapping[int, Tensor]) -> Tensor:
+        """Of a student layer the mean over its teacher layers, (B, Hq, R, V), or over heads, too, (B, 1, R, V)."""
+        mean = torch.stack([slices[i] for i in self._windows[layer]]).mean(0)
+        return mean if self._what.each else mean.mean(1, keepdim=True)
 
     def answer_logits(self, prompts: Sequence[Prompt], inputs: Mapping[str, Any], kept: Tensor) -> Tensor:
         """Logits of answers whose rows are changed."""
@@ -218,7 +214,8 @@ class Exchanged(AsStudent):
         recorder.require_all()
         mask = inputs["attention_mask"]
         regions = Regions(at.rows.to(mask.device), cols.to(mask.device))
-        changed = RowsExchanged(self._what, regions, mask, self._targets(slices))
+        targets = {layer: self._target(layer, slices) for layer in self._windows}
+        changed = RowsExchanged(self._what, regions, mask, targets)
         return self.logits({**inputs, KEYWORD: changed}, kept)
 
     def write(self, prompts: Sequence[Prompt], inputs: Mapping[str, Any], config: Any) -> Any:
@@ -240,7 +237,7 @@ class Exchanged(AsStudent):
             shown |= {teacher.cache_name: past.get("cache"), "use_cache": True, KEYWORD: seen}
             past["cache"] = getattr(teacher.model(*args, **shown), teacher.cache_name)
 
-        recorder = LastRowExchanged(self._what, cols, mask, lambda: self._targets(seen.latest))
+        recorder = LastRowExchanged(self._what, cols, mask, lambda layer: self._target(layer, seen.latest))
         handle = self.model.register_forward_pre_hook(step_ahead, with_kwargs=True, prepend=True)
         try:
             return self.model.generate(**inputs, generation_config=config, **{KEYWORD: recorder})
