@@ -37,7 +37,8 @@ ALLOWED = {
     "eval": {"analysis", "runtime"},
     "analysis": {"models", "builtin"},
     "demo": {"train", "analysis", "eval"},
-    "cli": {"demo", "plan", "eval"},
+    "reproduce": {"train", "analysis", "eval"},
+    "cli": {"demo", "plan", "eval", "reproduce"},
     "__main__": {"cli"},
 }
 
