@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cdistill.reproduce.runs import Record, Run
 from cdistill.reproduce.tables import Claim, Column, Table
@@ -89,7 +90,7 @@ class Findings:
             if record is None or record.accuracy is None:
                 continue
             size = run.size / table.rows[run.row].samples
-            for column, value in accuracies(record).items():
+            for column, value in averages(record.accuracy).items():
                 self._values.setdefault((run.row, size, self._rate(run), column), {})[run.recipe.seed] = value
 
     def _rate(self, run: Run) -> float:
@@ -153,10 +154,9 @@ def samples_of(stages: Sequence[str], sections: Mapping[str, object]) -> int:
     return sum(sections[name].steps * sections[name].global_batch_size for name in stages)  # type: ignore[attr-defined]
 
 
-def accuracies(record: Record) -> dict[Column, float]:
-    """Averages of a finished run by column."""
-    assert record.accuracy is not None
-    greedy, choice = record.accuracy["greedy"], record.accuracy["choice"]
+def averages(accuracy: Mapping[str, Any]) -> dict[Column, float]:
+    """Averages of a record's accuracies by column."""
+    greedy, choice = accuracy["greedy"], accuracy["choice"]
     return {
         "recognition": greedy["recognition"]["avg"],
         "compositional": choice["compositional"]["avg"],

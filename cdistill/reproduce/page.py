@@ -10,7 +10,7 @@ from typing import Any
 from cdistill.analysis import charts
 from cdistill.analysis.page import document
 from cdistill.builtin.scorer import FAMILIES
-from cdistill.reproduce.findings import CONTRADICTED, HOLDS, RULE, Findings, spread
+from cdistill.reproduce.findings import CONTRADICTED, HOLDS, RULE, Findings, averages, spread
 from cdistill.reproduce.text import COLUMNS, curve_lines, places, value
 
 COLOURS = ("#5b6470", "#c2570c", "#15803d", "#9d174d", "#1d4ed8", "#6d28d9", "#0e7490", "#a16207")
@@ -70,6 +70,9 @@ def _numbers(findings: Findings, facts: Mapping[str, Any]) -> str:
                 for column in FAMILY_COLOURS
                 for mean, deviation in [spread(findings.values(row, column, size, rate))]  # type: ignore[arg-type]
             ]
+    if facts["teacher"] is not None:
+        cells = [f"{100 * each:.1f}" for each in averages(facts["teacher"]).values()]
+        rows.append(["teacher", "", *cells, *([""] * 3 if single else [])])
     head = ["row", "seeds", *COLUMNS.values()]
     head += [f"compositional minus {table.reference}", "paper: VQA", "paper: CR"] if single else []
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)

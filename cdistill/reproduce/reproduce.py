@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cdistill.eval.files import write_atomically
 from cdistill.reproduce import page, runs, text
 from cdistill.reproduce.findings import Findings, samples_of
-from cdistill.reproduce.runs import FAILED, STARTED, STOPPED, Record, Run
-from cdistill.reproduce.schedule import Schedule
+from cdistill.reproduce.runs import FAILED, STARTED, STOPPED, TEACHER, Record, Run
+from cdistill.reproduce.schedule import Schedule, part_folder
 from cdistill.reproduce.tables import load_table
 from cdistill.train.recipes import Recipe
 from cdistill.train.run_folder import locked
@@ -53,19 +54,35 @@ def reproduce(
     of, recipe, name = load_table(table), runs.load_pair(pair), Path(table).stem
     records = runs.read_records(output)
     rates = runs.tuned_rates(recipe, n, records)
-    planned = runs.plan(name, of, recipe, seeds=seeds, n=n, rates=rates)
+    parts, teacher = runs.plan_parts(of), runs.plan_teacher(recipe, n)
+    folders = {part: str(part_folder(output, run)) for part, run in parts.items()}
+
+    def planned_rows() -> list[Run]:
+        return runs.plan(name, of, recipe, seeds=seeds, n=n, rates=rates, parts=folders)
+
     if train:
+        planned = [] if parts else planned_rows()
         check(name, planned)
         output.mkdir(parents=True, exist_ok=True)
         with locked(output):
             records |= runs.read_records(output)
-            _begin(name, pair, planned, records, output, resume)
+            schedule = Schedule(output, records, processes, keep)
+            _begin(name, pair, [*parts.values(), teacher, *planned], records, output, resume)
             _note_killed(records, output)
-            Schedule(output, records, processes, keep).work(list({run.hash: run for run in planned}.values()))
+            if parts:  # which tell the hashes of rows, once they are there
+                schedule.work([run for run in parts.values() if not schedule.is_done(run)])
+                planned = planned_rows()
+                check(name, planned)
+                _begin(name, pair, planned, records, output, resume)
+            schedule.work([teacher, *{run.hash: run for run in planned}.values()])
+    elif missing := [part for part, folder in folders.items() if not Path(folder).is_dir()]:
+        raise ValueError(f"table {name} lacks its part {missing[0]} in {output}: leave --report out to make it")
+    else:
+        planned = planned_rows()
     findings = Findings(of, planned, records)
     if not any(findings.values(row, "compositional", size, rate) for _, row, size, rate in text.places(findings)):
         raise ValueError(f"table {name} has no finished run in {output}: leave --report out to make them")
-    facts = _facts(name, pair, recipe, planned, records, rates, seeds, n)
+    facts = _facts(name, pair, recipe, [*parts.values(), teacher, *planned], records, rates, seeds)
     write_atomically(output / f"{name}.json", json.dumps(text.as_json(findings, name, facts), indent=1) + "\n")
     write_atomically(output / f"{name}.html", page.page(findings, name, facts))
     return findings
@@ -106,7 +123,7 @@ def _begin(
             f"({begun[0].row}, seed {record.seed}: {record.status}): go on with --resume"
         )
     for run in planned:
-        exam = {"n": run.exam.n, "seed": run.exam.seed}
+        exam = None if run.exam is None else asdict(run.exam)
         fresh = Record(run.hash, pair, list(run.overrides), run.recipe.seed, exam)
         record = records.setdefault(run.hash, fresh)
         record.samples = samples_of(run.recipe.stages, run.recipe.stage)
@@ -133,7 +150,6 @@ def _facts(
     records: Mapping[str, Record],
     rates: Mapping[str, float],
     seeds: int,
-    n: int,
 ) -> dict[str, Any]:
     """What the page says of where its numbers come from: every run that was started for the table among it."""
     mine = {run.hash for run in planned}
@@ -141,8 +157,11 @@ def _facts(
     return {
         "command": f"cdistill reproduce {name} --seeds {seeds} --pair {pair}",
         "pair": recipe.name,
-        "questions": {"n": n, "seed": planned[0].exam.seed},
+        "questions": next(asdict(run.exam) for run in reversed(planned) if run.exam is not None),
         "tuned_rates": dict(rates),
+        "teacher": next(
+            (records[run.hash].accuracy for run in planned if run.row == TEACHER and run.hash in records), None
+        ),
         "commits": sorted({str(a.get("commit")) for r in started for a in r.attempts}),
         "runs": [_told(record, record.hash in mine) for record in started],
     }

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from cdistill import __version__
@@ -19,6 +20,7 @@ QUESTIONS = 300  # per sub-type
 REPORTED, VALIDATION = 1, 0  # seeds of questions: of tables, and of tuning
 TUNING_SEED = -1  # training seed of tuning, counted from the first that tables report
 FORMAT = 1  # of a record
+TEACHER = "teacher"  # row of the pair's teacher, in every table
 FINISHED, FAILED, STOPPED, STARTED = "finished", "failed", "stopped", "started"
 
 
@@ -32,25 +34,27 @@ class Exam:
 
 @dataclass(frozen=True)
 class Run:
-    """One student to be trained.
+    """One student to be trained; or a part, which is examined by nobody, or the teacher, which only is.
 
     Attributes:
         row: of the table.
         size: factor of the samples.
         rate: factor of the learning rates, those of the row and of tuning among them.
         recipe: all of it, without an output folder of its own.
-        exam: what it is asked.
-        overrides: what makes the recipe of the pair's.
+        exam: what it is asked; None of a part.
+        overrides: what makes the recipe of the pair's, parts by their names.
         hash: of the values that decide its weights and answers.
+        model: what is there already and only examined.
     """
 
     row: str
     size: float
     rate: float
     recipe: Recipe
-    exam: Exam
+    exam: Exam | None
     overrides: tuple[str, ...]
     hash: str
+    model: str | None = None
 
 
 @dataclass
@@ -62,7 +66,7 @@ class Record:
         pair: recipe that the table's rows change.
         overrides: what makes the run's recipe of it.
         seed: of training.
-        exam: questions per sub-type and their seed.
+        exam: questions per sub-type and their seed; None of a part.
         rows: TABLE: ROW of all that asked for it.
         attempts: status, seconds, commit, versions, machine, threads and reason of every start, in order.
         samples: of all stages.
@@ -73,7 +77,7 @@ class Record:
     pair: str
     overrides: list[str]
     seed: int
-    exam: dict[str, int]
+    exam: dict[str, int] | None
     rows: list[str] = field(default_factory=list)
     samples: int = 0
     attempts: list[dict[str, Any]] = field(default_factory=list)
@@ -117,7 +121,36 @@ def load_pair(name_or_path: str) -> Recipe:
     return replace(recipe, processes=1)
 
 
-def plan(name: str, table: Table, pair: Recipe, *, seeds: int, n: int, rates: Mapping[str, float]) -> list[Run]:
+def plan_parts(table: Table) -> dict[str, Run]:
+    """Runs of a table's parts, by name. Raises ValueError for an override that does not fit."""
+    result = {}
+    for name, part in table.parts.items():
+        recipe = replace(load_recipe(part.recipe, part.set), processes=1)
+        result[name] = Run(f"part {name}", 1.0, 1.0, recipe, None, part.set, hash_of(recipe, None))
+    return result
+
+
+def plan_teacher(pair: Recipe, n: int) -> Run:
+    """The examination of the pair's teacher."""
+    from cdistill.eval.loading import fingerprint
+    from cdistill.models.load import resolve_folder
+
+    assert pair.teacher is not None
+    exam = Exam(n, REPORTED)
+    digest = _digest({"model": fingerprint([resolve_folder(pair.teacher, "teacher")]), "exam": asdict(exam)})
+    return Run(TEACHER, 1.0, 1.0, pair, exam, (), digest, model=pair.teacher)
+
+
+def plan(
+    name: str,
+    table: Table,
+    pair: Recipe,
+    *,
+    seeds: int,
+    n: int,
+    rates: Mapping[str, float],
+    parts: Mapping[str, str] = MappingProxyType({}),
+) -> list[Run]:
     """All runs of a table, row by row within a seed, so that the first seed of all rows is there first.
 
     Args:
@@ -127,6 +160,7 @@ def plan(name: str, table: Table, pair: Recipe, *, seeds: int, n: int, rates: Ma
         seeds: how many, from the pair's on; tuning has one of its own.
         n: questions per sub-type.
         rates: factors of learning rates by method, those that are tuned.
+        parts: folders of the table's parts, by name.
 
     Raises:
         ValueError: a row whose changes do not fit the pair, or a claim about two rows that are one run.
@@ -145,15 +179,24 @@ def plan(name: str, table: Table, pair: Recipe, *, seeds: int, n: int, rates: Ma
                 for rate in table.rates:
                     tuned = change.rate * rate * (1.0 if tuning else rates.get(change.method, 1.0))
                     try:
-                        runs.append(_run(pair, row, change, seed, size, tuned, exam))
+                        runs.append(_run(pair, row, change, seed, size, tuned, exam, parts))
                     except ValueError as error:
                         raise ValueError(f"table {name}, row {row}: {error}") from None
     _check_claims(name, table, runs)
     return runs
 
 
-def _run(pair: Recipe, row: str, change: Row, seed: int, size: float, rate: float, exam: Exam) -> Run:
-    changes = [f"seed={seed}", *(text.replace("{teacher}", str(pair.teacher)) for text in change.set)]
+def _run(
+    pair: Recipe,
+    row: str,
+    change: Row,
+    seed: int,
+    size: float,
+    rate: float,
+    exam: Exam,
+    parts: Mapping[str, str],
+) -> Run:
+    changes = [f"seed={seed}", *change.set]
     if change.objectives is not None:
         if len(change.objectives) != len(pair.stages):
             raise ValueError(
@@ -162,6 +205,7 @@ def _run(pair: Recipe, row: str, change: Row, seed: int, size: float, rate: floa
         changes += [f"stage.{name}.objective={o}" for name, o in zip(pair.stages, change.objectives, strict=True)]
     content = recipe_to_dict(pair)
     override(content, changes)
+    models = {"teacher": str(pair.teacher), **parts}
     for name in pair.stages:
         stage = pair.stage[name]
         factor = size * change.samples
@@ -170,8 +214,11 @@ def _run(pair: Recipe, row: str, change: Row, seed: int, size: float, rate: floa
             changes.append(f"stage.{name}.samples={whole * stage.global_batch_size}")
         if rate != 1 and content["stage"][name]["objective"] not in ("pt", "dpt"):
             changes.append(f"stage.{name}.learning_rate={rate * stage.learning_rate:.6g}")
+    named = changes
+    for key, folder in models.items():
+        changes = [text.replace(f"{{{key}}}", folder) for text in changes]
     recipe = with_overrides(pair, changes)
-    return Run(row, size * change.samples, rate, recipe, exam, tuple(changes), hash_of(recipe, exam))
+    return Run(row, size * change.samples, rate, recipe, exam, tuple(named), hash_of(recipe, exam))
 
 
 def _check_claims(name: str, table: Table, runs: Sequence[Run]) -> None:
@@ -186,13 +233,16 @@ def _check_claims(name: str, table: Table, runs: Sequence[Run]) -> None:
             )
 
 
-def hash_of(recipe: Recipe, exam: Exam) -> str:
+def hash_of(recipe: Recipe, exam: Exam | None) -> str:
     """What tells a run from others: all that decides its weights, and the questions that it is asked.
 
     Names, folders and what is only logged do not count, nor do keys of losses that no stage has.
     """
-    text = json.dumps({"run": identity(recipe), "exam": asdict(exam)}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _digest({"run": identity(recipe), "exam": None if exam is None else asdict(exam)})
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from cdistill.runtime.signals import stop_on_signals
 from cdistill.train.recipes import recipe_to_dict
 
 PROGRAM = (sys.executable, "-m", "cdistill.reproduce.worker")
+PARTS = "parts"  # folder of models that rows are made of, likewise
 WORK = "work"  # folder of what is being trained, below that of the results
 SAVES = 10  # checkpoints of a stage, at least, so that a kill costs little
 CODES_OF_STOPS = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT)
@@ -64,7 +65,7 @@ class Schedule:
         Raises:
             Stopped: a signal came; what runs has saved a checkpoint.
         """
-        left = [run for run in runs if self.records[run.hash].status != FINISHED]
+        left = [run for run in runs if not self.is_done(run)]
         total, done, begun = len(left), 0, time.monotonic()
         busy: list[Started] = []
         with stop_on_signals() as request:
@@ -87,6 +88,11 @@ class Schedule:
         if request.received:
             raise Stopped(request.received)
 
+    def is_done(self, run: Run) -> bool:
+        """Whether a run is finished; a part also must be there."""
+        done = self.records[run.hash].status == FINISHED
+        return done and (run.exam is not None or part_folder(self.folder, run).is_dir())
+
     def _start(self, run: Run) -> Started:
         place = self.folder / WORK / run.hash
         place.mkdir(parents=True, exist_ok=True)
@@ -94,7 +100,11 @@ class Schedule:
         steps = min(stage.steps for stage in run.recipe.stage.values())
         recipe = replace(run.recipe, output=str(place / WEIGHTS), save_steps=max(1, steps // SAVES))
         write_atomically(place / "recipe.yaml", strict_yaml.dump(recipe_to_dict(recipe)))
-        job = {"exam": asdict(run.exam), "title": f"{run.row}, seed {run.recipe.seed}"}
+        job = {
+            "exam": None if run.exam is None else asdict(run.exam),
+            "model": run.model,
+            "title": f"{run.row}, seed {run.recipe.seed}",
+        }
         write_atomically(place / JOB, json.dumps(job) + "\n")
         threads = max(1, len(os.sched_getaffinity(0)) // self.processes)
         record = self.records[run.hash]
@@ -116,9 +126,17 @@ class Schedule:
         else:
             attempt |= {"status": FAILED, "reason": _reason(place / "log", code)}
         record.write(self.folder)
+        if code == 0 and each.run.exam is None:
+            part_folder(self.folder, each.run).parent.mkdir(exist_ok=True)
+            (place / WEIGHTS).rename(part_folder(self.folder, each.run))
         if code == 0 and not self.keep:
             shutil.rmtree(place)
         self.say(f"{number} {each.run.row}, seed {each.run.recipe.seed}{_size(each.run)}: {outcome(record)}{left}")
+
+
+def part_folder(folder: Path, run: Run) -> Path:
+    """Where the weights of a part are kept."""
+    return folder / PARTS / run.hash
 
 
 def start_process(place: Path, threads: int) -> subprocess.Popen:
@@ -150,7 +168,8 @@ def outcome(record: Record) -> str:
     if record.status != FINISHED:
         reason = record.attempts[-1].get("reason") if record.attempts else None
         return f"{record.status}{f' ({reason})' if reason else ''}"
-    assert record.accuracy is not None
+    if record.accuracy is None:
+        return f"trained in {record.attempts[-1]['seconds']:.0f} s"
     greedy, choice = (record.accuracy[way] for way in ("greedy", "choice"))
     seconds = record.attempts[-1]["seconds"]
     return (

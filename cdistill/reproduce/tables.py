@@ -27,7 +27,7 @@ class Row:
     """A student: what differs from the pair's recipe.
 
     Attributes:
-        set: overrides ``key=value``; ``{teacher}`` in one stands for the recipe's teacher.
+        set: overrides ``key=value``; ``{teacher}`` in one stands for the recipe's teacher, ``{NAME}`` for a part.
         objectives: of the recipe's stages, by their places; none leaves them.
         samples: factor of the samples of all stages.
         rate: factor of the learning rates of the stages that train the language model.
@@ -41,6 +41,14 @@ class Row:
     rate: Factor = 1.0
     method: str = "all"
     paper: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, config=STRICT)
+class Part:
+    """A model that rows are made of and the package does not ship: a run of a recipe, trained before the rows and kept."""
+
+    recipe: str
+    set: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -65,6 +73,7 @@ class Table:
         sizes: factors of the samples of all stages; several make curves.
         rates: grid of factors of learning rates; only `TUNE` has several.
         notes: sentences below the table.
+        parts: models that rows name.
     """
 
     title: str
@@ -74,7 +83,8 @@ class Table:
     claims: tuple[Claim, ...] = ()
     sizes: tuple[Factor, ...] = (1.0,)
     rates: tuple[Factor, ...] = (1.0,)
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    parts: dict[str, Part] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         found = list(self._problems())

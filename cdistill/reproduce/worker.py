@@ -15,12 +15,17 @@ JOB, RESULT, WEIGHTS = "job.json", "result.json", "run"
 
 
 def perform(folder: Path) -> dict[str, Any]:
-    """Train the recipe in a folder, or go on with it, and put its exam to the student; returns what the record keeps of it."""
+    """Train the recipe in a folder, or go on with it, and examine the student; returns what the record keeps of it.
+
+    A part is not examined, a model that is there already not trained.
+    """
     from cdistill.eval.builtin_task import Exam
     from cdistill.models.load import load_for_evaluation
 
     recipe, job = read_recipe(folder), json.loads((folder / JOB).read_text(encoding="utf-8"))
-    final = run(recipe, resume=(folder / WEIGHTS / "recipe.yaml").is_file())
+    final = job["model"] or run(recipe, resume=(folder / WEIGHTS / "recipe.yaml").is_file())
+    if job["exam"] is None:
+        return {"accuracy": None}
     student = load_for_evaluation(str(final), "student")
     return {"accuracy": rounded(Exam(**job["exam"]).evaluate_both(student, job["title"]))}
 
