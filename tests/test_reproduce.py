@@ -111,7 +111,12 @@ def test_from_a_table_to_its_page_and_back(tiny, here, tmp_path):
     record = next(record for record in records.values() if record.rows == ["two: all"] and record.seed == 5)
     assert record.overrides == ["seed=5"] and record.samples == 16
     attempt = record.attempts[-1]
-    assert attempt["versions"]["torch"] and attempt["threads"] >= 1 and attempt["seconds"] >= 0
+    assert (
+        attempt["versions"]["torch"]
+        and attempt["threads"] >= 1
+        and attempt["seconds"] >= 0
+        and attempt["cpu_seconds"] > 0
+    )
     text = (tmp_path / "two.html").read_text(encoding="utf-8")
     Page(text)
     for said in ("Two rows", "62.9", "all &gt; KD", *(record.hash for record in records.values()), "paired by seed"):

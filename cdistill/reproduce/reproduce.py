@@ -177,6 +177,7 @@ def _told(record: Record, in_table: bool) -> dict[str, Any]:
         "status": record.status,
         "reason": last.get("reason", ""),
         "seconds": round(sum(a.get("seconds", 0.0) for a in record.attempts), 1),
+        "cpu_seconds": last.get("cpu_seconds"),
         "attempts": len(record.attempts),
         "commit": last.get("commit"),
         "overrides": record.overrides,

@@ -68,7 +68,7 @@ class Record:
         seed: of training.
         exam: questions per sub-type and their seed; None of a part.
         rows: TABLE: ROW of all that asked for it.
-        attempts: status, seconds, commit, versions, machine, threads and reason of every start, in order.
+        attempts: status, seconds, CPU seconds, commit, versions, machine, threads and reason of every start, in order.
         samples: of all stages.
         accuracy: by way (``greedy``, ``choice``), family and sub-type, in 0..1; None before the end.
     """

@@ -119,8 +119,9 @@ class Schedule:
         attempt: dict[str, Any] = record.attempts[-1]
         attempt["seconds"] = round(time.monotonic() - each.since, 1)
         if code == 0:
-            record.accuracy = json.loads((place / RESULT).read_text(encoding="utf-8"))["accuracy"]
-            attempt["status"] = FINISHED
+            result = json.loads((place / RESULT).read_text(encoding="utf-8"))
+            record.accuracy = result["accuracy"]
+            attempt |= {"status": FINISHED, "cpu_seconds": result["cpu_seconds"]}
         elif stopped or code in CODES_OF_STOPS:
             attempt["status"] = STOPPED
         else:

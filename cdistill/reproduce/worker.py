@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ def perform(folder: Path) -> dict[str, Any]:
 
     recipe, job = read_recipe(folder), json.loads((folder / JOB).read_text(encoding="utf-8"))
     final = job["model"] or run(recipe, resume=(folder / WEIGHTS / "recipe.yaml").is_file())
-    if job["exam"] is None:
-        return {"accuracy": None}
-    student = load_for_evaluation(str(final), "student")
-    return {"accuracy": rounded(Exam(**job["exam"]).evaluate_both(student, job["title"]))}
+    accuracy = None
+    if job["exam"] is not None:
+        student = load_for_evaluation(str(final), "student")
+        accuracy = rounded(Exam(**job["exam"]).evaluate_both(student, job["title"]))
+    return {"accuracy": accuracy, "cpu_seconds": round(time.process_time(), 1)}
 
 
 def rounded(both: dict[str, Any]) -> dict[str, Any]:
