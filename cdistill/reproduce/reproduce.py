@@ -11,10 +11,9 @@ from typing import Any
 from cdistill.eval.files import write_atomically
 from cdistill.reproduce import page, runs, text
 from cdistill.reproduce.findings import Findings, samples_of
-from cdistill.reproduce.runs import FAILED, STARTED, STOPPED, TEACHER, Record, Run
+from cdistill.reproduce.runs import FAILED, STARTED, STOPPED, Record, Run
 from cdistill.reproduce.schedule import Schedule, part_folder
 from cdistill.reproduce.tables import load_table
-from cdistill.train.recipes import Recipe
 from cdistill.train.run_folder import locked
 
 
@@ -51,41 +50,99 @@ def reproduce(
     for key, value in (("seeds", seeds), ("processes", processes), ("n", n)):
         if value < 1:
             raise ValueError(f"--{key} must be at least 1, got {value}")
-    of, recipe, name = load_table(table), runs.load_pair(pair), Path(table).stem
-    records = runs.read_records(output)
-    rates = runs.tuned_rates(recipe, n, records)
-    parts, teacher = runs.plan_parts(of), runs.plan_teacher(recipe, n)
-    folders = {part: str(part_folder(output, run)) for part, run in parts.items()}
-
-    def planned_rows() -> list[Run]:
-        return runs.plan(name, of, recipe, seeds=seeds, n=n, rates=rates, parts=folders)
-
+    work = Reproduction(table, pair, output, seeds, n)
     if train:
-        planned = [] if parts else planned_rows()
-        check(name, planned)
-        output.mkdir(parents=True, exist_ok=True)
-        with locked(output):
-            records |= runs.read_records(output)
-            schedule = Schedule(output, records, processes, keep)
-            _begin(name, pair, [*parts.values(), teacher, *planned], records, output, resume)
-            _note_killed(records, output)
-            if parts:  # which tell the hashes of rows, once they are there
-                schedule.work([run for run in parts.values() if not schedule.is_done(run)])
-                planned = planned_rows()
-                check(name, planned)
-                _begin(name, pair, planned, records, output, resume)
-            schedule.work([teacher, *{run.hash: run for run in planned}.values()])
-    elif missing := [part for part, folder in folders.items() if not Path(folder).is_dir()]:
-        raise ValueError(f"table {name} lacks its part {missing[0]} in {output}: leave --report out to make it")
-    else:
-        planned = planned_rows()
-    findings = Findings(of, planned, records)
-    if not any(findings.values(row, "compositional", size, rate) for _, row, size, rate in text.places(findings)):
-        raise ValueError(f"table {name} has no finished run in {output}: leave --report out to make them")
-    facts = _facts(name, pair, recipe, [*parts.values(), teacher, *planned], records, rates, seeds)
-    write_atomically(output / f"{name}.json", json.dumps(text.as_json(findings, name, facts), indent=1) + "\n")
-    write_atomically(output / f"{name}.html", page.page(findings, name, facts))
-    return findings
+        work.train(processes=processes, resume=resume, keep=keep)
+    return work.tell()
+
+
+class Reproduction:
+    """A table on a pair, in a folder. The arguments are those of `reproduce`."""
+
+    def __init__(self, table: str, pair: str, output: Path, seeds: int, n: int) -> None:
+        self.table, self.name = load_table(table), Path(table).stem
+        self.pair, self.recipe = pair, runs.load_pair(pair)
+        self.output, self.seeds, self.n = output, seeds, n
+        self.records = runs.read_records(output)
+        self.rates = runs.tuned_rates(self.recipe, n, self.records)
+        self.parts, self.teacher = runs.plan_parts(self.table), runs.plan_teacher(self.recipe, n)
+        self.folders = {part: part_folder(output, run) for part, run in self.parts.items()}
+
+    def rows(self) -> list[Run]:
+        """Runs of the rows. Their hashes depend on the parts, which must be there."""
+        parts = {part: str(folder) for part, folder in self.folders.items()}
+        return runs.plan(self.name, self.table, self.recipe, seeds=self.seeds, n=self.n, rates=self.rates, parts=parts)
+
+    def train(self, *, processes: int, resume: bool, keep: bool) -> None:
+        """Make the runs that the folder lacks."""
+        rows = [] if self.parts else self.rows()
+        check(self.name, rows)
+        self.output.mkdir(parents=True, exist_ok=True)
+        with locked(self.output):
+            self.records |= runs.read_records(self.output)
+            schedule = Schedule(self.output, self.records, processes, keep)
+            self._begin([*self.parts.values(), self.teacher, *rows], resume)
+            _note_killed(self.records, self.output)
+            if self.parts:
+                schedule.work(list(self.parts.values()))
+                rows = self.rows()
+                check(self.name, rows)
+                self._begin(rows, resume)
+            schedule.work([self.teacher, *{run.hash: run for run in rows}.values()])
+
+    def _begin(self, planned: Sequence[Run], resume: bool) -> None:
+        """Have a record of every planned run in memory, that says who asks for it."""
+        records = self.records
+        begun = [run for run in planned if (r := records.get(run.hash)) and r.status in (STARTED, STOPPED, FAILED)]
+        if begun and not resume:
+            record = records[begun[0].hash]
+            raise ValueError(
+                f"--output: {self.output} holds {len({run.hash for run in begun})} runs of table {self.name} begun and not "
+                f"finished ({begun[0].row}, seed {record.seed}: {record.status}): go on with --resume"
+            )
+        for run in planned:
+            exam = None if run.exam is None else asdict(run.exam)
+            fresh = Record(run.hash, self.pair, list(run.overrides), run.recipe.seed, exam)
+            record = records.setdefault(run.hash, fresh)
+            record.samples = 0 if run.model else samples_of(run.recipe.stages, run.recipe.stage)
+            asked = f"{self.name}: {run.row}"
+            if asked not in record.rows:
+                record.rows.append(asked)
+                if record.attempts:
+                    record.write(self.output)
+
+    def tell(self) -> Findings:
+        """Write the page and the numbers of the runs that are there."""
+        for part, folder in self.folders.items():
+            if not folder.is_dir():
+                raise ValueError(
+                    f"table {self.name} lacks its part {part} in {self.output}: leave --report out to make it"
+                )
+        rows = self.rows()
+        findings = Findings(self.table, rows, self.records)
+        if not any(findings.values(row, "compositional", size, rate) for _, row, size, rate in text.places(findings)):
+            raise ValueError(f"table {self.name} has no finished run in {self.output}: leave --report out to make them")
+        facts = self._facts(rows)
+        content = text.as_json(findings, self.name, facts)
+        write_atomically(self.output / f"{self.name}.json", json.dumps(content, indent=1) + "\n")
+        write_atomically(self.output / f"{self.name}.html", page.page(findings, self.name, facts))
+        return findings
+
+    def _facts(self, rows: Sequence[Run]) -> dict[str, Any]:
+        """What the page says of where its numbers come from: every run that was started for the table among it."""
+        mine = {run.hash for run in (*self.parts.values(), self.teacher, *rows)}
+        asked = f"{self.name}: "
+        started = [r for r in self.records.values() if r.attempts and any(row.startswith(asked) for row in r.rows)]
+        teacher = self.records.get(self.teacher.hash)
+        return {
+            "command": f"cdistill reproduce {self.name} --seeds {self.seeds} --pair {self.pair}",
+            "pair": self.recipe.name,
+            "questions": next(asdict(run.exam) for run in rows if run.exam is not None),
+            "tuned_rates": self.rates,
+            "teacher": None if teacher is None else teacher.accuracy,
+            "commits": sorted({str(a.get("commit")) for r in started for a in r.attempts}),
+            "runs": [_told(record, record.hash in mine) for record in started],
+        }
 
 
 def check(name: str, planned: Sequence[Run]) -> None:
@@ -111,60 +168,12 @@ def check(name: str, planned: Sequence[Run]) -> None:
             )
 
 
-def _begin(
-    name: str, pair: str, planned: Sequence[Run], records: dict[str, Record], output: Path, resume: bool
-) -> None:
-    """Have a record of every planned run in memory, that says who asks for it."""
-    begun = [run for run in planned if (r := records.get(run.hash)) and r.status in (STARTED, STOPPED, FAILED)]
-    if begun and not resume:
-        record = records[begun[0].hash]
-        raise ValueError(
-            f"--output: {output} holds {len({run.hash for run in begun})} runs of table {name} begun and not finished "
-            f"({begun[0].row}, seed {record.seed}: {record.status}): go on with --resume"
-        )
-    for run in planned:
-        exam = None if run.exam is None else asdict(run.exam)
-        fresh = Record(run.hash, pair, list(run.overrides), run.recipe.seed, exam)
-        record = records.setdefault(run.hash, fresh)
-        record.samples = samples_of(run.recipe.stages, run.recipe.stage)
-        asked = f"{name}: {run.row}"
-        if asked not in record.rows:
-            record.rows.append(asked)
-            if record.attempts:
-                record.write(output)
-
-
 def _note_killed(records: Mapping[str, Record], output: Path) -> None:
     """Note that runs which only began were killed: nobody else works in the folder now."""
     for record in records.values():
         if record.status == STARTED:
             record.attempts[-1] |= {"status": STOPPED, "reason": "killed"}
             record.write(output)
-
-
-def _facts(
-    name: str,
-    pair: str,
-    recipe: Recipe,
-    planned: Sequence[Run],
-    records: Mapping[str, Record],
-    rates: Mapping[str, float],
-    seeds: int,
-) -> dict[str, Any]:
-    """What the page says of where its numbers come from: every run that was started for the table among it."""
-    mine = {run.hash for run in planned}
-    started = [r for r in records.values() if r.attempts and any(row.startswith(f"{name}: ") for row in r.rows)]
-    return {
-        "command": f"cdistill reproduce {name} --seeds {seeds} --pair {pair}",
-        "pair": recipe.name,
-        "questions": next(asdict(run.exam) for run in reversed(planned) if run.exam is not None),
-        "tuned_rates": dict(rates),
-        "teacher": next(
-            (records[run.hash].accuracy for run in planned if run.row == TEACHER and run.hash in records), None
-        ),
-        "commits": sorted({str(a.get("commit")) for r in started for a in r.attempts}),
-        "runs": [_told(record, record.hash in mine) for record in started],
-    }
 
 
 def _told(record: Record, in_table: bool) -> dict[str, Any]:

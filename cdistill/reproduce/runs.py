@@ -250,16 +250,13 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     from cdistill.eval.loading import fingerprint
     from cdistill.models.load import resolve_folder
     from cdistill.train.resolve import resolve
-    from cdistill.train.run_folder import FREE
+    from cdistill.train.run_folder import decided
 
-    run, content = resolve(recipe, world=1), recipe_to_dict(recipe)
-    for name in (*FREE, "stages", "stage"):
-        del content[name]
-    content["stages"] = []
-    for stage in run.stages:
-        section = recipe_to_dict(recipe)["stage"][stage.name]
-        section["data"]["seed"] = stage.data_seed
-        content["stages"].append(section | {"micro_batch_size": stage.micro_batch_size})
+    run, content = resolve(recipe, world=1), decided(recipe, len(recipe.stages))
+    sections = content.pop("stage")
+    content["stages"] = [sections[name] for name in content["stages"]]
+    for stage, section in zip(run.stages, content["stages"], strict=True):
+        section["data"]["seed"], section["micro_batch_size"] = stage.data_seed, stage.micro_batch_size
     if not any(stage.aligns for stage in run.stages):
         del content["vat"]
     if not run.distils_from(0):
