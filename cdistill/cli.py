@@ -17,6 +17,7 @@ from cdistill.data import command as data
 from cdistill.eval import benchmarks
 from cdistill.eval import command as evaluation
 from cdistill.plan import command as planning
+from cdistill.reproduce import command as reproduction
 from cdistill.runtime.errors import RunError, print_error
 from cdistill.runtime.launch import environment
 
@@ -135,6 +136,7 @@ COMMANDS = {
     **{f"eval {word}": Command(line, do.add_arguments, do.main) for word, (line, do) in evaluation.WORDS.items()},
     **{f"analyze {word}": Command(*of) for word, of in analyzing.WORDS.items()},
     "builtin write": Command("write the built-in task in a benchmark's files", builtin.add_arguments, builtin.main),
+    "reproduce": Command("reproduce a table of the paper in kind", reproduction.add_arguments, reproduction.main),
     "export": Command("write a model that plain transformers loads", _export_arguments, _export),
     "recipes": Command("list the shipped recipes, or what a recipe may say", _recipes_arguments, _recipes),
 }

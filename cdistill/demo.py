@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import shutil
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cdistill import __version__
 from cdistill.analysis.comparison import DISTILLED, NAMES, SFT, TEACHER, Comparison
+from cdistill.runtime.provenance import provenance
 from cdistill.train import Recipe, load_recipe, run
 from cdistill.train.terms import TERMS
 
@@ -269,25 +264,12 @@ def _write(path: Path, text: str) -> None:
 
 
 def _meta(recipes: Mapping[str, Recipe], n: int) -> dict[str, Any]:
-    packages = ("torch", "transformers", "deepspeed")
     return {
         "recipes": {model: recipe.name for model, recipe in recipes.items()},
         "teacher": recipes[DISTILLED].teacher,
         "n": n,
         "evaluation_seed": EVALUATION_SEED,
-        "versions": {"cdistill": __version__, "python": platform.python_version()} | {p: version(p) for p in packages},
-        "commit": _commit(),
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores",
-    }
-
-
-def _commit() -> str | None:
-    """Commit of the source checkout the package runs from, if it is one."""
-    root = Path(__file__).parent.parent
-    if shutil.which("git") is None or not (root / ".git").exists():
-        return None
-    done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
+    } | provenance()
 
 
 def _flat(meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -415,6 +415,9 @@ def test_collator_pads_on_the_right_and_stacks_the_images_it_has():
         ({"turns": 0}, "turns must be at least 1"),
         ({"subtypes": ("colour", "smell")}, "smell"),
         ({"subtypes": ()}, "subtypes must be some of"),
+        ({"text": 1.0}, "text must be at least 0 and below 1"),
+        ({"text": 0.5, "modality": "text"}, "text must be 0 with modality text"),
+        ({"text": 0.5, "caption": 1.0, "turns": 0}, "text must be 0 with modality text or without turns"),
     ],
 )
 def test_impossible_tasks_are_refused(wrong, message):

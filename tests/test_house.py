@@ -38,7 +38,8 @@ ALLOWED = {
     "analysis": {"models", "builtin"},
     "attention": {"eval"},
     "demo": {"train", "analysis", "eval"},
-    "cli": {"demo", "plan", "attention"},
+    "reproduce": {"train", "analysis", "eval"},
+    "cli": {"demo", "plan", "attention", "reproduce"},
     "__main__": {"cli"},
 }
 

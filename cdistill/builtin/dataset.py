@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from cdistill.builtin import questions, render, scenes
-from cdistill.builtin.task import BuiltinTask
+from cdistill.builtin.task import SUBTYPES, BuiltinTask
 from cdistill.data.conversations import Encoded, Encoder
 from cdistill.data.samples import IGNORE_INDEX, IMAGE_TOKEN, Mark, Message
 
@@ -92,26 +92,30 @@ class BuiltinDataset(Dataset):
         return [self._vocabulary[word] for word in text.split()]
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        rng, scene, turns = self._draw(index)
-        item = self._conversation(self._prefix(scene), turns)
-        if self.task.modality == "image":
+        rng, written, scene, turns = self._draw(index)
+        item = self._conversation(_prefix(scene, written), turns)
+        if not written:
             pixels = render.render(scene, np.random.default_rng(rng.getrandbits(64)))
             item["pixel_values"] = torch.from_numpy(pixels)
-        return item | self._grounding(scene, item["input_ids"]) if self.grounding else item
+        return item | self._grounding(scene, item["input_ids"], written) if self.grounding else item
 
     def length(self, index: int) -> int:
         """Tokens of an item, whose image is not drawn for it."""
-        _, scene, turns = self._draw(index)
-        return len(self._conversation(self._prefix(scene), turns)["input_ids"])
+        _, written, scene, turns = self._draw(index)
+        return len(self._conversation(_prefix(scene, written), turns)["input_ids"])
+
+    def has_image(self, index: int) -> bool:
+        """Whether an item shows its scene as pixels."""
+        return not self._draw(index)[1]
 
     def messages(self, index: int) -> list[dict[str, Any]]:
         """The same conversation as messages for a chat template; an image stands in the first of them as PIL image."""
-        rng, scene, turns = self._draw(index)
+        rng, written, scene, turns = self._draw(index)
         result: list[dict[str, Any]] = []
         for question, answer in turns:
             result.append({"role": "user", "content": [{"type": "text", "text": question}]})
             result.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        if self.task.modality == "image":
+        if not written:
             pixels = render.render(scene, np.random.default_rng(rng.getrandbits(64)))
             first: dict[str, Any] = {"type": "image", "image": render.to_image(pixels)}
         else:
@@ -119,20 +123,19 @@ class BuiltinDataset(Dataset):
         result[0]["content"].insert(0, first)
         return result
 
-    def _draw(self, index: int) -> tuple[random.Random, scenes.Scene, list[tuple[str, str]]]:
+    def _draw(self, index: int) -> tuple[random.Random, bool, scenes.Scene, list[tuple[str, str]]]:
+        """Where its random numbers go on, whether the scene is written out, the scene, and what is said about it."""
         if not 0 <= index < self.size:
             raise IndexError(index)
-        rng = random.Random(f"{self.seed}/{index}/{self.held_out}")
-        return rng, *self._scene_and_turns(rng)
+        task, rng = self.task, random.Random(f"{self.seed}/{index}/{self.held_out}")
+        if task.text and rng.random() < task.text:
+            return rng, True, *self._scene_and_turns(rng, SUBTYPES)
+        return rng, task.modality == "text", *self._scene_and_turns(rng, task.subtypes)
 
-    def _prefix(self, scene: scenes.Scene) -> str:
-        text_only = self.task.modality == "text"
-        return scenes.describe(scene) if text_only else " ".join([IMAGE_TOKEN] * NUM_VISUAL_TOKENS)
-
-    def _grounding(self, scene: scenes.Scene, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _grounding(self, scene: scenes.Scene, input_ids: torch.Tensor, written: bool) -> dict[str, torch.Tensor]:
         words = [self._words[i] for i in input_ids.tolist()]
         cells = torch.from_numpy(render.grounding(scene, words))
-        if self.task.modality == "image":
+        if not written:
             places = [i for i, word in enumerate(words) if word == IMAGE_TOKEN]
             return {"grounding": cells, "places": torch.tensor(places)}
         each = len(scenes.describe(scene[:1]).split())
@@ -140,12 +143,14 @@ class BuiltinDataset(Dataset):
         cells[: places[-1] + 1] = 0.0  # the scene itself
         return {"grounding": cells[:, [t.row * scenes.GRID + t.column for t in scene]], "places": torch.tensor(places)}
 
-    def _scene_and_turns(self, rng: random.Random) -> tuple[scenes.Scene, list[tuple[str, str]]]:
+    def _scene_and_turns(
+        self, rng: random.Random, subtypes: tuple[str, ...]
+    ) -> tuple[scenes.Scene, list[tuple[str, str]]]:
         """A scene and what is said about it; scenes that allow none of the wanted questions are passed over."""
         captioned = rng.random() < self.task.caption
         while True:
             scene = scenes.sample_scene(rng, held_out=self.held_out)
-            asked = [questions.ask_any(scene, self.task.subtypes, rng) for _ in range(self.task.turns)]
+            asked = [questions.ask_any(scene, subtypes, rng) for _ in range(self.task.turns)]
             if None in asked:
                 continue
             turns = [(q.text, q.answer) for q in asked if q is not None]
@@ -163,6 +168,10 @@ class BuiltinDataset(Dataset):
             ids += prompt + reply
             labels += [IGNORE_INDEX] * len(prompt) + reply
         return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+
+
+def _prefix(scene: scenes.Scene, written: bool) -> str:
+    return scenes.describe(scene) if written else " ".join([IMAGE_TOKEN] * NUM_VISUAL_TOKENS)
 
 
 class ConversationDataset(Dataset):

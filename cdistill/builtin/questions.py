@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from cdistill.builtin.scenes import COLOURS, GRID, OPPOSITE, RELATIONS, SHAPES, Scene, Thing
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
+YES_NO, CAPTIONS = ("yes", "no"), ("A", "B")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def _existence(scene: Scene, rng: random.Random) -> Question:
         name = (
             _absent(scene, rng, colour=thing.colour) if rng.random() < 0.5 else _absent(scene, rng, shape=thing.shape)
         )
-    return Question("recognition", "existence", f"is there a {name} ?", "yes" if present else "no", ("yes", "no"))
+    return Question("recognition", "existence", f"is there a {name} ?", "yes" if present else "no", YES_NO)
 
 
 def _count(scene: Scene, rng: random.Random) -> Question:
@@ -150,6 +151,7 @@ _CAPTION_PAIRS: dict[str, Callable[[Scene, random.Random], tuple[str, str] | Non
 RECOGNITION = ("colour", "existence", "count")
 DIRECT = tuple(_DIRECT)
 COMPOSITIONAL = tuple(_CAPTION_PAIRS)
+CHOICES = {"colour": COLOURS, "existence": YES_NO, "count": NUMBERS, **dict.fromkeys(COMPOSITIONAL, CAPTIONS)}
 WORDS = (
     *NUMBERS,
     *("what", "colour", "is", "the", "?", "there", "a", "how", "many", "where", "or", "and", "yes", "no"),
@@ -177,7 +179,7 @@ def ask(scene: Scene, subtype: str, rng: random.Random) -> Question | None:
         return None
     right, wrong = pair
     first, second, answer = (right, wrong, "A") if rng.random() < 0.5 else (wrong, right, "B")
-    return Question("compositional", subtype, f"which caption fits ? A {first} B {second}", answer, ("A", "B"))
+    return Question("compositional", subtype, f"which caption fits ? A {first} B {second}", answer, CAPTIONS)
 
 
 def ask_any(scene: Scene, subtypes: tuple[str, ...], rng: random.Random) -> Question | None:

@@ -18,6 +18,7 @@ class BuiltinTask:
         sentences: sentences of a caption beyond the list of objects.
         turns: questions per sample.
         subtypes: kinds of questions, drawn uniformly.
+        text: of image samples, the share whose scene is written out instead, with questions of every kind.
     """
 
     modality: str = "image"
@@ -25,12 +26,19 @@ class BuiltinTask:
     sentences: int = 6
     turns: int = 6
     subtypes: tuple[str, ...] = SUBTYPES
+    text: float = 0.0
 
     def __post_init__(self) -> None:
         if self.modality not in MODALITIES:
             raise ValueError(f"modality must be {' or '.join(MODALITIES)}, got {self.modality!r}")
         if not 0.0 <= self.caption <= 1.0:
             raise ValueError(f"caption must lie between 0 and 1, got {self.caption}")
+        if not 0.0 <= self.text < 1.0:
+            raise ValueError(f"text must be at least 0 and below 1, got {self.text}")
+        if self.text and (self.modality == "text" or not self.turns):
+            raise ValueError(
+                "text must be 0 with modality text or without turns: it is the share of written scenes with questions"
+            )
         if self.sentences < 0:
             raise ValueError(f"sentences must not be negative, got {self.sentences}")
         if self.turns < 0 or (self.turns == 0 and self.caption < 1.0):

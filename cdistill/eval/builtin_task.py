@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from cdistill.builtin.dataset import NUM_VISUAL_TOKENS, BuiltinDataset, build_tokenizer
+from cdistill.builtin.questions import CHOICES
 from cdistill.builtin.scenes import IMAGE_SIZE
 from cdistill.builtin.scorer import FAMILIES, held_out_questions, standard_error, standard_error_of_mean
 from cdistill.data.samples import IGNORE_INDEX
@@ -47,27 +48,40 @@ class Exam:
         self.n, self.seed, self.modality = n, seed, modality
         self.tokenizer = build_tokenizer()
         self._drawn: dict[str, Prompt] = {}
+        vocabulary = self.tokenizer.get_vocab()
+        self._choices = {s: [vocabulary[word] for word in CHOICES[s]] for s in SUBTYPES}
         self._data: dict[str, BuiltinDataset] = {
             s: held_out_questions(s, n=n, seed=seed, modality=modality, tokenizer=self.tokenizer) for s in SUBTYPES
         }
 
     def evaluate(self, model: Model, title: str = "built-in task", batch_size: int | None = None) -> dict[str, Any]:
         """Accuracy of a model that knows the task's own words and pixels, as `cdistill.builtin.scorer.evaluate` gives it."""
+        return self.evaluate_both(model, title, batch_size)["greedy"]
+
+    def evaluate_both(
+        self, model: Model, title: str = "built-in task", batch_size: int | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Accuracy as `evaluate` gives it: ``greedy``, and by ``choice``, where the answer of the sub-type with the highest
+        log-likelihood is taken (`cdistill.builtin.questions.CHOICES`), whatever else the model would rather say."""
         if self.modality == "image" and not hasattr(model.config, "vision_config"):
             raise ValueError("modality must be text for a model without a vision encoder, got 'image'")
         was_training = model.training
         inference = Inference(model, Prompts(self.tokenizer), "padded")
+        chosen: dict[str, str] = {}
         workers = 1 if inference.device.type != "cpu" else torch.get_num_threads()
 
         def answers(batch: list[Asked]) -> list[Answer]:
-            said = inference.forced([prompt for _, prompt in batch])
-            return [Answer(asked, self._text(ids)) for (asked, _), ids in zip(batch, said, strict=True)]
+            choices = [self._choices[asked.id.partition("/")[0]] for asked, _ in batch]
+            said = inference.chosen([prompt for _, prompt in batch], choices)
+            chosen.update({asked.id: self._text([best]) for (asked, _), (_, best) in zip(batch, said, strict=True)})
+            return [Answer(asked, self._text(ids)) for (asked, _), (ids, _) in zip(batch, said, strict=True)]
 
         runner = Runner(inference, self._prompts, batch_size or BATCH_SIZE, answers, workers, tqdm.write)
         questions = [Question(f"{s}/{i}", "", (f"{s}/{i}",)) for s in SUBTYPES for i in range(self.n)]
         said = ask(runner, questions, title)
         model.train(was_training)
-        return self.result(said, {name: self._text(prompt.continuation) for name, prompt in self._drawn.items()})
+        right = {name: self._text(prompt.continuation) for name, prompt in self._drawn.items()}
+        return {"greedy": self.result(said, right), "choice": self.result(chosen, right)}
 
     def _text(self, ids: Sequence[int]) -> str:
         return " ".join(self.tokenizer.convert_ids_to_tokens(list(ids)))

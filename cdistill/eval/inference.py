@@ -203,6 +203,15 @@ class Inference:
         """
         return [scores.argmax(-1).tolist() for scores in self._scores(list(prompts))]
 
+    @torch.no_grad()
+    def chosen(self, prompts: Sequence[Prompt], choices: Sequence[Sequence[int]]) -> list[tuple[list[int], int]]:
+        """What `forced` gives, and of each prompt's choices, one token each, the one with the highest log-likelihood."""
+        result = []
+        for scores, allowed in zip(self._scores(list(prompts)), choices, strict=True):
+            best = allowed[int(scores[0][list(allowed)].argmax())]
+            result.append((scores.argmax(-1).tolist(), best))
+        return result
+
     def _scores(self, prompts: list[Prompt]) -> Iterator[Tensor]:
         """Of each prompt the logits (L, V) of its continuation's L tokens."""
         rows = [prompt.ids + prompt.continuation for prompt in prompts]

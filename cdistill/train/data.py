@@ -93,8 +93,11 @@ def _builtin_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
     if models.reader is not None:
         encoder = Encoder(models.reader)
         data, collate = ConversationDataset(source, encoder), PaddingCollator(encoder.pad_token_id)
-    shown = [int(options.modality == "image")] * size
-    return data, collate, lambda: ([source.length(i) for i in range(size)], shown)
+    return (
+        data,
+        collate,
+        lambda: tuple(zip(*((source.length(i), int(source.has_image(i))) for i in range(size)), strict=True)),
+    )
 
 
 def _file_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:

@@ -62,7 +62,7 @@ def refuse_other_run(recipe: Recipe, recorded: Recipe, output: Path) -> None:
     which no stage has. The message names the keys and both values.
     """
     begun = begun_stages(recorded, output)
-    found = list(differences(_decided(recorded, begun), _decided(recipe, begun))) if begun else []
+    found = list(differences(decided(recorded, begun), decided(recipe, begun))) if begun else []
     if found:
         raise ValueError(
             f"output {output} holds a different run: {_listed(found)}; choose another folder, or go on with what is there"
@@ -80,7 +80,7 @@ def print_changes(recipe: Recipe, output: Path, recorded: Recipe) -> None:
         print(f"{output} goes on with a changed recipe: {_listed(found)}", flush=True)
 
 
-def _decided(recipe: Recipe, begun: int) -> dict[str, Any]:
+def decided(recipe: Recipe, begun: int) -> dict[str, Any]:
     """What of a recipe the first stages have been trained by."""
     content = recipe_to_dict(recipe)
     for name in FREE:

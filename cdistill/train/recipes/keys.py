@@ -146,6 +146,8 @@ class DataConfig(Keys):
     """Built-in task: questions of a sample."""
     subtypes: tuple[str, ...] = BuiltinTask.subtypes
     """Built-in task: kinds of questions, drawn uniformly."""
+    text: float = BuiltinTask.text
+    """Built-in task: share of samples, below 1, without an image: the scene is written out, with questions of every kind."""
     seed: Count | None = None
     """Seed of the samples or of their order; null derives it from the recipe's seed and the place of the stage, so that the
     i-th stages of two recipes with the same seed and data see the same samples."""

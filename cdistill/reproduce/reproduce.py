@@ -1,0 +1,194 @@
+"""From a table's name to its page: plan, check, train what is missing, and tell."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cdistill.eval.files import write_atomically
+from cdistill.reproduce import page, runs, text
+from cdistill.reproduce.findings import Findings, samples_of
+from cdistill.reproduce.runs import FAILED, STARTED, STOPPED, Record, Run
+from cdistill.reproduce.schedule import Schedule, part_folder
+from cdistill.reproduce.tables import load_table
+from cdistill.train.run_folder import locked
+
+
+def reproduce(
+    table: str,
+    *,
+    pair: str,
+    output: Path,
+    seeds: int = 1,
+    processes: int = 1,
+    resume: bool = False,
+    train: bool = True,
+    keep: bool = False,
+    n: int = runs.QUESTIONS,
+) -> Findings:
+    """Make the runs of a table that ``output`` lacks, and write TABLE.json and TABLE.html there.
+
+    Args:
+        table: name or path.
+        pair: recipe that its rows change.
+        output: holds a record HASH.json for each run that was ever started, and work/ while one is trained.
+        seeds: training seeds, from the pair's on.
+        processes: runs at once, each on its share of threads.
+        resume: go on with runs that were stopped, and try failed ones again.
+        train: False tells of the runs that are there.
+        keep: keep weights, in work/HASH/run.
+        n: questions per sub-type.
+
+    Raises:
+        ValueError: an unknown table, a pair that its rows do not fit, results of another version, begun runs without
+            ``resume``, or no run to tell of.
+        Stopped: a signal came.
+    """
+    for key, value in (("seeds", seeds), ("processes", processes), ("n", n)):
+        if value < 1:
+            raise ValueError(f"--{key} must be at least 1, got {value}")
+    work = Reproduction(table, pair, output, seeds, n)
+    if train:
+        work.train(processes=processes, resume=resume, keep=keep)
+    return work.tell()
+
+
+class Reproduction:
+    """A table on a pair, in a folder. The arguments are those of `reproduce`."""
+
+    def __init__(self, table: str, pair: str, output: Path, seeds: int, n: int) -> None:
+        self.table, self.name = load_table(table), Path(table).stem
+        self.pair, self.recipe = pair, runs.load_pair(pair)
+        self.output, self.seeds, self.n = output, seeds, n
+        self.records = runs.read_records(output)
+        self.rates = runs.tuned_rates(self.recipe, n, self.records)
+        self.parts, self.teacher = runs.plan_parts(self.table), runs.plan_teacher(self.recipe, n)
+        self.folders = {part: part_folder(output, run) for part, run in self.parts.items()}
+
+    def rows(self) -> list[Run]:
+        """Runs of the rows. Their hashes depend on the parts, which must be there."""
+        parts = {part: str(folder) for part, folder in self.folders.items()}
+        return runs.plan(self.name, self.table, self.recipe, seeds=self.seeds, n=self.n, rates=self.rates, parts=parts)
+
+    def train(self, *, processes: int, resume: bool, keep: bool) -> None:
+        """Make the runs that the folder lacks."""
+        rows = [] if self.parts else self.rows()
+        check(self.name, rows)
+        self.output.mkdir(parents=True, exist_ok=True)
+        with locked(self.output):
+            self.records |= runs.read_records(self.output)
+            schedule = Schedule(self.output, self.records, processes, keep)
+            self._begin([*self.parts.values(), self.teacher, *rows], resume)
+            _note_killed(self.records, self.output)
+            if self.parts:
+                schedule.work(list(self.parts.values()))
+                rows = self.rows()
+                check(self.name, rows)
+                self._begin(rows, resume)
+            schedule.work([self.teacher, *{run.hash: run for run in rows}.values()])
+
+    def _begin(self, planned: Sequence[Run], resume: bool) -> None:
+        """Have a record of every planned run in memory, that says who asks for it."""
+        records = self.records
+        begun = [run for run in planned if (r := records.get(run.hash)) and r.status in (STARTED, STOPPED, FAILED)]
+        if begun and not resume:
+            record = records[begun[0].hash]
+            raise ValueError(
+                f"--output: {self.output} holds {len({run.hash for run in begun})} runs of table {self.name} begun and not "
+                f"finished ({begun[0].row}, seed {record.seed}: {record.status}): go on with --resume"
+            )
+        for run in planned:
+            exam = None if run.exam is None else asdict(run.exam)
+            fresh = Record(run.hash, self.pair, list(run.overrides), run.recipe.seed, exam)
+            record = records.setdefault(run.hash, fresh)
+            record.samples = 0 if run.model else samples_of(run.recipe.stages, run.recipe.stage)
+            asked = f"{self.name}: {run.row}"
+            if asked not in record.rows:
+                record.rows.append(asked)
+                if record.attempts:
+                    record.write(self.output)
+
+    def tell(self) -> Findings:
+        """Write the page and the numbers of the runs that are there."""
+        for part, folder in self.folders.items():
+            if not folder.is_dir():
+                raise ValueError(
+                    f"table {self.name} lacks its part {part} in {self.output}: leave --report out to make it"
+                )
+        rows = self.rows()
+        findings = Findings(self.table, rows, self.records)
+        if not any(findings.values(row, "compositional", size, rate) for _, row, size, rate in text.places(findings)):
+            raise ValueError(f"table {self.name} has no finished run in {self.output}: leave --report out to make them")
+        facts = self._facts(rows)
+        content = text.as_json(findings, self.name, facts)
+        write_atomically(self.output / f"{self.name}.json", json.dumps(content, indent=1) + "\n")
+        write_atomically(self.output / f"{self.name}.html", page.page(findings, self.name, facts))
+        return findings
+
+    def _facts(self, rows: Sequence[Run]) -> dict[str, Any]:
+        """What the page says of where its numbers come from: every run that was started for the table among it."""
+        mine = {run.hash for run in (*self.parts.values(), self.teacher, *rows)}
+        asked = f"{self.name}: "
+        started = [r for r in self.records.values() if r.attempts and any(row.startswith(asked) for row in r.rows)]
+        teacher = self.records.get(self.teacher.hash)
+        return {
+            "command": f"cdistill reproduce {self.name} --seeds {self.seeds} --pair {self.pair}",
+            "pair": self.recipe.name,
+            "questions": next(asdict(run.exam) for run in rows if run.exam is not None),
+            "tuned_rates": self.rates,
+            "teacher": None if teacher is None else teacher.accuracy,
+            "commits": sorted({str(a.get("commit")) for r in started for a in r.attempts}),
+            "runs": [_told(record, record.hash in mine) for record in started],
+        }
+
+
+def check(name: str, planned: Sequence[Run]) -> None:
+    """Raise ValueError for a row whose models cannot be built or trained, before anything is."""
+    from cdistill.eval.builtin_task import knows_the_task
+    from cdistill.runtime.launch import quiet
+    from cdistill.train.build import build_models
+
+    seen = set()
+    for run in planned:
+        if run.row in seen:
+            continue
+        seen.add(run.row)
+        try:
+            with quiet():
+                models = build_models(run.recipe)
+        except ValueError as error:
+            raise ValueError(f"table {name}, row {run.row}: {error}") from None
+        if not knows_the_task(models.student, models.tokenizer):
+            raise ValueError(
+                f"--pair: the student of table {name}, row {run.row} does not know the words and pixels of the built-in "
+                "world, by which `cdistill reproduce` judges"
+            )
+
+
+def _note_killed(records: Mapping[str, Record], output: Path) -> None:
+    """Note that runs which only began were killed: nobody else works in the folder now."""
+    for record in records.values():
+        if record.status == STARTED:
+            record.attempts[-1] |= {"status": STOPPED, "reason": "killed"}
+            record.write(output)
+
+
+def _told(record: Record, in_table: bool) -> dict[str, Any]:
+    last = record.attempts[-1]
+    return {
+        "hash": record.hash,
+        "rows": record.rows,
+        "seed": record.seed,
+        "samples": record.samples,
+        "status": record.status,
+        "reason": last.get("reason", ""),
+        "seconds": round(sum(a.get("seconds", 0.0) for a in record.attempts), 1),
+        "cpu_seconds": last.get("cpu_seconds"),
+        "attempts": len(record.attempts),
+        "commit": last.get("commit"),
+        "overrides": record.overrides,
+        "in_table": in_table,
+    }

@@ -1,0 +1,296 @@
+"""The runs of a table: recipes, the hash that tells each, and its record in the folder of results."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from cdistill import __version__
+from cdistill.eval.files import read_text, write_atomically
+from cdistill.reproduce.tables import TUNE, Row, Table, load_table
+from cdistill.train.recipes import Recipe, load_recipe, recipe_to_dict, with_overrides
+from cdistill.train.recipes.values import override
+
+QUESTIONS = 300  # per sub-type
+REPORTED, VALIDATION = 1, 0  # seeds of questions: of tables, and of tuning
+TUNING_SEED = -1  # training seed of tuning, counted from the first that tables report
+FORMAT = 1  # of a record
+TEACHER = "teacher"  # row of the pair's teacher, in every table
+FINISHED, FAILED, STOPPED, STARTED = "finished", "failed", "stopped", "started"
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Questions that judge a run: how many per sub-type, and their seed."""
+
+    n: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One student to be trained; or a part, which is examined by nobody, or the teacher, which only is.
+
+    Attributes:
+        row: of the table.
+        size: factor of the samples.
+        rate: factor of the learning rates, those of the row and of tuning among them.
+        recipe: all of it, without an output folder of its own.
+        exam: what it is asked; None of a part.
+        overrides: what makes the recipe of the pair's, parts by their names.
+        hash: of the values that decide its weights and answers.
+        model: what is there already and only examined.
+    """
+
+    row: str
+    size: float
+    rate: float
+    recipe: Recipe
+    exam: Exam | None
+    overrides: tuple[str, ...]
+    hash: str
+    model: str | None = None
+
+
+@dataclass
+class Record:
+    """What is kept of a run: small, one JSON file.
+
+    Attributes:
+        hash: the run's, also the name of the file.
+        pair: recipe that the table's rows change.
+        overrides: what makes the run's recipe of it.
+        seed: of training.
+        exam: questions per sub-type and their seed; None of a part.
+        rows: TABLE: ROW of all that asked for it.
+        attempts: status, seconds, CPU seconds, commit, versions, machine, threads and reason of every start, in order.
+        samples: of all stages.
+        accuracy: by way (``greedy``, ``choice``), family and sub-type, in 0..1; None before the end.
+    """
+
+    hash: str
+    pair: str
+    overrides: list[str]
+    seed: int
+    exam: dict[str, int] | None
+    rows: list[str] = field(default_factory=list)
+    samples: int = 0
+    attempts: list[dict[str, Any]] = field(default_factory=list)
+    accuracy: dict[str, Any] | None = None
+
+    @property
+    def status(self) -> str:
+        """Of the last attempt; one that only began was killed, if nobody works on it now."""
+        return str(self.attempts[-1]["status"]) if self.attempts else "not started"
+
+    def write(self, folder: Path) -> None:
+        """Put it into the folder of results."""
+        whole = {"format": FORMAT, "cdistill": __version__, **asdict(self)}
+        write_atomically(folder / f"{self.hash}.json", json.dumps(whole, indent=1) + "\n")
+
+
+def read_records(folder: Path) -> dict[str, Record]:
+    """All records of a folder by hash. Raises ValueError for one of another version, or for a file that is none."""
+    found = {}
+    for path in sorted(folder.glob("[0-9a-f]" * 16 + ".json")):
+        try:
+            content = json.loads(read_text(path))
+            form, version = content.pop("format"), content.pop("cdistill")
+            record = Record(**content) if form == FORMAT else None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: is no record of a run ({error!r:.80}); move it away") from None
+        if record is None or version != __version__:
+            raise ValueError(
+                f"{path}: was written by cdistill {version} in format {form}, this is {__version__} in format {FORMAT}: "
+                "take another --output"
+            )
+        found[record.hash] = record
+    return found
+
+
+def load_pair(name_or_path: str) -> Recipe:
+    """The distilled recipe that a table's rows change. Raises ValueError unless it distils."""
+    recipe = load_recipe(name_or_path)
+    if recipe.teacher is None:
+        raise ValueError(f"--pair: recipe {recipe.name} has no teacher: there is nothing to distil")
+    return replace(recipe, processes=1)
+
+
+def plan_parts(table: Table) -> dict[str, Run]:
+    """Runs of a table's parts, by name. Raises ValueError for an override that does not fit."""
+    result = {}
+    for name, part in table.parts.items():
+        recipe = replace(load_recipe(part.recipe, part.set), processes=1)
+        result[name] = Run(f"part {name}", 1.0, 1.0, recipe, None, part.set, hash_of(recipe, None))
+    return result
+
+
+def plan_teacher(pair: Recipe, n: int) -> Run:
+    """The examination of the pair's teacher."""
+    from cdistill.eval.loading import fingerprint
+    from cdistill.models.load import resolve_folder
+
+    assert pair.teacher is not None
+    exam = Exam(n, REPORTED)
+    digest = _digest({"model": fingerprint([resolve_folder(pair.teacher, "teacher")]), "exam": asdict(exam)})
+    return Run(TEACHER, 1.0, 1.0, pair, exam, (), digest, model=pair.teacher)
+
+
+def plan(
+    name: str,
+    table: Table,
+    pair: Recipe,
+    *,
+    seeds: int,
+    n: int,
+    rates: Mapping[str, float],
+    parts: Mapping[str, str] = MappingProxyType({}),
+) -> list[Run]:
+    """All runs of a table, row by row within a seed, so that the first seed of all rows is there first.
+
+    Args:
+        name: of the table, for messages.
+        table: its rows.
+        pair: the recipe that they change.
+        seeds: how many, from the pair's on; tuning has one of its own.
+        n: questions per sub-type.
+        rates: factors of learning rates by method, those that are tuned.
+        parts: folders of the table's parts, by name.
+
+    Raises:
+        ValueError: a row whose changes do not fit the pair, or a claim about two rows that are one run.
+    """
+    tuning = name == TUNE
+    chosen = [pair.seed + TUNING_SEED] if tuning else [pair.seed + i for i in range(seeds)]
+    if chosen[0] < 0:
+        raise ValueError(
+            f"--pair: seed must be at least {-TUNING_SEED}, as tuning takes the one before, got {pair.seed}"
+        )
+    exam = Exam(n, VALIDATION if tuning else REPORTED)
+    runs = []
+    for seed in chosen:
+        for size in table.sizes:
+            for row, change in table.rows.items():
+                for rate in table.rates:
+                    tuned = change.rate * rate * (1.0 if tuning else rates.get(change.method, 1.0))
+                    try:
+                        runs.append(_run(pair, row, change, seed, size, tuned, exam, parts))
+                    except ValueError as error:
+                        raise ValueError(f"table {name}, row {row}: {error}") from None
+    _check_claims(name, table, runs)
+    return runs
+
+
+def _run(
+    pair: Recipe,
+    row: str,
+    change: Row,
+    seed: int,
+    size: float,
+    rate: float,
+    exam: Exam,
+    parts: Mapping[str, str],
+) -> Run:
+    changes = [f"seed={seed}", *change.set]
+    if change.objectives is not None:
+        if len(change.objectives) != len(pair.stages):
+            raise ValueError(
+                f"it names the objectives of {len(change.objectives)} stages, {pair.name} has {len(pair.stages)}"
+            )
+        changes += [f"stage.{name}.objective={o}" for name, o in zip(pair.stages, change.objectives, strict=True)]
+    content = recipe_to_dict(pair)
+    override(content, changes)
+    models = {"teacher": str(pair.teacher), **parts}
+    for name in pair.stages:
+        stage = pair.stage[name]
+        factor = size * change.samples
+        if factor != 1:
+            whole = max(1, round(factor * stage.samples / stage.global_batch_size))
+            changes.append(f"stage.{name}.samples={whole * stage.global_batch_size}")
+        if rate != 1 and content["stage"][name]["objective"] not in ("pt", "dpt"):
+            changes.append(f"stage.{name}.learning_rate={rate * stage.learning_rate:.6g}")
+    named = changes
+    for key, folder in models.items():
+        changes = [text.replace(f"{{{key}}}", folder) for text in changes]
+    recipe = with_overrides(pair, changes)
+    return Run(row, size * change.samples, rate, recipe, exam, tuple(named), hash_of(recipe, exam))
+
+
+def _check_claims(name: str, table: Table, runs: Sequence[Run]) -> None:
+    hashes: dict[str, set[str]] = {}
+    for run in runs:
+        hashes.setdefault(run.row, set()).add(run.hash)
+    for claim in table.claims:
+        if hashes[claim.better] == hashes[claim.worse]:
+            raise ValueError(
+                f"table {name}: rows {claim.better} and {claim.worse} are the same run with this pair, which leaves out what "
+                "they differ in; choose another --pair"
+            )
+
+
+def hash_of(recipe: Recipe, exam: Exam | None) -> str:
+    """What tells a run from others: all that decides its weights, and the questions that it is asked.
+
+    Names, folders and what is only logged do not count, nor do keys of losses that no stage has.
+    """
+    return _digest({"run": identity(recipe), "exam": None if exam is None else asdict(exam)})
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """The values of a recipe that decide the weights it ends with, models by what their files hold."""
+    from cdistill.eval.loading import fingerprint
+    from cdistill.models.load import resolve_folder
+    from cdistill.train.resolve import resolve
+    from cdistill.train.run_folder import decided
+
+    run, content = resolve(recipe, world=1), decided(recipe, len(recipe.stages))
+    sections = content.pop("stage")
+    content["stages"] = [sections[name] for name in content["stages"]]
+    for stage, section in zip(run.stages, content["stages"], strict=True):
+        section["data"]["seed"], section["micro_batch_size"] = stage.data_seed, stage.micro_batch_size
+    if not any(stage.aligns for stage in run.stages):
+        del content["vat"]
+    if not run.distils_from(0):
+        del content["kd"], content["teacher_memory"]
+    if not recipe.needs_teacher:
+        del content["teacher"]
+    for place, key in ((content, "teacher"), (content["student"], "base"), (content["student"], "vision")):
+        if place.get(key) is not None:
+            place[key] = fingerprint([resolve_folder(place[key], key)])
+    return content | {"precision": run.precision}
+
+
+def tuned_rates(pair: Recipe, n: int, records: Mapping[str, Record]) -> dict[str, float]:
+    """Of each method whose grid is finished the factor of its learning rates by the rule of the table `TUNE`.
+
+    None of a pair that the table does not fit, which cannot have been tuned.
+    """
+    table = load_table(TUNE)
+    scores: dict[str, dict[float, float | None]] = {row: {} for row in table.rows}
+    try:
+        planned = plan(TUNE, table, pair, seeds=1, n=n, rates={})
+    except ValueError:
+        return {}
+    for run in planned:
+        record = records.get(run.hash)
+        scores[run.row][run.rate] = None if record is None or record.accuracy is None else score(record.accuracy)
+    best = {}
+    for method, of in scores.items():
+        known = {rate: value for rate, value in of.items() if value is not None}
+        if len(known) == len(of):
+            best[method] = max(known, key=lambda rate: (known[rate], -rate))
+    return best
+
+
+def score(accuracy: Mapping[str, Any]) -> float:
+    """By what tuning chooses: the mean of the recognition average and the compositional one, by choice."""
+    return (accuracy["greedy"]["recognition"]["avg"] + accuracy["choice"]["compositional"]["avg"]) / 2
