@@ -1,7 +1,8 @@
 """Questions a second of `cdistill eval` with the built-in teacher, alone and in batches, beside transformers' ``generate``.
 
 `python -m pytest benchmarks/bench_eval.py`, a minute on two cores. The questions are the built-in world's as SugarCrepe's
-(replies) and Winoground's (probabilities of "yes"); all ways must answer alike before they are timed.
+(replies) and Winoground's (probabilities of "yes"); all ways must answer alike before they are timed. In the environment of
+`make eval-env`, `.venv-eval/bin/python -m pytest benchmarks/bench_eval.py -k lmms` times lmms-eval beside them.
 """
 
 import statistics
@@ -91,3 +92,66 @@ def test_questions_a_second(benchmark, cpu_environment, target, tmp_path, loaded
         medians["cdistill, batches of 32"] / medians["transformers, one at a time"],
         at_least=LEAST[task],
     )
+
+
+def by_lmms_eval(evaluator, model, arguments, folder, batch_size):
+    """Replies of one of lmms-eval's models in its own run of our task, and the seconds that they took."""
+    seconds = []
+    whole = model.generate_until
+
+    def timed(self, requests):
+        start = time.perf_counter()
+        replies = whole(self, requests)
+        seconds.append(time.perf_counter() - start)
+        return replies
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CDISTILL_EVAL_DATA", str(folder))
+        patch.setattr(model, "generate_until", timed)
+        made = model.create_from_arg_string(arguments, {"batch_size": batch_size, "device": "cpu"})
+        found = evaluator.simple_evaluate(model=made, tasks=["cd_sugarcrepe"], batch_size=batch_size, bootstrap_iters=0)
+    samples = sorted(found["samples"]["cd_sugarcrepe"], key=lambda sample: sample["doc_id"])
+    return [sample["filtered_resps"][0].strip() for sample in samples], sum(seconds)
+
+
+def test_beside_lmms_eval(benchmark, cpu_environment, target, tmp_path, loaded, monkeypatch):
+    """The same task and model; lmms-eval's own takes one question at a time. Loading and scoring are not timed."""
+    pytest.importorskip("lmms_eval", reason="lmms-eval is in the environment of `make eval-env`")
+    from lmms_eval import evaluator
+    from lmms_eval.models.chat.llava_hf import LlavaHf
+
+    from cdistill.eval.lmms_eval.model import CDistill
+
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    write("sugarcrepe", tmp_path / "sugarcrepe", n=ENTRIES["sugarcrepe"])
+    loaded.model.save_pretrained(tmp_path / "teacher")
+    loaded.processor.save_pretrained(tmp_path / "teacher")
+    inference = Inference(loaded.model, Prompts(loaded.processor))
+    inference.find_way()
+    questions = benchmarks.get("sugarcrepe").questions(tmp_path / "sugarcrepe")
+    replies: dict[str, list[str]] = {}
+    rates: dict[str, list[float]] = {}
+
+    def note(name, found, seconds):
+        replies[name] = found
+        rates.setdefault(name, []).append(len(questions) / seconds)
+
+    def turn():
+        start = time.perf_counter()
+        found = by_runner(inference, tmp_path / "sugarcrepe", questions, 32)
+        note("cdistill eval", [reply.strip() for reply in found], time.perf_counter() - start)
+        teacher = f"pretrained={tmp_path / 'teacher'}"
+        note("lmms-eval, cdistill", *by_lmms_eval(evaluator, CDistill, teacher, tmp_path, 32))
+        note("lmms-eval, llava_hf", *by_lmms_eval(evaluator, LlavaHf, f"{teacher},device_map=cpu", tmp_path, 1))
+
+    benchmark.pedantic(turn, rounds=ROUNDS)
+    assert replies["lmms-eval, cdistill"] == replies["cdistill eval"]
+    alike = statistics.mean(
+        a == b for a, b in zip(replies["lmms-eval, llava_hf"], replies["cdistill eval"], strict=True)
+    )
+    medians = {name: statistics.median(found) for name, found in rates.items()}
+    benchmark.extra_info.update(
+        cpu_environment, questions=len(questions), questions_per_s=medians, llava_hf_alike=alike
+    )
+    target("times lmms-eval", medians["cdistill eval"] / medians["lmms-eval, llava_hf"], at_least=3.0)

@@ -216,11 +216,13 @@ def test_missing_images_are_named_and_left_out_or_wrong(data, tmp_path, capsys):
     assert "none of its images is there" in refused(capsys, *options[:-2])
 
 
-def test_a_limit_cuts_no_entry(data, tmp_path):
-    assert run("builtin:teacher", "--task", "sugarcrepe", "--data", data, "--limit", 3, "--output", tmp_path) == 0
-    assert [line["id"] for line in lines(tmp_path)] == [
-        f"add_att/{i}/{order}_first" for i in (0, 1) for order in ("positive", "negative")
-    ]
+def test_a_limit_cuts_no_entry_and_takes_all_kinds(data, tmp_path):
+    """Two entries of each of seven files: a quarter of 28 questions are four entries, whole."""
+    assert run("builtin:teacher", "--task", "sugarcrepe", "--data", data, "--limit", 7, "--output", tmp_path) == 0
+    asked = [line["id"] for line in lines(tmp_path)]
+    entries = list(dict.fromkeys(name.rsplit("/", 1)[0] for name in asked))
+    assert asked == [f"{entry}/{order}_first" for entry in entries for order in ("positive", "negative")]
+    assert len(entries) == len({entry.split("/")[0] for entry in entries}) == 4
 
 
 def test_mistakes_in_one_line(data, tmp_path, capsys):
@@ -285,12 +287,7 @@ def test_memory_that_runs_out_halves_the_batches(data, monkeypatch):
     said, sizes = [], []
     loaded = load("builtin:teacher")
     prompts = Prompts(loaded.processor)
-    task = tasks._sorted_out(
-        benchmarks.get("sugarcrepe"),
-        Pictures([data / "sugarcrepe"]),
-        benchmarks.get("sugarcrepe").questions(data / "sugarcrepe"),
-        wrong=False,
-    )
+    task = tasks.prepare("sugarcrepe", data)
 
     def tight(batch):
         if len(batch) > 5:
@@ -298,7 +295,7 @@ def test_memory_that_runs_out_halves_the_batches(data, monkeypatch):
         sizes.append(len(batch))
         return [Answer(question) for question, _ in batch]
 
-    runner = Runner(Inference(loaded.model, prompts), tasks._source(task.pictures, prompts), 16, tight, say=said.append)
+    runner = Runner(Inference(loaded.model, prompts), tasks.source(task.pictures, prompts), 16, tight, say=said.append)
     bar = tasks.tqdm(total=28, disable=True)
     answered = [answer.question.id for answers in runner.answers(task.asked, bar) for answer in answers]
     assert sorted(answered) == sorted(question.id for question in task.asked)
@@ -311,7 +308,7 @@ def test_the_plan_says_what_will_be_done(data):
     loaded = load("builtin:teacher")
     prompts = Prompts(loaded.processor)
     inference = Inference(loaded.model, prompts)
-    runner = Runner(inference, tasks._source(Pictures([data / "sugarcrepe"]), prompts), 7)
+    runner = Runner(inference, tasks.source(Pictures([data / "sugarcrepe"]), prompts), 7)
     work = runner.plan(questions)
     assert (work.questions, work.groups, work.batch) == (28, len(by_images(questions)), 7)
     lengths = [len(p.ids) for q in questions for p in runner.source([q])]

@@ -32,7 +32,7 @@ ALLOWED = {
     "data": {"choices", "_plugins"},
     "builtin": {"data"},
     "runtime": {"data"},
-    "train": {"models", "builtin", "runtime"},
+    "train": {"models", "builtin", "runtime", "eval"},
     "plan": {"train"},
     "eval": {"analysis", "runtime"},
     "analysis": {"models", "builtin"},

@@ -19,8 +19,8 @@ from cdistill.runtime import checkpoints
 from cdistill.train import run
 from cdistill.train.build import build_models
 from cdistill.train.data import open_stage, open_validation
+from cdistill.train.measuring import METRIC, VALUE, is_best
 from cdistill.train.resolve import resolve
-from cdistill.train.validation import METRIC, VALUE, is_best
 
 HELD_OUT = {"samples": 10, "every": 2}
 
@@ -178,7 +178,7 @@ REFUSED = [
     ({"validation": {"samples": 0}}, r"stage\.dft\.validation\.samples must be at least 1, got 0"),
     (
         {"keep_best": "validation.ar"},
-        r"stage\.dft\.keep_best must be a metric of this stage \(none, as validation is null\)",
+        r"stage\.dft\.keep_best must be a metric of this stage \(none, as validation and eval are null\)",
     ),
     (
         {"keep_best": "validation.kl", "validation": {}},

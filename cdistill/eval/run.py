@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", type=Path, metavar="ROOT", help="where its images are (default: as --data, or in its images)"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N questions, and those that count with them")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="N questions, spread over the benchmark, and those that count with them"
+    )
     parser.add_argument(
         "--batch-size", type=_batch_size, metavar="N", help="questions of a batch (default: auto, by length and memory)"
     )

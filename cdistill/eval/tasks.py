@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tqdm import tqdm
@@ -22,7 +24,7 @@ from cdistill.eval.loading import Loaded, load
 from cdistill.eval.pictures import Pictures
 from cdistill.eval.prompts import Prompt, Prompts
 from cdistill.eval.results import Results, hash_of, nothing
-from cdistill.eval.runner import Runner, by_images
+from cdistill.eval.runner import Runner, Source, by_images
 from cdistill.eval.score import score, table
 from cdistill.runtime import launch
 from cdistill.runtime.collectives import gathered_objects, naming_lost_peers, on_first_process
@@ -54,6 +56,14 @@ class Task:
         """The benchmark's."""
         return self.benchmark.name
 
+    def leave_out(self, lacking: Mapping[str, str], *, wrong: bool) -> None:
+        """Take out questions that lack an image, and all that are asked about the same entries, or count them as wrong."""
+        entries = {_entry(question): lacking[question.id] for question in self.asked if question.id in lacking}
+        gone = [question for question in self.asked if _entry(question) in entries]
+        self.missing |= {question.id: entries[_entry(question)] for question in gone}
+        self.wrong += gone if wrong else []
+        self.asked = [question for question in self.asked if _entry(question) not in entries]
+
 
 def run(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any] | None:
     """Put all tasks to the model; results by task on the first process, None on others.
@@ -65,7 +75,18 @@ def run(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any] | N
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and options.output is None:
         raise ValueError("--output must name a folder where the processes put their replies together")
-    tasks = [prepare(name, options, several=len(names) > 1) for name in names]
+    tasks = [
+        prepare(
+            name,
+            options.data,
+            options.images,
+            limit=options.limit,
+            wrong=options.missing == "wrong",
+            several=len(names) > 1,
+            drawn={key: getattr(options, key) for key in ("n", "seed") if getattr(options, key) is not None},
+        )
+        for name in names
+    ]
     with launch.quiet(), naming_lost_peers():
         if world > 1:
             launch.init_process_group()
@@ -87,76 +108,91 @@ def run(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any] | N
     return found if rank == 0 else None
 
 
-def prepare(name: str, options: argparse.Namespace, *, several: bool) -> Task:
+def prepare(
+    name: str,
+    data: Path | None = None,
+    images: Path | None = None,
+    *,
+    limit: int | None = None,
+    wrong: bool = False,
+    several: bool = False,
+    drawn: Mapping[str, int] = MappingProxyType({}),
+    quiet: bool = False,
+) -> Task:
     """Read a benchmark's questions and see which images are there.
+
+    Args:
+        data: folder of the benchmark's files, or one with a folder ``name`` of them; of ``several`` it must be such a one.
+        images: where the images are, other than ``data``.
+        limit: about how many questions are asked, spread over the benchmark (`spread`).
+        wrong: questions without their images are wrong; otherwise they are left out.
+        drawn: of the built-in task ``n`` questions of each sub-type, and the ``seed``.
+        quiet: say nothing of other versions and missing images.
 
     Raises:
         ValueError: the files are not there or not right.
     """
     benchmark = benchmarks.get(name)
-    data = Path() if options.data is None else options.data
+    data = Path() if data is None else data
     if (data / name).is_dir():
         data = data / name
     elif several and name != "builtin":
         raise ValueError(f"--data: {data} has no folder {name}; each of several tasks has one of its own there")
-    if name == "builtin" and (options.n is not None or options.seed is not None):
-        drawn: Any = benchmark
-        questions = drawn.draw(n=500 if options.n is None else options.n, seed=options.seed or 0)
+    if name == "builtin":
+        own: Any = benchmark
+        each = {} if limit is None else {"n": min(500, math.ceil(limit / len(own.counts)))}
+        questions = own.draw(**(each | dict(drawn)))
     else:
         questions = benchmark.questions(data)
     if not questions:
         raise ValueError(f"--data: {data} holds no questions of {name}")
     roots = [data, data / "images"]
-    if options.images is not None:
-        own = options.images / name
-        roots = [own if several and own.is_dir() else options.images, *roots]
-    if options.limit is not None:
-        questions = first_of(questions, options.limit)
-    else:
-        _print(benchmark.remarks(questions))
-    return _sorted_out(benchmark, Pictures(roots), questions, wrong=options.missing == "wrong")
+    if images is not None:
+        folder = images / name
+        roots = [folder if several and folder.is_dir() else images, *roots]
+    if limit is not None:
+        questions = spread(questions, limit)
+    remarks = [] if limit is not None else benchmark.remarks(questions)
+    task, missing = _sorted_out(benchmark, Pictures(roots), questions, wrong=wrong)
+    _print([] if quiet else [*remarks, *missing])
+    return task
 
 
-def first_of(questions: Sequence[Question], limit: int) -> list[Question]:
-    """The first so many questions, and all that are asked about the same entries of the benchmark."""
-    entries = {_entry(question) for question in questions[:limit]}
-    return [question for question in questions if _entry(question) in entries]
+def spread(questions: Sequence[Question], limit: int) -> list[Question]:
+    """Questions of entries at equal distances over a benchmark, whole entries, until there are ``limit`` or some more."""
+    entries = list(dict.fromkeys(map(_entry, questions)))
+    count = math.ceil(limit * len(entries) / len(questions))
+    if count >= len(entries):
+        return list(questions)
+    chosen = {entries[i * len(entries) // count] for i in range(count)}
+    return [question for question in questions if _entry(question) in chosen]
 
 
 def _entry(question: Question) -> str:
     return str(question.facts.get("item", question.id))
 
 
-def _sorted_out(benchmark: Benchmark, pictures: Pictures, questions: Sequence[Question], *, wrong: bool) -> Task:
-    """Questions whose images are there; of an entry that lacks one all questions go."""
+def _sorted_out(
+    benchmark: Benchmark, pictures: Pictures, questions: Sequence[Question], *, wrong: bool
+) -> tuple[Task, list[str]]:
+    """Questions whose images are there, and what to say of the others; of an entry that lacks one all questions go."""
     why = {name: pictures.missing(name) for name in dict.fromkeys(n for q in questions for n in q.images)}
     task = Task(benchmark, pictures, hash_of(questions), list(questions))
     lacking = {q.id: said for q in questions for name in q.images if (said := why[name]) is not None}
-    _leave_out(task, lacking, wrong=wrong)
+    task.leave_out(lacking, wrong=wrong)
     gone = [name for name, said in why.items() if said is not None]
-    if gone:
-        named = ", ".join(gone[:NAMED]) + (", ..." if len(gone) > NAMED else "")
-        what = "count as wrong" if wrong else "are left out"
-        _print(
-            [
-                f"{benchmark.name}: {len(gone):,} of {len(why):,} images are missing below {pictures.roots[0]} ({named}): "
-                f"{len(task.missing):,} of {len(questions):,} questions {what}"
-            ]
-        )
+    if not gone:
+        return task, []
     if not task.asked:
         raise ValueError(
             f"{benchmark.name}: none of its images is there ({next(iter(lacking.values()))}); see --images"
         )
-    return task
-
-
-def _leave_out(task: Task, lacking: Mapping[str, str], *, wrong: bool) -> None:
-    """Take the questions out whose entries lack an image."""
-    entries = {_entry(question): lacking[question.id] for question in task.asked if question.id in lacking}
-    gone = [question for question in task.asked if _entry(question) in entries]
-    task.missing |= {question.id: entries[_entry(question)] for question in gone}
-    task.wrong += gone if wrong else []
-    task.asked = [question for question in task.asked if _entry(question) not in entries]
+    named = ", ".join(gone[:NAMED]) + (", ..." if len(gone) > NAMED else "")
+    what = "count as wrong" if wrong else "are left out"
+    return task, [
+        f"{benchmark.name}: {len(gone):,} of {len(why):,} images are missing below {pictures.roots[0]} ({named}): "
+        f"{len(task.missing):,} of {len(questions):,} questions {what}"
+    ]
 
 
 def _facts(loaded: Loaded) -> dict[str, Any]:
@@ -195,7 +231,7 @@ def _ask(
     done = {} if results is None else results.answers(task.name, task.asked, task.missing)
     share = [question for group in by_images(task.asked)[rank::world] for question in group]
     left = [question for question in share if question.id not in done]
-    runner = Runner(inference, _source(task.pictures, inference.prompts), options.batch_size, say=tqdm.write)
+    runner = Runner(inference, source(task.pictures, inference.prompts), options.batch_size, say=tqdm.write)
     if left:
         work = runner.plan(left)
         if rank == 0:
@@ -217,15 +253,17 @@ def _ask(
     if unread and rank == 0:
         first = next(iter(unread.values()))
         _print([f"{task.name}: the images of {len(unread):,} questions cannot be read, the first: {first}"])
-    _leave_out(task, unread, wrong=options.missing == "wrong")
+    task.leave_out(unread, wrong=options.missing == "wrong")
     return results.answers(task.name, task.asked, task.missing) if results is not None and rank == 0 else done
 
 
-def _source(pictures: Pictures, prompts: Prompts) -> Any:
-    def source(questions: Sequence[Question]) -> list[Prompt]:
+def source(pictures: Pictures, prompts: Prompts) -> Source:
+    """What makes prompts of questions about the same images."""
+
+    def about(questions: Sequence[Question]) -> list[Prompt]:
         return prompts.about(questions, [pictures.open(name) for name in questions[0].images])
 
-    return source
+    return about
 
 
 def _publish(

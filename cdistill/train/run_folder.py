@@ -88,7 +88,7 @@ def _decided(recipe: Recipe, begun: int) -> dict[str, Any]:
     content["stages"] = content["stages"][:begun]
     content["stage"] = {name: content["stage"][name] for name in content["stages"]}
     for section in content["stage"].values():
-        del section["data"]["images"], section["keep_best"]
+        del section["data"]["images"], section["keep_best"], section["eval"]
     return content
 
 

@@ -1,9 +1,10 @@
 """Running a recipe: checks first, then one stage after the other, each from the result of the last one."""
 
+import math
 import shutil
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,9 @@ from cdistill.train.build import (
 )
 from cdistill.train.cache import CachedCollator, CachedDataset, StageCache, fingerprint, stage_cache
 from cdistill.train.data import encoder_of, open_stage, open_validation, unread
+from cdistill.train.evaluation import Evaluation, check_questions, open_tasks, questioner
 from cdistill.train.lora import add_lora
+from cdistill.train.measuring import METRIC, VALUE, Measure, Measuring, is_best
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import require_known_everywhere, set_trained
 from cdistill.train.recipes import Recipe, recipe_to_dict
@@ -54,7 +57,7 @@ from cdistill.train.run_folder import (
 )
 from cdistill.train.teacher_source import Cached, place_teacher
 from cdistill.train.trainer import DistillTrainer, RunLog, training_arguments
-from cdistill.train.validation import METRIC, VALUE, Validation, is_best
+from cdistill.train.validation import Validation
 from cdistill.vat import attention_layers
 
 METRICS_BYTES = 1_000_000
@@ -138,9 +141,11 @@ def _prepare(recipe: Recipe, output: Path, resume: bool, at_end: ExitStack) -> M
     run = resolve(recipe, _world_size() if launch.launched() else None)
     models = build_models(recipe)
     for stage in run.stages:
-        open_stage(stage, models)
+        data = _Data(*(found := open_stage(stage, models)), encoder_of(found[0]))
         if stage.config.validation is not None:
             open_validation(stage, models)
+        if stage.config.eval is not None:
+            _check_evaluation(stage, models, data)
         if recipe.teacher_memory.cache is not None and stage.objective.distils:
             StageCache(stage_cache(stage), fingerprint(stage, models, vat_of(stage, models)))
     if resume:
@@ -156,6 +161,15 @@ def _prepare(recipe: Recipe, output: Path, resume: bool, at_end: ExitStack) -> M
         if not (output / RECIPE).is_file() or (output / RECIPE).read_text(encoding="utf-8") != text:
             checkpoints.write_atomically(output / RECIPE, text)
     return models
+
+
+def _check_evaluation(stage: Stage, models: Models, data: _Data) -> None:
+    """Raise ValueError unless a stage's benchmarks can be read and put to its student."""
+    try:
+        check_questions(open_tasks(stage.config, quiet=False), models.student)
+        questioner(models.student, lambda folder: _save_processor(folder, models, data))
+    except ValueError as error:
+        raise ValueError(f"stage.{stage.name}.eval: {error}") from None
 
 
 def _stop_if(number: int, message: str) -> None:
@@ -314,28 +328,36 @@ def _trainer(
 def _measure(run: Run, stage: Stage, models: Models, trainer: DistillTrainer, log: RunLog, data: _Data) -> None:
     """Let the trainer measure the student as it goes, if the stage says so, and keep the best."""
     config = stage.config
-    if config.validation is None:
-        return
-    metric, folder = config.keep_best, stage.folder.with_name(f"{stage.label}-best")
+    metric, folder = config.keep_best or "", stage.folder.with_name(f"{stage.label}-best")
 
-    def keep(step: int, means: dict[str, float]) -> None:
-        assert metric is not None
-        value = means[metric.removeprefix("validation.")]
+    def keep(step: int, values: Mapping[str, float]) -> None:
+        value = values.get(metric.partition(".")[2], math.nan)
         if on_first_process(lambda: is_best(folder, metric, value)):
             _publish(folder, stage, models, trainer, data, step=step, **{METRIC: metric, VALUE: value})
 
-    held_out = open_validation(stage, models)
-    report = partial(log.measured, "validation")
-    trainer.add_callback(
-        Validation(
-            trainer,
-            *held_out,
-            every=config.validation.every,
-            batch=stage.micro_batch_size,
-            report=report,
-            keep=None if metric is None else keep,
+    def add(name: str, measure: Measure, every: int) -> None:
+        kept = keep if metric.startswith(f"{name}.") else None
+        trainer.add_callback(Measuring(trainer, measure, every, partial(log.measured, name), kept))
+
+    if config.validation is not None:
+        validation = Validation(trainer, *open_validation(stage, models), batch=stage.micro_batch_size)
+        add("validation", validation, config.validation.every)
+    if config.eval is not None:
+        processor = questioner(models.student, lambda folder: _save_processor(folder, models, data))
+        arguments, together = trainer.args, run.zero == 3
+        add(
+            "eval",
+            Evaluation(
+                models.student,
+                processor,
+                open_tasks(config, quiet=True),
+                stage.label,
+                arguments.process_index,
+                arguments.world_size,
+                together=together,
+            ),
+            config.eval.every,
         )
-    )
 
 
 def _announce(
@@ -367,11 +389,16 @@ def _publish(folder: Path, stage: Stage, models: Models, trainer: DistillTrainer
     with checkpoints.saving(part, trainer.bytes_to_save(optimizer=False)):
         trainer.save_student(part)
         if first_process():
-            models.processor.save_pretrained(part)
-            template = None if data.encoder is None else data.encoder.template
-            if template is not None and template.replaces_own:
-                save_chat_template(part, template.source)
+            _save_processor(part, models, data)
         checkpoints.seal(part, stage=stage.name, **facts)
     if first_process():
         checkpoints.remove(folder)
         checkpoints.publish(part, folder)
+
+
+def _save_processor(folder: Path, models: Models, data: _Data) -> None:
+    """Write what makes tokens for the student, with the chat template that it is trained on."""
+    models.processor.save_pretrained(folder)
+    template = None if data.encoder is None else data.encoder.template
+    if template is not None and template.replaces_own:
+        save_chat_template(folder, template.source)

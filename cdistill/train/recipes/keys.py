@@ -16,6 +16,7 @@ from pydantic_core import PydanticKnownError
 
 from cdistill.builtin.task import BuiltinTask
 from cdistill.choices import BelowOne, KDConfig, NotNegative, Positive, Template, VATConfig
+from cdistill.eval import benchmarks
 from cdistill.train.objectives import OBJECTIVES
 
 STRICT = ConfigDict(extra="forbid", strict=True)
@@ -203,6 +204,40 @@ class ValidationConfig(Keys):
 
 
 @dataclass(frozen=True, config=STRICT)
+class EvalConfig(Keys):
+    """Benchmarks that the student is put to as it is trained; the answers are those that `cdistill eval` would get."""
+
+    tasks: tuple[str, ...]
+    """Benchmarks, or groups of them, by the names that `cdistill eval --task` takes."""
+    data: str | None = None
+    """Folder of the benchmark's files, or one with a folder for each task; null for builtin, which has no files."""
+    images: str | None = None
+    """Where the images are, if not there."""
+    limit: AtLeastOne | None = 200
+    """Questions of a task, spread over it; null asks all."""
+    every: AtLeastOne = 500
+    """Steps between two evaluations; there is one after the last step, too."""
+
+    def problems(self) -> Iterator[str]:
+        if not self.tasks:
+            yield "tasks must name at least one benchmark"
+        for task in self.tasks:
+            try:
+                benchmarks.names(task)
+            except ValueError as error:
+                yield f"tasks must be benchmarks: {error}"
+                return
+        files = [name for name in self.names if name != "builtin"]
+        if files and self.data is None:
+            yield f"data must name the folder of the files of {files[0]}; `cdistill eval presets` says what to fetch"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The benchmarks."""
+        return tuple(dict.fromkeys(name for task in self.tasks for name in benchmarks.names(task)))
+
+
+@dataclass(frozen=True, config=STRICT)
 class StageConfig(Keys):
     """One stage."""
 
@@ -231,9 +266,11 @@ class StageConfig(Keys):
     data: DataConfig = field(default_factory=DataConfig)
     validation: ValidationConfig | None = None
     """Measure the stage's losses on a held-out part of its data; null measures nothing."""
+    eval: EvalConfig | None = None
+    """Put the student to benchmarks as it is trained; null puts it to none."""
     keep_best: str | None = None
     """Keep the student that has been best so far, in a folder beside the stage's result (2-dft-best): by which metric, such as
-    validation.ar or validation.loss (the lowest); null keeps the last one alone."""
+    validation.ar or validation.loss (the lowest), or eval.sugarcrepe.mean (the highest); null keeps the last one alone."""
 
     def problems(self) -> Iterator[str]:
         whole, micro = self.global_batch_size, self.micro_batch_size
@@ -258,13 +295,20 @@ class StageConfig(Keys):
                 yield "validation must be null with data.streaming: no samples of a stream can be held out"
             if self.objective in OBJECTIVES and OBJECTIVES[self.objective].trains_on_patches:
                 yield f"validation must be null for objective {self.objective}, which is trained on patches of images"
-        if self.keep_best is not None and self.keep_best not in self.measured:
-            known = ", ".join(self.measured) or "none, as validation is null"
-            yield f"keep_best must be a metric of this stage ({known}), got {self.keep_best!r}"
+            if self.eval is not None and OBJECTIVES[self.objective].trains_on_patches:
+                yield f"eval must be null for objective {self.objective}, which trains the vision encoder alone"
+        metric = self.keep_best
+        if metric is None or metric in self.measured:
+            return
+        tasks = () if self.eval is None else self.eval.names
+        if not any(metric.startswith(f"eval.{task}.") for task in tasks):  # whose metrics its files tell
+            known = [*self.measured, *(f"eval.{task}.METRIC" for task in tasks)]
+            names = ", ".join(known) or "none, as validation and eval are null"
+            yield f"keep_best must be a metric of this stage ({names}), got {metric!r}"
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """Metrics by which the best student can be told."""
+        """Losses by which the best student can be told."""
         if self.validation is None or self.objective not in OBJECTIVES:
             return ()
         return ("validation.loss", *(f"validation.{name}" for name in OBJECTIVES[self.objective].losses))
