@@ -404,7 +404,7 @@ def test_data_check_counts_questions_and_images(data, tmp_path, capsys):
     assert main(["data", "check", str(own), "--preset", "sugarcrepe"]) == 1
     said = capsys.readouterr().out
     assert "sugarcrepe: 28 questions about 14 images, 13 of them good" in said
-    assert "swap_att: 2 here, 666 in the published version" in said and "unreadable image" in said
+    assert "swap_att 2 (not 666)" in said and "unreadable image" in said
 
 
 def test_what_is_not_a_number_is_no_wrong_answer(data, monkeypatch):

@@ -59,7 +59,7 @@ def test_gpt4v_on_sugarcrepe_as_published(tmp_path, gpt4v):
     mean = sum((p + q) / (2 * n) for p, q, n in GPT4V.values()) / 7
     assert result["metrics"]["mean"] == pytest.approx(100 * mean, abs=1e-9)
     assert result["unparsed"] == 279 and any("279" in line for line in result["remarks"])
-    assert result["remarks"][0] == "sugarcrepe swap_obj: 246 here, 245 in the published version"
+    assert result["remarks"][0] == "sugarcrepe: other counts than in the published version: swap_obj 246 (not 245)"
 
 
 def test_one_order_alone_is_the_sub_type_and_is_said(tmp_path, gpt4v):
@@ -67,7 +67,7 @@ def test_one_order_alone_is_the_sub_type_and_is_said(tmp_path, gpt4v):
     assert result["counts"]["replace_obj"] == {"right": 1578, "n": 1652}
     assert result["metrics"]["mean"] == result["metrics"]["replace_obj"] == pytest.approx(100 * 1578 / 1652)
     assert any("replace_obj: negative_first is missing" in line for line in result["remarks"])
-    assert any("add_att: 0 here" in line for line in result["remarks"])
+    assert any("add_att 0 (not 692)" in line for line in result["remarks"])
 
 
 def test_clip_on_sugarcrepe_as_published(tmp_path):

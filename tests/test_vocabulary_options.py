@@ -50,9 +50,10 @@ def chosen(case, inputs, divergence):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("impl, dtype", IMPL_DTYPES)
 def test_what_a_model_does_to_its_logits_and_what_rows_weigh(impl, case, divergence, dtype):
-    inputs, options = chosen(case, draw(n=12, vocab=(70, 75), dtype=dtype, seed=4), divergence)
+    rows = 12 if dtype == torch.float32 else 60  # or the roundings of one row decide
+    inputs, options = chosen(case, draw(n=rows, vocab=(70, 75), dtype=dtype, seed=4), divergence)
     weights = (0.7, 0.0) if case.startswith("no teacher") else (0.7, -1.3)
-    check(impl, inputs, weights=weights, **options)
+    check(impl, inputs, weights=weights, chunk_size=rows // 3 + 1, **options)
 
 
 @pytest.mark.parametrize("case", OPTIONS)

@@ -149,7 +149,7 @@ class Benchmark(Protocol):
         """How right a reply is, 0..1; None for a score that means something beside others only."""
 
     def remarks(self, questions: Sequence[Question]) -> list[str]:
-        """One line for each sub-type of which there are not as many as in the published version."""
+        """What there is to say of questions that are not as many as in the published version."""
 
     def recorded(self, files: Sequence[Path]) -> list[Answer]:
         """Answers or scores in the published forms (a benchmark without one raises ValueError)."""

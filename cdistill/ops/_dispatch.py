@@ -133,6 +133,13 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 
 @cache
+def multiplies_tiles() -> bool:
+    """Whether this CPU has instructions for products of tiles of bf16 matrices (AMX), and torch may use them."""
+    known = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return multiplies(torch.bfloat16) and known is not None and bool(known()) and torch.cpu._init_amx()
+
+
+@cache
 def warn_once(message: str) -> None:
     """One line per process for what is chosen on the caller's behalf."""
     warnings.warn(message, stacklevel=2)

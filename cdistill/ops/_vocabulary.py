@@ -6,19 +6,20 @@ and head are two more products: 6 M V Hs + 2 M V Ht operations for M rows, nothi
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cdistill.ops._contract import require_values
-from cdistill.ops._dispatch import Backend, multiplies
+from cdistill.ops._dispatch import Backend, multiplies, multiplies_tiles
 from cdistill.ops._problem import VocabularyOptions, VocabularyRows
 
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of both buffers together
 ROW_UNIT = 64  # elements by which the rows of a buffer are aligned, more than any vector a kernel reads
 BLOCK = 1024  # vocabulary entries of a head that are converted at a time, where a product needs another dtype
+TILED = 1 << 21  # numbers of a head that are multiplied at a time, where tiles of bf16 are
 # Bring gradients of logits into the range of fp16; those of reverse KL grow with the logarithm of p/q.
 FP16_GAIN = {"forward_kl": 16384.0, "reverse_kl": 64.0, "jsd": 1024.0}
 MOST_PROBABILITY = 1.01  # of a teacher's top-k together, rounded as they may be stored
@@ -133,12 +134,30 @@ def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, out: Tensor) -> N
         out += bias
 
 
-def _finish(logits: Tensor, scale: float, softcap: float) -> None:
-    """What a model does to its logits after the head, in place: softcap * tanh(scale * logits / softcap)."""
-    if softcap:
-        logits.mul_(scale / softcap).tanh_().mul_(softcap)
-    elif scale != 1.0:
-        logits.mul_(scale)
+def _finish(logits: Tensor, scale: float, softcap: float, slope: Tensor | None = None) -> None:
+    """What a model does to its logits after the head, in place: softcap * tanh(scale * logits / softcap).
+
+    ``slope`` gets the derivative of tanh, 1 - tanh^2. Both are computed in fp32, a few rows at a time, and rounded once: near 1
+    little would be left of the derivative otherwise.
+    """
+    if not softcap:
+        if scale != 1.0:
+            logits.mul_(scale)
+        return
+    step = _rows_at_a_time(logits)
+    for start in range(0, len(logits), step):
+        rows = slice(start, start + step)
+        part = logits[rows].float().mul_(scale / softcap).tanh_()  # the logits themselves where they are fp32
+        if slope is not None:
+            torch.addcmul(part.new_ones(()), part, part, value=-1.0, out=slope[rows])
+        part.mul_(softcap)
+        if part.dtype != logits.dtype:
+            logits[rows] = part
+
+
+def _rows_at_a_time(logits: Tensor) -> int:
+    """So that a copy of them in fp32 is small: a million numbers, 16 where a kernel's start would take longer."""
+    return max(1, (BLOCK * BLOCK << (4 if logits.is_cuda else 0)) // logits.shape[1])
 
 
 def _hidden_gradient(dlogits: Tensor, head: Tensor) -> Tensor:
@@ -148,9 +167,8 @@ def _hidden_gradient(dlogits: Tensor, head: Tensor) -> Tensor:
     if dlogits.dtype == head.dtype and dlogits.is_cuda:
         return torch.mm(dlogits, head, out_dtype=torch.float32)
     total = dlogits.new_zeros(len(dlogits), head.shape[1], dtype=torch.float32)
-    for start in range(0, len(head), BLOCK):  # on CPUs sums over a vocabulary in bf16 are a hundred times as slow
-        block = slice(start, start + BLOCK)
-        total.addmm_(dlogits[:, block].float(), head[block].float())
+    for block in _blocks(dlogits, head):  # on CPUs sums over a vocabulary in bf16 are a hundred times as slow
+        _add_product(total, dlogits[:, block], head[block], 1.0)
     return total
 
 
@@ -160,11 +178,33 @@ def _add_head_gradient(total: Tensor, dlogits: Tensor, hidden: Tensor, factor: f
         total.addmm_(dlogits.mT, hidden.float(), alpha=factor)
     elif dlogits.is_cuda:
         torch.addmm(total, dlogits.mT, hidden, out_dtype=torch.float32, alpha=factor, out=total)
-    else:  # CPUs have no product of half-precision matrices with an fp32 result
-        hidden = hidden.float()
-        for start in range(0, len(total), BLOCK):
-            block = slice(start, start + BLOCK)
-            total[block].addmm_(dlogits[:, block].float().mT, hidden, alpha=factor)
+    else:
+        for block in _blocks(dlogits, hidden):
+            _add_product(total[block], dlogits[:, block].mT, hidden, factor)
+
+
+def _in_tiles(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype == torch.bfloat16 and multiplies_tiles()
+
+
+def _blocks(dlogits: Tensor, other: Tensor) -> Iterator[slice]:
+    """Parts of the vocabulary that are multiplied at a time on a CPU."""
+    step = max(BLOCK, TILED // other.shape[1]) if _in_tiles(dlogits, other) else BLOCK
+    return (slice(start, start + step) for start in range(0, dlogits.shape[1], step))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
+    """total (m,n) fp32 += factor * a (m,k) @ b (k,n) on a CPU, which has no product of bf16 matrices with an fp32 result.
+
+    Where it multiplies tiles of bf16, a product that is rounded to bf16 and what the rounding took away, a product as well,
+    make 16 bits of the result, and several times as fast as a product in fp32.
+    """
+    if _in_tiles(a, b):
+        rounded = torch.mm(a, b)
+        rest = torch.addmm(rounded, a, b, beta=-1)
+        total.add_(rounded, alpha=factor).add_(rest, alpha=factor)
+    else:
+        total.addmm_(a.float(), b.float(), alpha=factor)
 
 
 def chunk_rows(rows: int, row_bytes: int, *, on_cuda: bool, head_gradient: int) -> int:
@@ -215,7 +255,11 @@ def _chunks(inputs: Inputs, options: Options, rows: int, wanted: Wanted) -> tupl
     on_cuda, row_bytes = inputs.student_hidden.is_cuda, (models + slopes) * stride * dtype.itemsize
     head_gradient = inputs.student_head.numel() if wanted.head else 0
     chunk = options.chunk_size or chunk_rows(rows, row_bytes, on_cuda=on_cuda, head_gradient=head_gradient)
-    buffers = inputs.student_hidden.new_empty(models + slopes, min(chunk, rows), stride, dtype=dtype)[:, :, :V]
+    whole = inputs.student_hidden.new_empty(models + slopes, min(chunk, rows), stride, dtype=dtype)
+    whole[
+        :, :, V:
+    ].zero_()  # oneDNN's products in tiles read on behind rows, and multiply that by 0: NaN where it is none
+    buffers = whole[:, :, :V]
     return (
         chunk,
         buffers[:models].expand(2, -1, -1) if models == 1 else buffers[:models],
@@ -226,7 +270,7 @@ def _chunks(inputs: Inputs, options: Options, rows: int, wanted: Wanted) -> tupl
 def _log_probability(logits: Tensor, labels: Tensor) -> Tensor:
     """(c,) of the labels, a few rows at a time: a sum in another dtype copies what it sums."""
     of_labels = logits.gather(1, labels[:, None])[:, 0].float()
-    step = max(1, BLOCK * BLOCK // logits.shape[1])
+    step = _rows_at_a_time(logits)
     return of_labels - torch.cat([part.float().logsumexp(1) for part in logits.split(step)])
 
 
@@ -289,16 +333,14 @@ def _row_losses(
         index = rows[part]
         chosen, labels = hidden[index], inputs.labels[index]
         student, teacher = buffers[0, : len(index)], buffers[1, : len(index)]
+        slope = slopes[: len(index)] if len(slopes) else None
         _logits(chosen, student_head, student_bias, student)
-        _finish(student, options.student_scale, options.student_softcap)
+        _finish(student, options.student_scale, options.student_softcap, slope)
         if inputs.teacher_hidden is not None and inputs.teacher_head is not None:
             _logits(inputs.teacher_hidden[index], inputs.teacher_head[:V], teacher_bias, teacher)
             _finish(teacher, options.teacher_scale, options.teacher_softcap)
             if teacher_ce:
                 found.teacher_ce[part] = -_log_probability(teacher, labels)
-        slope = slopes[: len(index)]
-        if len(slope):
-            torch.mul(student, student, out=slope).mul_(-(options.student_softcap**-2)).add_(1.0)
         stored = None if top is None else (top[0][part], top[1][part], top[2][part])
         ce, kd, of_all, apart = found.ce[part], found.kd[part], settings, None
         if stored is not None and not options.tail:
@@ -310,7 +352,7 @@ def _row_losses(
         if settings.gradient:
             if apart is not None:
                 apart.add_gradient(student)
-            if len(slope):
+            if slope is not None:
                 student.mul_(slope)
             add_gradients(index, chosen, student)
     return found

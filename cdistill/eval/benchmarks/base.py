@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -70,10 +70,14 @@ class Base(ABC):
         """Whether a reply says the label."""
         return float(self.read(answer) == fact(answer, "label"))
 
+    def published(self, subtypes: Collection[str]) -> Mapping[str, int] | None:
+        """How many entries of each sub-type the published version has, where these ``subtypes`` are here; None if unknown."""
+        return self.counts
+
     def remarks(self, questions: Sequence[Question]) -> list[str]:
-        """One line for each sub-type of which there are not as many as in the published version, one for broken groups."""
+        """One line if there are not as many of each sub-type as in the published version, one for broken groups."""
         whole = list(self.counts) == ["questions"]
-        found: dict[str, set[str]] = {subtype: set() for subtype in self.counts}
+        found: dict[str, set[str]] = {}
         items: Counter[str] = Counter()
         wanted: dict[str, int] = {}
         for question in questions:
@@ -83,11 +87,11 @@ class Base(ABC):
             items[item] += 1
             if "of" in question.facts:
                 wanted[item] = int(question.facts["of"])
-        lines = [
-            f"{self.name} {subtype}: {len(there)} here, {self.counts.get(subtype, 0)} in the published version"
-            for subtype, there in found.items()
-            if len(there) != self.counts.get(subtype, 0)
-        ]
+        published = self.published(found)
+        counts = {} if published is None else dict(published) | {name: 0 for name in found if name not in published}
+        here = {subtype: len(found.get(subtype, ())) for subtype in counts}
+        differ = [f"{name} {here[name]} (not {count})" for name, count in counts.items() if here[name] != count]
+        lines = [f"{self.name}: other counts than in the published version: {', '.join(differ)}"] if differ else []
         broken = sum(items[item] != count for item, count in wanted.items())
         if broken:
             lines.append(f"{self.name}: {broken} of {len(items)} groups lack a question, and are left out")

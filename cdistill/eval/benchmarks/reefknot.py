@@ -8,7 +8,7 @@ normalised as in VQA, a rule of ours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -74,15 +74,9 @@ class Reefknot(Base):
                     tally.share(f"{prefix}{kind}")
         return tally
 
-    def remarks(self, questions: Sequence[Question]) -> list[str]:
+    def published(self, subtypes: Collection[str]) -> Mapping[str, int]:
         """Of the other parts only where they are there."""
-        there = {question.facts["subtype"] for question in questions}
-        lines = [line for line in super().remarks(questions) if not line.endswith(" 0 in the published version")]
-        for subtype, published in self._others.items():
-            n = sum(question.facts["subtype"] == subtype for question in questions)
-            if subtype in there and n != published:
-                lines.append(f"reefknot {subtype}: {n} here, {published} in the published version")
-        return lines
+        return {**self.counts, **{name: count for name, count in self._others.items() if name in subtypes}}
 
 
 def _question(record: Record, part: str, number: int, prompt: str) -> Question:

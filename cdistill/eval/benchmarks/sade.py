@@ -6,7 +6,7 @@ recall@1 is by the mean log-likelihood of a caption's tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -52,10 +52,15 @@ class SADE(Base):
         """Nothing: a score means something beside others only."""
         return None
 
+    def published(self, subtypes: Collection[str]) -> None:
+        """No counts are."""
+
     def remarks(self, questions: Sequence[Question]) -> list[str]:
-        """That this is not comparable; no counts are published."""
-        broken = [line for line in super().remarks(questions) if "published" not in line]
-        return [*broken, "sade: read and scored by its paper's description, not comparable with published figures"]
+        """Also that this is not comparable."""
+        return [
+            *super().remarks(questions),
+            "sade: read and scored by its paper's description, not comparable with published figures",
+        ]
 
     def tally(self, answers: Sequence[Answer]) -> Tally:
         """Units are images."""
