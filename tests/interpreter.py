@@ -170,6 +170,7 @@ def _know_constants():
 
 def _broadcast_by_shape():
     """How two shapes become one is decided once; operands of one shape, or without one, stay as they are."""
+    from triton.language import core
     from triton.language.semantic import TritonSemantic
 
     broadcast, known = TritonSemantic.broadcast_impl_value, {}
@@ -193,10 +194,29 @@ def _broadcast_by_shape():
     def broadcast_impl_shape(self, input, shape):
         return input if input.type.is_block() and input.type.shape is shape else to_shape(self, input, shape)
 
+    def with_one_shape(self, left, right):
+        """Both with the type of what numpy makes of them; their data stay as they are."""
+        a, b = left.type, right.type
+        if a.is_block() and b.is_block():
+            if a.shape is b.shape:
+                return left, right
+            if len(a.shape) != len(b.shape):
+                return self.broadcast_impl_value(left, right)
+            shape = shape_of_both(self, left, right)
+            if a.shape is not shape:
+                left = core.tensor(left.handle, core.block_type(a.scalar, shape))
+            if b.shape is not shape:
+                right = core.tensor(right.handle, core.block_type(b.scalar, shape))
+        elif a.is_block():
+            right = core.tensor(right.handle, a.with_element_ty(b.scalar))
+        elif b.is_block():
+            left = core.tensor(left.handle, b.with_element_ty(a.scalar))
+        return left, right
+
     to_shape = TritonSemantic.broadcast_impl_shape
     TritonSemantic.broadcast_impl_shape = broadcast_impl_shape
     TritonSemantic.broadcast_impl_value = broadcast_impl_value
-    TritonSemantic.shape_of_both = shape_of_both
+    TritonSemantic.with_one_shape = with_one_shape
 
 
 def _know_common_types():
@@ -241,25 +261,7 @@ def _know_common_types():
             dtype = common_type(self, a, b, div_or_mod)
             left = left if dtype is a else self.cast(left, dtype)
             right = right if dtype is b else self.cast(right, dtype)
-        return with_one_shape(self, left, right)
-
-    def with_one_shape(self, left, right):
-        a, b = left.type, right.type
-        if a.is_block() and b.is_block():
-            if a.shape is b.shape:
-                return left, right
-            if len(a.shape) != len(b.shape):
-                return self.broadcast_impl_value(left, right)
-            shape = self.shape_of_both(left, right)
-            if a.shape is not shape:
-                left = tensor(left.handle, tl.block_type(a.scalar, shape))
-            if b.shape is not shape:
-                right = tensor(right.handle, tl.block_type(b.scalar, shape))
-        elif a.is_block():
-            right = tensor(right.handle, a.with_element_ty(b.scalar))
-        elif b.is_block():
-            left = tensor(left.handle, b.with_element_ty(a.scalar))
-        return left, right
+        return self.with_one_shape(left, right)
 
     TritonSemantic.binary_op_type_checking_impl = binary_op_type_checking_impl
 
