@@ -8,6 +8,7 @@ import forks
 import interpreter
 import pytest
 import torch
+from garbage import freeze_imports
 from op_cases import ISAS
 
 if not torch.cuda.is_available():
@@ -25,6 +26,13 @@ def pytest_configure(config):
         forks.begin_session()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs):
+    """Workers are forks of one process that has imported everything; not where there is a GPU, which does not survive it."""
+    for spec in () if torch.cuda.is_available() else specs:
+        spec.python = forks.AS_PYTHON
+
+
 def pytest_unconfigure(config):
     if not hasattr(config, "workerinput"):
         forks.end_session()
@@ -37,10 +45,12 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What is imported stays: the garbage collector need not walk through it, a twentieth of the CPU time."""
-    gc.collect()
-    gc.freeze()
+    freeze_imports()
     gc.set_threshold(10_000, 20, 20)
+
+
+def pytest_runtest_logfinish():
+    freeze_imports()
 
 
 with torch.device("cpu"):  # torch notes its constructors when it is first in such a context: these, not poisoned ones

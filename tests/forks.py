@@ -1,8 +1,9 @@
 """Processes that start in a moment: forked from one that has imported everything, for all workers of a session of tests.
 
 `Fork` runs a function of a module in a process of its own, `python` what a command line of Python runs; both have an
-environment and a folder of their own, and no memory of other tests. The server is started by the first worker that asks
-(``python forks.py``), and ends with the session. What must see imports happen starts Python itself.
+environment and a folder of their own, and no memory of other tests. pytest-xdist's workers are forks as well (`AS_PYTHON`).
+The server is started by the first process that asks (``python forks.py``), and ends with the session. What must see imports
+happen starts Python itself.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import importlib
 import os
 import runpy
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -20,13 +22,14 @@ import sys
 import tempfile
 import time
 import traceback
-from multiprocessing import current_process
+from multiprocessing import current_process, reduction
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 HANGS = 200  # seconds, for what takes a few
 SESSION = "CDISTILL_TESTS_FORKS"  # names the folder of the server's socket in the environment
+AS_PYTHON = shlex.join([sys.executable, "-S", __file__, "as-python"])  # a fork as an interpreter, for ``-c`` and a text
 ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
@@ -106,6 +109,9 @@ def python(*command, env=None, cwd=None):
 
 def run_command(command):
     """In the fork: a module's or a text's run as ``__main__``."""
+    encoding, _, errors = os.environ.get("PYTHONIOENCODING", "").partition(":")  # read when a process starts
+    for stream in (sys.stdout, sys.stderr) if encoding else ():
+        stream.reconfigure(encoding=encoding, errors="backslashreplace" if stream is sys.stderr else errors or "strict")
     kind, what, *arguments = command
     sys.argv = [what if kind == "-m" else kind, *arguments]
     try:
@@ -118,6 +124,17 @@ def run_command(command):
             print(end.code, file=sys.stderr)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
+
+
+def become_python(command):
+    """Have a fork with the streams of this process carry out a command; the exit code is that of the fork."""
+    connection = _connect()
+    request = {"function": "forks:run_command", "arguments": [command], "env": dict(os.environ), "cwd": os.getcwd()}
+    connection.send(request | {"files": [], "streams": 3, "serves": False, "key": bytes(current_process().authkey)})
+    for stream in range(3):
+        reduction.send_handle(connection, stream, None)
+    connection.recv()  # its id
+    return connection.recv()
 
 
 def leave(function, *arguments):
@@ -183,10 +200,15 @@ def _watch(connection):
     """Fork what is asked for, and tell how it ends; it ends with who asked for it."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     request = connection.recv()
+    streams = [reduction.recv_handle(connection) for _ in range(request.get("streams", 0))]
     pid = os.fork()
     if not pid:
         os.setsid()
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
         leave(_become, request, connection)
+    for stream in streams:
+        os.close(stream)
     connection.send(pid)
     if request["serves"]:
         connection.close()
@@ -223,4 +245,6 @@ def _become(request, connection):
 
 if __name__ == "__main__":
     sys.modules["forks"] = sys.modules["__main__"]
+    if sys.argv[1] == "as-python":
+        sys.exit(become_python(sys.argv[-2:]))
     _serve(sys.argv[1])

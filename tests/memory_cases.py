@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from builtin_models import llava, recipe_values, text_config
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from cdistill.builtin.dataset import build_tokenizer
@@ -28,7 +28,6 @@ STUDENT = {"vocab_size": 16000, "hidden_size": 256, "intermediate_size": 704, "n
 STUDENT |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 4096}
 TEACHER = STUDENT | {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
 TEACHER |= {"num_key_value_heads": 6}
-BEGIN, END = "cdistill step begins", "cdistill stage ends"
 
 
 def save_models(folder, **changes: Any):
@@ -83,24 +82,29 @@ def _storage(x: torch.Tensor) -> tuple[int, int]:
         return 0, 0
 
 
-class Marks(TrainerCallback):
-    """Marks the second step of every stage and its end in the profile; one-off allocations of the first are left out.
+class SecondSteps(TrainerCallback):
+    """Most bytes that tensors hold at one time in the second step of every stage, less what they held before the run.
 
-    ``held`` are the bytes of tensors when these steps begin.
+    What they hold when it begins is counted, and a profile of torch's CPU allocator tells what comes and goes: it misses
+    what gloo's threads free, and would add that up from step to step. One-off allocations of the first step are left out.
     """
 
     def __init__(self) -> None:
-        self.held: list[int] = []
+        gc.collect()  # what an earlier run has left would be freed inside
+        self.before, self.peaks = tensor_bytes(), []
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 1:
-            self.held.append(tensor_bytes())
-            with record_function(BEGIN):
-                pass
+            self.held = tensor_bytes() - self.before
+            self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+            self.profiler.start()
 
     def on_train_end(self, args, state, control, **kwargs):
-        with record_function(END):
-            pass
+        self.profiler.stop()
+        events = [e for e in self.profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+        changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+        self.peaks.append(self.held + max(accumulate(changes, initial=0)))
+        del self.profiler
 
 
 def recipe_of(output, models, **changes: Any) -> Recipe:
@@ -136,23 +140,12 @@ def no_products() -> Iterator[None]:
 
 
 def measured_peaks(recipe: Recipe, batches: Batches, monkeypatch) -> dict[str, int]:
-    """Most bytes that tensors hold at one time in the second step of every stage.
-
-    What they hold when it begins is counted, and the profile of torch's CPU allocator tells what comes and goes: it misses
-    what gloo's threads free, and would add that up from step to step.
-    """
+    """Most bytes that tensors hold at one time in the second step of every stage."""
     monkeypatch.setattr(stages, "open_stage", lambda *_: (batches, batches.collate))
-    gc.collect()  # what an earlier run has left would be freed inside
-    before, marks = tensor_bytes(), Marks()
-    with no_products(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run(recipe, callbacks=[marks])
-    events = sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns())
-    begins, ends = ([e.start_ns() for e in events if e.name() == name] for name in (BEGIN, END))
-    peaks = []
-    for held, begin, end in zip(marks.held, begins, ends, strict=True):
-        changes = [e.nbytes() for e in events if e.name() == "[memory]" and begin <= e.start_ns() <= end]
-        peaks.append(held - before + max(accumulate(changes, initial=0)))
-    return dict(zip(recipe.stages, peaks, strict=True))
+    steps = SecondSteps()
+    with no_products():
+        run(recipe, callbacks=[steps])
+    return dict(zip(recipe.stages, steps.peaks, strict=True))
 
 
 def lingering(collective: Any) -> Any:

@@ -15,6 +15,7 @@ from multiprocessing import connection
 from pathlib import Path
 
 from forks import ENVIRONMENT, Fork
+from garbage import freeze_imports
 
 HANGS = 120  # seconds, for a call that takes a few
 
@@ -90,6 +91,7 @@ def _serve(pipe, rank, world, store):
         os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     while True:
+        freeze_imports()
         try:
             function, args = pipe.recv()
         except EOFError:

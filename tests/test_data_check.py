@@ -267,11 +267,10 @@ def test_text_that_the_terminal_cannot_write(tmp_path):
         (["show", path], 0),
         (["show", path, "--html", tmp_path / "p.html"], 0),
     ):
-        command = [sys.executable, "-m", "cdistill", "data", *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="ascii")
+        done = forks.python("-m", "cdistill", "data", *arguments, env=environment)
         assert (done.returncode, "Traceback" in done.stderr) == (code, False)
         assert "missing image" in done.stdout or "p.html" in done.stdout
-        assert all(line.isprintable() for line in done.stdout.splitlines())
+        assert done.stdout.isascii() and all(line.isprintable() for line in done.stdout.splitlines())
     (entry,) = listed(path.with_name(path.name + ".bad.jsonl"))
     assert entry["id"] == "a\ud800"
 

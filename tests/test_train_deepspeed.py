@@ -1,7 +1,5 @@
 import gc
 import json
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -10,12 +8,14 @@ import torch
 import yaml
 from builtin_models import make_recipe
 from memory_cases import tensor_bytes
+from survive_runs import command as run_command
 from test_train_stages import assert_near
 from transformers import TrainerCallback
 
 from cdistill.builtin.dataset import BuiltinDataset
 from cdistill.builtin.task import BuiltinTask
-from cdistill.models.load import load_model
+from cdistill.models.load import RECIPE, load_model
+from cdistill.runtime.launch import start_processes
 from cdistill.runtime.zero import deepspeed_config
 from cdistill.train import run, stages
 from cdistill.train.recipes import recipe_to_dict
@@ -65,11 +65,18 @@ def test_other_processes_train_like_this_one(models, one_process, ranks, tmp_pat
     assert_close((losses(tmp_path / "run"), weights(tmp_path / "run" / "2-dft")), one_process)
 
 
-def test_the_command_starts_processes_that_train_like_this_one(models, one_process, tmp_path):
-    recipe = make_recipe(tmp_path / "run", models, deepspeed=3, processes=2, stages=["dpt"])
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_to_dict(recipe)))
-    command = [sys.executable, "-m", "cdistill", "train", str(tmp_path / "recipe.yaml")]
-    subprocess.run(command, check=True, capture_output=True)
+@pytest.mark.parametrize("cold", [False, True])
+def test_the_command_starts_processes_that_train_like_this_one(models, one_process, tmp_path, cold):
+    """Two of them, forked; and one as for users, which imports everything."""
+    recipe = make_recipe(tmp_path / "run", models, deepspeed=3, stages=["dpt"])
+    path = tmp_path / "run" / RECIPE if cold else tmp_path / "recipe.yaml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(recipe_to_dict(recipe)))
+    if cold:
+        start_processes(1, "train", path.parent)
+    else:
+        code, text = run_command("train", path, "processes=2")
+        assert code == 0, text
     found = losses(tmp_path / "run")
     for ours, theirs in zip(found, one_process[0][: len(found)], strict=True):
         assert ours[:2] == theirs[:2] and ours[2:] == pytest.approx(theirs[2:], rel=2e-4)
@@ -101,8 +108,6 @@ def older_objects_hidden():
     """Only what is made in the test is seen by the garbage collector, which makes it quick, too."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class Held(TrainerCallback):

@@ -1,6 +1,5 @@
 """Steps whose loss or gradients are not finite change nothing, are counted, and end the run after too many in a row."""
 
-import gc
 import json
 
 import pytest
@@ -19,15 +18,6 @@ from cdistill.train.trainer import DistillTrainer
 STEPS, BATCH = 5, 4
 SETTINGS = {"stages": ["dft"], "stage__dft__samples": STEPS * BATCH, "vat__loss": "mse"}
 NAN, INF = float("nan"), float("inf")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Garbage collections look only at what is new: every run makes several."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def metrics(output):

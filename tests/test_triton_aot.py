@@ -44,19 +44,51 @@ ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 HEAD_DIMS = "16 32 64 128 256"
 
 
-def run(*command):
-    """stdout of a Python process in which Triton compiles instead of interpreting."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+SERVER = """
+import contextlib, io, json, os, runpy, sys, traceback
+
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+for line in sys.stdin:
+    sys.argv = json.loads(line)
+    printed, error = io.StringIO(), ""
+    try:
+        with contextlib.redirect_stdout(printed):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except BaseException:
+        error = traceback.format_exc()
+    print(json.dumps([printed.getvalue(), error]), file=answers, flush=True)
+"""
 
 
 @pytest.fixture(scope="module")
-def table():
+def run(tmp_path_factory):
+    """stdout of a program that one process carries out for all tests, in which Triton compiles instead of interpreting.
+
+    Programs are in files, from which Triton reads the source of kernels.
+    """
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER], cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+    def run(program, *arguments):
+        path = tmp_path_factory.mktemp("programs") / "program.py"
+        path.write_text(program)
+        print(json.dumps([str(path), *arguments]), file=server.stdin, flush=True)
+        printed, error = json.loads(server.stdout.readline())
+        assert not error, error[-2000:]
+        return printed
+
+    yield run
+    server.communicate(timeout=60)
+    assert server.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def table(run):
     """The rows of the kept table, after a look whether each configuration of today's code is among them."""
     today = run(
-        "-c",
         "from benchmarks import aot; print(aot.made_by()); print(*[k for c in aot.grid() for k in aot.configurations(c)])",
     ).splitlines()
     with (ROOT / "benchmarks/results/aot.csv").open() as file:
@@ -101,12 +133,12 @@ def test_the_benchmarks_main_shape_is_compiled(table):
         assert {"row_lse_kernel", "flash_forward_kernel", "flash_dkdv_kernel", "flash_dq_kernel"} <= plain
 
 
-def test_the_table_says_what_the_compiler_says(table):
+def test_the_table_says_what_the_compiler_says(table, run):
     """One configuration of each kernel, other ones in every run, compiled now."""
     sample = [
         random.choice([r for r in table if r["kernel"] == kernel]) for kernel in sorted(ATTENTION | LOSSES | VOCABULARY)
     ]
-    for row, now in zip(sample, json.loads(run("-c", COMPILED_NOW, json.dumps(sample))), strict=True):
+    for row, now in zip(sample, json.loads(run(COMPILED_NOW, json.dumps(sample))), strict=True):
         assert row == {name: str(value) for name, value in now.items()}
 
 
@@ -124,7 +156,7 @@ print(json.dumps(rows))
 """
 
 
-def test_a_key_follows_the_code_and_not_its_comments(tmp_path):
+def test_a_key_follows_the_code_and_not_its_comments(run, tmp_path):
     code = """
 import triton, triton.language as tl
 
@@ -142,11 +174,12 @@ def kernel(p_x):
     for i, (factor, inner, comment) in enumerate(((1, 2, ""), (1, 2, "# a comment"), (3, 2, ""), (1, 3, ""))):
         path = tmp_path / f"kernel_{i}.py"  # Triton reads the source of a kernel from its file
         path.write_text(code.format(factor=factor, inner=inner, comment=comment))
-    (tmp_path / "keys.py").write_text(
+    keys = run(
+        f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n"
         "from benchmarks import aot\nimport kernel_0, kernel_1, kernel_2, kernel_3\n"
         "print(*[aot.code(module.kernel) for module in (kernel_0, kernel_1, kernel_2, kernel_3)])"
     )
-    first, commented, other_constant, other_function = run(str(tmp_path / "keys.py")).split()
+    first, commented, other_constant, other_function = keys.split()
     assert commented == first
     assert len({first, other_constant, other_function}) == 3
 
@@ -166,9 +199,9 @@ print(len(re.findall(r"(?:ld|st)\\.global[^;]*v4\\.b32", ptx)), len(re.findall(r
 """
 
 
-def test_rows_of_logits_are_read_and_written_16_bytes_at_a_time():
+def test_rows_of_logits_are_read_and_written_16_bytes_at_a_time(run):
     """Four loops' loads and the gradient's store; by 2 bytes only the label's logit. Vocabularies end anywhere."""
-    wide, narrow = map(int, run("-c", WIDTH_OF_ACCESSES).split())
+    wide, narrow = map(int, run(WIDTH_OF_ACCESSES).split())
     assert (wide, narrow) == (5, 1)
 
 
@@ -212,12 +245,10 @@ print(json.dumps([[(row, aot.problem(row)) for row in rows], aot.problem(limits)
 """
 
 
-def test_the_gate_sees_each_fault(tmp_path):
+def test_the_gate_sees_each_fault(run):
     """Of Hopper's products: 64 rows for 8 warps, which also makes ptxas wait after each, factors read two bytes at a time and
     moved to other threads; and a transposed left operand in registers. The sound form has none of it."""
-    path = tmp_path / "kernel.py"  # Triton reads the source of a kernel from its file
-    path.write_text(FAULTY)
-    forms, at_limits, over_one_limit = json.loads(run(str(path)))
+    forms, at_limits, over_one_limit = json.loads(run(FAULTY))
     (sound, none), (slow, slow_problem), (transposed, transposed_problem) = forms
     counts = ("replicated_wgmma", "serialised_wgmma", "tile_conversions", "shared_accesses", "narrow_loads")
     assert sound["wgmma_products"] == 2
@@ -232,7 +263,7 @@ def test_the_gate_sees_each_fault(tmp_path):
     assert over_one_limit == [name.replace("_", " ") for name in counts]
 
 
-def test_counts_and_strides_of_a_batch_do_not_recompile():
+def test_counts_and_strides_of_a_batch_do_not_recompile(run):
     code = """
 import json
 from benchmarks import aot
@@ -246,4 +277,4 @@ print(json.dumps([
     if p.name in batch and (p.is_constexpr or not p.do_not_specialize)
 ]))
 """
-    assert json.loads(run("-c", code)) == []
+    assert json.loads(run(code)) == []

@@ -3,8 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from op_cases import device_of
-from vocabulary_cases import DIVERGENCES, call_tokens, check, draw, run, values_and_gradients, with_topk
+from vocabulary_cases import (
+    DIVERGENCES,
+    IMPL_DTYPES,
+    call_tokens,
+    check,
+    draw,
+    run,
+    values_and_gradients,
+    with_topk,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -40,10 +48,8 @@ def chosen(case, inputs, divergence):
 
 @pytest.mark.parametrize("case", OPTIONS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("impl, dtype", IMPL_DTYPES)
 def test_what_a_model_does_to_its_logits_and_what_rows_weigh(impl, case, divergence, dtype):
-    if dtype == torch.bfloat16 and impl == "triton" and device_of(impl) == "cpu":
-        dtype = torch.float16
     rows = 12 if dtype == torch.float32 else 60  # or the roundings of one row decide
     inputs, options = chosen(case, draw(n=rows, vocab=(70, 75), dtype=dtype, seed=4), divergence)
     weights = (0.7, 0.0) if case.startswith("no teacher") else (0.7, -1.3)
