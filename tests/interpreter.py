@@ -150,7 +150,7 @@ def _know_constants():
     make, numbers, sizes = TritonSemantic.scalar_constant, {}, set()
 
     def scalar_constant(self, value, dtype):
-        key = type(value), value, id(dtype)
+        key = type(value), value or str(value), id(dtype)  # 0.0 and -0.0 are equal
         if key not in numbers:
             numbers[key] = make(self, value, dtype)
         return numbers[key]
