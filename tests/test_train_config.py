@@ -43,7 +43,7 @@ def test_shipped_recipes_are_valid_and_described(name):
     assert recipe_from_dict(recipe_to_dict(recipe)) == recipe
 
 
-def test_objectives_are_those_of_the_paper_and_three_that_make_the_built_in_models():
+def test_objectives_are_those_of_the_paper_three_that_make_the_built_in_models_and_a_baseline():
     assert {name: (o.losses, o.trained) for name, o in SHIPPED.items()} == {
         "vision": (("patch",), ("vision",)),
         "text": (("ar",), ("language",)),
@@ -52,6 +52,7 @@ def test_objectives_are_those_of_the_paper_and_three_that_make_the_built_in_mode
         "dpt": (("ar", "kd"), ("adapter",)),
         "dft": (("ar", "kd", "vat"), ("language", "adapter")),
         "sft": (("ar",), ("language", "adapter")),
+        "hidden": (("ar", "kd", "hidden"), ("language", "adapter")),
     }
 
 

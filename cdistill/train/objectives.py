@@ -73,6 +73,7 @@ OBJECTIVES = {
     "dpt": Objective(("ar", "kd"), ("adapter",)),
     "dft": Objective(("ar", "kd", "vat"), ("language", "adapter")),
     "sft": Objective(("ar",), ("language", "adapter")),
+    "hidden": Objective(("ar", "kd", "hidden"), ("language", "adapter")),  # a baseline in the place of dft
 }
 
 

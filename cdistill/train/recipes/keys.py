@@ -244,7 +244,8 @@ class StageConfig(Keys):
     """One stage."""
 
     objective: str
-    """What is trained and by which losses: vision, text, ground, pt, dpt, dft or sft; by default the section's name."""
+    """What is trained and by which losses: vision, text, ground, pt, dpt, dft, sft, or the baseline hidden; by default the
+    section's name."""
     samples: int
     """Samples of the stage, rounded down to whole global batches."""
     learning_rate: Positive

@@ -15,12 +15,15 @@ from cdistill.train.terms.answers import Answers
 from cdistill.train.terms.base import LABELS, PER, SIGNALS, Memory, Settings, Sizes, Term
 from cdistill.train.terms.divergence import Divergence
 from cdistill.train.terms.grounding import Grounding
+from cdistill.train.terms.hidden import HiddenStates
 from cdistill.train.terms.patches import Patches
 
 __all__ = ["TERMS", "Memory", "Settings", "Sizes", "Term", "check_terms", "configured", "register_term", "term_named"]
 
 # In the order in which they are shown.
-TERMS: dict[str, type[Term]] = {term.name: term for term in (Patches, Answers, Grounding, Divergence, Alignment)}
+TERMS: dict[str, type[Term]] = {
+    term.name: term for term in (Patches, Answers, Grounding, Divergence, Alignment, HiddenStates)
+}
 # Keys that stand beside those of the terms in results, batches and logged lines.
 RESERVED = (
     *("loss", "idle", "samples", "counted", "labels", "stage", "step", "skipped", "learning_rate", "samples_per_s"),
