@@ -361,8 +361,8 @@ class Several(Entropy):
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        (["nothing"], "terms must be of patch, ar, ground, kd, vat, got 'nothing'"),
-        ("nothing", "terms must be of patch, ar, ground, kd, vat, got 'nothing'"),
+        (["nothing"], "terms must be of patch, ar, ground, kd, vat, hidden, got 'nothing'"),
+        ("nothing", "terms must be of patch, ar, ground, kd, vat, hidden, got 'nothing'"),
         ([Entropy], "terms must hold instances of cdistill.Term or names of registered ones, got <class"),
         ([Entropy(), Entropy()], "two terms of a loss have the key 'entropy'"),
         (["kd"], "two terms of a loss have the key 'kd'"),

@@ -47,9 +47,23 @@ class Line:
 
 
 def lines(
-    curves: Sequence[Line], *, title: str, x: str, y: str, label: str, span: tuple[float, float] | None = None
+    curves: Sequence[Line],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    label: str,
+    span: tuple[float, float] | None = None,
+    logarithmic: bool = False,
 ) -> str:
-    """Curves on one pair of axes; ``span`` are the ends of the y axis, ``label`` says what the picture shows."""
+    """Curves on one pair of axes.
+
+    Args:
+        title: and ``x`` and ``y``, what the axes are.
+        label: what the picture shows, in words.
+        span: ends of the y axis.
+        logarithmic: x is shown by its logarithm, with a tick at every point of a curve.
+    """
     figure, axes = _axes(title, x, y)
     for curve in curves:
         colour, values = SERIES[curve.series % len(SERIES)], np.array(curve.y, np.float64)
@@ -68,8 +82,34 @@ def lines(
             axes.fill_between(curve.x, *ends, color=colour, alpha=0.18, linewidth=0)
     if span is not None:
         axes.set_ylim(*span)
-    axes.locator_params(axis="x", integer=True, nbins=12)
+    if logarithmic:
+        ticks = sorted({point for curve in curves for point in curve.x})
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{tick:,g}" if tick < 1e6 else f"{tick:.0e}" for tick in ticks])
+        axes.minorticks_off()
+    else:
+        axes.locator_params(axis="x", integer=True, nbins=12)
     _legend(axes, len(curves))
+    return svg(figure, label)
+
+
+def bars(
+    groups: Mapping[str, Sequence[tuple[float, float]]], names: Sequence[str], *, title: str, x: str, label: str
+) -> str:
+    """Lying bars from 0 to 100, of every group one for each of ``names``: values and the lengths of their error bars."""
+    figure, axes = _axes(title, x, "", height=0.9 + 0.42 * len(groups))
+    thick = 0.8 / len(names)
+    for i, name in enumerate(names):
+        places = [place + thick * (i - (len(names) - 1) / 2) for place in range(len(groups))]
+        values, errors = zip(*(pairs[i] for pairs in groups.values()), strict=True)
+        colour = SERIES[1 + i % (len(SERIES) - 1)]
+        axes.barh(places, values, 0.9 * thick, color=colour, label=name, hatch=("", "//")[i % 2], edgecolor=_GRID)
+        axes.errorbar(values, places, xerr=errors, fmt="none", ecolor=_INK, elinewidth=1, capsize=2)
+    axes.set_yticks(range(len(groups)), list(groups), color=_INK)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 103)
+    axes.grid(False, axis="y")
+    figure.legend(fontsize=8, frameon=False, labelcolor=_INK, loc="outside lower center", ncols=len(names))
     return svg(figure, label)
 
 

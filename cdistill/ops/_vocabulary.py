@@ -20,6 +20,7 @@ CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of both buffers togeth
 ROW_UNIT = 64  # elements by which the rows of a buffer are aligned, more than any vector a kernel reads
 BLOCK = 1024  # vocabulary entries of a head that are converted at a time, where a product needs another dtype
 TILED = 1 << 21  # numbers of a head that are multiplied at a time, where tiles of bf16 are
+ADDED = 1 << 16  # numbers in bf16 that are added to fp32 at a time
 # Bring gradients of logits into the range of fp16; those of reverse KL grow with the logarithm of p/q.
 FP16_GAIN = {"forward_kl": 16384.0, "reverse_kl": 64.0, "jsd": 1024.0}
 MOST_PROBABILITY = 1.01  # of a teacher's top-k together, rounded as they may be stored
@@ -201,10 +202,17 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
     """
     if _in_tiles(a, b):
         rounded = torch.mm(a, b)
-        rest = torch.addmm(rounded, a, b, beta=-1)
-        total.add_(rounded, alpha=factor).add_(rest, alpha=factor)
+        _add(total, rounded, factor)
+        _add(total, rounded.addmm_(a, b, beta=-1), factor)
     else:
         total.addmm_(a.float(), b.float(), alpha=factor)
+
+
+def _add(total: Tensor, half: Tensor, factor: float) -> None:
+    """total += factor * half in bf16, a few rows at a time: torch copies what it adds in another dtype."""
+    step = max(1, ADDED // half.shape[1])
+    for x, y in zip(total.split(step), half.split(step), strict=True):
+        x.add_(y, alpha=factor)
 
 
 def chunk_rows(rows: int, row_bytes: int, *, on_cuda: bool, head_gradient: int) -> int:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from cdistill.analysis import charts
-from cdistill.analysis.page import document
+from cdistill.analysis import figures
+from cdistill.analysis.page import DARK, document
 from cdistill.builtin.scorer import FAMILIES
 from cdistill.reproduce.findings import CONTRADICTED, HOLDS, RULE, Findings, averages, spread
+from cdistill.reproduce.tables import Column
 from cdistill.reproduce.text import COLUMNS, curve_lines, places, value
 
-COLOURS = ("#5b6470", "#c2570c", "#15803d", "#9d174d", "#1d4ed8", "#6d28d9", "#0e7490", "#a16207")
-FAMILY_COLOURS = {"recognition": "#c2570c", "compositional": "#1d4ed8"}
+SHOWN: tuple[Column, ...] = ("recognition", "compositional")
 _STYLE = """
 th:first-child { text-transform: none; } th { white-space: normal; vertical-align: bottom; }
 .chart { max-width: 760px; } td.words { text-align: left; white-space: normal; }
-.open { color: #57606a; font-weight: 600; } .paper { color: #57606a; }
+.open { color: var(--muted); font-weight: 600; } .paper { color: var(--muted); }
 """
 
 
@@ -29,7 +28,7 @@ def page(findings: Findings, name: str, facts: Mapping[str, Any]) -> str:
     body += _verdicts(findings) + _numbers(findings, facts)
     body += _curves(findings) if table.curves else ""
     body += _subtypes(findings) + _tuning(facts) + _runs(name, facts)
-    return document(f"{name}: {table.title}", body, _STYLE)
+    return document(f"{name}: {table.title}", body, figures.STYLE + _STYLE + DARK)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
@@ -65,11 +64,7 @@ def _numbers(findings: Findings, facts: Mapping[str, Any]) -> str:
             cells += [apart, *papers]
         rows.append(cells)
         if found["compositional"]:
-            groups[label] = [
-                charts.Bar(column, FAMILY_COLOURS[column], mean, 0.0 if deviation != deviation else deviation)
-                for column in FAMILY_COLOURS
-                for mean, deviation in [spread(findings.values(row, column, size, rate))]  # type: ignore[arg-type]
-            ]
+            groups[label] = [_percent(findings.values(row, column, size, rate)) for column in SHOWN]
     if facts["teacher"] is not None:
         cells = [f"{100 * each:.1f}" for each in averages(facts["teacher"]).values()]
         rows.append(["teacher", "", *cells, *([""] * 3 if single else [])])
@@ -77,9 +72,10 @@ def _numbers(findings: Findings, facts: Mapping[str, Any]) -> str:
     head += [f"compositional minus {table.reference}", "paper: VQA", "paper: CR"] if single else []
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
     questions = facts["questions"]
-    chart = charts.bar_chart(groups, {}, label=f"Accuracy of the rows of {table.title}", strong="") if groups else ""
+    said = f"Accuracy of the rows of {table.title}, recognition and compositional; the numbers are in the table below"
+    chart = figures.bars(groups, SHOWN, title="", x="accuracy, %", label=said) if groups and not table.curves else ""
     return f"""
-<section><h2>Numbers</h2>{charts.legend(FAMILY_COLOURS)}<figure class="chart">{chart}</figure>
+<section><h2>Numbers</h2><figure class="chart">{chart}</figure>
 {_table(head, rows)}
 <p class="note">Accuracy in %, mean ± standard deviation over training seeds, on {questions["n"]} questions per sub-type
 about held-out scenes (seed {questions["seed"]}). Recognition: what greedy decoding says, mean over colour, existence and
@@ -92,56 +88,41 @@ def _curves(findings: Findings) -> str:
     table = _table(
         ["row", "area below the curve", "samples to 90 %"], [[*map(escape, line)] for line in curve_lines(findings)]
     )
-    charts_of = "".join(
-        f"<figure>{curve_chart(findings, column)}</figure>" for column in ("recognition", "compositional")
-    )
+    charts_of = "".join(f"<figure>{curve_chart(findings, column)}</figure>" for column in SHOWN)
     return f"""
 <section><h2>Accuracy against samples</h2><div class="grid">{charts_of}</div>{table}
-<p class="note">Curves: mean over seeds, bars one standard deviation. Area: mean height of the compositional curve over the
+<p class="note">Curves: mean over seeds, bands one standard deviation. Area: mean height of the compositional curve over the
 logarithm of samples. Samples to 90 % compositional accuracy: geometric mean and range over the seeds that get there, by
 lines between the points.</p></section>"""
 
 
-def curve_chart(findings: Findings, column: str) -> str:
+def curve_chart(findings: Findings, column: Column) -> str:
     """Accuracy of every row against samples, as inline SVG."""
-    import matplotlib
-    from matplotlib.figure import Figure
+    curves = []
+    for i, row in enumerate(findings.table.rows):
+        found: dict[int, dict[int, float]] = {}
+        for seed in findings.seeds:
+            for samples, height in findings.points(row, seed, column):
+                found.setdefault(samples, {})[seed] = height
+        x = sorted(found)
+        pairs = [_percent(found[samples]) for samples in x]
+        low, high = ([mean + sign * deviation for mean, deviation in pairs] for sign in (-1, 1))
+        curves.append(figures.Line(row, i, x, [mean for mean, _ in pairs], low, high))
+    return figures.lines(
+        curves,
+        title=column,
+        x="training samples",
+        y="accuracy, %",
+        label=f"{column} accuracy against training samples, a line for each of {', '.join(findings.table.rows)}",
+        span=(0, 103),
+        logarithmic=True,
+    )
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": column, "font.size": 9}):
-        figure = Figure(figsize=(5, 3.4), layout="constrained")
-        axes = figure.add_subplot()
-        ends: dict[int, None] = {}
-        for row, colour in zip(findings.table.rows, COLOURS * len(findings.table.rows), strict=False):
-            found: dict[int, dict[int, float]] = {}
-            for seed in findings.seeds:
-                for samples, height in findings.points(row, seed, column):  # type: ignore[arg-type]
-                    found.setdefault(samples, {})[seed] = height
-            x = sorted(found)
-            pairs = [spread(found[samples]) for samples in x]
-            errors = [0.0 if deviation != deviation else 100 * deviation for _, deviation in pairs]
-            axes.errorbar(
-                x,
-                [100 * mean for mean, _ in pairs],
-                errors,
-                label=row,
-                color=colour,
-                marker="o",
-                ms=3.5,
-                capsize=2,
-                lw=1.4,
-            )
-            ends |= dict.fromkeys(x)
-        axes.set_xscale("log")
-        axes.set_xticks(sorted(ends), [f"{samples:,}" for samples in sorted(ends)], minor=False)
-        axes.minorticks_off()
-        axes.set(ylim=(0, 103), xlabel="training samples", ylabel="accuracy, %", title=column)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    label = f"{column} accuracy against training samples, a line for each of {', '.join(findings.table.rows)}"
-    return svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
+
+def _percent(values: dict[int, float]) -> tuple[float, float]:
+    """Mean and standard deviation over seeds in percent, the deviation of one alone 0."""
+    mean, deviation = spread(values)
+    return 100 * mean, 0.0 if deviation != deviation else 100 * deviation
 
 
 def _subtypes(findings: Findings) -> str:
