@@ -127,9 +127,15 @@ def test_what_is_told_before_anything_is_trained(models, data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     shutil.rmtree(tmp_path / "data" / "sugarcrepe" / "images")
     for changes, message in (
-        ({"stage__dft__keep_best": "eval.sugarcrepe.swap"}, r"keep_best must be a metric of the benchmark \(eval\."),
-        ({"stage__dft__eval__data": str(tmp_path)}, r"stage\.dft\.eval: --data: .* has no folder sugarcrepe"),
-        ({"stage__dft__eval__data": str(tmp_path / "data")}, r"none of its images is there"),
+        (
+            {"stage__dft__keep_best": "eval.sugarcrepe.swap"},
+            r"^stage\.dft\.keep_best must be a metric of the benchmark \(eval\.",
+        ),
+        ({"stage__dft__eval__data": str(tmp_path)}, r"^stage\.dft\.eval\.data: .* has no folder sugarcrepe"),
+        (
+            {"stage__dft__eval__data": str(tmp_path / "data")},
+            r"^stage\.dft\.eval: sugarcrepe: none of its images is there .*; see images",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             run(recipe(tmp_path / "run", models, data, **changes))

@@ -35,7 +35,13 @@ def open_tasks(config: StageConfig, *, quiet: bool) -> list[tasks.Task]:
     names, found = wanted.names, []
     for name in names:
         data, images = (None if path is None else Path(path) for path in (wanted.data, wanted.images))
-        task = tasks.prepare(name, data, images, limit=wanted.limit, several=len(names) > 1, quiet=quiet)
+        try:
+            task = tasks.prepare(name, data, images, limit=wanted.limit, several=len(names) > 1, quiet=quiet)
+        except ValueError as error:
+            said = (
+                str(error).replace("--data", "data").replace("--images", "images")
+            )  # keys here, options of the command
+            raise ValueError(f"eval.{said}" if said.startswith("data: ") else f"eval: {said}") from None
         prefix = f"eval.{name}."
         if config.keep_best is not None and config.keep_best.startswith(prefix):
             metrics = task.benchmark.metrics([nothing(question) for question in task.asked])
@@ -57,14 +63,17 @@ def questioner(student: Model, save_processor: Save) -> Any:
     """
     with tempfile.TemporaryDirectory() as folder:
         save_processor(Path(folder))
-        return load_questioner([Path(folder)], student.config, usual=False)
+        try:
+            return load_questioner([Path(folder)], student.config, usual=False)
+        except ValueError as error:
+            raise ValueError(f"eval: {str(error).replace(folder, 'the student')}") from None
 
 
 def check_questions(found: Iterable[tasks.Task], student: Model) -> None:
     """Raise ValueError for questions about images to a student that sees none."""
     for task in found:
         if not hasattr(student.config, "vision_config") and any(question.images for question in task.asked):
-            raise ValueError(f"tasks must show no images to a student that sees none, and {task.name} shows some")
+            raise ValueError(f"eval.tasks must show no images to a student that sees none, and {task.name} shows some")
 
 
 class Evaluation:
@@ -92,7 +101,7 @@ class Evaluation:
         together: bool,
     ) -> None:
         self.student, self.prompts, self.tasks, self.label = student, Prompts(processor), found, label
-        self.first, self.shares = (0, 1) if together else (rank, world)
+        self.together, self.first, self.shares = together, *((0, 1) if together else (rank, world))
         self.inference: Inference | None = None
 
     def __call__(self) -> dict[str, float]:
@@ -135,6 +144,8 @@ class Evaluation:
         if not share:
             return {}, {}
         runner.plan(share)
+        if self.together:  # or processes with other free memory would run other batches, and wait for each other
+            runner.batch_size = min(gathered_objects(runner.batch_size))
         said: dict[str, Answer] = {}
         shown = first_process()
         with tqdm(total=len(share), desc=task.name, unit=" questions", leave=False, disable=not shown) as bar:

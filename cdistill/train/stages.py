@@ -169,7 +169,7 @@ def _check_evaluation(stage: Stage, models: Models, data: _Data) -> None:
         check_questions(open_tasks(stage.config, quiet=False), models.student)
         questioner(models.student, lambda folder: _save_processor(folder, models, data))
     except ValueError as error:
-        raise ValueError(f"stage.{stage.name}.eval: {error}") from None
+        raise ValueError(f"stage.{stage.name}.{error}") from None
 
 
 def _stop_if(number: int, message: str) -> None:
