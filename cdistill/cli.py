@@ -20,6 +20,7 @@ from cdistill.plan import command as planning
 from cdistill.reproduce import command as reproduction
 from cdistill.runtime.errors import RunError, print_error
 from cdistill.runtime.launch import environment
+from cdistill.train import gradient_report
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,9 @@ COMMANDS = {
     "demo": Command("distil the built-in student and compare it", demo.add_arguments, demo.main),
     "train": Command("train a recipe's stages", _train_arguments, _train),
     "plan": Command("tell what a recipe needs on each GPU", planning.add_arguments, planning.main),
+    "gradients": Command(
+        "measure how hard each term of a stage's loss pulls", gradient_report.add_arguments, gradient_report.main
+    ),
     "cache": Command("keep what a recipe's teacher gives, to train without it", _cache_arguments, _cache),
     "data": Command("check data sets, look at samples, list the paper's sets", data.add_arguments, _data),
     "eval": Command("measure a model on benchmarks or the built-in task", evaluation.add_arguments, evaluation.main),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback, TrainingArguments
 
 from cdistill.data import strict_yaml
@@ -38,6 +38,7 @@ from cdistill.train.build import (
 from cdistill.train.cache import CachedCollator, CachedDataset, StageCache, fingerprint, stage_cache
 from cdistill.train.data import encoder_of, open_stage, open_validation, unread
 from cdistill.train.evaluation import Evaluation, check_questions, open_tasks, questioner
+from cdistill.train.gradients import balanced_weight
 from cdistill.train.lora import add_lora
 from cdistill.train.measuring import METRIC, VALUE, Measure, Measuring, is_best
 from cdistill.train.model import DistillationModel
@@ -56,6 +57,7 @@ from cdistill.train.run_folder import (
     stage_folders,
 )
 from cdistill.train.teacher_source import Cached, place_teacher
+from cdistill.train.terms.alignment import Alignment
 from cdistill.train.trainer import DistillTrainer, RunLog, training_arguments
 from cdistill.train.validation import Validation
 from cdistill.vat import attention_layers
@@ -63,7 +65,7 @@ from cdistill.vat import attention_layers
 METRICS_BYTES = 1_000_000
 
 
-class _Data(NamedTuple):
+class Data(NamedTuple):
     """What a stage reads."""
 
     dataset: Any
@@ -141,7 +143,7 @@ def _prepare(recipe: Recipe, output: Path, resume: bool, at_end: ExitStack) -> M
     run = resolve(recipe, _world_size() if launch.launched() else None)
     models = build_models(recipe)
     for stage in run.stages:
-        data = _Data(*(found := open_stage(stage, models)), encoder_of(found[0]))
+        data = Data(*(found := open_stage(stage, models)), encoder_of(found[0]))
         if stage.config.validation is not None:
             open_validation(stage, models)
         if stage.config.eval is not None:
@@ -163,7 +165,7 @@ def _prepare(recipe: Recipe, output: Path, resume: bool, at_end: ExitStack) -> M
     return models
 
 
-def _check_evaluation(stage: Stage, models: Models, data: _Data) -> None:
+def _check_evaluation(stage: Stage, models: Models, data: Data) -> None:
     """Raise ValueError unless a stage's benchmarks can be read and put to its student."""
     try:
         check_questions(open_tasks(stage.config, quiet=False), models.student)
@@ -194,10 +196,10 @@ def _run_stage(
         models.teacher = models.teacher_source = None
     arguments = _ready(run, stage, models.student)
     counted = count_parameters(models.student)
-    data = _Data(*(found := open_stage(stage, models)), encoder_of(found[0]))
+    data = Data(*(found := open_stage(stage, models)), encoder_of(found[0]))
     if data.encoder is not None:
         add_stop_tokens(models.student, data.encoder.contract.end_ids)
-    model, data = _distillation(run, stage, models, data, arguments)
+    model, data = losses_of(run, stage, models, data, arguments.device)
     stop = StopCallback(request)
     trainer, log = _trainer(run, stage, model, arguments, data, callbacks, stop)
     _measure(run, stage, models, trainer, log, data)
@@ -228,13 +230,18 @@ def _run_stage(
     trainer.accelerator.wait_for_everyone()
 
 
-def _ready(run: Run, stage: Stage, student: Model) -> TrainingArguments:
-    """Give the student its additions, let gradients reach what the stage trains, and say how it is trained."""
-    recipe = run.recipe
+def prepare_student(stage: Stage, student: Model) -> None:
+    """Give a student its additions, and let gradients reach what the stage trains."""
     torch.manual_seed(stage.seed)
     if stage.lora is not None:
         add_lora(student, stage.lora)
     set_trained(student, stage.objective)
+
+
+def _ready(run: Run, stage: Stage, student: Model) -> TrainingArguments:
+    """Prepare the student, and say how it is trained."""
+    recipe = run.recipe
+    prepare_student(stage, student)
     if recipe.gradient_checkpointing and stage.objective.trained != ("vision",):
         checkpoint_activations(student, reentrant=recipe.gradient_checkpointing == "reentrant")
     if recipe.compile:
@@ -265,9 +272,9 @@ def _ready(run: Run, stage: Stage, student: Model) -> TrainingArguments:
     )
 
 
-def _distillation(
-    run: Run, stage: Stage, models: Models, data: _Data, arguments: TrainingArguments
-) -> tuple[DistillationModel, _Data]:
+def losses_of(
+    run: Run, stage: Stage, models: Models, data: Data, device: torch.device
+) -> tuple[DistillationModel, Data]:
     """The losses of the stage, with the teacher held as the recipe wants it, or what a cache has kept of it."""
     memory, student = run.recipe.teacher_memory, models.student
     teacher = vat = None
@@ -276,21 +283,38 @@ def _distillation(
         layers = attention_layers(student), attention_layers(models.teacher)
         if memory.cache is None:
             models.teacher_source = models.teacher_source or place_teacher(
-                memory, models.teacher, student, run.precision, arguments.device, shares_vision=models.shares_vision
+                memory, models.teacher, student, run.precision, device, shares_vision=models.shares_vision
             )
             teacher = models.teacher_source
-            teacher.move(arguments.device)
+            teacher.move(device)
         if stage.aligns:
             batches = DataLoader(data.dataset, stage.micro_batch_size, collate_fn=data.collator)
-            vat = make_vat(run.recipe.vat, layers, student.to(arguments.device), teacher, batches)
+            vat = make_vat(run.recipe.vat, layers, student.to(device), teacher, batches)
         if memory.cache is not None:
             kept = StageCache(stage_cache(stage), fingerprint(stage, models, vat))
             teacher = Cached(kept.vocabulary)
-            data = _Data(CachedDataset(data.dataset, kept), CachedCollator(data.collator), data.encoder)
+            data = Data(CachedDataset(data.dataset, kept), CachedCollator(data.collator), data.encoder)
     elif models.teacher_source is not None:
         models.teacher_source.move("cpu")  # from the GPU, where an earlier stage has left it
-    terms = stage.objective.terms(kd=run.recipe.kd, vat=vat, vat_weight=run.recipe.vat.weight)
-    return DistillationModel(student, terms, teacher=teacher), data
+    weight = run.recipe.vat.weight
+    balances, weight = vat is not None and weight == "auto", 1.0 if weight == "auto" else weight
+    terms = stage.objective.terms(kd=run.recipe.kd, vat=vat, vat_weight=weight)
+    model = DistillationModel(student, terms, teacher=teacher)
+    if balances:
+        _balance(run, stage, model.to(device), data)
+    return model, data
+
+
+def _balance(run: Run, stage: Stage, model: DistillationModel, data: Data) -> None:
+    """Measure the weight of the alignment, as ``vat.weight: auto`` says. A resumed stage measures it again and gets the same:
+    it builds its student from the result of the stage before."""
+    config, size = run.recipe.vat, stage.micro_batch_size
+    samples = min(config.measure_samples, stage.samples)
+    batches = DataLoader(Subset(data.dataset, range(samples)), size, collate_fn=data.collator)
+    term = next(term for term in model.terms if isinstance(term, Alignment))
+    term.weight = balanced_weight(model, batches, label=stage.label, precision=run.precision, seed=stage.seed)
+    if first_process():
+        print(f"{stage.label}: vat.weight auto is {term.weight:.4g}, measured on {samples:,} samples", flush=True)
 
 
 def _trainer(
@@ -298,7 +322,7 @@ def _trainer(
     stage: Stage,
     model: DistillationModel,
     arguments: TrainingArguments,
-    data: _Data,
+    data: Data,
     callbacks: Sequence[TrainerCallback],
     stop: StopCallback,
 ) -> tuple[DistillTrainer, RunLog]:
@@ -325,7 +349,7 @@ def _trainer(
     return trainer, log
 
 
-def _measure(run: Run, stage: Stage, models: Models, trainer: DistillTrainer, log: RunLog, data: _Data) -> None:
+def _measure(run: Run, stage: Stage, models: Models, trainer: DistillTrainer, log: RunLog, data: Data) -> None:
     """Let the trainer measure the student as it goes, if the stage says so, and keep the best."""
     config = stage.config
     metric, folder = config.keep_best or "", stage.folder.with_name(f"{stage.label}-best")
@@ -361,7 +385,7 @@ def _measure(run: Run, stage: Stage, models: Models, trainer: DistillTrainer, lo
 
 
 def _announce(
-    stage: Stage, models: Models, model: DistillationModel, data: _Data, counted: tuple[int, int], start: int
+    stage: Stage, models: Models, model: DistillationModel, data: Data, counted: tuple[int, int], start: int
 ) -> None:
     """Print what the stage trains, and what its samples and template leave out."""
     losses = " + ".join(term.title for term in model.terms)
@@ -381,7 +405,7 @@ def _announce(
         )
 
 
-def _publish(folder: Path, stage: Stage, models: Models, trainer: DistillTrainer, data: _Data, **facts: Any) -> None:
+def _publish(folder: Path, stage: Stage, models: Models, trainer: DistillTrainer, data: Data, **facts: Any) -> None:
     """Write the student beside its folder, and rename it when all of it is there."""
     part = folder.with_name(f"{folder.name}.part")
     if first_process() and part.exists():
@@ -396,7 +420,7 @@ def _publish(folder: Path, stage: Stage, models: Models, trainer: DistillTrainer
         checkpoints.publish(part, folder)
 
 
-def _save_processor(folder: Path, models: Models, data: _Data) -> None:
+def _save_processor(folder: Path, models: Models, data: Data) -> None:
     """Write what makes tokens for the student, with the chat template that it is trained on."""
     models.processor.save_pretrained(folder)
     template = None if data.encoder is None else data.encoder.template

@@ -57,10 +57,11 @@ class VATOptions(VATConfig):
 
     enabled: bool = True
     """Whether stages with objective dft align attention at all."""
-    weight: NotNegative = 1.0
-    """Factor of the term in the loss."""
+    weight: NotNegative | Literal["auto"] = 1.0
+    """Factor of the term in the loss. auto measures it at the start of a stage, on its first `measure_samples` samples: the
+    gradient of the alignment becomes as long as that of all other terms together, and the factor then stays."""
     measure_samples: AtLeastOne = 256
-    """Samples on which matching adaptive measures the distances between layers."""
+    """Samples on which matching adaptive measures the distances between layers, and weight auto the gradients."""
 
 
 @dataclass(frozen=True, config=STRICT)
