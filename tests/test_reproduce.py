@@ -225,7 +225,7 @@ def test_a_model_that_changed_under_its_name_is_another_run(tiny, tmp_path):
 
 
 def test_tuning_takes_the_best_finished_grid(tiny):
-    pair = replace(load_recipe("fair-compodistill"), seed=4)
+    pair = replace(load_recipe("demo-compodistill"), seed=4)
     planned = runs.plan("tune", load_table("tune"), pair, seeds=3, n=2, rates={})
     assert {run.recipe.seed for run in planned} == {3} and {run.exam.seed for run in planned} == {runs.VALIDATION}
     half = next(run for run in planned if run.row == "all" and run.rate == 0.5)
@@ -298,7 +298,7 @@ def test_rows_are_made_of_parts_that_are_trained_first(tiny, here, tmp_path, mon
 
 @pytest.mark.parametrize("name", names())
 def test_every_shipped_table_fits_the_default_pair(name):
-    table, pair = load_table(name), load_recipe("fair-compodistill")
+    table, pair = load_table(name), load_recipe("demo-compodistill")
     models = {"base-small": "builtin:student-base", "teacher-small": pair.teacher}
     parts = {part: models.get(part, "builtin:student-base") for part in runs.plan_parts(table)}
     claimed = {row for claim in table.claims for row in (claim.better, claim.worse)} if parts else set()
@@ -312,10 +312,10 @@ def test_every_shipped_table_fits_the_default_pair(name):
 
 
 def test_the_shipped_baseline_is_the_row_of_the_tables():
-    pair = load_recipe("fair-compodistill")
+    pair = load_recipe("demo-compodistill")
     planned = runs.plan("table2", load_table("table2"), pair, seeds=1, n=2, rates={})
     assert planned[0].row == "SFT"
-    assert planned[0].hash == runs.hash_of(load_recipe("fair-sft"), planned[0].exam)
+    assert planned[0].hash == runs.hash_of(load_recipe("demo-sft"), planned[0].exam)
     assert planned[-1].hash == runs.hash_of(pair, planned[-1].exam)
 
 
@@ -343,7 +343,7 @@ def test_mistakes_are_one_line_and_begin_nothing(tiny, tmp_path, capsys):
         assert said in error and "\n" not in error
     assert not (tmp_path / "out").exists()
     off = tmp_path / "off.yaml"
-    off.write_text(yaml.safe_dump({"extends": "fair-compodistill", "vat": {"enabled": False}}))
+    off.write_text(yaml.safe_dump({"extends": "demo-compodistill", "vat": {"enabled": False}}))
     assert main(["reproduce", "table2", "--pair", str(off), *output]) == 2
     assert "rows both and TAF are the same run with this pair" in capsys.readouterr().err
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cdistill.reproduce.tables import names
 
-PAIR = "fair-compodistill"
+PAIR = "demo-compodistill"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

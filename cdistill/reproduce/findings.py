@@ -164,7 +164,7 @@ def averages(accuracy: Mapping[str, Any]) -> dict[Column, float]:
     }
 
 
-def spread(values: Values) -> tuple[float, float]:
+def spread(values: Mapping[Any, float]) -> tuple[float, float]:
     """Mean and sample standard deviation; NaN where there are too few."""
     numbers = list(values.values())
     mean = statistics.fmean(numbers) if numbers else math.nan
@@ -173,12 +173,17 @@ def spread(values: Values) -> tuple[float, float]:
 
 def paired(first: Values, second: Values) -> Difference:
     """The first minus the second over the seeds that both have."""
-    apart = [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
-    mean = statistics.fmean(apart) if apart else math.nan
+    apart = {seed: first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())}
+    return Difference(*interval(apart), len(apart), sum(each > 0 for each in apart.values()))
+
+
+def interval(values: Mapping[Any, float]) -> tuple[float, float, float]:
+    """Mean over seeds, and the ends of its 95 % interval by Student's t; NaN where there are too few."""
+    mean, deviation = spread(values)
     reach = math.nan
-    if len(apart) > 1:
-        reach = T[min(len(apart) - 1, len(T)) - 1] * statistics.stdev(apart) / math.sqrt(len(apart))
-    return Difference(mean, mean - reach, mean + reach, len(apart), sum(each > 0 for each in apart))
+    if len(values) > 1:
+        reach = T[min(len(values) - 1, len(T)) - 1] * deviation / math.sqrt(len(values))
+    return mean, mean - reach, mean + reach
 
 
 def verdict(difference: Difference) -> str:

@@ -57,11 +57,11 @@ def reproduce(
 
 
 class Reproduction:
-    """A table on a pair, in a folder. The arguments are those of `reproduce`."""
+    """A table on a pair, in a folder. The arguments are those of `reproduce`; ``overrides`` change the pair's keys."""
 
-    def __init__(self, table: str, pair: str, output: Path, seeds: int, n: int) -> None:
+    def __init__(self, table: str, pair: str, output: Path, seeds: int, n: int, overrides: Sequence[str] = ()) -> None:
         self.table, self.name = load_table(table), Path(table).stem
-        self.pair, self.recipe = pair, runs.load_pair(pair)
+        self.pair, self.recipe, self.overrides = pair, runs.load_pair(pair, overrides), tuple(overrides)
         self.output, self.seeds, self.n = output, seeds, n
         self.records = runs.read_records(output)
         self.rates = runs.tuned_rates(self.recipe, n, self.records)
@@ -102,7 +102,7 @@ class Reproduction:
             )
         for run in planned:
             exam = None if run.exam is None else asdict(run.exam)
-            fresh = Record(run.hash, self.pair, list(run.overrides), run.recipe.seed, exam)
+            fresh = Record(run.hash, self.pair, [*self.overrides, *run.overrides], run.recipe.seed, exam)
             record = records.setdefault(run.hash, fresh)
             record.samples = 0 if run.model else samples_of(run.recipe.stages, run.recipe.stage)
             asked = f"{self.name}: {run.row}"

@@ -113,9 +113,9 @@ def read_records(folder: Path) -> dict[str, Record]:
     return found
 
 
-def load_pair(name_or_path: str) -> Recipe:
+def load_pair(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """The distilled recipe that a table's rows change. Raises ValueError unless it distils."""
-    recipe = load_recipe(name_or_path)
+    recipe = load_recipe(name_or_path, overrides)
     if recipe.teacher is None:
         raise ValueError(f"--pair: recipe {recipe.name} has no teacher: there is nothing to distil")
     return replace(recipe, processes=1)

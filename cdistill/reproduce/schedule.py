@@ -14,8 +14,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from cdistill.builtin.scorer import FAMILIES
 from cdistill.data import strict_yaml
 from cdistill.eval.files import write_atomically
+from cdistill.reproduce.findings import samples_of
 from cdistill.reproduce.runs import FAILED, FINISHED, STARTED, STOPPED, Record, Run
 from cdistill.reproduce.worker import JOB, RESULT, WEIGHTS
 from cdistill.runtime.errors import Stopped
@@ -23,11 +27,13 @@ from cdistill.runtime.launch import PARENT, POLL_SECONDS
 from cdistill.runtime.provenance import provenance
 from cdistill.runtime.signals import stop_on_signals
 from cdistill.train.recipes import recipe_to_dict
+from cdistill.train.run_folder import METRICS, stage_folders
 
 PROGRAM = (sys.executable, "-m", "cdistill.reproduce.worker")
 PARTS = "parts"  # folder of models that rows are made of, likewise
 WORK = "work"  # folder of what is being trained, below that of the results
 SAVES = 10  # checkpoints of a stage, at least, so that a kill costs little
+SUBTYPES = sum(map(len, FAMILIES.values()))  # of questions
 CODES_OF_STOPS = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT)
 
 
@@ -50,14 +56,14 @@ class Schedule:
         records: of all runs in it, by hash; changed as runs begin and end.
         processes: runs at once.
         keep: keep the weights of finished runs.
-        say: prints a line.
+        say: prints a line, above the bar.
     """
 
     folder: Path
     records: dict[str, Record]
     processes: int = 1
     keep: bool = False
-    say: Callable[[str], None] = print
+    say: Callable[[str], None] = tqdm.write
 
     def work(self, runs: Sequence[Run]) -> None:
         """Make the runs that are not finished. A run that fails is recorded, and the others go on.
@@ -66,9 +72,10 @@ class Schedule:
             Stopped: a signal came; what runs has saved a checkpoint.
         """
         left = [run for run in runs if not self.is_done(run)]
-        total, done, begun = len(left), 0, time.monotonic()
+        total, done, past, whole, begun = len(left), 0, 0, sum(map(cost, left)), time.monotonic()
         busy: list[Started] = []
-        with stop_on_signals() as request:
+        bar = tqdm(total=whole, desc="runs", unit=" samples", disable=None, smoothing=0)  # on a terminal
+        with bar, stop_on_signals() as request:
             try:
                 while (left and not request.received) or busy:
                     while left and len(busy) < self.processes and not request.received:
@@ -78,8 +85,10 @@ class Schedule:
                             each.process.send_signal(signal.SIGTERM)
                     for each in [each for each in busy if _ended(each, wait=bool(request.received))]:
                         busy.remove(each)
-                        done += 1
-                        self._end(each, request.received, f"{done}/{total}", _left(begun, done, total))
+                        done, past = done + 1, past + cost(each.run)
+                        left_over = _left(time.monotonic() - begun, whole - past, past)
+                        self._end(each, request.received, f"{done}/{total}", left_over)
+                    bar.update(past + sum(self._seen(each.run) for each in busy) - bar.n)
                     time.sleep(POLL_SECONDS)
             finally:
                 for each in busy:
@@ -113,6 +122,15 @@ class Schedule:
         process = start_process(place, threads)
         return Started(run, record, process, time.monotonic())
 
+    def _seen(self, run: Run) -> int:
+        """Samples that a run has been trained on, by its metrics."""
+        path = self.folder / WORK / run.hash / WEIGHTS / METRICS
+        try:
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError):  # not begun, or half written
+            return 0
+        return sum({line["stage"]: line["samples"] for line in lines}.values())
+
     def _end(self, each: Started, stopped: int, number: str, left: str) -> None:
         """Record how a run ended."""
         place, record, code = self.folder / WORK / each.run.hash, each.record, each.process.returncode
@@ -140,6 +158,11 @@ def part_folder(folder: Path, run: Run) -> Path:
     return folder / PARTS / run.hash
 
 
+def weights_folder(folder: Path, run: Run) -> Path:
+    """Where the student of a finished run is, if weights are kept."""
+    return stage_folders(run.recipe, folder / WORK / run.hash / WEIGHTS)[-1]
+
+
 def start_process(place: Path, threads: int) -> subprocess.Popen:
     """A worker for the job in a folder, which has its log. In a session of its own: Ctrl-C reaches this process alone."""
     environ = {**os.environ, "OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())}
@@ -159,9 +182,14 @@ def _size(run: Run) -> str:
     return "" if run.size == 1 else f", samples x {run.size:g}"
 
 
-def _left(begun: float, done: int, total: int) -> str:
-    seconds = (time.monotonic() - begun) / done * (total - done)
-    return f"; about {seconds / 60:.0f} minutes left" if done < total else ""
+def _left(seconds: float, ahead: int, past: int) -> str:
+    return f"; about {seconds * ahead / past / 60:.0f} minutes left" if ahead else ""
+
+
+def cost(run: Run) -> int:
+    """What a run takes, in samples of training: a question is a forward pass, about a third of that."""
+    questions = 0 if run.exam is None else run.exam.n * SUBTYPES
+    return (0 if run.model else samples_of(run.recipe.stages, run.recipe.stage)) + questions // 3
 
 
 def outcome(record: Record) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -64,12 +64,11 @@ def table_text(findings: Findings) -> str:
 
 def curve_lines(findings: Findings) -> list[list[str]]:
     """Of every row the area below its curve, and the samples to 90 %."""
-    return [[row, value(findings.values(row, "area")), enough(findings, row)] for row in findings.table.rows]
+    return [[row, value(findings.values(row, "area")), enough(findings.enough(row))] for row in findings.table.rows]
 
 
-def enough(findings: Findings, row: str) -> str:
-    """Samples to 90 % over the seeds: the range, and how many get there."""
-    found = findings.enough(row)
+def enough(found: Mapping[Any, float | None]) -> str:
+    """Samples to 90 % by seed in words: the range, and how many get there."""
     there = [each for each in found.values() if each is not None]
     if not found:
         return "-"
