@@ -320,7 +320,10 @@ class Asking(Entropy):
         (made(title=""), "term 'entropy': title must say"),
         (made(per="token"), "term 'entropy': per must be one of label, sample, got 'token'"),
         (made(labels="words"), "labels must be one of tokens, patches, got 'words'"),
-        (made(teacher=("logits",)), "teacher must be of predictions, hidden, attention, got 'logits'"),
+        (
+            made(teacher=("logits",)),
+            "teacher must be of predictions, hidden, visual, attention, relations, got 'logits'",
+        ),
         (made(teacher="hidden"), "teacher must be a tuple of names, got a string"),
         (made(weight=-1.0), "weight must be at least 0 and finite, got -1.0"),
         (made(weight=float("nan")), "weight must be at least 0 and finite, got nan"),
@@ -361,8 +364,11 @@ class Several(Entropy):
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        (["nothing"], "terms must be of patch, ar, ground, kd, vat, hidden, got 'nothing'"),
-        ("nothing", "terms must be of patch, ar, ground, kd, vat, hidden, got 'nothing'"),
+        (
+            ["nothing"],
+            "terms must be of patch, ar, ground, kd, vat, hidden, mdist, rdist, relation, iva, got 'nothing'",
+        ),
+        ("nothing", "terms must be of patch, ar, ground, kd, vat, hidden, mdist, rdist, relation, iva, got 'nothing'"),
         ([Entropy], "terms must hold instances of cdistill.Term or names of registered ones, got <class"),
         ([Entropy(), Entropy()], "two terms of a loss have the key 'entropy'"),
         (["kd"], "two terms of a loss have the key 'kd'"),

@@ -43,7 +43,7 @@ def test_shipped_recipes_are_valid_and_described(name):
     assert recipe_from_dict(recipe_to_dict(recipe)) == recipe
 
 
-def test_objectives_are_those_of_the_paper_three_that_make_the_built_in_models_and_a_baseline():
+def test_objectives_are_those_of_the_paper_three_that_make_the_built_in_models_and_baselines():
     assert {name: (o.losses, o.trained) for name, o in SHIPPED.items()} == {
         "vision": (("patch",), ("vision",)),
         "text": (("ar",), ("language",)),
@@ -53,6 +53,12 @@ def test_objectives_are_those_of_the_paper_three_that_make_the_built_in_models_a
         "dft": (("ar", "kd", "vat"), ("language", "adapter")),
         "sft": (("ar",), ("language", "adapter")),
         "hidden": (("ar", "kd", "hidden"), ("language", "adapter")),
+        "mdist": (("ar", "kd", "mdist"), ("language", "adapter")),
+        "rdist": (("ar", "kd", "rdist"), ("language", "adapter")),
+        "llava_kd": (("ar", "kd", "mdist", "rdist"), ("language", "adapter")),
+        "relation": (("ar", "kd", "relation"), ("language", "adapter")),
+        "iva": (("ar", "kd", "iva"), ("language", "adapter")),
+        "llava_kd_dpt": (("ar", "kd", "mdist", "rdist"), ("adapter",)),
     }
 
 

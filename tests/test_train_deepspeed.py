@@ -9,7 +9,7 @@ import yaml
 from builtin_models import make_recipe
 from memory_cases import tensor_bytes
 from survive_runs import command as run_command
-from test_train_stages import assert_near
+from test_train_stages import assert_near, metrics
 from transformers import TrainerCallback
 
 from cdistill.builtin.dataset import BuiltinDataset
@@ -138,6 +138,26 @@ def test_a_stage_leaves_nothing_behind(models, tmp_path, older_objects_hidden, z
     for stage, held in second.bytes.items():
         assert held > 100 * small and whole.bytes[stage] == pytest.approx(held, abs=small)
     assert tensor_bytes() < small
+
+
+def test_what_is_compared_at_visual_tokens_is_the_same_with_both_models_partitioned(models, tmp_path):
+    section = {
+        "objective": "llava_kd",
+        "samples": 8,
+        "global_batch_size": 4,
+        "learning_rate": 1e-2,
+        "data": {"turns": 1},
+    }
+    options = {"stages": ["near"], "stage__near": section}
+    for name, zero in (("plain", {}), ("parts", {"deepspeed": 3, "teacher_memory": {"zero": 3}})):
+        run(make_recipe(tmp_path / name, models, **options, **zero))
+    plain, parts = (
+        [{key: line[key] for key in ("ar", "kd", "mdist", "rdist")} for line in metrics(tmp_path / name)]
+        for name in ("plain", "parts")
+    )
+    assert len(plain) == len(parts) == 2
+    for a, b in zip(plain, parts, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
 
 
 def test_callbacks_cannot_cross_into_other_processes(models, tmp_path):

@@ -132,7 +132,7 @@ def vocabulary(recipe: Recipe, terms: Memory, student: Blueprint, teacher: Bluep
     """Losses over the vocabulary.
 
     Distillation holds the logits of a chunk, both models', and the fp32 gradient of a trained head; plain cross-entropy holds
-    whole logits.
+    whole logits. What is compared at visual tokens, too, has a gradient of the head of its own.
     """
     head = head_of(student.model)
     if terms.logits == "none":
@@ -141,7 +141,8 @@ def vocabulary(recipe: Recipe, terms: Memory, student: Blueprint, teacher: Bluep
         return _whole_logits(head, s.labelled, s.student, s.student, s.autocast)
     elements, trained = head.weight.numel(), head.weight.requires_grad
     copied = elements * item_size(s.half) if s.half != s.student else 0
-    gradient = 4 * elements if trained else 0
+    gradient = 4 * elements * (1 + terms.visual_logits) if trained else 0
+    most = max(s.labelled, s.batch * s.visual if terms.visual_logits else 0)  # of the two, one after the other
     hidden = s.labelled * head.in_features * (2 if s.half == torch.bfloat16 else 4)
     vocabulary = head.out_features
     if teacher is not None:
@@ -149,10 +150,10 @@ def vocabulary(recipe: Recipe, terms: Memory, student: Blueprint, teacher: Bluep
     buffers = 1 if teacher is None else 2
     width = torch.float32 if s.half == torch.float16 and s.device == "cpu" else s.half
     row = buffers * math.ceil(vocabulary / ROW_UNIT) * ROW_UNIT * item_size(width)
-    rows = chunk_rows(s.labelled, row, on_cuda=s.device == "cuda", head_gradient=elements if trained else 0)
+    rows = chunk_rows(most, row, on_cuda=s.device == "cuda", head_gradient=elements if trained else 0)
     kept = copied + gradient + hidden
     finished = gradient + (elements * item_size(s.half) if trained and s.half != torch.float32 else 0)
-    return Footprint(kept + min(rows, s.labelled) * row, kept, kept, copied + hidden + finished)
+    return Footprint(kept + min(rows, most) * row, kept, kept, copied + hidden + finished)
 
 
 @lru_cache(maxsize=256)

@@ -259,6 +259,8 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         section["data"]["seed"], section["micro_batch_size"] = stage.data_seed, stage.micro_batch_size
     if not any(stage.aligns for stage in run.stages):
         del content["vat"]
+    if not any(term.baseline for stage in run.stages for term in stage.objective.kinds):
+        del content["baseline_weight"]
     if not run.distils_from(0):
         del content["kd"], content["teacher_memory"]
     if not recipe.needs_teacher:

@@ -353,9 +353,9 @@ def distill(
         vat = VAT(vat or VATConfig(), attention_layers(student), attention_layers(teacher))
     aligned = vat if vat_weight and isinstance(vat, VAT) else None
     ids = (visual_token_ids,) if isinstance(visual_token_ids, int) else visual_token_ids
-    settings = Settings(kd or KDConfig(), aligned, vat_weight, None if ids is None else tuple(ids))
+    settings = Settings(kd or KDConfig(), aligned, vat_weight)
     source = InMemory(Teacher(teacher, shares_vision=shares_images()))
-    model = DistillationModel(student, _terms(terms, settings), teacher=source, pads_right=False)
+    model = DistillationModel(student, _terms(terms, settings), teacher=source, visual_tokens=ids, pads_right=False)
     require_known_parts(student)
     _refuse_trained(model)
     for parameter in encoder:

@@ -66,9 +66,17 @@ def gradient_norms(
 
 
 def balanced_weight(
-    model: DistillationModel, batches: Batches, *, label: str, precision: str = "fp32", seed: int = 0
+    model: DistillationModel,
+    batches: Batches,
+    *,
+    label: str,
+    term: str = Alignment.name,
+    key: str = "vat.weight",
+    precision: str = "fp32",
+    seed: int = 0,
 ) -> float:
-    """The weight of the alignment at which its gradient is as long as that of all other terms together.
+    """The weight at which the gradient of the alignment, or of a baseline by its name, is as long as that of all other terms
+    together (those that may be balanced so do not count); ``key`` is where a recipe says it.
 
     This is VQGAN's rule for its adversarial loss (Esser et al. 2021, equation 7) over all trained parameters, applied once,
     to the student that a stage begins with. All processes take the first one's.
@@ -76,18 +84,18 @@ def balanced_weight(
     Raises:
         RunError: one of the two has no gradient, or one that is not finite, on these batches.
     """
-    others = {term.name: term.weight for term in model.terms if not isinstance(term, Alignment)}
+    others = {t.name: t.weight for t in model.terms if not (t.baseline or isinstance(t, Alignment))}
     measured = [
         math.hypot(*gradient_norms(model, weights, batches, precision=precision, seed=seed).values())
-        for weights in (others, {Alignment.name: 1.0})
+        for weights in (others, {term: 1.0})
     ]
-    rest, alignment = on_first_process(lambda: measured)
-    if not (alignment > 0 and rest > 0 and math.isfinite(rest / alignment)):
+    rest, own = on_first_process(lambda: measured)
+    if not (own > 0 and rest > 0 and math.isfinite(rest / own)):
         raise RunError(
-            f"{label}: vat.weight auto needs gradients of both sides on the first samples, got norms {alignment:g} of the "
-            f"alignment and {rest:g} of {' + '.join(others)} (are there samples with images?): give vat.weight a number"
+            f"{label}: {key} auto needs gradients of both sides on the first samples, got norms {own:g} of {term} and "
+            f"{rest:g} of {' + '.join(others)} (are there samples with images?): give {key} a number"
         )
-    return float(rest / alignment)
+    return float(rest / own)
 
 
 def _counted(batches: Batches) -> dict[str, int]:

@@ -18,7 +18,7 @@ from cdistill.train.step import Step
 from cdistill.train.teacher import Teacher, hidden_states
 from cdistill.train.teacher_source import TeacherSource, source_of
 from cdistill.train.terms import Term, check_terms
-from cdistill.vat import Recorder, install
+from cdistill.vat import Recorder, install, visual_token_ids
 
 
 class DistillationModel(nn.Module):
@@ -32,12 +32,14 @@ class DistillationModel(nn.Module):
             their own), so that optimizer and checkpoints never see the teacher.
         terms: of the loss.
         teacher: what terms need of a teacher comes from here; a model is put into eval mode.
+        visual_tokens: ids of both models' visual tokens, by default those that the student's configuration names.
         pads_right: batches are padded on the right, so causality alone hides the padding from every real token and neither
             model is given a padding mask.
 
     Raises:
         ValueError: terms that do not go together, or that need what the teacher does not give; models that a term is wrong
-            for; a class without `model`; a student that asks for its router loss.
+            for; a class without `model`; a student that asks for its router loss, or that names no visual tokens where a term
+            must know them.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class DistillationModel(nn.Module):
         terms: Iterable[Term],
         *,
         teacher: Model | TeacherSource | None = None,
+        visual_tokens: Iterable[int] | None = None,
         pads_right: bool = True,
     ) -> None:
         super().__init__()
@@ -55,6 +58,7 @@ class DistillationModel(nn.Module):
         distils = any(term.teacher for term in self.terms)
         self.source = source_of(teacher, student) if distils and teacher is not None else None
         self._attention_term = next((term for term in self.terms if term.attention), None)
+        self._needs_visual = any("visual" in term.teacher for term in self.terms)
         self._reads_tokens = any(term.labels == "tokens" for term in self.terms)
         if distils and self.source is None:
             needing = ", ".join(term.name for term in self.terms if term.teacher)
@@ -66,6 +70,8 @@ class DistillationModel(nn.Module):
             if self.teacher is not None:
                 _require_body(self.teacher.model, "teacher")
         self._check_models()
+        looks = self._needs_visual or any(term.visual for term in self.terms)
+        self._visual_ids = tuple(visual_token_ids(student) if visual_tokens is None else visual_tokens) if looks else ()
         for term in self.terms:
             for name, module in term.modules(student, None if self.teacher is None else self.teacher.model).items():
                 if hasattr(self, name):
@@ -133,7 +139,9 @@ class DistillationModel(nn.Module):
         """A batch as its terms see it, before any model has run."""
         rest = {name: value for name, value in batch.items() if name != "counted" and value is not None}
         mask = None if self.pads_right else rest.get("attention_mask")
-        return Step(self.student, labels, rest, self.modules_of_terms, self._attention_term, mask, batch.get("counted"))
+        visual = self._visual_ids, self._needs_visual
+        counted = batch.get("counted")
+        return Step(self.student, labels, rest, self.modules_of_terms, *visual, self._attention_term, mask, counted)
 
     def count_samples(self, labels: Tensor, **batch: Tensor) -> Tensor:
         """How many samples a batch holds, as terms over samples are divided by them."""
@@ -155,7 +163,10 @@ class DistillationModel(nn.Module):
             self.ask(step, shared, inputs)
         if self._attention_term is not None:
             step.recorder = self._attention_term.recorder(step)
-        step.hidden = self.student_hidden(inputs, shared, step.recorder).flatten(0, 1)[step.places]
+        hidden = self.student_hidden(inputs, shared, step.recorder).flatten(0, 1)
+        step.hidden = hidden[step.places]
+        if step.needs_visual:
+            step.visual = hidden[step.visual_places.places]
 
     def student_hidden(self, inputs: dict[str, Any], shared: SharedVision | None, recorder: Recorder | None) -> Tensor:
         """(B, T, d_S) the student's last hidden states."""

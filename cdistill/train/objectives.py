@@ -73,7 +73,14 @@ OBJECTIVES = {
     "dpt": Objective(("ar", "kd"), ("adapter",)),
     "dft": Objective(("ar", "kd", "vat"), ("language", "adapter")),
     "sft": Objective(("ar",), ("language", "adapter")),
-    "hidden": Objective(("ar", "kd", "hidden"), ("language", "adapter")),  # a baseline in the place of dft
+    # Baselines in the place of dft (docs/reproduce.md).
+    "hidden": Objective(("ar", "kd", "hidden"), ("language", "adapter")),
+    "mdist": Objective(("ar", "kd", "mdist"), ("language", "adapter")),
+    "rdist": Objective(("ar", "kd", "rdist"), ("language", "adapter")),
+    "llava_kd": Objective(("ar", "kd", "mdist", "rdist"), ("language", "adapter")),
+    "relation": Objective(("ar", "kd", "relation"), ("language", "adapter")),
+    "iva": Objective(("ar", "kd", "iva"), ("language", "adapter")),
+    "llava_kd_dpt": Objective(("ar", "kd", "mdist", "rdist"), ("adapter",)),  # in the place of dpt
 }
 
 

@@ -296,25 +296,37 @@ def losses_of(
             data = Data(CachedDataset(data.dataset, kept), CachedCollator(data.collator), data.encoder)
     elif models.teacher_source is not None:
         models.teacher_source.move("cpu")  # from the GPU, where an earlier stage has left it
-    weight = run.recipe.vat.weight
-    balances, weight = vat is not None and weight == "auto", 1.0 if weight == "auto" else weight
-    terms = stage.objective.terms(kd=run.recipe.kd, vat=vat, vat_weight=weight)
+    given = {"vat.weight": run.recipe.vat.weight, "baseline_weight": run.recipe.baseline_weight}
+    terms, measured = stage.objective.terms(kd=run.recipe.kd, vat=vat), dict[str, str]()
+    for term in terms:
+        key = "baseline_weight" if term.baseline else "vat.weight"
+        weight = given[key] if term.baseline or isinstance(term, Alignment) else term.weight
+        if weight == "auto":
+            measured[term.name] = key
+        else:
+            term.weight = weight
     model = DistillationModel(student, terms, teacher=teacher)
-    if balances:
-        _balance(run, stage, model.to(device), data)
+    if measured:
+        _balance(run, stage, model.to(device), data, measured)
     return model, data
 
 
-def _balance(run: Run, stage: Stage, model: DistillationModel, data: Data) -> None:
-    """Measure the weight of the alignment, as ``vat.weight: auto`` says. A resumed stage measures it again and gets the same:
-    it builds its student from the result of the stage before."""
+def _balance(run: Run, stage: Stage, model: DistillationModel, data: Data, keys: Mapping[str, str]) -> None:
+    """Measure the weights of terms, whose ``keys`` say auto. A resumed stage measures them again and gets the same: it builds
+    its student from the result of the stage before."""
     config, size = run.recipe.vat, stage.micro_batch_size
     samples = min(config.measure_samples, stage.samples)
     batches = DataLoader(Subset(data.dataset, range(samples)), size, collate_fn=data.collator)
-    term = next(term for term in model.terms if isinstance(term, Alignment))
-    term.weight = balanced_weight(model, batches, label=stage.label, precision=run.precision, seed=stage.seed)
-    if first_process():
-        print(f"{stage.label}: vat.weight auto is {term.weight:.4g}, measured on {samples:,} samples", flush=True)
+    how: dict[str, Any] = {"label": stage.label, "precision": run.precision, "seed": stage.seed}
+    found = {name: balanced_weight(model, batches, term=name, key=key, **how) for name, key in keys.items()}
+    for term in model.terms:
+        if term.name in found:
+            term.weight = found[term.name]
+            line = f"{stage.label}: {keys[term.name]} auto is {term.weight:.4g}"
+            if first_process():
+                print(
+                    f"{line}{f' of {term.name}' if term.baseline else ''}, measured on {samples:,} samples", flush=True
+                )
 
 
 def _trainer(

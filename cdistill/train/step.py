@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,31 @@ from torch import Tensor, nn
 
 from cdistill.data.samples import IGNORE_INDEX
 from cdistill.models.load import Model
-from cdistill.vat import PackedRegions, TeacherLayers, TeacherTargets, packed_regions
+from cdistill.vat import (
+    PackedRegions,
+    PackedSample,
+    SliceRecorder,
+    TeacherLayers,
+    TeacherRelations,
+    TeacherTargets,
+    packed_regions,
+    token_regions,
+)
 
 ALL_ROWS: Any = {"rows": "all", "visual_token_ids": -1}  # where only the boundaries of samples matter
+
+
+class VisualPlaces(NamedTuple):
+    """Where the visual tokens of a batch are."""
+
+    places: Tensor  # (M,) int64 places in the batch's B * T tokens, sample by sample
+    counts: tuple[int, ...]  # how many each sample has, 0 for one that does not count
+
+    @property
+    def shares(self) -> Tensor:
+        """(M,) fp32: one over the number of its sample's visual tokens, so that a sum is one of means over samples."""
+        counts = torch.tensor(self.counts, dtype=torch.int64, device=self.places.device)
+        return (1.0 / counts).repeat_interleave(counts, output_size=len(self.places))
 
 
 @dataclass(frozen=True)
@@ -25,6 +47,7 @@ class Signal:
 
     Attributes:
         hidden: (N, d_T) last hidden states at the places whose next token is labelled.
+        visual: (M, d_T) those at visual tokens, None where no term needs them.
         head: opens the layer that makes logits of them.
         topk: in place of both, its largest log-probabilities (N, K) and their ids.
         vocabulary: tokens that ``topk`` is made of, beyond which the student's head is padding.
@@ -32,10 +55,11 @@ class Signal:
     """
 
     hidden: Tensor | None = None
+    visual: Tensor | None = None
     head: Callable[[], AbstractContextManager[nn.Linear]] | None = None
     topk: tuple[Tensor, Tensor] | None = None
     vocabulary: int | None = None
-    attention: TeacherTargets | TeacherLayers | Tensor | None = None
+    attention: TeacherTargets | TeacherLayers | TeacherRelations | SliceRecorder | Tensor | None = None
 
 
 @dataclass
@@ -48,12 +72,15 @@ class Step:
         batch: everything else of the batch that there is: ``input_ids`` (B, T), ``attention_mask``, pixels, and
             keys of the terms' own.
         modules: those of the terms, by name.
+        visual_ids: ids of visual tokens, empty where no term must know them.
+        needs_visual: whether a term compares hidden states at visual tokens.
         attention_term: the term that compares attention, if one does.
         key_mask: (B, T) the padding mask that the models are given, None where they need none.
         counted: (B,) bool, the samples that count; None: all.
         teacher: what the teacher gives, None without one.
         recorder: what has seen the student's attention, made by the same term.
         hidden: (N, d_S) the student's last hidden states at `places`, with gradient.
+        visual: (M, d_S) those at `visual_places`, None where no term needs them.
         losses: sums of the terms so far.
         details: their further results.
     """
@@ -62,12 +89,15 @@ class Step:
     labels: Tensor
     batch: Mapping[str, Tensor]
     modules: Mapping[str, nn.Module]
+    visual_ids: tuple[int, ...] = ()
+    needs_visual: bool = False
     attention_term: Any = None
     key_mask: Tensor | None = None
     counted: Tensor | None = None
     teacher: Signal | None = None
     recorder: Any = None
     hidden: Any = None
+    visual: Any = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     details: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)  # what terms make together
@@ -81,6 +111,20 @@ class Step:
     def targets(self) -> Tensor:
         """(N,) the labels that these places predict."""
         return self.labels.flatten()[self.places + 1]
+
+    @cached_property
+    def visual_places(self) -> VisualPlaces:
+        """Those of the samples that count; two device synchronisations, or three if packed."""
+        ids, rows = self.batch["input_ids"], {"rows": "visual", "visual_token_ids": self.visual_ids}
+        if self.is_packed:
+            packed: Any = packed_regions(ids, self.labels, self.batch["position_ids"], **rows)  # type: ignore[arg-type]
+            cols, starts = packed.cols, [sample.row * ids.shape[1] + sample.start for sample in packed.samples]
+            first = torch.tensor(starts, device=ids.device)
+        else:
+            cols = token_regions(ids, None, self.batch.get("attention_mask"), **rows).cols  # type: ignore[arg-type]
+            first = torch.arange(len(ids), device=ids.device) * ids.shape[1]
+        real = cols >= 0 if self.counted is None else (cols >= 0) & self.counted[:, None]
+        return VisualPlaces((cols + first[:, None])[real], tuple(real.sum(1).tolist()))
 
     @property
     def is_packed(self) -> bool:
@@ -107,6 +151,10 @@ class Step:
         regions = self.regions
         if not isinstance(regions, PackedRegions):
             regions = packed_regions(self.batch["input_ids"], self.labels, self.batch["position_ids"], **ALL_ROWS)
+        return self.have_labels(regions.samples).sum()
+
+    def have_labels(self, samples: Sequence[PackedSample]) -> Tensor:
+        """(N,) bool: which of the packed samples have a label."""
         before = F.pad((self.labels != IGNORE_INDEX).cumsum(1), (1, 0))
-        row, start, stop = torch.tensor(regions.samples, device=self.labels.device).unbind(1)
-        return (before[row, stop] > before[row, start]).sum()
+        row, start, stop = torch.tensor(samples, device=self.labels.device).unbind(1)
+        return before[row, stop] > before[row, start]

@@ -59,14 +59,14 @@ class Teacher(nn.Module):
             self.model.model.multi_modal_projector = None
 
     @torch.no_grad()
-    def forward(self, labelled: Tensor, recorder: Any, shared: SharedVision | None = None, **inputs: Any) -> Tensor:
-        """(N, d_T) hidden states at the labelled places (N,) of the batch's B * T tokens; ``recorder`` sees the attention."""
+    def forward(self, places: Tensor, recorder: Any, shared: SharedVision | None = None, **inputs: Any) -> Tensor:
+        """(N, d_T) hidden states at the places (N,) of the batch's B * T tokens; ``recorder`` sees the attention."""
         self._require_unsharded_root()
         self.eval()  # the student's train() reaches modules that the two have in common
         if self.shares_vision:
             inputs["inputs_embeds"] = teacher_embeddings(self.model, inputs.pop("input_ids"), shared)
         hidden = hidden_states(self.model, inputs, recorder)
-        return hidden.to(labelled.device).flatten(0, 1)[labelled]  # a device map may end on another device
+        return hidden.to(places.device).flatten(0, 1)[places]  # a device map may end on another device
 
     def _require_unsharded_root(self) -> None:
         """Raise ValueError if FSDP 2 gathers the head and embeddings around a call of the whole model, which is not made."""

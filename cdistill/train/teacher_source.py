@@ -29,7 +29,7 @@ class TeacherSource:
     """
 
     title: ClassVar[str] = "the teacher"
-    gives: ClassVar[tuple[str, ...]] = ("predictions", "hidden", "attention")
+    gives: ClassVar[tuple[str, ...]] = ("predictions", "hidden", "visual", "attention", "relations")
     inputs: ClassVar[tuple[str, ...]] = ()
     teacher: Teacher | None = None
 
@@ -73,9 +73,11 @@ class InMemory(TeacherSource):
         self, step: Step, recorder: Recorder | None, shared: SharedVision | None, inputs: Mapping[str, Any]
     ) -> Signal:
         """By a pass of the teacher, without gradient."""
-        hidden = self._run(step.places, recorder, shared, **inputs)
+        places = torch.cat((step.places, step.visual_places.places)) if step.needs_visual else step.places
+        hidden = self._run(places, recorder, shared, **inputs)
         attention: Any = recorder
-        return Signal(hidden, self.teacher.head, attention=attention)
+        hidden, visual = hidden.tensor_split([len(step.places)])
+        return Signal(hidden, visual if step.needs_visual else None, self.teacher.head, attention=attention)
 
     def move(self, device: torch.device | str) -> None:
         """Parameters and buffers."""

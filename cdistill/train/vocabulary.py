@@ -27,12 +27,20 @@ class VocabularyLosses(nn.Module):
     """Cross-entropy and divergence from the hidden states of labelled tokens and the heads of both models.
 
     A module of its own, because ZeRO-3 gathers a parameter around the module that reads it: here once before all chunks,
-    and not for the whole forward pass.
+    and not for the whole forward pass. ``loss_weights`` are those with which the two will be added, by default 1 and
+    ``kd.weight``.
     """
 
-    def __init__(self, kd: KDConfig, student: AfterHead = AfterHead(), teacher: AfterHead = AfterHead()) -> None:  # noqa: B008
+    def __init__(
+        self,
+        kd: KDConfig,
+        student: AfterHead = AfterHead(),  # noqa: B008
+        teacher: AfterHead = AfterHead(),  # noqa: B008
+        loss_weights: tuple[float, float] | None = None,
+    ) -> None:
         super().__init__()
         self.kd, self.student, self.teacher = kd, student, teacher
+        self.loss_weights = loss_weights or (1.0, kd.weight)
 
     def forward(
         self,
@@ -43,9 +51,11 @@ class VocabularyLosses(nn.Module):
         labels: Tensor,
         topk: tuple[Tensor, Tensor] | None = None,
         vocabulary: int | None = None,
+        shares: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Sums of L_ar and L_kd over labels (N,), of hidden (N,Hs) and teacher_hidden (N,Ht), or the teacher's ``topk``.
 
+        ``shares`` (N,) are factors of the rows in both sums, without gradient, 1 by default.
         The student's head counts as far as ``vocabulary``, beyond which it is padding for a teacher that is not here.
         """
         device = hidden.device.type
@@ -71,7 +81,8 @@ class VocabularyLosses(nn.Module):
             if teacher_head is None or teacher_head.bias is None
             else teacher_head.bias.to(hidden.device),
             teacher_topk=topk,
-            loss_weights=(1.0, self.kd.weight),
+            loss_weights=self.loss_weights,
+            weights=shares,
             student_logit_scale=self.student.factor,
             student_logit_softcap=self.student.softcap,
             teacher_logit_scale=self.teacher.factor,
@@ -110,6 +121,39 @@ def _both(step: Step) -> tuple[Tensor, Tensor]:
             made = head(step.hidden, **instead_of_forward(lambda x: losses(x, head, teacher.hidden, theirs, targets)))
     step.shared[MODULE] = made
     return made
+
+
+def after_heads(student: Model, teacher: Model | None) -> tuple[AfterHead, AfterHead]:
+    """What both models do to their logits; nothing for a teacher that is not here."""
+    return after_head(student), AfterHead() if teacher is None else after_head(teacher)
+
+
+def visual_losses(kd: KDConfig, student: Model, teacher: Model | None) -> VocabularyLosses:
+    """What `visual_divergence` calls, as a module of a term."""
+    return VocabularyLosses(kd, *after_heads(student, teacher), loss_weights=(0.0, 1.0))
+
+
+def visual_divergence(step: Step, module: str, shares: Tensor) -> Tensor:
+    """Sum of the divergence over the visual tokens of a batch, each multiplied by its share (M,), without gradient.
+
+    ``module`` is the name of the term's `visual_losses`.
+    """
+    head, losses, teacher = head_of(step.student), step.modules[module], step.teacher
+    assert teacher is not None and teacher.visual is not None and teacher.head is not None
+    theirs, none = teacher.visual, torch.zeros(len(shares), dtype=torch.int64, device=shares.device)
+    make_replaceable(head)
+    with teacher.head() as of_teacher:
+        made: Any = head(
+            step.visual, **instead_of_forward(lambda x: losses(x, head, theirs, of_teacher, none, shares=shares))
+        )
+    return made[1]
+
+
+def require_plain_heads(student: Model, teacher: Model | None) -> None:
+    """As `require_plain_head`, of both models whose heads a divergence reads."""
+    require_plain_head(student, "student", linear=True)
+    if teacher is not None:
+        require_plain_head(teacher, "teacher", linear=True)
 
 
 def require_plain_head(model: Model, side: str, *, linear: bool) -> None:

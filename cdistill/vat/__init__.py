@@ -19,6 +19,7 @@ from cdistill.vat.regions import (
     packed_regions,
     token_regions,
 )
+from cdistill.vat.relations import StudentRelations, TeacherRelations
 
 __all__ = [
     "VAT",
@@ -31,7 +32,9 @@ __all__ = [
     "Regions",
     "SliceRecorder",
     "StudentAlignment",
+    "StudentRelations",
     "TeacherLayers",
+    "TeacherRelations",
     "TeacherTargets",
     "VATConfig",
     "attention_layers",

@@ -245,8 +245,8 @@ class StageConfig(Keys):
     """One stage."""
 
     objective: str
-    """What is trained and by which losses: vision, text, ground, pt, dpt, dft, sft, or the baseline hidden; by default the
-    section's name."""
+    """What is trained and by which losses: vision, text, ground, pt, dpt, dft, sft, or a baseline (hidden, mdist, rdist,
+    llava_kd, llava_kd_dpt, relation, iva); by default the section's name."""
     samples: int
     """Samples of the stage, rounded down to whole global batches."""
     learning_rate: Positive
@@ -373,6 +373,8 @@ class Recipe(Keys):
     teacher_memory: TeacherMemory = field(default_factory=TeacherMemory)
     kd: KDConfig = field(default_factory=KDConfig)
     vat: VATOptions = field(default_factory=VATOptions)
+    baseline_weight: NotNegative | Literal["auto"] = 1.0
+    """Factor of the terms that a baseline's objective has beside ar and kd; auto for each as vat.weight."""
 
     def problems(self) -> Iterator[str]:
         if not self.output:
@@ -399,6 +401,8 @@ class Recipe(Keys):
                 yield f"stage.{name}.keep_best must not be validation.vat without vat.enabled: nothing is aligned"
         if self.gradient_checkpointing == "reentrant" and any(map(self.aligns, objectives)):
             yield "gradient_checkpointing must not be reentrant with vat.enabled: it would drop the gradient"
+        if self.gradient_checkpointing == "reentrant" and "relation" in objectives:
+            yield "gradient_checkpointing must not be reentrant with objective relation: it would drop the gradient"
 
     def _problems_of_the_teacher(self, objectives: list[str]) -> Iterator[str]:
         distilling = [name for name in self.stages if OBJECTIVES[self.stage[name].objective].distils]

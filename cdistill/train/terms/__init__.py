@@ -16,13 +16,18 @@ from cdistill.train.terms.base import LABELS, PER, SIGNALS, Memory, Settings, Si
 from cdistill.train.terms.divergence import Divergence
 from cdistill.train.terms.grounding import Grounding
 from cdistill.train.terms.hidden import HiddenStates
+from cdistill.train.terms.multimodal import MultimodalDistillation
 from cdistill.train.terms.patches import Patches
+from cdistill.train.terms.relations import SelfRelations
+from cdistill.train.terms.salient import SalientTokens
+from cdistill.train.terms.visual_relations import RelationDistillation
 
 __all__ = ["TERMS", "Memory", "Settings", "Sizes", "Term", "check_terms", "configured", "register_term", "term_named"]
 
 # In the order in which they are shown.
+_BASELINES = (HiddenStates, MultimodalDistillation, RelationDistillation, SelfRelations, SalientTokens)
 TERMS: dict[str, type[Term]] = {
-    term.name: term for term in (Patches, Answers, Grounding, Divergence, Alignment, HiddenStates)
+    term.name: term for term in (Patches, Answers, Grounding, Divergence, Alignment, *_BASELINES)
 }
 # Keys that stand beside those of the terms in results, batches and logged lines.
 RESERVED = (

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 from cdistill.train.terms.base import Memory, Settings, Sizes, Term
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from cdistill.models.load import Model
     from cdistill.train.step import Step
     from cdistill.vat import VAT, StudentAlignment, TeacherLayers, TeacherTargets
     from cdistill.vat.recorders import AnyRegions
@@ -23,31 +22,22 @@ class Alignment(Term):
     heading = "VAT: attention"
     per = "sample"
     teacher = ("attention",)
+    visual = True
     attention = True
     details = ("vat_layers",)
     is_column = True
 
-    def __init__(self, vat: VAT, weight: float = 1.0, visual_tokens: tuple[int, ...] | None = None) -> None:
-        self.vat, self.weight, self.visual_tokens = vat, weight, visual_tokens
+    def __init__(self, vat: VAT, weight: float = 1.0) -> None:
+        self.vat, self.weight = vat, weight
 
     @classmethod
     def configured(cls, settings: Settings) -> Alignment | None:
         """By ``vat``, None without it."""
-        return None if settings.vat is None else cls(settings.vat, settings.vat_weight, settings.visual_tokens)
-
-    def modules(self, student: Model, teacher: Model | None) -> dict[str, nn.Module]:
-        """None; raises ValueError for a student that names no visual tokens."""
-        self._visual_tokens(student)
-        return {}
-
-    def _visual_tokens(self, student: Model) -> tuple[int, ...]:
-        from cdistill.vat import visual_token_ids
-
-        return visual_token_ids(student) if self.visual_tokens is None else self.visual_tokens
+        return None if settings.vat is None else cls(settings.vat, settings.vat_weight)
 
     def regions(self, step: Step) -> AnyRegions:
         """Rows and columns of a batch; none are rows in samples that do not count."""
-        inputs, ids = step.batch, self._visual_tokens(step.student)
+        inputs, ids = step.batch, step.visual_ids
         if step.is_packed:
             return self.vat.packed_regions(
                 inputs["input_ids"], step.labels, inputs["position_ids"], visual_token_ids=ids

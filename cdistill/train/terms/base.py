@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 PER = ("label", "sample")
 LABELS = ("tokens", "patches")
-# What a term may need of the teacher: its distribution over the vocabulary, its last hidden states, its attention.
-SIGNALS = ("predictions", "hidden", "attention")
+# What a term may need of the teacher: its distribution over the vocabulary, its last hidden states at labelled or at visual
+# tokens, its attention to the visual tokens, the queries, keys and values of a layer.
+SIGNALS = ("predictions", "hidden", "visual", "attention", "relations")
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,11 @@ class Settings:
         kd: the divergence over the vocabulary.
         vat: the alignment of this student and this teacher, None to leave it out.
         vat_weight: its weight in the loss.
-        visual_tokens: ids of the visual tokens, None for those that the student's configuration names.
     """
 
     kd: KDConfig = field(default_factory=KDConfig)
     vat: VAT | None = None
     vat_weight: float = 1.0
-    visual_tokens: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ class Memory:
         targets: slices of attention that it is compared with.
         recomputes: whether it keeps queries and keys of the teacher's aligned layers in place of slices.
         logits: which it makes: none, whole ones, or chunks (for all terms over the vocabulary together).
+        visual_logits: whether it makes chunks of them at visual tokens, too, apart from those at labelled ones.
         classes: outputs of the head on the vision encoder that is trained in place of the language model.
         kept: bytes that stay from the forward to the backward pass.
     """
@@ -69,6 +69,7 @@ class Memory:
     rows: int = 0
     targets: int = 0
     logits: Literal["none", "whole", "chunks"] = "none"
+    visual_logits: bool = False
     classes: int = 0
     kept: int = 0
     recomputes: bool = False
@@ -77,10 +78,8 @@ class Memory:
         """Of two terms of a loss."""
         logits = max(self.logits, other.logits, key=("none", "whole", "chunks").index)
         names = ("layers", "rows", "targets", "classes", "kept")
-        recomputes = self.recomputes or other.recomputes
-        return Memory(
-            logits=logits, recomputes=recomputes, **{name: getattr(self, name) + getattr(other, name) for name in names}
-        )
+        either = {name: getattr(self, name) or getattr(other, name) for name in ("visual_logits", "recomputes")}
+        return Memory(logits=logits, **either, **{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
 class Term:
@@ -96,8 +95,11 @@ class Term:
         per: whether its mean is over the ``label``s or the ``sample``s of a global batch.
         labels: what the labels of a batch are: of ``tokens`` or of image ``patches``, without a language model.
         inputs: keys of a batch that are its own, and no input of the models.
-        teacher: what it needs of the teacher: ``predictions``, ``hidden``, ``attention``.
+        teacher: what it needs of the teacher: ``predictions``, ``hidden``, ``visual``, ``attention``, ``relations``; with
+            ``visual`` the student's last hidden states at visual tokens are there, too.
+        visual: whether it must know which tokens are visual, beside what ``teacher`` says.
         attention: whether it sees the student's attention, by `recorder`; one term of a loss may.
+        baseline: whether it stands in the place of the alignment and its weight is a recipe's ``baseline_weight``.
         details: keys of further results (vectors, detached), which ``log_layers`` logs.
         weight: its factor in the loss; an instance may have its own.
         is_column: every line of metrics.jsonl has its key, null in stages without it.
@@ -111,7 +113,9 @@ class Term:
     labels: ClassVar[Literal["tokens", "patches"]] = "tokens"
     inputs: ClassVar[tuple[str, ...]] = ()
     teacher: ClassVar[tuple[str, ...]] = ()
+    visual: ClassVar[bool] = False
     attention: ClassVar[bool] = False
+    baseline: ClassVar[bool] = False
     details: ClassVar[tuple[str, ...]] = ()
     is_column: ClassVar[bool] = False
     is_logged: ClassVar[bool] = True

@@ -33,19 +33,15 @@ class Divergence(Term):
 
     def check(self, student: Model, teacher: Model | None) -> None:
         """Refuse heads that are more than a linear layer."""
-        from cdistill.train.vocabulary import require_plain_head
+        from cdistill.train.vocabulary import require_plain_heads
 
-        require_plain_head(student, "student", linear=True)
-        if teacher is not None:
-            require_plain_head(teacher, "teacher", linear=True)
+        require_plain_heads(student, teacher)
 
     def modules(self, student: Model, teacher: Model | None) -> dict[str, nn.Module]:
         """What reads both heads, without parameters of its own."""
-        from cdistill.models.logits import AfterHead, after_head
-        from cdistill.train.vocabulary import MODULE, VocabularyLosses
+        from cdistill.train.vocabulary import MODULE, VocabularyLosses, after_heads
 
-        known = [AfterHead() if model is None else after_head(model) for model in (student, teacher)]
-        return {MODULE: VocabularyLosses(self.kd, *known)}
+        return {MODULE: VocabularyLosses(self.kd, *after_heads(student, teacher))}
 
     def forward(self, step: Step) -> Tensor:
         """Sum over labels, in nats."""

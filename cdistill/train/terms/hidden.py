@@ -25,6 +25,7 @@ class HiddenStates(Term):
     name = "hidden"
     title = "hidden states"
     teacher = ("hidden",)
+    baseline = True
 
     def modules(self, student: Model, teacher: Model | None) -> dict[str, nn.Module]:
         """The map, if there is one."""
