@@ -18,7 +18,7 @@ from cdistill.eval import benchmarks
 from cdistill.eval import command as evaluation
 from cdistill.plan import command as planning
 from cdistill.reproduce import command as reproduction
-from cdistill.runtime.errors import RunError, print_error
+from cdistill.runtime.errors import DISK_FULL, RunError, print_error
 from cdistill.runtime.launch import environment
 from cdistill.train import gradient_report
 
@@ -171,13 +171,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a broken pipe is caught
         return code
     except BrokenPipeError:  # of `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _give_up_stdout()
         return 128 + signal.SIGPIPE
     except ValueError as error:
         print_error(error)
         return 2
     except RunError as error:
         return print_error(error)
+    except OSError as error:  # of a path that the user has named, or of the machine
+        print_error(error)
+        _give_up_stdout()
+        return 1 if error.errno in DISK_FULL else 2
     except KeyboardInterrupt:
         print("cdistill: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def _give_up_stdout() -> None:
+    """Let what can no longer be printed go nowhere, so that the interpreter does not remark on it at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -255,9 +255,9 @@ def test_models_that_cannot_be_loaded_are_told_in_one_line(data, tmp_path, capsy
     assert run(folder, "--n", 1) == 0  # the built-in task comes with its pixels
     other = {"model_type": "internvl", "vision_config": {}, "text_config": {"model_type": "qwen2"}}
     for values, message in (
-        (config | {"model_type": "nothing_known"}, "m cannot be loaded"),
+        (config | {"model_type": "nothing_known"}, "model_type 'nothing_known' is not one that transformers knows"),
         (other, "has no image processor"),
-        ({"model_type": "siglip_vision_model"}, "m cannot be loaded"),
+        ({"model_type": "siglip_vision_model"}, "do not fit its config.json"),
     ):
         (folder / "config.json").write_text(json.dumps(values))
         said = refused(capsys, folder)

@@ -95,10 +95,10 @@ KILLS = {
     "in the removal of an old one": ({"call": "shutil.rmtree", "match": "2-dft/checkpoint-1", "half": True}, 3),
     "before a save": ({"step": ["2-dft", 3]}, 2),
     "in the result of a stage": (
-        {"call": "transformers.modeling_utils.safe_save_file", "match": "1-dpt.part", "half": True},
+        {"call": "transformers.modeling_utils.safe_save_file", "match": ".1-dpt.cdistill-", "half": True},
         3,
     ),
-    "before the result has its name": ({"call": "os.replace", "match": "2-dft.part"}, 4),
+    "before the result has its name": ({"call": "os.replace", "match": ".2-dft.cdistill-"}, 4),
     "in the removal of all checkpoints": ({"call": "shutil.rmtree", "match": "/checkpoints'", "half": True}, None),
     "in the last removal": ({"call": "shutil.rmtree", "match": "/checkpoints'", "nth": 2, "half": True}, None),
     "between stages": ({"call": "cdistill.train.stages.load_model", "match": "1-dpt"}, None),
@@ -393,7 +393,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(new_run, undisturbed):
 def test_a_full_disk_at_the_end_of_a_stage(new_run, undisturbed):
     run = new_run(save_steps=0)
     code, text = run.train(plan={"step": ["1-dpt", 3], "bytes": 60_000})
-    assert code == 1 and re.search(r"error: \S+/1-dpt.part could not be saved", text) and "Traceback" not in text, text
+    assert code == 1 and re.search(r"error: \S+/1-dpt could not be saved", text) and "Traceback" not in text, text
     assert not (run.output / "1-dpt").exists()
     code, text = run.resume()
     assert code == 0
@@ -412,7 +412,7 @@ def test_a_full_disk_of_one_rank(new_run, undisturbed):
 
 
 def test_a_begun_output_folder_can_be_used(tmp_path):
-    (tmp_path / "recipe.yaml.part").touch()
+    (tmp_path / ".recipe.yaml.cdistill-0123abcd").touch()
     recipe = recipe_from_dict(recipe_values(tmp_path, Path("models")))
     for resume in (False, True):
         run_folder.check_output(recipe, tmp_path, resume)

@@ -19,9 +19,9 @@ from test_train_teacher import assert_close, losses
 from transformers import AutoTokenizer
 
 from cdistill.cli import main
+from cdistill.manifest import stored
 from cdistill.models.load import load_model
 from cdistill.runtime import checkpoints
-from cdistill.runtime.checkpoints import stored
 from cdistill.runtime.errors import RunError
 from cdistill.train import cache, cache_writer, run
 from cdistill.train.alignment import vat_of
@@ -326,8 +326,8 @@ def test_what_a_cache_is_made_of(models, tmp_path, monkeypatch):
     shutil.copytree(models / "teacher", tmp_path / "models" / "teacher")
     shutil.copytree(models / "base", tmp_path / "models" / "base")
     read = []
-    checksum = checkpoints.checksum
-    monkeypatch.setattr(checkpoints, "checksum", lambda path: read.append(path.name) or checksum(path))
+    checksum = cache.checksum
+    monkeypatch.setattr(cache, "checksum", lambda path: read.append(path.name) or checksum(path))
 
     def facts(index=0, **changes):
         recipe = cached(tmp_path / "run", tmp_path / "models", tmp_path / "cache", **changes)

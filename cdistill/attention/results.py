@@ -12,7 +12,8 @@ import numpy as np
 
 from cdistill import __version__
 from cdistill.attention.models import Models, heads_of
-from cdistill.eval.files import read_text, write_atomically
+from cdistill.eval.files import read_text
+from cdistill.files import write_text
 from cdistill.vat import attention_layers
 
 VERSION = 1
@@ -97,7 +98,7 @@ def write(folder: Path, result: Mapping[str, Any]) -> list[Path]:
     except OSError as error:
         raise ValueError(f"--output: {folder} cannot be made ({error.strerror})") from None
     path = folder / f"{result['analysis']}.json"
-    write_atomically(path, json.dumps(numbers(dict(result)), indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(numbers(dict(result)), indent=1, ensure_ascii=False) + "\n")
     return [path, write_page(folder)]
 
 
@@ -108,5 +109,5 @@ def write_page(folder: Path) -> Path:
     found = read(folder)
     if not found:
         raise ValueError(f"{folder}: holds no results of `cdistill analyze`")
-    write_atomically(folder / PAGE, page(found, folder))
+    write_text(folder / PAGE, page(found, folder))
     return folder / PAGE

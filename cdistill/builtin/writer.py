@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import random
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from cdistill.builtin import questions, render, scenes
 from cdistill.builtin.scenes import COLOURS, GRID, RELATIONS, SHAPES, Scene, Thing
+from cdistill.files import building
 
 LISTS, PEOPLE = 5, 10  # R-Bench's lists of question ids, and the people who answer a question of VQAv2
 _ANSWER_TYPES = {"colour": "other", "location": "other", "existence": "yes/no", "count": "number"}
@@ -43,20 +43,15 @@ def write(task: str, folder: Path, *, n: int = 100, seed: int = 0) -> int:
         raise ValueError(f"--n must be at least 1, got {n}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: is there already; name a folder that is new or empty")
-    part = folder.with_name(f"{folder.name}.part")
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        (part / "images").mkdir(parents=True)
-        entries = _WRITERS[task](part, random.Random(f"{task}/{seed}"), n)
-        if not any((part / "images").iterdir()):
-            (part / "images").rmdir()
-        if folder.exists():
-            folder.rmdir()
-        part.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with building(folder) as part:
+            (part / "images").mkdir()
+            entries = _WRITERS[task](part, random.Random(f"{task}/{seed}"), n)
+            if not any((part / "images").iterdir()):
+                (part / "images").rmdir()
     except OSError as error:
         raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return entries
 
 

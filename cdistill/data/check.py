@@ -24,6 +24,7 @@ from cdistill.data.images import named_format, open_image, true_format
 from cdistill.data.presets import TEXT_ONLY
 from cdistill.data.samples import BadSampleError, ImageBytes, ImageFile, Mark, Sample, Source, Unread
 from cdistill.data.scan import starts_list
+from cdistill.files import writing
 
 CHUNK = 128  # records that a process takes at a time
 DUPLICATE, MISNAMED, SAME_ID = "duplicate record", "misnamed image", "duplicate id"
@@ -341,15 +342,8 @@ def write_good(source: Any, good: np.ndarray, like: Path, output: Path) -> None:
     """
     is_list = starts_list(like)
     opening, between, closing = (b"[\n", b",\n", b"\n]\n") if is_list else (b"", b"\n", b"\n")
-    partial = output.with_name(output.name + ".part")
-    try:
-        with open(partial, "wb") as file:
-            file.write(opening)
-            for i, index in enumerate(np.flatnonzero(good).tolist()):
-                file.write(between * (i > 0) + source.raw(index))
-            file.write(closing)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(output) as file:
+        file.write(opening)
+        for i, index in enumerate(np.flatnonzero(good).tolist()):
+            file.write(between * (i > 0) + source.raw(index))
+        file.write(closing)

@@ -9,12 +9,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from cdistill.data import presets
+from cdistill.files import write_text, writing
 
 if TYPE_CHECKING:
     from cdistill.data.check import Bad, Totals
@@ -197,28 +198,22 @@ def _ending_in_order() -> Iterator[None]:
 @contextmanager
 def _bad_list(path: Path) -> Iterator[Callable[[Source, Bad], None]]:
     """A function that writes bad records to a file, of which nothing is seen before the end; no file where none is bad."""
-    partial = path.with_name(path.name + ".part")
     _refuse_to_replace(path)
-    try:
-        file = open(partial, "w", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise ValueError(f"bad must be a file that can be written, got {str(path)!r}: {error.strerror}") from None
-    count = 0
-    try:
-        with file:
+    with ExitStack() as at_end:
+        try:
+            file = at_end.enter_context(writing(path))
+        except OSError as error:
+            raise ValueError(f"bad must be a file that can be written, got {str(path)!r}: {error.strerror}") from None
+        count = 0
 
-            def write(source: Source, bad: Bad) -> None:
-                nonlocal count
-                count += 1
-                file.write(json.dumps({"source": source.name, **asdict(bad)}) + "\n")
+        def write(source: Source, bad: Bad) -> None:
+            nonlocal count
+            count += 1
+            file.write((json.dumps({"source": source.name, **asdict(bad)}) + "\n").encode())
 
-            yield write
-        if count:
-            os.replace(partial, path)
-        else:
-            path.unlink(missing_ok=True)  # of an earlier check
-    finally:
-        partial.unlink(missing_ok=True)
+        yield write
+    if not count:
+        path.unlink(missing_ok=True)
 
 
 def _refuse_to_replace(path: Path) -> None:
@@ -304,7 +299,8 @@ def _show(options: argparse.Namespace, load_processor: LoadProcessor) -> int:
         print(as_text(shown, coloured=sys.stdout.isatty()), end="")
     else:
         page = as_html(shown, f"{len(shown)} samples of {options.path}")
-        options.html.write_text(page, encoding="utf-8", errors="backslashreplace")
+        with writing(options.html) as file:
+            file.write(page.encode("utf-8", errors="backslashreplace"))
         print(f"written: {options.html}")
     return 0
 
@@ -327,6 +323,6 @@ def _presets(options: argparse.Namespace) -> int:
         _try_new(options.write, "write")
     print("\n".join(lines))
     if options.write is not None:
-        options.write.write_text(presets.mix(options.name), encoding="utf-8")
+        write_text(options.write, presets.mix(options.name))
         print(f"\nwritten: {options.write}")
     return 0

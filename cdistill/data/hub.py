@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -65,11 +66,13 @@ def _one_line_errors(path: str) -> Iterator[None]:
     """What ``datasets`` and Arrow say of a file that cannot be read, as a ValueError of one line."""
     import datasets
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # in a log they are lines of their own
     try:
         yield
     except ConnectionError:
         raise
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, OSError, csv.Error, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetsError) else None
         message = " ".join(str(cause or error).split())
         raise ValueError(message if path in message else f"{path} cannot be read: {message}") from error

@@ -7,12 +7,10 @@ stored. What is transparent becomes white.
 from __future__ import annotations
 
 import base64
-import http.client
 import io
 import os
 import re
 import stat
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,13 +18,14 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
+from cdistill.data.fetching import fetch
 from cdistill.data.files import is_odd, leaves_folder
 from cdistill.data.samples import BadSampleError, ImageBytes, ImageFile
 
 MAX_PIXELS = 1 << 26  # 67 million: 8192 x 8192
 MAX_BYTES = 1 << 28
+MAX_SCANS = 100  # of a progressive JPEG; encoders write about ten
 MAX_RESIZED = 1 << 25  # pixels on the way through a processor: 4 s and 0.5 GB
-FETCH_SECONDS = 20
 FORMATS = {
     "JPEG": (".jpg", ".jpeg"),
     "PNG": (".png",),
@@ -146,9 +145,8 @@ def fetch_image(url: str) -> ImageBytes:
     if not url.startswith(("http://", "https://")):
         raise BadSampleError("image by URL", f"only http and https are fetched: {url[:200]!r}")
     try:
-        with urllib.request.urlopen(url, timeout=FETCH_SECONDS) as reply:
-            return ImageBytes(url, reply.read(MAX_BYTES + 1))
-    except (OSError, ValueError, http.client.HTTPException) as error:
+        return ImageBytes(url, fetch(url, MAX_BYTES))
+    except (OSError, ValueError) as error:
         raise BadSampleError("missing image", f"{url}: {error}") from error
 
 
@@ -173,6 +171,8 @@ def open_image(image: ImageFile | ImageBytes, *, about: int | None = None, exif:
     kind = _format_of(data)
     if kind is None:
         raise BadSampleError("unreadable image", f"{name}: " + (f"starts with {data[:8]!r}" if data else "empty file"))
+    if kind == "JPEG" and (scans := data.count(b"\xff\xda")) > MAX_SCANS:  # each of them takes a pass over all pixels
+        raise BadSampleError("image too large", f"{name}: {scans} scans, at most {MAX_SCANS}")
     try:
         with Image.open(io.BytesIO(data), formats=[kind]) as picture:
             if picture.width * picture.height > MAX_PIXELS:

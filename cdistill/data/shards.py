@@ -28,6 +28,8 @@ _PICKLES = {"pyd", "pkl", "pickle", "pth", "pt"}
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
+LONGEST_HEADER = 1 << 16  # bytes of a tar's extended header
+
 
 class TarShards:
     """The samples of one or several tars. Members ``key.json`` (see `read_record`) or ``key.txt`` (a caption) make one with
@@ -233,9 +235,21 @@ def _members(file: KnownFile) -> Iterator[tarfile.TarInfo]:
         yield member
 
 
+class _Member(tarfile.TarInfo):
+    """A header whose extensions are no longer than names and numbers are: reading longer ones takes time without end."""
+
+    def _proc_member(self, tar: Any) -> Any:
+        extends = self.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+        if extends and self.size > LONGEST_HEADER:
+            raise tarfile.ReadError(
+                f"the header at byte {self.offset} has {self.size:,} bytes, at most {LONGEST_HEADER:,}"
+            )
+        return super()._proc_member(tar)  # type: ignore[misc]
+
+
 def _headers(file: KnownFile) -> Iterator[tarfile.TarInfo]:
     try:
-        with tarfile.open(file.path, "r:") as tar:
+        with tarfile.open(file.path, "r:", tarinfo=_Member) as tar:
             yield from tar
             end = tar.offset
     # tarfile lets through what int() says of odd numbers, and calls itself for every header of a header

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from cdistill.eval.files import write_atomically
+from cdistill.files import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +36,8 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError(f"--images: there is no folder {str(options.images)!r}")
     comparison = compare(options.folders)
     if options.json is not None:
-        write_atomically(options.json, json.dumps(comparison.as_json(), indent=2) + "\n")
+        write_text(options.json, json.dumps(comparison.as_json(), indent=2) + "\n")
     if options.html is not None:
-        write_atomically(options.html, page(comparison, options.images))
+        write_text(options.html, page(comparison, options.images))
     print(table(comparison))
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,14 +196,3 @@ def parquet_records(path: Path, *, without: tuple[str, ...] = ()) -> Iterator[Re
                 row += 1
     except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(f"{path}: is not parquet ({str(error).splitlines()[0]})") from None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that either the old or the whole new one is there, whatever happens."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None

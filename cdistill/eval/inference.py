@@ -22,7 +22,8 @@ from transformers.cache_utils import DynamicLayer
 from cdistill.data.batches import joined_images
 from cdistill.eval.contract import Question
 from cdistill.eval.prompts import Prompt, Prompts
-from cdistill.models.load import Model, one_line
+from cdistill.models.folder import one_line
+from cdistill.models.load import Model
 
 # From the fastest to the one that every family can: beginnings that run once, prompts that are padded, prompts of one length.
 WAYS = ("shared", "padded", "equal")

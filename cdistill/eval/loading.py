@@ -13,7 +13,8 @@ import torch
 
 from cdistill.families import family_of
 from cdistill.models.export import ADAPTER_CONFIG, base_of, merge_adapter
-from cdistill.models.load import DTYPES, Model, load_config, load_model, load_tokenizer, one_line, resolve_folder
+from cdistill.models.folder import one_line
+from cdistill.models.load import DTYPES, Model, load_config, load_model, load_tokenizer, resolve_folder
 from cdistill.models.processor import COMPOSITIONS, build_processor, has_image_processor, load_processor
 from cdistill.models.quantized import quantized
 

@@ -11,12 +11,14 @@ import hashlib
 import json
 import os
 from collections.abc import Container, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cdistill.eval.contract import Answer, Question
-from cdistill.eval.files import read_text, write_atomically
+from cdistill.eval.files import read_text
+from cdistill.files import owned, remove_unfinished, write_text
 
 RUN = "run.json"
 LOST = {"log_likelihood": -1e30, "probability": 0.0}  # scores that lose to any other
@@ -74,15 +76,23 @@ class Results:
                     f"now {value}; name another folder"
                 )
 
-    def begin(self, task: str, asks: Mapping[str, Any]) -> None:
-        """Note what a task asks, before it does."""
-        self.tasks[task] = dict(asks)
+    def own(self, at_end: ExitStack) -> None:
+        """Make the folder, keep other runs out of it until ``at_end``, and read again what it holds."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--output: {self.folder} cannot be made ({error.strerror})") from None
+        at_end.enter_context(owned(self.folder, "--output"))
+        remove_unfinished(self.folder)
+        if (self.folder / RUN).exists():
+            self._read()
+
+    def begin(self, task: str, asks: Mapping[str, Any]) -> None:
+        """Note what a task asks, before it does."""
+        self.tasks[task] = dict(asks)
+        self.folder.mkdir(parents=True, exist_ok=True)
         whole = {"model": self.model, "tasks": self.tasks}
-        write_atomically(self.folder / RUN, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+        write_text(self.folder / RUN, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
 
     def answers(self, task: str, questions: Sequence[Question], left_out: Container[str] = ()) -> dict[str, Answer]:
         """The answers to these questions that are there, by id.
@@ -114,7 +124,7 @@ class Results:
     def rewrite(self, task: str, answers: Sequence[Answer]) -> None:
         """Put these answers in place of all that are there, at once."""
         lines = (json.dumps(answer.to_json(task), ensure_ascii=False) + "\n" for answer in answers)
-        write_atomically(self.folder / f"{task}.jsonl", "".join(lines))
+        write_text(self.folder / f"{task}.jsonl", "".join(lines))
 
     def append(self, task: str, answers: Sequence[Answer]) -> None:
         """Add answers: each a line written at once, whole in the face of other processes that add theirs."""
@@ -133,7 +143,7 @@ class Results:
     def publish(self, task: str, result: Mapping[str, Any]) -> None:
         """Write a task's metrics, with what the run says of model and questions."""
         whole = {**result, "run": self.model, "asks": self.tasks[task]}
-        write_atomically(self.folder / f"{task}.json", json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+        write_text(self.folder / f"{task}.json", json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_line(descriptor: int, line: str) -> None:

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cdistill.eval import benchmarks
-from cdistill.eval.files import write_atomically
+from cdistill.files import write_text
 
 DTYPES, LOAD_IN = ("fp32", "bf16", "fp16"), ("8bit", "4bit")
-PROGRAM = (sys.executable, "-m", "cdistill.eval.worker")
+PROGRAM = (sys.executable, "-P", "-m", "cdistill.eval.worker")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +82,7 @@ def main(options: argparse.Namespace) -> int:
     results = tasks.run(names, options)
     if results is not None and options.json is not None:
         whole = results[names[0]] if len(names) == 1 else results
-        write_atomically(options.json, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+        write_text(options.json, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
     return 0
 
 
@@ -140,5 +140,5 @@ def _builtin_task(options: argparse.Namespace) -> int:
     for line in builtin_task.table(result, modality):
         print(line)
     if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_text(options.json, json.dumps(result, indent=2) + "\n")
     return 0

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from cdistill.eval import benchmarks
 from cdistill.eval.contract import Answer, Benchmark
-from cdistill.eval.files import line_records, write_atomically
+from cdistill.eval.files import line_records
+from cdistill.files import write_text
 
 if TYPE_CHECKING:
     from cdistill.eval.statistics import Metric
@@ -34,7 +35,7 @@ def main(options: argparse.Namespace) -> int:
     metrics = benchmark.metrics(answers)
     result = score(benchmark, answers, metrics)
     if options.json is not None:
-        write_atomically(options.json, json.dumps(result, indent=2) + "\n")
+        write_text(options.json, json.dumps(result, indent=2) + "\n")
     for line in table(metrics):
         print(line)
     for remark in result["remarks"]:

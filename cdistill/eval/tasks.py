@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -87,7 +88,7 @@ def run(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any] | N
         )
         for name in names
     ]
-    with launch.quiet(), naming_lost_peers():
+    with ExitStack() as at_end, launch.quiet(), naming_lost_peers():
         if world > 1:
             launch.init_process_group()
         loaded = load(options.model, dtype=options.dtype, load_in=options.load_in, device_map=options.device_map)
@@ -96,7 +97,7 @@ def run(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any] | N
                 raise ValueError(f"model: {options.model} sees no images, and {task.name} shows some")
         results = None if options.output is None else Results(options.output, _facts(loaded))
         if results is not None:
-            on_first_process(lambda: _begin(results, tasks, options))
+            on_first_process(lambda: _begin(results, tasks, options, at_end))
         inference = Inference(loaded.model, Prompts(loaded.processor))
         inference.find_way()
         found: dict[str, Any] = {}
@@ -199,8 +200,8 @@ def _facts(loaded: Loaded) -> dict[str, Any]:
     return {"name": loaded.name, "fingerprint": loaded.fingerprint, "form": loaded.form}
 
 
-def _begin(results: Results, tasks: Iterable[Task], options: argparse.Namespace) -> None:
-    """Check all before anything is written, then leave out torn lines."""
+def _begin(results: Results, tasks: Iterable[Task], options: argparse.Namespace, at_end: ExitStack) -> None:
+    """Check all before anything is written, then leave out torn lines; the folder is this run's until the end."""
     asks = {
         task.name: {
             "limit": options.limit,
@@ -212,6 +213,9 @@ def _begin(results: Results, tasks: Iterable[Task], options: argparse.Namespace)
     }
     for name, asked in asks.items():
         results.check(name, asked, resume=options.resume)
+    results.own(at_end)
+    for name, asked in asks.items():
+        results.check(name, asked, resume=options.resume)  # another run may have written there meanwhile
     for task in tasks:
         results.begin(task.name, asks[task.name])
         results.rewrite(task.name, list(results.answers(task.name, task.asked, task.missing).values()))

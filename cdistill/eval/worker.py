@@ -15,7 +15,7 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         return run.main(run.options_of(Path(sys.argv[2])))
-    except (ValueError, RunError) as error:
+    except (ValueError, OSError, RunError) as error:
         return print_error(error)
 
 

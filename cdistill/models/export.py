@@ -16,8 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from cdistill.files import building
 from cdistill.models import taf
-from cdistill.models.load import DTYPES, Model, load_config, load_model, load_tokenizer, one_line, resolve_folder
+from cdistill.models.folder import one_line
+from cdistill.models.load import DTYPES, Model, load_config, load_model, load_tokenizer, resolve_folder
 from cdistill.models.processor import COMPOSITIONS, Processor, ProcessorFiles, build_processor, has_image_processor
 from cdistill.models.taf import MERGED, TAFAdapter, TAFLlavaConfig, TAFLlavaForConditionalGeneration
 
@@ -246,18 +248,13 @@ def _write(model: Model, processor: Processor, output: Path, *, code: bool, max_
             "AutoConfig": f"{CODE}.{TAFLlavaConfig.__name__}",
             "AutoModelForImageTextToText": f"{CODE}.{TAFLlavaForConditionalGeneration.__name__}",
         }
-    part = output.with_name(f"{output.name}.part")
     options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     try:
-        if part.exists():
-            shutil.rmtree(part)
-        part.mkdir(parents=True)
-        model.save_pretrained(part, **options)
-        processor.save_pretrained(part)
-        if code:
-            shutil.copyfile(taf.__file__, part / f"{CODE}.py")
-        part.replace(output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with building(output) as part:
+            model.save_pretrained(part, **options)
+            processor.save_pretrained(part)
+            if code:
+                shutil.copyfile(taf.__file__, part / f"{CODE}.py")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"output: {output} could not be written: {one_line(error)}") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

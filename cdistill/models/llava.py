@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.models.auto.auto_factory import _get_model_class
 
-from cdistill.models.load import one_line
+from cdistill.models.folder import one_line
 from cdistill.models.taf import (
     MERGED,
     TAFAdapter,

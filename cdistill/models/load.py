@@ -1,13 +1,14 @@
 """Loading models and tokenizers from folders made by ``save_pretrained``, with errors that name the file."""
 
-import json
+import math
 import re
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
@@ -20,17 +21,26 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from cdistill.manifest import verify
+from cdistill.models.folder import (
+    CONFIG,
+    NO_CODE,
+    check_config,
+    check_depth,
+    check_folder,
+    read_json,
+    reading,
+    weight_files,
+)
+
 ASSETS = Path(__file__).parent.parent / "assets"
 BUILTIN = "builtin:"
 RECIPE = "recipe.yaml"  # in the folder of a run
+STAGE = r"\d+-\w+"  # folder of a stage's result there
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # A LLaVA or a causal language model; their attributes have too many types in transformers to be worth checking.
 Model: TypeAlias = Any
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def resolve_folder(reference: str, key: str) -> Path:
@@ -43,13 +53,17 @@ def resolve_folder(reference: str, key: str) -> Path:
     if not folder.is_dir():
         known = ", ".join(sorted(f"{BUILTIN}{p.name}" for p in ASSETS.glob("*") if p.is_dir())) or "none"
         raise ValueError(f"{key}: there is no folder {reference!r}" + (f"; built-in: {known}" if builtin else ""))
-    if (folder / "config.json").is_file() or not (folder / RECIPE).is_file():
+    if (folder / CONFIG).is_file() or not (folder / RECIPE).is_file():
+        of_a_run = (folder.parent / RECIPE).is_file() and re.fullmatch(STAGE, folder.name) is not None
+        verify(folder, key, needed=of_a_run)
         return folder
     # The stages of a run appear under their names when they are finished.
-    stages = [path for path in folder.iterdir() if re.fullmatch(r"\d+-\w+", path.name) and path.is_dir()]
+    stages = [path for path in folder.iterdir() if re.fullmatch(STAGE, path.name) and path.is_dir()]
     if not stages:
         raise ValueError(f"{key}: the run in {folder} has no finished stage")
-    return max(stages, key=lambda path: int(path.name.partition("-")[0]))
+    last = max(stages, key=lambda path: int(path.name.partition("-")[0]))
+    verify(last, key, needed=True)
+    return last
 
 
 def load_model(
@@ -87,29 +101,14 @@ def load_for_evaluation(reference: str, key: str) -> Model:
 
 def load_config(folder: Path, key: str) -> PretrainedConfig:
     """Configuration of the model in a folder. Raises ValueError naming the missing or corrupt file."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{key}: {path} is missing")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{key}: {path} is corrupt ({error})") from None
-    if not isinstance(values, dict) or "model_type" not in values:
-        raise ValueError(f"{key}: {path} is corrupt (no model_type)")
-    return AutoConfig.from_pretrained(folder)
-
-
-def _weight_files(folder: Path, key: str) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise ValueError(f"{key}: {single} is missing")
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{key}: {index} is corrupt ({error!r})") from None
-    return [folder / shard for shard in shards]
+    check_folder(folder, key)
+    path = folder / CONFIG
+    values = read_json(path, key)
+    check_config(values, key, path)
+    if values["model_type"] not in CONFIG_MAPPING:
+        raise ValueError(f"{key}: {path}: model_type {values['model_type']!r:.60} is not one that transformers knows")
+    with reading(key, str(path)):
+        return AutoConfig.from_pretrained(folder, **NO_CODE)
 
 
 def _load(
@@ -121,27 +120,40 @@ def _load(
     **options: Any,
 ) -> Model:
     """``auto.from_pretrained`` on verified files."""
-    for path in _weight_files(folder, key):
-        if not path.is_file():
-            raise ValueError(f"{key}: {path} is missing")
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{key}: {path} is corrupt ({error})") from None
+    check_folder(folder, key)
+    paths = weight_files(folder, key)
+    if auto is not AutoModel and "config" not in options:
+        check_depth(paths, load_config(folder, key), key, folder)
     options |= {"dtype": dtype, "attn_implementation": attention}
-    wrong = f"{key}: the weights in {folder} do not fit its config.json"
-    try:
-        model, info = auto.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
-    except (
-        RuntimeError
-    ) as error:  # not asked for: weights of other shapes would be made anew, in the shapes of any size
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise ValueError(f"{wrong}: some have other shapes") from None
-    if info["missing_keys"]:
-        raise ValueError(f"{wrong}: {min(info['missing_keys'])} is missing")
+    wrong = f"{key}: the weights in {folder} do not fit its {CONFIG}"
+    with reading(key, f"the model in {folder}"):
+        try:
+            model, info = auto.from_pretrained(folder, **NO_CODE, output_loading_info=True, **options)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            # not asked for: weights of other shapes would be made anew, in the shapes of any size
+            raise ValueError(f"{wrong}: some have other shapes") from None
+        if info["missing_keys"]:
+            raise ValueError(f"{wrong}: {min(info['missing_keys'])} is missing")
+    broken = not_finite(model)
+    if broken is not None:
+        raise ValueError(f"{key}: the weights in {folder} are not all finite: {broken} holds NaN or inf")
     return model
+
+
+@torch.no_grad()
+def not_finite(model: nn.Module) -> str | None:
+    """The first parameter that holds NaN or inf, or None. Of a partitioned model this process's part is looked at, of one
+    that is offloaded or quantised what is neither."""
+    for name, parameter in model.named_parameters():
+        value = getattr(parameter, "ds_tensor", parameter)
+        seen = value.is_floating_point() and value.element_size() > 1 and value.numel() and not value.is_meta
+        if seen and not all(
+            map(math.isfinite, map(float, value.aminmax()))
+        ):  # NaN is both the smallest and the largest
+            return name
+    return None
 
 
 def load_multimodal(folder: Path, key: str, *, language: bool = True, **options: Any) -> Model:
@@ -190,13 +202,10 @@ def load_encoder(folder: Path, key: str) -> Model:
 
 
 def load_tokenizer(folder: Path, key: str) -> PreTrainedTokenizerBase:
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        raise ValueError(f"{key}: {path} is missing")
-    try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{key}: {path} is corrupt ({error})") from None
+    """Tokenizer in a folder. Raises ValueError naming the missing or corrupt file."""
+    check_folder(folder, key)
+    kind = read_json(folder / "tokenizer_config.json", key).get("tokenizer_class")
     # Beside a model of type qwen2, AutoTokenizer makes a Qwen2Tokenizer even of files that say they are another one's.
     auto = PreTrainedTokenizerFast if kind == PreTrainedTokenizerFast.__name__ else AutoTokenizer
-    return auto.from_pretrained(folder, local_files_only=True)
+    with reading(key, f"the tokenizer in {folder}"):
+        return auto.from_pretrained(folder, **NO_CODE)

@@ -13,8 +13,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from cdistill.models.folder import NO_CODE, read_json, reading
 from cdistill.models.llava import encoder_positions, image_size
-from cdistill.models.load import one_line
 from cdistill.models.taf import TAFLlavaConfig
 
 COMPOSITIONS = ("llava", TAFLlavaConfig.model_type)
@@ -56,8 +56,8 @@ class ProcessorFiles:
             path.relative_to(folder): path for folder in folders for name in FILES for path in sorted(folder.glob(name))
         }
         for path in self.files.values():
-            if path.suffix == ".json":
-                _check_json(path, key)
+            if path.suffix == ".json" and path.name != "tokenizer.json":
+                read_json(path, key)
 
     def save_pretrained(self, save_directory: Any) -> None:
         for name, path in self.files.items():
@@ -85,13 +85,6 @@ def add_stop_tokens(model: Any, tokens: Sequence[int]) -> None:
     ids = [*(token for token in tokens if token not in known), *known]
     if ids:
         model.generation_config.eos_token_id = ids[0] if len(ids) == 1 else ids
-
-
-def _check_json(path: Path, key: str) -> None:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{key}: {path} is corrupt ({one_line(error)})") from None
 
 
 def has_image_processor(folder: Path) -> bool:
@@ -184,12 +177,10 @@ def _load(auto: Any, folder: Path, key: str) -> Any:
     """``auto.from_pretrained`` in a folder that has an image processor, with one line that names what is wrong."""
     paths = [folder / name for name in IMAGE_PROCESSORS if (folder / name).is_file()]
     for path in paths:  # transformers takes a corrupt file for a missing one, or says nothing of its name
-        _check_json(path, key)
-    try:
-        return auto.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError, TypeError, KeyError, AttributeError) as error:
-        kind = "image processor" if auto is AutoImageProcessor else "processor"
-        raise ValueError(f"{key}: the {kind} of {paths[0]} cannot be loaded: {one_line(error)}") from None
+        read_json(path, key)
+    kind = "image processor" if auto is AutoImageProcessor else "processor"
+    with reading(key, f"the {kind} of {paths[0]}"):
+        return auto.from_pretrained(folder, **NO_CODE)
 
 
 def check_image_processors(folders: Mapping[str, Path]) -> None:

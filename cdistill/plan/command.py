@@ -6,6 +6,7 @@ import argparse
 import re
 from typing import Any
 
+MOST = 10**15  # of what a number that counts bytes or tokens may be
 UNITS = {"": 10**9, "G": 10**9, "GB": 10**9, "GIB": 2**30, "M": 10**6, "MB": 10**6, "MIB": 2**20}
 
 
@@ -24,16 +25,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def memory_size(text: str) -> int:
     """Bytes of a text such as 24GB (10^9), 80GiB (2^30) or 80G. Raises ValueError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.strip(), re.IGNORECASE)
-    if match is None or match[2].upper() not in UNITS or float(match[1]) <= 0:
-        raise ValueError(f"gpu must be a size such as 24GB or 80GiB, got {text!r}")
+    if match is None or match[2].upper() not in UNITS or not 0 < float(match[1]) < MOST:
+        raise ValueError(f"gpu must be a size such as 24GB or 80GiB, got {text!r:.60}")
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
 def main(options: argparse.Namespace) -> int:
     """Print the plan; 0 if it fits, 1 if it does not."""
     limit = memory_size(options.gpu)
-    if options.gpus < 1:
-        raise ValueError(f"gpus must be at least 1, got {options.gpus}")
+    if not 1 <= options.gpus <= MOST:
+        raise ValueError(f"gpus must be from 1 to {MOST:,}, got {options.gpus}")
+    for name in ("length", "visual", "answers"):
+        if (getattr(options, name) or 0) > MOST:
+            raise ValueError(f"{name} must be at most {MOST:,}, got {getattr(options, name)}")
     from cdistill.plan.memory import plan
     from cdistill.plan.suggestions import suggestions
     from cdistill.train.recipes import load_recipe

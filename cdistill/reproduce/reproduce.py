@@ -8,13 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cdistill.eval.files import write_atomically
+from cdistill.files import owned, write_text
 from cdistill.reproduce import page, runs, text
 from cdistill.reproduce.findings import Findings, samples_of
 from cdistill.reproduce.runs import FAILED, STARTED, STOPPED, Record, Run
 from cdistill.reproduce.schedule import Schedule, part_folder
 from cdistill.reproduce.tables import load_table
-from cdistill.train.run_folder import locked
 
 
 def reproduce(
@@ -78,7 +77,7 @@ class Reproduction:
         rows = [] if self.parts else self.rows()
         check(self.name, rows)
         self.output.mkdir(parents=True, exist_ok=True)
-        with locked(self.output):
+        with owned(self.output, "--output"):
             self.records |= runs.read_records(self.output)
             schedule = Schedule(self.output, self.records, processes, keep)
             self._begin([*self.parts.values(), self.teacher, *rows], resume)
@@ -124,8 +123,8 @@ class Reproduction:
             raise ValueError(f"table {self.name} has no finished run in {self.output}: leave --report out to make them")
         facts = self._facts(rows)
         content = text.as_json(findings, self.name, facts)
-        write_atomically(self.output / f"{self.name}.json", json.dumps(content, indent=1) + "\n")
-        write_atomically(self.output / f"{self.name}.html", page.page(findings, self.name, facts))
+        write_text(self.output / f"{self.name}.json", json.dumps(content, indent=1) + "\n")
+        write_text(self.output / f"{self.name}.html", page.page(findings, self.name, facts))
         return findings
 
     def _facts(self, rows: Sequence[Run]) -> dict[str, Any]:

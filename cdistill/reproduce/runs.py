@@ -11,7 +11,8 @@ from types import MappingProxyType
 from typing import Any
 
 from cdistill import __version__
-from cdistill.eval.files import read_text, write_atomically
+from cdistill.eval.files import read_text
+from cdistill.files import write_text
 from cdistill.reproduce.tables import TUNE, Row, Table, load_table
 from cdistill.train.recipes import Recipe, load_recipe, recipe_to_dict, with_overrides
 from cdistill.train.recipes.values import override
@@ -91,7 +92,7 @@ class Record:
     def write(self, folder: Path) -> None:
         """Put it into the folder of results."""
         whole = {"format": FORMAT, "cdistill": __version__, **asdict(self)}
-        write_atomically(folder / f"{self.hash}.json", json.dumps(whole, indent=1) + "\n")
+        write_text(folder / f"{self.hash}.json", json.dumps(whole, indent=1) + "\n")
 
 
 def read_records(folder: Path) -> dict[str, Record]:

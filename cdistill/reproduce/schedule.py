@@ -18,18 +18,18 @@ from tqdm import tqdm
 
 from cdistill.builtin.scorer import FAMILIES
 from cdistill.data import strict_yaml
-from cdistill.eval.files import write_atomically
+from cdistill.files import write_text
 from cdistill.reproduce.findings import samples_of
 from cdistill.reproduce.runs import FAILED, FINISHED, STARTED, STOPPED, Record, Run
 from cdistill.reproduce.worker import JOB, RESULT, WEIGHTS
 from cdistill.runtime.errors import Stopped
-from cdistill.runtime.launch import PARENT, POLL_SECONDS
+from cdistill.runtime.launch import PARENT, POLL_SECONDS, where_the_package_is
 from cdistill.runtime.provenance import provenance
 from cdistill.runtime.signals import stop_on_signals
 from cdistill.train.recipes import recipe_to_dict
 from cdistill.train.run_folder import METRICS, stage_folders
 
-PROGRAM = (sys.executable, "-m", "cdistill.reproduce.worker")
+PROGRAM = (sys.executable, "-P", "-m", "cdistill.reproduce.worker")
 PARTS = "parts"  # folder of models that rows are made of, likewise
 WORK = "work"  # folder of what is being trained, below that of the results
 SAVES = 10  # checkpoints of a stage, at least, so that a kill costs little
@@ -108,13 +108,13 @@ class Schedule:
         (place / RESULT).unlink(missing_ok=True)
         steps = min(stage.steps for stage in run.recipe.stage.values())
         recipe = replace(run.recipe, output=str(place / WEIGHTS), save_steps=max(1, steps // SAVES))
-        write_atomically(place / "recipe.yaml", strict_yaml.dump(recipe_to_dict(recipe)))
+        write_text(place / "recipe.yaml", strict_yaml.dump(recipe_to_dict(recipe)))
         job = {
             "exam": None if run.exam is None else asdict(run.exam),
             "model": run.model,
             "title": f"{run.row}, seed {run.recipe.seed}",
         }
-        write_atomically(place / JOB, json.dumps(job) + "\n")
+        write_text(place / JOB, json.dumps(job) + "\n")
         threads = max(1, len(os.sched_getaffinity(0)) // self.processes)
         record = self.records[run.hash]
         record.attempts.append({"status": STARTED, "threads": threads, **provenance()})
@@ -165,7 +165,7 @@ def weights_folder(folder: Path, run: Run) -> Path:
 
 def start_process(place: Path, threads: int) -> subprocess.Popen:
     """A worker for the job in a folder, which has its log. In a session of its own: Ctrl-C reaches this process alone."""
-    environ = {**os.environ, "OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())}
+    environ = {**os.environ, "OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid()), **where_the_package_is()}
     with (place / "log").open("ab") as log:
         return subprocess.Popen(
             [*PROGRAM, str(place)], env=environ, stdout=log, stderr=subprocess.STDOUT, start_new_session=True

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cdistill.eval.files import write_atomically
+from cdistill.files import write_text
 from cdistill.runtime.errors import RunError, print_error
 from cdistill.runtime.launch import die_with_parent
 from cdistill.train import run
@@ -46,8 +46,8 @@ def main() -> int:
     die_with_parent()
     folder = Path(sys.argv[1])
     try:
-        write_atomically(folder / RESULT, json.dumps(perform(folder)) + "\n")
-    except (ValueError, RunError) as error:
+        write_text(folder / RESULT, json.dumps(perform(folder)) + "\n")
+    except (ValueError, OSError, RunError) as error:
         return print_error(error)
     return 0
 

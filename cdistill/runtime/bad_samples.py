@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainingArguments
 
 from cdistill.data.dataset import BAD, BadSample
-from cdistill.runtime import checkpoints
 from cdistill.runtime.collectives import first_process, gathered, gathered_objects
 from cdistill.runtime.errors import BadDataError
+from cdistill.runtime.json_lines import read_lines, say_damaged, write_lines
 
 FILE = "bad_samples.jsonl"
 
@@ -54,12 +53,11 @@ class BadSamples(TrainerCallback):
         found = sorted(self.found.values())
         if not first_process() or not (found or self.path.is_file()):
             return
-        kept = []
-        if self.path.is_file():  # an earlier attempt at the stage may have read another set
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["stage"] != self.label]
-        kept += [json.dumps({"stage": self.label, **bad._asdict()}) for bad in found]
-        checkpoints.write_atomically(self.path, "".join(f"{line}\n" for line in kept))
+        known, damaged = read_lines(self.path, "stage")
+        say_damaged(self.path, damaged)
+        # an earlier attempt at the stage may have read another set
+        kept = [entry for entry in known if entry["stage"] != self.label]
+        write_lines(self.path, kept + [{"stage": self.label, **bad._asdict()} for bad in found])
         if not found:
             return
         reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(bad.reason for bad in found).most_common())

@@ -1,12 +1,9 @@
 """Checkpoints that survive: a complete one says so in a manifest of its files, which is written last."""
 
-import errno
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,14 +11,13 @@ from typing import Any
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from cdistill.runtime.errors import RunError
+from cdistill.files import sync_folder, write_text
+from cdistill.manifest import COMPLETE, damage, for_each, read_manifest, stored
+from cdistill.runtime.errors import DISK_FULL, RunError
 
-COMPLETE = "complete"  # the manifest: JSON with size and CRC-32 of every file; without it a folder is partial
 DAMAGED = ".damaged"
 PREFIX = "checkpoint-"
 KEPT = 2  # complete checkpoints of a stage
-BLOCK = 1 << 24
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -40,45 +36,18 @@ def seal(folder: Path, **facts: Any) -> None:
         dist.barrier()
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != COMPLETE)
     mine = names[rank::world]
-    entries = dict(zip(mine, _for_each(stored, [folder / name for name in mine]), strict=True))
+    entries = dict(zip(mine, for_each(stored, [folder / name for name in mine]), strict=True))
     if several:
         shares: list[Any] = [None] * world
         dist.all_gather_object(shares, entries)
         entries = {name: entry for share in shares for name, entry in share.items()}
     if rank == 0:
         for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
-            _sync_folder(path)
+            sync_folder(path)
         manifest = json.dumps({**facts, "files": {name: entries[name] for name in names}}, indent=1) + "\n"
-        write_atomically(folder / COMPLETE, manifest)
+        write_text(folder / COMPLETE, manifest)
     if several:
         dist.barrier()
-
-
-def damage(folder: Path) -> str | None:
-    """What is wrong with the files that a folder's manifest lists, or None."""
-    try:
-        files = read_manifest(folder)["files"].items()
-        for name, (size, _) in files:
-            if not (folder / name).is_file():
-                return f"{name} is missing"
-            if (folder / name).stat().st_size != size:
-                return f"{name} has {(folder / name).stat().st_size:,} of {size:,} bytes"
-        sums = _for_each(checksum, [folder / name for name, _ in files])
-        return next(
-            (f"{name} has changed" for (name, (_, crc)), now in zip(files, sums, strict=True) if now != crc), None
-        )
-    except OSError as error:
-        return f"{error.filename} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"its manifest, the file {COMPLETE}, cannot be read"
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder; raises ValueError or what reading it raises if it is none."""
-    manifest = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
-    if not isinstance(manifest, dict):
-        raise ValueError("not a mapping")
-    return manifest
 
 
 def choose(parent: Path, *, processes: int) -> Path | None:
@@ -125,26 +94,29 @@ def remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that after a crash either the old or the whole new one is there."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    _sync_folder(path.parent)
-
-
 def publish(part: Path, folder: Path) -> None:
     """Give a sealed folder its name."""
     os.replace(part, folder)
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
+
+
+def check_room(output: Path, weights: int) -> None:
+    """Raise RunError where a disk has less room than a checkpoint and a result take: at least twice the weights' bytes."""
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    total, _, free = shutil.disk_usage(there)
+    if total and free < 2 * weights:  # 0 in /proc and the like
+        raise RunError(
+            f"output: {output} needs at least {2 * weights / 1e6:,.1f} MB for a checkpoint and a result, and its disk has "
+            f"{free / 1e6:,.1f} MB free: make room, or name another folder"
+        )
 
 
 @contextmanager
-def saving(path: Path, needed: int, *, advice: str = "go on with --resume when there is room") -> Iterator[None]:
-    """Turn a full disk into a RunError of one line that names the path and the ``needed`` bytes; a folder is removed."""
+def saving(
+    path: Path, needed: int, *, called: Path | None = None, advice: str = "go on with --resume when there is room"
+) -> Iterator[None]:
+    """Turn a full disk into a RunError of one line that names the path, or what it is ``called``, and the ``needed`` bytes; a
+    folder is removed."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -157,8 +129,8 @@ def saving(path: Path, needed: int, *, advice: str = "go on with --resume when t
         with suppress(OSError):
             free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
         raise RunError(
-            f"{path} could not be saved ({' '.join(str(error).split())[:120]}): it needs about {needed / 1e6:,.1f} MB, "
-            f"{free / 1e6:,.1f} MB are free on its disk; {advice}"
+            f"{called or path} could not be saved ({' '.join(str(error).split())[:120]}): it needs about "
+            f"{needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free on its disk; {advice}"
         ) from None
 
 
@@ -174,32 +146,3 @@ def disk_full(error: BaseException) -> bool:
 def _order(folder: Path) -> int:
     name = folder.name.removeprefix(PREFIX).removesuffix(DAMAGED)
     return int(name) if name.isdigit() else -1
-
-
-def stored(path: Path) -> tuple[int, int]:
-    """Size and CRC-32 of a file, once it is on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return path.stat().st_size, checksum(path)
-
-
-def checksum(path: Path) -> int:
-    """CRC-32 of a file."""
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            crc = zlib.crc32(block, crc)
-    return crc
-
-
-def _for_each(action: Any, paths: list[Path]) -> list[Any]:
-    with ThreadPoolExecutor(4) as pool:  # CRC-32 releases the interpreter
-        return list(pool.map(action, paths))
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,9 +1,13 @@
 """Why a run ends early: errors of one line, and the exit codes of the processes that raise them."""
 
+import errno
 import os
 import signal
 import sys
+from contextlib import suppress
 
+LONGEST = 700  # characters of a line about an error
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PEER_LOST = 76  # exit code of a process that only stopped because another one had
 
 
@@ -43,9 +47,25 @@ class Stopped(RunError):
         self.exit_code = 128 + number
 
 
-def print_error(error: ValueError | RunError) -> int:
+def print_error(error: ValueError | OSError | RunError) -> int:
     """Print an error in one line, unless another process does or has; returns the exit code of a failed rank."""
     silent = isinstance(error, Stopped) or (isinstance(error, AgreedError) and os.environ.get("RANK", "0") != "0")
     if not silent:
-        print(f"cdistill: error: {error}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody can read it
+            print(f"cdistill: error: {line_of(error)}", file=sys.stderr, flush=True)
     return getattr(error, "exit_code", 1)
+
+
+def line_of(error: BaseException) -> str:
+    """What an error says in one line that a terminal can show: an OSError its path first, nothing but printable characters."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        paths = [os.fsdecode(path) for path in (error.filename, error.filename2) if isinstance(path, str | bytes)]
+        text = ": ".join([" -> ".join(paths), error.strerror] if paths else [error.strerror])
+    text = printable(" ".join(text.split())) or type(error).__name__
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
+def printable(text: str) -> str:
+    """A text of a file, or about one, without what would move the cursor or change colours: escapes in its place."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)

@@ -17,7 +17,8 @@ from cdistill.runtime.signals import stop_on_signals
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0  # what processes have to end by themselves after one of them has failed
-WORKER = (sys.executable, "-m", "cdistill.train.worker")
+# -P: the working folder's modules do not stand in for others.
+WORKER = (sys.executable, "-P", "-m", "cdistill.train.worker")
 PARENT = "CDISTILL_PARENT"  # environment variable: the id of the process that started this one and keeps the store
 PR_SET_PDEATHSIG = 1
 
@@ -113,7 +114,7 @@ def start_processes(count: int, action: str, path: Path, program: Sequence[str] 
     with stop_on_signals() as request:
         try:
             for rank in range(count):
-                environ = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                environ = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **where_the_package_is()}
                 # A session of its own: a terminal's Ctrl-C reaches this process alone, which passes it on once.
                 workers.append(subprocess.Popen([*command, action, str(path)], env=environ, start_new_session=True))
             killed = _wait(workers, request)
@@ -135,6 +136,16 @@ def start_processes(count: int, action: str, path: Path, program: Sequence[str] 
             f"process {rank} of {count} was killed by {signal.Signals(-code).name}; the others are stopped"
         )
     raise ProcessError(f"process {rank} of {count} failed with exit code {code}; its message is above")
+
+
+def where_the_package_is() -> dict[str, str]:
+    """The environment in which ``python -P`` finds the package that this process runs, if no other folder has been named."""
+    import site
+
+    root = str(Path(__file__).parents[2])
+    if root in (*site.getsitepackages(), site.getusersitepackages()):
+        return {}
+    return {"PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), root])}
 
 
 def _wait(workers: list[subprocess.Popen], request: Any) -> set[int]:
@@ -167,13 +178,19 @@ def _host_store() -> Any:
     """A store on a free port of this machine, or on the user's."""
     import torch.distributed as dist
 
-    port = os.environ.get("MASTER_PORT", "0")
+    port = named_port()
     try:
-        return dist.TCPStore("127.0.0.1", int(port), is_master=True, wait_for_workers=False)
-    except ValueError:
-        raise ValueError(f"MASTER_PORT must be a port number, got {port!r}") from None
+        return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     except RuntimeError as error:
-        _refuse_taken_port(error, port)
+        _refuse_taken_port(error, str(port))
+
+
+def named_port() -> int:
+    """The port on which processes are to meet, 0 for any free one. Raises ValueError for a MASTER_PORT that is none."""
+    port = os.environ.get("MASTER_PORT", "0")
+    if not (port.isascii() and port.isdecimal() and len(port) < 6 and int(port) < 1 << 16):
+        raise ValueError(f"MASTER_PORT must be a port number, from 0 to 65535, got {port!r:.60}")
+    return int(port)
 
 
 def _refuse_taken_port(error: RuntimeError, port: str) -> NoReturn:

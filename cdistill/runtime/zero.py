@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from cdistill.runtime.errors import RunError
+
 BUCKET = 500_000_000
 
 
@@ -107,3 +109,37 @@ def _clear_caches(kind: type) -> None:
         for function in (method, *(cell.cell_contents for cell in closure)):
             if hasattr(function, "cache_clear"):
                 function.cache_clear()
+
+
+@contextmanager
+def unpickling_data_alone() -> Iterator[None]:
+    """Let DeepSpeed read checkpoints without running code that a file may name, which its own ``torch.load`` does.
+
+    Tensors and plain values are read, and the few classes of DeepSpeed's own that its optimizers write. Anything else raises
+    RunError in one line that names the file.
+    """
+    import pickle
+
+    import torch
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    def load(self: Any, path: str, map_location: Any = None) -> Any:
+        try:
+            return torch.load(path, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError as error:
+            reason = str(error).partition("\n")[0]
+            raise RunError(
+                f"output: {path} holds more than numbers, which no checkpoint of a run does, and is not read ({reason:.160}): "
+                "delete its folder, and the stage goes on from an earlier one"
+            ) from None
+
+    before = TorchCheckpointEngine.load
+    TorchCheckpointEngine.load = load
+    try:
+        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        TorchCheckpointEngine.load = before

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ from cdistill.models.processor import (
     load_processor,
 )
 from cdistill.models.quantized import quantized
+from cdistill.ops import flash_attention
 from cdistill.runtime import launch
+from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.recipes import Recipe, StudentConfig
 from cdistill.train.resolve import precision_of
 from cdistill.train.student import Vocabulary, folders_of, make_student, set_visual_tokens
@@ -163,9 +166,16 @@ def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> N
                 f"stage.{name}.objective must be text or ground, with data.modality text, for a student without a vision "
                 f"encoder (student.vision, student.vision_config), got {stage.objective}"
             )
+        if (
+            recipe.student.lora is not None
+            and "language" in OBJECTIVES[stage.objective].trained
+            and not find_spec("peft")
+        ):
+            raise ValueError("student.lora needs peft: pip install cdistill[lora]")
         if recipe.aligns(stage.objective):
             assert teacher is not None
             config = recipe.vat
+            _check_engine(recipe, student)
             layers = attention_layers(student), attention_layers(teacher)
             if config.matching == "adaptive":
                 VAT.measure(config, *layers)
@@ -178,6 +188,28 @@ def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> N
                 raise ValueError(
                     f"vat.heads each needs equal head counts{more}, got {heads[0]} and {heads[1]} for the teacher"
                 )
+
+
+@torch.no_grad()
+def _check_engine(recipe: Recipe, student: Model) -> None:
+    """Raise ValueError for an attention engine that cannot run here, by a small problem of the student's shape."""
+    if recipe.vat.engine in ("sdpa", "auto"):
+        return
+    text = student.config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    on_gpu = torch.cuda.is_available() and (
+        launch.launched() or recipe.processes == 1
+    )  # a parent leaves GPUs to its processes
+    if torch.cuda.is_available() and not on_gpu:
+        return
+    device, dtype = ("cuda" if on_gpu else "cpu"), DTYPES[precision_of(recipe)]
+    q = torch.zeros(1, heads, 8, width, device=device, dtype=dtype)
+    k = q[:, : getattr(text, "num_key_value_heads", None) or heads]
+    try:
+        flash_attention(q, k, k, engine=recipe.vat.engine)
+    except ValueError as error:
+        raise ValueError(f"vat.engine: {error}") from None
 
 
 def _tokenizer(config: StudentConfig, teachers: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cdistill.data.templates import Template
+from cdistill.manifest import checksum
 from cdistill.models.load import Model, resolve_folder
 from cdistill.models.processor import FILES, IMAGE_PROCESSORS, has_image_processor
-from cdistill.runtime import checkpoints
 from cdistill.train.build import Models
 from cdistill.train.recipes import StageConfig, recipe_to_dict
 from cdistill.train.recipes.values import first_difference
@@ -106,7 +106,7 @@ def _checksum(path: Path) -> int:
 @lru_cache(maxsize=1024)
 def _checksum_of(path: Path, changed: int, size: int) -> int:
     """A teacher's files are read once in a run, not for each of its stages."""
-    return checkpoints.checksum(path)
+    return checksum(path)
 
 
 class StageCache:
@@ -164,13 +164,22 @@ def read_index(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     path = folder / INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        theirs, _, _ = (index[key] for key in ("made_of", "per_shard", "finished"))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"teacher_memory.cache: {path} is corrupt ({error!r}); delete {folder}") from None
+        theirs, per_shard, finished = (index[key] for key in ("made_of", "per_shard", "finished"))
+        if not isinstance(per_shard, int) or isinstance(per_shard, bool) or per_shard < 1:
+            raise ValueError(f"per_shard is {per_shard!r:.40}")
+        if index.get("crc", index_crc(theirs, per_shard, finished)) != index_crc(theirs, per_shard, finished):
+            raise ValueError("it has changed")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"teacher_memory.cache: {path} is corrupt ({error}); delete {folder}") from None
     key = first_difference(json.loads(json.dumps(facts)), theirs)
     if key is not None:
         raise ValueError(f"teacher_memory.cache: {folder} was made with another {key}; choose another folder")
     return index
+
+
+def index_crc(made_of: Any, per_shard: int, finished: bool) -> int:
+    """What tells that an index is the one that was written."""
+    return zlib.crc32(json.dumps([made_of, per_shard, finished], sort_keys=True).encode())
 
 
 def shard_fault(path: Path, *, contents: bool) -> str | None:
@@ -179,7 +188,7 @@ def shard_fault(path: Path, *, contents: bool) -> str | None:
         size, crc = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         if path.stat().st_size != size:
             return f"{path} is damaged (it has {path.stat().st_size:,} of {size:,} bytes)"
-        if contents and checkpoints.checksum(path) != crc:
+        if contents and checksum(path) != crc:
             return f"{path} is damaged (it has changed)"
     except OSError as error:
         return f"{error.filename or path} cannot be read ({error.strerror})"

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -21,6 +22,8 @@ from tqdm import tqdm
 from cdistill.data import strict_yaml
 from cdistill.data.dataset import BAD
 from cdistill.data.samples import IGNORE_INDEX
+from cdistill.files import entries, owned, remove_unfinished, scratch, write_text
+from cdistill.manifest import stored
 from cdistill.models.load import DTYPES, Model
 from cdistill.models.logits import after_head
 from cdistill.models.taf import TAFAdapter
@@ -34,6 +37,7 @@ from cdistill.train.cache import (
     StoredSignal,
     common_vocabulary,
     fingerprint,
+    index_crc,
     read_index,
     shard_fault,
     shard_path,
@@ -146,9 +150,11 @@ class CacheWriter:
         self._write_index(facts, work.per_shard, finished=True)
 
     def _write_index(self, facts: dict[str, Any], per_shard: int, *, finished: bool) -> None:
-        text = json.dumps({"finished": finished, "per_shard": per_shard, "made_of": facts}, indent=1) + "\n"
+        crc = index_crc(json.loads(json.dumps(facts)), per_shard, finished)
+        index = {"finished": finished, "per_shard": per_shard, "made_of": facts, "crc": crc}
+        text = json.dumps(index, indent=1) + "\n"
         with checkpoints.saving(self.folder / INDEX, len(text), advice=ADVICE):
-            checkpoints.write_atomically(self.folder / INDEX, text)
+            write_text(self.folder / INDEX, text)
 
     @torch.no_grad()
     def _ask(self, model: DistillationModel, batch: dict[str, Tensor], device: torch.device) -> list[StoredSignal]:
@@ -208,17 +214,14 @@ class CacheWriter:
             "tokens": torch.tensor([k.tokens for k in kept]),
         }
         path = shard_path(self.folder, shard)
-        part = path.with_suffix(".part")
-        with checkpoints.saving(path, sum(t.nbytes for t in tensors.values()), advice=ADVICE):
-            try:
-                path.with_suffix(".json").unlink(missing_ok=True)
-                save_file(tensors, part)
-                stored = checkpoints.stored(part)
-                checkpoints.publish(part, path)
-                checkpoints.write_atomically(path.with_suffix(".json"), json.dumps(stored))
-            except (OSError, SafetensorError):
-                part.unlink(missing_ok=True)
-                raise
+        size = sum(t.nbytes for t in tensors.values())
+        with checkpoints.saving(path, size, advice=ADVICE), scratch(path) as place:
+            path.with_suffix(".json").unlink(missing_ok=True)
+            part = place / path.name
+            save_file(tensors, part)
+            facts = stored(part)
+            checkpoints.publish(part, path)
+            write_text(path.with_suffix(".json"), json.dumps(facts))
 
 
 def write_cache(recipe: Recipe) -> Path:
@@ -242,8 +245,10 @@ def write_cache(recipe: Recipe) -> Path:
         require_known_everywhere((recipe.stage[name].objective for name in recipe.stages), recipe.processes)
         with launch.quiet():
             models = build_models(whole)
+            _check_top_k(recipe.teacher_memory.top_k, models)
             for stage in wanted:
-                _begin(stage, models)
+                with _owned(stage):
+                    _begin(stage, models)
         del models  # the processes load their own
         _start_processes(recipe)
         return Path(recipe.teacher_memory.cache)
@@ -254,9 +259,28 @@ def write_cache(recipe: Recipe) -> Path:
         if engine or launch.launched():
             launch.init_process_group()
         models = build_models(whole)
+        _check_top_k(recipe.teacher_memory.top_k, models)
         for stage in wanted:
-            _write_stage(stage, models)
+            with ExitStack() as at_end:
+                on_first_process(partial(at_end.enter_context, _owned(stage)))
+                _write_stage(stage, models)
     return Path(recipe.teacher_memory.cache)
+
+
+def _check_top_k(top_k: int, models: Models) -> None:
+    columns = common_vocabulary(models.student, models.teacher)
+    if top_k >= columns:
+        raise ValueError(f"teacher_memory.top_k must be below the vocabulary's {columns} tokens, got {top_k}")
+
+
+@contextmanager
+def _owned(stage: Stage) -> Iterator[None]:
+    """Keep others out of a stage's folder, and remove what killed ones have left there."""
+    folder = stage_cache(stage)
+    folder.mkdir(parents=True, exist_ok=True)
+    with owned(folder, "teacher_memory.cache"):
+        remove_unfinished(folder)
+        yield
 
 
 def _start_processes(recipe: Recipe) -> None:
@@ -272,10 +296,7 @@ def _start_processes(recipe: Recipe) -> None:
 
 def _begin(stage: Stage, models: Models) -> tuple[CacheWriter, dict[str, Any], MissingShards]:
     """The writer of a stage, what its cache is made of, and what is left to do."""
-    recipe, folder = stage.recipe, stage_cache(stage)
-    columns, top_k = common_vocabulary(models.student, models.teacher), recipe.teacher_memory.top_k
-    if top_k >= columns:
-        raise ValueError(f"teacher_memory.top_k must be below the vocabulary's {columns} tokens, got {top_k}")
+    recipe, folder, top_k = stage.recipe, stage_cache(stage), stage.recipe.teacher_memory.top_k
     dtype = DTYPES[precision_of(recipe)]
     vat = vat_of(stage, models)
     writer = CacheWriter(folder, top_k=top_k, temperature=recipe.kd.temperature, vat=vat, dtype=dtype)
@@ -326,7 +347,7 @@ def _write_stage(stage: Stage, models: Models) -> None:
         dist.barrier()
     on_first_process(lambda: writer.finish(facts, work))
     if rank == 0:
-        stored = sum(path.stat().st_size for path in folder.iterdir())
+        stored = sum(path.stat().st_size for path in entries(folder))
         state = "" if work.missing else ", finished already"
         print(f"{folder}: {work.samples:,} samples, {stored / 2**20:,.1f} MiB{state}", flush=True)
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cdistill.files import write_text
 from cdistill.train.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def main(options: argparse.Namespace) -> int:
     with launch.quiet():
         result = measure(recipe, stage=options.stage, samples=options.samples, student=options.student)
     if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_text(options.json, json.dumps(result, indent=1) + "\n")
     print("\n".join(table(result)))
     return 0
 

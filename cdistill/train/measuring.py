@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from cdistill.runtime import checkpoints
+from cdistill.manifest import COMPLETE, damage, read_manifest
 
 METRIC, VALUE = "metric", "best"  # keys of a folder's manifest
 
@@ -71,9 +71,9 @@ def is_best(folder: Path, metric: str, value: float) -> bool:
     """
     if not math.isfinite(value):
         return False
-    if not (folder / checkpoints.COMPLETE).is_file() or checkpoints.damage(folder) is not None:
+    if not (folder / COMPLETE).is_file() or damage(folder) is not None:
         return True
-    kept = checkpoints.read_manifest(folder)
+    kept = read_manifest(folder)
     if kept.get(METRIC) != metric:
         return True
     return bool(value > kept[VALUE] if metric.startswith("eval.") else value < kept[VALUE])

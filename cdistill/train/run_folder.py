@@ -1,20 +1,19 @@
 """A run's folder: how far its run has come, what of the recipe may still change, and that one run at a time writes to it."""
 
-import fcntl
 import json
-import os
 import shutil
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from cdistill._plugins import import_plugins
 from cdistill.data import strict_yaml
+from cdistill.files import MARK, entries
+from cdistill.manifest import verify
 from cdistill.models.load import RECIPE, load_model
-from cdistill.runtime import checkpoints
 from cdistill.runtime.collectives import first_process
+from cdistill.runtime.json_lines import read_lines
 from cdistill.train.recipes import Recipe, recipe_from_dict, recipe_to_dict
 from cdistill.train.recipes.values import MISSING, differences
 
@@ -25,7 +24,6 @@ FREE = (
     *("name", "output", "processes", "workers", "save_steps", "logging_steps", "log_layers"),
     *("max_bad_samples", "max_nonfinite_steps"),
 )
-LOCK_SECONDS = 6.0  # processes that read samples notice within 5 that the run which started them has been killed
 NAMED = 4  # differences in a message
 
 
@@ -46,13 +44,7 @@ def begun_stages(recipe: Recipe, output: Path) -> int:
 
 def _logged(metrics: Path) -> set[str]:
     """Sections of the stages that have logged a step; a line that was cut off tells nothing."""
-    found = set()
-    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else ():
-        try:
-            found.add(json.loads(line)["stage"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return found
+    return {str(entry["stage"]) for entry in read_lines(metrics, "stage")[0]}
 
 
 def refuse_other_run(recipe: Recipe, recorded: Recipe, output: Path) -> None:
@@ -104,32 +96,6 @@ def _shortened(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-@contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """Keep other runs out of a folder. Raises ValueError if one is there and does not end within `LOCK_SECONDS`."""
-    descriptor, deadline = os.open(output, os.O_RDONLY), time.monotonic() + LOCK_SECONDS
-    try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise ValueError(
-                        f"output {output} is in use by another run: wait for its end, or choose another folder"
-                    ) from None
-                time.sleep(0.05)
-            except OSError:  # a file system that has no locks
-                break
-        yield
-    finally:
-        # Before it is closed: processes that read samples have copies of the descriptor.
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-        finally:
-            os.close(descriptor)
-
-
 def read_recipe(output: Path) -> Recipe:
     """The recipe of the run in an output folder. Raises ValueError if the file is not one."""
     path = output / RECIPE
@@ -154,10 +120,7 @@ def check_stages(output: Path, folders: Sequence[Path]) -> None:
                     f"or delete {' and '.join(f.name for f in begun)} in {output} and {output / CHECKPOINTS}, too"
                 )
             continue
-        if (folder / checkpoints.COMPLETE).is_file():
-            reason = checkpoints.damage(folder)
-            if reason is not None:
-                raise ValueError(f"output: {folder} is damaged ({reason}): put it back, or delete it and later stages")
+        verify(folder, "output", needed=True)
         load_model(folder, "output")
 
 
@@ -165,9 +128,9 @@ def check_output(recipe: Recipe, output: Path, resume: bool) -> None:
     """Raise ValueError unless a run of the recipe may begin in a folder or, to ``resume``, go on there."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"output {output} is not a folder")
-    if output.is_dir() and [p.name for p in output.iterdir()] == [f"{RECIPE}.part"]:
+    if output.is_dir() and not entries(output) and any(MARK in path.name for path in output.iterdir()):
         return  # killed before anything else was written
-    if not output.is_dir() or not any(output.iterdir()):
+    if not output.is_dir() or not entries(output):
         if resume:
             raise ValueError(f"output {output} holds no run to resume")
         return

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from cdistill.data import strict_yaml
 from cdistill.data.conversations import Encoder
+from cdistill.files import MARK, owned, remove_unfinished, write_text
 from cdistill.models.load import RECIPE, Model, load_model
 from cdistill.models.processor import add_stop_tokens, save_chat_template
 from cdistill.runtime import checkpoints, launch
@@ -26,7 +27,7 @@ from cdistill.runtime.errors import Stopped
 from cdistill.runtime.finite import FiniteSteps
 from cdistill.runtime.signals import StopRequest, stop_on_signals
 from cdistill.runtime.stop import StopCallback
-from cdistill.runtime.zero import deepspeed_config, released
+from cdistill.runtime.zero import deepspeed_config, released, unpickling_data_alone
 from cdistill.train.alignment import make_vat, vat_of
 from cdistill.train.build import (
     Models,
@@ -50,7 +51,6 @@ from cdistill.train.run_folder import (
     METRICS,
     check_output,
     check_stages,
-    locked,
     print_changes,
     read_recipe,
     remove_leftovers,
@@ -87,6 +87,7 @@ def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCall
                 "callbacks need recipe.processes 1: the stages of this recipe run in processes of their own"
             )
         if recipe.processes > 1:
+            launch.named_port()
             require_known_everywhere((recipe.stage[name].objective for name in recipe.stages), recipe.processes)
         with launch.quiet():
             models: Models | None = _prepare(recipe, output, resume, at_end)
@@ -106,9 +107,11 @@ def run_stages(
         stop_on_signals() as request,
         launch.environment(distributed=recipe.deepspeed != "off"),
         launch.quiet(),
+        ExitStack() as at_exit,
     ):
         if recipe.deepspeed != "off":
             launch.keep_deepspeed_from_compiling()
+            at_exit.enter_context(unpickling_data_alone())
         if launch.launched():
             launch.init_process_group()
         run = resolve(recipe, _world_size())
@@ -138,8 +141,10 @@ def _prepare(recipe: Recipe, output: Path, resume: bool, at_end: ExitStack) -> M
     """Check everything a run needs, then make its folder, which is locked until the end, hold the recipe."""
     was_there = output.is_dir()
     if was_there:
-        at_end.enter_context(locked(output))
+        at_end.enter_context(owned(output))
     check_output(recipe, output, resume)
+    if was_there:
+        remove_unfinished(output)
     run = resolve(recipe, _world_size() if launch.launched() else None)
     models = build_models(recipe)
     for stage in run.stages:
@@ -152,16 +157,17 @@ def _prepare(recipe: Recipe, output: Path, resume: bool, at_end: ExitStack) -> M
             StageCache(stage_cache(stage), fingerprint(stage, models, vat_of(stage, models)))
     if resume:
         check_stages(output, [stage.folder for stage in run.stages])
+    checkpoints.check_room(output, sum(p.numel() * p.element_size() for p in models.student.parameters()))
     text = strict_yaml.dump(recipe_to_dict(recipe))
     with checkpoints.saving(output / RECIPE, len(text)):
         output.mkdir(parents=True, exist_ok=True)
         if not was_there:
-            at_end.enter_context(locked(output))
+            at_end.enter_context(owned(output))
             check_output(recipe, output, resume)  # another run may have made it meanwhile
         if (output / RECIPE).is_file():
             print_changes(recipe, output, read_recipe(output))
         if not (output / RECIPE).is_file() or (output / RECIPE).read_text(encoding="utf-8") != text:
-            checkpoints.write_atomically(output / RECIPE, text)
+            write_text(output / RECIPE, text)
     return models
 
 
@@ -218,6 +224,7 @@ def _run_stage(
     seconds = time.perf_counter() - began
     trainer.bad.report()
     step = trainer.state.global_step
+    trainer.refuse_broken_result(stage.name)
     saved = f"{stage.checkpoints}/checkpoint-{step}"
     _stop_if(stop.signal, f"{stage.label}: saved after step {step:,} of {stage.config.steps:,} in {saved} and stopped")
     _publish(stage.folder, stage, models, trainer, data, step=step)
@@ -419,10 +426,10 @@ def _announce(
 
 def _publish(folder: Path, stage: Stage, models: Models, trainer: DistillTrainer, data: Data, **facts: Any) -> None:
     """Write the student beside its folder, and rename it when all of it is there."""
-    part = folder.with_name(f"{folder.name}.part")
+    part = folder.with_name(f".{folder.name}{MARK}stage")  # all processes must know it; the folder is this run's own
     if first_process() and part.exists():
         shutil.rmtree(part)
-    with checkpoints.saving(part, trainer.bytes_to_save(optimizer=False)):
+    with checkpoints.saving(part, trainer.bytes_to_save(optimizer=False), called=folder):
         trainer.save_student(part)
         if first_process():
             _save_processor(part, models, data)

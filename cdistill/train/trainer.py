@@ -1,6 +1,7 @@
 """DistillTrainer: transformers.Trainer on a `DistillationModel`, with losses logged one by one and resumable stages."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,11 +15,14 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from cdistill.data.samples import IGNORE_INDEX
+from cdistill.models.load import not_finite
 from cdistill.runtime import checkpoints
 from cdistill.runtime.agreement import RanksAgree
 from cdistill.runtime.bad_samples import BadSamples
-from cdistill.runtime.errors import ProcessError
+from cdistill.runtime.collectives import gathered
+from cdistill.runtime.errors import NonFiniteError, ProcessError
 from cdistill.runtime.finite import FiniteAdamW, FiniteSteps, poisoned
+from cdistill.runtime.json_lines import read_lines, say_damaged, write_lines
 from cdistill.runtime.launch import launched
 from cdistill.train.lora import merged_state
 from cdistill.train.model import DistillationModel
@@ -202,11 +206,30 @@ class DistillTrainer(Trainer):
         with in_one_line():  # a signal reports the death of a process that reads samples, at any time
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def refuse_broken_result(self, name: str) -> None:
+        """Raise NonFiniteError for a student that the stage ``name`` has left without a use, rather than publish it."""
+        done, skipped = self.state.global_step, self.finite.skipped
+        advice = f"lower stage.{name}.learning_rate, or look at the teacher and the data"
+        if 2 * skipped > done:
+            raise NonFiniteError(
+                f"{self.finite.label}: {skipped:,} of {done:,} steps were skipped (not finite), so little was learned: {advice}"
+            )
+        broken = not_finite(self.distillation.student)
+        if any(gathered(int(broken is not None))):
+            raise NonFiniteError(
+                f"{self.finite.label}: {broken or 'a weight'} is not finite after step {done:,}, and nothing is saved: {advice}"
+            )
+
     def destroy_engine(self) -> None:
         """Remove DeepSpeed's hooks from the model, if it has trained under DeepSpeed; it cannot be trained or saved then."""
         wrapper = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
         if wrapper is not None:
             wrapper.engine.destroy()
+
+
+def _whole(step: Any) -> float:
+    """A step of a log; what is none is beyond all."""
+    return step if isinstance(step, int) else math.inf
 
 
 def _start_worker(start: Callable[[int], None] | None, worker: int) -> None:
@@ -304,20 +327,16 @@ class RunLog(TrainerCallback):
         """Drop what was logged of this stage after ``step``, the one that training goes on from."""
         path = self.output / METRICS
         if not path.is_file():
+            if step:
+                print(f"{path} is missing: what was logged up to step {step:,} of {self.label} is lost", flush=True)
             return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue  # cut off while it was written
-            if not line.endswith("\n"):
-                continue
-            if entry["stage"] != self.stage or entry["step"] <= step:
-                kept.append(line)
-                if entry["stage"] == self.stage and "loss" in entry:
-                    self.last = entry
-        checkpoints.write_atomically(path, "".join(kept))
+        found, damaged = read_lines(path, "stage", "step")
+        say_damaged(path, damaged)
+        kept = [entry for entry in found if entry["stage"] != self.stage or _whole(entry["step"]) <= step]
+        for entry in kept:
+            if entry["stage"] == self.stage and "loss" in entry:
+                self.last = entry
+        write_lines(path, kept)
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the files."""

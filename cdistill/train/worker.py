@@ -26,7 +26,7 @@ def main() -> int:
             from cdistill.train.recipes import load_recipe
 
             write_cache(load_recipe(path))
-    except (ValueError, RunError) as error:
+    except (ValueError, OSError, RunError) as error:
         return print_error(error)
     return 0
 

@@ -61,6 +61,8 @@ def _read(name_or_path: str | os.PathLike[str], read: tuple[Path, ...]) -> dict[
     extended = content.pop("extends", None)
     if extended is None:
         return content
+    if not isinstance(extended, str):
+        raise ValueError(f"recipe {path}: extends must be the name of a recipe or a path, got {extended!r:.60}")
     own = {"name": path.stem, "output": f"runs/{path.stem}"} | content
     return _laid_over(_read(extended, (*read, path.resolve())), own)
 

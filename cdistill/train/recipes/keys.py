@@ -5,6 +5,7 @@ files and tells what is wrong with them. The strings below the fields are the te
 Importing this module imports neither torch nor transformers, so that listing recipes is fast.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import field, fields
 from typing import Annotated, Any, Literal, TypeAlias
@@ -33,6 +34,7 @@ def _off(value: Any) -> Any:
     return "off" if value is False or value == "no" else value
 
 
+STAGE_NAME = re.compile(r"[A-Za-z0-9_]{1,64}")  # as `cdistill.models.load.STAGE` has it
 ZeroStage: TypeAlias = Annotated[Literal[0, 1, 2, 3, "off"], BeforeValidator(_off)]
 TeacherZero: TypeAlias = Annotated[Literal[3, "off"], BeforeValidator(_off)]
 TemplatePath: TypeAlias = Annotated[str, StringConstraints(pattern=r"\.jinja$")]
@@ -337,8 +339,7 @@ class Recipe(Keys):
     stage: dict[str, StageConfig]
     """Sections, one for each stage, by names of your own; a section called dpt, dft and so on has that objective."""
     seed: Annotated[int, Ge(0), Le(LAST_SEED)] = 0
-    """Decides fresh weights, the order of samples and dropout: a run with the same seed on the same machine has the same
-    bits."""
+    """Decides fresh weights, the order of samples and dropout: equal seeds give equal bits on the same machine."""
     processes: AtLeastOne = 1
     """Data-parallel processes started on this machine; under torchrun or the deepspeed launcher, which start them themselves,
     it is ignored."""
@@ -381,6 +382,9 @@ class Recipe(Keys):
             yield "output must name a folder"
         if not self.stages:
             yield "stages must name at least one section of stage"
+        for name in self.stage:
+            if not STAGE_NAME.fullmatch(name):
+                yield f"stage.{name!r} must be of letters, digits and _, 64 at most: it names a folder of the run"
         for name in self.stages:
             if name not in self.stage:
                 yield f"stages must name sections of stage ({', '.join(self.stage)}), got {name!r}"
