@@ -1,8 +1,9 @@
 """Registers, spills and shared memory of every Triton kernel, compiled ahead of time: `python -m benchmarks.aot`.
 
-The table, benchmarks/results/aot.csv, names each configuration by a hash of the kernel's code and of what it is compiled for:
-after a change only what changed is compiled again; so it is where the counts of benchmarks/_compiled.py are made by other code.
-Needs no GPU. What there is between products is counted on Hopper alone, whose compiled code the gate judges by it.
+The table, benchmarks/results/aot.csv, names each configuration by two hashes (`_configurations.py`), of the kernel's code and
+of its IR, both with what it is compiled for. After a change only what has another IR is compiled again; so it is where the
+counts of `_compiled.py` are made by other code. Needs no GPU. What there is between products is counted on Hopper alone, whose
+compiled code the gate judges by it.
 
 The launchers run on meta tensors with the launch recorded instead of made, so what is compiled is exactly
 what they would launch.
@@ -12,7 +13,6 @@ import argparse
 import ast
 import contextlib
 import csv
-import functools
 import hashlib
 import inspect
 import io
@@ -21,7 +21,6 @@ import os
 import re
 import sys
 import tempfile
-import textwrap
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
@@ -31,10 +30,10 @@ import triton
 from cdistill.kernels import _launch, backend, flash_attention, flash_gradient, vocabulary_losses
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
-from triton.runtime.jit import JITFunction
+from triton.compiler import CompiledKernel
 
 from benchmarks import _compiled
+from benchmarks._configurations import compile_options, described, ir, key, source
 from cdistill import choices
 from cdistill.ops._problem import AttentionProblem, Comparison, VocabularyOptions, VocabularyRows
 
@@ -51,16 +50,7 @@ ARCHITECTURES = _launch.ARCHITECTURES
 THREADS_PER_MULTIPROCESSOR = {80: 2048, 90: 2048, 100: 2048}  # others: 1536
 REGISTERS_PER_MULTIPROCESSOR = 65536
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-POINTERS = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.uint8: "*u8",
-}
 CAREFUL_HEAD_DIMS = (64,)  # programs that hardly ever run are compiled for these alone
-COMPILED_FOR = ("num_warps", "num_stages")
 BENCHMARKED_HEAD_DIMS = (64, 128)  # of benchmarks/_contenders.py: compiled for its main shape, too
 HOPPER = 90
 # Of kernels with Hopper's own matrix instructions: products that several warps repeat, instructions that wait for each other,
@@ -83,36 +73,11 @@ MORE_ON_HOPPER = {
 TABLE = Path(__file__).parent / "results/aot.csv"
 
 
-@functools.cache
-def code(kernel: JITFunction) -> str:
-    """Hash of a kernel's code and of the functions and constants of ours that it names, without comments and docstrings."""
-    tree = ast.parse(textwrap.dedent(kernel.src))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-    parts = [ast.unparse(tree)]
-    for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}):
-        value = kernel.fn.__globals__.get(name)
-        if isinstance(value, JITFunction):
-            parts.append(code(value))
-        elif isinstance(value, triton.language.constexpr | int | float | str):
-            parts.append(f"{name} = {value}")
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
 def made_by() -> str:
     """What the table's rows are made by: the compiler's version, and a hash of the code that counts in what it makes."""
     tree = ast.parse(inspect.getsource(_compiled))
     counts = hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:12]
     return f"triton {triton.__version__}, counts {counts}"
-
-
-def key(launch: tuple, arch: int) -> str:
-    """What names a configuration in the table: the hash of all that its compilation depends on but the compiler."""
-    kernel, args = launch
-    options = [args[name] for name in COMPILED_FOR if name in args]
-    parts = (code(kernel), arch, *specialised(kernel, args), options)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
 def recorded(call, arch: int, multiprocessors: int = 1) -> list[tuple]:
@@ -232,74 +197,24 @@ def vocabulary_launches(arch: int, dtype: torch.dtype) -> list[tuple]:
     return recorded(call, arch)
 
 
-def specialised(kernel, args: dict) -> tuple[dict, dict, dict]:
-    """Signature, constants and attributes that Triton's launcher would derive from the arguments."""
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        name, value = parameter.name, args[parameter.name]
-        if parameter.is_constexpr or value is None:
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = POINTERS[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif value == 1 and not parameter.do_not_specialize:
-            signature[name], constants[name] = "constexpr", value
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    return signature, constants, attributes
-
-
-def variant(signature: dict, constants: dict) -> str:
-    """What tells launches of one kernel apart, beyond tile and head dimension."""
-    words = [str(constants[name]) for name in ("LOSS", "TERM", "SIZE", "DIVERGENCE") if name in constants]
-    words += [name.lower() for name in ("ADD", "EACH", "SCALED", "GRADIENT", "CAREFUL") if constants.get(name) is True]
-    words += [f"{name.lower()} {constants[name]}" for name in ("GROUP", "SPLIT", "BK") if constants.get(name, 1) != 1]
-    optional = {
-        "p_mask": "key mask",
-        "p_share": "split lse",
-        "p_size": "slice",
-        "p_limit": "sink filter",
-        "p_cosine": "cosine",
-        "windows": "windows",
-    }
-    words += [text for name, text in optional.items() if signature.get(name, "constexpr") != "constexpr"]
-    left_out = {"p_dq": "dlse alone", "p_dlse": "dq alone"}
-    return ", ".join(words + [text for name, text in left_out.items() if constants.get(name, "") is None])
-
-
 def compiled(launch: tuple, arch: int) -> tuple[CompiledKernel, str]:
     """A launch's kernel as Triton compiles it, and what ptxas says of it."""
-    kernel, args = launch
-    signature, constants, attributes = specialised(kernel, args)
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {name: args[name] for name in COMPILED_FOR if name in args}
     log = io.StringIO()
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
         knobs.nvidia.dump_ptxas_log = True
         knobs.compilation.always_compile = True  # what comes from a cache has no log
-        result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        result = triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options=compile_options(launch[1]))
     return result, log.getvalue()
 
 
 def compile_one(launch: tuple, arch: int) -> dict:
-    kernel, args = launch
-    signature, constants, _ = specialised(kernel, args)
     made, log = compiled(launch, arch)
     ttgir, ptx = made.asm["ttgir"], made.asm["ptx"]
     registers, stack = re.findall(r"Used (\d+) registers", log)[-1], re.findall(r"(\d+) bytes stack frame", log)[-1]
     shared, limits = made.metadata.shared, SHARED_MEMORY[arch]
-    threads = 32 * args["num_warps"]
+    threads = 32 * launch[1]["num_warps"]
     return {
-        "kernel": kernel.__name__,
-        "variant": variant(signature, constants),
-        "arch": arch,
-        "tile": "x".join(str(args[name]) for name in ("BM", "BN", "BR", "BV") if name in constants),
-        "num_warps": args["num_warps"],
-        "num_stages": args["num_stages"],
+        **described(launch, arch),
         "registers": int(registers),
         "spill_bytes": int(stack),
         "shared": shared,
@@ -352,17 +267,17 @@ def configurations(cell: tuple) -> dict[str, tuple]:
 
 
 def compile_cell(cell: tuple, known: dict[str, dict]) -> list[dict]:
-    """The rows of a cell; those whose key is ``known`` are not compiled again."""
-    rows = []
+    """The rows of a cell; those whose key is ``known`` are not compiled again, nor those of which a known row has the IR."""
+    rows, alike = [], {row["ir"]: row for row in known.values()}
     for name, (launch, dtype, width) in configurations(cell).items():
-        row = known.get(name) or compiled_row(name, launch, cell[1], dtype, width)
-        rows.append({**row, "dtype": dtype, "head_dim": width})  # a key may stand in several cells
+        row = known.get(name) or alike.get(ir(launch, cell[1])) or compiled_row(name, launch, cell[1], dtype, width)
+        rows.append({**row, "key": name, "dtype": dtype, "head_dim": width})  # a row may stand in several cells
     return rows
 
 
 def compiled_row(key: str, launch: tuple, arch: int, dtype: str, head_dim: int) -> dict:
     """A configuration's row of the table, compiled now."""
-    row = {"key": key, **compile_one(launch, arch), "dtype": dtype, "head_dim": head_dim}
+    row = {"key": key, "ir": ir(launch, arch), **compile_one(launch, arch), "dtype": dtype, "head_dim": head_dim}
     return {**row, "problem": problem(row)}
 
 
@@ -424,15 +339,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor(2) as pool:
-            for compiled in pool.map(compile_cell, cells, itertools.repeat(known)):
-                rows += compiled
+            for made in pool.map(compile_cell, cells, itertools.repeat(known)):
+                rows += made
                 if not options.only:
                     done = {row["key"] for row in rows}  # a run that ends early goes on from all that is known
                     write_table(rows + [row for name, row in known.items() if name not in done])
     if not options.only:
         write_table(rows)
+    new, alike = [r for r in rows if r["key"] not in known], {r["ir"] for r in known.values()}
+    compiled = sum(r["ir"] not in alike for r in new)
     print(
-        f"triton {triton.__version__}, {len(rows)} configurations, {sum(r['key'] not in known for r in rows)} of them compiled"
+        f"triton {triton.__version__}, {len(rows)} configurations: {compiled} compiled, "
+        f"{len(new) - compiled} of other code but the same IR, {len(rows) - len(new)} of the same code"
     )
     for r in rows:
         if options.only or r["problem"]:

@@ -25,6 +25,38 @@ HEADROOM = tl.constexpr(16384.0)
 
 
 @triton.jit
+def block_head_sample(STEP: tl.constexpr = 1):
+    """A program's block, or with STEP that block's first position, its head and its sample; offsets to these need 64 bits."""
+    return tl.program_id(0) * STEP, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+
+
+@triton.jit
+def sample_pointer(
+    p_x,  # (B, N), or None, which stays None
+    i_b,
+    N,
+):
+    """Where the values of one sample begin."""
+    if p_x is not None:
+        p_x += i_b * N
+    return p_x
+
+
+@triton.jit
+def head_pointer(
+    p_x,  # (B, heads, T, D)
+    i_b,
+    i_h,  # with GROUP a query head, whose group shares the head of p_x
+    stride_b,  # in units of UNIT elements
+    stride_h,
+    UNIT: tl.constexpr,
+    GROUP: tl.constexpr = 1,
+):
+    """Where the vectors (T, D) of one sample and head begin."""
+    return p_x + (i_b * stride_b + (i_h // GROUP) * stride_h) * UNIT
+
+
+@triton.jit
 def load_rows(
     p_rows,  # (R,) of one sample
     o_m,  # (BM,)

@@ -8,6 +8,24 @@ from . import _launch
 
 
 @triton.jit
+def block_of_rows(
+    p_a,  # (N, R, V)
+    p_t,  # (N, R, V)
+    p_row,  # (N, R) bytes
+    p_col,  # (N, V) bytes
+    R,
+    V,
+    BR: tl.constexpr,
+):
+    """A program's sample, its rows (BR,) and whether they are valid, where these begin in a and t, and the sample in p_col."""
+    i_r, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_r = i_r * BR + tl.arange(0, BR)
+    m_row = tl.load(p_row + i_n * R + o_r, mask=o_r < R, other=0) != 0
+    o_block = (i_n * R + i_r * BR) * V
+    return i_n, o_r, m_row, p_a + o_block, p_t + o_block, p_col + i_n * V
+
+
+@triton.jit
 def load_pair(
     p_a,  # (BR, V) rows of one sample
     p_t,  # (BR, V)
@@ -102,12 +120,7 @@ def row_size_kernel(
     BV: tl.constexpr,
 ):
     """size_r = |x_r| or sum_j x_rj over valid columns, for a and the target; zero for an invalid row."""
-    i_r, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_r = i_r * BR + tl.arange(0, BR)
-    m_row = tl.load(p_row + i_n * R + o_r, mask=o_r < R, other=0) != 0
-    p_a += (i_n * R + i_r * BR) * V
-    p_t += (i_n * R + i_r * BR) * V
-    p_col += i_n * V
+    i_n, o_r, m_row, p_a, p_t, p_col = block_of_rows(p_a, p_t, p_row, p_col, R, V, BR)
     size_a, size_t = row_size(p_a, p_t, p_col, m_row, V, SIZE, BR, BV)
     tl.store(p_size + i_n * R + o_r, size_a, mask=o_r < R)
     tl.store(p_size + (tl.num_programs(1) + i_n) * R + o_r, size_t, mask=o_r < R)

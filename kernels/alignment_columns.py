@@ -6,6 +6,7 @@ import triton.language as tl
 
 from . import _launch
 from ._slice_pairs import (
+    block_of_rows,
     load_pair,
     padded,
     row_grid,
@@ -30,13 +31,8 @@ def squared_deviation_kernel(
     BV: tl.constexpr,
 ):
     """sum_j (x_rj - mean)^2 over the valid columns of row r, for a and the target; zero for an invalid row."""
-    i_r, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_n, o_r, m_row, p_a, p_t, p_col = block_of_rows(p_a, p_t, p_row, p_col, R, V, BR)
     n_samples = tl.num_programs(1)
-    o_r = i_r * BR + tl.arange(0, BR)
-    m_row = tl.load(p_row + i_n * R + o_r, mask=o_r < R, other=0) != 0
-    p_a += (i_n * R + i_r * BR) * V
-    p_t += (i_n * R + i_r * BR) * V
-    p_col += i_n * V
     mean_a = tl.load(p_mean + i_n)
     mean_t = tl.load(p_mean + n_samples + i_n)
     b_a = tl.zeros((BR, BV), tl.float32)
@@ -112,13 +108,8 @@ def column_gradient_kernel(
     BV: tl.constexpr,
 ):
     """d loss / d a_rj = M_rj du_j; M, mu and sigma carry no gradient."""
-    i_r, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_r = i_r * BR + tl.arange(0, BR)
-    m_row = tl.load(p_row + i_n * R + o_r, mask=o_r < R, other=0) != 0
-    p_a += (i_n * R + i_r * BR) * V
-    p_t += (i_n * R + i_r * BR) * V
-    p_col += i_n * V
-    p_grad += (i_n * R + i_r * BR) * padded(V)
+    i_n, o_r, m_row, p_a, p_t, p_col = block_of_rows(p_a, p_t, p_row, p_col, R, V, BR)
+    p_grad += (i_n * R + tl.program_id(0) * BR) * padded(V)
     for i_v in tl.range(0, V, BV):
         o_v = i_v + tl.arange(0, BV)
         b_a, b_t, m_pair = load_pair(p_a, p_t, p_col, m_row, o_v, V)

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from . import _launch
 from ._slice_pairs import (
+    block_of_rows,
     common_arguments,
     load_pair,
     nonzero,
@@ -139,12 +140,7 @@ def row_sum_kernel(
 
     The loss of a row with a zero vector is OF_ZERO. For a slice the caller sees to that.
     """
-    i_r, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_r = i_r * BR + tl.arange(0, BR)
-    m_row = tl.load(p_row + i_n * R + o_r, mask=o_r < R, other=0) != 0
-    p_a += (i_n * R + i_r * BR) * V
-    p_t += (i_n * R + i_r * BR) * V
-    p_col += i_n * V
+    i_n, o_r, m_row, p_a, p_t, p_col = block_of_rows(p_a, p_t, p_row, p_col, R, V, BR)
     if p_size is None:
         size_a, size_t = row_size(p_a, p_t, p_col, m_row, V, SIZE, BR, BV)
     else:
@@ -180,13 +176,8 @@ def gradient_kernel(
     faint s, and f = log(s / m) / 2 with m = (s + t) / 2.
     The differences are formed first: near agreement the textbook forms lose all digits.
     """
-    i_r, i_n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_r = i_r * BR + tl.arange(0, BR)
-    m_row = tl.load(p_row + i_n * R + o_r, mask=o_r < R, other=0) != 0
-    p_a += (i_n * R + i_r * BR) * V
-    p_t += (i_n * R + i_r * BR) * V
-    p_col += i_n * V
-    p_grad += (i_n * R + i_r * BR) * padded(V)
+    i_n, o_r, m_row, p_a, p_t, p_col = block_of_rows(p_a, p_t, p_row, p_col, R, V, BR)
+    p_grad += (i_n * R + tl.program_id(0) * BR) * padded(V)
     b_sum = tl.zeros((BR,), tl.float32)
     if p_size is None:
         size_a, size_t = row_size(p_a, p_t, p_col, m_row, V, SIZE, BR, BV)

@@ -22,6 +22,7 @@ from ._primitives import (
     load_lse,
     load_rows,
     load_vectors,
+    sample_pointer,
     scores,
     visible,
 )
@@ -101,8 +102,7 @@ def slice_forward_kernel(
         weight = 1.0 / Hq
     o_m = i_m * BM + tl.arange(0, BM)
     o_n = i_n * BN + tl.arange(0, BN)
-    if p_mask is not None:
-        p_mask += i_b * T
+    p_mask = sample_pointer(p_mask, i_b, T)
     b_row = load_rows(p_rows + i_b * R, o_m, R)
     b_col = load_keys(p_cols + i_b * V, p_mask, o_n, V)
     last = tl.max(b_row, 0)

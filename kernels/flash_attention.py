@@ -32,12 +32,15 @@ from ._flash_blocks import (
 from ._primitives import (
     LN2,
     LOG2E,
+    block_head_sample,
     check,
     exponentials,
     finite,
+    head_pointer,
     load_keys,
     not_finite,
     runs,
+    sample_pointer,
     scores,
     visible,
 )
@@ -89,18 +92,17 @@ def flash_forward_kernel(
     """
     if not runs(p_again, CAREFUL):
         return
-    i_m, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    i_m, i_h, i_b = block_head_sample()
     if CAUSAL:
         i_m = tl.num_programs(0) - 1 - i_m
     i_m *= BM
     o_m = i_m + tl.arange(0, BM)
-    if p_mask is not None:
-        p_mask += i_b * T
-        p_bounds += i_b * 3
+    p_mask = sample_pointer(p_mask, i_b, T)
+    p_bounds = sample_pointer(p_bounds, i_b, 3)
     first, plain, plain_stop, stop = key_blocks(p_bounds, i_m, T, CAUSAL, BM, BN)
-    p_k += (i_b * stride_kb + (i_h // GROUP) * stride_kh) * UNIT
-    p_v += (i_b * stride_vb + (i_h // GROUP) * stride_vh) * UNIT
-    b_q = load_block(p_q + (i_b * stride_qb + i_h * stride_qh) * UNIT, i_m, T, stride_qt, UNIT, D, BM, BD)
+    p_k = head_pointer(p_k, i_b, i_h, stride_kb, stride_kh, UNIT, GROUP)
+    p_v = head_pointer(p_v, i_b, i_h, stride_vb, stride_vh, UNIT, GROUP)
+    b_q = load_block(head_pointer(p_q, i_b, i_h, stride_qb, stride_qh, UNIT), i_m, T, stride_qt, UNIT, D, BM, BD)
 
     b_max = tl.full((BM,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BM,), tl.float32)
@@ -148,7 +150,7 @@ def flash_forward_kernel(
     tl.store(p_split + o_row, tl.where(m_seen, b_max, float("inf")), mask=o_m < T)
     p_split += tl.num_programs(2).to(tl.int64) * Hq * T
     tl.store(p_split + o_row, tl.where(m_seen, 1.0 / b_sum, 0.0), mask=o_m < T)
-    p_out += (i_b * stride_outb + i_h * stride_outh) * UNIT
+    p_out = head_pointer(p_out, i_b, i_h, stride_outb, stride_outh, UNIT)
     store_block(p_out, i_m, b_acc / b_sum[:, None], o_m < T, stride_outt, UNIT, D, BM, BD)
 
 

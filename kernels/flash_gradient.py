@@ -17,13 +17,16 @@ from ._flash_blocks import (
 )
 from ._primitives import (
     HEADROOM,
+    block_head_sample,
     check,
     exponentials,
     finite,
+    head_pointer,
     load_keys,
     load_lse,
     not_finite,
     runs,
+    sample_pointer,
     scores,
     visible,
 )
@@ -54,15 +57,15 @@ def flash_rows_kernel(
 
     A query that sees no key, or that nothing was made of (dout_i and dlse_i are 0), gets +inf, so that P is 0, 0 and 0.
     """
-    i_m, i_h, i_b = tl.program_id(0) * BM, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    i_m, i_h, i_b = block_head_sample(BM)
     o_m = i_m + tl.arange(0, BM)
     o_head = (i_b * Hq + i_h) * T
     p_rows += o_head * 3
     b_delta = tl.zeros((BM,), tl.float32)
     m_used = b_delta != 0.0
     if p_dout is not None:
-        p_out += (i_b * stride_outb + i_h * stride_outh) * UNIT
-        p_dout += (i_b * stride_doutb + i_h * stride_douth) * UNIT
+        p_out = head_pointer(p_out, i_b, i_h, stride_outb, stride_outh, UNIT)
+        p_dout = head_pointer(p_dout, i_b, i_h, stride_doutb, stride_douth, UNIT)
         b_out = load_block(p_out, i_m, T, stride_outt, UNIT, D, BM, BD).to(tl.float32)
         b_dout = load_block(p_dout, i_m, T, stride_doutt, UNIT, D, BM, BD).to(tl.float32)
         b_delta += tl.sum(b_out * b_dout, 1)
@@ -132,7 +135,7 @@ def flash_dkdv_kernel(
     """
     if not runs(p_again, CAREFUL):
         return
-    i_n, i_kv, i_b = tl.program_id(0) * BN, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    i_n, i_kv, i_b = block_head_sample(BN)
     o_n = i_n + tl.arange(0, BN)
     first, n_blocks = 0, tl.cdiv(T, BM)
     if CAUSAL:
@@ -147,8 +150,8 @@ def flash_dkdv_kernel(
     b_gain, headroom = 1.0, 1.0
     if p_gain is not None:
         b_gain, headroom = tl.load(p_gain + i_b), 1.0 * HEADROOM
-    p_k += (i_b * stride_kb + i_kv * stride_kh) * UNIT
-    p_v += (i_b * stride_vb + i_kv * stride_vh) * UNIT
+    p_k = head_pointer(p_k, i_b, i_kv, stride_kb, stride_kh, UNIT)
+    p_v = head_pointer(p_v, i_b, i_kv, stride_vb, stride_vh, UNIT)
     b_k = load_block(p_k, i_n, T, stride_kt, UNIT, D, BN, BD)
     if p_dout is not None:
         b_v = load_block(p_v, i_n, T, stride_vt, UNIT, D, BN, BD)
@@ -204,10 +207,10 @@ def flash_dkdv_kernel(
                 b_dv = tl.dot(b_pT.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
             b_dk = tl.dot(b_dsT.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
     check(tl.where(m_real[:, None], b_dk * 0.0 + b_dv * 0.0, 0.0), p_again, CAREFUL)
-    p_dk += (i_b * stride_dkb + i_kv * stride_dkh) * UNIT
+    p_dk = head_pointer(p_dk, i_b, i_kv, stride_dkb, stride_dkh, UNIT)
     store_block(p_dk, i_n, b_dk * (scale / (headroom * b_gain)), m_real, stride_dkt, UNIT, D, BN, BD)
     if p_dout is not None:
-        p_dv += (i_b * stride_dvb + i_kv * stride_dvh) * UNIT
+        p_dv = head_pointer(p_dv, i_b, i_kv, stride_dvb, stride_dvh, UNIT)
         store_block(p_dv, i_n, b_dv * (1.0 / headroom), m_real, stride_dvt, UNIT, D, BN, BD)
 
 
@@ -256,14 +259,13 @@ def flash_dq_kernel(
     """
     if not runs(p_again, CAREFUL):
         return
-    i_m, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    i_m, i_h, i_b = block_head_sample()
     if CAUSAL:
         i_m = tl.num_programs(0) - 1 - i_m
     i_m *= BM
     o_m = i_m + tl.arange(0, BM)
-    if p_mask is not None:
-        p_mask += i_b * T
-        p_bounds += i_b * 3
+    p_mask = sample_pointer(p_mask, i_b, T)
+    p_bounds = sample_pointer(p_bounds, i_b, 3)
     first, plain, plain_stop, stop = key_blocks(p_bounds, i_m, T, CAUSAL, BM, BN)
     b_gain = 1.0
     if p_gain is not None:
@@ -272,12 +274,12 @@ def flash_dq_kernel(
     b_max = tl.load(p_rows + o_m, mask=o_m < T, other=float("inf"))
     b_share = tl.load(p_rows + T + o_m, mask=o_m < T, other=0.0)
     b_delta = tl.load(p_rows + 2 * T + o_m, mask=o_m < T, other=0.0)
-    p_k += (i_b * stride_kb + (i_h // GROUP) * stride_kh) * UNIT
-    p_v += (i_b * stride_vb + (i_h // GROUP) * stride_vh) * UNIT
-    p_q += (i_b * stride_qb + i_h * stride_qh) * UNIT
+    p_k = head_pointer(p_k, i_b, i_h, stride_kb, stride_kh, UNIT, GROUP)
+    p_v = head_pointer(p_v, i_b, i_h, stride_vb, stride_vh, UNIT, GROUP)
+    p_q = head_pointer(p_q, i_b, i_h, stride_qb, stride_qh, UNIT)
     b_q = load_block(p_q, i_m, T, stride_qt, UNIT, D, BM, BD)
     if p_dout is not None:
-        p_dout += (i_b * stride_doutb + i_h * stride_douth) * UNIT
+        p_dout = head_pointer(p_dout, i_b, i_h, stride_doutb, stride_douth, UNIT)
         b_dout = load_block(p_dout, i_m, T, stride_doutt, UNIT, D, BM, BD)
 
     b_dq = tl.zeros((BM, BD), tl.float32)
@@ -298,7 +300,7 @@ def flash_dq_kernel(
             b_k = finite(b_k)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
     check(b_dq, p_again, CAREFUL)
-    p_dq += (i_b * stride_dqb + i_h * stride_dqh) * UNIT
+    p_dq = head_pointer(p_dq, i_b, i_h, stride_dqb, stride_dqh, UNIT)
     store_block(p_dq, i_m, b_dq * (b_share * (scale / b_gain))[:, None], o_m < T, stride_dqt, UNIT, D, BM, BD)
 
 

@@ -9,7 +9,19 @@ import triton.language as tl
 
 from . import _launch
 from ._launch import BATCH_DEPENDENT, attention_arguments, fp16_gain, lse_arguments
-from ._primitives import LOG2E, exponentials, load_keys, load_lse, load_rows, load_vectors, scores, visible
+from ._primitives import (
+    LOG2E,
+    block_head_sample,
+    exponentials,
+    head_pointer,
+    load_keys,
+    load_lse,
+    load_rows,
+    load_vectors,
+    sample_pointer,
+    scores,
+    visible,
+)
 from ._slice_pairs import nonzero
 from .slice_gradient import head_gradients
 
@@ -54,16 +66,15 @@ def head_cosine_kernel(
     and 1 - cos = (1 - cos^2) / (1 + cos) with 1 - cos^2 = (u.u t.t - (u.t)^2) / (a.a t.t) keeps its digits.
     A zero vector has cosine 0, and so has a row that sees no column.
     """
-    i_m, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    i_m, i_h, i_b = block_head_sample()
     o_m = i_m * BM + tl.arange(0, BM)
-    if p_mask is not None:
-        p_mask += i_b * T
+    p_mask = sample_pointer(p_mask, i_b, T)
     b_row = load_rows(p_rows + i_b * R, o_m, R)
-    b_q = load_vectors(p_q + (i_b * stride_qb + i_h * stride_qh) * UNIT, b_row, stride_qt, UNIT, D, BD)
+    b_q = load_vectors(head_pointer(p_q, i_b, i_h, stride_qb, stride_qh, UNIT), b_row, stride_qt, UNIT, D, BD)
     b_lse, b_share = load_lse(p_lse, p_share, (i_b * Hq + i_h) * T, b_row)
     m_zero = b_lse == float("inf")
     b_nothing = tl.where(m_zero, 0.0, b_lse) * 0.0 + b_share * 0.0  # or NaN
-    p_k += (i_b * stride_kb + (i_h // GROUP) * stride_kh) * UNIT
+    p_k = head_pointer(p_k, i_b, i_h, stride_kb, stride_kh, UNIT, GROUP)
     p_target += ((i_b * Hq + i_h) * R + i_m * BM) * V
 
     b_peak_a = tl.full((BM,), float("-inf"), tl.float32)  # in bits

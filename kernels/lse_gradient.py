@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._primitives import load_rows, load_vectors, store_vectors
+from ._primitives import block_head_sample, head_pointer, load_rows, load_vectors, store_vectors
 
 # |dlse| / |dout| up to which dlse is folded into out: 2^14 leaves room in fp16, and nothing larger occurs in training.
 MOST_FOLDED = tl.constexpr(16384.0)
@@ -38,14 +38,14 @@ def fold_kernel(
     BM: tl.constexpr,
 ):
     """saved_i = out_i; out_i -= dlse_i * dout_i / |dout_i|^2, or rest_i = dlse_i where |dout_i| is too small for it."""
-    i_m, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    i_m, i_h, i_b = block_head_sample()
     o_m = i_m * BM + tl.arange(0, BM)
     b_row = load_rows(p_rows + i_b * R, o_m, R)
     o_row = tl.where(b_row >= 0, o_m, -1)
     o_head = (i_b * Hq + i_h) * T
-    p_out += (i_b * stride_outb + i_h * stride_outh) * UNIT
+    p_out = head_pointer(p_out, i_b, i_h, stride_outb, stride_outh, UNIT)
     b_out = load_vectors(p_out, b_row, stride_outt, UNIT, D, BD).to(tl.float32)
-    p_dout += (i_b * stride_doutb + i_h * stride_douth) * UNIT
+    p_dout = head_pointer(p_dout, i_b, i_h, stride_doutb, stride_douth, UNIT)
     b_dout = load_vectors(p_dout, b_row, stride_doutt, UNIT, D, BD).to(tl.float32)
     b_dlse = tl.load(p_dlse + o_head + b_row, mask=b_row >= 0, other=0.0)
     b_squares = tl.sum(b_dout * b_dout, 1)
@@ -73,12 +73,12 @@ def unfold_kernel(
     BM: tl.constexpr,
 ):
     """out_i = saved_i for BM rows i of one sample and head."""
-    i_m, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    i_m, i_h, i_b = block_head_sample()
     o_m = i_m * BM + tl.arange(0, BM)
     b_row = load_rows(p_rows + i_b * R, o_m, R)
     p_saved += (i_b * Hq + i_h) * R * D
     b_saved = load_vectors(p_saved, tl.where(b_row >= 0, o_m, -1), D // UNIT, UNIT, D, BD).to(tl.float32)
-    p_out += (i_b * stride_outb + i_h * stride_outh) * UNIT
+    p_out = head_pointer(p_out, i_b, i_h, stride_outb, stride_outh, UNIT)
     store_vectors(p_out, b_row, tl.trans(b_saved), stride_outt, False, UNIT, D, BD)
 
 

@@ -13,14 +13,17 @@ from ._primitives import (
     HEADROOM,
     LOG2E,
     accumulate,
+    block_head_sample,
     check,
     exponentials,
+    head_pointer,
     load_finite,
     load_keys,
     load_lse,
     load_rows,
     load_vectors,
     runs,
+    sample_pointer,
     scores,
     store_vectors,
     visible,
@@ -58,12 +61,11 @@ def row_lse_kernel(
     l' = l*2^(m - m') + sum 2^(s - m'); m and 1 / l are kept. A row that sees no key gets +inf and 0, one whose every
     score is -inf gets NaN for its probabilities, as in eager attention.
     """
-    i_m, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    i_m, i_h, i_b = block_head_sample()
     b_row = load_rows(p_rows + i_b * R, i_m * BM + tl.arange(0, BM), R)
-    b_q = load_vectors(p_q + (i_b * stride_qb + i_h * stride_qh) * UNIT, b_row, stride_qt, UNIT, D, BD)
-    p_k += (i_b * stride_kb + (i_h // GROUP) * stride_kh) * UNIT
-    if p_mask is not None:
-        p_mask += i_b * T
+    b_q = load_vectors(head_pointer(p_q, i_b, i_h, stride_qb, stride_qh, UNIT), b_row, stride_qt, UNIT, D, BD)
+    p_k = head_pointer(p_k, i_b, i_h, stride_kb, stride_kh, UNIT, GROUP)
+    p_mask = sample_pointer(p_mask, i_b, T)
     b_last = tl.max(b_row, 0)
     n_keys = b_last + 1
     if not CAUSAL:
@@ -130,15 +132,14 @@ def row_lse_backward_dq_kernel(
     """
     if not runs(p_again, CAREFUL):
         return
-    i_m, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    i_m, i_h, i_b = block_head_sample()
     b_row = load_rows(p_rows + i_b * R, i_m * BM + tl.arange(0, BM), R)
     o_head = (i_b * Hq + i_h) * T
     b_dlse = tl.load(p_dlse + o_head + b_row, mask=b_row >= 0, other=0.0)
-    b_q = load_vectors(p_q + (i_b * stride_qb + i_h * stride_qh) * UNIT, b_row, stride_qt, UNIT, D, BD)
+    b_q = load_vectors(head_pointer(p_q, i_b, i_h, stride_qb, stride_qh, UNIT), b_row, stride_qt, UNIT, D, BD)
     b_lse, b_share = load_lse(p_lse, p_share, o_head, b_row)
-    p_k += (i_b * stride_kb + (i_h // GROUP) * stride_kh) * UNIT
-    if p_mask is not None:
-        p_mask += i_b * T
+    p_k = head_pointer(p_k, i_b, i_h, stride_kb, stride_kh, UNIT, GROUP)
+    p_mask = sample_pointer(p_mask, i_b, T)
     b_last = tl.max(tl.where(b_dlse != 0.0, b_row, -1), 0)
     n_keys = b_last + 1
     if not CAUSAL:
@@ -153,7 +154,8 @@ def row_lse_backward_dq_kernel(
         b_dqT = accumulate(load_finite(b_k, p_k, b_col, stride_kt, UNIT, D, BD, CAREFUL), b_pT * HEADROOM, b_dqT)
     b_dqT *= (b_dlse * b_share * (scale / HEADROOM))[None, :]
     b_row = tl.where(check(b_dqT, p_again, CAREFUL), -1, b_row)
-    store_vectors(p_dq + (i_b * stride_dqb + i_h * stride_dqh) * UNIT, b_row, b_dqT, stride_dqt, ADD, UNIT, D, BD)
+    p_dq = head_pointer(p_dq, i_b, i_h, stride_dqb, stride_dqh, UNIT)
+    store_vectors(p_dq, b_row, b_dqT, stride_dqt, ADD, UNIT, D, BD)
 
 
 @triton.jit(do_not_specialize=BATCH_DEPENDENT)
@@ -198,11 +200,10 @@ def row_lse_backward_dk_kernel(
     """
     if not runs(p_again, CAREFUL):
         return
-    i_n, i_kv, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    if p_mask is not None:
-        p_mask += i_b * T
+    i_n, i_kv, i_b = block_head_sample()
+    p_mask = sample_pointer(p_mask, i_b, T)
     b_col = load_keys(None, p_mask, i_n * BN + tl.arange(0, BN), T)
-    b_k = load_vectors(p_k + (i_b * stride_kb + i_kv * stride_kh) * UNIT, b_col, stride_kt, UNIT, D, BD)
+    b_k = load_vectors(head_pointer(p_k, i_b, i_kv, stride_kb, stride_kh, UNIT), b_col, stride_kt, UNIT, D, BD)
     b_gain = 1.0
     if p_gain is not None:
         b_gain = tl.load(p_gain + i_b)
@@ -223,14 +224,15 @@ def row_lse_backward_dk_kernel(
         b_row = load_rows(p_rows + i_b * R, (i_step // GROUP) * BM + tl.arange(0, BM), R)
         b_lse, b_share = load_lse(p_lse, p_share, o_head, b_row)
         b_dlse = tl.load(p_dlse + o_head + b_row, mask=b_row >= 0, other=0.0) * (b_gain * b_share)
-        p_head = p_q + (i_b * stride_qb + i_h * stride_qh) * UNIT
+        p_head = head_pointer(p_q, i_b, i_h, stride_qb, stride_qh, UNIT)
         b_q = load_vectors(p_head, b_row, stride_qt, UNIT, D, BD)
         b_ds = exponentials(scores(b_q, b_k), scale, b_lse[:, None]) * b_dlse[:, None]
         b_ds = tl.where(visible(b_row[:, None], b_col[None, :], CAUSAL), b_ds, 0.0)
         b_dkT = accumulate(load_finite(b_q, p_head, b_row, stride_qt, UNIT, D, BD, CAREFUL), b_ds, b_dkT)
     b_dkT *= scale / b_gain
     b_col = tl.where(check(b_dkT, p_again, CAREFUL), -1, b_col)
-    store_vectors(p_dk + (i_b * stride_dkb + i_kv * stride_dkh) * UNIT, b_col, b_dkT, stride_dkt, ADD, UNIT, D, BD)
+    p_dk = head_pointer(p_dk, i_b, i_kv, stride_dkb, stride_dkh, UNIT)
+    store_vectors(p_dk, b_col, b_dkT, stride_dkt, ADD, UNIT, D, BD)
 
 
 def row_lse(problem):

@@ -14,14 +14,17 @@ from ._launch import (
 )
 from ._primitives import (
     accumulate,
+    block_head_sample,
     check,
     exponentials,
+    head_pointer,
     load_finite,
     load_keys,
     load_lse,
     load_rows,
     load_vectors,
     runs,
+    sample_pointer,
     scores,
     store_vectors,
     visible,
@@ -117,14 +120,13 @@ def slice_backward_rows_kernel(
     """
     if not runs(p_again, CAREFUL):
         return
-    i_m, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    i_m, i_h, i_b = block_head_sample()
     o_m = i_m * BM + tl.arange(0, BM)
-    if p_mask is not None:
-        p_mask += i_b * T
+    p_mask = sample_pointer(p_mask, i_b, T)
     b_row = load_rows(p_rows + i_b * R, o_m, R)
-    b_q = load_vectors(p_q + (i_b * stride_qb + i_h * stride_qh) * UNIT, b_row, stride_qt, UNIT, D, BD)
+    b_q = load_vectors(head_pointer(p_q, i_b, i_h, stride_qb, stride_qh, UNIT), b_row, stride_qt, UNIT, D, BD)
     b_lse, b_share, b_cos, b_inverse = row_factors(p_lse, p_share, p_cosine, i_b, i_h, b_row, o_m, R, T, Hq)
-    p_k += (i_b * stride_kb + (i_h // GROUP) * stride_kh) * UNIT
+    p_k = head_pointer(p_k, i_b, i_h, stride_kb, stride_kh, UNIT, GROUP)
     p_grad += (i_b * stride_gb + i_h * stride_gh + tl.cast(i_m * BM, tl.int64) * stride_gr) * G_UNIT
     b_gain = 1.0
     if p_gain is not None:
@@ -155,7 +157,7 @@ def slice_backward_rows_kernel(
     if p_dq is not None:
         o_row = b_row if ADD else tl.where(b_row >= 0, o_m, -1)
         o_row = tl.where(check(b_dqT, p_again, CAREFUL), -1, o_row)
-        p_dq += (i_b * stride_dqb + i_h * stride_dqh) * UNIT
+        p_dq = head_pointer(p_dq, i_b, i_h, stride_dqb, stride_dqh, UNIT)
         store_vectors(p_dq, o_row, b_dqT * (scale * weight), stride_dqt, ADD, UNIT, D, BD)
 
 
@@ -208,12 +210,11 @@ def slice_backward_cols_kernel(
     """
     if not runs(p_again, CAREFUL):
         return
-    i_n, i_kv, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    i_n, i_kv, i_b = block_head_sample()
     o_n = i_n * BN + tl.arange(0, BN)
-    if p_mask is not None:
-        p_mask += i_b * T
+    p_mask = sample_pointer(p_mask, i_b, T)
     b_col = load_keys(p_cols + i_b * V, p_mask, o_n, V)
-    b_k = load_vectors(p_k + (i_b * stride_kb + i_kv * stride_kh) * UNIT, b_col, stride_kt, UNIT, D, BD)
+    b_k = load_vectors(head_pointer(p_k, i_b, i_kv, stride_kb, stride_kh, UNIT), b_col, stride_kt, UNIT, D, BD)
     p_grad += i_b * stride_gb * G_UNIT + tl.cast(i_n * BN, tl.int64) * stride_gv
     b_gain = 1.0
     if p_gain is not None:
@@ -226,7 +227,7 @@ def slice_backward_cols_kernel(
         i_m = (i_step // GROUP) * BM
         o_m = i_m + tl.arange(0, BM)
         b_row = load_rows(p_rows + i_b * R, o_m, R)
-        p_head = p_q + (i_b * stride_qb + i_h * stride_qh) * UNIT
+        p_head = head_pointer(p_q, i_b, i_h, stride_qb, stride_qh, UNIT)
         b_q = load_vectors(p_head, b_row, stride_qt, UNIT, D, BD)
         b_lse, b_share, b_cos, b_inverse = row_factors(p_lse, p_share, p_cosine, i_b, i_h, b_row, o_m, R, T, Hq)
         p_tile = p_grad + (i_h * stride_gh + tl.cast(i_m, tl.int64) * stride_gr) * G_UNIT
@@ -241,7 +242,8 @@ def slice_backward_cols_kernel(
         b_dkT = accumulate(load_finite(b_q, p_head, b_row, stride_qt, UNIT, D, BD, CAREFUL), b_ds, b_dkT)
     b_dkT *= scale * weight / b_gain
     b_col = tl.where(check(b_dkT, p_again, CAREFUL), -1, b_col)
-    store_vectors(p_dk + (i_b * stride_dkb + i_kv * stride_dkh) * UNIT, b_col, b_dkT, stride_dkt, True, UNIT, D, BD)
+    p_dk = head_pointer(p_dk, i_b, i_kv, stride_dkb, stride_dkh, UNIT)
+    store_vectors(p_dk, b_col, b_dkT, stride_dkt, True, UNIT, D, BD)
 
 
 @triton.jit(do_not_specialize=BATCH_DEPENDENT)
@@ -260,12 +262,12 @@ def add_rows_kernel(
     BM: tl.constexpr,
 ):
     """dq_i += drows_i for BM rows i of one sample and head."""
-    i_m, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    i_m, i_h, i_b = block_head_sample()
     o_m = i_m * BM + tl.arange(0, BM)
     b_row = load_rows(p_rows + i_b * R, o_m, R)
     o_row = tl.where(b_row >= 0, o_m, -1)
     b_d = load_vectors(p_drows + (i_b * Hq + i_h) * R * D, o_row, D // UNIT, UNIT, D, BD).to(tl.float32)
-    p_dq += (i_b * stride_dqb + i_h * stride_dqh) * UNIT
+    p_dq = head_pointer(p_dq, i_b, i_h, stride_dqb, stride_dqh, UNIT)
     store_vectors(p_dq, b_row, tl.trans(b_d), stride_dqt, True, UNIT, D, BD)
 
 

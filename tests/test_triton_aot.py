@@ -176,25 +176,65 @@ def kernel(p_x):
         path.write_text(code.format(factor=factor, inner=inner, comment=comment))
     keys = run(
         f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n"
-        "from benchmarks import aot\nimport kernel_0, kernel_1, kernel_2, kernel_3\n"
-        "print(*[aot.code(module.kernel) for module in (kernel_0, kernel_1, kernel_2, kernel_3)])"
+        "from benchmarks import _configurations\nimport kernel_0, kernel_1, kernel_2, kernel_3\n"
+        "print(*[_configurations.code(module.kernel) for module in (kernel_0, kernel_1, kernel_2, kernel_3)])"
     )
     first, commented, other_constant, other_function = keys.split()
     assert commented == first
     assert len({first, other_constant, other_function}) == 3
 
 
-WIDTH_OF_ACCESSES = """
-import re, torch, triton
-from benchmarks import aot
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+REWRITTEN = """
+import json, sys, torch
+sys.path.insert(0, sys.argv[1])
+import written_0, written_1, written_2, written_3
+from benchmarks import _configurations, aot
 
-kernel, args = aot.vocabulary_launches(90, torch.bfloat16)[0]
-signature, constants, attributes = aot.specialised(kernel, args)
-source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-options = {"num_warps": args["num_warps"], "num_stages": args["num_stages"]}
-ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+p = torch.empty(16, device="meta")
+args = {"p_x": p, "N": 100, "stride": 7, "BN": 64, "num_warps": 4, "num_stages": 1}
+launches = [(module.kernel, args) for module in (written_0, written_1, written_2, written_3)]
+launches.append((written_0.kernel, args | {"num_warps": 8}))
+irs = [_configurations.ir(launch, 90) for launch in launches] + [_configurations.ir(launches[0], 80)]
+
+aot.configurations = lambda cell: {f"new {i}": (launches[i], "fp32", 0) for i in cell[2]}
+known = {"old": {"key": "old", "ir": irs[0], "registers": "measured"}}
+rows = aot.compile_cell(("fp32", 90, (1, 2)), known)
+print(json.dumps([irs, [_configurations.code(kernel) for kernel, _ in launches[:4]], rows]))
+"""
+
+
+def test_a_row_goes_on_with_other_code_of_the_same_ir(run, tmp_path):
+    """A place computed by a function of its own is the same IR, with constants met in another order; other factors are not."""
+    code = """
+import triton, triton.language as tl
+
+@triton.jit
+def place(x, o, stride):
+    return x + o * stride * 8
+
+@triton.jit
+def kernel(p_x, N, stride, BN: tl.constexpr):
+    o_n = tl.program_id(0) * 5 + tl.arange(0, BN)
+    p_n = {place}
+    tl.store(p_n, tl.load(p_n, mask=o_n < N * 3) + 2.0, mask=o_n < N * 3)
+"""
+    places = ("p_x + o_n * stride * 8", "place(p_x, o_n, stride)", "p_x + o_n * N * 8", "p_x + o_n * stride * 16")
+    for i, place in enumerate(places):
+        (tmp_path / f"written_{i}.py").write_text(code.format(place=place))
+    irs, codes, (same, other) = json.loads(run(REWRITTEN, str(tmp_path)))
+    assert len(set(codes)) == 4
+    assert irs[1] == irs[0]
+    assert len(set(irs)) == 5
+    assert same == {"key": "new 1", "ir": irs[0], "registers": "measured", "dtype": "fp32", "head_dim": 0}
+    assert other["ir"] == irs[2]
+    assert int(other["registers"]) > 0
+
+
+WIDTH_OF_ACCESSES = """
+import re, torch
+from benchmarks import aot
+
+ptx = aot.compiled(aot.vocabulary_launches(90, torch.bfloat16)[0], 90)[0].asm["ptx"]
 print(len(re.findall(r"(?:ld|st)\\.global[^;]*v4\\.b32", ptx)), len(re.findall(r"(?:ld|st)\\.global[^;]*\\.b16", ptx)))
 """
 
