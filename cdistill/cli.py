@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cdistill import __version__, demo
+from cdistill import __version__
 from cdistill.attention import command as analyzing
 from cdistill.builtin import command as builtin
 from cdistill.data import command as data
+from cdistill.demo import command as demo
 from cdistill.eval import benchmarks
 from cdistill.eval import command as evaluation
 from cdistill.plan import command as planning

@@ -22,6 +22,21 @@ VISION = {
 }
 
 
+TOKENIZER = build_tokenizer()
+
+
+def shape(layers: int, width: int = 64) -> dict[str, Any]:
+    """Of a language model with two query heads for each head of keys."""
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_attention_heads": width // 16,
+        "num_key_value_heads": width // 32,
+        "initializer_range": 0.3,
+    }
+
+
 def text_config(**changes: Any) -> Qwen2Config:
     tokenizer = build_tokenizer()
     values: dict[str, Any] = {

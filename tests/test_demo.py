@@ -1,148 +1,175 @@
-"""`cdistill demo`: both students on recipes of its shape whose models are tiny, from the command to the report."""
+"""The demo: three students from one base, what it says of them, and what it ships of runs with several seeds."""
 
-import argparse
 import json
+import statistics
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
-from builtin_models import llava, text_config
-from test_report import TOKENIZER, Page, shape
+from builtin_models import TOKENIZER, llava, shape, text_config
+from pages import Page
+from test_reproduce import Here
 from transformers import Qwen2ForCausalLM
 
-from cdistill import demo
-from cdistill.analysis.comparison import DISTILLED, SFT
-from cdistill.train import load_recipe
+from benchmarks import demo_seeds
+from cdistill import cli
+from cdistill.builtin.scorer import FAMILIES
+from cdistill.demo import demo as demos
+from cdistill.demo.page import page
+from cdistill.demo.result import DISTILLED, SEEDS, SFT, SHOWN, STUDENTS, UNALIGNED, Demo
+from cdistill.demo.text import text
+from cdistill.eval.builtin_task import Exam
+from cdistill.models.load import load_for_evaluation, load_model, resolve_folder
+from cdistill.reproduce import runs, schedule
+from cdistill.train.recipes import load_recipe
 
 
 @pytest.fixture(scope="module")
-def tiny_recipes(tmp_path_factory):
-    """Recipes of the demo's shape whose models are random and whose stages take two steps."""
-    folder = tmp_path_factory.mktemp("recipes")
+def pair(tmp_path_factory):
+    """The demo's recipe with random models of other sizes and two steps a stage."""
+    folder = tmp_path_factory.mktemp("pair")
     torch.manual_seed(1)
     for name, model in (("teacher", llava(**shape(4))), ("base", Qwen2ForCausalLM(text_config(**shape(2, 32))))):
         model.save_pretrained(folder / name)
         TOKENIZER.save_pretrained(folder / name)
-    common = {"seed": 4, "output": str(folder / "unused"), "deepspeed": "off", "logging_steps": 1}
-    stage = {"learning_rate": 1e-3, "global_batch_size": 4, "samples": 8}
-    captions, turns = {"caption": 1.0}, {"turns": 2}
-    base, teacher = str(folder / "base"), str(folder / "teacher")
-    sft = {
-        "name": "tiny-sft",
-        "student": {"base": base, "vision": teacher},
-        "stages": ["pt", "last"],
-        "stage": {"pt": stage | {"data": captions}, "last": stage | {"objective": "sft", "data": turns}},
-    }
-    distilled = {
-        "name": "tiny-compodistill",
-        "teacher": teacher,
-        "student": {"base": base, "taf": True},
-        "stages": ["dpt", "dft"],
-        "stage": {"dpt": stage | {"data": captions}, "dft": stage | {"data": turns}},
-    }
-    paths = {}
-    for model, recipe in ((SFT, sft), (DISTILLED, distilled)):
-        paths[model] = folder / f"{recipe['name']}.yaml"
-        paths[model].write_text(yaml.safe_dump(common | recipe), encoding="utf-8")
-    return paths
+    stage = {"samples": 8, "global_batch_size": 4}
+    models = {"teacher": str(folder / "teacher"), "student": {"base": str(folder / "base")}}
+    changes = {"vat": {"measure_samples": 4}, "stage": dict.fromkeys(("dpt", "dft", "sft"), stage)}
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({"extends": "demo-compodistill", "name": "tiny"} | models | changes))
+    return path
 
 
-def run_demo(arguments):
-    parser = argparse.ArgumentParser()
-    demo.add_arguments(parser)
-    return demo.main(parser.parse_args(list(map(str, arguments))))
+@pytest.fixture
+def here(pair, monkeypatch):
+    """Runs in this process, few questions looked at, and results of seeds that lie beside the runs."""
+    monkeypatch.setattr(schedule, "start_process", Here)
+    monkeypatch.setattr(schedule, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(Here, "started", [])
+    monkeypatch.setattr(demos, "PAIR", str(pair))
+    monkeypatch.setattr(demos, "LOOKED_AT", 14)
+    return Here
 
 
-def test_demo_from_end_to_end(tiny_recipes, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "RECIPES", tiny_recipes)
-    monkeypatch.setattr(demo, "LOOKED_THROUGH", 2)
-    monkeypatch.setattr(demo, "SIMILARITY_QUESTIONS", 1)
-    output = tmp_path / "demo"
-
-    def results(folder=output):
-        content = json.loads((folder / "results.json").read_text())
-        assert content["meta"].pop("seconds").keys() == {"training", "evaluation"}
-        return content
-
-    arguments = [
-        "--seeds",
-        2,
-        "--n",
-        5,
-        "--output",
-        output,
-        "sft:stage.last.samples=4",
-        "compodistill:stage.dft.samples=4",
+def test_from_end_to_end(here, tmp_path, capsys):
+    words = ["demo", "--output", str(tmp_path), "--n", "3", "--processes", "2", "stage.sft.samples=4"]
+    assert cli.main(words) == 0
+    assert len(here.started) == 3 and all(recipe.stage["sft"].samples == 4 for recipe in here.started)
+    objectives = [[recipe.stage[name].objective for name in recipe.stages] for recipe in here.started]
+    assert sorted(objectives) == [["dpt", "dft", "sft"], ["dpt", "dft", "sft"], ["pt", "sft", "sft"]]
+    assert sorted((recipe.student.taf, recipe.vat.enabled) for recipe in here.started)[1:] == [
+        (True, False),
+        (True, True),
     ]
-    assert run_demo(arguments) == 0
-    first = results()
-    assert [entry["seed"] for entry in first["seeds"]] == [4, 5]
-    assert first["meta"]["n"] == 5
     printed = capsys.readouterr().out
-    assert "spread of the margin" in printed
-    Page((output / "report.html").read_text(encoding="utf-8"))
-    for seed in (4, 5):
-        for model, last in ((SFT, "last"), (DISTILLED, "dft")):
-            run = output / f"seed-{seed}" / model
-            assert (run / "metrics.jsonl").is_file()
-            assert yaml.safe_load((run / "recipe.yaml").read_text())["stage"][last]["samples"] == 4
-    # the finished runs are used, and another recipe is not mixed with them
-    assert run_demo(arguments) == 0
-    assert results() == first
-    with pytest.raises(ValueError, match="different run"):
-        run_demo(arguments[:-2])
-    # training repeats, whatever other seeds are trained beside it
-    assert run_demo(["--n", 5, "--output", tmp_path / "again", *arguments[-2:], "seed=5"]) == 0
-    assert results(tmp_path / "again")["seeds"] == first["seeds"][1:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["accuracy"]) == list(SHOWN)
+    # numbers are those of the students that lie there
+    exam = Exam(n=3, seed=runs.REPORTED)
+    for recipe in here.started:
+        (folder,) = {path.parent for path in tmp_path.glob("work/*/run") if str(path) == recipe.output}
+        both = exam.evaluate_both(load_for_evaluation(str(folder / "run" / "3-sft"), "student"))
+        name = SFT if not recipe.student.taf else DISTILLED if recipe.vat.enabled else UNALIGNED
+        for family, way in (("recognition", "greedy"), ("compositional", "choice")):
+            assert results["accuracy"][name][family] == pytest.approx(both[way][family], abs=1e-6)
+            average = f"{100 * both[way][family]['avg']:.1f}"
+            line = next(line for line in printed.split(f"\n{family}")[1].splitlines() if line.startswith("  avg"))
+            assert average in line
+    for name in ("sft", "kd-taf", "compodistill"):
+        assert load_model(resolve_folder(str(tmp_path / name), "model")).config.image_seq_length == 36
+    shown = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert all(reference.startswith(("data:", "#")) for reference in shown.references)
+    assert not {"script", "link"} & set(shown.tags)
+    # finished runs are used again
+    before = (tmp_path / "results.json").read_text()
+    assert cli.main(words) == 0 and len(here.started) == 3
+    assert (tmp_path / "results.json").read_text() == before
+    assert {record.status for record in runs.read_records(tmp_path).values()} == {"finished"}
 
 
-def test_overrides_reach_both_recipes_or_one(tiny_recipes, monkeypatch):
-    monkeypatch.setattr(demo, "RECIPES", tiny_recipes)
-    recipes = demo.demo_recipes(["seed=9", "sft:stage.last.learning_rate=0.5", "compodistill:vat.matching=simple"])
-    assert [recipe.seed for recipe in recipes.values()] == [9, 9]
-    assert recipes[SFT].stage["last"].learning_rate == 0.5
-    assert recipes[DISTILLED].stage["dft"].learning_rate == 1e-3
-    assert recipes[DISTILLED].vat.matching == "simple"
-    with pytest.raises(ValueError, match="use --output"):
-        demo.demo_recipes(["output=elsewhere"])
+def test_a_student_that_fails_ends_the_demo_in_one_line(here, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Here, "fails", {7: (1, "out of luck")})
+    assert cli.main(["demo", "--output", str(tmp_path), "--n", "1", "seed=7"]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("cdistill: error: demo: ") and line.endswith("failed: out of luck")
+    assert not (tmp_path / "results.json").exists()
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("words", "message"),
     [
-        ("sft:seed=5", "seed differs"),
-        ("sft:stage.last.samples=16", "samples of the stages differs"),
-        ("compodistill:stage.dft.global_batch_size=2", "global_batch_size of the stages differs"),
-        ("sft:stage.pt.data.caption=0.5", "data of the stages differs"),
-        ("sft:stages=[pt]", "number of stages differs"),
+        (["--n", "0"], "--n must be at least 1, got 0"),
+        (["--processes", "0"], "--processes must be at least 1, got 0"),
+        (["stage.dft.sample=4"], "stage.dft.sample"),
+        (["teacher=nowhere"], "nowhere"),
     ],
 )
-def test_students_that_differ_in_more_than_the_method_are_not_compared(tiny_recipes, monkeypatch, override, message):
-    monkeypatch.setattr(demo, "RECIPES", tiny_recipes)
-    with pytest.raises(ValueError, match=message):
-        demo.demo_recipes([override])
+def test_impossible_demos_begin_nothing(here, tmp_path, capsys, words, message):
+    assert cli.main(["demo", "--output", str(tmp_path / "out"), *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "out").exists() and not here.started
 
 
-def test_impossible_demos_are_refused_before_anything_is_written(tiny_recipes, monkeypatch, tmp_path):
-    monkeypatch.setattr(demo, "RECIPES", tiny_recipes)
-    for wrong in (["--seeds", 0], ["--n", 0], ["compodistill:teacher=nowhere", "--n", 5]):
-        with pytest.raises(ValueError, match=r"must be at least 1|nowhere"):
-            run_demo([*wrong, "--output", tmp_path / "demo"])
-        assert not (tmp_path / "demo").exists()
+def test_what_is_shipped_of_seeds_is_what_the_results_say():
+    """Also that the demo's recipe is the one that they were made with."""
+    shipped = json.loads(SEEDS.read_text(encoding="utf-8"))
+    assert shipped == demo_seeds.seeds()
+    for model in STUDENTS:
+        of = shipped["rows"][model]
+        assert len(of["recognition"]) == len(of["compositional"]) >= 5
+        assert len(shipped["curves"][model]) >= 3 and shipped["enough"][model]
+    first = str(load_recipe("demo-compodistill").seed)
+    assert first in shipped["rows"][DISTILLED]["compositional"]
 
 
-def test_the_shipped_recipes_differ_in_the_method_alone():
-    recipes = demo.demo_recipes()
-    sft, distilled = recipes[SFT], recipes[DISTILLED]
-    assert sft == load_recipe("demo-sft")
-    assert distilled == load_recipe("demo-compodistill")
-    assert sft.student.base == distilled.student.base
-    assert sft.seed == distilled.seed
-    for a, b in zip(sft.stages, distilled.stages, strict=True):
-        one, other = sft.stage[a], distilled.stage[b]
-        assert (one.samples, one.global_batch_size, one.data) == (other.samples, other.global_batch_size, other.data)
-    assert distilled.student.taf
-    assert distilled.vat.enabled
-    assert {distilled.stage[s].objective for s in distilled.stages} == {"dpt", "dft", "sft"}
-    assert {sft.stage[s].objective for s in sft.stages} == {"pt", "sft"}
-    assert not sft.student.taf
+@pytest.fixture(scope="module")
+def found():
+    """Numbers of no run."""
+    accuracy = {
+        model: {family: dict.fromkeys((*subtypes, "avg"), 0.9 - 0.1 * i) for family, subtypes in FAMILIES.items()}
+        for i, model in enumerate(SHOWN)
+    }
+    curve = {"of": {"role": "teacher"}}
+    entry = {"model": "teacher", "role": "teacher", "place": 0, "quantity": "visual", "layers": [0]}
+    sets = [{"name": "set", "quantities": [entry | {"mean": [0.5], "low": [0.4], "high": [0.6]}], "averages": []}]
+    similarity = {"teacher": {"name": "teacher", "layers": [0], "heads": 1}, "students": [], "sets": sets} | curve
+    looks = {"similarity": similarity, "maps": similarity | {"words": None, "spans": [], "cases": []}}
+    return Demo(None, accuracy, 300, looks, {"seed": 40, "versions": {"torch": "2"}})
+
+
+@pytest.mark.parametrize(
+    ("better", "spread", "words"),
+    [(0.3, 0.01, "better than"), (-0.3, 0.01, "worse than"), (0.01, 0.2, "is not told apart")],
+)
+def test_the_headline_says_what_the_seeds_say(found, tmp_path, better, spread, words):
+    values = [0.5, 0.5 + spread, 0.5 - spread]
+    of = {
+        model: {
+            str(seed): 0.5 + (better + value - 0.5 if model == DISTILLED else 0.0) for seed, value in enumerate(values)
+        }
+        for model in STUDENTS
+    }
+    seeds = {
+        "commands": {"curves": "command"},
+        "rows": {model: {"recognition": of[model], "compositional": of[model]} for model in STUDENTS},
+        "curves": {model: {"100": {"0": 0.5, "1": 0.6}, "200": {"0": 0.7, "1": 0.8}} for model in STUDENTS},
+        "enough": {
+            SFT: {"0": None, "1": None},
+            UNALIGNED: {"0": 150.0, "1": None},
+            DISTILLED: {"0": 100.0, "1": 200.0},
+        },
+    }
+    shown = replace(found)
+    shown.__dict__["seeds"] = seeds
+    said = page(shown, tmp_path)
+    Page(said)
+    assert words in said.split("</h1>")[0]
+    printed = text(shown)
+    mean = 100 * statistics.fmean(of[DISTILLED].values())
+    assert (
+        f"{mean:.1f} [" in printed
+        and "not reached (2 seeds)" in printed
+        and "150 (150 to 150; 1 of 2 seeds)" in printed
+    )

@@ -13,7 +13,10 @@ from cdistill.analysis.page import DARK, document
 
 Result = Mapping[str, Any]
 
-_STYLE = """
+STYLE = (
+    figures.STYLE
+    + DARK
+    + """
 h1, h2 { overflow-wrap: anywhere; } th:first-child { text-transform: none; }
 section h3 { margin-top: 1.3rem; } .grid { margin-top: .8rem; } .grid > figure { min-width: 0; }
 .facts td:first-child { white-space: nowrap; } .facts td { overflow-wrap: anywhere; }
@@ -24,6 +27,7 @@ section h3 { margin-top: 1.3rem; } .grid { margin-top: .8rem; } .grid > figure {
 .case { border-top: 1px solid #d8dee4; padding-top: 1rem; margin-top: 1rem; } .case h3 { overflow-wrap: anywhere; }
 td.words, th.words { text-align: left; white-space: normal; }
 """
+)
 _SHOWN = {
     "visual": ("Similarity on the image", "cosine", "cosine of the attention to the visual tokens"),
     "text": ("Similarity on the text", "cosine", "cosine of the attention to the text"),
@@ -36,9 +40,9 @@ def page(results: Mapping[str, Result], folder: Path) -> str:
     """The whole document of the results by analysis; ``folder`` is where their pictures lie."""
     sections = {"similarity": _similarity, "confidence": _confidence, "intervene": _intervene}
     body = "".join(sections[name](result) for name, result in results.items() if name in sections)
-    body += _maps(results["maps"], folder) if "maps" in results else ""
+    body += maps_section(results["maps"], folder) if "maps" in results else ""
     title = "What teacher and students look at"
-    return document(title, f"<h1>{title}</h1>{body}{_facts(results)}", figures.STYLE + DARK + _STYLE)
+    return document(title, f"<h1>{title}</h1>{body}{_facts(results)}", STYLE)
 
 
 def short_names(result: Result) -> dict[str, str]:
@@ -79,23 +83,7 @@ def series_of(entry: Mapping[str, Any]) -> int:
 
 def _similarity(result: Result) -> str:
     names = short_names(result)
-    parts = []
-    for quantity, (title, y, what) in _SHOWN.items():
-        found = [(of, [e for e in of["quantities"] if e["quantity"] == quantity]) for of in result["sets"]]
-        top = max((max(e["high"]) for _, entries in found for e in entries), default=1.0)
-        span = (0.0, 1.02 if quantity != "entropy" else 1.05 * top)
-        panels = []
-        for of, entries in found:
-            curves = [
-                figures.Line(names[e["model"]], series_of(e), _depths(result, e), e["mean"], e["low"], e["high"])
-                for e in entries
-            ]
-            label = f"{of['name']}: {what} by depth, of {', '.join(curve.name for curve in curves)}"
-            axis = "depth of the layer in %"
-            panels.append(
-                f"<figure>{figures.lines(curves, title=of['name'], x=axis, y=y, label=label, span=span)}</figure>"
-            )
-        parts.append(f'<h3>{title}</h3><div class="grid">{"".join(panels)}</div>')
+    parts = [f"<h3>{title}</h3>{by_depth(result, quantity)}" for quantity, (title, _, _) in _SHOWN.items()]
     return f"""
 <section><h2>Do the students look where the teacher looks?</h2>
 {_averages(result, names)}
@@ -104,6 +92,26 @@ def _similarity(result: Result) -> str:
 Similarity compares a student's layer with the teacher's at the same relative depth; the table compares each layer of the
 student's middle 30-70 % with {_windows(result)}. Bands and brackets are 95 % intervals by bootstrap over images or groups.
 Text is every token that is not visual, the question and what stands before the image.</p></section>"""
+
+
+def by_depth(result: Result, quantity: str) -> str:
+    """A chart of a quantity of similarity for each set, a curve for each model."""
+    names, (_, y, what) = short_names(result), _SHOWN[quantity]
+    found = [(of, [e for e in of["quantities"] if e["quantity"] == quantity]) for of in result["sets"]]
+    top = max((max(e["high"]) for _, entries in found for e in entries), default=1.0)
+    span = (0.0, 1.02 if quantity != "entropy" else 1.05 * top)
+    panels = []
+    for of, entries in found:
+        curves = [
+            figures.Line(names[e["model"]], series_of(e), _depths(result, e), e["mean"], e["low"], e["high"])
+            for e in entries
+        ]
+        label = f"{of['name']}: {what} by depth, of {', '.join(curve.name for curve in curves)}"
+        axis = "depth of the layer in %"
+        panels.append(
+            f"<figure>{figures.lines(curves, title=of['name'], x=axis, y=y, label=label, span=span)}</figure>"
+        )
+    return f'<div class="grid">{"".join(panels)}</div>'
 
 
 def _depths(result: Result, entry: Mapping[str, Any]) -> list[float]:
@@ -220,7 +228,8 @@ def _changes(of: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, list[
     return result
 
 
-def _maps(result: Result, folder: Path) -> str:
+def maps_section(result: Result, folder: Path) -> str:
+    """Pictures of attention, case by case, for pages with `STYLE`."""
     names, parts = short_names(result), []
     rows = f"the words {result['words']!r}" if result["words"] else "the rows that predict the answer"
     for case in result["cases"]:

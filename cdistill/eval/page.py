@@ -129,7 +129,7 @@ def _summary(comparison: Comparison) -> str:
         rows.append(_paper_row(average.paper, others))
         notes.append(f"{average.title}: plain mean of {', '.join(average.columns)}{missing_text(average)}")
     note = "".join(f'<p class="note">{escape(note)}.</p>' for note in notes)
-    chart = charts.bar_chart(groups, {}, label="Headline number of each benchmark", strong="")
+    chart = charts.bar_chart(groups, label="Headline number of each benchmark")
     return f"""
 <section><h2>Headline numbers</h2>{charts.legend(_colours(comparison))}
 <figure class="chart">{chart}</figure>
@@ -161,7 +161,7 @@ def _section(comparison: Comparison, each: TaskComparison, images: Path | None) 
     rows[False].append(_paper_row(comparison.paper(each.task), len(comparison.labels) - 1))
     details = f"<details><summary>More metrics</summary>{_table(rows[True])}</details>" if len(rows[True]) > 1 else ""
     bars = {name: _bars(comparison, metrics) for name, metrics in groups.items()}
-    chart = charts.bar_chart(bars, {}, label=f"{each.title}, all models", strong=each.headline)
+    chart = charts.bar_chart(bars, label=f"{each.title}, all models", strong=each.headline)
     return f"""
 <section><h2>{escape(each.title)}</h2>{charts.legend(_colours(comparison))}
 <figure class="chart">{chart}</figure>

@@ -59,18 +59,26 @@ class Verdict:
     difference: Difference
     papers: float | None  # the paper's difference in points
 
+    @property
+    def order(self) -> str:
+        """The claim."""
+        what = {"compositional": "", "recognition": ", recognition", "greedy": ", greedy", "area": ", area"}
+        return f"{self.claim.better} > {self.claim.worse}{what[self.claim.column]}"
+
+    @property
+    def evidence(self) -> str:
+        """The numbers it was judged by."""
+        return self.difference.words() + ("" if self.papers is None else f"; paper {self.papers:+.1f}")
+
     def words(self) -> str:
         """A sentence."""
-        what = {"compositional": "", "recognition": ", recognition", "greedy": ", greedy", "area": ", area"}
         said = {
             HOLDS: "holds beyond the spread",
             CONTRADICTED: "is contradicted beyond the spread",
             OPEN: "is open" if self.difference.seeds > 1 else "is open, as one seed has no spread",
             MISSING: "is not run",
         }[self.verdict]
-        papers = "" if self.papers is None else f"; paper {self.papers:+.1f}"
-        claim = self.claim
-        return f"{claim.better} > {claim.worse}{what[claim.column]}: {said}: {self.difference.words()}{papers}"
+        return f"{self.order}: {said}: {self.evidence}"
 
 
 class Findings:

@@ -42,7 +42,8 @@ def _verdicts(findings: Findings) -> str:
     items = []
     for each in findings.verdicts():
         kind = {HOLDS: "right", CONTRADICTED: "wrong"}.get(each.verdict, "open")
-        items.append(f'<li><span class="{kind}">{escape(each.verdict)}</span> {escape(each.words())}</li>')
+        said = f"{escape(each.order)}: <span class='{kind}'>{escape(each.verdict)}</span>"
+        items.append(f"<li>{said}, {escape(each.evidence)}</li>")
     if not items:
         return ""
     return f"""
