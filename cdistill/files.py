@@ -92,19 +92,19 @@ def scratch(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def owned(folder: Path, what: str = "output", *, wait: float = WAIT_SECONDS) -> Iterator[None]:
+def owned(folder: Path, what: str = "output", *, wait: float | None = None) -> Iterator[None]:
     """Keep other processes out of a folder until the block ends; the kernel lets go of it when this process is killed.
 
     Args:
         folder: exists. A file `LOCK` in it says whose it is.
         what: names the folder in messages.
-        wait: seconds for another owner to end.
+        wait: seconds for another owner to end, by default `WAIT_SECONDS`.
 
     Raises:
         ValueError: another process has it, named by its number and its machine.
         OSError: the folder cannot be written to.
     """
-    path, deadline = folder / LOCK, time.monotonic() + wait
+    path, deadline = folder / LOCK, time.monotonic() + (WAIT_SECONDS if wait is None else wait)
     while (descriptor := _try_to_own(path, folder, what)) is None:
         if time.monotonic() > deadline:
             raise ValueError(

@@ -141,7 +141,7 @@ def found():
 
 @pytest.mark.parametrize(
     ("better", "spread", "words"),
-    [(0.3, 0.01, "better than"), (-0.3, 0.01, "worse than"), (0.01, 0.2, "is not told apart")],
+    [(0.3, 0.01, "better than"), (-0.3, 0.01, "worse than"), (0.01, 0.2, "not beyond the spread")],
 )
 def test_the_headline_says_what_the_seeds_say(found, tmp_path, better, spread, words):
     values = [0.5, 0.5 + spread, 0.5 - spread]

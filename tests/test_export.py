@@ -30,6 +30,7 @@ from cdistill.models import MergedAdapter, TAFAdapter, TAFLlavaForConditionalGen
 from cdistill.models.export import export, merge_taf_map
 from cdistill.models.load import ASSETS, load_model
 from cdistill.models.processor import build_processor, check_image_processors, load_processor
+from cdistill.runtime.checkpoints import seal
 from cdistill.train import run
 from cdistill.train.build import build_models
 
@@ -227,6 +228,7 @@ def test_results_of_a_run_have_a_processor_and_the_last_is_exported(models, tmp_
         shutil.copytree(final, tmp_path / "run" / f"{number}-more")
     (tmp_path / "run" / "11-more.part").mkdir()
     (tmp_path / "run" / "10-more" / "chat_template.jinja").write_text("the last")
+    seal(tmp_path / "run" / "10-more", stage="more")
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("TAFLlavaForConditionalGeneration in fp32, TAF merged")
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "the last"

@@ -212,6 +212,7 @@ def test_a_result_without_its_list_is_no_result(published, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.yaml").write_text("name: x")
+    (run / "metrics.jsonl").write_text("")
     shutil.copytree(published, run / "1-sft")
     assert resolve_folder(str(run), "teacher") == run / "1-sft"
     (run / "1-sft" / COMPLETE).unlink()

@@ -152,7 +152,6 @@ def test_output_that_nobody_takes(full):
 
 def test_a_folder_in_use_is_refused_by_all_that_write_there(models, recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("cdistill.files.WAIT_SECONDS", 0.0)
-    monkeypatch.setattr(owned.__wrapped__, "__kwdefaults__", {"wait": 0.0})
     for folder in ("run", "cache", "answers"):
         (tmp_path / folder).mkdir()
     (tmp_path / "cache" / "1-dpt").mkdir()

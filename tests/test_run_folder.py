@@ -7,6 +7,7 @@ from builtin_models import make_recipe
 from test_train_stages import Crash, metrics, refused, same, weights
 from transformers import TrainerCallback
 
+from cdistill import files
 from cdistill.train import run, run_folder
 
 
@@ -87,13 +88,15 @@ def test_what_differs_is_named_with_both_values(models, tmp_path):
 
 
 def test_one_run_at_a_time_has_a_folder(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.0)
+    monkeypatch.setattr(files, "WAIT_SECONDS", 0.0)
     recipe, told = make_recipe(tmp_path / "run", models, stages=["dpt"]), []
 
     class Second(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             for resume in (False, True):
-                with pytest.raises(ValueError, match="is in use by another run: wait for its end") as error:
+                with pytest.raises(
+                    ValueError, match=r"is in use by another run \(process \d+ on .*\): wait for its end"
+                ) as error:
                     run(recipe, resume=resume)
                 told.append(str(error.value))
 

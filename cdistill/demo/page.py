@@ -14,18 +14,19 @@ from cdistill.attention.page import STYLE, by_depth, maps_section, table
 from cdistill.builtin.scorer import FAMILIES
 from cdistill.demo.result import DISTILLED, SFT, SHOWN, STUDENTS, UNALIGNED, Demo
 from cdistill.demo.text import interval_words
-from cdistill.reproduce.findings import paired, verdict
+from cdistill.reproduce.findings import CONTRADICTED, HOLDS, OPEN, paired, verdict
 from cdistill.reproduce.text import enough
 
 _STYLE = """
 .card { border-top-color: var(--muted); }
 .chart { max-width: 760px; }
 """
-# The verdict of `paired` on CompoDistill against another student, in words.
+SAME = "the same student fine-tuned without a teacher"
+# The verdict of `paired` on CompoDistill against SFT, in words.
 _HEADLINES = {
-    "holds": "answers compositional questions better than the same student fine-tuned without a teacher",
-    "contradicted": "answers compositional questions worse than the same student fine-tuned without a teacher",
-    "open": "is not told apart from the same student fine-tuned without a teacher",
+    HOLDS: f"answers compositional questions better than {SAME}",
+    CONTRADICTED: f"answers compositional questions worse than {SAME}",
+    OPEN: f"answers compositional questions better than {SAME} in {{positive}} of {{seeds}} seeds, not beyond the spread",
 }
 
 
@@ -38,7 +39,7 @@ def page(found: Demo, pictures: Path) -> str:
 def _headline(found: Demo) -> str:
     rows = {model: found.seeds["rows"][model]["compositional"] for model in STUDENTS}
     apart = {model: paired(rows[DISTILLED], rows[model]) for model in (SFT, UNALIGNED)}
-    said = _HEADLINES.get(verdict(apart[SFT]), "was trained with one seed alone")
+    said = _HEADLINES[verdict(apart[SFT])].format(positive=apart[SFT].positive, seeds=apart[SFT].seeds)
     cards = []
     for model in SHOWN:
         value = 100 * found.accuracy[model]["compositional"]["avg"]
@@ -95,11 +96,13 @@ def _curves(seeds: Mapping[str, Any]) -> str:
         curves, title="", x="training samples", y="compositional, %", label=label, span=(0, 103), logarithmic=True
     )
     rows = [[escape(model), escape(enough(seeds["enough"][model]))] for model in STUDENTS]
+    of = {int(samples): len(values) for samples, values in seeds["curves"][DISTILLED].items()}
+    counts = ", ".join(f"{samples:,} samples: {n} {'seed' if n == 1 else 'seeds'}" for samples, n in sorted(of.items()))
     return f"""
 <section><h2>What it costs in samples</h2><figure class="chart">{chart}</figure>
 {table(["", "samples to 90 %"], rows)}
 <p class="note">Runs made before, by <code>{escape(seeds["commands"]["curves"])}</code>: means over seeds, bands from the lowest
-to the highest. Every point is a run of its own.</p></section>"""
+to the highest; {escape(counts)}. Every point is a run of its own.</p></section>"""
 
 
 def _attention(found: Demo, pictures: Path) -> str:

@@ -21,7 +21,7 @@ CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.s
 TOKENIZER = "tokenizer.json"
 OBJECTS = (  # files that hold a JSON object, if they are there
     *(CONFIG, "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("preprocessor_config.json", "processor_config.json", "chat_template.json", "adapter_config.json"),
+    *("processor_config.json", "preprocessor_config.json", "chat_template.json", "adapter_config.json"),
 )
 MOST_BYTES, MOST_BYTES_OF_A_TOKENIZER = 1 << 26, 1 << 28  # of a JSON file
 MOST = 1 << 31  # of a size in a configuration
@@ -54,11 +54,11 @@ def reading(key: str, what: str) -> Iterator[None]:
     except ValueError as error:
         if str(error).startswith(f"{key}: "):
             raise
-        raise ValueError(f"{key}: {what} cannot be used: {one_line(error)}") from None
+        raise ValueError(f"{key}: {what} cannot be loaded: {one_line(error)}") from None
     except KeyError as error:
-        raise ValueError(f"{key}: {what} cannot be used: {error} is unknown or missing") from None
+        raise ValueError(f"{key}: {what} cannot be loaded: {error} is unknown or missing") from None
     except Exception as error:  # transformers, tokenizers and safetensors raise all kinds of them
-        raise ValueError(f"{key}: {what} cannot be used: {one_line(error)}") from None
+        raise ValueError(f"{key}: {what} cannot be loaded: {one_line(error)}") from None
     finally:
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
 

@@ -35,7 +35,7 @@ from cdistill.models.folder import (
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BUILTIN = "builtin:"
-RECIPE = "recipe.yaml"  # in the folder of a run
+RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"  # in the folder of a run
 STAGE = r"\d+-\w+"  # folder of a stage's result there
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,16 +54,21 @@ def resolve_folder(reference: str, key: str) -> Path:
         known = ", ".join(sorted(f"{BUILTIN}{p.name}" for p in ASSETS.glob("*") if p.is_dir())) or "none"
         raise ValueError(f"{key}: there is no folder {reference!r}" + (f"; built-in: {known}" if builtin else ""))
     if (folder / CONFIG).is_file() or not (folder / RECIPE).is_file():
-        of_a_run = (folder.parent / RECIPE).is_file() and re.fullmatch(STAGE, folder.name) is not None
-        verify(folder, key, needed=of_a_run)
+        verify(folder, key, needed=_is_result(folder))
         return folder
     # The stages of a run appear under their names when they are finished.
     stages = [path for path in folder.iterdir() if re.fullmatch(STAGE, path.name) and path.is_dir()]
     if not stages:
         raise ValueError(f"{key}: the run in {folder} has no finished stage")
     last = max(stages, key=lambda path: int(path.name.partition("-")[0]))
-    verify(last, key, needed=True)
+    verify(last, key, needed=_is_result(last))
     return last
+
+
+def _is_result(folder: Path) -> bool:
+    """Whether a folder is a stage's result in the folder of a run that has trained."""
+    beside = all((folder.parent / name).is_file() for name in (RECIPE, METRICS))
+    return beside and re.fullmatch(STAGE, folder.name) is not None
 
 
 def load_model(

@@ -189,7 +189,7 @@ def named_port() -> int:
     """The port on which processes are to meet, 0 for any free one. Raises ValueError for a MASTER_PORT that is none."""
     port = os.environ.get("MASTER_PORT", "0")
     if not (port.isascii() and port.isdecimal() and len(port) < 6 and int(port) < 1 << 16):
-        raise ValueError(f"MASTER_PORT must be a port number, from 0 to 65535, got {port!r:.60}")
+        raise ValueError(f"MASTER_PORT must be a port number, got {port!r:.60}")
     return int(port)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -275,12 +275,19 @@ def _check_top_k(top_k: int, models: Models) -> None:
 
 @contextmanager
 def _owned(stage: Stage) -> Iterator[None]:
-    """Keep others out of a stage's folder, and remove what killed ones have left there."""
+    """Keep others out of a stage's folder, and remove what killed ones have left there; nothing stays of what is refused."""
     folder = stage_cache(stage)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with owned(folder, "teacher_memory.cache"):
-        remove_unfinished(folder)
-        yield
+    try:
+        with owned(folder, "teacher_memory.cache"):
+            remove_unfinished(folder)
+            yield
+    except ValueError:
+        for path in made:
+            with suppress(OSError):  # something is in it
+                path.rmdir()
+        raise
 
 
 def _start_processes(recipe: Recipe) -> None:

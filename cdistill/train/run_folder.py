@@ -11,14 +11,13 @@ from cdistill._plugins import import_plugins
 from cdistill.data import strict_yaml
 from cdistill.files import MARK, entries
 from cdistill.manifest import verify
-from cdistill.models.load import RECIPE, load_model
+from cdistill.models.load import METRICS, RECIPE, load_model
 from cdistill.runtime.collectives import first_process
 from cdistill.runtime.json_lines import read_lines
 from cdistill.train.recipes import Recipe, recipe_from_dict, recipe_to_dict
 from cdistill.train.recipes.values import MISSING, differences
 
 CHECKPOINTS = "checkpoints"
-METRICS = "metrics.jsonl"
 # Keys that change nothing of what is trained; checkpoints hold the number of processes that wrote them and refuse others.
 FREE = (
     *("name", "output", "processes", "workers", "save_steps", "logging_steps", "log_layers"),
