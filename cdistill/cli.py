@@ -17,9 +17,10 @@ from cdistill.data import command as data
 from cdistill.demo import command as demo
 from cdistill.eval import benchmarks
 from cdistill.eval import command as evaluation
+from cdistill.files import disk_full
 from cdistill.plan import command as planning
 from cdistill.reproduce import command as reproduction
-from cdistill.runtime.errors import DISK_FULL, RunError, print_error
+from cdistill.runtime.errors import RunError, print_error
 from cdistill.runtime.launch import environment
 from cdistill.train import gradient_report
 
@@ -182,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # of a path that the user has named, or of the machine
         print_error(error)
         _give_up_stdout()
-        return 1 if error.errno in DISK_FULL else 2
+        return 1 if disk_full(error) else 2
     except KeyboardInterrupt:
         print("cdistill: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -7,6 +7,7 @@ lock that the kernel has dropped, and removed by the next that writes there.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 MARK = ".cdistill-"  # in the names of what is being written
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCK = ".cdistill.lock"  # file that holds the lock of a folder
 WAIT_SECONDS = 6.0  # processes that read samples notice within 5 that the run which started them has been killed
 _POLL_SECONDS = 0.05
@@ -131,6 +133,17 @@ def remove_unfinished(folder: Path) -> None:
     """Remove what killed processes have left in a folder that this one owns."""
     for path in folder.glob(f".*{MARK}*"):
         _remove_if_dead(path)
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether a file could not be written for want of room; torch, safetensors and tokenizers say so in their texts alone."""
+    if isinstance(error, OSError):
+        return error.errno in DISK_FULL
+    text = str(error)
+    hidden = any(f"(os error {number})" in text for number in DISK_FULL)
+    return hidden or any(
+        words in text for words in ("PytorchStreamWriter failed", "inline_container.cc", "iostream error")
+    )
 
 
 def sync_folder(folder: Path) -> None:

@@ -12,7 +12,9 @@ from contextlib import suppress
 import pytest
 
 from cdistill import files
-from cdistill.files import building, entries, owned, remove_unfinished, write_text, writing
+from cdistill.files import building, disk_full, entries, owned, remove_unfinished, write_text, writing
+from cdistill.runtime.checkpoints import saving
+from cdistill.runtime.errors import RunError
 
 PRECIOUS = "precious"
 
@@ -248,3 +250,22 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
     assert "its file system has no locks (Operation not supported)" in capsys.readouterr().err
     write_text(tmp_path / "file", "text")
     assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(28, "No space left on device"), True),
+        (OSError(122, "Disk quota exceeded"), True),
+        (Exception("No space left on device (os error 28)"), True),  # of tokenizers
+        (RuntimeError("basic_ios::clear: iostream error"), True),  # of torch, in a small file
+        (RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 1"), True),
+        (OSError(13, "Permission denied"), False),
+        (Exception("No such file (os error 2)"), False),
+        (RuntimeError("shapes differ"), False),
+    ],
+)
+def test_full_disks_are_known_by_whoever_says_so(tmp_path, error, full):
+    assert disk_full(error) is full
+    with pytest.raises(RunError if full else type(error)), saving(tmp_path / "file", 10):
+        raise error

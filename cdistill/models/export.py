@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from cdistill.files import building
+from cdistill.files import building, disk_full
 from cdistill.models import taf
 from cdistill.models.folder import one_line
 from cdistill.models.load import DTYPES, Model, load_config, load_model, load_tokenizer, resolve_folder
@@ -256,5 +256,7 @@ def _write(model: Model, processor: Processor, output: Path, *, code: bool, max_
             processor.save_pretrained(part)
             if code:
                 shutil.copyfile(taf.__file__, part / f"{CODE}.py")
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not (isinstance(error, OSError | SafetensorError) or disk_full(error)):
+            raise
         raise ValueError(f"output: {output} could not be written: {one_line(error)}") from None

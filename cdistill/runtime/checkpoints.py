@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors import SafetensorError
 
-from cdistill.files import sync_folder, write_text
+from cdistill.files import disk_full, sync_folder, write_text
 from cdistill.manifest import COMPLETE, damage, for_each, read_manifest, stored
-from cdistill.runtime.errors import DISK_FULL, RunError
+from cdistill.runtime.errors import RunError
 
 DAMAGED = ".damaged"
 PREFIX = "checkpoint-"
@@ -119,7 +118,7 @@ def saving(
     folder is removed."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # torch, safetensors and tokenizers each have their own
         if isinstance(error, RunError) or not disk_full(error):
             raise
         alone = not (dist.is_initialized() and dist.get_world_size() > 1)  # else others may be writing still
@@ -132,15 +131,6 @@ def saving(
             f"{called or path} could not be saved ({' '.join(str(error).split())[:120]}): it needs about "
             f"{needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free on its disk; {advice}"
         ) from None
-
-
-def disk_full(error: BaseException) -> bool:
-    """Whether a file could not be written for want of room; torch and safetensors hide the error number in the text."""
-    if isinstance(error, OSError):
-        return error.errno in DISK_FULL
-    text = str(error)
-    hidden = any(f"(os error {number})" in text for number in DISK_FULL)
-    return hidden or "PytorchStreamWriter failed" in text or "inline_container.cc" in text
 
 
 def _order(folder: Path) -> int:

@@ -1,13 +1,11 @@
 """Why a run ends early: errors of one line, and the exit codes of the processes that raise them."""
 
-import errno
 import os
 import signal
 import sys
 from contextlib import suppress
 
 LONGEST = 700  # characters of a line about an error
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PEER_LOST = 76  # exit code of a process that only stopped because another one had
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cdistill.runtime import pulse
 from cdistill.runtime.errors import PEER_LOST, ProcessError, Stopped
 from cdistill.runtime.signals import stop_on_signals
 
@@ -78,6 +79,7 @@ def init_process_group() -> None:
     elif PARENT in os.environ:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        pulse.start(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank)
     else:
         try:
             dist.init_process_group(backend)
@@ -86,11 +88,14 @@ def init_process_group() -> None:
     atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
 
 
-def start_processes(count: int, action: str, path: Path, program: Sequence[str] | None = None) -> None:
+def start_processes(
+    count: int, action: str, path: Path, program: Sequence[str] | None = None, *, max_stuck_seconds: float = 0
+) -> None:
     """Run ``count`` processes of a program (`cdistill.train.worker`), which get an action and its path, and wait for them.
 
     The processes meet at a store of this one, on a free port or on MASTER_PORT if that is set. They get a SIGTERM or
-    SIGINT of this process as SIGTERM, and SIGKILL if it dies.
+    SIGINT of this process as SIGTERM, and SIGKILL if it dies. One that makes no step for ``max_stuck_seconds`` while others
+    wait ends the run (`cdistill.runtime.pulse`); 0 waits for ever.
 
     Raises:
         ValueError: MASTER_PORT is in use.
@@ -117,7 +122,7 @@ def start_processes(count: int, action: str, path: Path, program: Sequence[str] 
                 environ = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **where_the_package_is()}
                 # A session of its own: a terminal's Ctrl-C reaches this process alone, which passes it on once.
                 workers.append(subprocess.Popen([*command, action, str(path)], env=environ, start_new_session=True))
-            killed = _wait(workers, request)
+            killed = _wait(workers, request, pulse.Watch(store, count, max_stuck_seconds))
         finally:
             for worker in workers:
                 if worker.poll() is None:
@@ -148,14 +153,19 @@ def where_the_package_is() -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), root])}
 
 
-def _wait(workers: list[subprocess.Popen], request: Any) -> set[int]:
-    """Wait until all have ended and pass on a stop request; returns the ranks that had to be killed."""
+def _wait(workers: list[subprocess.Popen], request: Any, watch: pulse.Watch) -> set[int]:
+    """Wait until all have ended and pass on a stop request; returns the ranks that had to be killed.
+
+    Raises ProcessError for one that hangs.
+    """
     passed_on, deadline = False, None
     while alive := [rank for rank, worker in enumerate(workers) if worker.poll() is None]:
         if request.received and not passed_on:
             passed_on = True
             for rank in alive:
                 workers[rank].send_signal(signal.SIGTERM)
+        if len(alive) == len(workers) and (stuck := watch.stuck()) is not None:
+            raise ProcessError(stuck)
         if deadline is None and any(worker.returncode for worker in workers):
             deadline = time.monotonic() + GRACE_SECONDS
         if deadline is not None and time.monotonic() > deadline:

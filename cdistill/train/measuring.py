@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from cdistill.manifest import COMPLETE, damage, read_manifest
+from cdistill.runtime import pulse
 
 METRIC, VALUE = "metric", "best"  # keys of a folder's manifest
 
@@ -54,6 +55,7 @@ class Measuring(TrainerCallback):
                 torch.no_grad(),
                 torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
                 self.trainer.compute_loss_context_manager(),
+                pulse.paused(),
             ):
                 values = self.measure()
         finally:

@@ -20,7 +20,7 @@ from cdistill.data.conversations import Encoder
 from cdistill.files import MARK, owned, remove_unfinished, write_text
 from cdistill.models.load import RECIPE, Model, load_model
 from cdistill.models.processor import add_stop_tokens, save_chat_template
-from cdistill.runtime import checkpoints, launch
+from cdistill.runtime import checkpoints, launch, pulse
 from cdistill.runtime.bad_samples import BadSamples
 from cdistill.runtime.collectives import first_process, naming_lost_peers, on_first_process
 from cdistill.runtime.errors import Stopped
@@ -93,7 +93,7 @@ def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCall
             models: Models | None = _prepare(recipe, output, resume, at_end)
         if recipe.processes > 1:
             models = None  # the processes load their own
-            launch.start_processes(recipe.processes, "train", output)
+            launch.start_processes(recipe.processes, "train", output, max_stuck_seconds=recipe.max_stuck_seconds)
             return stage_folders(recipe, output)[-1]
         return run_stages(recipe, resume=resume, callbacks=callbacks, models=models)
 
@@ -220,6 +220,7 @@ def _run_stage(
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
+            pulse.end()
             log.close()
     seconds = time.perf_counter() - began
     trainer.bad.report()

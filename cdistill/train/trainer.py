@@ -16,7 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from cdistill.data.samples import IGNORE_INDEX
 from cdistill.models.load import not_finite
-from cdistill.runtime import checkpoints
+from cdistill.runtime import checkpoints, pulse
 from cdistill.runtime.agreement import RanksAgree
 from cdistill.runtime.bad_samples import BadSamples
 from cdistill.runtime.collectives import gathered
@@ -178,7 +178,7 @@ class DistillTrainer(Trainer):
         parent, rank = Path(str(self.args.output_dir)), self.args.process_index
         folder = parent / f"{checkpoints.PREFIX}{self.state.global_step}"
         progress = {**self.finite.state_dict(), "bad": self.bad.state_dict(), "logged_step": self._logged_step}
-        with checkpoints.saving(folder, self.bytes_to_save(optimizer=True)):
+        with checkpoints.saving(folder, self.bytes_to_save(optimizer=True)), pulse.paused():
             if self.args.should_save:
                 checkpoints.remove(folder)
                 folder.mkdir(parents=True)
@@ -356,6 +356,7 @@ class RunLog(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar; the last step is always logged."""
+        pulse.beat()
         if state.is_world_process_zero:
             self._bar.update()
         if state.global_step == state.max_steps:

@@ -341,15 +341,13 @@ class Recipe(Keys):
     seed: Annotated[int, Ge(0), Le(LAST_SEED)] = 0
     """Decides fresh weights, the order of samples and dropout: equal seeds give equal bits on the same machine."""
     processes: AtLeastOne = 1
-    """Data-parallel processes started on this machine; under torchrun or the deepspeed launcher, which start them themselves,
-    it is ignored."""
+    """Data-parallel processes started on this machine; torchrun and the deepspeed launcher start them themselves."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format; auto is fp32 on a CPU, bf16 on a GPU that has it, else fp16."""
     deepspeed: ZeroStage = 2
     """DeepSpeed's ZeRO stage, or off for plain torch."""
     gradient_checkpointing: bool | Literal["reentrant"] = False
-    """Recompute the language model's layers in the backward pass; reentrant selects torch's old variant, which visual
-    attention alignment cannot work with."""
+    """Recompute the language model's layers in the backward pass; reentrant is torch's old way, without alignment."""
     compile: bool = False
     """Compile the layers of the language model with torch.compile."""
     group_by: Literal["length", "modality"] | None = None
@@ -369,6 +367,8 @@ class Recipe(Keys):
     """Steps between checkpoints to resume from inside a stage, 0 for none but that of a stopped run."""
     max_nonfinite_steps: AtLeastOne = 20
     """Steps in a row that may be skipped because a loss or gradient is not finite; that many end the run."""
+    max_stuck_seconds: Count = 300
+    """Seconds that a process may make no step while others wait for it; the run then ends, 0 waits for ever."""
     teacher: str | None = None
     """Folder made by save_pretrained, or of a run (its last finished stage), or builtin:NAME; null where no stage distils."""
     teacher_memory: TeacherMemory = field(default_factory=TeacherMemory)
