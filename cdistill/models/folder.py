@@ -46,7 +46,10 @@ def reading(key: str, what: str) -> Iterator[None]:
     Code that a folder holds is not asked about, also where a processor loads its parts without `NO_CODE`.
     """
     from transformers import dynamic_module_utils
+    from transformers.utils import logging
 
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what does not fit is said in our line, not in a table before it
     seconds = dynamic_module_utils.TIME_OUT_REMOTE_CODE  # for an answer on the terminal
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     try:
@@ -61,6 +64,7 @@ def reading(key: str, what: str) -> Iterator[None]:
         raise ValueError(f"{key}: {what} cannot be loaded: {one_line(error)}") from None
     finally:
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
+        logging.set_verbosity(verbosity)
 
 
 def read_json(path: Path, key: str, *, most: int = MOST_BYTES) -> dict[str, Any]:
