@@ -87,7 +87,7 @@ def damage(folder: Path) -> str | None:
         )
     except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"its manifest, the file {COMPLETE}, cannot be read"
 
 

@@ -193,6 +193,7 @@ def flipped(path):
         (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json is not in its list"),
         (lambda f: (f / "pytorch_model.bin").write_bytes(b"x"), "pytorch_model.bin is not in its list"),
         (lambda f: (f / COMPLETE).write_text("[]"), "its manifest"),
+        (lambda f: (f / COMPLETE).write_text("[" * 100_000), "its manifest"),
         (lambda f: change(f / "config.json", dtype="bfloat16"), "config.json has"),
     ],
 )

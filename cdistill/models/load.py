@@ -154,9 +154,8 @@ def not_finite(model: nn.Module) -> str | None:
     for name, parameter in model.named_parameters():
         value = getattr(parameter, "ds_tensor", parameter)
         seen = value.is_floating_point() and value.element_size() > 1 and value.numel() and not value.is_meta
-        if seen and not all(
-            map(math.isfinite, map(float, value.aminmax()))
-        ):  # NaN is both the smallest and the largest
+        # with a NaN both the smallest and the largest are NaN
+        if seen and not all(map(math.isfinite, map(float, value.aminmax()))):
             return name
     return None
 

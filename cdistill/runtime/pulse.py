@@ -68,7 +68,7 @@ class Pulse:
                 said["stack"] = self._stack()
             try:
                 self._store.set(self._key, json.dumps(said))
-            except Exception:  # its owner has ended, and this process with it
+            except RuntimeError:  # torch's, of a store whose owner has ended, and this process with it
                 return
             time.sleep(BEAT_SECONDS)
 
