@@ -85,6 +85,7 @@ def variant(signature: dict, constants: dict) -> str:
         "p_size": "slice",
         "p_limit": "sink filter",
         "p_cosine": "cosine",
+        "p_others": "no lse",
         "windows": "windows",
     }
     words += [text for name, text in optional.items() if signature.get(name, "constexpr") != "constexpr"]

@@ -145,6 +145,7 @@ def attention_launches(arch: int, head_dim: int, dtype: torch.dtype) -> list[tup
             backend.slice_backward(x._replace(cols=cols[:, :V1]), grad[..., :V1], lambda _: gradients)
         target = empty(B, Hq, R, V)
         _, kept = backend.head_cosine(x, target)
+        backend.head_cosine(x._replace(lse=None), target)
         backend.head_cosine_backward(x, kept, target, dlse[..., :R], lambda _: gradients)
         saved, _ = backend.fold_dlse(q, q, dlse, rows)
         backend.unfold_dlse(q, saved, rows)
@@ -292,10 +293,10 @@ def read_table() -> tuple[str, list[dict]]:
 
 def kept() -> dict[str, dict]:
     """The rows of the kept table that the present code would make, too, by their keys."""
-    made, rows = read_table()
-    if made.split(", ")[0] != made_by().split(", ")[0]:
+    (made, rows), today = read_table(), made_by()
+    if made.split(", ")[0] != today.split(", ")[0]:
         return {}
-    return {r["key"]: r for r in rows if made == made_by() or r["arch"] != str(HOPPER)}
+    return {r["key"]: r for r in rows if made == today or r["arch"] != str(HOPPER)}
 
 
 def write_table(rows: list[dict]) -> None:

@@ -104,6 +104,8 @@ def test_opcheck(impl):
     for given in (problem, problem._replace(lse=x["lse"])):
         torch.library.opcheck(ops.attention_slice, (*given, impl))
         torch.library.opcheck(ops.attention_alignment, (*given, *loss, impl))
+        of_heads = (*given._replace(each=True), x["target"][:, None].repeat(1, 2, 1, 1), *loss[1:], impl)
+        torch.library.opcheck(ops.attention_alignment, of_heads, test_utils="test_faketensor")
     teacher = [x["q"].detach(), 2 * x["q"].detach()], [x["k"].detach()] * 2, []
     for how in (("kl", "matrix", False), ("cosine", "column", True)):
         options = (*teacher, x["key_mask"], 0.4, None, x["rows"], x["cols"], 1, *how, impl)

@@ -254,12 +254,13 @@ def test_cosine_of_faint_and_of_nearly_equal_rows():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("target_dtype", [torch.float32, torch.bfloat16], ids=["fp32-target", "bf16-target"])
 def test_row_cosine_of_each_head_never_makes_a_slice(dtype, target_dtype, monkeypatch, poisoned_empty):
-    """For both ways the loss can be had: alone, and with attention."""
+    """For both ways the loss can be had: alone, and with attention. Nor a log-sum-exp, on which no cosine depends."""
 
     def made(*arguments, **options):
         raise AssertionError("a slice was made")
 
-    for name in ("slice_forward", "alignment_loss", "alignment_grad", "slice_backward"):
+    whole = ("slice_forward", "alignment_loss", "alignment_grad", "slice_backward", "row_lse", "row_lse_backward")
+    for name in whole:
         monkeypatch.setattr(backend, name, made)
     q, k, rows, cols, key_mask = draw(21, D=40, dtype=dtype)
     v = torch.randn(k.shape, generator=torch.Generator().manual_seed(22)).to(k)
@@ -285,6 +286,40 @@ def test_row_cosine_of_each_head_never_makes_a_slice(dtype, target_dtype, monkey
     for function in (alone, together):
         for got, want, eager_same in zip(results(dtype, function), exact, same, strict=True):
             assert_close(got, want, eager_same)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_row_cosine_without_an_lse_is_nan_where_the_softmax_is(causal):
+    """Whatever is not finite: a query, a column, another key, a hidden one, or every score."""
+    q, k, rows, cols, key_mask = draw(24, B=1, D=16, T=90, R=30, V=33)
+    target = torch.rand(1, 2, 30, 33, generator=torch.Generator().manual_seed(25)).to(DEVICE)
+    target[0, 0, 4] = 0.0
+    outside = torch.ones(90, dtype=torch.bool, device=DEVICE)
+    outside[cols[0][cols[0] >= 0].long()] = False
+    places = {
+        "query": int(rows[0, 3]),
+        "column": int(cols[0, -1]),
+        "other key": int((outside & key_mask[0]).nonzero()[2]),
+        "hidden key": int((outside & ~key_mask[0]).nonzero()[2]),
+    }
+    key_mask[0, places["column"]] = True
+    found = set()
+    for place, value in [(x, y) for x in (*places, "keys") for y in (torch.inf, -torch.inf, torch.nan)]:
+        inputs = {"q": q.clone(), "k": k.clone()}
+        filled = inputs["q" if place == "query" else "k"]
+        filled[0, :, places.get(place, slice(None)), 3] = value
+        if place == "keys":
+            inputs["q"][..., 3] = 1.0
+        x = attention_problem(
+            *inputs.values(), None, (rows, cols), causal=causal, scale=None, key_mask=key_mask, heads="each"
+        )
+        row_valid = backend.regions(x)[0][:, None].expand(1, 2, 30)
+        loss, _ = backend.head_cosine(x, target)
+        options = {"causal": causal, "key_mask": key_mask, "heads": "each"}
+        want = reference.attention_slice(*inputs.values(), rows, cols, **options).isnan().any(-1)
+        assert torch.equal(loss.isnan()[row_valid], want[row_valid]), (place, value)
+        found |= {(place, bool(want[row_valid].any()))}
+    assert {place for place, nan in found if nan} == {"query", "column", "other key", "keys"}
 
 
 @pytest.mark.parametrize(("R", "V"), [(0, 5), (5, 0)])

@@ -99,13 +99,16 @@ class Backend(Protocol):
     def head_cosine(self, problem: AttentionProblem, target: Tensor) -> tuple[Tensor, Tensor]:
         """1 - cos of the rows of every head's slice with target (B,Hq,R,V): (B,Hq,R), anything where rows are -1.
 
-        Also what the gradient needs of them, (4,B,Hq,R). The slice itself never exists.
+        Also what the gradient needs of them, (4,B,Hq,R). The slice itself never exists, and no lse is made for it.
         """
 
     def head_cosine_backward(
         self, problem: AttentionProblem, kept: Tensor, target: Tensor, grad: Tensor, base: Base | None
     ) -> Gradients:
-        """Gradient of ``head_cosine`` for grad (B,Hq,R), zero where rows are -1; results as of ``slice_backward``."""
+        """Gradient of ``head_cosine`` for grad (B,Hq,R), zero where rows are -1; results as of ``slice_backward``.
+
+        Without an lse ``base`` is None, and dlse zero but for rounding.
+        """
 
     def vocabulary_losses(self, rows: VocabularyRows, options: VocabularyOptions) -> None:
         """Write cross-entropy and divergence of rows of logits.

@@ -86,9 +86,10 @@ def slice_gradients(problem: AttentionProblem, differentiate: Callable[[], Gradi
     return dq, dk, no_lse(q) if lse is None else dlse
 
 
-def empty_own_lse(impl: Backend, problem: AttentionProblem) -> Tensor:
-    """A tensor of the shape and dtype of the second result of `slice_forward`."""
-    if problem.lse is not None or problem.empty:
+def empty_own_lse(impl: Backend, problem: AttentionProblem, compared: Comparison | None = None) -> Tensor:
+    """A tensor of the shape and dtype of the lse that `slice_forward` makes, or `losses_forward`."""
+    by_rows = compared is not None and _by_rows(impl, problem, compared)
+    if problem.lse is not None or problem.empty or by_rows:
         return no_lse(problem.q)
     return problem.q.new_empty((*(2,) * impl.SPLITS_LSE, *problem.q.shape[:3]), dtype=torch.float32)
 
@@ -131,10 +132,9 @@ def losses_forward(impl: Backend, problem: AttentionProblem, compared: Compariso
         kept = q.new_zeros(kept_shape(impl, problem, compared), dtype=torch.float32)
         return q.new_zeros(batch, dtype=torch.float32), kept, no_lse(q)
     if _by_rows(impl, problem, compared):
-        complete, own_lse = with_lse(impl, problem)
-        losses, kept = impl.head_cosine(complete, compared.target)
+        losses, kept = impl.head_cosine(problem, compared.target)
         losses = torch.where(compared.row_valid[:, None], losses, 0.0).sum((1, 2)) * _row_weight(problem, compared)
-        return losses, kept, own_lse
+        return losses, kept, no_lse(q)
     a, own_lse = slice_forward(impl, problem)
     return impl.alignment_loss(*_one_by_one(a, compared)).view(batch, -1).mean(1), a, own_lse
 
@@ -152,7 +152,6 @@ def losses_backward(
     heads, dtype = problem.q.shape[1], problem.q.dtype
     if _by_rows(impl, problem, compared):
         grad = (grad * _row_weight(problem, compared))[:, None, None] * compared.row_valid[:, None]
-        problem, base = _with_base(impl, problem, own_lse, base)
         return impl.head_cosine_backward(problem, kept, compared.target, grad.expand(-1, heads, -1), base)
     slices = heads if problem.each else 1
     grad = (grad / slices).repeat_interleave(slices)

@@ -38,8 +38,9 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     chosen, q = backend_of(impl, problem), problem.q
     rows, cols = problem.positions
     regions = torch.empty_like(rows, dtype=torch.bool), torch.empty_like(cols, dtype=torch.bool)
-    kept = q.new_empty(kept_shape(chosen, problem, Comparison(*regions, *how)), dtype=torch.float32)
-    return kept.new_empty(q.shape[0]), kept, *regions, empty_own_lse(chosen, problem)
+    compared = Comparison(*regions, *how)
+    kept = q.new_empty(kept_shape(chosen, problem, compared), dtype=torch.float32)
+    return kept.new_empty(q.shape[0]), kept, *regions, empty_own_lse(chosen, problem, compared)
 
 
 @operator(
