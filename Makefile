@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: demo test pytest test-asan bench lint setup eval-env clean
+.PHONY: demo test pytest test-asan bench lint docs setup eval-env clean
 
 demo: setup
 	$(BIN)/cdistill demo
@@ -72,5 +72,17 @@ $(EVAL)/.ready: constraints-eval.txt $(OURS) | setup
 	tasks="$$($(EVAL)/bin/python $(SITE_OF))/lmms_eval/tasks/cdistill" && mkdir -p "$$tasks" && ln -sf $(addprefix $(CURDIR)/,$(OURS)) "$$tasks"
 	touch $@
 
+# The documents as a site in build/site, warnings as errors; mkdocs in an environment over the project's.
+DOCS := .venv-docs
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build
+	@echo "written: build/site/index.html"
+
+$(DOCS)/.ready: constraints-docs.txt | setup
+	test -x $(DOCS)/bin/python || $(BIN)/python -m venv $(DOCS)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE_OF))')" > "$$($(DOCS)/bin/python $(SITE_OF))/over_cdistill.pth"
+	$(DOCS)/bin/python -m pip install --quiet -r constraints-docs.txt
+	touch $@
+
 clean:
-	rm -rf build *.egg-info cdistill/*.so $(VENV) $(EVAL)
+	rm -rf build *.egg-info cdistill/*.so $(VENV) $(EVAL) $(DOCS)
