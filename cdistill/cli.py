@@ -20,6 +20,7 @@ from cdistill.eval import command as evaluation
 from cdistill.files import disk_full
 from cdistill.plan import command as planning
 from cdistill.reproduce import command as reproduction
+from cdistill.runtime import pulse
 from cdistill.runtime.errors import RunError, print_error
 from cdistill.runtime.launch import environment
 from cdistill.train import gradient_report
@@ -169,7 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += extra
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars for loading weights
     try:
-        code = COMMANDS[options.command].run(options)
+        with pulse.ending_together():
+            code = COMMANDS[options.command].run(options)
         sys.stdout.flush()  # here, where a broken pipe is caught
         return code
     except BrokenPipeError:  # of `| head`
