@@ -76,7 +76,7 @@ $(EVAL)/.ready: constraints-eval.txt $(OURS) | setup
 DOCS := .venv-docs
 docs: $(DOCS)/.ready
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build
-	@echo "written: build/site/index.html"
+	@echo "written: build/site/index.html (with search: python3 -m http.server -d build/site)"
 
 $(DOCS)/.ready: constraints-docs.txt | setup
 	test -x $(DOCS)/bin/python || $(BIN)/python -m venv $(DOCS)

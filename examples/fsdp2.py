@@ -34,7 +34,7 @@ def train(device):
         fully_shard(module)
     optimizer = torch.optim.AdamW((p for p in distillation.parameters() if p.requires_grad), lr=3e-3)
 
-    samples = BuiltinDataset(BuiltinTask(caption=1.0, sentences=2, turns=0), size=64, seed=0)
+    samples = BuiltinDataset(BuiltinTask(caption=1.0, sentences=2, turns=0), size=48, seed=0)
     collate = Collator(AutoTokenizer.from_pretrained(folder).pad_token_id)
     loader = DataLoader(samples, batch_size=4, collate_fn=collate, sampler=DistributedSampler(samples))
     history = []

@@ -22,7 +22,7 @@ student = copy.deepcopy(teacher)
 del student.model.language_model.layers[4:]
 student.config.text_config.update({"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4})
 
-samples = BuiltinDataset(BuiltinTask(caption=1.0, sentences=2, turns=0), size=64, seed=0)
+samples = BuiltinDataset(BuiltinTask(caption=1.0, sentences=2, turns=0), size=48, seed=0)
 collate = Collator(AutoTokenizer.from_pretrained(folder).pad_token_id)
 loader = DataLoader(samples, batch_size=8, collate_fn=collate)  # input_ids, attention_mask, pixel_values, labels
 

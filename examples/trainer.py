@@ -20,7 +20,7 @@ student = copy.deepcopy(teacher)
 del student.model.language_model.layers[4:]
 student.config.text_config.update({"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4})
 
-samples = BuiltinDataset(BuiltinTask(caption=1.0, sentences=2, turns=0), size=64, seed=0)
+samples = BuiltinDataset(BuiltinTask(caption=1.0, sentences=2, turns=0), size=48, seed=0)
 rows = [{"messages": samples.messages(i)} for i in range(len(samples))]  # {"role": ..., "content": [image, text]}, ...
 
 args = cdistill.CompoDistillConfig(

@@ -43,7 +43,7 @@ def row(messages):
     return {"prompt": messages[:1], "completion": messages[1:2], "images": [image]}
 
 
-samples = BuiltinDataset(BuiltinTask(caption=1.0, sentences=2, turns=0), size=64, seed=0)
+samples = BuiltinDataset(BuiltinTask(caption=1.0, sentences=2, turns=0), size=48, seed=0)
 args = SFTConfig(
     "runs/example-trl",
     per_device_train_batch_size=8,

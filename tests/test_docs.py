@@ -54,6 +54,10 @@ COMMANDS = {
 RUN = ("recipes", "recipes schema", "data presets llava-665k")
 
 
+def place(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
 def blocks(page: Path, language: str) -> list[str]:
     """The fenced blocks of a language."""
     found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
@@ -141,7 +145,7 @@ GIVEN = {
 WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
 
 
-@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=place)
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mine = [block for number, block in enumerate(blocks(page, "python")) if (page.name, number) not in ELSEWHERE]
@@ -150,7 +154,7 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
         exec(compile(block, str(page), "exec"), names)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=place)
 def test_the_commands_of_a_page_are_understood(page, monkeypatch):
     """By the parsers themselves; each is run here or by a test that is named here."""
     followed = {name_of(words) for words in (*commands(FIRST_HOUR), *map(str.split, RUN))}
@@ -167,7 +171,7 @@ def test_commands_that_only_tell_something(line, capsys):
     assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=place)
 def test_the_recipes_of_a_page_have_keys_that_there_are(page, tmp_path):
     for block in blocks(page, "yaml"):
         values = yaml.safe_load(block)
@@ -177,7 +181,7 @@ def test_the_recipes_of_a_page_have_keys_that_there_are(page, tmp_path):
         load_recipe(str(path))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=place)
 def test_the_make_targets_of_a_page_are_there(page):
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     lines = [line for block in blocks(page, "") for line in block.splitlines()]
