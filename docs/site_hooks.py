@@ -55,13 +55,23 @@ def page_of_commands() -> str:
     for name, command in COMMANDS.items():
         parser = argparse.ArgumentParser(prog=f"cdistill {name}", formatter_class=_Wide, add_help=False)
         command.arguments(parser)
-        usage = parser.format_usage().removeprefix("usage: ").rstrip()
-        lines += [f"## `cdistill {name}`", "", f"{command.help[0].upper()}{command.help[1:]}.", ""]
-        lines += ["```", usage, "```", ""]
-        actions = [action for action in parser._actions if action.help != argparse.SUPPRESS]
-        if actions:
-            lines += ["| argument | meaning |", "| --- | --- |", *(_row(action, parser) for action in actions), ""]
+        lines += _sections(parser, command.help)
     return "\n".join(lines)
+
+
+def _sections(parser: argparse.ArgumentParser, text: str) -> list[str]:
+    """A command's, or those of the commands beneath it."""
+    parser.formatter_class = _Wide
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            told = {choice.dest: choice.help or "" for choice in action._choices_actions}
+            return [line for name, below in action.choices.items() for line in _sections(below, told[name])]
+    usage = parser.format_usage().removeprefix("usage: ").rstrip().replace("\n" + " " * len("usage: "), "\n")
+    lines = [f"## `{parser.prog}`", "", f"{text[0].upper()}{text[1:]}.", "", "```", usage, "```", ""]
+    actions = [action for action in parser._actions if action.help != argparse.SUPPRESS and action.dest != "help"]
+    if actions:
+        lines += ["| argument | meaning |", "| --- | --- |", *(_row(action, parser) for action in actions), ""]
+    return lines
 
 
 class _Wide(argparse.HelpFormatter):
