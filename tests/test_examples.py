@@ -1,12 +1,17 @@
-"""The programs of `examples/`, as they stand there: each says what it has learned."""
+"""The programs and notebooks of `examples/`, as they stand there: each says what it has learned."""
 
+import json
 import re
 import runpy
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
+from matplotlib import pyplot
+from transformers import AutoModelForImageTextToText
 
+matplotlib.use("agg")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 OF_RANKS = "fsdp2.py"
 LEARNED = re.compile(r"^(?:alignment )?loss (\d+\.\d{3}) -> (\d+\.\d{3})$", re.MULTILINE)
@@ -30,3 +35,22 @@ def sharded_on_a_rank():
 def test_the_example_of_fsdp_learns_on_two_processes(ranks):
     ours, theirs = ranks.call(sharded_on_a_rank)
     assert ours == theirs and ours[-1] < 0.7 * ours[0]
+
+
+@pytest.mark.parametrize("name", ["attention_maps", "distil_in_colab"])
+def test_a_notebook_runs_from_its_first_cell_to_its_last(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pyplot, "show", lambda: None)
+    names = {}
+    for cell in json.loads((EXAMPLES / f"{name}.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), name, "exec"), names)
+    assert len(pyplot.gcf().axes) == {"attention_maps": 12, "distil_in_colab": 1}[name]
+    pyplot.close("all")
+    if name == "attention_maps":
+        assert (
+            names["looks"].shape == (len(names["words"]), 36) and names["looks"].min() >= 0 and names["looks"].sum() > 0
+        )
+    else:
+        assert all(values[-1] < values[0] for values in names["history"].values())
+        assert len(AutoModelForImageTextToText.from_pretrained("student").model.language_model.layers) == 4
