@@ -22,6 +22,7 @@ from cdistill.train.recipes import Recipe, recipe_to_dict
 from cdistill.train.recipes.values import differences
 from cdistill.train.resolve import Run, Stage, resolve
 from cdistill.train.run_folder import check_output, check_stages, print_changes, read_recipe
+from cdistill.train.run_log import check_trackers
 
 
 class Data(NamedTuple):
@@ -47,6 +48,7 @@ def prepare(recipe: Recipe, output: Path, *, resume: bool, at_end: ExitStack) ->
     if was_there:
         remove_unfinished(output)
     run = resolve(recipe, launch.world_size() if launch.launched() else None)
+    check_trackers(recipe.report_to)
     models = build_models(recipe)
     _check_data(run, models)
     if resume:
