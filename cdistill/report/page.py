@@ -54,7 +54,7 @@ def _script() -> str:
         raise ValueError(
             "cdistill report draws with vl-convert-python, which is not installed: pip install 'cdistill[report]'"
         ) from None
-    return vl_convert.javascript_bundle().replace("</script", "<\\/script")
+    return vl_convert.javascript_bundle().replace("</script", "<\\/script")  # type: ignore[call-arg]  # the stub lacks the default
 
 
 def _names(runs: Sequence[RunHistory]) -> list[str]:
