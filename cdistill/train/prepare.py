@@ -2,12 +2,14 @@
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cdistill.data import strict_yaml
 from cdistill.data.conversations import Encoder
 from cdistill.files import owned, remove_unfinished, write_text
+from cdistill.models.hub import pinned
 from cdistill.models.load import RECIPE
 from cdistill.models.processor import save_chat_template
 from cdistill.runtime import checkpoints, launch
@@ -37,6 +39,23 @@ def open_data(stage: Stage, models: Models) -> Data:
     """What a stage reads. Raises ValueError as `cdistill.train.data.open_stage`."""
     dataset, collator = open_stage(stage, models)
     return Data(dataset, collator, encoder_of(dataset))
+
+
+def pin_models(recipe: Recipe, output: Path) -> Recipe:
+    """A recipe whose models of the hub are of one commit: where a run goes on, of the one that it has begun with.
+
+    Raises ValueError if the hub does not give one.
+    """
+    recorded = read_recipe(output) if (output / RECIPE).is_file() else None
+
+    def pin(reference: str | None, key: str, before: str | None) -> str | None:
+        return None if reference is None else pinned(reference, key, before)
+
+    student, before = recipe.student, None if recorded is None else recorded.student
+    base = pin(student.base, "student.base", None if before is None else before.base)
+    vision = pin(student.vision, "student.vision", None if before is None else before.vision)
+    teacher = pin(recipe.teacher, "teacher", None if recorded is None else recorded.teacher)
+    return replace(recipe, teacher=teacher, student=replace(student, base=base, vision=vision))
 
 
 def prepare(recipe: Recipe, output: Path, *, resume: bool, at_end: ExitStack) -> Models:

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from cdistill.train.lora import add_lora
 from cdistill.train.measuring import METRIC, VALUE, Measure, Measuring, is_best
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import require_known_everywhere, set_trained
-from cdistill.train.prepare import Data, open_data, prepare, prepare_together, save_processor
+from cdistill.train.prepare import Data, open_data, pin_models, prepare, prepare_together, save_processor
 from cdistill.train.recipes import Recipe
 from cdistill.train.resolve import Run, Stage, resolve
 from cdistill.train.run_folder import CHECKPOINTS, METRICS, remove_leftovers, stage_folders
@@ -61,6 +62,7 @@ def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCall
         if launch.launched():
             launch.init_process_group()
             pulse.watch(recipe.max_stuck_seconds)
+            recipe = on_first_process(partial(pin_models, recipe, output))
             models = prepare_together(recipe, output, resume=resume, at_end=at_end)
             return run_stages(recipe, resume=resume, callbacks=callbacks, models=models)
         if recipe.processes > 1 and callbacks:
@@ -70,6 +72,7 @@ def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCall
         if recipe.processes > 1:
             launch.named_port()
             require_known_everywhere((recipe.stage[name].objective for name in recipe.stages), recipe.processes)
+        recipe = pin_models(recipe, output)
         with launch.quiet():
             models = prepare(recipe, output, resume=resume, at_end=at_end)
         if recipe.processes > 1:
