@@ -26,6 +26,7 @@ class Hub:
 
     def __init__(self):
         self.models, self.commits, self.asked, self.gated, self.private = {}, {}, [], set(), {}
+        self.refuses = False  # whoever writes
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -73,15 +74,19 @@ class Hub:
 
     def answer(self, method, parts, body):
         """Status, headers and content of an answer."""
+        if self.refuses and method == "POST":
+            return 403, {}, {"error": "forbidden"}
         if parts[:2] == ["api", "whoami-v2"]:
             return 200, {}, {"name": "me", "type": "user", "orgs": [], "auth": {}}
+        if parts == ["api", "validate-yaml"]:  # of a card
+            return 200, {}, {"errors": [], "warnings": []}
         if parts == ["api", "repos", "create"]:
             asked = json.loads(body)
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"
             if name in self.models:
                 return 409, {}, {"error": "exists", "url": f"{self.url}/{name}"}
             self.put(name, {})
-            self.private[name] = bool(asked.get("private"))
+            self.private[name] = bool(asked.get("private")) or asked.get("visibility") == "private"
             return 200, {}, {"url": f"{self.url}/{name}", "name": name, "id": name}
         if parts[:2] == ["api", "models"]:
             return self.api("/".join(parts[2:4]), parts[4:], body)

@@ -8,6 +8,8 @@ import pytest
 from builtin_models import make_recipe, save_base, save_teacher
 from hub_server import Hub
 
+from cdistill import cli
+from cdistill.models.export import export
 from cdistill.models.hub import pinned
 from cdistill.models.load import load_model, resolve_folder
 from cdistill.plan.memory import plan
@@ -95,3 +97,48 @@ def test_a_folder_comes_before_a_name(hub, tmp_path, monkeypatch):
     shutil.copytree(save_teacher(tmp_path / "teacher"), tmp_path / "me" / "teacher")
     assert str(resolve_folder("me/teacher", "teacher")) == "me/teacher" and not hub.asked
     assert pinned("me/teacher", "teacher") == "me/teacher"
+
+
+def pushed_run(tmp_path):
+    save_teacher(tmp_path / "teacher")
+    save_base(tmp_path / "base")
+    options = {"stage__dft__validation": {"samples": 4, "every": 2}, "stages": ["dft"]}
+    return run(make_recipe(tmp_path / "run", tmp_path, **options)).parent
+
+
+def test_a_result_is_pushed_with_its_card(hub, tmp_path, capsys):
+    folder = pushed_run(tmp_path)
+    capsys.readouterr()
+    assert cli.main(["push", str(folder), "me/student", "--private"]) == 0
+    said = capsys.readouterr()
+    assert "pushed: " in said.out and "names no licence" in said.out
+    files = hub.models["me/student"]
+    assert hub.private["me/student"] and {"config.json", "model.safetensors", "README.md", "training.png"} <= set(files)
+    assert not [name for name in files if name in ("complete", "recipe.yaml")]
+    text = files["README.md"].decode()
+    card = huggingface_hub.ModelCard(text)
+    assert card.data.library_name == "transformers" and card.data.license is None and card.data.base_model is None
+    assert str(tmp_path) not in text and "distilled from teacher, its visual attention aligned" in text
+    assert "| 1-dft | dft | built-in | 12 | 3 | 0.001 |" in text and "| validation.kd |" in text
+    assert files["training.png"].startswith(b"\x89PNG")
+    export(folder, tmp_path / "exported")
+    assert files["model.safetensors"] == (tmp_path / "exported" / "model.safetensors").read_bytes()
+    assert load_model(resolve_folder("me/student", "model"))
+
+
+def test_pushing_again_and_what_the_hub_refuses(hub, tmp_path, capsys, monkeypatch):
+    teacher = save_teacher(tmp_path / "teacher")
+    assert cli.main(["push", str(teacher), "me/teacher"]) == 2
+    assert "no card can be written: put a README.md" in capsys.readouterr().err
+    (teacher / "README.md").write_text("---\nlicense: mit\n---\nmine\n")
+    assert cli.main(["push", str(teacher), "me/teacher", "--license", "mit"]) == 0
+    assert cli.main(["push", str(teacher), "me/teacher", "--license", "mit"]) == 0, "into one that is there"
+    assert hub.models["me/teacher"]["README.md"].endswith(b"mine\n")
+    capsys.readouterr()
+    hub.refuses = True
+    assert cli.main(["push", str(teacher), "me/teacher"]) == 1
+    assert "does not let you write to me/teacher: `hf auth login`" in capsys.readouterr().err
+    assert cli.main(["push", str(teacher), "nobody"]) == 2
+    assert "OWNER/NAME must name a model on the hub" in capsys.readouterr().err
+    assert cli.main(["push", str(teacher), "me/teacher", "--dry-run", str(tmp_path / "dry")]) == 0
+    assert (tmp_path / "dry" / "model.safetensors").is_file()

@@ -21,27 +21,35 @@ def page(runs: Sequence[RunHistory], *, refresh: int | None = None) -> str:
 
     Raises ValueError without the package that has the charts' scripts.
     """
+    names = _names(runs)
+    shown = charts(runs, names)
+    return (
+        environment()
+        .get_template(TEMPLATE)
+        .render(
+            title=names[0] if len(runs) == 1 else f"{len(runs)} runs",
+            style=STYLE + COLOURS + DARK,
+            script=_script() if shown else "",
+            refresh=refresh if any(run.state == RUNNING for run in runs) else None,
+            runs=[{"name": name, **_about(run)} for name, run in zip(names, runs, strict=True)],
+            charts=shown,
+            drawn=[{"spec": chart.spec, "data": chart.data} for chart in shown],
+            stages=[[stage.label, stage.before] for stage in max(runs, key=lambda run: len(run.stages)).stages[1:]],
+            series=[SERIES[1:], DARK_SERIES[1:]],
+        )
+    )
+
+
+def environment() -> Any:
+    """Jinja with this room's templates; what goes into HTML is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    names = _names(runs)
-    found = Environment(
+    return Environment(
         loader=PackageLoader("cdistill.report", "."),
-        autoescape=True,
+        autoescape=lambda name: ".html" in (name or ""),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
-    shown = charts(runs, names)
-    return found.get_template(TEMPLATE).render(
-        title=names[0] if len(runs) == 1 else f"{len(runs)} runs",
-        style=STYLE + COLOURS + DARK,
-        script=_script() if shown else "",
-        refresh=refresh if any(run.state == RUNNING for run in runs) else None,
-        runs=[{"name": name, **_about(run)} for name, run in zip(names, runs, strict=True)],
-        charts=shown,
-        drawn=[{"spec": chart.spec, "data": chart.data} for chart in shown],
-        stages=[[stage.label, stage.before] for stage in max(runs, key=lambda run: len(run.stages)).stages[1:]],
-        series=[SERIES[1:], DARK_SERIES[1:]],
     )
 
 

@@ -303,10 +303,9 @@ class StageConfig(Keys):
                 yield f"validation must be null for objective {self.objective}, which is trained on patches of images"
             if self.eval is not None and OBJECTIVES[self.objective].trains_on_patches:
                 yield f"eval must be null for objective {self.objective}, which trains the vision encoder alone"
-        metric = self.keep_best
+        metric, tasks = self.keep_best, () if self.eval is None else self.eval.names
         if metric is None or metric in self.measured:
             return
-        tasks = () if self.eval is None else self.eval.names
         if not any(metric.startswith(f"eval.{task}.") for task in tasks):  # whose metrics its files tell
             known = [*self.measured, *(f"eval.{task}.METRIC" for task in tasks)]
             names = ", ".join(known) or "none, as validation and eval are null"
