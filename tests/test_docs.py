@@ -49,6 +49,7 @@ COMMANDS = {
     "eval presets": "test_eval_benchmarks.py",
     "eval score": "test_eval_scorers.py",
     "gradients": "test_train_gradients.py",
+    "push": "test_hub.py",
     "reproduce": "test_reproduce.py",
 }
 RUN = ("recipes", "recipes schema", "data presets llava-665k")
@@ -211,5 +212,7 @@ def test_the_first_hour_to_the_letter(tmp_path, monkeypatch, capsys):
         assert cli.main([*words, *more]) == 0, (words, capsys.readouterr().err)
     logged = [json.loads(line) for line in Path("runs/first/metrics.jsonl").read_text().splitlines()]
     assert [line["stage"] for line in logged] == ["dft", "sft"] and logged[0]["vat"] > 0
-    assert Path("looks/page.html").is_file()
+    said = (ROOT / "docs/reference/files.md").read_text()
+    assert {key for line in logged for key in line if f"`{key}`" not in said} == set()
+    assert Path("looks/page.html").is_file() and Path("runs/first/report.html").is_file()
     assert type(AutoModelForImageTextToText.from_pretrained("student")).__name__ == "Idefics3ForConditionalGeneration"

@@ -2,12 +2,14 @@
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cdistill.data import strict_yaml
 from cdistill.data.conversations import Encoder
 from cdistill.files import owned, remove_unfinished, write_text
+from cdistill.models.hub import pinned
 from cdistill.models.load import RECIPE
 from cdistill.models.processor import save_chat_template
 from cdistill.runtime import checkpoints, launch
@@ -22,6 +24,7 @@ from cdistill.train.recipes import Recipe, recipe_to_dict
 from cdistill.train.recipes.values import differences
 from cdistill.train.resolve import Run, Stage, resolve
 from cdistill.train.run_folder import check_output, check_stages, print_changes, read_recipe
+from cdistill.train.run_log import check_trackers
 
 
 class Data(NamedTuple):
@@ -38,6 +41,23 @@ def open_data(stage: Stage, models: Models) -> Data:
     return Data(dataset, collator, encoder_of(dataset))
 
 
+def pin_models(recipe: Recipe, output: Path) -> Recipe:
+    """A recipe whose models of the hub are of one commit: where a run goes on, of the one that it has begun with.
+
+    Raises ValueError if the hub does not give one.
+    """
+    recorded = read_recipe(output) if (output / RECIPE).is_file() else None
+
+    def pin(reference: str | None, key: str, before: str | None) -> str | None:
+        return None if reference is None else pinned(reference, key, before)
+
+    student, before = recipe.student, None if recorded is None else recorded.student
+    base = pin(student.base, "student.base", None if before is None else before.base)
+    vision = pin(student.vision, "student.vision", None if before is None else before.vision)
+    teacher = pin(recipe.teacher, "teacher", None if recorded is None else recorded.teacher)
+    return replace(recipe, teacher=teacher, student=replace(student, base=base, vision=vision))
+
+
 def prepare(recipe: Recipe, output: Path, *, resume: bool, at_end: ExitStack) -> Models:
     """Check everything that a run needs on this machine, then make its folder hold the recipe; it is locked until the end."""
     was_there = output.is_dir()
@@ -47,6 +67,7 @@ def prepare(recipe: Recipe, output: Path, *, resume: bool, at_end: ExitStack) ->
     if was_there:
         remove_unfinished(output)
     run = resolve(recipe, launch.world_size() if launch.launched() else None)
+    check_trackers(recipe.report_to)
     models = build_models(recipe)
     _check_data(run, models)
     if resume:

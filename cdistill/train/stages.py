@@ -41,13 +41,14 @@ from cdistill.train.lora import add_lora
 from cdistill.train.measuring import METRIC, VALUE, Measure, Measuring, is_best
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import require_known_everywhere, set_trained
-from cdistill.train.prepare import Data, open_data, prepare, prepare_together, save_processor
+from cdistill.train.prepare import Data, open_data, pin_models, prepare, prepare_together, save_processor
 from cdistill.train.recipes import Recipe
 from cdistill.train.resolve import Run, Stage, resolve
 from cdistill.train.run_folder import CHECKPOINTS, METRICS, remove_leftovers, stage_folders
+from cdistill.train.run_log import TENSORBOARD, RunLog
 from cdistill.train.teacher_source import Cached, place_teacher
 from cdistill.train.terms.alignment import Alignment
-from cdistill.train.trainer import DistillTrainer, RunLog, training_arguments
+from cdistill.train.trainer import DistillTrainer, training_arguments
 from cdistill.train.validation import Validation
 from cdistill.vat import attention_layers
 
@@ -61,6 +62,7 @@ def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCall
         if launch.launched():
             launch.init_process_group()
             pulse.watch(recipe.max_stuck_seconds)
+            recipe = on_first_process(partial(pin_models, recipe, output))
             models = prepare_together(recipe, output, resume=resume, at_end=at_end)
             return run_stages(recipe, resume=resume, callbacks=callbacks, models=models)
         if recipe.processes > 1 and callbacks:
@@ -70,6 +72,7 @@ def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCall
         if recipe.processes > 1:
             launch.named_port()
             require_known_everywhere((recipe.stage[name].objective for name in recipe.stages), recipe.processes)
+        recipe = pin_models(recipe, output)
         with launch.quiet():
             models = prepare(recipe, output, resume=resume, at_end=at_end)
         if recipe.processes > 1:
@@ -211,6 +214,8 @@ def _ready(run: Run, stage: Stage, student: Model) -> TrainingArguments:
         seed=stage.seed,
         workers=recipe.workers,
         on_cpu=not torch.cuda.is_available(),
+        name=f"{recipe.name} {stage.label}",
+        trackers=recipe.report_to,
     )
 
 
@@ -287,13 +292,14 @@ def _trainer(
         stage.name,
         per_step=config.global_batch_size,
         steps=config.steps,
-        layers=recipe.log_layers,
+        tensorboard=TENSORBOARD in recipe.report_to,
     )
     trainer = DistillTrainer(
         model,
         arguments,
         config,
         lora=stage.lora,
+        log_layers=recipe.log_layers,
         finite=FiniteSteps(recipe.max_nonfinite_steps, stage.label),
         bad=BadSamples(recipe.max_bad_samples, run.output, stage.label),
         train_dataset=data.dataset,
@@ -315,7 +321,12 @@ def _measure(run: Run, stage: Stage, models: Models, trainer: DistillTrainer, lo
 
     def add(name: str, measure: Measure, every: int) -> None:
         kept = keep if metric.startswith(f"{name}.") else None
-        trainer.add_callback(Measuring(trainer, measure, every, partial(log.measured, name), kept))
+
+        def report(step: int, values: Mapping[str, float]) -> None:
+            log.measured(name, step, values)
+            trainer.tell({f"eval_{name}/{key}": value for key, value in values.items()})
+
+        trainer.add_callback(Measuring(trainer, measure, every, report, kept))
 
     if config.validation is not None:
         validation = Validation(trainer, *open_validation(stage, models), batch=stage.micro_batch_size)
