@@ -1,4 +1,4 @@
-"""What the site takes from outside this folder: three pages of the root, the page of all commands, and links among them."""
+"""What the site takes from outside this folder: four pages of the root, the page of all commands, and links among them."""
 
 import argparse
 import posixpath
@@ -8,7 +8,12 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
-OUTSIDE = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "security.md": "SECURITY.md"}
+OUTSIDE = {
+    "index.md": "README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "security.md": "SECURITY.md",
+    "changelog.md": "CHANGELOG.md",
+}
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)]*)?\)")
 SHOWN = re.compile(r"^<!-- shows (\S+) -->$", re.MULTILINE)  # a program that GitHub shows by a link
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
