@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: demo test pytest test-asan bench lint setup eval-env clean
+.PHONY: demo test pytest test-asan bench lint setup eval-env readers-env clean
 
 demo: setup
 	$(BIN)/cdistill demo
@@ -72,5 +72,14 @@ $(EVAL)/.ready: constraints-eval.txt $(OURS) | setup
 	tasks="$$($(EVAL)/bin/python $(SITE_OF))/lmms_eval/tasks/cdistill" && mkdir -p "$$tasks" && ln -sf $(addprefix $(CURDIR)/,$(OURS)) "$$tasks"
 	touch $@
 
+# Folders to put first on PYTHONPATH, for `python -m benchmarks.readers`: one for each version of transformers.
+READERS := .readers
+readers-env: $(READERS)/.ready
+$(READERS)/.ready: constraints-readers.txt | setup
+	rm -rf $(READERS)
+	grep ^transformers constraints-readers.txt | while read -r first rest; do \
+	    $(BIN)/python -m pip install --quiet --no-compile --no-deps --target $(READERS)/$${first#*==} $$first $$rest || exit 1; done
+	touch $@
+
 clean:
-	rm -rf build *.egg-info cdistill/*.so $(VENV) $(EVAL)
+	rm -rf build *.egg-info cdistill/*.so $(VENV) $(EVAL) $(READERS)
