@@ -21,7 +21,7 @@ from cdistill.models.export import export
 from cdistill.models.export_check import compare, expected_replies, fault, make_prompts, picture
 from cdistill.models.load import ASSETS, load_model, load_tokenizer
 from cdistill.models.processor import load_processor
-from cdistill.models.published import published_config
+from cdistill.models.published import published_config, unread_by_older
 
 LANGUAGE = (
     "language_model.model.embed_tokens language_model.model.layers language_model.model.norm language_model.lm_head"
@@ -110,7 +110,7 @@ def test_a_folder_in_published_names_is_exported_as_the_same_weights_in_shards(t
     model = save(taf_student(width=32), tmp_path / "made")
     once = export(model, tmp_path / "once").folder
     assert modules(once) == set(f"{LANGUAGE} {PROJECTOR} {SIGLIP}".split()) - {"language_model.lm_head"}  # tied
-    arguments = ["export", str(once), str(tmp_path / "twice"), "--max-shard-size", "20KB"]
+    arguments = ["export", str(once), str(tmp_path / "twice"), "--max-shard-size", "20000"]
     assert main(arguments) == 0
     index = json.loads((tmp_path / "twice" / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(index.values())) > 2
@@ -138,8 +138,16 @@ def test_rotary_positions_are_said_as_older_configurations_say_them():
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
     )
     assert partial == {"rope_theta": 1e4, "partial_rotary_factor": 0.5, "rope_scaling": None}
-    gemma = Gemma3TextConfig().to_dict()  # another base in sliding layers: one name would lose the other
-    assert published_config(gemma)["rope_parameters"] == gemma["rope_parameters"]
+    gemma = Gemma3TextConfig().to_dict()  # sliding layers have a base of their own
+    gemma["rope_parameters"]["full_attention"] |= {"rope_type": "linear", "factor": 8.0}
+    said = published_config(gemma)
+    assert "rope_parameters" not in said and not unread_by_older({"text_config": said})
+    assert (said["rope_theta"], said["rope_local_base_freq"]) == (1e6, 1e4)
+    assert said["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
+    assert Gemma3TextConfig(**said).rope_parameters == gemma["rope_parameters"]
+    other = published_config(gemma | {"model_type": "other"})  # of which no one name is known: one would lose the other
+    assert other["rope_parameters"] == gemma["rope_parameters"]
+    assert "rotary positions differ from layer to layer" in unread_by_older({"text_config": other})[0]
 
 
 def test_the_number_format_is_that_of_every_part(tmp_path):

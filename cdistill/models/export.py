@@ -95,9 +95,9 @@ def export(
     if code and not isinstance(loaded, TAFLlavaForConditionalGeneration):
         remarks.append(f"--code: {type(loaded).__name__} is part of transformers and needs none")
         code = False
-    checked = _write(loaded, processor, output, code=code, max_shard_size=max_shard_size, check=check)
+    checked, more = _write(loaded, processor, output, code=code, max_shard_size=max_shard_size, check=check)
     name = next(name for name, value in DTYPES.items() if value == target)
-    return Exported(output, type(loaded).__name__, name, tuple(merged), (*remarks, *checked[1:]), checked[0])
+    return Exported(output, type(loaded).__name__, name, tuple(merged), (*remarks, *more), checked)
 
 
 def _check_options(output: Path, dtype: str | None, max_shard_size: int | str | None) -> None:
@@ -256,7 +256,7 @@ def _untie_adapted(adapted: Any) -> None:
 
 def _write(
     model: Model, processor: Processor, output: Path, *, code: bool, max_shard_size: int | str | None, check: bool
-) -> list[str]:
+) -> tuple[str, list[str]]:
     """Save everything beside ``output``, then rename; on failure nothing is left. What was checked, and remarks on that."""
     if hasattr(model.config, "auto_map"):  # it names files of the folder the model came from, which are not taken along
         del model.config.auto_map
@@ -265,21 +265,22 @@ def _write(
             "AutoConfig": f"{CODE}.{TAFLlavaConfig.__name__}",
             "AutoModelForImageTextToText": f"{CODE}.{TAFLlavaForConditionalGeneration.__name__}",
         }
-    options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-    checked = [""]
+    size = int(max_shard_size) if isinstance(max_shard_size, str) and max_shard_size.isdigit() else max_shard_size
+    options = {} if size is None else {"max_shard_size": size}
+    checked = ""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with building(output) as part:
             model.save_pretrained(part, **options)
             processor.save_pretrained(part)
-            publish(part, "output")
+            remarks = publish(part, "output")
             if code:
                 shutil.copyfile(taf.__file__, part / f"{CODE}.py")
             if check:
-                said, remarks = check_folder_replies(part, model, processor, code=code)
-                checked = [said, *remarks]
+                checked, more = check_folder_replies(part, model, processor, code=code)
+                remarks += more
     except Exception as error:
         if not (isinstance(error, OSError | SafetensorError) or disk_full(error)):
             raise
         raise ValueError(f"output: {output} could not be written: {one_line(error)}") from None
-    return checked
+    return checked, remarks

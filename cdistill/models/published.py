@@ -29,17 +29,20 @@ class Layout:
         weights: rules of `re.sub`, each applied to every name.
         flat: the fields of ``text_config`` stand beside the model's own, and the vision encoder names no type.
         multimodal_rope: ``rope_scaling`` with ``mrope_section`` says ``"type": "mrope"``.
+        local_rope: field with the base of layers of sliding attention, where it differs from that of the others.
     """
 
     weights: tuple[Rule, ...] = ()
     flat: bool = False
     multimodal_rope: bool = False
+    local_rope: str = ""
 
 
 _TOWERS = r"^((?:model\.)?(?:vision_tower|image_tower|video_tower)\.)"
 _PARTS = r"(?=(?:embeddings|pre_layrnorm|encoder|post_layernorm|head)\.)"
 _NESTED = Layout(weights=((_TOWERS + _PARTS, r"\1vision_model."),))
 _QWEN_VL = Layout(flat=True, multimodal_rope=True)
+_GEMMA = Layout(local_rope="rope_local_base_freq")
 
 # By model type of a model, of its language model or of its vision encoder.
 LAYOUTS: Mapping[str, Layout] = {
@@ -48,6 +51,8 @@ LAYOUTS: Mapping[str, Layout] = {
     "clip_vision_model": _NESTED,
     "qwen2_vl": _QWEN_VL,
     "qwen2_5_vl": _QWEN_VL,
+    "gemma3_text": _GEMMA,
+    "gemma3n_text": _GEMMA,
 }
 
 # Fields of any file that tell of the machine or the folder a part came from.
@@ -65,8 +70,8 @@ _PLAIN_ROPE = ("default", "axial")
 _STANDARD_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
-def publish(folder: Path, key: str) -> None:
-    """Give a folder that transformers wrote the names, fields and files of published checkpoints.
+def publish(folder: Path, key: str) -> list[str]:
+    """Give a folder that transformers wrote the names, fields and files of published checkpoints; returns remarks.
 
     Weights keep their bits and their places in the files. Raises ValueError that begins with ``key`` for a corrupt file.
     """
@@ -78,10 +83,12 @@ def publish(folder: Path, key: str) -> None:
         index = read_json(folder / INDEX, key)
         index["weight_map"] = {published_name(name, rules): file for name, file in index["weight_map"].items()}
         _write(folder / INDEX, index)
-    _write(folder / CONFIG, published_config(config))
+    published = published_config(config)
+    _write(folder / CONFIG, published)
     _publish_generation(folder, key)
     _publish_processor(folder, key)
     _publish_tokenizer(folder, key)
+    return unread_by_older(published)
 
 
 def weight_rules(config: Mapping[str, Any]) -> tuple[Rule, ...]:
@@ -113,7 +120,7 @@ def published_config(values: Mapping[str, Any]) -> dict[str, Any]:
         elif name not in LOCAL:
             part = name.endswith("_config") and isinstance(value, dict)
             result[name] = published_config(value) if part else value
-    _separate_rope(result)
+    _separate_rope(result, layout.local_rope)
     for name, value in result.items():
         if name.endswith("_config") and isinstance(value, dict) and "torch_dtype" in value and "torch_dtype" in result:
             value["torch_dtype"] = result["torch_dtype"]
@@ -132,10 +139,16 @@ def published_config(values: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _separate_rope(values: dict[str, Any]) -> None:
+def _separate_rope(values: dict[str, Any], local: str) -> None:
     rope = values.get("rope_parameters")
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+    if not isinstance(rope, dict):
         return
+    layers = {name: value for name, value in rope.items() if isinstance(value, dict)}
+    if layers:
+        own = layers.get("sliding_attention", {})
+        if not local or layers.keys() != {"full_attention", "sliding_attention"} or own.get("rope_type") != "default":
+            return
+        values[local], rope = own["rope_theta"], layers["full_attention"]
     del values["rope_parameters"]
     kind = rope.get("rope_type", "default")
     values |= {name: rope[name] for name in _OF_ROPE if rope.get(name) is not None}
@@ -144,6 +157,16 @@ def _separate_rope(values: dict[str, Any]) -> None:
         values["rope_scaling"] = {"rope_type": "default" if kind in _PLAIN_ROPE else kind, **rest}
     elif kind == "default":
         values["rope_scaling"] = None
+
+
+def unread_by_older(config: Mapping[str, Any]) -> list[str]:
+    """What a published configuration says that transformers 4 does not read, in whose hands it is another model."""
+    parts = [config, *(value for name, value in config.items() if name.endswith("_config") and isinstance(value, dict))]
+    if any(part.get("rope_parameters") for part in parts):
+        return [
+            "rotary positions differ from layer to layer, which transformers 4 does not read: it makes another model of them"
+        ]
+    return []
 
 
 def _publish_generation(folder: Path, key: str) -> None:
