@@ -7,6 +7,7 @@ was exported. It writes benchmarks/results/serve/readers.json and ends with 1 if
 reader. With names of cases only these are run, and nothing is written.
 """
 
+import contextlib
 import inspect
 import json
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 import cdistill
 from benchmarks._results import ROOT, cpu_environment, results_folder, version
@@ -25,9 +27,11 @@ from cdistill.models.export import export
 from cdistill.models.export_check import TOLERANCE, ask, compare, expected_replies, make_prompts, picture
 from cdistill.models.load import ASSETS, load_model
 from cdistill.models.processor import load_processor
+from cdistill.models.published import publish
 
 ENVIRONMENTS = ROOT / ".readers"
 TOKENS = 8
+MOST = 8_000_000  # weights of a family made small
 SHOWN = ([picture(0)], [picture(1), picture(2)])
 _ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 # What readers do otherwise with any checkpoint of a family, theirs included: looked up in their sources.
@@ -51,15 +55,22 @@ class Case:
     """An exported folder and what is expected of it."""
 
     def __init__(
-        self, folder: Path, model: Any, prompts: list[dict[str, Any]], *, code: bool = False, video: bool = False
+        self,
+        folder: Path,
+        model: Any,
+        prompts: list[dict[str, Any]],
+        *,
+        code: bool = False,
+        video: bool = False,
+        tokens: int = TOKENS,
     ):
         self.folder, self.prompts, self.video = folder, prompts, video
-        self.wanted = expected_replies(model, prompts, TOKENS)
+        self.wanted = expected_replies(model, prompts, tokens)
         self.request = {
             "folder": str(folder),
             "code": code,
             "cdistill": False,
-            "tokens": TOKENS,
+            "tokens": tokens,
             "threads": torch.get_num_threads(),
             "prompts": prompts,
         }
@@ -132,6 +143,52 @@ def _families(root: Path) -> Iterator[tuple[str, Any]]:
     )
 
 
+def _every_family(root: Path) -> dict[str, Case]:
+    """Every family of transformers that can be made small, on words alone and with a rotary base that is nobody's default."""
+    import family_sweep
+
+    cases = {}
+    for name in family_sweep.FAMILIES:
+        for heads in (1, 2):
+            with contextlib.suppress(Exception):  # of the family's own code: docs/families.md says which are not run
+                config = family_sweep.small_config(name, heads)
+                for part in {id(part): part for part in (config, config.get_text_config(decoder=True))}.values():
+                    if "rope_theta" in (getattr(part, "rope_parameters", None) or {}):
+                        part.rope_parameters["rope_theta"] = 500.0
+                kind = getattr(transformers, family_sweep.class_of(name))
+                with torch.device("meta"):
+                    if sum(weight.numel() for weight in kind(config).parameters()) > MOST:
+                        break
+                torch.manual_seed(0)
+                model = kind(config).eval()
+                model.set_attn_implementation("eager")
+                inputs = family_sweep.draw(model)
+                inputs["attention_mask"].fill_(1)
+                prompt = {"question": "", "images": [], "inputs": inputs}
+                case = Case(root / "every" / name, model, [prompt], tokens=0)
+                model.save_pretrained(case.folder)
+                publish(case.folder, name)
+                cases[name] = case
+                break
+    return cases
+
+
+def _summary(verdicts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Families that are the same, younger than the reader, refused by it, and another model in its hands."""
+    other = {name: verdict for name, verdict in verdicts.items() if verdict["same"] is False}
+    return {
+        "same": [name for name, verdict in verdicts.items() if verdict["same"]],
+        "younger_than_the_reader": [name for name, verdict in verdicts.items() if verdict["same"] is None],
+        "refused": {name: verdict["error"] for name, verdict in other.items() if "error" in verdict},
+        "another_model": {
+            name: f"logits differ by {verdict['largest_difference_of_logits']:.2g} of {verdict['largest_logit']:.2g}; "
+            f"weights: {verdict['weights']}"
+            for name, verdict in other.items()
+            if "error" not in verdict
+        },
+    }
+
+
 def _verdict(case: Case, result: dict[str, Any]) -> dict[str, Any]:
     if "error" in result:
         return {"same": None if _unknown(result["error"]) else False, "error": result["error"][:160]}
@@ -195,6 +252,8 @@ def main() -> int:
             readers[path.name] = read(cases, path, root / path.name)
             for case, verdict in readers[path.name].items():
                 print(f"{path.name}  {case}: {verdict}", flush=True)
+        some = {} if sys.argv[1:] else _every_family(root)
+        every = {path.name: _summary(read(some, path, root / path.name)) for path in versions}
     if not sys.argv[1:]:
         data = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -202,6 +261,7 @@ def main() -> int:
             "exported_with": {"transformers": version("transformers"), "cdistill": cdistill.__version__},
             "prompts": "one image, two images, words alone; 8 tokens, greedy, eager attention",
             "readers": readers,
+            "every_family_on_words": every,
         }
         path = results_folder() / "serve" / "readers.json"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from builtin_models import save_base
 from export_cases import batch, save, taf_student
 from family_models import FAMILIES, build, draw
 from safetensors import safe_open
-from transformers import AutoTokenizer, Gemma3TextConfig
+from transformers import AutoTokenizer, Gemma3TextConfig, GPTNeoXConfig, Qwen3MoeConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from cdistill.cli import main
@@ -21,7 +21,7 @@ from cdistill.models.export import export
 from cdistill.models.export_check import compare, expected_replies, fault, make_prompts, picture
 from cdistill.models.load import ASSETS, load_model, load_tokenizer
 from cdistill.models.processor import load_processor
-from cdistill.models.published import published_config, unread_by_older
+from cdistill.models.published import published_config, published_name, unread_by_older, weight_rules
 
 LANGUAGE = (
     "language_model.model.embed_tokens language_model.model.layers language_model.model.norm language_model.lm_head"
@@ -148,6 +148,22 @@ def test_rotary_positions_are_said_as_older_configurations_say_them():
     other = published_config(gemma | {"model_type": "other"})  # of which no one name is known: one would lose the other
     assert other["rope_parameters"] == gemma["rope_parameters"]
     assert "rotary positions differ from layer to layer" in unread_by_older({"text_config": other})[0]
+
+
+def test_names_that_older_versions_have_for_fields_and_towers():
+    neox = GPTNeoXConfig(rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5})
+    said = published_config(neox.to_dict())
+    assert (said["rotary_emb_base"], said["rotary_pct"]) == (500.0, 0.5)
+    assert GPTNeoXConfig(**said).rope_parameters == neox.rope_parameters
+    said = published_config(Qwen3MoeConfig(num_experts=4).to_dict())
+    assert said["num_experts"] == 4 and "num_local_experts" not in said
+    for tower in ("vision_tower", "model.vision_tower", "image_tower", "model.vision_model"):
+        rules = weight_rules({"model_type": "any", "vision_config": {"model_type": "siglip_vision_model"}})
+        for part in ("embeddings.position_embedding.weight", "encoder.layers.0.mlp.fc1.bias", "head.probe"):
+            published = published_name(f"{tower}.{part}", rules)
+            assert published == f"{tower}.vision_model.{part}"
+            assert published_name(published, rules) == published
+            assert published_name(f"{tower}.{part}", weight_rules({"model_type": "any"})) == f"{tower}.{part}"
 
 
 def test_the_number_format_is_that_of_every_part(tmp_path):

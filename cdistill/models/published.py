@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,21 @@ class Layout:
         flat: the fields of ``text_config`` stand beside the model's own, and the vision encoder names no type.
         multimodal_rope: ``rope_scaling`` with ``mrope_section`` says ``"type": "mrope"``.
         local_rope: field with the base of layers of sliding attention, where it differs from that of the others.
+        fields: what fields of the configuration are called.
     """
 
     weights: tuple[Rule, ...] = ()
     flat: bool = False
     multimodal_rope: bool = False
     local_rope: str = ""
+    fields: Mapping[str, str] = field(default_factory=dict)
 
 
-_TOWERS = r"^((?:model\.)?(?:vision_tower|image_tower|video_tower)\.)"
+_TOWERS = r"^((?:model\.)?(?:vision_tower|image_tower|video_tower|vision_model)\.)"
 _PARTS = r"(?=(?:embeddings|pre_layrnorm|encoder|post_layernorm|head)\.)"
 _NESTED = Layout(weights=((_TOWERS + _PARTS, r"\1vision_model."),))
 _QWEN_VL = Layout(flat=True, multimodal_rope=True)
-_GEMMA = Layout(local_rope="rope_local_base_freq")
+_NEOX = Layout(fields={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"})
 
 # By model type of a model, of its language model or of its vision encoder.
 LAYOUTS: Mapping[str, Layout] = {
@@ -51,8 +53,10 @@ LAYOUTS: Mapping[str, Layout] = {
     "clip_vision_model": _NESTED,
     "qwen2_vl": _QWEN_VL,
     "qwen2_5_vl": _QWEN_VL,
-    "gemma3_text": _GEMMA,
-    "gemma3n_text": _GEMMA,
+    "gemma3_text": Layout(local_rope="rope_local_base_freq"),
+    "qwen3_moe": Layout(fields={"num_local_experts": "num_experts"}),
+    "gpt_neox": _NEOX,
+    "gpt_neox_japanese": _NEOX,
 }
 
 # Fields of any file that tell of the machine or the folder a part came from.
@@ -121,6 +125,7 @@ def published_config(values: Mapping[str, Any]) -> dict[str, Any]:
             part = name.endswith("_config") and isinstance(value, dict)
             result[name] = published_config(value) if part else value
     _separate_rope(result, layout.local_rope)
+    result = {layout.fields.get(name, name): value for name, value in result.items()}
     for name, value in result.items():
         if name.endswith("_config") and isinstance(value, dict) and "torch_dtype" in value and "torch_dtype" in result:
             value["torch_dtype"] = result["torch_dtype"]

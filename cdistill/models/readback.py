@@ -49,17 +49,16 @@ def _prompt(speaker: Any, content: Any) -> str:
 
 @torch.no_grad()
 def reply(model: Any, inputs: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
-    """Logits (1, T, vocabulary) of the inputs and the ids (1, at most T + ``tokens``) of the greedy reply."""
+    """Logits (B, T, vocabulary) of the inputs and the ids (B, at most T + ``tokens``) of the greedy replies."""
     known = inspect.signature(model.forward).parameters
     taken = {
         name: value.to(model.dtype) if value.is_floating_point() else value
         for name, value in inputs.items()
         if name in known
     }
-    return {
-        "logits": model(**taken).logits.float(),
-        "ids": model.generate(**taken, max_new_tokens=tokens, do_sample=False),
-    }
+    logits = model(**taken).logits.float()
+    ids = model.generate(**taken, max_new_tokens=tokens, do_sample=False) if tokens else inputs["input_ids"]
+    return {"logits": logits, "ids": ids}
 
 
 def load(folder: str, code: bool) -> tuple[Any, dict[str, list[str]], bool]:
@@ -81,8 +80,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     A request has ``folder``, ``code`` (whether its code may run), ``cdistill`` (whether it is imported first), ``tokens`` (of a
     reply), ``threads`` and ``prompts``: each has ``inputs``, ``question`` and ``images``. The result has the class, the number
     format and the transformers version, names of weights that do not fit, and for each prompt what `reply` makes of the inputs
-    and what `encode` makes of the question: ``processed``, or ``why`` there is none. Of a folder that cannot be loaded or run
-    it has the ``error`` and the version alone.
+    and what `encode` makes of the question: ``processed``, or ``why`` there is none (no processor loads, or no prompt has a
+    question). Of a folder that cannot be loaded or run it has the ``error`` and the version alone.
     """
     torch.set_num_threads(request["threads"])
     if request["cdistill"]:  # whose auto classes load TAF students
@@ -97,11 +96,12 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     folder, version = request["folder"], transformers.__version__
     model, wrong, multimodal = load(folder, request["code"])
     result = {"class": type(model).__name__, "dtype": str(model.dtype), "version": version, **wrong}
-    speaker, why = None, ""
-    try:
-        speaker = load_speaker(folder, multimodal)
-    except Exception as error:
-        why = _said(error)
+    speaker, why = None, "no question"
+    if any(prompt["question"] for prompt in request["prompts"]):
+        try:
+            speaker = load_speaker(folder, multimodal)
+        except Exception as error:
+            why = _said(error)
     replies = []
     for prompt in request["prompts"]:
         one: dict[str, Any] = dict(reply(model, prompt["inputs"], request["tokens"]))
