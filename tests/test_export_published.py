@@ -6,6 +6,7 @@ Other versions of transformers read such folders in `python -m benchmarks.reader
 import json
 import re
 
+import family_sweep
 import pytest
 import torch
 from builtin_models import save_base
@@ -21,7 +22,7 @@ from cdistill.models.export import export
 from cdistill.models.export_check import compare, expected_replies, fault, make_prompts, picture
 from cdistill.models.load import ASSETS, load_model, load_tokenizer
 from cdistill.models.processor import load_processor
-from cdistill.models.published import published_config, published_name, unread_by_older, weight_rules
+from cdistill.models.published import publish, published_config, published_name, unread_by_older, weight_rules
 
 LANGUAGE = (
     "language_model.model.embed_tokens language_model.model.layers language_model.model.norm language_model.lm_head"
@@ -164,6 +165,27 @@ def test_names_that_older_versions_have_for_fields_and_towers():
             assert published == f"{tower}.vision_model.{part}"
             assert published_name(published, rules) == published
             assert published_name(f"{tower}.{part}", weight_rules({"model_type": "any"})) == f"{tower}.{part}"
+
+
+def test_every_family_reads_its_published_configuration_as_its_own(tmp_path):
+    read, kept = 0, []
+    for name in family_sweep.FAMILIES:
+        try:
+            config = family_sweep.small_config(name, 2)
+        except Exception:  # of the family's own code
+            continue
+        for part in (config, config.get_text_config(decoder=True)):
+            if "rope_theta" in (getattr(part, "rope_parameters", None) or {}):
+                part.rope_parameters["rope_theta"] = 500.0
+        config.save_pretrained(tmp_path)
+        wanted = type(config).from_pretrained(tmp_path)
+        kept += [name] * len(publish(tmp_path, "output"))
+        found = type(config).from_pretrained(tmp_path)
+        for ours, theirs in ((found, wanted), (found.get_text_config(), wanted.get_text_config())):
+            assert getattr(ours, "rope_parameters", None) == getattr(theirs, "rope_parameters", None), name
+        read += 1
+    assert read > 200
+    assert {"muse_spark", "olmo3"} <= set(kept) and not {"llava", "gemma3", "qwen3_vl", "llama"} & set(kept)
 
 
 def test_the_number_format_is_that_of_every_part(tmp_path):

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cdistill.models.folder import CONFIG, INDEX, MOST_BYTES_OF_A_TOKENIZER, read_json
+from transformers import CONFIG_MAPPING
+
+from cdistill.models.folder import CONFIG, INDEX, MOST_BYTES_OF_A_TOKENIZER, read_json, reading
 
 Rule = tuple[str, str]  # pattern of a weight's name, and what replaces it
 
@@ -88,7 +90,12 @@ def publish(folder: Path, key: str) -> list[str]:
         index["weight_map"] = {published_name(name, rules): file for name, file in index["weight_map"].items()}
         _write(folder / INDEX, index)
     published = published_config(config)
-    _write(folder / CONFIG, published)
+    with reading(key, str(folder / CONFIG)):
+        meant = _meaning(folder, config["model_type"])
+        _write(folder / CONFIG, published)
+        if _meaning(folder, config["model_type"]) != meant:  # not every family of transformers 5 reads the older fields
+            published = published_config(config, rope=False)
+            _write(folder / CONFIG, published)
     _publish_generation(folder, key)
     _publish_processor(folder, key)
     _publish_tokenizer(folder, key)
@@ -109,8 +116,8 @@ def published_name(name: str, rules: tuple[Rule, ...]) -> str:
     return name
 
 
-def published_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a ``config.json``, or of a part of it, as published checkpoints have them.
+def published_config(values: Mapping[str, Any], *, rope: bool = True) -> dict[str, Any]:
+    """The fields of a ``config.json``, or of a part of it, as published checkpoints have them; without ``rope`` all but these.
 
     ``torch_dtype`` for ``dtype``, and that of the whole in its parts, which readers make one by one; ``rope_theta`` and
     ``rope_scaling`` for ``rope_parameters``, unless these differ from layer to layer, for which older configurations have no
@@ -123,8 +130,9 @@ def published_config(values: Mapping[str, Any]) -> dict[str, Any]:
             result["torch_dtype"] = value
         elif name not in LOCAL:
             part = name.endswith("_config") and isinstance(value, dict)
-            result[name] = published_config(value) if part else value
-    _separate_rope(result, layout.local_rope)
+            result[name] = published_config(value, rope=rope) if part else _plain(value)
+    if rope:
+        _separate_rope(result, layout.local_rope)
     result = {layout.fields.get(name, name): value for name, value in result.items()}
     for name, value in result.items():
         if name.endswith("_config") and isinstance(value, dict) and "torch_dtype" in value and "torch_dtype" in result:
@@ -142,6 +150,24 @@ def published_config(values: Mapping[str, Any]) -> dict[str, Any]:
         rest = {name: value for name, value in scaling.items() if name not in ("type", "rope_type")}
         result["rope_scaling"] = {"type": "mrope", **rest}
     return result
+
+
+def _meaning(folder: Path, model_type: str) -> Any:
+    """What the installed transformers makes of a folder's ``config.json``, but for what is said otherwise on purpose."""
+    said = ("dtype", "torch_dtype", "tie_word_embeddings", "transformers_version", *LOCAL)
+
+    def meant(value: Any) -> Any:
+        return {k: meant(v) for k, v in value.items() if k not in said} if isinstance(value, dict) else value
+
+    kind: Any = CONFIG_MAPPING[model_type]
+    return meant(kind.from_pretrained(folder, local_files_only=True).to_dict())
+
+
+def _plain(value: Any) -> Any:
+    """Infinity and NaN as older versions write them."""
+    if isinstance(value, dict):
+        return float(value["__float__"]) if value.keys() == {"__float__"} else {k: _plain(v) for k, v in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list) else value
 
 
 def _separate_rope(values: dict[str, Any], local: str) -> None:
