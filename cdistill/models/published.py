@@ -157,7 +157,10 @@ def _meaning(folder: Path, model_type: str) -> Any:
     said = ("dtype", "torch_dtype", "tie_word_embeddings", "transformers_version", *LOCAL)
 
     def meant(value: Any) -> Any:
-        return {k: meant(v) for k, v in value.items() if k not in said} if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        left_out = (*said, "type") if "rope_type" in value else said  # the older name is kept beside the newer
+        return {name: meant(part) for name, part in value.items() if name not in left_out}
 
     kind: Any = CONFIG_MAPPING[model_type]
     return meant(kind.from_pretrained(folder, local_files_only=True).to_dict())
