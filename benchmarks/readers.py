@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import LlamaTokenizer
 
 import cdistill
 from benchmarks._results import ROOT, cpu_environment, results_folder, version
@@ -105,12 +106,15 @@ def _families(root: Path) -> Iterator[tuple[str, Any]]:
     sys.path.insert(0, str(ROOT / "tests"))
     import family_models
     from export_cases import save, taf_student
-    from family_table import FAMILIES
+    from family_table import FAMILIES, ID
 
-    def family(name: str, **options: Any) -> Case:
+    def family(name: str, of_llama: bool = False, **options: Any) -> Case:
         source, processor = root / "made" / name, family_models.FAMILIES[name].processor()
-        if options:
-            source = source.with_name(f"{name}_changed")
+        if options or of_llama:
+            source = source.with_name(f"{name}_{'words' if of_llama else 'rope'}")
+        if of_llama:
+            processor.tokenizer = LlamaTokenizer(vocab=dict(ID), merges=[], pad_token="<pad>")
+            processor.tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
         family_models.build(name, 0, **options).save_pretrained(source)
         placeholder = FAMILIES[name].placeholder
         template = (
@@ -124,6 +128,7 @@ def _families(root: Path) -> Iterator[tuple[str, Any]]:
 
     for name in FAMILIES:
         yield name, lambda name=name: family(name)
+    yield "llava_llama, Llama's tokenizer", lambda: family("llava_llama", of_llama=True)
     yield "llava_llama, llama3 rope", lambda: family("llava_llama", rope_parameters=_ROPE, max_position_embeddings=8192)
 
     def builtin(name: str, source: Path, **options: Any) -> Case:

@@ -13,7 +13,7 @@ from builtin_models import save_base
 from export_cases import batch, save, taf_student
 from family_models import FAMILIES, build, draw
 from safetensors import safe_open
-from transformers import AutoTokenizer, Gemma3TextConfig, GPTNeoXConfig, Qwen3MoeConfig
+from transformers import AutoTokenizer, Gemma3TextConfig, GPTNeoXConfig, LlamaTokenizer, Qwen3MoeConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from cdistill.cli import main
@@ -210,6 +210,17 @@ def test_the_tokenizer_of_an_exported_text_model_is_the_one_in_its_files(tmp_pat
     out = export(save_base(tmp_path / "base"), tmp_path / "out").folder
     words = "USER: red ring ASSISTANT: two </s>"
     assert load_tokenizer(out, "model").encode(words) == load_tokenizer(tmp_path / "base", "model").encode(words)
+
+
+def test_a_tokenizer_of_transformers_5_is_what_its_file_says_and_not_what_older_classes_add(tmp_path):
+    words = LlamaTokenizer(vocab={"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}, merges=[])
+    words.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    save_base(tmp_path / "base", tokenizer=words)
+    assert json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())["tokenizer_class"] == "LlamaTokenizer"
+    out = export(tmp_path / "base", tmp_path / "out").folder
+    values = json.loads((out / "tokenizer_config.json").read_text())
+    assert values["tokenizer_class"] == "PreTrainedTokenizerFast" and values["additional_special_tokens"] == ["<image>"]
+    assert load_tokenizer(out, "model").encode("ab <image>") == words.encode("ab <image>")
 
 
 def test_a_folder_that_is_another_model_is_found_out(tmp_path):

@@ -240,8 +240,9 @@ def _publish_tokenizer(folder: Path, key: str) -> None:
     if not path.is_file():
         return
     values = _without_local(read_json(path, key, most=MOST_BYTES_OF_A_TOKENIZER))
-    values.pop("backend", None)
-    if values.get("tokenizer_class") == "TokenizersBackend":
+    if (
+        values.pop("backend", None) == "tokenizers"
+    ):  # classes of transformers 4 may add a BOS that tokenizer.json has not
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
     named = values.pop("model_specific_special_tokens", None) or {}
     extra = values.pop("extra_special_tokens", None)
