@@ -6,14 +6,15 @@ import argparse
 import re
 from typing import Any
 
+from cdistill.menu import recipe_argument
+
 MOST = 10**15  # of what a number that counts bytes or tokens may be
 UNITS = {"": 10**9, "G": 10**9, "GB": 10**9, "GIB": 2**30, "M": 10**6, "MB": 10**6, "MIB": 2**20}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Recipe, overrides, GPUs and the sizes of samples."""
-    parser.add_argument("recipe", help="name of a shipped recipe (see `cdistill recipes`) or path of a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key, as in deepspeed=3")
+    recipe_argument(parser, "change a key, as in deepspeed=3")
     parser.add_argument("--gpu", required=True, metavar="MEMORY", help="memory of one GPU, as in 24GB or 80GiB")
     parser.add_argument("--gpus", type=int, default=1, help="number of GPUs (default: 1)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default: the recipe's, bf16 for auto")

@@ -56,7 +56,9 @@ def print_error(error: ValueError | OSError | RunError) -> int:
     """
     silent = isinstance(error, Stopped) or (isinstance(error, AgreedError) and os.environ.get("RANK", "0") != "0")
     if not silent:
-        lines = map(line_of, map(ValueError, str(error).split("\n"))) if isinstance(error, Mistakes) else [line_of(error)]
+        lines = (
+            map(line_of, map(ValueError, str(error).split("\n"))) if isinstance(error, Mistakes) else [line_of(error)]
+        )
         with suppress(OSError):  # nobody can read it
             print("\n".join(f"cdistill: error: {line}" for line in lines), file=sys.stderr, flush=True)
     return getattr(error, "exit_code", 1)

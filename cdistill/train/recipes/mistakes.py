@@ -186,9 +186,9 @@ class _Known:
 
 
 def _section(of: Any, values: Mapping[str, Any], key: str, lines: list[str]) -> _Known:
-    """A section with what is right of it. What its ``problems`` tell of that, and those of the sections in it, joins ``lines``."""
+    """A section with what is right of it. What ``problems`` tell of that, and of the sections in it, joins ``lines``."""
     hints = get_type_hints(of, include_extras=True)
-    known = {}
+    known: dict[str, Any] = {}
     for f in fields(of):
         if f.name in values:
             found = _right(hints[f.name], values[f.name], f"{key}.{f.name}".lstrip("."), lines)
