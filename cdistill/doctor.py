@@ -18,6 +18,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
+from cdistill.runtime.machine import memory
+
 OK, MISSING, BROKEN, UNUSED = "ok", "missing", "broken", "-"
 HUB_SECONDS = 3.0
 SHOWN = ("torch", "triton", "transformers", "deepspeed")
@@ -222,19 +224,12 @@ def _extras() -> Iterator[Row]:
 
 
 def _memory() -> Row:
-    """Memory of the machine, or of the container that this process is in."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        values = {line.partition(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-        free, total = values["MemAvailable"], values["MemTotal"]
-    except (OSError, KeyError, ValueError, IndexError):
-        return Row("memory", UNUSED, "not known")
-    try:
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        free, total = min(free, max(limit - used, 0)), min(total, limit)
-    except (OSError, ValueError):  # no limit
-        pass
-    return Row("memory", OK, f"{_gb(free)} free of {_gb(total)}")
+    found = memory()
+    return (
+        Row("memory", UNUSED, "not known")
+        if found is None
+        else Row("memory", OK, f"{_gb(found.free)} free of {_gb(found.total)}")
+    )
 
 
 def _disk(name: str, folder: Path, purpose: str) -> Row:

@@ -32,7 +32,7 @@ ALLOWED = {
     "_moved": set(),
     "_plugins": set(),
     "menu": set(),
-    "doctor": {"ops"},
+    "doctor": {"ops", "runtime"},
     "data": {"choices", "_plugins", "files"},
     "builtin": {"data"},
     "runtime": {"data", "manifest"},

@@ -91,10 +91,18 @@ def load_model(
 
 
 def load_structure(folder: Path, key: str) -> Model:
-    """The model whose configuration a folder holds, on the meta device: no weights are read, and none need be there."""
+    """The model whose configuration a folder holds, on the meta device: no weights are read, and none need be there.
+
+    Raises ValueError in one line for a configuration that is missing, corrupt, or of another kind of model.
+    """
     config = load_config(folder, key)
     auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    with torch.device("meta"):
+    if type(config) not in auto._model_mapping:
+        kind = config.model_type
+        raise ValueError(
+            f"{key}: {folder} holds a {kind} model: neither a language model nor one that answers about images"
+        )
+    with torch.device("meta"), reading(key, f"the model in {folder}"):
         return auto.from_config(config, attn_implementation="sdpa")
 
 
