@@ -38,12 +38,13 @@ ALLOWED = {
     "runtime": {"data", "manifest"},
     "train": {"models", "builtin", "runtime", "eval", "menu"},
     "plan": {"train"},
+    "init": {"plan"},
     "eval": {"models", "builtin", "analysis", "runtime"},
     "analysis": set(),
     "attention": {"eval"},
     "demo": {"attention", "reproduce"},
     "reproduce": {"train", "analysis", "eval"},
-    "cli": {"demo", "plan", "attention", "reproduce", "doctor"},
+    "cli": {"demo", "init", "attention", "reproduce", "doctor"},
     "__main__": {"cli"},
 }
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from cdistill.data.command import column_names
 from cdistill.files import write_text
 from cdistill.plan.command import here, memory_size
 from cdistill.runtime.errors import line_of
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _YAML = (".yaml", ".yml")
 _NEEDED = {
-    "teacher": "the teacher, a multimodal model: its folder",
-    "student": "the student, a smaller one or a language model: its folder",
-    "data": "your data: a JSON file of conversations (LLaVA's form), tar shards, parquet",
+    "teacher": "folder of the teacher, a multimodal model",
+    "student": "folder of the student, a smaller one or a language model",
+    "data": "your data: JSON of conversations (LLaVA's form), tar shards or parquet",
 }
 
 
@@ -39,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in _NEEDED.items():
         parser.add_argument(f"--{name}", help=text)
     parser.add_argument("--images", metavar="DIR", help="folder that names of images start from (default: the data's)")
+    parser.add_argument(
+        "--columns", nargs="+", metavar="NAME=COLUMN", help="columns of a Hugging Face set, as in image=picture"
+    )
     parser.add_argument(
         "--vision", metavar="MODEL", help="vision encoder to put before a language model (default: the teacher's)"
     )
@@ -111,7 +115,8 @@ def _look(options: argparse.Namespace, asks: bool) -> tuple[Pair, Records]:
 
     teacher = ask("teacher", models.check_teacher)
     pair = ask("student", lambda student: models.look(student, teacher, options.vision))
-    return pair, ask("data", lambda path: records.look(path, options.images, pair.encoder))
+    columns = None if options.columns is None else column_names(options.columns)
+    return pair, ask("data", lambda path: records.look(path, options.images, columns, pair.encoder))
 
 
 def _machine(options: argparse.Namespace, asks: bool) -> Machine:

@@ -7,9 +7,9 @@ from typing import Any
 
 from cdistill.data.conversations import Encoder
 from cdistill.models.llava import Llava, visual_tokens
-from cdistill.models.load import Model, load_config, load_structure, load_tokenizer, resolve_folder
+from cdistill.models.load import Model, auto_class, load_config, load_structure, load_tokenizer, resolve_folder
 from cdistill.models.pair import check_configurations
-from cdistill.models.parts import has_vision, require_known_parts
+from cdistill.models.parts import require_known_parts
 from cdistill.models.processor import check_image_processors
 from cdistill.train.build import check_objectives, processor_of, tokenizer_of, vocabulary_of
 from cdistill.train.recipes import Recipe, recipe_from_dict
@@ -69,7 +69,9 @@ def look(student: str, teacher: str, vision: str | None = None) -> Pair:
     Raises ValueError for a folder that is no model, and for two that cannot be distilled.
     """
     check_teacher(teacher)
-    config = load_config(resolve_folder(student, "student.base"), "student.base")
+    folder = resolve_folder(student, "student.base")
+    config = load_config(folder, "student.base")
+    auto_class(config, folder, "student.base")
     composed = not hasattr(config, "vision_config")
     reasons: list[str] = []
     for taf in (False,) if vision is not None else (True, False) if composed else (False, True):
@@ -136,7 +138,7 @@ def _pair(
         composed=composed,
         taf=taf,
         no_taf=no_taf,
-        about=(_about(made.student), _about(made.teacher)),
+        about=(_about(made.student, composed), _about(made.teacher)),
         vat=vat,
         no_vat=no_vat,
         aligned=aligned,
@@ -148,11 +150,11 @@ def _pair(
     )
 
 
-def _about(model: Model) -> str:
+def _about(model: Model, composed: bool = False) -> str:
     config, text = model.config, model.config.get_text_config(decoder=True)
     seen = getattr(config, "image_seq_length", None) if isinstance(model, Llava) else None
     tokens = f", {seen} visual tokens an image" if seen and visual_tokens(config) is not None else ""
-    kind = config.model_type if has_vision(model) else text.model_type
+    kind = text.model_type if composed else config.model_type
     size = f"{text.num_hidden_layers} layers of width {text.hidden_size}, vocabulary {text.vocab_size:,}"
     return f"{kind}, {size}{tokens}"
 

@@ -97,7 +97,7 @@ def _values(name: str, output: str, pair: Pair, records: Records, machine: Machi
     batch = _batch(records, machine)
     length = min(LENGTH, pair.most_tokens or LENGTH)
     data = {"path": records.path, "template": pair.template, "max_length": length}
-    data |= {} if records.images is None else {"images": records.images}
+    data |= {name: value for name in ("images", "columns") if (value := getattr(records, name)) is not None}
     section = {
         "samples": max(records.count, batch),
         "global_batch_size": batch,
@@ -142,7 +142,9 @@ def _text(recipe: Recipe, pair: Pair, records: Records, machine: Machine) -> str
 
 
 def _models(recipe: Recipe, pair: Pair) -> list[str]:
-    if pair.taf:
+    if pair.taf and not pair.composed:
+        taf = "the student was made to see through its teacher's adapter (TAF)"
+    elif pair.taf:
         taf = "see through the teacher's encoder and adapter (TAF); false gives an adapter of its own"
     elif not pair.composed:
         taf = "the student has an adapter already; true is for language models"
@@ -231,6 +233,7 @@ def _stages(recipe: Recipe, pair: Pair, records: Records, machine: Machine) -> l
         "micro_batch_size": "samples of a process at a time: lower it where memory runs out",
         "path": f"{records.form}, {records.count:,}",
         "images": "where names of images start from" + (" (found there)" if records.guessed else ""),
+        "columns": "which column holds what",
         "template": "how a chat becomes text: the model's own template" if pair.template == "auto" else template,
         "max_length": f"tokens of a sample, which is cut there; the longest seen has {records.longest:,}",
     }
@@ -246,7 +249,7 @@ def _stages(recipe: Recipe, pair: Pair, records: Records, machine: Machine) -> l
         if place:
             lines.append("    data: *data")
             continue
-        data = {key: getattr(stage.data, key) for key in ("path", "images", "template", "max_length")}
+        data = {key: getattr(stage.data, key) for key in ("path", "images", "columns", "template", "max_length")}
         lines.append(_line("    data: &data", "the other stages read the same"))
         lines += _pairs({key: value for key, value in data.items() if value is not None}, said, "      ")
     return lines
@@ -264,6 +267,8 @@ def _scalar(value: Any) -> str:
     """A value in a line of YAML that reads as the same value."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"[{', '.join(map(_scalar, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_scalar(key)}: {_scalar(item)}' for key, item in value.items())}}}"
     if isinstance(value, str):
         plain = value.strip() == value and not set(value) & set(":#{}[],&*!|>'\"%@`\n") and value[:1] not in "-?"
         same = plain and strict_yaml.switch(strict_yaml.load(value, "")) == value

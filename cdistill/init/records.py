@@ -32,6 +32,7 @@ class Records:
 
     Attributes:
         path: of the set; ``images`` is the folder that names of images start from, if it is not the file's.
+        columns: which column of a Hugging Face set holds what, where the user has said it.
         guessed: whether that folder was found here, not named.
         form: in words.
         count: records of the set.
@@ -41,6 +42,7 @@ class Records:
 
     path: str
     images: str | None
+    columns: dict[str, str] | None
     guessed: bool
     form: str
     count: int
@@ -52,7 +54,9 @@ class Records:
     visual: int
 
 
-def look(path: str, images: str | None, encoder: Encoder | None = None) -> Records:
+def look(
+    path: str, images: str | None = None, columns: dict[str, str] | None = None, encoder: Encoder | None = None
+) -> Records:
     """What a recipe must know of a data set, by its first records.
 
     A folder that holds one file of JSON stands for it. Where no image is where its path says, folders beside the file are
@@ -61,11 +65,11 @@ def look(path: str, images: str | None, encoder: Encoder | None = None) -> Recor
     Raises ValueError, which begins with ``data``, if it cannot be opened, holds no images, or none that can be read.
     """
     path = _file_of(path)
-    source = _open(path, images)
+    source = _open(path, images, columns)
     guess = None
     if images is None and _all_missing(source):
         guess = next(_roots(path, source), None)
-        source = source if guess is None else _open(path, guess)
+        source = source if guess is None else _open(path, guess, columns)
     count = len(source)
     looked = min(FIRST, count)
     scanned = look_at(source, 0, looked)
@@ -77,6 +81,7 @@ def look(path: str, images: str | None, encoder: Encoder | None = None) -> Recor
     return Records(
         path=path,
         images=images or guess,
+        columns=columns,
         guessed=guess is not None,
         form=_FORMS.get(type(source).__name__, type(source).__name__),
         count=count,
@@ -98,9 +103,9 @@ def _file_of(path: str) -> str:
     return str(files[0]) if len(files) == 1 and not whole else path
 
 
-def _open(path: str, images: str | None) -> Source:
+def _open(path: str, images: str | None, columns: dict[str, str] | None) -> Source:
     try:
-        return open_source(path, images=images)
+        return open_source(path, images=images, columns=columns)
     except ValueError as error:
         raise ValueError(f"data: {error}") from None
     except OSError as error:
