@@ -19,7 +19,10 @@ from cdistill.files import disk_full
 from cdistill.init import command as starting
 from cdistill.menu import Command
 from cdistill.plan import command as planning
+from cdistill.report import command as report
+from cdistill.report import push
 from cdistill.reproduce import command as reproduction
+from cdistill.runtime import pulse
 from cdistill.runtime.errors import RunError, print_error
 from cdistill.runtime.launch import environment
 from cdistill.train import gradient_report
@@ -125,7 +128,9 @@ GROUPS = {
         "eval": Command("measure a model on benchmarks", evaluation.add_arguments, evaluation.main),
         **{f"eval {word}": Command(line, do.add_arguments, do.main) for word, (line, do) in evaluation.WORDS.items()},
         **{f"analyze {word}": Command(*of) for word, of in analyzing.WORDS.items()},
+        "report": Command("show what runs have logged in one page", report.add_arguments, report.main),
         "export": Command("write a model that plain transformers loads", _export_arguments, _export),
+        "push": Command("publish a result on the hub, with a model card", push.add_arguments, push.main),
     },
     "more": {
         "reproduce": Command("reproduce a table of the paper in kind", reproduction.add_arguments, reproduction.main),
@@ -160,7 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += extra
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars for loading weights
     try:
-        code = COMMANDS[options.command].run(options)
+        with pulse.ending_together():
+            code = COMMANDS[options.command].run(options)
         sys.stdout.flush()  # here, where a broken pipe is caught
         return code
     except BrokenPipeError:  # of `| head`

@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-from cdistill.runtime.machine import memory
+from cdistill.runtime.memory import memory
 
 OK, MISSING, BROKEN, UNUSED = "ok", "missing", "broken", "-"
 HUB_SECONDS = 3.0

@@ -44,7 +44,8 @@ ALLOWED = {
     "attention": {"eval"},
     "demo": {"attention", "reproduce"},
     "reproduce": {"train", "analysis", "eval"},
-    "cli": {"demo", "init", "attention", "reproduce", "doctor"},
+    "report": {"train", "analysis"},
+    "cli": {"demo", "init", "attention", "reproduce", "report", "doctor"},
     "__main__": {"cli"},
 }
 

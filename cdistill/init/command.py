@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _YAML = (".yaml", ".yml")
 _NEEDED = {
-    "teacher": "folder of the teacher, a multimodal model",
-    "student": "folder of the student, a smaller one or a language model",
+    "teacher": "the teacher, a multimodal model: its folder, or OWNER/NAME on the hub",
+    "student": "the student, a smaller one or a language model: its folder, or OWNER/NAME",
     "data": "your data: JSON of conversations (LLaVA's form), tar shards or parquet",
 }
 

@@ -55,7 +55,7 @@ class Pair:
 
 def check_teacher(reference: str) -> str:
     """The reference of a model that sees images. Raises ValueError for any other."""
-    folder = resolve_folder(reference, "teacher")
+    folder = resolve_folder(reference, "teacher", weights=False)
     config = load_config(folder, "teacher")
     if not hasattr(config, "vision_config"):
         kind = config.model_type
@@ -69,7 +69,7 @@ def look(student: str, teacher: str, vision: str | None = None) -> Pair:
     Raises ValueError for a folder that is no model, and for two that cannot be distilled.
     """
     check_teacher(teacher)
-    folder = resolve_folder(student, "student.base")
+    folder = resolve_folder(student, "student.base", weights=False)
     config = load_config(folder, "student.base")
     auto_class(config, folder, "student.base")
     composed = not hasattr(config, "vision_config")
@@ -106,7 +106,7 @@ def _make(student: str, teacher: str, vision: str | None, taf: bool) -> _Made:
             "stage": {"sft": {"samples": 64, "learning_rate": 1.0, "data": {"path": "data"}}},
         }
     )
-    folder = resolve_folder(teacher, "teacher")
+    folder = resolve_folder(teacher, "teacher", weights=False)
     tokenizer = tokenizer_of(recipe.student, load_tokenizer(folder, "teacher"))
     theirs = load_structure(folder, "teacher")
     require_known_parts(theirs)

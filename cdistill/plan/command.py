@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from cdistill.menu import recipe_argument
-from cdistill.runtime.machine import memory
+from cdistill.runtime.memory import memory
 
 MOST = 10**15  # of what a number that counts bytes or tokens may be
 UNITS = {"": 10**9, "G": 10**9, "GB": 10**9, "GIB": 2**30, "M": 10**6, "MB": 10**6, "MIB": 2**20}

@@ -122,7 +122,8 @@ def processor_of(recipe: Recipe, student: Model, tokenizer: PreTrainedTokenizerB
             return processor, load_processor(source, "student")
     elif has_vision(student):
         assert recipe.student.base is not None
-        return processor, load_processor(resolve_folder(recipe.student.base, "student.base"), "student.base")
+        folder = resolve_folder(recipe.student.base, "student.base", weights=False)
+        return processor, load_processor(folder, "student.base")
     return processor, None
 
 
@@ -232,7 +233,7 @@ def tokenizer_of(config: StudentConfig, teachers: PreTrainedTokenizerBase | None
     """
     tokenizer = teachers or build_tokenizer()
     if config.base is not None:
-        tokenizer = load_tokenizer(resolve_folder(config.base, "student.base"), "student.base")
+        tokenizer = load_tokenizer(resolve_folder(config.base, "student.base", weights=False), "student.base")
         if teachers is not None:
             _check_vocabularies(tokenizer, teachers)
             tokenizer = teachers  # the same, and it knows the image token
