@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 
+import jsonschema
 import pytest
 import yaml
 from builtin_models import llava, save_base
@@ -16,6 +17,7 @@ from cdistill.cli import main
 from cdistill.init import recipe as writing
 from cdistill.init.recipe import Machine
 from cdistill.train.recipes import load_recipe
+from cdistill.train.recipes.reference import json_schema
 
 SAID = turns("<image>\nwhat colour is the circle ?", "red")
 
@@ -62,6 +64,7 @@ def test_plan_and_train_take_what_is_written(world, student, taf, capsys):
     assert said.endswith("next:\n  cdistill plan mine/recipe.yaml\n  cdistill train mine/recipe.yaml\n")
     text = (world / "mine/recipe.yaml").read_text()
     assert all("#" in line for line in text.split("  dft:")[0].splitlines() if ": " in line)  # each key is explained
+    jsonschema.Draft202012Validator(json_schema()).validate(yaml.safe_load(text))
     recipe = load_recipe("mine/recipe.yaml")
     assert (recipe.name, recipe.output, recipe.student.taf) == ("mine", "runs/mine", taf)
     assert (recipe.deepspeed, recipe.processes, recipe.stages) == ("off", 1, ("dpt", "dft", "sft"))

@@ -213,7 +213,7 @@ def _right(hint: Any, value: Any, key: str, lines: list[str]) -> Any:
         return TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
     except ValidationError:
         pass
-    sections = [kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)]
+    sections = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and is_dataclass(kind)]
     if not sections or not isinstance(value, Mapping):
         return _WRONG
     if get_origin(hint) is not dict:
