@@ -41,6 +41,7 @@ stage:
   dpt: {{samples: 8, global_batch_size: 4}}
   dft: {{samples: 12, global_batch_size: 4}}
 """
+COMMANDS = ("zero-off", "zero-2", "zero-3", "cache", "export")  # of kill points
 TROUBLES = {
     "kill": 3,
     "kill at operation": 3,
@@ -258,35 +259,35 @@ def soak(lab: Path, minutes: float, seed: int, only: str | None) -> dict[str, An
     return {"minutes": minutes, "troubles": dict(sorted(happened.items())), "trials": trials}
 
 
-def kill_points(lab: Path, points: dict[str, int]) -> dict[str, Any]:
-    """Commands ended at file operations spread over all that they do, and started again."""
-    trials = []
-    for name, count in points.items():
-        folder = cleared(lab / "points")
-        words = command(name, lab, folder)
-        alone = undisturbed(words, folder)
-        log = folder.with_suffix(".log").read_text().splitlines()
-        for i in range(count):
-            at = 1 + round(i * (alone.operations - 1) / max(1, count - 1))
-            trial = ended_at(at, words, folder, alone)
+def kill_points(lab: Path, name: str, count: int) -> dict[str, Any]:
+    """A command ended at file operations spread over all that it does, and started again."""
+    trials, folder = [], cleared(lab / "points")
+    words = command(name, lab, folder)
+    alone = undisturbed(words, folder)
+    log = folder.with_suffix(".log").read_text().splitlines()
+    for i in range(count):
+        at = 1 + round(i * (alone.operations - 1) / max(1, count - 1))
+        for full in (False, True) if name in ("cache", "export") else (False,):  # of training `Trial` fills the disk
             where = log[at - 1].partition(" ")[2].replace(f"{folder}/", "")
-            trials.append({"command": name, "operation": at, "of": alone.operations, "at": where} | trial)
-            print(f"{name}: {at} of {alone.operations}, {where}: {trial['fault'] or 'held'}", flush=True)
-    return {"points": points, "trials": trials}
+            what = {"trouble": "full disk" if full else "kill", "operation": at, "at": where}
+            trials.append(what | ended_at(at, full, words, folder, alone))
+            print(f"{name}: {', '.join(map(str, what.values()))}: {trials[-1]['fault'] or 'held'}", flush=True)
+    return {"of": name, "operations": alone.operations, "trials": trials}
 
 
-def ended_at(at: int, words: list[object], folder: Path, alone: Undisturbed) -> dict[str, Any]:
-    """End a command at an operation and start it again; what is kept of it."""
+def ended_at(at: int, full: bool, words: list[object], folder: Path, alone: Undisturbed) -> dict[str, Any]:
+    """End a command at an operation, or let the disk be full from there on, and start it again; what is kept of it."""
     cleared(folder)
-    first = Start(words, folder, at=at)
+    first = Start(words, folder, at=at, full=full)
     fault = first.end()
+    if fault is None and first.code not in ((0, 1, 2) if full else (0, -signal.SIGKILL)):
+        fault = f"exit status {first.code}"
     begun = words[0] == "train" and (folder / "run" / "recipe.yaml").is_file()
     second = Start([*words, "--resume"] if begun else words, folder)
-    fault = fault or second.end() or (f"exit status {second.code}" if second.code else None)
-    fault = fault or difference(alone.state, state(folder))
-    return {"exit": first.code, "again": second.code, "fault": fault} | (
-        {"text": second.text()[-3000:]} if fault else {}
-    )
+    failed = second.end() or (f"exit status {second.code}" if second.code else None)
+    fault = fault or failed or difference(alone.state, state(folder))
+    kept = {"exit": first.code, "said": first.said(folder) if full else "", "again": second.code, "fault": fault}
+    return kept | ({"text": first.text()[-3000:] + second.text()[-3000:]} if fault else {})
 
 
 def command(name: str, lab: Path, folder: Path) -> list[object]:
@@ -295,16 +296,14 @@ def command(name: str, lab: Path, folder: Path) -> list[object]:
         return ["export", "builtin:teacher", folder / "run", "--dtype", "bf16"]
     recipe, cached = lab / "points.yaml", name == "cache"
     cache = f"cache: {folder / 'run'}, top_k: 8" if cached else ""
-    zero = "off" if cached else name.removeprefix("train, ZeRO ")
+    zero = name.removeprefix("zero-") if name.startswith("zero-") else "off"
     output = lab / "unused" if cached else folder / "run"
     recipe.write_text(RECIPE.format(output=output, zero=quoted(zero), cache=cache))
     return ["cache" if cached else "train", recipe]
 
 
-def write(path: Path, found: dict[str, Any], command_line: str) -> None:
+def write(path: Path, found: dict[str, Any], made: dict[str, Any], command_line: str) -> None:
     """A result, one trial in a line."""
-    made = environment(torch.device("cpu"))
-    made["versions"] |= {name: version(name) for name in LIBRARIES}
     trials = found.pop("trials")
     found |= {"failed": sum(trial["fault"] is not None for trial in trials), "count": len(trials)}
     head = json.dumps({"command": command_line, **made, **found}, indent=1)
@@ -320,20 +319,28 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="one trial of a seed, as 0-17; nothing is written")
     parser.add_argument(
-        "--kill-points", action="store_true", help="end train (ZeRO off, 2, 3), cache and export instead"
+        "--kill-points",
+        nargs="*",
+        choices=COMMANDS,
+        metavar="COMMAND",
+        help="end these commands instead (default: all)",
     )
     parser.add_argument("--points", type=int, default=20, help="of each command (default: 20)")
     options = parser.parse_args()
-    lab = prepare("benchmarks.soak")
+    lab, line = prepare("benchmarks.soak"), " ".join(["python -m benchmarks.soak", *sys.argv[1:]])
+    made = environment(torch.device("cpu"))
+    made["versions"] |= {name: version(name) for name in LIBRARIES}
+    failed, folder = False, results_folder() / "soak"
     try:
-        if options.kill_points:
-            names = (*(f"train, ZeRO {zero}" for zero in ("off", "2", "3")), "cache", "export")
-            found, name = kill_points(lab, dict.fromkeys(names, options.points)), "kill_points.json"
-        else:
-            found, name = soak(lab, options.minutes, options.seed, options.only), f"seed_{options.seed}.json"
-        failed = any(trial["fault"] for trial in found["trials"])
-        if options.only is None:
-            write(results_folder() / "soak" / name, found, " ".join(["python -m benchmarks.soak", *sys.argv[1:]]))
+        if options.kill_points is None:
+            found = soak(lab, options.minutes, options.seed, options.only)
+            failed = any(trial["fault"] for trial in found["trials"])
+            if options.only is None:
+                write(folder / f"seed_{options.seed}.json", found, made, line)
+        for name in options.kill_points or (COMMANDS if options.kill_points == [] else ()):
+            found = kill_points(lab, name, options.points)
+            failed = failed or any(trial["fault"] for trial in found["trials"])
+            write(folder / f"kill_points_{name}.json", found, made, line)
         return int(failed)
     finally:
         shutil.rmtree(lab, ignore_errors=True)

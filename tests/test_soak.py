@@ -117,8 +117,14 @@ def test_how_a_start_ends(tmp_path, monkeypatch, words, fault, code):
     assert (start.end(), start.code) == (fault, code), start.text()
 
 
-def test_a_start_that_hangs_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks._troubled_runs.HANGS", 0.2)
-    monkeypatch.setattr(cli, "main", lambda words: time.sleep(60))
+def forever(words):
+    while True:
+        pass
+
+
+@pytest.mark.parametrize("act", [forever, lambda words: time.sleep(60)], ids=["busy", "idle"])
+def test_a_start_that_hangs_is_ended(tmp_path, monkeypatch, act):
+    monkeypatch.setattr("benchmarks._troubled_runs.HANGS", 0.3)
+    monkeypatch.setattr(cli, "main", act)
     start = Start(["recipes"], tmp_path)
-    assert "has not ended" in start.end() and start.code == -signal.SIGKILL
+    assert start.end() == "hangs" and start.code == -signal.SIGKILL

@@ -147,8 +147,12 @@ def weight_files(folder: Path, key: str) -> list[Path]:
         if not path.is_file():
             raise ValueError(f"{key}: {path} is missing")
         try:
+            with path.open("rb"):  # safetensors takes what may not be read for what is not there
+                pass
             with safe_open(path, framework="pt"):
                 pass
+        except PermissionError as error:
+            raise ValueError(f"{key}: {path} cannot be read ({error.strerror})") from None
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{key}: {path} is corrupt ({one_line(error)})") from None
     return paths
