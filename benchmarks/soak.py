@@ -1,4 +1,4 @@
-"""Small runs to which everything happens: ``python -m benchmarks.soak [--minutes 10] [--seed 0]``, and ``--kill-points``.
+"""Small runs to which everything happens: ``python -m benchmarks.soak [--minutes 10] [--seed 0] [--kill-points]``.
 
 A trial is a run of `cdistill train` on the built-in world, two stages of a few steps, which is killed, stopped, continued,
 damaged, started twice or given a full disk, as often as a seed draws, and started again with ``--resume`` until it ends. It
@@ -315,7 +315,7 @@ def write(path: Path, found: dict[str, Any], made: dict[str, Any], command_line:
 def main() -> int:
     """Returns 1 where a trial has failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--minutes", type=float, default=10.0, help="of the soak; 0 for kill points alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="one trial of a seed, as 0-17; nothing is written")
     parser.add_argument(
@@ -323,7 +323,7 @@ def main() -> int:
         nargs="*",
         choices=COMMANDS,
         metavar="COMMAND",
-        help="end these commands instead (default: all)",
+        help="end these commands, too (none named: all)",
     )
     parser.add_argument("--points", type=int, default=20, help="of each command (default: 20)")
     options = parser.parse_args()
@@ -331,13 +331,14 @@ def main() -> int:
     made = environment(torch.device("cpu"))
     made["versions"] |= {name: version(name) for name in LIBRARIES}
     failed, folder = False, results_folder() / "soak"
+    names = COMMANDS if options.kill_points == [] else options.kill_points or ()
     try:
-        if options.kill_points is None:
+        if options.minutes:
             found = soak(lab, options.minutes, options.seed, options.only)
             failed = any(trial["fault"] for trial in found["trials"])
             if options.only is None:
                 write(folder / f"seed_{options.seed}.json", found, made, line)
-        for name in options.kill_points or (COMMANDS if options.kill_points == [] else ()):
+        for name in names:
             found = kill_points(lab, name, options.points)
             failed = failed or any(trial["fault"] for trial in found["trials"])
             write(folder / f"kill_points_{name}.json", found, made, line)
