@@ -170,13 +170,15 @@ class Start:
         return (errors or lines or [""])[-1].replace(str(lab), "LAB")[:300]
 
 
-def state(folder: Path) -> dict[str, str]:
-    """SHA-256 of what lies below a folder, by path: a log without its times, nothing of TensorBoard's files but the folder."""
+def state(folder: Path, *, logs: bool = True) -> dict[str, str]:
+    """SHA-256 of what lies below a folder, by path: a log without its times, or no log; of TensorBoard's files the folder."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_dir():
             found[f"{name}/"] = ""
+        elif path.name == "metrics.jsonl" and not logs:
+            continue
         elif path.name == "metrics.jsonl":
             entries = [json.loads(line) for line in path.read_text().splitlines()]
             kept = [{key: value for key, value in entry.items() if key not in TIMES} for entry in entries]
