@@ -233,8 +233,10 @@ class Trial:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files below a folder but the lock, which a start makes and removes."""
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """All files below a folder but the lock and what was being written, which any start removes."""
+    return {
+        str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and ".cdistill" not in path.name
+    }
 
 
 def soak(lab: Path, minutes: float, seed: int, only: str | None) -> dict[str, Any]:
