@@ -268,7 +268,7 @@ def kill_points(lab: Path, name: str, count: int) -> dict[str, Any]:
     for i in range(count):
         at = 1 + round(i * (alone.operations - 1) / max(1, count - 1))
         for full in (False, True) if name in ("cache", "export") else (False,):  # of training `Trial` fills the disk
-            where = log[at - 1].partition(" ")[2].replace(f"{folder}/", "")
+            where = log[at - 1].partition(" ")[2].replace(f"{lab}/", "")
             what = {"trouble": "full disk" if full else "kill", "operation": at, "at": where}
             trials.append(what | ended_at(at, full, words, folder, alone))
             print(f"{name}: {', '.join(map(str, what.values()))}: {trials[-1]['fault'] or 'held'}", flush=True)
@@ -283,10 +283,13 @@ def ended_at(at: int, full: bool, words: list[object], folder: Path, alone: Undi
     if fault is None and first.code not in ((0, 1, 2) if full else (0, -signal.SIGKILL)):
         fault = f"exit status {first.code}"
     begun = words[0] == "train" and (folder / "run" / "recipe.yaml").is_file()
+    there = (
+        words[0] == "export" and difference(alone.state, state(folder)) is None
+    )  # what is whole is not written again
     second = Start([*words, "--resume"] if begun else words, folder)
-    failed = second.end() or (f"exit status {second.code}" if second.code else None)
+    failed = second.end() or (None if second.code == (2 if there else 0) else f"exit status {second.code}")
     fault = fault or failed or difference(alone.state, state(folder))
-    kept = {"exit": first.code, "said": first.said(folder) if full else "", "again": second.code, "fault": fault}
+    kept = {"exit": first.code, "said": first.said(folder.parent) if full else "", "again": second.code, "fault": fault}
     return kept | ({"text": first.text()[-3000:] + second.text()[-3000:]} if fault else {})
 
 
