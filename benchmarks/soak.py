@@ -283,9 +283,8 @@ def ended_at(at: int, full: bool, words: list[object], folder: Path, alone: Undi
     if fault is None and first.code not in ((0, 1, 2) if full else (0, -signal.SIGKILL)):
         fault = f"exit status {first.code}"
     begun = words[0] == "train" and (folder / "run" / "recipe.yaml").is_file()
-    there = (
-        words[0] == "export" and difference(alone.state, state(folder)) is None
-    )  # what is whole is not written again
+    # an export that is whole is not written again
+    there = words[0] == "export" and difference(alone.state, state(folder)) is None
     second = Start([*words, "--resume"] if begun else words, folder)
     failed = second.end() or (None if second.code == (2 if there else 0) else f"exit status {second.code}")
     fault = fault or failed or difference(alone.state, state(folder))
