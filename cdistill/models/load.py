@@ -96,11 +96,24 @@ def load_model(
 
 
 def load_structure(folder: Path, key: str) -> Model:
-    """The model whose configuration a folder holds, on the meta device: no weights are read, and none need be there."""
+    """The model whose configuration a folder holds, on the meta device: no weights are read, and none need be there.
+
+    Raises ValueError in one line for a configuration that is missing, corrupt, or of another kind of model.
+    """
     config = load_config(folder, key)
+    with torch.device("meta"), reading(key, f"the model in {folder}"):
+        return auto_class(config, folder, key).from_config(config, attn_implementation="sdpa")
+
+
+def auto_class(config: PretrainedConfig, folder: Path, key: str) -> Any:
+    """The auto class that makes the model of a configuration. Raises ValueError for one that writes no text."""
     auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    with torch.device("meta"):
-        return auto.from_config(config, attn_implementation="sdpa")
+    if type(config) not in auto._model_mapping:
+        kind = config.model_type
+        raise ValueError(
+            f"{key}: {folder} holds a {kind} model: neither a language model nor one that answers about images"
+        )
+    return auto
 
 
 def load_for_evaluation(reference: str, key: str) -> Model:
