@@ -159,7 +159,8 @@ def _meaning(folder: Path, model_type: str) -> Any:
     def meant(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        left_out = (*said, "type") if "rope_type" in value else said  # the older name is kept beside the newer
+        left_out = (*said, "type") if "rope_type" in value else said  # older names are kept beside newer ones
+        left_out = (*left_out, "partial_rotary_factor") if "rope_parameters" in value else left_out
         return {name: meant(part) for name, part in value.items() if name not in left_out}
 
     kind: Any = CONFIG_MAPPING[model_type]
