@@ -81,6 +81,10 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep-taf", action="store_true", help="do not merge the map of TAF into the teacher's adapter"
     )
     parser.add_argument("--code", action="store_true", help="add a TAF student's code, for use without cdistill")
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="bytes of a file of weights, or such as 5GB")
+    parser.add_argument(
+        "--check", action="store_true", help="read the folder back in a fresh process and compare its replies"
+    )
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -88,10 +92,18 @@ def _export(options: argparse.Namespace) -> int:
 
     with environment(distributed=False):  # saving makes transformers import DeepSpeed, which else remarks on the device
         result = export(
-            options.model, options.output, dtype=options.dtype, merge_taf=not options.keep_taf, code=options.code
+            options.model,
+            options.output,
+            dtype=options.dtype,
+            merge_taf=not options.keep_taf,
+            code=options.code,
+            max_shard_size=options.max_shard_size,
+            check=options.check,
         )
     for remark in result.remarks:
         print(remark)
+    if result.checked:
+        print(result.checked)
     merged = f", {' and '.join(result.merged)} merged" if result.merged else ""
     print(f"{result.model_class} in {result.dtype}{merged} -> {result.folder}")
     return 0

@@ -38,6 +38,7 @@ ASSETS = Path(__file__).parent.parent / "assets"
 BUILTIN = "builtin:"
 RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"  # in the folder of a run
 STAGE = r"\d+-\w+"  # folder of a stage's result there
+PLAIN_TOKENIZERS = (PreTrainedTokenizerFast.__name__, "PreTrainedTokenizerFast")  # as transformers 5 and 4 name it
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # A LLaVA or a causal language model; their attributes have too many types in transformers to be worth checking.
@@ -227,6 +228,6 @@ def load_tokenizer(folder: Path, key: str) -> PreTrainedTokenizerBase:
     check_folder(folder, key)
     kind = read_json(folder / "tokenizer_config.json", key).get("tokenizer_class")
     # Beside a model of type qwen2, AutoTokenizer makes a Qwen2Tokenizer even of files that say they are another one's.
-    auto = PreTrainedTokenizerFast if kind == PreTrainedTokenizerFast.__name__ else AutoTokenizer
+    auto = PreTrainedTokenizerFast if kind in PLAIN_TOKENIZERS else AutoTokenizer
     with reading(key, f"the tokenizer in {folder}"):
         return auto.from_pretrained(folder, **NO_CODE)
