@@ -25,7 +25,7 @@ from transformers import LlamaTokenizer
 import cdistill
 from benchmarks._results import ROOT, cpu_environment, results_folder, version
 from cdistill.models.export import export
-from cdistill.models.export_check import TOLERANCE, ask, compare, expected_replies, make_prompts, picture
+from cdistill.models.export_check import QUESTION, TOLERANCE, ask, compare, expected_replies, make_prompts, picture
 from cdistill.models.load import ASSETS, load_model
 from cdistill.models.processor import load_processor
 from cdistill.models.published import publish
@@ -113,7 +113,9 @@ def _families(root: Path) -> Iterator[tuple[str, Any]]:
         if options or of_llama:
             source = source.with_name(f"{name}_{'words' if of_llama else 'rope'}")
         if of_llama:
-            processor.tokenizer = LlamaTokenizer(vocab=dict(ID), merges=[], pad_token="<pad>")
+            letters = {letter: ID[f"w{i}"] for i, letter in enumerate(sorted({"▁", *QUESTION} - {" "}))}
+            words = letters | {token: i for token, i in ID.items() if token.startswith("<")}
+            processor.tokenizer = LlamaTokenizer(vocab=words, merges=[], pad_token="<pad>")
             processor.tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
         family_models.build(name, 0, **options).save_pretrained(source)
         placeholder = FAMILIES[name].placeholder

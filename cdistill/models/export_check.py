@@ -97,6 +97,7 @@ def compare(
         same &= torch.equal(found["ids"], expected["ids"])
         if "processed" in found:
             inputs &= torch.equal(found["processed"]["input_ids"], prompt["inputs"]["input_ids"])
+            same &= torch.equal(found["own_ids"], expected["ids"])
             if "pixel_values" in prompt["inputs"]:
                 ours, theirs = prompt["inputs"]["pixel_values"], found["processed"].get("pixel_values")
                 alike = theirs is not None and ours.shape == theirs.shape

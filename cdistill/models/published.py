@@ -244,6 +244,8 @@ def _publish_tokenizer(folder: Path, key: str) -> None:
         values.pop("backend", None) == "tokenizers"
     ):  # classes of transformers 4 may add a BOS that tokenizer.json has not
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if values.get("tokenizer_class") == "PreTrainedTokenizerFast":
+        values.setdefault("model_input_names", ["input_ids", "attention_mask"])  # else 4 adds token_type_ids
     named = values.pop("model_specific_special_tokens", None) or {}
     extra = values.pop("extra_special_tokens", None)
     if isinstance(extra, dict):

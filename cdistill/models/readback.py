@@ -51,14 +51,14 @@ def _prompt(speaker: Any, content: Any) -> str:
 def reply(model: Any, inputs: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
     """Logits (B, T, vocabulary) of the inputs and the ids (B, at most T + ``tokens``) of the greedy replies."""
     known = inspect.signature(model.forward).parameters
-    taken = {
-        name: value.to(model.dtype) if value.is_floating_point() else value
-        for name, value in inputs.items()
-        if name in known
-    }
+    taken = _in_format_of(model, {name: value for name, value in inputs.items() if name in known})
     logits = model(**taken).logits.float()
     ids = model.generate(**taken, max_new_tokens=tokens, do_sample=False) if tokens else inputs["input_ids"]
     return {"logits": logits, "ids": ids}
+
+
+def _in_format_of(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
 
 def load(folder: str, code: bool) -> tuple[Any, dict[str, list[str]], bool]:
@@ -80,8 +80,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     A request has ``folder``, ``code`` (whether its code may run), ``cdistill`` (whether it is imported first), ``tokens`` (of a
     reply), ``threads`` and ``prompts``: each has ``inputs``, ``question`` and ``images``. The result has the class, the number
     format and the transformers version, names of weights that do not fit, and for each prompt what `reply` makes of the inputs
-    and what `encode` makes of the question: ``processed``, or ``why`` there is none (no processor loads, or no prompt has a
-    question). Of a folder that cannot be loaded or run it has the ``error`` and the version alone.
+    and what `encode` makes of the question, ``processed``, with the ids of the reply to that, ``own_ids``; or ``why`` there is
+    none (no processor loads, or no prompt has a question). Of a folder that cannot be loaded or run it has the ``error`` and
+    the version alone.
     """
     torch.set_num_threads(request["threads"])
     if request["cdistill"]:  # whose auto classes load TAF students
@@ -109,6 +110,8 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
             one["why"] = why
         else:
             one["processed"] = encode(speaker, prompt["question"], prompt["images"])
+            own = _in_format_of(model, one["processed"])  # as a user would, whatever the processor gives
+            one["own_ids"] = model.generate(**own, max_new_tokens=request["tokens"], do_sample=False)
         replies.append(one)
     return {**result, "replies": replies}
 
