@@ -52,7 +52,7 @@ COMMANDS = {
     "push": "test_hub.py",
     "reproduce": "test_reproduce.py",
 }
-RUN = ("recipes", "recipes schema", "data presets llava-665k")
+RUN = ("recipes", "recipes schema", "recipes show demo-sft --resolved", "data presets llava-665k")
 
 
 def place(page: Path) -> str:
@@ -205,7 +205,7 @@ def test_the_first_hour_to_the_letter(tmp_path, monkeypatch, capsys):
     Path("pictures").mkdir()
     for record in json.loads(data):
         picture(20, 20).save(Path("pictures") / record["image"])
-    small = [f"stage.{stage}.{key}" for stage in ("dpt", "dft", "sft") for key in ("samples=4", "global_batch_size=2")]
+    small = [f"stage.{stage}.{key}" for stage in ("dpt", "dft", "sft") for key in ("samples=2", "global_batch_size=2")]
     for words in commands(FIRST_HOUR):
         more = [*small, "vat.measure_samples=2"] if words[0] == "train" else []
         assert cli.main([*words, *more]) == 0, (words, capsys.readouterr().err)
