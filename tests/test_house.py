@@ -41,7 +41,8 @@ ALLOWED = {
     "attention": {"eval"},
     "demo": {"attention", "reproduce"},
     "reproduce": {"train", "analysis", "eval"},
-    "cli": {"demo", "plan", "attention", "reproduce"},
+    "report": {"train", "analysis"},
+    "cli": {"demo", "plan", "attention", "reproduce", "report"},
     "__main__": {"cli"},
 }
 

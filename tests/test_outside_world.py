@@ -24,7 +24,7 @@ from cdistill.runtime.errors import LONGEST, RunError, line_of, printable
 from cdistill.runtime.json_lines import read_lines, say_damaged, write_lines
 from cdistill.train import load_recipe, run
 from cdistill.train.cache import index_crc, read_index
-from cdistill.train.trainer import RunLog, _silent_writer
+from cdistill.train.run_log import RunLog, _silent_writer
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_output_that_nobody_takes(full):
 
 
 def test_the_thread_of_tensorboard_tells_nobody_of_a_full_disk(tmp_path, monkeypatch):
-    told, log = [], RunLog(tmp_path, "1-dpt", "dpt", per_step=4, steps=2, layers=False)
+    told, log = [], RunLog(tmp_path, "1-dpt", "dpt", per_step=4, steps=2)
     monkeypatch.setattr(threading, "excepthook", told.append)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
