@@ -170,7 +170,7 @@ class Start:
 
     def said(self, lab: Path) -> str:
         """Its last line, which tells of an error where there is one."""
-        lines = [line for line in self.text().splitlines() if line.strip() and "step/s" not in line]
+        lines = [line for line in self.text().splitlines() if line.strip() and "%|" not in line]  # bars
         errors = [line for line in lines if "error" in line or "damaged" in line]
         return (errors or lines or [""])[-1].replace(str(lab), "LAB")[:300]
 
