@@ -23,12 +23,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("_file_operations.c")
 LAB = "CDISTILL_SOAK"  # environment variable: the folder of all that this program makes
-TIMES = (
-    "samples_per_s",
-    "tokens_per_s",
-    "elapsed_s",
-    "memory_mb",
-)  # of a line of metrics, which differ from run to run
+TIMES = ("samples_per_s", "tokens_per_s", "elapsed_s", "memory_mb")  # in metrics; they differ from run to run
 HANGS = 60.0  # seconds of a processor, for what takes a few, or without any
 
 

@@ -79,7 +79,7 @@ LONG = "a" * 300
             "letters, digits and _",
         ),
         (
-            ["train", "{recipe}", "stage={'x/../y': {objective: sft, samples: 64, learning_rate: 0.1}}"],
+            ["train", "{recipe}", "stage.x/y={objective: sft, samples: 64, learning_rate: 0.1}"],
             "letters, digits and _",
         ),
         (["plan", "{recipe}", "--gpu", "9" * 400 + "GB"], "gpu"),
@@ -132,7 +132,7 @@ def test_a_full_disk_is_the_runs_error(monkeypatch, capsys, number):
     def fail(options):
         raise OSError(number, os.strerror(number), "/full/file")
 
-    monkeypatch.setitem(cli.COMMANDS, "recipes", cli.Command("", cli._recipes_arguments, fail))
+    monkeypatch.setitem(cli.COMMANDS, "recipes", cli.Command("", lambda parser: None, fail))
     assert said(capsys, ["recipes"], code=1) == f"cdistill: error: /full/file: {os.strerror(number)}"
 
 

@@ -50,8 +50,8 @@ class RunLog(TrainerCallback):
         self.output, self.label, self.stage = output, label, stage
         self.per_step, self.steps, self.tensorboard = per_step, steps, tensorboard
         self._board: Any = None
-        self.last: dict[str, Any] = {}
         self._open = ExitStack()
+        self.last: dict[str, Any] = {}
 
     def rewind(self, step: int) -> None:
         """Drop what was logged of this stage after ``step``, the one that training goes on from."""
