@@ -19,6 +19,7 @@ from cdistill.train.build import check_objectives, checkpoint_activations
 from cdistill.train.lora import add_lora
 from cdistill.train.objectives import OBJECTIVES, set_trained
 from cdistill.train.recipes import LoRAConfig, Recipe, StudentConfig
+from cdistill.train.recipes.mistakes import build
 from cdistill.train.student import Vocabulary, folders_of, make_student, set_visual_tokens
 
 
@@ -86,7 +87,7 @@ def _prepared_student(
 
 @lru_cache(maxsize=4)
 def _student(student: str, teacher_reference: str | None) -> Model:
-    config = StudentConfig(**json.loads(student))
+    config = build(StudentConfig, json.loads(student))
     teacher = _teacher(teacher_reference).model if teacher_reference is not None else None
     known = teacher.config.get_text_config().vocab_size if teacher is not None else len(build_tokenizer())
     model = make_student(config, teacher, Vocabulary(known, image_token_id=0), meta=True)

@@ -266,6 +266,8 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         del content["kd"], content["teacher_memory"]
     if not recipe.needs_teacher:
         del content["teacher"]
+    if recipe.student.pruning is None:  # a key that kept records did not have
+        del content["student"]["pruning"]
     for place, key in ((content, "teacher"), (content["student"], "base"), (content["student"], "vision")):
         if place.get(key) is not None:
             place[key] = fingerprint([resolve_folder(place[key], key)])
