@@ -184,7 +184,7 @@ def test_a_recipe_trains_a_part_of_its_teacher(models, tmp_path):
     teacher = str(models / "teacher")
     student = {"base": teacher, "taf": False, "pruning": {"layers": [0, 2], "intermediate_size": 24}}
     recipe = make_recipe(tmp_path / "run", models, student=student)
-    planned = student_of(recipe, "dft").model
+    planned = student_of(recipe, recipe.stage["dft"]).model
     run(recipe)
     trained = load_model(tmp_path / "run" / "2-dft")
     assert {n: p.shape for n, p in planned.named_parameters()} == {n: p.shape for n, p in trained.named_parameters()}

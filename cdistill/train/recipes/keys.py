@@ -173,6 +173,9 @@ class StageConfig(Keys):
         float, Gt(0), WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "infinite": True})
     ] = 1.0
     """Gradients are scaled down to this norm; .inf leaves them as they are."""
+    quantization: Literal["q8_0", "q4_0"] | None = None
+    """Train with the weights of the language model's layers rounded to what GGUF's Q8_0 or Q4_0 can hold: 8 or 4 bits, and a
+    scale for each 32. The stage's result holds rounded weights. null rounds nothing."""
     data: DataConfig = field(default_factory=DataConfig)
     validation: ValidationConfig | None = None
     """Measure the stage's losses on a held-out part of its data; null measures nothing."""
@@ -307,6 +310,7 @@ class Recipe(Keys):
         for name in self.stages:
             if self.stage[name].keep_best == "validation.vat" and not self.vat.enabled:
                 yield f"stage.{name}.keep_best must not be validation.vat without vat.enabled: nothing is aligned"
+        yield from self._problems_of_rounding()
         if self.gradient_checkpointing == "reentrant" and any(map(self.aligns, objectives)):
             yield "gradient_checkpointing must not be reentrant with vat.enabled: it would drop the gradient"
         if self.gradient_checkpointing == "reentrant" and "relation" in objectives:
@@ -336,6 +340,17 @@ class Recipe(Keys):
                 )
             if self.vat.target == "recomputed":
                 yield "vat.target must be stored with teacher_memory.cache, which keeps slices and no queries and keys"
+
+    def _problems_of_rounding(self) -> Iterator[str]:
+        grid = None
+        for name in self.stages:
+            before, grid = grid, self.stage[name].quantization
+            if grid is not None and "language" not in OBJECTIVES[self.stage[name].objective].trained:
+                yield f"stage.{name}.quantization must be null: {self.stage[name].objective} leaves the language model as it is"
+            if grid is not None and self.student.lora is not None:
+                yield f"stage.{name}.quantization must be null with student.lora, whose sums are rounded by nobody"
+            if before is not None and grid != before:
+                yield f"stage.{name}.quantization must be {before}, as in the stage before: its result would lose it"
 
     def _problems_of_packing(self) -> Iterator[str]:
         builtin = [name for name in self.stages if self.stage[name].data.path is None]
