@@ -1,10 +1,12 @@
 """What is installed and shipped: wheel and sdist have every file, and the package works out of reach of its sources."""
 
+import importlib
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,13 @@ def test_commands_work_from_an_installed_package(tree, tmp_path):
     )
     for words in COMMANDS:
         assert f"{words} 0" in said, done.stderr
+
+
+def test_entry_points_name_what_is_there():
+    """lmms-eval and vLLM find these by name; neither is installed here."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        groups = tomllib.load(file)["project"]["entry-points"]
+    for points in groups.values():
+        for target in points.values():
+            module, _, name = target.partition(":")
+            assert callable(getattr(importlib.import_module(module), name))
