@@ -3,7 +3,8 @@
 
 def register() -> None:
     """Let vLLM load folders of TAF students, exported or as they were trained, where cdistill is installed beside it."""
-    import cdistill.models  # noqa: F401  registers the configuration with transformers
     from vllm import ModelRegistry
+
+    import cdistill.models  # noqa: F401  registers the configuration with transformers
 
     ModelRegistry.register_model("TAFLlavaForConditionalGeneration", "cdistill.serving.vllm_llava:TAFLlava")
