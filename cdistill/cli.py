@@ -19,7 +19,10 @@ from cdistill.eval import benchmarks
 from cdistill.eval import command as evaluation
 from cdistill.files import disk_full
 from cdistill.plan import command as planning
+from cdistill.report import command as report
+from cdistill.report import push
 from cdistill.reproduce import command as reproduction
+from cdistill.runtime import pulse
 from cdistill.runtime.errors import RunError, print_error
 from cdistill.runtime.launch import environment
 from cdistill.train import gradient_report
@@ -142,6 +145,8 @@ COMMANDS = {
     **{f"eval {word}": Command(line, do.add_arguments, do.main) for word, (line, do) in evaluation.WORDS.items()},
     **{f"analyze {word}": Command(*of) for word, of in analyzing.WORDS.items()},
     "builtin write": Command("write the built-in task in a benchmark's files", builtin.add_arguments, builtin.main),
+    "report": Command("show what runs have logged in one page", report.add_arguments, report.main),
+    "push": Command("publish a result on the Hugging Face hub, with a model card", push.add_arguments, push.main),
     "reproduce": Command("reproduce a table of the paper in kind", reproduction.add_arguments, reproduction.main),
     "export": Command("write a model that plain transformers loads", _export_arguments, _export),
     "recipes": Command("list the shipped recipes, or what a recipe may say", _recipes_arguments, _recipes),
@@ -169,7 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += extra
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars for loading weights
     try:
-        code = COMMANDS[options.command].run(options)
+        with pulse.ending_together():
+            code = COMMANDS[options.command].run(options)
         sys.stdout.flush()  # here, where a broken pipe is caught
         return code
     except BrokenPipeError:  # of `| head`

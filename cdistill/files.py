@@ -124,6 +124,23 @@ def owned(folder: Path, what: str = "output", *, wait: float | None = None) -> I
         os.close(descriptor)
 
 
+def is_owned(folder: Path) -> bool:
+    """Whether a process has a folder, on whatever machine that its file system has locks for. Raises OSError."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there are no locks
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def entries(folder: Path) -> list[Path]:
     """What lies in a folder, without the lock and without what is being written or was left of it."""
     return [path for path in folder.iterdir() if path.name != LOCK and MARK not in path.name]

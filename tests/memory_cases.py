@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from cdistill.builtin.dataset import build_tokenizer
 from cdistill.data.samples import IGNORE_INDEX, IMAGE_TOKEN
-from cdistill.train import run, stages
+from cdistill.train import prepare, run
 from cdistill.train.recipes import Recipe, recipe_from_dict
 
 VISUAL = 256
@@ -141,7 +141,7 @@ def no_products() -> Iterator[None]:
 
 def measured_peaks(recipe: Recipe, batches: Batches, monkeypatch) -> dict[str, int]:
     """Most bytes that tensors hold at one time in the second step of every stage."""
-    monkeypatch.setattr(stages, "open_stage", lambda *_: (batches, batches.collate))
+    monkeypatch.setattr(prepare, "open_stage", lambda *_: (batches, batches.collate))
     steps = SecondSteps()
     with no_products():
         run(recipe, callbacks=[steps])

@@ -20,12 +20,12 @@ from cdistill.eval import benchmarks, tasks
 from cdistill.eval.builtin_task import Exam
 from cdistill.eval.contract import Answer, Question
 from cdistill.eval.inference import Inference
-from cdistill.eval.loading import load, model_folder
+from cdistill.eval.loading import load
 from cdistill.eval.pictures import Pictures
 from cdistill.eval.prompts import Prompts
 from cdistill.eval.results import Results
 from cdistill.eval.runner import Runner, by_images
-from cdistill.models.load import load_for_evaluation
+from cdistill.models.load import load_for_evaluation, resolve_folder
 
 N = 2  # entries per sub-type: 14 images, 28 questions
 
@@ -170,7 +170,7 @@ def test_a_folder_of_something_else_is_refused(data, whole, tmp_path, capsys):
 
     before = {path: path.read_bytes() for path in whole.iterdir()}
     assert "holds replies to sugarcrepe; go on with --resume" in ask(options=())
-    copy = shutil.copytree(model_folder("builtin:teacher"), tmp_path / "copy")
+    copy = shutil.copytree(resolve_folder("builtin:teacher", "model"), tmp_path / "copy")
     said = ask(model=copy)
     assert said.startswith(f"--output: {whole} is of another run: the model 'builtin:teacher' wrote it")
     assert "its form was another one (fp32, now bf16)" in ask("--dtype", "bf16")
@@ -247,7 +247,7 @@ def test_mistakes_in_one_line(data, tmp_path, capsys):
 
 
 def test_models_that_cannot_be_loaded_are_told_in_one_line(data, tmp_path, capsys):
-    folder = shutil.copytree(model_folder("builtin:teacher"), tmp_path / "m")
+    folder = shutil.copytree(resolve_folder("builtin:teacher", "model"), tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     (folder / "processor_config.json").unlink()
     ask = ("--task", "sugarcrepe", "--data", data)
@@ -270,7 +270,7 @@ def test_models_that_cannot_be_loaded_are_told_in_one_line(data, tmp_path, capsy
 def test_an_adapter_is_measured_with_its_base(tmp_path, data):
     from peft import LoraConfig, get_peft_model
 
-    folder = model_folder("builtin:teacher")
+    folder = resolve_folder("builtin:teacher", "model")
     model = load_for_evaluation("builtin:teacher", "model")
     adapted = get_peft_model(model, LoraConfig(target_modules=["down_proj"], r=2, init_lora_weights=False))
     adapted.save_pretrained(tmp_path / "adapter")

@@ -41,7 +41,8 @@ ALLOWED = {
     "attention": {"eval"},
     "demo": {"attention", "reproduce"},
     "reproduce": {"train", "analysis", "eval"},
-    "cli": {"demo", "plan", "attention", "reproduce"},
+    "report": {"train", "analysis"},
+    "cli": {"demo", "plan", "attention", "reproduce", "report"},
     "__main__": {"cli"},
 }
 
@@ -109,7 +110,7 @@ def test_the_page_says_what_each_room_may_import():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_page_names_is_there(page):
     text, tests = page.read_text(), "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
-    names = re.findall(r"(?:cdistill|kernels|csrc|tests|benchmarks|docs)/[\w./-]*\w", text)
+    names = re.findall(r"(?:cdistill|kernels|csrc|tests|benchmarks|examples|docs)/[\w./-]*\w", text)
     links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
     missing = [name for name in names if "NAME" not in name and not (ROOT / name).exists()]
     missing += [link for link in links if not (page.parent / link).exists()]
@@ -120,7 +121,7 @@ def test_what_a_page_names_is_there(page):
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 450, 60
 
 
-@pytest.mark.parametrize("folder", ["cdistill", "kernels", "csrc", "benchmarks", "tests"])
+@pytest.mark.parametrize("folder", ["cdistill", "kernels", "csrc", "benchmarks", "examples", "tests"])
 def test_files_and_functions_have_a_size_that_can_be_read(folder):
     """Kernels' functions aside, whose signatures are long."""
     files = [path for path in sorted((ROOT / folder).rglob("*")) if path.suffix in (".py", ".cpp", ".h")]

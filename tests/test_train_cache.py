@@ -385,15 +385,15 @@ class Answers:
 @pytest.mark.parametrize("rows", ["answer", "predicting"])
 def test_samples_without_labels(models, tmp_path, monkeypatch, rows):
     """One beside another sample, for what is aligned is as wide as the regions of both, and a batch of two."""
-    from cdistill.train import stages
+    from cdistill.train import prepare
 
-    made = stages.open_stage
+    made = prepare.open_stage
 
     def dataset(stage, models):
         data, collate = made(stage, models)
         return Answers(data, {0, 2, 3}), collate
 
-    monkeypatch.setattr(stages, "open_stage", dataset)
+    monkeypatch.setattr(prepare, "open_stage", dataset)
     monkeypatch.setattr(cache_writer, "open_stage", dataset)
     options = {"stages": ["dft"], "teacher_memory__top_k": 50, "vat__rows": rows, "stage__dft__micro_batch_size": 2}
     recipe = cached(tmp_path / "run", models, tmp_path / "cache", **options)

@@ -17,7 +17,7 @@ from cdistill.builtin.task import BuiltinTask
 from cdistill.models.load import RECIPE, load_model
 from cdistill.runtime.launch import start_processes
 from cdistill.runtime.zero import deepspeed_config
-from cdistill.train import run, stages
+from cdistill.train import prepare, run
 from cdistill.train.recipes import recipe_to_dict
 
 LOSSES = ("loss", "ar", "kd", "vat")
@@ -189,7 +189,7 @@ class Mixed(torch.utils.data.Dataset):
 
 
 def run_mixed(recipe):
-    make = stages.open_stage
+    make = prepare.open_stage
 
     def mixed(stage, models):
         images, collate = make(stage, models)
@@ -198,7 +198,7 @@ def run_mixed(recipe):
         )
         return Mixed(images, texts), collate
 
-    with mock.patch.object(stages, "open_stage", mixed):
+    with mock.patch.object(prepare, "open_stage", mixed):
         run(recipe)
 
 

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from cdistill.models.load import load_model
 from cdistill.runtime.errors import RunError
 from cdistill.runtime.finite import FiniteAdamW, poisoned
-from cdistill.train import run, stages
+from cdistill.train import prepare, run
 from cdistill.train.trainer import DistillTrainer
 
 STEPS, BATCH = 5, 4
@@ -92,13 +92,13 @@ def without(models, tmp_path_factory):
             kept = [i for step in range(STEPS) if step not in missing for i in range(step * BATCH, (step + 1) * BATCH)]
             kept += range(BATCH * len(missing))  # the steps at the end, whose result is not looked at
             keep, patch = Keep(), pytest.MonkeyPatch()
-            original = stages.open_stage
+            original = prepare.open_stage
 
             def stage_dataset(*args):
                 dataset, collator = original(*args)
                 return Subset(dataset, kept), collator
 
-            patch.setattr(stages, "open_stage", stage_dataset)
+            patch.setattr(prepare, "open_stage", stage_dataset)
             run(
                 make_recipe(tmp_path_factory.mktemp("without") / "run", models, **SETTINGS, **changes), callbacks=[keep]
             )

@@ -151,7 +151,8 @@ def test_what_is_logged(models, tmp_path):
     for entry in entries:
         assert set(entry) - {"vat_layers"} == {
             *("stage", "step", "samples", "loss", "ar", "kd", "vat"),
-            *("skipped", "learning_rate", "samples_per_s", "elapsed_s"),
+            *("skipped", "learning_rate", "grad_norm", "samples_per_s", "tokens_per_s", "elapsed_s"),
+            *("memory_mb", "processes"),
         }
         used = OBJECTIVES[entry["stage"]].losses
         assert [n for n in ("ar", "kd", "vat") if entry[n] is not None] == list(used)

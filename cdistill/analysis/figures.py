@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Hex values that stand for a variable of the page's style. Lines also differ by dash and marker, for print without colour.
 _INK, _MUTED, _GRID = "#1b1f24", "#57606a", "#d8dee4"
 SERIES = ("#5b6470", "#c2570c", "#1d4ed8", "#15803d", "#9d174d", "#6d28d9", "#0e7490", "#a16207")
-_DARK_SERIES = ("#a3adb8", "#f59e5b", "#7aa7ff", "#5ecb85", "#f28cb8", "#b79cf7", "#5cc8df", "#e0b04c")
+DARK_SERIES = ("#a3adb8", "#f59e5b", "#7aa7ff", "#5ecb85", "#f28cb8", "#b79cf7", "#5cc8df", "#e0b04c")
 _DASHES = ("-", "--", "-.", ":")
 _MARKERS = "sovD^P*X"
 _WIDTH, _HEIGHT = 4.8, 3.1  # inches; 12 units of text in charts of 480
@@ -27,7 +27,7 @@ STYLE = (
     ":root {"
     + "".join(f"{name}: {colour}; " for colour, name in _VARIABLES.items())
     + "}\n@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --muted: #9da7b1; --grid: #30363d; "
-    + "".join(f"--series{i}: {colour}; " for i, colour in enumerate(_DARK_SERIES))
+    + "".join(f"--series{i}: {colour}; " for i, colour in enumerate(DARK_SERIES))
     + "} }\n@media print { :root {"
     + "".join(f"{name}: {colour}; " for colour, name in _VARIABLES.items())
     + "} }\n"

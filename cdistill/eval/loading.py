@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from cdistill.models.load import DTYPES, Model, load_config, load_model, load_to
 from cdistill.models.processor import COMPOSITIONS, build_processor, has_image_processor, load_processor
 from cdistill.models.quantized import quantized
 
-HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "*.tiktoken")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LOOKED_AT, _PLACES = 1 << 16, 16  # bytes of a file of weights, at so many places
 
 
@@ -77,7 +74,7 @@ def load(
 
 
 def _load(reference: str, dtype: str | None, load_in: str | None, device_map: str | None, usual: bool) -> Loaded:
-    folder = model_folder(reference)
+    folder = resolve_folder(reference, "model")
     adapted = (folder / ADAPTER_CONFIG).is_file()
     folders = [base_of(folder), folder] if adapted else [folder]
     if adapted and load_in is not None:
@@ -101,20 +98,6 @@ def _load(reference: str, dtype: str | None, load_in: str | None, device_map: st
     form = load_in or next((name for name, value in DTYPES.items() if value == model.dtype), str(model.dtype))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     return Loaded(model, processor, reference, fingerprint(folders), form, size, hasattr(config, "vision_config"))
-
-
-def model_folder(reference: str) -> Path:
-    """Folder of a model: as `resolve_folder`, or a snapshot of the hub's. Raises ValueError in one line."""
-    if Path(reference).exists() or not _HUB_ID.fullmatch(reference):
-        return resolve_folder(reference, "model")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(reference, allow_patterns=list(HUB_FILES)))
-    except Exception as error:  # of requests, of the hub, of the disk
-        raise ValueError(
-            f"model: there is no folder {reference!r}, and the hub does not give it: {one_line(error)[:200]}"
-        ) from None
 
 
 def load_questioner(folders: list[Path], config: Any, *, usual: bool) -> Any:

@@ -32,6 +32,7 @@ from cdistill.models.folder import (
     reading,
     weight_files,
 )
+from cdistill.models.hub import is_hub_name, snapshot
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BUILTIN = "builtin:"
@@ -43,11 +44,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Model: TypeAlias = Any
 
 
-def resolve_folder(reference: str, key: str) -> Path:
-    """Folder of a checkpoint: a path (of a run, its last finished stage) or ``builtin:NAME`` for package data.
+def resolve_folder(reference: str, key: str, *, weights: bool = True) -> Path:
+    """Folder of a checkpoint: a path (of a run, its last finished stage), ``builtin:NAME`` for package data, or a model of the
+    hub (`cdistill.models.hub`), without its weights where they are not needed.
 
     Raises ValueError naming ``key``.
     """
+    if not reference.startswith(BUILTIN) and is_hub_name(reference):
+        return snapshot(reference, key, weights=weights)
     builtin = reference.startswith(BUILTIN)
     folder = ASSETS / reference.removeprefix(BUILTIN) if builtin else Path(reference)
     if not folder.is_dir():

@@ -60,7 +60,7 @@ def _teacher_model(recipe: Recipe) -> Any:
 
 @lru_cache(maxsize=4)
 def _teacher(reference: str) -> Blueprint:
-    model = load_structure(resolve_folder(reference, "teacher"), "teacher")
+    model = load_structure(resolve_folder(reference, "teacher", weights=False), "teacher")
     if not has_vision(model):
         raise ValueError(f"teacher: {reference} holds no multimodal model but a {model.config.model_type} model")
     prepare(model)

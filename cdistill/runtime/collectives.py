@@ -9,7 +9,7 @@ from cdistill.runtime.errors import PeerLostError, RunError
 
 
 def on_first_process(action: Callable[[], Any]) -> Any:
-    """What an action on the first process returns, on all of them; each raises the ValueError or RunError it may raise."""
+    """What an action on the first process returns, on all of them; each raises the ValueError, OSError or RunError of it."""
     import torch.distributed as dist
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -18,7 +18,7 @@ def on_first_process(action: Callable[[], Any]) -> Any:
     if dist.get_rank() == 0:
         try:
             outcome[0] = action()
-        except (ValueError, RunError) as error:
+        except (ValueError, OSError, RunError) as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:

@@ -29,6 +29,13 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def world_size() -> int:
+    """How many processes the run has, as far as they have met."""
+    import torch.distributed as dist
+
+    return dist.get_world_size() if launched() and dist.is_initialized() else 1
+
+
 @contextmanager
 def environment(*, distributed: bool) -> Iterator[None]:
     """The environment variables of a run, restored afterwards.
@@ -85,6 +92,7 @@ def init_process_group() -> None:
             dist.init_process_group(backend)
         except RuntimeError as error:
             _refuse_taken_port(error, os.environ.get("MASTER_PORT", ""))
+        pulse.start_together(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank, world)
     atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
 
 

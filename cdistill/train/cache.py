@@ -25,7 +25,7 @@ from cdistill.manifest import checksum
 from cdistill.models.load import Model, resolve_folder
 from cdistill.models.processor import FILES, IMAGE_PROCESSORS, has_image_processor
 from cdistill.train.build import Models
-from cdistill.train.recipes import StageConfig, recipe_to_dict
+from cdistill.train.recipes import Recipe, StageConfig, recipe_to_dict
 from cdistill.train.recipes.values import first_difference
 from cdistill.train.resolve import Stage, precision_of
 from cdistill.train.teacher_source import Cached
@@ -60,8 +60,6 @@ def fingerprint(stage: Stage, models: Models, vat: VAT | None) -> dict[str, Any]
     Cached.check(stage.objective.kinds)
     whole = recipe_to_dict(recipe)
     folder = resolve_folder(recipe.teacher, "teacher")
-    patterns = ("*.safetensors", "config.json", *FILES)
-    files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     reader: list[Path] = []
     if models.reader is not None and not has_image_processor(folder):
         assert recipe.student.base is not None
@@ -69,7 +67,7 @@ def fingerprint(stage: Stage, models: Models, vat: VAT | None) -> dict[str, Any]
         reader = [base / name for name in IMAGE_PROCESSORS if (base / name).is_file()]
     data = whole["stage"][stage.name]["data"]
     return {
-        "teacher": {str(path.relative_to(folder)): _checksum(path) for path in files},
+        "teacher": teacher_files(recipe),
         "student.base": {path.name: _checksum(path) for path in reader},
         "teacher_memory": {key: whole["teacher_memory"][key] for key in ("quantization", "top_k")},
         "precision": precision_of(recipe),
@@ -96,6 +94,15 @@ def _template(models: Models, stage: StageConfig) -> int | None:
 def common_vocabulary(student: Model, teacher: Model) -> int:
     """Tokens that both models know: the smaller of the two heads."""
     return min(model.config.get_text_config(decoder=True).vocab_size for model in (student, teacher))
+
+
+def teacher_files(recipe: Recipe) -> dict[str, int]:
+    """CRC-32 of each file of a recipe's teacher that decides what it gives, by its name."""
+    assert recipe.teacher is not None
+    folder = resolve_folder(recipe.teacher, "teacher")
+    patterns = ("*.safetensors", "config.json", *FILES)
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    return {str(path.relative_to(folder)): _checksum(path) for path in files}
 
 
 def _checksum(path: Path) -> int:

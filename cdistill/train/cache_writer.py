@@ -30,6 +30,7 @@ from cdistill.models.taf import TAFAdapter
 from cdistill.runtime import checkpoints, launch
 from cdistill.runtime.collectives import naming_lost_peers, on_first_process
 from cdistill.runtime.errors import Stopped
+from cdistill.runtime.machines import require_common_folder
 from cdistill.train.alignment import vat_of
 from cdistill.train.build import Models, build_models
 from cdistill.train.cache import (
@@ -263,6 +264,7 @@ def write_cache(recipe: Recipe) -> Path:
         for stage in wanted:
             with ExitStack() as at_end:
                 on_first_process(partial(at_end.enter_context, _owned(stage)))
+                require_common_folder(stage_cache(stage), "teacher_memory.cache")
                 _write_stage(stage, models)
     return Path(recipe.teacher_memory.cache)
 

@@ -25,7 +25,7 @@ __all__ = ["CompoDistillConfig", "CompoDistillTrainer", "ConversationCollator"]
 
 
 class CompoDistillTrainer(Trainer):
-    """Distils a teacher into a student by transformers' Trainer (paper section 4)::
+    """Distils a teacher into a student by transformers' Trainer (paper section 4):
 
         trainer = CompoDistillTrainer(model=student, teacher_model=teacher, args=CompoDistillConfig("out"),
                                       train_dataset=dataset, processing_class=processor)

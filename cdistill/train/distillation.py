@@ -312,7 +312,7 @@ def distill(
     train_vision: bool = False,
     visual_token_ids: int | Sequence[int] | None = None,
 ) -> Distillation:
-    """Wrap a teacher and a student for training with any loop (SPEC section 4: L_ar + L_kd + L_vat)::
+    """Wrap a teacher and a student for training with any loop (SPEC section 4: L_ar + L_kd + L_vat):
 
         distillation = cdistill.distill(teacher, student)
         losses = distillation(batch)

@@ -227,7 +227,7 @@ def _require_body(model: Model, side: str) -> None:
     if not isinstance(getattr(model, "model", None), nn.Module):
         raise ValueError(
             f"the {side}'s class {type(model).__name__} has no submodule `model` that gives hidden states; take one of the "
-            "README's families"
+            "families of docs/how-to/alignment.md"
         )
     configs = (model.config, model.config.get_text_config())
     weights = [getattr(config, name, None) for config in configs for name in family_of(model).router_fields]

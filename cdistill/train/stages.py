@@ -8,18 +8,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback, TrainingArguments
 
-from cdistill.data import strict_yaml
-from cdistill.data.conversations import Encoder
-from cdistill.files import MARK, owned, remove_unfinished, write_text
-from cdistill.models.load import RECIPE, Model, load_model
-from cdistill.models.processor import add_stop_tokens, save_chat_template
+from cdistill.files import MARK
+from cdistill.models.load import Model, load_model
+from cdistill.models.processor import add_stop_tokens
 from cdistill.runtime import checkpoints, launch, pulse
 from cdistill.runtime.bad_samples import BadSamples
 from cdistill.runtime.collectives import first_process, naming_lost_peers, on_first_process
@@ -28,7 +25,7 @@ from cdistill.runtime.finite import FiniteSteps
 from cdistill.runtime.signals import StopRequest, stop_on_signals
 from cdistill.runtime.stop import StopCallback
 from cdistill.runtime.zero import deepspeed_config, released, unpickling_data_alone
-from cdistill.train.alignment import make_vat, vat_of
+from cdistill.train.alignment import make_vat
 from cdistill.train.build import (
     Models,
     build_models,
@@ -37,40 +34,25 @@ from cdistill.train.build import (
     count_parameters,
 )
 from cdistill.train.cache import CachedCollator, CachedDataset, StageCache, fingerprint, stage_cache
-from cdistill.train.data import encoder_of, open_stage, open_validation, unread
-from cdistill.train.evaluation import Evaluation, check_questions, open_tasks, questioner
+from cdistill.train.data import open_validation, unread
+from cdistill.train.evaluation import Evaluation, open_tasks, questioner
 from cdistill.train.gradients import balanced_weight
 from cdistill.train.lora import add_lora
 from cdistill.train.measuring import METRIC, VALUE, Measure, Measuring, is_best
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import require_known_everywhere, set_trained
-from cdistill.train.recipes import Recipe, recipe_to_dict
+from cdistill.train.prepare import Data, open_data, pin_models, prepare, prepare_together, save_processor
+from cdistill.train.recipes import Recipe
 from cdistill.train.resolve import Run, Stage, resolve
-from cdistill.train.run_folder import (
-    CHECKPOINTS,
-    METRICS,
-    check_output,
-    check_stages,
-    print_changes,
-    read_recipe,
-    remove_leftovers,
-    stage_folders,
-)
+from cdistill.train.run_folder import CHECKPOINTS, METRICS, remove_leftovers, stage_folders
+from cdistill.train.run_log import TENSORBOARD, RunLog
 from cdistill.train.teacher_source import Cached, place_teacher
 from cdistill.train.terms.alignment import Alignment
-from cdistill.train.trainer import DistillTrainer, RunLog, training_arguments
+from cdistill.train.trainer import DistillTrainer, training_arguments
 from cdistill.train.validation import Validation
 from cdistill.vat import attention_layers
 
 METRICS_BYTES = 1_000_000
-
-
-class Data(NamedTuple):
-    """What a stage reads."""
-
-    dataset: Any
-    collator: Any
-    encoder: Encoder | None  # None where the built-in task makes the tokens itself
 
 
 def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Path:
@@ -79,9 +61,10 @@ def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCall
     with ExitStack() as at_end:
         if launch.launched():
             launch.init_process_group()
-            prepared: list[Models] = []  # stays where it is
-            on_first_process(lambda: prepared.append(_prepare(recipe, output, resume, at_end)))
-            return run_stages(recipe, resume=resume, callbacks=callbacks, models=prepared.pop() if prepared else None)
+            pulse.watch(recipe.max_stuck_seconds)
+            recipe = on_first_process(partial(pin_models, recipe, output))
+            models = prepare_together(recipe, output, resume=resume, at_end=at_end)
+            return run_stages(recipe, resume=resume, callbacks=callbacks, models=models)
         if recipe.processes > 1 and callbacks:
             raise ValueError(
                 "callbacks need recipe.processes 1: the stages of this recipe run in processes of their own"
@@ -89,8 +72,9 @@ def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCall
         if recipe.processes > 1:
             launch.named_port()
             require_known_everywhere((recipe.stage[name].objective for name in recipe.stages), recipe.processes)
+        recipe = pin_models(recipe, output)
         with launch.quiet():
-            models: Models | None = _prepare(recipe, output, resume, at_end)
+            models = prepare(recipe, output, resume=resume, at_end=at_end)
         if recipe.processes > 1:
             models = None  # the processes load their own
             launch.start_processes(recipe.processes, "train", output, max_stuck_seconds=recipe.max_stuck_seconds)
@@ -114,7 +98,7 @@ def run_stages(
             at_exit.enter_context(unpickling_data_alone())
         if launch.launched():
             launch.init_process_group()
-        run = resolve(recipe, _world_size())
+        run = resolve(recipe, launch.world_size())
         models = models or build_models(recipe)
         before = None
         for stage in run.stages:
@@ -131,53 +115,6 @@ def run_stages(
                     _stop_if(request.agreed(), f"{stage.label}: done, and stopped")
             before = stage.folder
     return run.stages[-1].folder
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if launch.launched() and dist.is_initialized() else 1
-
-
-def _prepare(recipe: Recipe, output: Path, resume: bool, at_end: ExitStack) -> Models:
-    """Check everything a run needs, then make its folder, which is locked until the end, hold the recipe."""
-    was_there = output.is_dir()
-    if was_there:
-        at_end.enter_context(owned(output))
-    check_output(recipe, output, resume)
-    if was_there:
-        remove_unfinished(output)
-    run = resolve(recipe, _world_size() if launch.launched() else None)
-    models = build_models(recipe)
-    for stage in run.stages:
-        data = Data(*(found := open_stage(stage, models)), encoder_of(found[0]))
-        if stage.config.validation is not None:
-            open_validation(stage, models)
-        if stage.config.eval is not None:
-            _check_evaluation(stage, models, data)
-        if recipe.teacher_memory.cache is not None and stage.objective.distils:
-            StageCache(stage_cache(stage), fingerprint(stage, models, vat_of(stage, models)))
-    if resume:
-        check_stages(output, [stage.folder for stage in run.stages])
-    checkpoints.check_room(output, sum(p.numel() * p.element_size() for p in models.student.parameters()))
-    text = strict_yaml.dump(recipe_to_dict(recipe))
-    with checkpoints.saving(output / RECIPE, len(text)):
-        output.mkdir(parents=True, exist_ok=True)
-        if not was_there:
-            at_end.enter_context(owned(output))
-            check_output(recipe, output, resume)  # another run may have made it meanwhile
-        if (output / RECIPE).is_file():
-            print_changes(recipe, output, read_recipe(output))
-        if not (output / RECIPE).is_file() or (output / RECIPE).read_text(encoding="utf-8") != text:
-            write_text(output / RECIPE, text)
-    return models
-
-
-def _check_evaluation(stage: Stage, models: Models, data: Data) -> None:
-    """Raise ValueError unless a stage's benchmarks can be read and put to its student."""
-    try:
-        check_questions(open_tasks(stage.config, quiet=False), models.student)
-        questioner(models.student, lambda folder: _save_processor(folder, models, data))
-    except ValueError as error:
-        raise ValueError(f"stage.{stage.name}.{error}") from None
 
 
 def _stop_if(number: int, message: str) -> None:
@@ -202,7 +139,7 @@ def _run_stage(
         models.teacher = models.teacher_source = None
     arguments = _ready(run, stage, models.student)
     counted = count_parameters(models.student)
-    data = Data(*(found := open_stage(stage, models)), encoder_of(found[0]))
+    data = open_data(stage, models)
     if data.encoder is not None:
         add_stop_tokens(models.student, data.encoder.contract.end_ids)
     model, data = losses_of(run, stage, models, data, arguments.device)
@@ -277,6 +214,8 @@ def _ready(run: Run, stage: Stage, student: Model) -> TrainingArguments:
         seed=stage.seed,
         workers=recipe.workers,
         on_cpu=not torch.cuda.is_available(),
+        name=f"{recipe.name} {stage.label}",
+        trackers=recipe.report_to,
     )
 
 
@@ -353,13 +292,14 @@ def _trainer(
         stage.name,
         per_step=config.global_batch_size,
         steps=config.steps,
-        layers=recipe.log_layers,
+        tensorboard=TENSORBOARD in recipe.report_to,
     )
     trainer = DistillTrainer(
         model,
         arguments,
         config,
         lora=stage.lora,
+        log_layers=recipe.log_layers,
         finite=FiniteSteps(recipe.max_nonfinite_steps, stage.label),
         bad=BadSamples(recipe.max_bad_samples, run.output, stage.label),
         train_dataset=data.dataset,
@@ -381,13 +321,18 @@ def _measure(run: Run, stage: Stage, models: Models, trainer: DistillTrainer, lo
 
     def add(name: str, measure: Measure, every: int) -> None:
         kept = keep if metric.startswith(f"{name}.") else None
-        trainer.add_callback(Measuring(trainer, measure, every, partial(log.measured, name), kept))
+
+        def report(step: int, values: Mapping[str, float]) -> None:
+            log.measured(name, step, values)
+            trainer.tell({f"eval_{name}/{key}": value for key, value in values.items()})
+
+        trainer.add_callback(Measuring(trainer, measure, every, report, kept))
 
     if config.validation is not None:
         validation = Validation(trainer, *open_validation(stage, models), batch=stage.micro_batch_size)
         add("validation", validation, config.validation.every)
     if config.eval is not None:
-        processor = questioner(models.student, lambda folder: _save_processor(folder, models, data))
+        processor = questioner(models.student, lambda folder: save_processor(folder, models, data))
         arguments, together = trainer.args, run.zero == 3
         add(
             "eval",
@@ -433,16 +378,8 @@ def _publish(folder: Path, stage: Stage, models: Models, trainer: DistillTrainer
     with checkpoints.saving(part, trainer.bytes_to_save(optimizer=False), called=folder):
         trainer.save_student(part)
         if first_process():
-            _save_processor(part, models, data)
+            save_processor(part, models, data)
         checkpoints.seal(part, stage=stage.name, **facts)
     if first_process():
         checkpoints.remove(folder)
         checkpoints.publish(part, folder)
-
-
-def _save_processor(folder: Path, models: Models, data: Data) -> None:
-    """Write what makes tokens for the student, with the chat template that it is trained on."""
-    models.processor.save_pretrained(folder)
-    template = None if data.encoder is None else data.encoder.template
-    if template is not None and template.replaces_own:
-        save_chat_template(folder, template.source)

@@ -46,7 +46,7 @@ def make_student(
     """
     language: Model = None
     if config.base is not None:
-        folder = resolve_folder(config.base, "student.base")
+        folder = resolve_folder(config.base, "student.base", weights=not meta)
         language = load_structure(folder, "student.base") if meta else load_model(folder)
         if has_vision(language):
             _check_same_kind(config, language)
@@ -99,7 +99,7 @@ def _seeing(
         return None, _fresh_config(config.vision_config, "student.vision_config"), None
     source = teacher
     if not config.taf and config.vision is not None:
-        folder = resolve_folder(config.vision, "student.vision")
+        folder = resolve_folder(config.vision, "student.vision", weights=not meta)
         if load_config(folder, "student.vision").model_type not in COMPOSITIONS:  # an encoder alone
             if meta:
                 return None, encoder_config(folder, "student.vision"), None
@@ -138,7 +138,11 @@ def _fresh_config(values: dict[str, Any] | None, key: str, **defaults: Any) -> P
 def folders_of(config: StudentConfig, teacher: str | None = None) -> dict[str, Path]:
     """Folders that the student's parts come from, by key of the recipe; the last is that of a ``teacher`` it is made beside."""
     references = {"student.base": config.base, "student.vision": config.vision, "teacher": teacher}
-    return {key: resolve_folder(reference, key) for key, reference in references.items() if reference is not None}
+    return {
+        key: resolve_folder(reference, key, weights=False)
+        for key, reference in references.items()
+        if reference is not None
+    }
 
 
 def set_visual_tokens(config: Any, key: str, folder: Path | None) -> str | None:

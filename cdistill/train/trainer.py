@@ -1,9 +1,7 @@
 """DistillTrainer: transformers.Trainer on a `DistillationModel`, with losses logged one by one and resumable stages."""
 
-import json
-import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,13 +20,11 @@ from cdistill.runtime.bad_samples import BadSamples
 from cdistill.runtime.collectives import gathered
 from cdistill.runtime.errors import NonFiniteError, ProcessError
 from cdistill.runtime.finite import FiniteAdamW, FiniteSteps, poisoned
-from cdistill.runtime.json_lines import read_lines, say_damaged, write_lines
 from cdistill.runtime.launch import launched
 from cdistill.train.lora import merged_state
 from cdistill.train.model import DistillationModel
 from cdistill.train.recipes import LoRAConfig, StageConfig
-from cdistill.train.run_folder import METRICS
-from cdistill.train.terms import TERMS
+from cdistill.train.run_log import TENSORBOARD
 
 WEIGHTS = "model.pt"
 PROGRESS = "progress_{}.pt"  # of one process: sums of losses not yet logged, and counters
@@ -49,6 +45,7 @@ class DistillTrainer(Trainer):
         stage: StageConfig,
         *,
         lora: LoRAConfig | None = None,
+        log_layers: bool = False,
         finite: FiniteSteps,
         bad: BadSamples,
         train_dataset: Dataset,
@@ -59,7 +56,7 @@ class DistillTrainer(Trainer):
             model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, callbacks=callbacks
         )
         self.remove_callback(PrinterCallback)
-        self.stage, self.distillation, self.lora = stage, model, lora
+        self.stage, self.distillation, self.lora, self.log_layers = stage, model, lora, log_layers
         self.weights = {term.name: term.weight for term in model.terms} | {"idle": 1.0}
         # Both say that compute_loss has already divided by the whole global batch (the second since transformers 5.20).
         self.model_accepts_loss_kwargs = True
@@ -71,6 +68,7 @@ class DistillTrainer(Trainer):
         zero = self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0
         self.add_callback(RanksAgree(model, finite.label, ordered=zero >= 2))
         self._logged_step = 0
+        self.tokens: Any = 0  # of all processes since the last log, padding left out
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -106,10 +104,12 @@ class DistillTrainer(Trainer):
         if not batches:
             return batches, None
         # Position 0 predicts nothing and is never labelled; the patches of objective vision are all labelled.
-        count = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in batches]).sum().to(device)
+        counts = [torch.stack([(batch["labels"] != IGNORE_INDEX).sum(), _tokens(batch)]) for batch in batches]
+        count = torch.stack(counts).sum(0).to(device)
         if self.args.world_size > 1:
             count = self.accelerator.reduce(count, "sum")
-        return batches, count
+        self.tokens = self.tokens + count[1]
+        return batches, count[0]
 
     def compute_loss(
         self,
@@ -135,16 +135,28 @@ class DistillTrainer(Trainer):
         total = poisoned(total)
         return (total, losses) if return_outputs else total
 
+    def tell(self, values: dict[str, float]) -> None:
+        """Hand what was measured, by names, to trackers (`cdistill.train.run_log.RunLog` has its own); on the first process."""
+        due = self.control.should_log  # which transformers takes back where something is logged
+        self.callback_handler.on_log(self.args, self.state, self.control, values)
+        self.control.should_log = due
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the means of the losses since the last logging step, without skipped steps, and the skipped steps so far.
 
-        Trainer's summary at the end is left out.
+        A vector's values are logged one by one, as ``vat_layers/0``. Trainer's summary at the end is left out.
         """
         if "loss" not in logs:
             return
         steps = self.state.global_step - self._logged_step
         self._logged_step = self.state.global_step
-        super().log({**logs, **self.finite.means(steps), "skipped": self.finite.skipped}, start_time)
+        tokens, self.tokens = int(self.tokens), 0
+        means: dict[str, Any] = self.finite.means(steps)
+        numbers = {name: value for name, value in means.items() if not isinstance(value, list)}
+        if self.log_layers:
+            vectors = {name: value for name, value in means.items() if isinstance(value, list)}
+            numbers |= {f"{name}/{i}": each for name, value in vectors.items() for i, each in enumerate(value)}
+        super().log({**logs, **numbers, "tokens": tokens, "skipped": self.finite.skipped}, start_time)
 
     def save_student(self, folder: Path) -> None:
         """Write the student by ``save_pretrained`` (safetensors), LoRA merged. Every process must call it."""
@@ -227,9 +239,11 @@ class DistillTrainer(Trainer):
             wrapper.engine.destroy()
 
 
-def _whole(step: Any) -> float:
-    """A step of a log; what is none is beyond all."""
-    return step if isinstance(step, int) else math.inf
+def _tokens(batch: dict[str, Tensor]) -> Tensor:
+    """Tokens of a micro-batch, padding left out; of patches, all."""
+    if "attention_mask" in batch:
+        return (batch["attention_mask"] != 0).sum()
+    return torch.tensor(batch["labels"].numel(), device=batch["labels"].device)
 
 
 def _start_worker(start: Callable[[int], None] | None, worker: int) -> None:
@@ -268,8 +282,10 @@ def training_arguments(
     seed: int,
     workers: int,
     on_cpu: bool,
+    name: str | None = None,
+    trackers: Sequence[str] = (),
 ) -> TrainingArguments:
-    """What Trainer needs to know of a stage; everything it would print or report is switched off."""
+    """What Trainer needs to know of a stage; everything it would print or report is switched off, but named ``trackers``."""
     warmup = -int(-stage.warmup_ratio * stage.steps // 1)
     args = TrainingArguments(
         output_dir=str(output),
@@ -293,7 +309,8 @@ def training_arguments(
         save_strategy="steps" if save_steps else "no",
         save_steps=save_steps or 500,
         seed=seed,
-        report_to="none",
+        report_to=[tracker for tracker in trackers if tracker != TENSORBOARD] or "none",
+        run_name=name,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=not on_cpu,
@@ -305,110 +322,3 @@ def training_arguments(
     assert args.device is not None  # reading it sets up the devices
     args._n_gpu = min(args.n_gpu, 1)  # one GPU per process; Trainer would wrap the model in DataParallel otherwise
     return args
-
-
-class RunLog(TrainerCallback):
-    """Progress bar, metrics.jsonl and TensorBoard of one stage, on the first process only.
-
-    Args:
-        output: the run's folder.
-        label: folder name of the stage, such as ``2-dft``.
-        stage: name of its section.
-        per_step: samples of a global batch.
-        layers: whether to log the details of terms, such as the alignment loss of every layer.
-    """
-
-    def __init__(self, output: Path, label: str, stage: str, *, per_step: int, steps: int, layers: bool) -> None:
-        self.output, self.label, self.stage = output, label, stage
-        self.per_step, self.steps, self.layers = per_step, steps, layers
-        self.last: dict[str, Any] = {}
-
-    def rewind(self, step: int) -> None:
-        """Drop what was logged of this stage after ``step``, the one that training goes on from."""
-        path = self.output / METRICS
-        if not path.is_file():
-            if step:
-                print(f"{path} is missing: what was logged up to step {step:,} of {self.label} is lost", flush=True)
-            return
-        found, damaged = read_lines(path, "stage", "step")
-        say_damaged(path, damaged)
-        kept = [entry for entry in found if entry["stage"] != self.stage or _whole(entry["step"]) <= step]
-        for entry in kept:
-            if entry["stage"] == self.stage and "loss" in entry:
-                self.last = entry
-        write_lines(path, kept)
-
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the files."""
-        if not state.is_world_process_zero:
-            return
-        import time
-
-        from torch.utils.tensorboard import SummaryWriter
-        from tqdm import tqdm
-
-        self._clock = time.perf_counter
-        self._start = self._clock() - self.last.get("elapsed_s", 0.0)
-        self._last_step, self._last_time = state.global_step, self._clock()
-        self._metrics = (self.output / METRICS).open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(self.output / "tensorboard" / self.label), purge_step=state.global_step + 1)
-        self._bar = tqdm(total=self.steps, initial=state.global_step, desc=self.label, unit="step", mininterval=1.0)
-
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the bar; the last step is always logged."""
-        pulse.beat()
-        if state.is_world_process_zero:
-            self._bar.update()
-        if state.global_step == state.max_steps:
-            control.should_log = True
-
-    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Write one line of metrics."""
-        if not state.is_world_process_zero:
-            return
-        now, step = self._clock(), state.global_step
-        rate = (step - self._last_step) * self.per_step / max(now - self._last_time, 1e-9)
-        self._last_step, self._last_time = step, now
-        entry: dict[str, Any] = {
-            "stage": self.stage,
-            "step": step,
-            "samples": step * self.per_step,
-            "loss": logs["loss"],
-        }
-        terms = TERMS.values()
-        entry |= {term.name: logs.get(term.name) for term in terms if term.is_column}
-        others = [term.name for term in terms if term.is_logged and not term.is_column]
-        details = [name for term in terms for name in term.details] if self.layers else []
-        entry |= {name: logs[name] for name in (*others, *details) if name in logs}
-        entry |= {"skipped": logs["skipped"], "learning_rate": logs["learning_rate"]}
-        entry |= {"samples_per_s": rate, "elapsed_s": now - self._start}
-        self._metrics.write(json.dumps(entry) + "\n")
-        self._metrics.flush()
-        for name, value in entry.items():
-            if isinstance(value, float):
-                self._board.add_scalar(name, value, step)
-        for name in details:
-            for i, value in enumerate(entry.get(name) or ()):
-                self._board.add_scalar(f"{name}/{i}", value, step)
-        shown = {name: f"{entry[name]:.4f}" for name in ("loss", *TERMS) if entry.get(name) is not None}
-        self._bar.set_postfix(shown, refresh=False)
-        self.last = entry
-
-    def measured(self, name: str, step: int, values: dict[str, float]) -> None:
-        """Write what was measured of the student after a step, in a line of its own; on the first process."""
-        entry = {"stage": self.stage, "step": step, "samples": step * self.per_step, name: values}
-        self._metrics.write(json.dumps(entry) + "\n")
-        self._metrics.flush()
-        for key, value in values.items():
-            self._board.add_scalar(f"{name}/{key}", value, step)
-
-    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close what `on_train_begin` opened."""
-        self.close()
-
-    def close(self) -> None:
-        """Close bar and files; harmless when they are closed or were never opened."""
-        if hasattr(self, "_bar"):
-            self._bar.close()
-            self._metrics.close()
-            self._board.close()

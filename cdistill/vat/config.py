@@ -17,7 +17,7 @@ class VAT:
 
     ``student_num_layers`` and ``teacher_num_layers`` are numbers of layers or, for models with layers that have no softmax
     attention, what `attention_layers` gives for them. ``distances`` is the matrix adaptive matching needs: build it with
-    `VAT.measure` first. ``impl`` as in `cdistill.ops`. Per batch::
+    `VAT.measure` first. ``impl`` as in `cdistill.ops`. Per batch:
 
         teacher = vat.teacher(teacher_regions, teacher_key_mask)
         with torch.no_grad():

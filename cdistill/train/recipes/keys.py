@@ -303,10 +303,9 @@ class StageConfig(Keys):
                 yield f"validation must be null for objective {self.objective}, which is trained on patches of images"
             if self.eval is not None and OBJECTIVES[self.objective].trains_on_patches:
                 yield f"eval must be null for objective {self.objective}, which trains the vision encoder alone"
-        metric = self.keep_best
+        metric, tasks = self.keep_best, () if self.eval is None else self.eval.names
         if metric is None or metric in self.measured:
             return
-        tasks = () if self.eval is None else self.eval.names
         if not any(metric.startswith(f"eval.{task}.") for task in tasks):  # whose metrics its files tell
             known = [*self.measured, *(f"eval.{task}.METRIC" for task in tasks)]
             names = ", ".join(known) or "none, as validation and eval are null"
@@ -351,8 +350,7 @@ class Recipe(Keys):
     compile: bool = False
     """Compile the layers of the language model with torch.compile."""
     group_by: Literal["length", "modality"] | None = None
-    """Put samples of similar length into one batch, or those of one modality (with images or without) and of similar length,
-    in a random order of batches; null for neither."""
+    """Put samples of similar length, or of one modality and similar length, into a batch, in a random order of batches."""
     packing: bool = False
     """Put the samples of a micro-batch into as few rows of at most max_length tokens as they fit into."""
     workers: Count = 0
@@ -363,6 +361,8 @@ class Recipe(Keys):
     """Steps between two lines of metrics.jsonl."""
     log_layers: bool = False
     """Log the alignment loss of every layer, too."""
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """Where the log goes beside metrics.jsonl: tensorboard, wandb, trackio, mlflow and what else transformers reports to."""
     save_steps: Count = 0
     """Steps between checkpoints to resume from inside a stage, 0 for none but that of a stopped run."""
     max_nonfinite_steps: AtLeastOne = 20

@@ -1,0 +1,1 @@
+"""The page of runs: what they have logged, side by side.."""
