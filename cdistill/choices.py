@@ -4,7 +4,7 @@ A test walks every list: each name works, and any other is refused by all that t
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
@@ -139,17 +139,21 @@ class VATConfig:
     keys of its aligned layers, from which the slices are recomputed beside the student's (`cdistill.ops.attention_relation`):
     both in blocks of 288 rows (512 on a GPU), of which the last waits for the backward pass. Needs engine sdpa."""
 
-    def __post_init__(self) -> None:
-        check_choices(self, "vat")
+    def problems(self) -> Iterator[str]:
+        """What is wrong with fields that have the right types, a line for each."""
         engines = (*VAT_ENGINES, *REGISTERED_ENGINES)
         if self.engine not in engines:
-            raise ValueError(f"vat.engine must be one of {', '.join(engines)}, got {self.engine!r}")
-        if self.target == "recomputed" and self.engine != "sdpa":
-            raise ValueError(
-                f"vat.target recomputed needs vat.engine sdpa, got {self.engine!r}: engines compare with stored slices"
-            )
+            yield f"vat.engine must be one of {', '.join(engines)}, got {self.engine!r}"
+        elif self.target == "recomputed" and self.engine != "sdpa":
+            yield f"vat.target recomputed needs vat.engine sdpa, got {self.engine!r}: engines compare with stored slices"
         if self.sink_filter and self.reduction != "column":
-            raise ValueError(f"vat.sink_filter needs vat.reduction column, got {self.reduction!r}")
+            yield f"vat.sink_filter needs vat.reduction column, got {self.reduction!r}"
+
+    def __post_init__(self) -> None:
+        check_choices(self, "vat")
+        found = list(self.problems())
+        if found:
+            raise ValueError("\n".join(found))
         for name in ("student_layers", "teacher_layers"):
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))

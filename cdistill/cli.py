@@ -1,16 +1,14 @@
-"""The ``cdistill`` command: one function per subcommand, in one table; heavy imports happen inside the functions."""
+"""The ``cdistill`` command: its commands, in one table; heavy imports happen inside the functions."""
 
 import argparse
-import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cdistill import __version__
+from cdistill import doctor, menu
 from cdistill.attention import command as analyzing
 from cdistill.builtin import command as builtin
 from cdistill.data import command as data
@@ -18,6 +16,8 @@ from cdistill.demo import command as demo
 from cdistill.eval import benchmarks
 from cdistill.eval import command as evaluation
 from cdistill.files import disk_full
+from cdistill.init import command as starting
+from cdistill.menu import Command
 from cdistill.plan import command as planning
 from cdistill.report import command as report
 from cdistill.report import push
@@ -26,20 +26,11 @@ from cdistill.runtime import pulse
 from cdistill.runtime.errors import RunError, print_error
 from cdistill.runtime.launch import environment
 from cdistill.train import gradient_report
-
-
-@dataclass(frozen=True)
-class Command:
-    """A subcommand: its help line, what it takes, and what it does (returns the exit code)."""
-
-    help: str
-    arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
+from cdistill.train.recipes import command as recipes
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="name of a shipped recipe (see `cdistill recipes`) or path of a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key, as in stage.dft.samples=640")
+    menu.recipe_argument(parser, "change a key, as in stage.dft.samples=640")
     parser.add_argument("--resume", action="store_true", help="continue the run in the recipe's output folder")
 
 
@@ -51,8 +42,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _cache_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="name or path of a recipe whose teacher_memory.cache names a folder")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe")
+    menu.recipe_argument(parser, "change a key, as in teacher_memory.cache=FOLDER, which must be named")
 
 
 def _cache(options: argparse.Namespace) -> int:
@@ -81,31 +71,6 @@ def _data(options: argparse.Namespace) -> int:
     return data.main(options, load)
 
 
-def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "what",
-        nargs="?",
-        choices=("list", "keys", "schema"),
-        default="list",
-        help="the shipped recipes (default), every key with its meaning in Markdown, or a JSON schema for editors",
-    )
-
-
-def _recipes(options: argparse.Namespace) -> int:
-    if options.what != "list":
-        from cdistill.train.recipes import reference
-
-        print(reference.page() if options.what == "keys" else json.dumps(reference.json_schema(), indent=2))
-        return 0
-    from cdistill.train.recipes import shipped_recipes
-
-    recipes = shipped_recipes()
-    width = max(map(len, recipes), default=0)
-    for name, comment in recipes.items():
-        print(f"{name:{width}}  {comment}")
-    return 0
-
-
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", help="folder of a model, a run (its last finished stage) or a peft adapter, or builtin:NAME"
@@ -116,6 +81,10 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep-taf", action="store_true", help="do not merge the map of TAF into the teacher's adapter"
     )
     parser.add_argument("--code", action="store_true", help="add a TAF student's code, for use without cdistill")
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="bytes of a file of weights, or such as 5GB")
+    parser.add_argument(
+        "--check", action="store_true", help="read the folder back in a fresh process and compare its replies"
+    )
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -123,48 +92,82 @@ def _export(options: argparse.Namespace) -> int:
 
     with environment(distributed=False):  # saving makes transformers import DeepSpeed, which else remarks on the device
         result = export(
-            options.model, options.output, dtype=options.dtype, merge_taf=not options.keep_taf, code=options.code
+            options.model,
+            options.output,
+            dtype=options.dtype,
+            merge_taf=not options.keep_taf,
+            code=options.code,
+            max_shard_size=options.max_shard_size,
+            check=options.check,
         )
     for remark in result.remarks:
         print(remark)
+    if result.checked:
+        print(result.checked)
     merged = f", {' and '.join(result.merged)} merged" if result.merged else ""
     print(f"{result.model_class} in {result.dtype}{merged} -> {result.folder}")
     return 0
 
 
-COMMANDS = {
-    "demo": Command("distil the built-in student and compare it", demo.add_arguments, demo.main),
-    "train": Command("train a recipe's stages", _train_arguments, _train),
-    "plan": Command("tell what a recipe needs on each GPU", planning.add_arguments, planning.main),
-    "gradients": Command(
-        "measure how hard each term of a stage's loss pulls", gradient_report.add_arguments, gradient_report.main
-    ),
-    "cache": Command("keep what a recipe's teacher gives, to train without it", _cache_arguments, _cache),
-    "data": Command("check data sets, look at samples, list the paper's sets", data.add_arguments, _data),
-    "eval": Command("measure a model on benchmarks or the built-in task", evaluation.add_arguments, evaluation.main),
-    **{f"eval {word}": Command(line, do.add_arguments, do.main) for word, (line, do) in evaluation.WORDS.items()},
-    **{f"analyze {word}": Command(*of) for word, of in analyzing.WORDS.items()},
-    "builtin write": Command("write the built-in task in a benchmark's files", builtin.add_arguments, builtin.main),
-    "report": Command("show what runs have logged in one page", report.add_arguments, report.main),
-    "push": Command("publish a result on the Hugging Face hub, with a model card", push.add_arguments, push.main),
-    "reproduce": Command("reproduce a table of the paper in kind", reproduction.add_arguments, reproduction.main),
-    "export": Command("write a model that plain transformers loads", _export_arguments, _export),
-    "recipes": Command("list the shipped recipes, or what a recipe may say", _recipes_arguments, _recipes),
+def _completion_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=menu.SHELLS, help="the shell; put the script where it looks for completions")
+
+
+def _completion(options: argparse.Namespace) -> int:
+    from cdistill.train.recipes import shipped_recipes
+
+    print(menu.completion(COMMANDS, options.shell, shipped_recipes()))
+    return 0
+
+
+GROUPS = {
+    "begin": {
+        "doctor": Command("tell what this machine has and lacks", doctor.add_arguments, doctor.main),
+        "init": Command("write a recipe for your own models and data", starting.add_arguments, starting.main),
+        "demo": Command("distil the built-in student and compare it", demo.add_arguments, demo.main),
+    },
+    "train": {
+        "recipes": Command("list and show recipes, and what they may say", recipes.add_arguments, recipes.main),
+        "plan": Command("tell what a recipe needs on each GPU", planning.add_arguments, planning.main),
+        "train": Command("train a recipe's stages", _train_arguments, _train),
+        "cache": Command("keep what a recipe's teacher gives, to train without it", _cache_arguments, _cache),
+        "gradients": Command(
+            "measure how hard each term of a loss pulls", gradient_report.add_arguments, gradient_report.main
+        ),
+        "data": Command("check data sets, look at samples, list the paper's", data.add_arguments, _data),
+    },
+    "see what came of it": {
+        "eval": Command("measure a model on benchmarks", evaluation.add_arguments, evaluation.main),
+        **{f"eval {word}": Command(line, do.add_arguments, do.main) for word, (line, do) in evaluation.WORDS.items()},
+        **{f"analyze {word}": Command(*of) for word, of in analyzing.WORDS.items()},
+        "report": Command("show what runs have logged in one page", report.add_arguments, report.main),
+        "export": Command("write a model that plain transformers loads", _export_arguments, _export),
+        "push": Command("publish a result on the hub, with a model card", push.add_arguments, push.main),
+    },
+    "more": {
+        "reproduce": Command("reproduce a table of the paper in kind", reproduction.add_arguments, reproduction.main),
+        "builtin write": Command("write the built-in task as a benchmark", builtin.add_arguments, builtin.main),
+        "completion": Command("print the completions of a shell", _completion_arguments, _completion),
+    },
 }
+COMMANDS = {name: command for commands in GROUPS.values() for name, command in commands.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
-    2 for a user's mistake, 1 for a run that failed, both reported in one line; 143 (130) for one that SIGTERM (Ctrl-C)
-    stopped.
+    2 for a user's mistake, 1 for a run that failed, both reported in one line (several mistakes of a recipe in a line each);
+    143 (130) for one that SIGTERM (Ctrl-C) stopped.
     """
-    parser = argparse.ArgumentParser(prog="cdistill", description="Distil multimodal language models by attention.")
-    parser.add_argument("--version", action="version", version=f"cdistill {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        command.arguments(subparsers.add_parser(name, help=command.help, description=command.help))
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words:
+        print(menu.page(GROUPS), end="", file=sys.stderr)
+        return 2
+    wrong = menu.unknown(words, COMMANDS)
+    if wrong is not None:
+        print_error(ValueError(wrong))
+        return 2
+    parser = menu.parser(GROUPS, COMMANDS)
     if " ".join(words[:2]) in COMMANDS:  # as in `eval score`
         words[:2] = [" ".join(words[:2])]
     options, extra = parser.parse_known_args(words)

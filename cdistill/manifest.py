@@ -43,14 +43,19 @@ def verify(folder: Path, what: str, *, needed: bool = False) -> None:
         return
     if os.environ.get("RANK", "0") != "0":
         return
-    place = folder.resolve()
-    looks = tuple(sorted((p.name, s.st_size, s.st_mtime_ns, s.st_ino) for p in folder.iterdir() for s in (p.stat(),)))
-    if _verified.get(place) == looks:
+    place, now = folder.resolve(), looks(folder)
+    if _verified.get(place) == now:
         return
     reason = damage(folder)
     if reason is not None:
         raise ValueError(f"{what}: {folder} is damaged ({reason}): put it back, or make it again")
-    _verified[place] = looks
+    _verified[place] = now
+
+
+def looks(folder: Path) -> Any:
+    """Names, sizes and times of a folder's files, which are others where one has changed. Raises OSError."""
+    found = ((path.name, path.stat()) for path in folder.iterdir() if path.exists())
+    return sorted((name, status.st_size, status.st_mtime_ns, status.st_ino) for name, status in found)
 
 
 def damage(folder: Path) -> str | None:

@@ -5,6 +5,8 @@ import pickle
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from data_files import characters, encoded, reason, spoken, turns
 from PIL import Image
@@ -176,3 +178,140 @@ def test_names_on_the_hub_are_asked_for_without_their_code(monkeypatch, streamin
     assert source.name == "set-1.5" and spoken(source[0])[1] == ("assistant", "y")
     with pytest.raises(ValueError, match="size must be at least 1"):
         open_source("hf:owner/set", streaming=streaming, size=0)
+
+
+# What files say of their own columns.
+
+IN_BYTES = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+TEXT = {"_type": "Value", "dtype": "string"}
+NESTED = {
+    "alone": lambda value, kind, feature: (value, kind, feature),
+    "List": lambda value, kind, feature: ([value], pyarrow.list_(kind), {"_type": "List", "feature": feature}),
+    "Sequence": lambda value, kind, feature: ([value], pyarrow.list_(kind), {"_type": "Sequence", "feature": feature}),
+    "LargeList": lambda value, kind, feature: (
+        [value],
+        pyarrow.large_list(kind),
+        {"_type": "LargeList", "feature": feature},
+    ),
+    "[ ]": lambda value, kind, feature: ([value], pyarrow.list_(kind), [feature]),
+    "{ }": lambda value, kind, feature: ({"a": value}, pyarrow.struct([("a", kind)]), {"a": feature}),
+    "turns": lambda value, kind, feature: (
+        [{"from": "human", "value": value}],
+        pyarrow.list_(pyarrow.struct([("from", pyarrow.string()), ("value", kind)])),
+        {"_type": "List", "feature": {"from": TEXT, "value": feature}},
+    ),
+    "lists of turns": lambda value, kind, feature: (
+        {"from": ["human"], "value": [value]},
+        pyarrow.struct([("from", pyarrow.list_(pyarrow.string())), ("value", pyarrow.list_(kind))]),
+        {"_type": "Sequence", "feature": {"from": TEXT, "value": feature}},
+    ),
+}
+CLAIMS = [
+    *((kind, "alone", decode) for kind in ("Image", "Audio", "Video", "Pdf", "Nifti") for decode in (None, 1)),
+    *(("Image", "alone", decode) for decode in (True, "yes", [1])),
+    *(("Image", nesting, decode) for nesting in NESTED if nesting != "alone" for decode in (None, 1)),
+]
+
+
+def write_rows(path, columns, said):
+    """One row whose schema has ``said`` as what datasets wrote of it."""
+    table = pyarrow.table(columns).replace_schema_metadata({"huggingface": said})
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+    return path
+
+
+def features(**columns):
+    return json.dumps({"info": {"features": columns}})
+
+
+@pytest.fixture
+def reached(tmp_path, monkeypatch):
+    """Files that Python opens and addresses that it looks for, while sets are read."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    found, real = [], open
+
+    def look(name, *rest, **options):
+        found.append(str(name))
+        return real(name, *rest, **options)
+
+    def connect(host, *rest, **options):
+        found.append(str(host))
+        raise OSError("no net")
+
+    monkeypatch.setattr("builtins.open", look)
+    monkeypatch.setattr("socket.getaddrinfo", connect)
+    monkeypatch.setattr("socket.socket.connect", lambda self, address: connect(address))
+    return found
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("kind", "nesting", "decode"), CLAIMS)
+def test_what_a_column_claims_to_be_is_not_opened(tmp_path, reached, kind, nesting, decode, streaming):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(encoded("PNG"))
+    for number, place in enumerate((str(secret), "http://images.example/x.png")):
+        feature = {"_type": kind} | ({} if decode is None else {"decode": decode})
+        value, stored, feature = NESTED[nesting]({"bytes": None, "path": place}, IN_BYTES, feature)
+        columns = {"question": pyarrow.array([value], stored), "answer": pyarrow.array(["a"])}
+        name = f"{number}.{'arrow' if streaming else 'parquet'}"
+        path = write_rows(tmp_path / name, columns, features(question=feature, answer=TEXT))
+        source = HubDataset(load_hub(str(path), streaming=streaming), size=1, name="rows")
+        assert reason(source, 0) in ("not a record", "unknown role")
+        assert source.unread().records == 1 and source.record(0)["answer"] == "a"
+        source.sizes()
+    assert not [each for each in reached if each == str(secret) or "example" in each or "amazonaws" in each]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *("{", "5", "[" * 100_000, b"\xff", features()[:-1], json.dumps({"info": {"features": "x"}})),
+        *(json.dumps({"info": {"features": [1]}}), features(question=None, answer=TEXT)),
+        *(features(question={"_type": kind}, answer=TEXT) for kind in ("Nope", "Features", "DatasetInfo", 5)),
+        features(question={"_type": "Value", "dtype": "boom"}, answer=TEXT),
+        features(question={"_type": "ClassLabel", "names_file": "/etc/passwd"}, answer=TEXT),
+    ],
+)
+def test_what_a_file_says_of_its_columns_and_cannot_be_is_one_line(tmp_path, reached, said):
+    path = write_rows(tmp_path / "rows.arrow", {"question": ["q"], "answer": ["a"]}, said)
+    with pytest.raises(ValueError, match=r"rows\.arrow cannot be read: [^\n]+$"):
+        load_hub(str(path))
+    assert "/etc/passwd" not in reached
+
+
+STATE = {"_fingerprint": "x", "_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_split": "train"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        *(("state.json", text, "cannot be read") for text in ("{", "[]", "{}", '{"_data_files": 5}')),
+        *(
+            ("state.json", json.dumps(STATE | {"_data_files": [{"filename": name}]}), "lies out of its folder")
+            for name in ("/etc/hosts", "../rows.arrow", "a/../../rows.arrow")
+        ),
+        *(("dataset_info.json", text, "cannot be read") for text in ("{", "[]", '{"features": 5}')),
+        ("dataset_dict.json", '{"splits": ["../other"]}', "lies out of its folder"),
+    ],
+)
+def test_saved_sets_whose_lists_are_odd_are_one_line(tmp_path, reached, name, content, words):
+    write_rows(tmp_path / "rows.arrow", {"question": ["q"], "answer": ["a"]}, "{}")
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_list([{"question": "q", "answer": "a"}]).save_to_disk(folder)
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"^[^\n]*{words}[^\n]*$"):
+        load_hub(str(folder))
+
+
+def test_code_beside_a_set_is_not_run(tmp_path, reached):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write_rows(folder / "rows.parquet", {"question": ["q"], "answer": ["a"]}, "{}")
+    (folder / "rows.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (folder / "README.md").write_text("---\nconfigs:\n- data_files: http://images.example/x.parquet\n---\n")
+    assert HubDataset(load_hub(str(folder)), name="rows").record(0)["question"] == "q"
+    assert not (tmp_path / "ran").exists() and not [each for each in reached if "example" in each]

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from graphlib import TopologicalSorter
 from importlib import import_module
 from pathlib import Path
@@ -31,18 +32,21 @@ ALLOWED = {
     "_register": {"models"},
     "_moved": set(),
     "_plugins": set(),
+    "menu": set(),
+    "doctor": {"ops", "runtime"},
     "data": {"choices", "_plugins", "files"},
     "builtin": {"data"},
     "runtime": {"data", "manifest"},
-    "train": {"models", "builtin", "runtime", "eval"},
+    "train": {"models", "builtin", "runtime", "eval", "menu"},
     "plan": {"train"},
+    "init": {"plan"},
     "eval": {"models", "builtin", "analysis", "runtime"},
     "analysis": set(),
     "attention": {"eval"},
     "demo": {"attention", "reproduce"},
     "reproduce": {"train", "analysis", "eval"},
     "report": {"train", "analysis"},
-    "cli": {"demo", "plan", "attention", "reproduce", "report"},
+    "cli": {"demo", "init", "attention", "reproduce", "report", "doctor"},
     "__main__": {"cli"},
 }
 
@@ -107,9 +111,14 @@ def test_the_page_says_what_each_room_may_import():
     assert {room: set(re.findall(r"`(\w+)`", below)) for room, below in rows} == ALLOWED
 
 
+@cache
+def text_of_tests() -> str:
+    return "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_page_names_is_there(page):
-    text, tests = page.read_text(), "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    text, tests = page.read_text(), text_of_tests()
     names = re.findall(r"(?:cdistill|kernels|csrc|tests|benchmarks|examples|docs)/[\w./-]*\w", text)
     links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
     missing = [name for name in names if "NAME" not in name and not (ROOT / name).exists()]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from cdistill.cli import main
 from cdistill.manifest import COMPLETE, verify
+from cdistill.models import folder as models_folder
 from cdistill.models.folder import check_config
 from cdistill.models.load import load_config, load_model, load_tokenizer, resolve_folder
 from cdistill.models.processor import load_processor
@@ -236,3 +237,20 @@ def test_the_working_folder_shadows_nothing_in_ranks(tmp_path):
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("cdistill/__init__.py")
+
+
+def test_files_are_read_once_until_one_changes(folder, monkeypatch):
+    found, real = [], models_folder.read_json
+
+    def counted(path, *rest, **options):
+        found.append(path.name)
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(models_folder, "read_json", counted)
+    load_model(folder)
+    load_tokenizer(folder, "model")
+    assert found.count("tokenizer.json") == 1
+    (folder / "tokenizer.json").write_text("[]")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"tokenizer\.json is corrupt"):
+            load_tokenizer(folder, "model")

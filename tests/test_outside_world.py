@@ -4,10 +4,13 @@ import errno
 import json
 import os
 import pickle
+import resource
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +19,12 @@ from builtin_models import recipe_values, save_base, save_teacher
 from transformers import TrainerCallback
 
 from cdistill import cli
-from cdistill.files import entries, owned
+from cdistill.files import disk_full, entries, owned
 from cdistill.runtime.errors import LONGEST, RunError, line_of, printable
 from cdistill.runtime.json_lines import read_lines, say_damaged, write_lines
 from cdistill.train import load_recipe, run
 from cdistill.train.cache import index_crc, read_index
+from cdistill.train.run_log import RunLog, _silent_writer
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +79,7 @@ LONG = "a" * 300
             "letters, digits and _",
         ),
         (
-            ["train", "{recipe}", "stage={'x/../y': {objective: sft, samples: 64, learning_rate: 0.1}}"],
+            ["train", "{recipe}", "stage.x/y={objective: sft, samples: 64, learning_rate: 0.1}"],
             "letters, digits and _",
         ),
         (["plan", "{recipe}", "--gpu", "9" * 400 + "GB"], "gpu"),
@@ -128,7 +132,7 @@ def test_a_full_disk_is_the_runs_error(monkeypatch, capsys, number):
     def fail(options):
         raise OSError(number, os.strerror(number), "/full/file")
 
-    monkeypatch.setitem(cli.COMMANDS, "recipes", cli.Command("", cli._recipes_arguments, fail))
+    monkeypatch.setitem(cli.COMMANDS, "recipes", cli.Command("", lambda parser: None, fail))
     assert said(capsys, ["recipes"], code=1) == f"cdistill: error: /full/file: {os.strerror(number)}"
 
 
@@ -145,6 +149,25 @@ def test_output_that_nobody_takes(full):
     assert done.returncode == (1 if full else 141)
     assert "Traceback" not in done.stderr and "ignored" not in done.stderr
     assert len(done.stderr.splitlines()) == full
+
+
+def test_the_thread_of_tensorboard_tells_nobody_of_a_full_disk(tmp_path, monkeypatch):
+    told, log = [], RunLog(tmp_path, "1-dpt", "dpt", per_step=4, steps=2)
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(OSError) as error:
+            log.on_train_begin(None, SimpleNamespace(is_world_process_zero=True, global_step=0), None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        log.close()
+    assert disk_full(error.value) and told == []
+    with _silent_writer():
+        thread = threading.Thread(target=lambda: 1 / 0)
+        thread.start()
+        thread.join()
+    assert [failed.exc_type for failed in told] == [ZeroDivisionError], "of other threads it is told"
 
 
 # Two runs in one folder.

@@ -8,7 +8,9 @@ from test_train_stages import Crash, metrics, refused, same, weights
 from transformers import TrainerCallback
 
 from cdistill import files
+from cdistill.data.strict_yaml import dump
 from cdistill.train import run, run_folder
+from cdistill.train.recipes import recipe_to_dict
 
 
 class FailsAtOnce(TrainerCallback):
@@ -103,3 +105,17 @@ def test_one_run_at_a_time_has_a_folder(models, tmp_path, monkeypatch):
     final = run(recipe, callbacks=[Second()])
     assert len(told) == 6 and final.is_dir()
     assert run(recipe, resume=True) == final, "it has been let go"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"- a", b"\xff", b"a: [", b"name: x", lambda whole: whole[: whole.index(b"  dft:")]]
+)
+def test_a_recorded_recipe_that_is_damaged_is_named(models, tmp_path, content):
+    recipe = make_recipe(tmp_path / "run", models, stages=["dft"])
+    path, whole = tmp_path / "run" / "recipe.yaml", dump(recipe_to_dict(recipe)).encode()
+    path.parent.mkdir()
+    path.write_bytes(content if isinstance(content, bytes) else content(whole))
+    message = rf"^output: {path} is not a recipe \([^\n]+\): put it back, or choose another folder$"
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=message):
+            run_folder.check_output(recipe, tmp_path / "run", resume)

@@ -178,7 +178,7 @@ def test_overrides_reach_every_level_and_are_yaml(path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("sede=1", r"sede is not a known key; allowed: name, output"),
+        ("sede=1", r"sede is not a known key; did you mean seed\?"),
         ("stage.dft.lr=1", r"stage\.dft\.lr is not a known key"),
         ("vat.rows=question", r"vat\.rows must be one of answer, predicting, text, visual, all, got 'question'"),
         ("vat.layers=middle", r"vat\.layers must be one of early"),
@@ -224,7 +224,7 @@ def test_overrides_reach_every_level_and_are_yaml(path):
         ("name.deep=1", r"override 'name\.deep=1': name has no keys below it"),
         ("seed", r"must have the form key=value"),
         ("seed=[", r"is not valid YAML"),
-        ("vat.wieght=2", r"vat\.wieght is not a known key; allowed: .*; did you mean weight\?$"),
+        ("vat.wieght=2", r"vat\.wieght is not a known key; did you mean weight\?$"),
         ("sede=1", r"; did you mean seed\?$"),
         ("stage.dft.data.max_lenght=64", r"; did you mean max_length\?$"),
         ("kd={weight: 1, weight: 2}", r"^override 'kd=\{weight: 1, weight: 2\}': kd\.weight is given twice"),

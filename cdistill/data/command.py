@@ -68,15 +68,18 @@ def _source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-urls", action="store_true", help="fetch images that are named by URLs")
 
 
+def column_names(pairs: Sequence[str]) -> dict[str, str]:
+    """What ``--columns`` says: which column of a Hugging Face set holds what. Raises ValueError for what is no pair."""
+    wrong = [pair for pair in pairs if not all(pair.partition("="))]
+    if wrong:
+        raise ValueError(f"columns must be pairs such as image=picture, got {wrong[0]!r}")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
 def _open(options: argparse.Namespace) -> Source:
     from cdistill.data.mix import open_source
 
-    columns = None
-    if options.columns is not None:
-        wrong = [pair for pair in options.columns if not all(pair.partition("="))]
-        if wrong:
-            raise ValueError(f"columns must be pairs such as image=picture, got {wrong[0]!r}")
-        columns = dict(pair.split("=", 1) for pair in options.columns)
+    columns = None if options.columns is None else column_names(options.columns)
     names = ("images", "config", "split", "streaming", "size", "allow_urls")
     return open_source(options.path, columns=columns, **{name: getattr(options, name) for name in names})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import json
 import os
 import sys
 from collections import Counter
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cdistill.data.fields import is_blank
+from cdistill.data.files import leaves_folder
 from cdistill.data.images import Roots, find_image
 from cdistill.data.records import (
     ANSWERS,
@@ -66,15 +68,17 @@ def _one_line_errors(path: str) -> Iterator[None]:
     """What ``datasets`` and Arrow say of a file that cannot be read, as a ValueError of one line."""
     import datasets
 
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else a server is told of every local file
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()  # in a log they are lines of their own
     try:
         yield
     except ConnectionError:
         raise
-    except (ValueError, OSError, csv.Error, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetsError) else None
-        message = " ".join(str(cause or error).split())
+    except Exception as error:  # whatever comes of what a stranger's file says of itself
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetsError) and error.__cause__ else error
+        plain = isinstance(cause, (ValueError, OSError, csv.Error, datasets.exceptions.DatasetsError))
+        message = " ".join(f"{'' if plain else f'{type(cause).__name__}: '}{cause}".split())
         raise ValueError(message if path in message else f"{path} cannot be read: {message}") from error
 
 
@@ -88,6 +92,7 @@ def _load(path: str, config: str | None, split: str, streaming: bool) -> Any:
     if config is not None:
         raise ValueError(f"config is for names on the hub ({HUB}owner/name), got {config!r} for {path}")
     if is_saved(path):
+        _refuse_files_elsewhere(path)
         data = datasets.load_from_disk(path)
         if isinstance(data, datasets.DatasetDict):
             if split not in data:
@@ -114,6 +119,17 @@ def _all_text(files: str) -> dict[str, Any]:
             names = next(csv.reader(file), [])
         return {"features": datasets.Features(dict.fromkeys(names, datasets.Value("string"))), "keep_default_na": False}
     return {}
+
+
+def _refuse_files_elsewhere(path: str) -> None:
+    """Raise ValueError where a folder of ``save_to_disk`` names splits or files that lie out of it."""
+    for place, key in (("dataset_dict.json", "splits"), ("state.json", "_data_files"), ("*/state.json", "_data_files")):
+        for found in glob.glob(os.path.join(glob.escape(path), place)):
+            with open(found, encoding="utf-8") as file:
+                names = [entry["filename"] if isinstance(entry, dict) else entry for entry in json.load(file)[key]]
+            outside = [name for name in names if leaves_folder(name)]
+            if outside:
+                raise ValueError(f"{found} names what lies out of its folder: {outside[0]!r:.80}")
 
 
 def is_saved(path: str) -> bool:
@@ -297,7 +313,7 @@ def _without_decoding(feature: Any) -> Any:
     """Features whose images, sounds and videos stay encoded, however deep they lie."""
     if isinstance(feature, dict):
         return type(feature)({name: _without_decoding(inner) for name, inner in feature.items()})
-    changes: dict[str, Any] = {"decode": False} if getattr(feature, "decode", False) is True else {}
+    changes: dict[str, Any] = {"decode": False} if hasattr(feature, "decode") else {}  # a file may say 1 or "yes"
     if hasattr(feature, "feature"):
         changes["feature"] = _without_decoding(feature.feature)
     return replace(feature, **changes) if changes else feature

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from cdistill.files import building, disk_full
 from cdistill.models import taf
+from cdistill.models.export_check import check_folder_replies
 from cdistill.models.folder import one_line
 from cdistill.models.load import DTYPES, Model, load_config, load_model, load_tokenizer, resolve_folder
 from cdistill.models.processor import COMPOSITIONS, Processor, ProcessorFiles, build_processor, has_image_processor
+from cdistill.models.published import publish
 from cdistill.models.taf import MERGED, TAFAdapter, TAFLlavaConfig, TAFLlavaForConditionalGeneration
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -36,6 +39,7 @@ class Exported:
     dtype: str
     merged: tuple[str, ...]
     remarks: tuple[str, ...]
+    checked: str = ""  # what `check` compared
 
 
 def export(
@@ -46,8 +50,11 @@ def export(
     merge_taf: bool = True,
     code: bool = False,
     max_shard_size: int | str | None = None,
+    check: bool = False,
 ) -> Exported:
     """Write a model as one folder with safetensors, processor and chat template, atomically.
+
+    Names of weights, fields and files are those of the family's published checkpoints (`cdistill.models.published`).
 
     A LoRA adapter is merged into its base in fp32 and rounded once. A student whose TAF map is linear gets it multiplied
     into the teacher adapter's last layer (`merge_taf`), and is a stock LLaVA where the widths allow that. Where nothing is
@@ -60,16 +67,15 @@ def export(
         dtype: ``fp32``, ``bf16`` or ``fp16``; by default that of the model.
         merge_taf: False leaves a TAF student as it was trained.
         code: put the code of a TAF student beside the weights, for ``trust_remote_code`` where cdistill is not installed.
-        max_shard_size: as for ``save_pretrained``, and by default its default.
+        max_shard_size: bytes of a file of weights, or such as ``5GB``; by default that of ``save_pretrained``.
+        check: read the folder back in a fresh process and compare its replies with the model's before it gets its name.
 
     Raises:
-        ValueError: the model, its base or its tokenizer is missing or corrupt, ``output`` is not empty or cannot be written.
+        ValueError: the model, its base or its tokenizer is missing or corrupt, ``output`` is not empty or cannot be written,
+            or ``check`` has found another model in it.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     output = Path(os.path.abspath(output))
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output: {output} exists and is no empty folder")
+    _check_options(output, dtype, max_shard_size)
     folder = resolve_folder(str(model), "model")
     adapted = (folder / ADAPTER_CONFIG).is_file()
     folders = [base_of(folder), folder] if adapted else [folder]
@@ -89,9 +95,18 @@ def export(
     if code and not isinstance(loaded, TAFLlavaForConditionalGeneration):
         remarks.append(f"--code: {type(loaded).__name__} is part of transformers and needs none")
         code = False
-    _write(loaded, processor, output, code=code, max_shard_size=max_shard_size)
+    checked, more = _write(loaded, processor, output, code=code, max_shard_size=max_shard_size, check=check)
     name = next(name for name, value in DTYPES.items() if value == target)
-    return Exported(output, type(loaded).__name__, name, tuple(merged), tuple(remarks))
+    return Exported(output, type(loaded).__name__, name, tuple(merged), (*remarks, *more), checked)
+
+
+def _check_options(output: Path, dtype: str | None, max_shard_size: int | str | None) -> None:
+    if isinstance(max_shard_size, str) and not re.fullmatch(r"[1-9]\d*([KMGT]B)?", max_shard_size, re.IGNORECASE):
+        raise ValueError(f"max_shard_size must be a number of bytes or such as 5GB, got {max_shard_size!r}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output: {output} exists and is no empty folder")
 
 
 def merge_taf_map(model: TAFLlavaForConditionalGeneration, dtype: torch.dtype) -> LlavaForConditionalGeneration:
@@ -239,8 +254,10 @@ def _untie_adapted(adapted: Any) -> None:
             setattr(module, name, nn.Parameter(getattr(module, name).detach().clone()))
 
 
-def _write(model: Model, processor: Processor, output: Path, *, code: bool, max_shard_size: int | str | None) -> None:
-    """Save everything beside ``output``, then rename; on failure nothing is left."""
+def _write(
+    model: Model, processor: Processor, output: Path, *, code: bool, max_shard_size: int | str | None, check: bool
+) -> tuple[str, list[str]]:
+    """Save everything beside ``output``, then rename; on failure nothing is left. What was checked, and remarks on that."""
     if hasattr(model.config, "auto_map"):  # it names files of the folder the model came from, which are not taken along
         del model.config.auto_map
     if code:
@@ -248,15 +265,22 @@ def _write(model: Model, processor: Processor, output: Path, *, code: bool, max_
             "AutoConfig": f"{CODE}.{TAFLlavaConfig.__name__}",
             "AutoModelForImageTextToText": f"{CODE}.{TAFLlavaForConditionalGeneration.__name__}",
         }
-    options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    size = int(max_shard_size) if isinstance(max_shard_size, str) and max_shard_size.isdigit() else max_shard_size
+    options = {} if size is None else {"max_shard_size": size}
+    checked = ""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with building(output) as part:
             model.save_pretrained(part, **options)
             processor.save_pretrained(part)
+            remarks = publish(part, "output")
             if code:
                 shutil.copyfile(taf.__file__, part / f"{CODE}.py")
+            if check:
+                checked, more = check_folder_replies(part, model, processor, code=code)
+                remarks += more
     except Exception as error:
         if not (isinstance(error, OSError | SafetensorError) or disk_full(error)):
             raise
         raise ValueError(f"output: {output} could not be written: {one_line(error)}") from None
+    return checked, remarks

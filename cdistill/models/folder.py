@@ -15,6 +15,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from cdistill.manifest import looks
+
 # Of `from_pretrained` of every class: a folder's own code (auto_map) is neither asked about nor run.
 NO_CODE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -30,6 +32,7 @@ SIZES = re.compile(
     r"hidden_size|intermediate_size|num_.*_(layers|heads)|vocab_size|head_dim|patch_size|depth|embed_dim"
 )
 _LANGUAGE_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_checked: dict[Path, Any] = {}  # how the files looked of folders that `check_folder` has found well
 _ELSEWHERE = re.compile(r"vision|visual|audio|encoder|resampler|perceiver|mtp|qformer")
 
 
@@ -87,12 +90,18 @@ def read_json(path: Path, key: str, *, most: int = MOST_BYTES) -> dict[str, Any]
 
 
 def check_folder(folder: Path, key: str) -> None:
-    """Raise ValueError for a file of a model folder that no loader could take."""
+    """Raise ValueError for a file of a model folder that no loader could take; they are read once, and when one has changed."""
+    if not folder.is_dir():
+        return
+    place, now = folder.resolve(), looks(folder)
+    if _checked.get(place) == now:
+        return
     for name in OBJECTS:
         if (folder / name).is_file():
             read_json(folder / name, key)
     if (folder / TOKENIZER).is_file():
         read_json(folder / TOKENIZER, key, most=MOST_BYTES_OF_A_TOKENIZER)
+    _checked[place] = now
 
 
 def check_config(values: Mapping[str, Any], key: str, path: Path, within: str = "") -> None:
@@ -138,8 +147,12 @@ def weight_files(folder: Path, key: str) -> list[Path]:
         if not path.is_file():
             raise ValueError(f"{key}: {path} is missing")
         try:
+            with path.open("rb"):  # safetensors takes what may not be read for what is not there
+                pass
             with safe_open(path, framework="pt"):
                 pass
+        except PermissionError as error:
+            raise ValueError(f"{key}: {path} cannot be read ({error.strerror})") from None
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{key}: {path} is corrupt ({one_line(error)})") from None
     return paths

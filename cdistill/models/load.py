@@ -38,6 +38,7 @@ ASSETS = Path(__file__).parent.parent / "assets"
 BUILTIN = "builtin:"
 RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"  # in the folder of a run
 STAGE = r"\d+-\w+"  # folder of a stage's result there
+PLAIN_TOKENIZERS = (PreTrainedTokenizerFast.__name__, "PreTrainedTokenizerFast")  # as transformers 5 and 4 name it
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # A LLaVA or a causal language model; their attributes have too many types in transformers to be worth checking.
@@ -95,11 +96,24 @@ def load_model(
 
 
 def load_structure(folder: Path, key: str) -> Model:
-    """The model whose configuration a folder holds, on the meta device: no weights are read, and none need be there."""
+    """The model whose configuration a folder holds, on the meta device: no weights are read, and none need be there.
+
+    Raises ValueError in one line for a configuration that is missing, corrupt, or of another kind of model.
+    """
     config = load_config(folder, key)
+    with torch.device("meta"), reading(key, f"the model in {folder}"):
+        return auto_class(config, folder, key).from_config(config, attn_implementation="sdpa")
+
+
+def auto_class(config: PretrainedConfig, folder: Path, key: str) -> Any:
+    """The auto class that makes the model of a configuration. Raises ValueError for one that writes no text."""
     auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    with torch.device("meta"):
-        return auto.from_config(config, attn_implementation="sdpa")
+    if type(config) not in auto._model_mapping:
+        kind = config.model_type
+        raise ValueError(
+            f"{key}: {folder} holds a {kind} model: neither a language model nor one that answers about images"
+        )
+    return auto
 
 
 def load_for_evaluation(reference: str, key: str) -> Model:
@@ -214,6 +228,6 @@ def load_tokenizer(folder: Path, key: str) -> PreTrainedTokenizerBase:
     check_folder(folder, key)
     kind = read_json(folder / "tokenizer_config.json", key).get("tokenizer_class")
     # Beside a model of type qwen2, AutoTokenizer makes a Qwen2Tokenizer even of files that say they are another one's.
-    auto = PreTrainedTokenizerFast if kind == PreTrainedTokenizerFast.__name__ else AutoTokenizer
+    auto = PreTrainedTokenizerFast if kind in PLAIN_TOKENIZERS else AutoTokenizer
     with reading(key, f"the tokenizer in {folder}"):
         return auto.from_pretrained(folder, **NO_CODE)

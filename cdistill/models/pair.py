@@ -72,13 +72,19 @@ def check_pair(student: Model, teacher: Model) -> None:
 
     LLaVAs without TAF may have vision encoders of their own, if their visual tokens stand for the same patches.
     """
+    check_configurations(student, teacher)
+    if isinstance(student, Llava) and isinstance(teacher, Llava):
+        _check_fetched(student, teacher)
+
+
+def check_configurations(student: Model, teacher: Model) -> None:
+    """What of `check_pair` needs no weights: vocabularies, and visual tokens."""
     if has_vision(student) != has_vision(teacher):
         raise ValueError(f"only the {'student' if has_vision(student) else 'teacher'} has a vision encoder")
     _check_vocabulary(student.config.get_text_config(), teacher.config.get_text_config())
     if isinstance(student, Llava) and isinstance(teacher, Llava):
         _check_equal("image_token_id", student.config, teacher.config)
         _check_visual_tokens(student, teacher)
-        _check_fetched(student, teacher)
         return
     ours, theirs = family_of(student), family_of(teacher)
     for name in dict.fromkeys(ours.visual_fields + theirs.visual_fields):

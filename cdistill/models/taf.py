@@ -159,7 +159,20 @@ class TAFLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if config.teacher_hidden_size < 1:
             raise ValueError(f"teacher_hidden_size must be positive, got {config.teacher_hidden_size}")
         super().__init__(config)
-        self.model.multi_modal_projector = (
-            MergedAdapter(config) if config.taf_activation == MERGED else TAFAdapter(config)
-        )
+        owner = getattr(self, "model", self)  # until transformers 4.52 a LLaVA has its parts itself
+        owner.multi_modal_projector = MergedAdapter(config) if config.taf_activation == MERGED else TAFAdapter(config)
         self.post_init()
+
+
+def _name_weights_as_llava() -> None:
+    """Let transformers 5 give the weights in files a LLaVA's published names; 4 takes them from the class above."""
+    try:
+        from transformers import conversion_mapping as names
+    except ImportError:
+        return
+    if hasattr(names, "register_checkpoint_conversion_mapping"):
+        mapping = names.get_checkpoint_conversion_mapping(LlavaConfig.model_type)
+        names.register_checkpoint_conversion_mapping(TAFLlavaConfig.model_type, mapping, overwrite=True)
+
+
+_name_weights_as_llava()

@@ -6,16 +6,22 @@ import argparse
 import re
 from typing import Any
 
+from cdistill.menu import recipe_argument
+from cdistill.runtime.memory import memory
+
 MOST = 10**15  # of what a number that counts bytes or tokens may be
 UNITS = {"": 10**9, "G": 10**9, "GB": 10**9, "GIB": 2**30, "M": 10**6, "MB": 10**6, "MIB": 2**20}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Recipe, overrides, GPUs and the sizes of samples."""
-    parser.add_argument("recipe", help="name of a shipped recipe (see `cdistill recipes`) or path of a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key, as in deepspeed=3")
-    parser.add_argument("--gpu", required=True, metavar="MEMORY", help="memory of one GPU, as in 24GB or 80GiB")
-    parser.add_argument("--gpus", type=int, default=1, help="number of GPUs (default: 1)")
+    recipe_argument(parser, "change a key, as in deepspeed=3")
+    parser.add_argument(
+        "--gpu",
+        metavar="MEMORY",
+        help="memory of one GPU, as in 24GB or 80GiB (default: of the GPU here or, without one, for a run on this CPU)",
+    )
+    parser.add_argument("--gpus", type=int, help="number of GPUs (default: the recipe's processes)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default: the recipe's, bf16 for auto")
     parser.add_argument("--length", type=int, help="tokens of a sample (default: 2048, or what the student can take)")
     parser.add_argument("--visual", type=int, help="visual tokens of a sample (default: those of one image)")
@@ -32,8 +38,8 @@ def memory_size(text: str) -> int:
 
 def main(options: argparse.Namespace) -> int:
     """Print the plan; 0 if it fits, 1 if it does not."""
-    limit = memory_size(options.gpu)
-    if options.gpus < 1:
+    limit = None if options.gpu is None else memory_size(options.gpu)
+    if options.gpus is not None and options.gpus < 1:
         raise ValueError(f"gpus must be at least 1, got {options.gpus}")
     for name in ("gpus", "length", "visual", "answers"):
         if (getattr(options, name) or 0) > MOST:
@@ -42,13 +48,19 @@ def main(options: argparse.Namespace) -> int:
     from cdistill.plan.suggestions import suggestions
     from cdistill.train.recipes import load_recipe
 
-    sizes = {name: getattr(options, name) for name in ("gpus", "precision", "length", "visual", "answers")}
-    planned = plan(load_recipe(options.recipe, options.overrides), **sizes)
+    recipe = load_recipe(options.recipe, options.overrides)
+    sizes = {name: getattr(options, name) for name in ("precision", "length", "visual", "answers")}
+    sizes["gpus"] = options.gpus or recipe.processes
+    sizes["device"], limit = ("cuda", limit) if limit is not None else here(sizes["gpus"])
+    if sizes["device"] == "cpu" and recipe.precision == "auto":
+        sizes["precision"] = sizes["precision"] or "fp32"
+    planned = plan(recipe, **sizes)
     print("\n".join(table(planned, limit)))
+    each = "GPU" if sizes["device"] == "cuda" else "process"
     if planned.total <= limit:
-        print(f"fits: {_gb(limit - planned.total)} GB of {_gb(limit)} GB per GPU are left")
+        print(f"fits: {_gb(limit - planned.total)} GB of {_gb(limit)} GB per {each} are left")
         return 0
-    print(f"does not fit: {_gb(planned.total - limit)} GB more than {_gb(limit)} GB per GPU")
+    print(f"does not fit: {_gb(planned.total - limit)} GB more than {_gb(limit)} GB per {each}")
     found = suggestions(planned, limit, **sizes)
     lines = [(" ".join(x.overrides), f"-{_gb(x.saved)}", _gb(x.total)) for x in found]
     width = max((len(line[0]) for line in lines), default=0)
@@ -67,6 +79,21 @@ def main(options: argparse.Namespace) -> int:
     return 1
 
 
+def here(processes: int) -> tuple[str, int]:
+    """cuda and the bytes of the smallest GPU of this machine; without one, cpu and the free memory that a process may take.
+
+    Raises ValueError where neither is known.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda", min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+    found = memory()
+    if found is None:
+        raise ValueError("gpu must be given, as in --gpu 24GB: the memory of this machine is not known")
+    return "cpu", found.free // processes
+
+
 def table(planned: Any, limit: int) -> list[str]:
     """Lines with the GB of every component of every stage, at the moment when the stage needs most."""
     stages = planned.stages
@@ -78,9 +105,10 @@ def table(planned: Any, limit: int) -> list[str]:
     def row(name: str, values: list[str]) -> str:
         return f"{name:{left}}" + "".join(f"  {value:>{width}}" for value, width in zip(values, widths, strict=True))
 
-    how = f"{first.gpus} GPU{'s' * (first.gpus > 1)}, {first.precision}, deepspeed {first.zero}"
+    one, many = ("GPU", "GPUs") if first.device == "cuda" else ("process on the CPU", "processes on the CPU")
+    how = f"{first.gpus} {one if first.gpus == 1 else many}, {first.precision}, deepspeed {first.zero}"
     lines = [
-        f"{planned.recipe.name}: {how}; GB per GPU, at the moment that needs most",
+        f"{planned.recipe.name}: {how}; GB per {one.split()[0]}, at the moment that needs most",
         "",
         row("stage", [stage.name for stage in stages]),
         row("at", [stage.peak for stage in stages]),

@@ -9,6 +9,10 @@ LONGEST = 700  # characters of a line about an error
 PEER_LOST = 76  # exit code of a process that only stopped because another one had
 
 
+class Mistakes(ValueError):
+    """Several mistakes of the user, each on a line of the message."""
+
+
 class RunError(RuntimeError):
     """A run ended early for a reason that one line tells."""
 
@@ -46,11 +50,17 @@ class Stopped(RunError):
 
 
 def print_error(error: ValueError | OSError | RunError) -> int:
-    """Print an error in one line, unless another process does or has; returns the exit code of a failed rank."""
+    """Print an error in one line (`Mistakes` in a line for each), unless another process does or has.
+
+    Returns the exit code of a failed rank.
+    """
     silent = isinstance(error, Stopped) or (isinstance(error, AgreedError) and os.environ.get("RANK", "0") != "0")
     if not silent:
+        lines = (
+            map(line_of, map(ValueError, str(error).split("\n"))) if isinstance(error, Mistakes) else [line_of(error)]
+        )
         with suppress(OSError):  # nobody can read it
-            print(f"cdistill: error: {line_of(error)}", file=sys.stderr, flush=True)
+            print("\n".join(f"cdistill: error: {line}" for line in lines), file=sys.stderr, flush=True)
     return getattr(error, "exit_code", 1)
 
 

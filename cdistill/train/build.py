@@ -73,9 +73,8 @@ def build_models(recipe: Recipe) -> Models:
         assert recipe.teacher is not None
         folder = resolve_folder(recipe.teacher, "teacher")
         teacher, teacher_tokenizer = _load_teacher(recipe, folder), load_tokenizer(folder, "teacher")
-    tokenizer = _tokenizer(recipe.student, teacher_tokenizer)
-    vocabulary = Vocabulary(len(tokenizer), _image_token(tokenizer, teacher), _special(tokenizer))
-    student = make_student(recipe.student, teacher, vocabulary, seed=recipe.seed)
+    tokenizer = tokenizer_of(recipe.student, teacher_tokenizer)
+    student = make_student(recipe.student, teacher, vocabulary_of(tokenizer, teacher), seed=recipe.seed)
     if not launch.launched():
         given = (model.config for model in (student, teacher) if model is not None)
         require_known_everywhere(given, recipe.processes)
@@ -85,17 +84,10 @@ def build_models(recipe: Recipe) -> Models:
         if isinstance(teacher, Llava):
             _set_visual_tokens(teacher, "teacher", folder)
     check_objectives(recipe, student, teacher)
-    models = Models(student, teacher, tokenizer, _processor(recipe, student, tokenizer))
+    models = Models(student, teacher, tokenizer, *processor_of(recipe, student, tokenizer))
     models.shares_vision = teacher is not None and shares_encoder(student, teacher)
     if isinstance(student, Llava) and isinstance(teacher, Llava) and not models.shares_vision:
         print("student and teacher have vision encoders of their own: each looks at the images itself", flush=True)
-    if isinstance(student, Llava):
-        source = _processor_folder(recipe)
-        if visual_tokens(student.config) is None and source is not None:
-            models.reader = load_processor(source, "student")
-    elif has_vision(student):
-        assert recipe.student.base is not None
-        models.reader = load_processor(resolve_folder(recipe.student.base, "student.base"), "student.base")
     if teacher is not None and recipe.teacher_memory.cache is not None:
         teacher.to("meta")  # what is left to ask of it stands in its configuration
     return models
@@ -116,6 +108,23 @@ def _load_teacher(recipe: Recipe, folder: Path) -> Model:
         "device_map": {"": device},
     }
     return load_multimodal(folder, "teacher", dtype=dtype, **options)
+
+
+def processor_of(recipe: Recipe, student: Model, tokenizer: PreTrainedTokenizerBase) -> tuple[Processor, Any]:
+    """What goes beside a student's weights, and what makes batches where images become any number of tokens (else None).
+
+    The student may be without weights. Raises ValueError if they cannot be made although a stage reads images from files.
+    """
+    processor = _processor(recipe, student, tokenizer)
+    if isinstance(student, Llava):
+        source = _processor_folder(recipe)
+        if visual_tokens(student.config) is None and source is not None:
+            return processor, load_processor(source, "student")
+    elif has_vision(student):
+        assert recipe.student.base is not None
+        folder = resolve_folder(recipe.student.base, "student.base", weights=False)
+        return processor, load_processor(folder, "student.base")
+    return processor, None
 
 
 def _processor(recipe: Recipe, student: Model, tokenizer: PreTrainedTokenizerBase) -> Processor:
@@ -212,11 +221,19 @@ def _check_engine(recipe: Recipe, student: Model) -> None:
         raise ValueError(f"vat.engine: {error}") from None
 
 
-def _tokenizer(config: StudentConfig, teachers: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of both models. It knows the image token if the student sees images through an encoder of its own."""
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase, teacher: Model | None) -> Vocabulary:
+    """What a student knows of its tokenizer."""
+    return Vocabulary(len(tokenizer), _image_token(tokenizer, teacher), _special(tokenizer))
+
+
+def tokenizer_of(config: StudentConfig, teachers: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of both models. It knows the image token if the student sees images through an encoder of its own.
+
+    Raises ValueError for vocabularies that differ.
+    """
     tokenizer = teachers or build_tokenizer()
     if config.base is not None:
-        tokenizer = load_tokenizer(resolve_folder(config.base, "student.base"), "student.base")
+        tokenizer = load_tokenizer(resolve_folder(config.base, "student.base", weights=False), "student.base")
         if teachers is not None:
             _check_vocabularies(tokenizer, teachers)
             tokenizer = teachers  # the same, and it knows the image token

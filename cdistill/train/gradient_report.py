@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cdistill.files import write_text
+from cdistill.menu import recipe_argument
 from cdistill.train.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -25,8 +26,7 @@ TOTAL, OTHERS = "all", "embeddings, norms and others"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Recipe, stage, samples and the student to look at."""
-    parser.add_argument("recipe", help="name of a shipped recipe (see `cdistill recipes`) or path of a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key, as in vat.layers=all")
+    recipe_argument(parser, "change a key, as in vat.layers=all")
     parser.add_argument(
         "--stage", metavar="NAME", help="one of the recipe's (default: the first that aligns attention)"
     )

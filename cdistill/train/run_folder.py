@@ -96,16 +96,17 @@ def _shortened(value: Any) -> str:
 
 
 def read_recipe(output: Path) -> Recipe:
-    """The recipe of the run in an output folder. Raises ValueError if the file is not one."""
+    """The recipe of the run in an output folder. Raises ValueError naming the file if it holds none."""
     path = output / RECIPE
     import_plugins()
     try:
         content = strict_yaml.load(path.read_text(encoding="utf-8"), str(path))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"output: {path} is not a recipe")
-    return recipe_from_dict(content)
+        if not isinstance(content, dict):
+            raise ValueError("no mapping of keys")
+        return recipe_from_dict(content)
+    except ValueError as error:
+        reason = " ".join(str(error).removeprefix(f"{path} ").split())
+        raise ValueError(f"output: {path} is not a recipe ({reason}): put it back, or choose another folder") from None
 
 
 def check_stages(output: Path, folders: Sequence[Path]) -> None:

@@ -3,7 +3,9 @@
 import json
 import math
 import resource
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ class RunLog(TrainerCallback):
         self.output, self.label, self.stage = output, label, stage
         self.per_step, self.steps, self.tensorboard = per_step, steps, tensorboard
         self._board: Any = None
+        self._open = ExitStack()
         self.last: dict[str, Any] = {}
 
     def rewind(self, step: int) -> None:
@@ -76,12 +79,15 @@ class RunLog(TrainerCallback):
         self._clock = time.perf_counter
         self._start = self._clock() - self.last.get("elapsed_s", 0.0)
         self._last_step, self._last_time = state.global_step, self._clock()
-        self._metrics = (self.output / METRICS).open("a", encoding="utf-8")
+        self._metrics = self._open.enter_context((self.output / METRICS).open("a", encoding="utf-8"))
         if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            self._open.enter_context(_silent_writer())
             self._board = SummaryWriter(str(self.output / TENSORBOARD / self.label), purge_step=state.global_step + 1)
+            self._open.callback(self._board.close)
         self._bar = tqdm(total=self.steps, initial=state.global_step, desc=self.label, unit="step", mininterval=1.0)
+        self._open.callback(self._bar.close)
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar; the last step is always logged."""
@@ -147,11 +153,24 @@ class RunLog(TrainerCallback):
 
     def close(self) -> None:
         """Close bar and files; harmless when they are closed or were never opened."""
-        if hasattr(self, "_bar"):
-            self._bar.close()
-            self._metrics.close()
-            if self._board is not None:
-                self._board.close()
+        self._open.close()
+
+
+@contextmanager
+def _silent_writer() -> Iterator[None]:
+    """TensorBoard's thread says nothing of a file that it cannot write: the next call of its writer raises the same error."""
+    before = threading.excepthook
+
+    def is_writer(thread: threading.Thread | None) -> bool:
+        return type(thread).__module__.startswith("tensorboard.")
+
+    threading.excepthook = lambda failed: None if is_writer(failed.thread) else before(failed)
+    try:
+        yield
+    finally:
+        for thread in filter(is_writer, threading.enumerate()):
+            thread.join(1.0)  # it may be about to say it
+        threading.excepthook = before
 
 
 def _memory() -> float:

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cdistill._plugins import import_plugins
 from cdistill.data import strict_yaml
@@ -35,22 +35,46 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] =
             that undoes another.
     """
     import_plugins()
-    content = _read(name_or_path, ())
+    *above, last = recipe_files(name_or_path)
+    content = last.content
+    for file in reversed(above):
+        name = file.path.stem
+        content = _laid_over(content, {"name": name, "output": f"runs/{name}"} | file.content)
     override(content, overrides)
     return recipe_from_dict(content)
 
 
-def _read(name_or_path: str | os.PathLike[str], read: tuple[Path, ...]) -> dict[str, Any]:
-    """The plain values of a recipe's file, laid over those of the recipe that it ``extends``, if it does."""
+class RecipeFile(NamedTuple):
+    """One file of a recipe; ``extends`` names what it begins from, which its ``content`` no longer does."""
+
+    path: Path
+    text: str
+    content: dict[str, Any]
+    extends: str | None
+
+
+def recipe_files(name_or_path: str | os.PathLike[str]) -> list[RecipeFile]:
+    """The file of a recipe, that of the recipe which it ``extends``, and so on. Raises ValueError as `load_recipe`."""
+    files: list[RecipeFile] = []
+    following: str | os.PathLike[str] | None = name_or_path
+    while following is not None:
+        file = _read(following)
+        if any(file.path.resolve() == other.path.resolve() for other in files):
+            raise ValueError(f"recipe {file.path} extends itself")
+        files.append(file)
+        following = file.extends
+    return files
+
+
+def _read(name_or_path: str | os.PathLike[str]) -> RecipeFile:
     path = RECIPES / f"{name_or_path}.yaml"
     if not path.is_file():
         path = Path(name_or_path)
     if not path.is_file():
+        near = strict_yaml.nearest(str(name_or_path), shipped_recipes())
         raise ValueError(
-            f"recipe {str(name_or_path)!r} is neither a file nor shipped: `cdistill recipes` lists those that are"
+            f"recipe {str(name_or_path)!r} is neither a file nor shipped: `cdistill recipes` lists those that are{near}"
         )
-    if path.resolve() in read:
-        raise ValueError(f"recipe {path} extends itself")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -59,12 +83,9 @@ def _read(name_or_path: str | os.PathLike[str], read: tuple[Path, ...]) -> dict[
     if not isinstance(content, dict):
         raise ValueError(f"recipe {path} must be a mapping of keys to values")
     extended = content.pop("extends", None)
-    if extended is None:
-        return content
-    if not isinstance(extended, str):
+    if not isinstance(extended, str | None):
         raise ValueError(f"recipe {path}: extends must be the name of a recipe or a path, got {extended!r:.60}")
-    own = {"name": path.stem, "output": f"runs/{path.stem}"} | content
-    return _laid_over(_read(extended, (*read, path.resolve())), own)
+    return RecipeFile(path, text, content, extended)
 
 
 def _laid_over(below: Any, above: Any) -> Any:

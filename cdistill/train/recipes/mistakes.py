@@ -1,15 +1,19 @@
 """Makes the sections of a recipe from plain values, by pydantic; every mistake is one line with its dotted key."""
 
+import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from cdistill.choices import range_in_words
 from cdistill.data import strict_yaml
+from cdistill.runtime.errors import Mistakes
 
 T = TypeVar("T")
 Node = dict[str, Any]  # of a JSON schema
@@ -22,20 +26,23 @@ def build(cls: type[T], content: Any) -> T:
     """An instance of a dataclass with pydantic's checks from plain values, as YAML gives them.
 
     Raises:
-        ValueError: all that is wrong, a line for each mistake: the dotted key, what it may be, and the nearest key where one is
-            not known. Of one mistake the message is that line.
+        Mistakes: a ValueError with a line for all that is wrong: the dotted key, what it may be, and the nearest key where one
+            is not known. Keys that contradict each other are told, too, as far as they are right each by itself.
     """
     of: Any = cls
     root = schema(of)
     try:
-        text = json.dumps(_switched(content, root, root))
+        values = _switched(content, root, root)
+        text = json.dumps(values)
     except TypeError as error:
         raise ValueError(f"a recipe holds plain values, as YAML does: {error}") from None
     try:
         return _adapter(of).validate_json(text)
     except ValidationError as error:
         lines = _lines(error.errors(include_url=False), root)
-    raise ValueError(lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} keys are wrong:", *lines]))
+    if isinstance(values, Mapping):
+        _section(of, values, "", lines)
+    raise Mistakes("\n".join(dict.fromkeys(lines)))
 
 
 @cache
@@ -141,13 +148,11 @@ def _dotted(path: Sequence[Any]) -> str:
 def _messages(error: Any, key: str, node: Node, above: Node, root: Node) -> list[str]:
     kind, value = error["type"], error["input"]
     if kind == "value_error":
-        prefix = f"{key}." if key else ""
-        messages = str(error["ctx"]["error"]).split("\n")
-        return [message if message.startswith(prefix) else f"{prefix}{message}" for message in messages]
+        return [_below_key(key, message) for message in str(error["ctx"]["error"]).split("\n")]
     if kind == "unexpected_keyword_argument":
         known = [name for option in kinds(above, root) for name in option.get("properties", {})]
         near = strict_yaml.nearest(key.rpartition(".")[2], known)
-        return [f"{key} is not a known key; allowed: {', '.join(known)}{near}"]
+        return [f"{key} is not a known key{near or '; allowed: ' + ', '.join(known)}"]
     if kind == "missing" and key.endswith("]"):  # a list that is too short
         return [f"{key.rpartition('[')[0]} must be {may_be(above, root)}, got {value!r}"]
     if kind == "missing":
@@ -155,6 +160,67 @@ def _messages(error: Any, key: str, node: Node, above: Node, root: Node) -> list
     if kind in _OUT_OF_RANGE:
         return [f"{key} must be {range_in_words(_broken(node, value, root))}, got {value!r}"]
     return [f"{key or 'a recipe'} must be {may_be(node, root)}, got {value!r}"]
+
+
+def _below_key(key: str, message: str) -> str:
+    """A message that begins with a key of a section, with the section's own key before it."""
+    prefix = f"{key}." if key else ""
+    return message if message.startswith(prefix) else f"{prefix}{message}"
+
+
+class _UnknownError(LookupError):
+    """A value was asked for that is wrong or missing."""
+
+
+class _Known:
+    """A section of which the right keys alone are known, to be asked for contradictions among them."""
+
+    def __init__(self, of: Any, values: dict[str, Any]) -> None:
+        self.__dict__ |= values
+        self.of = of
+
+    def __getattr__(self, name: str) -> Any:
+        if name in {f.name for f in fields(self.of)}:
+            raise _UnknownError(name)
+        return inspect.getattr_static(self.of, name).__get__(self, self.of)
+
+
+def _section(of: Any, values: Mapping[str, Any], key: str, lines: list[str]) -> _Known:
+    """A section with what is right of it. What ``problems`` tell of that, and of the sections in it, joins ``lines``."""
+    hints = get_type_hints(of, include_extras=True)
+    known: dict[str, Any] = {}
+    for f in fields(of):
+        if f.name in values:
+            found = _right(hints[f.name], values[f.name], f"{key}.{f.name}".lstrip("."), lines)
+            known |= {} if found is _WRONG else {f.name: found}
+        elif f.default is not MISSING:
+            known[f.name] = f.default
+        elif f.default_factory is not MISSING:
+            known[f.name] = f.default_factory()
+    section = _Known(of, known)
+    problems = getattr(of, "problems", lambda section: ())
+    with suppress(LookupError, ValueError):  # what is wrong is told already, and what depends on it cannot be
+        lines += (_below_key(key, message) for message in problems(section))
+    return section
+
+
+_WRONG: Any = object()
+
+
+def _right(hint: Any, value: Any, key: str, lines: list[str]) -> Any:
+    """A value as its key takes it, a section that is wrong as `_section` has it, or `_WRONG`."""
+    try:
+        return TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
+    except ValidationError:
+        pass
+    sections = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and is_dataclass(kind)]
+    if not sections or not isinstance(value, Mapping):
+        return _WRONG
+    if get_origin(hint) is not dict:
+        return _section(sections[0], value, key, lines)
+    if not all(isinstance(section, Mapping) for section in value.values()):
+        return _WRONG
+    return {name: _section(sections[0], section, f"{key}.{name}", lines) for name, section in value.items()}
 
 
 def bounds(kind: Node) -> dict[str, float]:
