@@ -23,7 +23,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("_file_operations.c")
 LAB = "CDISTILL_SOAK"  # environment variable: the folder of all that this program makes
-TIMES = ("samples_per_s", "elapsed_s")  # of a line of metrics, which differ from run to run
+TIMES = ("samples_per_s", "tokens_per_s", "elapsed_s", "memory_mb")  # in metrics; they differ from run to run
 HANGS = 60.0  # seconds of a processor, for what takes a few, or without any
 
 
@@ -165,7 +165,7 @@ class Start:
 
     def said(self, lab: Path) -> str:
         """Its last line, which tells of an error where there is one."""
-        lines = [line for line in self.text().splitlines() if line.strip() and "step/s" not in line]
+        lines = [line for line in self.text().splitlines() if line.strip() and "%|" not in line]  # bars
         errors = [line for line in lines if "error" in line or "damaged" in line]
         return (errors or lines or [""])[-1].replace(str(lab), "LAB")[:300]
 

@@ -51,6 +51,7 @@ TROUBLES = {
     "damage": 4,
     "two starters": 2,
 }
+LAST = "2-dft"  # the result of the last stage
 LOGS = ("metrics.jsonl", "events.out.tfevents")  # of which damage costs no result
 
 
@@ -110,15 +111,22 @@ class Trial:
         self.draw = random.Random(self.seed)
         kinds = self.draw.choices(list(TROUBLES), list(TROUBLES.values()), k=self.draw.randint(1, 4))
         for kind in kinds:
+            if kind != "damage" and (self.bench.output / LAST).is_dir():  # nothing more would happen to it
+                self.finish()
             if self.fault is None:
                 getattr(self, kind.replace(" ", "_"))(kind)
-        if self.fault is None:
-            start = Start(self.bench.words(), self.bench.folder)
-            self.judge("to the end", start, (0,))
-        if self.fault is None:
-            self.fault = self.compare()
+        self.finish()
         record = {"seed": self.seed, "zero": self.bench.zero, "starts": self.starts, "fault": self.fault}
         return record
+
+    def finish(self) -> None:
+        """Let the run end, compare what it leaves, and make room for another."""
+        if self.fault is None:
+            self.judge("to the end", Start(self.bench.words(), self.bench.folder), (0,))
+        self.fault = self.fault or self.compare()
+        if self.fault is None:
+            cleared(self.bench.folder)
+            self.log_damaged = False
 
     def compare(self) -> str | None:
         """What differs at the end from the undisturbed run."""

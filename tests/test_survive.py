@@ -51,7 +51,7 @@ class Run:
         """The bytes of both stages' weights and all that was logged but times."""
         weights = [(self.output / stage / "model.safetensors").read_bytes() for stage in STAGES]
         entries = [json.loads(line) for line in (self.output / "metrics.jsonl").read_text().splitlines()]
-        times = ("samples_per_s", "elapsed_s")
+        times = ("samples_per_s", "tokens_per_s", "elapsed_s", "memory_mb")
         return weights, [{k: v for k, v in entry.items() if k not in times} for entry in entries]
 
 
