@@ -24,7 +24,11 @@ OK, MISSING, BROKEN, UNUSED = "ok", "missing", "broken", "-"
 HUB_SECONDS = 3.0
 SHOWN = ("torch", "triton", "transformers", "deepspeed")
 SPARED = ("triton", "deepspeed")  # without which something can still be done
-EXTRAS = {"peft": ("lora", "student.lora"), "bitsandbytes": ("quantization", "teacher_memory.quantization")}
+EXTRAS = {
+    "peft": ("lora", "student.lora"),
+    "bitsandbytes": ("quantization", "teacher_memory.quantization"),
+    "vl-convert-python": ("report", "`cdistill report`"),
+}
 LEAST_DISK = 10**9
 
 

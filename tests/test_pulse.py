@@ -2,17 +2,17 @@
 
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch.distributed as dist
-import yaml
-from builtin_models import recipe_values, save_base, save_teacher
+from builtin_models import make_recipe, save_base, save_teacher
 
-from cdistill.runtime import pulse
+from cdistill.runtime import launch, pulse
+from cdistill.runtime.errors import ProcessError
+from cdistill.train import run
 
 BACKWARD = [["/x/torch/autograd/graph.py", "graph.py:1 in backward"], ["/x/trainer.py", "trainer.py:2 in step"]]
 READING = [["/x/dataset.py", "dataset.py:7 in read"], ["/x/trainer.py", "trainer.py:2 in step"]]
@@ -116,28 +116,36 @@ def test_a_process_tells_of_itself(monkeypatch):
     told += [""] * 1000
 
 
-def test_a_stopped_process_ends_the_run_in_one_line(tmp_path):
+STOPS = """
+import os, signal
+import torch.distributed as dist
+from cdistill.runtime import launch, pulse
+launch.init_process_group()
+pulse.beat()
+dist.barrier()
+if os.environ["RANK"] == "1":
+    os.kill(os.getpid(), signal.SIGSTOP)
+dist.barrier()
+"""
+
+
+def test_a_stopped_process_ends_the_run_in_one_line(tmp_path, monkeypatch):
+    path = tmp_path / "stops.py"
+    path.write_text(STOPS)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    program = (sys.executable, str(path))
+    with pytest.raises(ProcessError, match=r"process 1 of 2 \(process \d+ on .*it does not run \(T \(stopped\)\)"):
+        launch.start_processes(2, "train", tmp_path, program, max_stuck_seconds=2)
+
+
+def test_a_run_watches_its_processes_and_each_step_is_a_beat(tmp_path, monkeypatch):
     save_teacher(tmp_path / "teacher")
     save_base(tmp_path / "base")
-    changes = {"stages": ["sft"], "stage__sft__samples": 400_000, "processes": 2, "max_stuck_seconds": 3}
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe_values(tmp_path / "run", tmp_path, **changes)))
-    words = [sys.executable, "-m", "cdistill", "train", str(path)]
-    started = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        metrics = tmp_path / "run" / "metrics.jsonl"
-        while not (metrics.is_file() and metrics.stat().st_size):
-            assert started.poll() is None
-            time.sleep(0.1)
-        for rank in subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True).stdout.split():
-            with open(f"/proc/{rank}/environ", "rb") as file:
-                if b"\0RANK=1\0" in b"\0" + file.read():
-                    os.kill(int(rank), signal.SIGSTOP)
-        _, text = started.communicate(timeout=120)
-    finally:
-        started.kill()
-    assert started.returncode == 1
-    lines = [line for line in text.replace("\r", "\n").splitlines() if "cdistill: error" in line]
-    assert len(lines) == 1, text
-    (line,) = lines
-    assert "process 1 of 2 (process " in line and "it does not run (T (stopped))" in line
+    recipe = make_recipe(tmp_path / "run", tmp_path, stages=["sft"], processes=2, max_stuck_seconds=7)
+    watched, beats = [], []
+    monkeypatch.setattr(launch, "start_processes", lambda *_, max_stuck_seconds: watched.append(max_stuck_seconds))
+    monkeypatch.setattr(pulse, "beat", lambda: beats.append(1))
+    run(recipe)
+    assert watched == [7]
+    run(replace(recipe, output=str(tmp_path / "alone"), processes=1))
+    assert len(beats) == 3

@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 
 import numpy as np
 import pytest
+import vl_convert
 import yaml
 from builtin_models import make_recipe, recipe_values, save_base, save_teacher
 from hypothesis import given
@@ -17,6 +19,7 @@ from transformers.integrations import integration_utils
 
 from cdistill import cli
 from cdistill.files import owned
+from cdistill.report.charts import charts
 from cdistill.report.history import read_run
 from cdistill.report.page import clock, page
 from cdistill.report.thinning import thinned
@@ -139,20 +142,44 @@ def test_mistakes_are_lines(write, tmp_path, capsys, monkeypatch):
     assert not (folder / "report.html").exists()
 
 
-def test_a_browser_draws_every_chart(write, tmp_path):
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no browser here")
-    import subprocess
-
+def test_every_chart_is_drawn_also_by_a_browser_where_there_is_one(write, tmp_path):
     folder = write([entry("dft", i, kd=1.0 / i, vat_layers=[0.1 * i, 0.2]) for i in (1, 2, 3)])
+    shown = charts([read_run(folder)], ["test"])
+    assert [chart.key for chart in shown] == ["loss", "kd", "vat_layers"]
+    for chart in shown:
+        rows = [dict(zip(chart.data, row, strict=True)) for row in zip(*chart.data.values(), strict=True)]
+        drawn_by_library = vl_convert.vegalite_to_svg(chart.spec | {"width": 400, "data": {"values": rows}})
+        assert chart.unit in drawn_by_library
+    assert (
+        shown[1].spec["description"].startswith("KD. test: first 1, last 0.3333, lowest 0.3333 at 24, highest 1 at 16")
+    )
     assert cli.main(["report", str(folder)]) == 0
-    words = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
-    words += ["--window-size=1200,3000", "--virtual-time-budget=10000", "--dump-dom", f"file://{folder}/report.html"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
-    charts = re.findall(r'<div class="draw[^>]*aria-label="([^"]+)"[^>]*>.*?<svg', done.stdout, re.S)
-    assert len(charts) == len(drawn((folder / "report.html").read_text())) == 3
-    assert charts[1].startswith("KD. test: first 1, last 0.3333, lowest 0.3333 at 24, highest 1 at 16")
+    for browser in filter(None, map(shutil.which, ("chromium", "google-chrome"))):
+        words = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
+        words += ["--window-size=1200,3000", "--virtual-time-budget=10000", "--dump-dom"]
+        words += [f"file://{folder}/report.html"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
+        labels = re.findall(r'<div class="draw[^>]*aria-label="([^"]+)"[^>]*>.*?<svg', done.stdout, re.S)
+        assert labels == [f"{chart.spec['description']}" for chart in shown]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"step": "x"},
+        {"samples": None},
+        {"step": True},
+        {"vat_layers": ["x"]},
+        {"validation": 3},
+        {"kd": "x"},
+        {"kd": [1]},
+    ],
+)
+def test_a_damaged_line_spoils_no_page(write, damage):
+    broken = entry("dft", 2, kd=0.2, vat_layers=[0.1]) | damage
+    assert (
+        drawn(page([read_run(write([entry("dft", 1, kd=0.5), broken, entry("dft", 3, kd=0.1)]))]))["KD"]["y"][0] == 0.5
+    )
 
 
 class Tracker(TrainerCallback):

@@ -138,7 +138,7 @@ def test_runs_that_fail_or_are_stopped_stay_in_the_page(tiny, here, tmp_path):
     assert findings.values("all", "compositional").keys() == {5}
     text = (tmp_path / "two.html").read_text()
     assert "too many steps are not finite" in text and text.count(">failed<") == 2
-    assert "is open, as one seed has no spread" in table_text(findings)
+    assert "is open, with fewer than 3 seeds" in table_text(findings)
     with pytest.raises(ValueError, match=r"holds 2 runs of table two begun and not finished \(KD, seed 4: failed\)"):
         reproduce(tiny, tmp_path)
     here.fails = {}
@@ -255,6 +255,7 @@ def test_orders_are_told_by_the_paired_interval():
     assert verdict(found) == HOLDS and verdict(paired(second, first)) == CONTRADICTED
     assert verdict(paired({1: 0.9, 2: 0.2}, {1: 0.5, 2: 0.4})) == OPEN
     assert verdict(paired({1: 0.9}, {1: 0.5})) == OPEN
+    assert verdict(paired({1: 0.9, 2: 0.8}, {1: 0.5, 2: 0.4})) == OPEN, "by chance"
     assert found.words() == "+9.0 (+6.5 to +11.5; 3 seeds, above zero in 3)"
 
 

@@ -26,7 +26,7 @@ OBJECTS = (  # files that hold a JSON object, if they are there
     *("processor_config.json", "preprocessor_config.json", "chat_template.json", "adapter_config.json"),
 )
 MOST_BYTES, MOST_BYTES_OF_A_TOKENIZER = 1 << 26, 1 << 28  # of a JSON file
-MOST = 1 << 31  # of a size in a configuration
+MOST, MOST_LAYERS = 1 << 31, 1 << 16  # of a size in a configuration; layers are listed one by one
 LONGEST = 400  # characters of what a library says
 SIZES = re.compile(
     r"hidden_size|intermediate_size|num_.*_(layers|heads)|vocab_size|head_dim|patch_size|depth|embed_dim"
@@ -118,7 +118,7 @@ def check_config(values: Mapping[str, Any], key: str, path: Path, within: str = 
             check_config(value, key, path, f"{place}.")
         if SIZES.fullmatch(name) and value is not None and not isinstance(value, (list, Mapping)):
             whole = isinstance(value, int) and not isinstance(value, bool)
-            if not whole or not 0 <= value < MOST:
+            if not whole or not 0 <= value < (MOST_LAYERS if name.endswith("_layers") else MOST):
                 raise ValueError(f"{key}: {path} is corrupt ({place} must be a size, got {value!r:.40})")
         if (
             name in ("dtype", "torch_dtype")

@@ -29,9 +29,7 @@ def card(run: RunHistory, repository: str, *, license: str | None, needs_cdistil
     """
     recipe = run.recipe
     references = (recipe.teacher if recipe.needs_teacher else None, recipe.student.base, recipe.student.vision)
-    bases = [
-        reference.partition("@")[0] for reference in references if reference is not None and is_hub_name(reference)
-    ]
+    bases = [reference.partition("@")[0] for reference in references if reference is not None and _is_pinned(reference)]
     how = "fine-tuned"
     if recipe.needs_teacher:
         assert recipe.teacher is not None
@@ -95,9 +93,14 @@ def _measured(run: RunHistory) -> Iterator[list[str]]:
 
 def _public(reference: str) -> str:
     """A reference as strangers may read it: of a folder its last name alone."""
-    if reference.startswith(BUILTIN) or is_hub_name(reference) or "://" in reference:
+    if reference.startswith(BUILTIN) or _is_pinned(reference) or "://" in reference:
         return reference
     return Path(reference).name
+
+
+def _is_pinned(reference: str) -> bool:
+    """Whether a run's recipe names a model of the hub: with its commit, which no folder has, wherever it is now."""
+    return "@" in reference and is_hub_name(reference)
 
 
 def _without_folders(values: Any) -> Any:

@@ -113,7 +113,7 @@ class RunHistory:
         for stage in self.stages:
             entries = stage.measured if group in MEASURED else stage.logged
             for entry in entries:
-                value = entry.get(group, {}).get(name) if group in MEASURED else entry.get(key)
+                value = _measured(entry, group).get(name) if group in MEASURED else entry.get(key)
                 if value is not None:
                     x.append(stage.before + int(entry["samples"]))
                     y.append(_number(value))
@@ -125,7 +125,7 @@ class RunHistory:
             (stage.before + int(entry["samples"]), [float(value) for value in entry[key]])
             for stage in self.stages
             for entry in stage.logged
-            if isinstance(entry.get(key), list) and entry[key]
+            if isinstance(entry.get(key), list) and entry[key] and all(_number(each) is not None for each in entry[key])
         ]
         return [x for x, _ in found], [values for _, values in found]
 
@@ -137,7 +137,7 @@ class RunHistory:
             for stage in self.stages
             for entry in stage.measured
             for group in MEASURED
-            for name in entry.get(group, {})
+            for name in _measured(entry, group)
         }
         return [*logged, *measured]
 
@@ -157,7 +157,7 @@ def read_run(folder: Path) -> RunHistory:
     stages: list[StageHistory] = []
     for name, path in zip(recipe.stages, stage_folders(recipe, folder), strict=True):
         config = recipe.stage[name]
-        own = [entry for entry in entries if entry["stage"] == name and isinstance(entry["samples"], int)]
+        own = [entry for entry in entries if entry["stage"] == name and _is_whole(entry)]
         logged = [entry for entry in own if "loss" in entry]
         begun = bool(logged) or (owned and all(stage.state == DONE for stage in stages))
         state = DONE if path.is_dir() else WAITING if not begun else RUNNING if owned else STOPPED
@@ -180,6 +180,16 @@ def read_run(folder: Path) -> RunHistory:
 
 def _processes(stage: StageHistory, recipe: Recipe) -> int:
     return int(stage.logged[-1].get("processes") or recipe.processes) if stage.logged else recipe.processes
+
+
+def _is_whole(entry: dict[str, Any]) -> bool:
+    """Whether an entry says where it stands; a damaged one may not."""
+    return all(type(entry[key]) is int for key in ("step", "samples"))
+
+
+def _measured(entry: dict[str, Any], group: str) -> dict[str, Any]:
+    value = entry.get(group)
+    return value if isinstance(value, dict) else {}
 
 
 def _number(value: Any) -> float | None:

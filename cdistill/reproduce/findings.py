@@ -2,7 +2,7 @@
 
 The rule: the difference of two rows, seed by seed, has a 95 % interval by Student's t. An order holds beyond the spread if the
 whole interval lies on its side of zero, is contradicted if it lies on the other side, and is open otherwise and with
-fewer than two seeds.
+fewer than three seeds.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from cdistill.reproduce.tables import Claim, Column, Table
 
 RULE = (
     "An order holds if the 95 % interval of the difference, paired by seed (Student's t), lies on its side of zero, is "
-    "contradicted if it lies on the other side, and is open otherwise."
+    "contradicted if it lies on the other side, and is open otherwise, and with fewer than three seeds."
 )
 HOLDS, CONTRADICTED, OPEN, MISSING = "holds", "contradicted", "open", "not run"
+SEEDS = 3  # that tell a spread: two may differ by the same by chance
 ENOUGH = 0.9  # accuracy whose price in samples is told
 # 97.5 % quantiles of Student's t with 1 to 30 degrees of freedom; more take the last, which is wider than theirs.
 T = (
@@ -75,7 +76,7 @@ class Verdict:
         said = {
             HOLDS: "holds beyond the spread",
             CONTRADICTED: "is contradicted beyond the spread",
-            OPEN: "is open" if self.difference.seeds > 1 else "is open, as one seed has no spread",
+            OPEN: "is open" if self.difference.seeds >= SEEDS else f"is open, with fewer than {SEEDS} seeds",
             MISSING: "is not run",
         }[self.verdict]
         return f"{self.order}: {said}: {self.evidence}"
@@ -198,6 +199,8 @@ def verdict(difference: Difference) -> str:
     """By the rule at the head of this file."""
     if difference.seeds == 0:
         return MISSING
+    if difference.seeds < SEEDS:
+        return OPEN
     if difference.low > 0:
         return HOLDS
     return CONTRADICTED if difference.high < 0 else OPEN

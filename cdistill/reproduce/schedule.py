@@ -183,7 +183,8 @@ def _size(run: Run) -> str:
 
 
 def _left(seconds: float, ahead: int, past: int) -> str:
-    return f"; about {seconds * ahead / past / 60:.0f} minutes left" if ahead else ""
+    minutes = max(1, round(seconds * ahead / past / 60)) if ahead else 0
+    return f"; about {minutes} minute{'' if minutes == 1 else 's'} left" if ahead else ""
 
 
 def cost(run: Run) -> int:
