@@ -65,7 +65,7 @@ MOST_ON_HOPPER = {
     "narrow_loads": 0,
 }
 MORE_ON_HOPPER = {
-    "slice_backward_rows_kernel": {"tile_conversions": 1, "shared_accesses": 64},
+    "slice_backward_rows_kernel": {"tile_conversions": 1},
     "slice_backward_cols_kernel": {"tile_conversions": 1},
     "head_cosine_kernel": {"tile_conversions": 1, "shared_accesses": 128},
 }
