@@ -112,10 +112,10 @@ def test_counts_around_the_tile_edges(R, V, poisoned_empty):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_tiles_that_all_rows_see_and_others(causal):
-    """Rows and columns in order: the first tile needs no mask, the second does. What lies behind the columns is not read."""
-    q, k, *_ = draw(41, B=1, T=60, D=16)
-    rows, cols = torch.arange(36, 52, device=DEVICE)[None], torch.arange(41, device=DEVICE)[None]
-    grad = torch.full((1, 16, 48), torch.nan, device=DEVICE)[..., :41].copy_(normal(42, 1, 16, 41))
+    """Rows and columns in order: the first tile needs no mask, the others do. What lies behind the columns does not count."""
+    q, k, *_ = draw(41, B=1, T=80, D=16)
+    rows, cols = torch.arange(36, 52, device=DEVICE)[None], torch.arange(71, device=DEVICE)[None]
+    grad = torch.full((1, 16, 72), torch.nan, device=DEVICE)[..., :71].copy_(normal(42, 1, 16, 71))
     options = {"causal": causal, "each": False, "grad": grad}
     exact = eager(q, k, rows, cols, None, torch.float64, **options)
     rounded = eager(q, k, rows, cols, None, torch.float32, **options)
