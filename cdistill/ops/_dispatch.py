@@ -107,7 +107,7 @@ class Backend(Protocol):
     ) -> Gradients:
         """Gradient of ``head_cosine`` for grad (B,Hq,R), zero where rows are -1; results as of ``slice_backward``.
 
-        Without an lse ``base`` is None, and dlse zero but for rounding.
+        Without an lse ``base`` and dlse are None.
         """
 
     def vocabulary_losses(self, rows: VocabularyRows, options: VocabularyOptions) -> None:
