@@ -1,0 +1,54 @@
+"""A chat template of transformers as llama.cpp's server can use it."""
+
+from __future__ import annotations
+
+import json
+import re
+
+_GENERATION = re.compile(r"(\{%-?)\s*(end)?generation\s*(-?%\})")  # marks of transformers, for masks in training
+# The server makes one text of a message's parts, in which `<__media...__>` stands for an image.
+_BEFORE = """\
+{%- set chat = namespace(marker="", messages=[]) -%}
+{%- for message in messages -%}
+    {%- set turn = namespace(text="", parts=[]) -%}
+    {%- if message.content is string -%}
+        {%- set turn.text = message.content -%}
+    {%- elif message.content is not none -%}
+        {%- for part in message.content -%}{%- set turn.text = turn.text + part.text -%}{%- endfor -%}
+    {%- endif -%}
+    {%- if "<__media" in turn.text -%}
+        {%- for piece in turn.text.split("<__media") -%}
+            {%- set rest = namespace(text=piece) -%}
+            {%- if not loop.first -%}
+                {%- set chat.marker = "<__media" + piece.split("__>")[0] + "__>" -%}
+                {%- set rest.text = piece.split("__>")[1:] | join("__>") -%}
+                {%- set turn.parts = turn.parts + [{"type": "image"}] -%}
+            {%- endif -%}
+            {%- if rest.text -%}
+                {%- set turn.parts = turn.parts + [{"type": "text", "text": rest.text}] -%}
+            {%- endif -%}
+        {%- endfor -%}
+        {%- set chat.messages = chat.messages + [{"role": message.role, "content": turn.parts}] -%}
+    {%- else -%}
+        {%- set chat.messages = chat.messages + [message] -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- set messages = chat.messages -%}
+{%- set prompt %}
+"""
+_AFTER = """{{ "" }}{% endset -%}
+{{- prompt if chat.marker == "" else prompt | replace(IMAGE, chat.marker) -}}
+"""
+
+
+def llama_cpp_template(template: str, image_token: str | None) -> str:
+    """A chat template of transformers for llama.cpp's server, which renders prompts as transformers does.
+
+    The template gets images as the parts that it knows, and each ``image_token`` it writes becomes the server's marker. Of a
+    model without images (``image_token`` None) it is as it was. A message may have one text between images: of several the
+    server makes one, a line each.
+    """
+    template = _GENERATION.sub(lambda mark: f"{mark[1]} {'endif' if mark[2] else 'if true'} {mark[3]}", template)
+    if image_token is None:
+        return template
+    return _BEFORE + template.removesuffix("\n") + _AFTER.replace("IMAGE", json.dumps(image_token))
