@@ -42,7 +42,7 @@ def expected(model, processor, messages):
 def assert_answers_alike(model, processor, server, messages, *, tolerance):
     """The same tokens greedily, and their log-probabilities and those of the likeliest others within a tolerance."""
     ids, scores, length = expected(model, processor, messages)
-    answer = server.chat(messages, tokens=TOKENS)
+    answer = server.chat(messages, tokens=TOKENS, logprobs=True, top_logprobs=20)
     assert answer["usage"]["prompt_tokens"] == length
     tokens = answer["logprobs"]["content"]
     assert [token["id"] for token in tokens] == ids

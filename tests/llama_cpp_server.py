@@ -27,10 +27,10 @@ class LlamaCpp:
         """Tokens of a text, special ones among them, without those that begin or end every text."""
         return self._post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
 
-    def chat(self, messages, *, tokens: int) -> dict:
-        """The choice of a request with PIL images, greedy: its message, and for each token the 20 most likely."""
+    def chat(self, messages, *, tokens: int, **options) -> dict:
+        """The choice of a request with PIL images, greedy: its message, and what ``options`` ask for beside."""
         request = {"messages": [_message(message) for message in messages], "max_tokens": tokens, "temperature": 0}
-        answer = self.server.handle_chat_completions(request | {"logprobs": True, "top_logprobs": 20})
+        answer = self.server.handle_chat_completions(request | options)
         assert "choices" in answer, answer
         return answer["choices"][0] | {"timings": answer["timings"], "usage": answer["usage"]}
 

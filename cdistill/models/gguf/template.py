@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 
 _GENERATION = re.compile(r"(\{%-?)\s*(end)?generation\s*(-?%\})")  # marks of transformers, for masks in training
 # The server makes one text of a message's parts, in which `<__media...__>` stands for an image.
-_BEFORE = """\
+_IMAGES = """\
 {%- set chat = namespace(marker="", messages=[]) -%}
 {%- for message in messages -%}
     {%- set turn = namespace(text="", parts=[]) -%}
@@ -34,21 +35,25 @@ _BEFORE = """\
     {%- endif -%}
 {%- endfor -%}
 {%- set messages = chat.messages -%}
-{%- set prompt %}
 """
-_AFTER = """{{ "" }}{% endset -%}
-{{- prompt if chat.marker == "" else prompt | replace(IMAGE, chat.marker) -}}
-"""
+_MARKED = """{{- prompt if chat.marker == "" else prompt | replace(IMAGE, chat.marker) -}}\n"""
 
 
-def llama_cpp_template(template: str, image_token: str | None) -> str:
+def llama_cpp_template(template: str, image_token: str | None, unspaced: Sequence[str] | None = None) -> str:
     """A chat template of transformers for llama.cpp's server, which renders prompts as transformers does.
 
-    The template gets images as the parts that it knows, and each ``image_token`` it writes becomes the server's marker. Of a
-    model without images (``image_token`` None) it is as it was. A message may have one text between images: of several the
-    server makes one, a line each.
+    The template gets images as the parts that it knows, and each ``image_token`` it writes becomes the server's marker. A
+    message may have one text between images: of several the server makes one, a line each. With ``unspaced`` a space is put
+    before a prompt that does not begin with one of these or a space. Of a model without images (``image_token`` None) and
+    without such a space it is as it was.
     """
     template = _GENERATION.sub(lambda mark: f"{mark[1]} {'endif' if mark[2] else 'if true'} {mark[3]}", template)
-    if image_token is None:
+    if image_token is None and unspaced is None:
         return template
-    return _BEFORE + template.removesuffix("\n") + _AFTER.replace("IMAGE", json.dumps(image_token))
+    begun = "{%- set prompt %}\n" + template.removesuffix("\n") + '{{ "" }}{% endset -%}\n'
+    if unspaced is not None:
+        known = " or ".join(f"prompt.startswith({json.dumps(text)})" for text in (" ", *unspaced))
+        begun += '{{- "" if ' + known + ' else " " -}}\n'
+    if image_token is None:
+        return begun + "{{- prompt -}}\n"
+    return _IMAGES + begun + _MARKED.replace("IMAGE", json.dumps(image_token))

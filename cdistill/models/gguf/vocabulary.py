@@ -33,6 +33,7 @@ class Vocabulary:
     pre: str = "default"
     space_prefix: bool = False
     one_space: bool = False  # several spaces are one, those at both ends none
+    prompt_space: bool = False  # only a prompt's beginning has the space before it, which the chat template must write
     remarks: tuple[str, ...] = ()
 
 
@@ -147,17 +148,33 @@ def _cut(pre_tokenizer: Mapping[str, Any] | None) -> str:
     raise _refuse("pre_tokenizer", pre_tokenizer, why)
 
 
-_PREPENDED = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": _SPACE}]}
-_REPLACED = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+_PREPENDED = [
+    {"type": "Prepend", "prepend": _SPACE},
+    {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+]
+# Before which texts a space is put: whether llama.cpp does so, whether the chat template must, and what is to be known.
+_SPACED: dict[str, tuple[bool, bool, tuple[str, ...]]] = {
+    "every": (True, False, ()),
+    "always": (True, False, ("texts that begin with a space get another in llama.cpp",)),
+    "first": (False, True, ("llama.cpp puts no space before a text of /completion; the chat template puts it",)),
+    "never": (False, False, ()),
+}
+
+
+def _spaced(values: Mapping[str, Any]) -> tuple[bool, bool, tuple[str, ...]]:
+    normalizer, cut = values["normalizer"], values["pre_tokenizer"]
+    if normalizer == {"type": "Sequence", "normalizers": _PREPENDED} and cut is None:
+        return _SPACED["every"]
+    if normalizer is None and cut is not None and cut["type"] == "Metaspace" and cut["replacement"] == _SPACE:
+        if not cut["split"] and cut["prepend_scheme"] in _SPACED:
+            return _SPACED[cut["prepend_scheme"]]
+        raise _refuse("pre_tokenizer", cut, "llama.cpp's llama does not cut texts at spaces")
+    raise _refuse("normalizer", normalizer, f"llama.cpp's llama puts {_SPACE} for every space and changes nothing else")
 
 
 def _characters(values: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]]) -> Vocabulary:
     """SentencePiece's BPE: the better of two pairs is that whose product has the higher score, here minus the rank."""
-    prepended = {**_PREPENDED, "normalizers": [*_PREPENDED["normalizers"], _REPLACED]}
-    if values["normalizer"] != prepended or values["pre_tokenizer"] is not None:
-        raise _refuse(
-            "normalizer", values["normalizer"], f"llama.cpp's llama puts {_SPACE} before every text and for every space"
-        )
+    prefix, prompt, remarks = _spaced(values)
     tokens, types = _by_id(values, added)
     vocabulary, scores = values["model"]["vocab"], [0.0] * len(tokens)
     last = -1
@@ -172,7 +189,7 @@ def _characters(values: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]
             types[i] = TokenType.UNKNOWN
         elif i not in added and len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
             types[i] = TokenType.BYTE
-    return Vocabulary("llama", tokens, types, scores, space_prefix=True)
+    return Vocabulary("llama", tokens, types, scores, space_prefix=prefix, prompt_space=prompt, remarks=remarks)
 
 
 def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, tokenizer: Any, stops: Sequence[int]) -> None:

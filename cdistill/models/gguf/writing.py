@@ -66,7 +66,8 @@ def _language(model: Model, beside: Path, quantize: str) -> tuple[tuple[GGUFWrit
     if template is not None:
         image = getattr(model.config, "image_token_id", None)
         token = None if image is None else str(tokenizer.convert_ids_to_tokens(image))
-        writer.add_chat_template(llama_cpp_template(template, token))
+        unspaced = [t for t in tokenizer.all_special_tokens if t in template] if vocabulary.prompt_space else None
+        writer.add_chat_template(llama_cpp_template(template, token, unspaced))
     return (writer, language_entries(model, quantize)), list(vocabulary.remarks)
 
 
