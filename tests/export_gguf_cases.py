@@ -62,6 +62,8 @@ def random_student(text, vision, layer, tokenizer=TOKENIZER):
             weight.add_(torch.randn_like(weight) * 0.05)
         for weight in (*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()):
             weight.add_(torch.randn_like(weight) * 0.2)
+        for layer in model.model.vision_tower.encoder.layers if hasattr(model.model.vision_tower, "encoder") else ():
+            layer.mlp.fc2.weight.mul_(10.0)  # of an activation that is nearly the right one much is seen
     return model
 
 
@@ -71,7 +73,8 @@ def byte_level(cut, *, ascii_alone=False, ignore_merges=False, normalizer=None):
     With ``ascii_alone`` every token is a whole character: what llama.cpp's server makes of parts it tells as one token.
     """
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
-    tokenizer.pre_tokenizer, tokenizer.normalizer, tokenizer.decoder = cut, normalizer, decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.normalizer = pre_tokenizers.ByteLevel(add_prefix_space=False), normalizer
+    tokenizer.decoder = decoders.ByteLevel()
     letters = [*map(chr, range(33, 127)), "Ġ", "Ċ"] if ascii_alone else pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
@@ -81,4 +84,5 @@ def byte_level(cut, *, ascii_alone=False, ignore_merges=False, normalizer=None):
     )
     words = [word for word in WORDS if word.isascii() or not ascii_alone]
     tokenizer.train_from_iterator([" ".join(words) + " 123 12345"] * 3, trainer)
+    tokenizer.pre_tokenizer = cut  # merges across its cuts are there, and must not be used
     return tokenizer

@@ -19,12 +19,14 @@ from transformers import (
     Qwen3Config,
     SiglipVisionConfig,
 )
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
 from cdistill.builtin.dataset import BuiltinDataset, build_tokenizer
 from cdistill.builtin.task import BuiltinTask
 from cdistill.models.export import export
 from cdistill.models.gguf import export_gguf
+from cdistill.models.gguf.vision import image_remark
 from cdistill.models.load import ASSETS, load_model
 from cdistill.models.processor import load_processor
 
@@ -42,6 +44,9 @@ def test_the_built_in_teacher_answers_alike(tmp_path):
     server = LlamaCpp(made.folder)
     folder = ASSETS / "teacher"
     model, processor = load_model(folder, attention="eager").eval(), load_processor(folder, "model")
+    assert made.remarks[-1].endswith("make them square first")
+    bilinear = SiglipImageProcessorPil(size={"height": 48, "width": 48}, resample=2)
+    assert image_remark(model.config, bilinear).endswith("make them 48 x 48 pixels first")
     data = BuiltinDataset(BuiltinTask(turns=3), size=6, seed=3, held_out=True)
     for i in range(len(data)):
         conversation = data.messages(i)
@@ -49,6 +54,10 @@ def test_the_built_in_teacher_answers_alike(tmp_path):
             assert_answers_alike(model, processor, server, asked, tolerance=0.01)
     for messages in chats():  # two images in a question
         assert_answers_alike(model, processor, server, messages, tolerance=0.01)
+    for side in (20, 96):  # squares that must be resized
+        asked = data.messages(0)[:1]
+        asked[0]["content"][0]["image"] = asked[0]["content"][0]["image"].resize((side, side))
+        assert_answers_alike(model, processor, server, asked, tolerance=0.02)
 
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -74,7 +83,7 @@ def test_families_and_layers_answer_alike(name, tmp_path):
     processor = load_processor(export(source, tmp_path / "plain").folder, "model")
     server = LlamaCpp(export_gguf(source, tmp_path / "out").folder)
     for messages in chats():
-        assert_answers_alike(model, processor, server, messages, tolerance=0.02)
+        assert_answers_alike(model, processor, server, messages, tolerance=0.008)
 
 
 LLAVA = """\
@@ -297,13 +306,33 @@ def test_every_weight_is_there_and_what_it_was(quantize, tmp_path):
 
 
 def test_q4_k_m_is_llama_cpps_mixture(tmp_path):
-    config = text_config(**SMALL | {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 8})
+    config = text_config(
+        **SMALL | {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 8, "initializer_range": 0.05}
+    )
     torch.manual_seed(0)
     save(AutoModelForCausalLM.from_config(config), tmp_path / "model")
-    found, kinds = weights_of(export_gguf(tmp_path / "model", tmp_path / "out", quantize="q4_k_m", check=True).folder)
+    made = export_gguf(tmp_path / "model", tmp_path / "out", quantize="q4_k_m", check=True)
+    found, kinds = weights_of(made.folder)
     six = {name for name, kind in kinds.items() if kind == GGMLQuantizationType.Q6_K}
     more = {f"blk.{i}.{part}.weight" for i in (0, 3, 6, 7) for part in ("attn_v", "ffn_down")}
     assert six == more | {"token_embd.weight"}
     assert {kinds[f"blk.1.{part}.weight"] for part in ("attn_v", "ffn_down", "attn_q")} == {GGMLQuantizationType.Q4_K}
-    weight = AutoModelForCausalLM.from_pretrained(tmp_path / "model").model.layers[1].mlp.up_proj.weight
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    weight = model.model.layers[1].mlp.up_proj.weight
     assert (found["blk.1.ffn_up.weight"] - weight).norm() < 0.1 * weight.norm()
+    names = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj"}
+    names |= {
+        "attn_output": "self_attn.o_proj",
+        **{f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
+    }
+    with torch.no_grad():
+        for i, layer in enumerate(model.model.layers):
+            for ours, theirs in names.items():
+                layer.get_submodule(theirs).weight.copy_(found[f"blk.{i}.{ours}.weight"])
+        model.model.embed_tokens.weight.copy_(found["token_embd.weight"])
+        ids = build_tokenizer()("USER: how many ring ? ASSISTANT:", return_tensors="pt")["input_ids"]
+        scores = torch.log_softmax(model(ids).logits[0, -1], -1)
+    messages = [{"role": "user", "content": "how many ring ?"}]
+    answer = LlamaCpp(made.folder).chat(messages, tokens=1, logprobs=True, top_logprobs=20)
+    for other in answer["logprobs"]["content"][0]["top_logprobs"]:
+        assert abs(other["logprob"] - scores[other["id"]]) < 0.1

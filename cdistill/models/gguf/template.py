@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 
-_GENERATION = re.compile(r"(\{%-?)\s*(end)?generation\s*(-?%\})")  # marks of transformers, for masks in training
 # The server makes one text of a message's parts, in which `<__media...__>` stands for an image.
 _IMAGES = """\
 {%- set chat = namespace(marker="", messages=[]) -%}
@@ -47,7 +45,6 @@ def llama_cpp_template(template: str, image_token: str | None, unspaced: Sequenc
     before a prompt that does not begin with one of these or a space. Of a model without images (``image_token`` None) and
     without such a space it is as it was.
     """
-    template = _GENERATION.sub(lambda mark: f"{mark[1]} {'endif' if mark[2] else 'if true'} {mark[3]}", template)
     if image_token is None and unspaced is None:
         return template
     begun = "{%- set prompt %}\n" + template.removesuffix("\n") + '{{ "" }}{% endset -%}\n'
