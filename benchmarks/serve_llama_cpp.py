@@ -1,9 +1,9 @@
 """Exported students as other engines serve them: the same replies, accuracy, speed and size, each format beside transformers.
 
-`python -m benchmarks.serve [MODEL ...]` (by default the built-in teacher) exports each model in every format of `export_gguf`,
-puts 50 held-out questions of each kind about an image to llama.cpp's own OpenAI-compatible server (the package xllamacpp) and
-to transformers in fp32, both greedy, and writes benchmarks/results/serve/llama_cpp.json. It ends with 1 where f16 does not give
-transformers' reply to every one of 50 questions, or q8_0 is more than a point less accurate.
+`python -m benchmarks.serve_llama_cpp [MODEL ...]` (by default the built-in teacher) exports each model in every format of
+`export_gguf`, puts 50 held-out questions of each kind about an image to llama.cpp's own OpenAI-compatible server (the package
+xllamacpp) and to transformers in fp32, both greedy, and writes benchmarks/results/serve/llama_cpp.json. It ends with 1 where
+f16 does not give transformers' reply to every one of 50 questions, or q8_0 is more than a point less accurate.
 """
 
 import json
@@ -19,33 +19,18 @@ import torch
 
 import cdistill
 from benchmarks._results import ROOT, cpu_environment, results_folder, version
-from cdistill.builtin.scorer import held_out_questions
+from benchmarks._serving import EACH, questions, right
 from cdistill.builtin.task import SUBTYPES
 from cdistill.models.export import export
 from cdistill.models.gguf import QUANTIZE, export_gguf
 from cdistill.models.load import load_model
 from cdistill.models.processor import load_processor
 
-EACH = 50  # questions of a kind
 COMPARED = 50  # questions whose replies are compared, of all kinds in turn
 MOST_TOKENS = 12  # of a reply
 THREADS = 2
 LONG, TRIES = 128, 3  # tokens of a reply that is timed, and how often
 Ask = Callable[[list[dict[str, Any]]], str]
-
-
-def questions() -> Iterator[tuple[list[dict[str, Any]], str]]:
-    """Messages with an image and a question, and the right answer; every kind in turn."""
-    data = [held_out_questions(kind, n=EACH) for kind in SUBTYPES]
-    for i in range(EACH):
-        for one in data:
-            asked, answered = one.messages(i)
-            yield [asked], answered["content"][0]["text"]
-
-
-def right(reply: str, answer: str) -> bool:
-    """Whether a reply begins with the right answer, as the built-in task counts it."""
-    return reply.split()[: len(answer.split())] == answer.split()
 
 
 def size(folder: Path, pattern: str) -> int:

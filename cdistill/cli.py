@@ -13,6 +13,7 @@ from cdistill.attention import command as analyzing
 from cdistill.builtin import command as builtin
 from cdistill.data import command as data
 from cdistill.demo import command as demo
+from cdistill.errors import InputError
 from cdistill.eval import benchmarks
 from cdistill.eval import command as evaluation
 from cdistill.files import disk_full
@@ -103,7 +104,7 @@ def _export_transformers(options: argparse.Namespace) -> Any:
     from cdistill.models.export import export
 
     if options.quantize is not None:
-        raise ValueError("--quantize: only --format gguf has it; --dtype is the number format of the others")
+        raise InputError("--quantize: only --format gguf has it; --dtype is the number format of the others")
     return export(
         options.model,
         options.output,
@@ -120,7 +121,7 @@ def _export_gguf(options: argparse.Namespace) -> Any:
 
     for name in ("dtype", "keep_taf", "code", "max_shard_size"):
         if getattr(options, name):
-            raise ValueError(f"--{name.replace('_', '-')}: --format gguf does without it")
+            raise InputError(f"--{name.replace('_', '-')}: --format gguf does without it")
     return export_gguf(options.model, options.output, quantize=options.quantize or "f16", check=options.check)
 
 
@@ -180,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     wrong = menu.unknown(words, COMMANDS)
     if wrong is not None:
-        print_error(ValueError(wrong))
+        print_error(InputError(wrong))
         return 2
     parser = menu.parser(GROUPS, COMMANDS)
     if " ".join(words[:2]) in COMMANDS:  # as in `eval score`

@@ -94,6 +94,7 @@ MODELS = {
     "model: vision_config.model_type clip_vision_model: llama.cpp takes the class token": lambda: random_student(
         text_config(), CLIPVisionConfig(image_size=48, patch_size=8, **WIDTHS), -1
     ),
+    "model: its image processor makes 40 x 40 pixels": llava,
     "model: taf_activation gelu: ": lambda: taf_student(activation="gelu"),
     "model: blk.0.attn_q.weight has weights beyond 65504": lambda: large(text_config()),
 }
@@ -109,7 +110,8 @@ def large(config):
 @pytest.mark.parametrize("start", MODELS)
 def test_models_that_llama_cpp_has_not(start, tmp_path):
     model = save(MODELS[start](), tmp_path / "model")
-    SiglipImageProcessorPil(size={"height": 48, "width": 48}).save_pretrained(model)
+    side = 40 if "40 x 40" in start else 48
+    SiglipImageProcessorPil(size={"height": side, "width": side}).save_pretrained(model)
     with pytest.raises(ValueError) as error:
         export_gguf(model, tmp_path / "out")
     assert str(error.value).startswith(start)

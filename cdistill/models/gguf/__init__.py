@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cdistill.errors import InputError
+
 if TYPE_CHECKING:
     from cdistill.models.export import Exported
 
@@ -29,11 +31,11 @@ def export_gguf(model: str | Path, output: str | Path, *, quantize: str = "f16",
             model asks for.
     """
     if quantize not in QUANTIZE:
-        raise ValueError(f"quantize must be one of {', '.join(QUANTIZE)}, got {quantize!r}")
+        raise InputError(f"quantize must be one of {', '.join(QUANTIZE)}, got {quantize!r}")
     try:
         import gguf  # noqa: F401
     except ImportError:
-        raise ValueError("format gguf needs the package gguf: pip install 'cdistill[gguf]'") from None
+        raise InputError("format gguf needs the package gguf: pip install 'cdistill[gguf]'") from None
     from cdistill.models.gguf.writing import write_model
 
     return write_model(model, Path(output), quantize, check=check)

@@ -11,6 +11,7 @@ import torch
 from gguf import MODEL_ARCH, GGUFWriter, RopeScalingType, get_tensor_name_map
 from torch import Tensor
 
+from cdistill.errors import InputError
 from cdistill.models.gguf.tensors import Entry, Kind, entry, matrix_kind
 
 
@@ -33,22 +34,22 @@ ARCHITECTURES = {
 def check_language(text: Any, prefix: str) -> None:
     """Raise ValueError naming the field, after ``prefix``, of a language model that llama.cpp cannot express."""
     if text.model_type not in ARCHITECTURES:
-        raise ValueError(
+        raise InputError(
             f"model: {prefix}model_type {text.model_type} is not written for llama.cpp; known are {', '.join(ARCHITECTURES)}"
         )
     if text.hidden_act != "silu":
-        raise ValueError(f"model: {prefix}hidden_act {text.hidden_act}: llama.cpp's {text.model_type} has silu alone")
+        raise InputError(f"model: {prefix}hidden_act {text.hidden_act}: llama.cpp's {text.model_type} has silu alone")
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     window = getattr(text, "sliding_window", None) if text.model_type == "mistral" else None
     if kinds != {"full_attention"} or (window is not None and window < text.max_position_embeddings):
-        raise ValueError(f"model: {prefix}sliding_window: llama.cpp's {text.model_type} has full attention alone")
+        raise InputError(f"model: {prefix}sliding_window: llama.cpp's {text.model_type} has full attention alone")
     rope = text.rope_parameters
     if rope.get("rope_type", "default") not in ("default", "linear", "llama3"):
-        raise ValueError(
+        raise InputError(
             f"model: {prefix}rope_parameters.rope_type {rope['rope_type']}: written are default, linear and llama3"
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"model: {prefix}rope_parameters.partial_rotary_factor: llama.cpp turns whole heads")
+        raise InputError(f"model: {prefix}rope_parameters.partial_rotary_factor: llama.cpp turns whole heads")
 
 
 def language_writer(text: Any) -> GGUFWriter:
@@ -83,7 +84,7 @@ def language_entries(model: Any, quantize: str) -> list[Entry]:
     for name, weight in _weights(model, tied):
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if target is None:
-            raise ValueError(f"model: {name} has no place in llama.cpp's {_architecture_name(text)}")
+            raise InputError(f"model: {name} has no place in llama.cpp's {_architecture_name(text)}")
         if architecture.neighbours and ".self_attn.q_proj." in name:
             weight = _as_neighbours(weight, text.num_attention_heads)
         if architecture.neighbours and ".self_attn.k_proj." in name:

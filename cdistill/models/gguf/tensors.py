@@ -16,6 +16,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter,
 from gguf.quants import dequantize, quantize
 from torch import Tensor
 
+from cdistill.errors import InputError
+
 Kind = GGMLQuantizationType
 FILE_TYPES = {
     "f16": LlamaFileType.MOSTLY_F16,
@@ -98,7 +100,7 @@ def _packed(e: Entry, pack: Any) -> np.ndarray:
     if e.kind == Kind.F32:
         return values
     if np.abs(values).max(initial=0.0) > np.finfo(np.float16).max:  # scales of blocks are fp16, too
-        raise ValueError(f"model: {e.name} has weights beyond {np.finfo(np.float16).max:.0f}, the most of fp16")
+        raise InputError(f"model: {e.name} has weights beyond {np.finfo(np.float16).max:.0f}, the most of fp16")
     if e.kind == Kind.F16:
         return values.astype(np.float16)
     packed: np.ndarray = (pack if e.kind in _PACKED_BY_LLAMA_CPP else quantize)(values, e.kind)
@@ -121,7 +123,7 @@ def _packer() -> Any:
     found = importlib.util.find_spec("xllamacpp")
     library = None if found is None else importlib.util.find_spec("xllamacpp.xllamacpp")
     if library is None or library.origin is None:
-        raise ValueError(
+        raise InputError(
             "quantize: q4_k_m is packed by llama.cpp itself: pip install xllamacpp, or export f16 and run llama-quantize "
             "FILE q4_k_m"
         )
@@ -153,17 +155,17 @@ def check_file(path: Path, entries: Sequence[Entry]) -> str:
     wanted = {e.name: e for e in entries}
     if found.keys() != wanted.keys():
         name = sorted(found.keys() ^ wanted.keys())[0]
-        raise ValueError(f"output: {path.name} read back has {len(found)} tensors of {len(wanted)}: {name} differs")
+        raise InputError(f"output: {path.name} read back has {len(found)} tensors of {len(wanted)}: {name} differs")
     worst = 0.0
     for name, e in wanted.items():
         tensor = found[name]
         values = _values(e.weight)
         shape = tuple(int(n) for n in reversed(tensor.shape))
         if shape != e.shape or tensor.tensor_type != e.kind:
-            raise ValueError(f"output: {path.name} read back: {name} is {tensor.tensor_type.name} {shape}")
+            raise InputError(f"output: {path.name} read back: {name} is {tensor.tensor_type.name} {shape}")
         got = dequantize(tensor.data, tensor.tensor_type).reshape(e.shape).astype(np.float32)
         if not _alike(got, values, e.kind):
-            raise ValueError(f"output: {path.name} read back: {name} is not what was written")
+            raise InputError(f"output: {path.name} read back: {name} is not what was written")
         scale = float(np.abs(values).max(initial=0.0))
         worst = max(worst, float(np.abs(got - values).max(initial=0.0)) / scale if scale else 0.0)
     return f"{path.name} read back: {len(found)} tensors, weights within {worst:.2g} of each one's largest"

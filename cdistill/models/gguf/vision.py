@@ -9,8 +9,9 @@ import torch
 from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 from torch import Tensor
 
+from cdistill.errors import InputError
 from cdistill.models.gguf.tensors import FILE_TYPES, Entry, Kind, entry
-from cdistill.models.processor import COMPOSITIONS
+from cdistill.models.processor import COMPOSITIONS, image_pixels
 from cdistill.models.published import published_name, weight_rules
 from cdistill.models.taf import MERGED
 
@@ -25,24 +26,24 @@ _LAYER = re.compile(r"\.encoder\.layers\.(\d+)\.")
 def check_vision(config: Any) -> None:
     """Raise ValueError naming the field of a multimodal model that llama.cpp's projector ``mlp`` cannot express."""
     if config.model_type not in COMPOSITIONS:
-        raise ValueError(f"model: model_type {config.model_type} is not written for llama.cpp; known is llava")
+        raise InputError(f"model: model_type {config.model_type} is not written for llama.cpp; known is llava")
     vision = config.vision_config
     if vision.model_type == "clip_vision_model":  # ggml-org/llama.cpp 25814
-        raise ValueError(
+        raise InputError(
             "model: vision_config.model_type clip_vision_model: llama.cpp takes the class token for a patch and drops the first"
         )
     if vision.model_type != _ENCODER:
-        raise ValueError(
+        raise InputError(
             f"model: vision_config.model_type {vision.model_type} is no encoder of llama.cpp's LLaVA; known is {_ENCODER}"
         )
     if vision.hidden_act not in _ACTIVATIONS:
-        raise ValueError(f"model: vision_config.hidden_act {vision.hidden_act} is not in llama.cpp's encoder")
+        raise InputError(f"model: vision_config.hidden_act {vision.hidden_act} is not in llama.cpp's encoder")
     if not isinstance(vision.image_size, int) or vision.image_size % vision.patch_size:
-        raise ValueError(
+        raise InputError(
             f"model: vision_config.image_size {vision.image_size}: llama.cpp takes square images of whole patches"
         )
     if config.vision_feature_select_strategy != "full":
-        raise ValueError(
+        raise InputError(
             f"model: vision_feature_select_strategy {config.vision_feature_select_strategy}: llama.cpp keeps all patches of "
             f"{_ENCODER}, it must be full"
         )
@@ -55,11 +56,11 @@ def check_adapter(config: Any) -> None:
     """Raise ValueError naming the field of an adapter, merged where it can be, that llama.cpp's ``mlp`` cannot express."""
     kind = getattr(config, "taf_activation", MERGED)
     if kind != MERGED:
-        raise ValueError(
+        raise InputError(
             f"model: taf_activation {kind}: llama.cpp's mlp has two layers, and a map of TAF that cannot be merged makes more"
         )
     if config.projector_hidden_act not in _GELU:
-        raise ValueError(f"model: projector_hidden_act {config.projector_hidden_act}: llama.cpp's mlp has gelu alone")
+        raise InputError(f"model: projector_hidden_act {config.projector_hidden_act}: llama.cpp's mlp has gelu alone")
 
 
 def encoder_layers(config: Any) -> int:
@@ -67,11 +68,11 @@ def encoder_layers(config: Any) -> int:
     chosen, total = config.vision_feature_layer, config.vision_config.num_hidden_layers
     if not isinstance(chosen, int):
         if len(chosen) != 1:
-            raise ValueError(f"model: vision_feature_layer {list(chosen)}: it must be one layer for llama.cpp's mlp")
+            raise InputError(f"model: vision_feature_layer {list(chosen)}: it must be one layer for llama.cpp's mlp")
         chosen = chosen[0]
     layers = chosen if chosen >= 0 else total + 1 + chosen
     if not 1 <= layers <= total:
-        raise ValueError(
+        raise InputError(
             f"model: vision_feature_layer {chosen}: it must be after one of the {total} layers of the encoder"
         )
     return int(layers)
@@ -85,9 +86,15 @@ def vision_writer(config: Any, images: Any) -> GGUFWriter:
         images: its image processor.
 
     Raises:
-        ValueError: the processor makes other pixels of a square image than the encoder's size, or none of three channels.
+        ValueError: the processor makes images of another size than the encoder's.
     """
     vision, layers = config.vision_config, encoder_layers(config)
+    made = image_pixels(images, vision)
+    if made != (vision.image_size, vision.image_size):
+        raise InputError(
+            f"model: its image processor makes {made[0]} x {made[1]} pixels, llama.cpp those of vision_config.image_size "
+            f"{vision.image_size}"
+        )
     writer = GGUFWriter(None, "clip")  # type: ignore[arg-type]
     writer.add_type("mmproj")
     writer.add_file_type(FILE_TYPES["f16"])
@@ -144,7 +151,7 @@ def vision_entries(model: Any) -> list[Entry]:
             continue
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if target is None:
-            raise ValueError(f"model: {name} has no place in llama.cpp's encoder")
+            raise InputError(f"model: {name} has no place in llama.cpp's encoder")
         result.append(entry(target, weight, Kind.F32 if ".embeddings." in name else Kind.F16))
     adapter = model.model.multi_modal_projector
     for number, linear in ((0, adapter.linear_1), (2, adapter.linear_2)):

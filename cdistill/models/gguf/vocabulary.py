@@ -9,6 +9,8 @@ from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
+from cdistill.errors import InputError
+
 _SPACE = "▁"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _AFTER_DIGITS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -48,7 +50,7 @@ def make_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ValueError(f"model: {type(tokenizer).__name__} has no tokenizer.json, from which the vocabulary is made")
+        raise InputError(f"model: {type(tokenizer).__name__} has no tokenizer.json, from which the vocabulary is made")
     values = json.loads(backend.to_str())
     added = {token["id"]: token for token in values["added_tokens"]}
     kind = values["model"]["type"]
@@ -62,7 +64,7 @@ def make_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
         raise _refuse("model.type", kind, "BPE and WordLevel are written for llama.cpp")
     known = len(result.tokens)
     if known > rows:
-        raise ValueError(f"model: the tokenizer has {known} tokens, the embedding {rows} rows")
+        raise InputError(f"model: the tokenizer has {known} tokens, the embedding {rows} rows")
     result.tokens.extend(f"[UNUSED{i}]" for i in range(known, rows))
     result.types.extend([TokenType.UNUSED] * (rows - known))
     if result.scores is not None:
@@ -70,9 +72,9 @@ def make_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
     return result
 
 
-def _refuse(field: str, value: Any, why: str) -> ValueError:
+def _refuse(field: str, value: Any, why: str) -> InputError:
     shown = value.get("type") if isinstance(value, Mapping) else value
-    return ValueError(f"model: tokenizer.json: {field} {shown}: {why}")
+    return InputError(f"model: tokenizer.json: {field} {shown}: {why}")
 
 
 def _by_id(values: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]]) -> tuple[list[str], list[int]]:
@@ -218,7 +220,7 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, tokenizer: Any, s
     ):
         add(number)
     if len(stops) > 3:
-        raise ValueError(f"model: generation_config.eos_token_id has {len(stops)} tokens, llama.cpp takes 3")
+        raise InputError(f"model: generation_config.eos_token_id has {len(stops)} tokens, llama.cpp takes 3")
     if tokenizer.pad_token_id is not None:
         writer.add_pad_token_id(tokenizer.pad_token_id)
     if tokenizer.unk_token_id is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from gguf import GGML_QUANT_VERSION, GGUFWriter
 
+from cdistill.errors import InputError
 from cdistill.files import building
 from cdistill.models.export import Exported, check_output, find_parts, load_merged
 from cdistill.models.folder import one_line
@@ -90,5 +91,5 @@ def _write(files: Files, output: Path, check: bool) -> str:
                 if check:
                     said.append(check_file(part / name, entries))
     except OSError as error:
-        raise ValueError(f"output: {output} could not be written: {one_line(error)}") from None
+        raise InputError(f"output: {output} could not be written: {one_line(error)}") from None
     return "; ".join(said)
