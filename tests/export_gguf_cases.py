@@ -3,6 +3,7 @@
 import torch
 from builtin_models import TOKENIZER
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from cdistill.data.samples import IMAGE_TOKEN
 from cdistill.models import compose
@@ -57,6 +58,7 @@ def random_student(text, vision, layer, tokenizer=TOKENIZER):
     image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     model = compose(vision, text, image_token_id=image_token).eval()
     model.config.vision_feature_layer = layer
+    model.model.multi_modal_projector = LlavaMultiModalProjector(model.config)  # as wide as these layers
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight) * 0.05)

@@ -1,6 +1,7 @@
 """`cdistill export --format gguf`: llama.cpp's own server, with images in its requests, answers as transformers does."""
 
 import random
+import unicodedata
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ KINDS = {
         -1,
     ),
     "all but one layer, mistral": (MistralConfig(**SMALL, sliding_window=None), {"hidden_act": "gelu"}, -2),
-    "all layers, qwen3 with wide heads": (Qwen3Config(**SMALL, head_dim=32, rope_parameters=LINEAR), {}, [-1]),
+    "two layers, qwen3 with wide heads": (Qwen3Config(**SMALL, head_dim=32, rope_parameters=LINEAR), {}, [-2, -1]),
     "the first layer, qwen2 tied": (text_config(**SMALL), {}, 1),
 }
 
@@ -224,7 +225,7 @@ TOKENIZERS = {
     "SmolLM": lambda: byte_level(
         pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)])
     ),
-    "Qwen 2": lambda: byte_level(split("")),
+    "Qwen 2": lambda: byte_level(split(""), normalizer=normalizers.NFC()),
     "Llama 3": lambda: byte_level(split("{1,3}"), ignore_merges=True),
     "Llama 2, a space before every text": sentence_piece,
     "Llama 2, a space before texts without one": lambda: sentence_piece("always"),
@@ -243,6 +244,8 @@ def test_llama_cpp_cuts_texts_alike(name, tmp_path):
     for text in texts(WORDS):
         if "without one" in name and (text.startswith(" ") or "</s> " in text):
             continue  # of which the export says that they are cut otherwise
+        if name == "Qwen 2" and not unicodedata.is_normalized("NFC", text):
+            continue
         given = text
         if "a prompt" in name and not text.startswith((" ", "<")):
             given = f" {text}" if text else text  # as the chat template writes it

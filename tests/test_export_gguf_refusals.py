@@ -48,8 +48,8 @@ def student(tmp_path_factory):
 
 FIELDS = {
     "vision_feature_select_strategy default": {"vision_feature_select_strategy": "default", "image_seq_length": 35},
-    "vision_feature_layer [-2, -1]": {"vision_feature_layer": [-2, -1]},
-    "vision_feature_layer 0": {"vision_feature_layer": [0]},
+    "vision_feature_layer [-1, -2]": {"vision_feature_layer": [-1, -2]},
+    "vision_feature_layer [0]": {"vision_feature_layer": [0]},
     "projector_hidden_act relu": {"projector_hidden_act": "relu"},
     "vision_config.hidden_act relu": {"vision_config": {"hidden_act": "relu"}},
     "text_config.hidden_act gelu": {"text_config": {"hidden_act": "gelu"}},

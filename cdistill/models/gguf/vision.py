@@ -63,19 +63,19 @@ def check_adapter(config: Any) -> None:
         raise InputError(f"model: projector_hidden_act {config.projector_hidden_act}: llama.cpp's mlp has gelu alone")
 
 
-def encoder_layers(config: Any) -> int:
-    """How many of the encoder's layers the adapter's features come after. Raises ValueError naming the field."""
+def encoder_layers(config: Any) -> list[int]:
+    """After how many of the encoder's layers features are taken, each of which the adapter gets side by side.
+
+    Raises ValueError naming the field.
+    """
     chosen, total = config.vision_feature_layer, config.vision_config.num_hidden_layers
-    if not isinstance(chosen, int):
-        if len(chosen) != 1:
-            raise InputError(f"model: vision_feature_layer {list(chosen)}: it must be one layer for llama.cpp's mlp")
-        chosen = chosen[0]
-    layers = chosen if chosen >= 0 else total + 1 + chosen
-    if not 1 <= layers <= total:
+    chosen = [chosen] if isinstance(chosen, int) else list(chosen)
+    layers = [layer if layer >= 0 else total + 1 + layer for layer in chosen]
+    if layers != sorted(set(layers)) or not 1 <= layers[0] <= layers[-1] <= total:
         raise InputError(
-            f"model: vision_feature_layer {chosen}: it must be after one of the {total} layers of the encoder"
+            f"model: vision_feature_layer {chosen}: llama.cpp takes features after layers 1 to {total}, in their order"
         )
-    return int(layers)
+    return layers
 
 
 def vision_writer(config: Any, images: Any) -> GGUFWriter:
@@ -106,8 +106,8 @@ def vision_writer(config: Any, images: Any) -> GGUFWriter:
     writer.add_vision_patch_size(vision.patch_size)
     writer.add_vision_embedding_length(vision.hidden_size)
     writer.add_vision_feed_forward_length(vision.intermediate_size)
-    writer.add_vision_block_count(layers)
-    writer.add_array("clip.vision.feature_layer", [layers])
+    writer.add_vision_block_count(layers[-1])
+    writer.add_array("clip.vision.feature_layer", layers)
     writer.add_vision_head_count(vision.num_attention_heads)
     writer.add_vision_attention_layernorm_eps(vision.layer_norm_eps)
     activation = _ACTIVATIONS[vision.hidden_act]
@@ -140,7 +140,7 @@ def vision_entries(model: Any) -> list[Entry]:
     Patches and positions are fp32: they are few, and llama.cpp rounds an image to the format of the patches' weights.
     """
     config, tower = model.config, model.model.vision_tower
-    layers, rules = encoder_layers(config), weight_rules(config.to_dict())
+    layers, rules = encoder_layers(config)[-1], weight_rules(config.to_dict())
     names = get_tensor_name_map(MODEL_ARCH.MMPROJ, layers)
     result = []
     for own, weight in tower.state_dict().items():
