@@ -16,6 +16,7 @@ from cdistill.demo import command as demo
 from cdistill.eval import benchmarks
 from cdistill.eval import command as evaluation
 from cdistill.files import disk_full
+from cdistill.formats import command as importing
 from cdistill.init import command as starting
 from cdistill.menu import Command
 from cdistill.plan import command as planning
@@ -124,6 +125,7 @@ GROUPS = {
     "begin": {
         "doctor": Command("tell what this machine has and lacks", doctor.add_arguments, doctor.main),
         "init": Command("write a recipe for your own models and data", starting.add_arguments, starting.main),
+        "import": Command("read a checkpoint of another project", importing.add_arguments, importing.main),
         "demo": Command("distil the built-in student and compare it", demo.add_arguments, demo.main),
     },
     "train": {

@@ -37,6 +37,7 @@ ALLOWED = {
     "data": {"choices", "_plugins", "files"},
     "builtin": {"data"},
     "runtime": {"data", "manifest"},
+    "formats": {"models", "data"},
     "train": {"models", "builtin", "runtime", "eval", "menu"},
     "plan": {"train"},
     "init": {"plan"},
@@ -46,7 +47,7 @@ ALLOWED = {
     "demo": {"attention", "reproduce"},
     "reproduce": {"train", "analysis", "eval"},
     "report": {"train", "analysis"},
-    "cli": {"demo", "init", "attention", "reproduce", "report", "doctor"},
+    "cli": {"demo", "init", "attention", "reproduce", "report", "doctor", "formats"},
     "__main__": {"cli"},
 }
 
