@@ -172,12 +172,18 @@ def tower(folder, kind="clip", *, form="bin", with_text=True):
     return draw.made
 
 
-def authors(folder, *, student, form="safetensors shards", factory="compodistill", spare=3, **fields):
-    """A release of the authors, or of TinyLLaVA's factory: Qwen2 with spare rows, SigLIP with its head."""
+def authors(folder, *, student=False, form="safetensors shards", factory="compodistill", language=None, **fields):
+    """A release of the authors, or of TinyLLaVA's factory: SigLIP with its head, and Qwen2 with spare rows or, where it is
+    given, another causal language model of transformers."""
     speaker = make_tokenizer("qwen2")
-    rows = len(speaker) + spare
+    rows = len(speaker) + 3
     draw = Draw(1)
-    draw_language(draw, rows, "qwen2", "language_model.")
+    text = TEXT | {"model_type": "qwen2", "vocab_size": rows, "_name_or_path": "Qwen/Qwen1.5-1.8B"}
+    if language is None:
+        draw_language(draw, rows, "qwen2", "language_model.")
+    else:
+        text = language.config.to_dict()
+        draw.made |= {f"language_model.{name}": value.clone() for name, value in language.state_dict().items()}
     draw_tower(draw, "siglip", "vision_tower._vision_tower.vision_model.", head=True)
     width = 24 if student else TEXT["hidden_size"]
     draw.linear("connector._connector.0", width, SIGLIP["hidden_size"])
@@ -185,7 +191,6 @@ def authors(folder, *, student, form="safetensors shards", factory="compodistill
     if student:
         draw.linear("connector.post_connector", TEXT["hidden_size"], width)
     write_weights(draw.made, folder, form)
-    text = TEXT | {"model_type": "qwen2", "vocab_size": rows, "_name_or_path": "Qwen/Qwen1.5-1.8B"}
     values = {
         "model_type": factory,
         "architectures": ["CompoDistillForConditionalGeneration"],
@@ -279,3 +284,39 @@ def projector_alone(folder, base):
     for path in folder.glob("*token*"):
         shutil.move(path, base / path.name)
     return weights
+
+
+def add_lora(folder, weights, form):
+    """LLaVA's two files of LoRA in place of the projector alone; returns the weights with the adapter added to them."""
+    parts = {f"base_model.model.{name}": value for name, value in weights.items() if "mm_projector" in name}
+    torch.save(parts, folder / "non_lora_trainables.bin")
+    (folder / "mm_projector.bin").unlink()
+    rank, alpha = 2, 6
+    adapter, merged = {}, dict(weights)
+    generator = torch.Generator().manual_seed(5)
+    for name, weight in weights.items():
+        if name.endswith(("q_proj.weight", "down_proj.weight")):
+            at = f"base_model.model.{name.removesuffix('.weight')}"
+            down = torch.randn(rank, weight.shape[1], generator=generator) * 0.3
+            up = torch.randn(weight.shape[0], rank, generator=generator) * 0.3
+            adapter |= {f"{at}.lora_A.weight": down, f"{at}.lora_B.weight": up}
+            merged[name] = (weight.float() + alpha / rank * up @ down).half()
+    if form == "bin":
+        torch.save(adapter, folder / "adapter_model.bin")
+    else:
+        save_file(adapter, folder / "adapter_model.safetensors")
+    write_json(
+        folder / "adapter_config.json",
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": "lmsys/vicuna-7b-v1.5",
+            "r": rank,
+            "lora_alpha": alpha,
+            "lora_dropout": 0.05,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "target_modules": ["q_proj", "down_proj"],
+        },
+    )
+    return merged

@@ -3,11 +3,15 @@
 import json
 
 import layouts
+import numpy as np
 import pytest
 import torch
+from conversation_cases import picture
+from PIL import Image
 from plain_llava import Plain, logits, mlp, vision_states
 from safetensors import safe_open
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from cdistill.cli import main
 
@@ -79,7 +83,7 @@ def test_the_authors_checkpoints(tmp_path, student, capsys):
 
 def assert_prompt(processor, end, visual, bos=None, system=SYSTEM):
     """A conversation as the projects' code writes it: tokens of the words between images, one stretch by one."""
-    image = {"type": "image", "image": layouts_picture(20, 40)}
+    image = {"type": "image", "image": picture(20, 40)}
     chat = [
         {"role": "user", "content": [image, {"type": "text", "text": "What is this?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "A red ring."}]},
@@ -97,15 +101,8 @@ def assert_prompt(processor, end, visual, bos=None, system=SYSTEM):
     return found["pixel_values"]
 
 
-def layouts_picture(height, width):
-    from PIL import Image
-
-    pixels = torch.randint(0, 256, (height, width, 3), generator=GENERATOR, dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
-
-
 @pytest.mark.parametrize("inside", [False, True], ids=["tower elsewhere", "tower inside"])
-def test_llava(tmp_path, inside, capsys):
+def test_llava_one_point_five(tmp_path, inside, capsys):
     elsewhere = layouts.tower(tmp_path / "clip")
     weights = layouts.flat(tmp_path / "theirs", inside=inside)
     model, processor, folder = imported(tmp_path / "theirs", "--vision-tower", str(tmp_path / "clip"))
@@ -130,3 +127,164 @@ def test_llava(tmp_path, inside, capsys):
     assert_prompt(processor, "</s>", 4, bos=1)
     assert model.generation_config.eos_token_id == 2
     assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "float16"
+
+
+def test_images_are_padded_as_llava_pads_them(tmp_path):
+    layouts.tower(tmp_path / "clip")
+    layouts.flat(tmp_path / "theirs")
+    _, processor, _ = imported(tmp_path / "theirs", "--vision-tower", str(tmp_path / "clip"))
+    image = picture(20, 40)
+    square = Image.new("RGB", (40, 40), (122, 116, 104))  # CLIP's mean
+    square.paste(image, (0, 10))
+    found = processor(text="<image>", images=image, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(found, clip_pixels(square, 28), rtol=0, atol=1e-6)
+
+
+def clip_pixels(image, size):
+    """Of a square image: resized, and normed by CLIP's mean and deviation, in float32."""
+    values = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), np.float32) * np.float32(1 / 255)
+    mean, deviation = (np.array(x, np.float32) for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return torch.from_numpy((values - mean) / deviation).permute(2, 0, 1)
+
+
+FLAT = {
+    "mistral": {"kind": "llava_mistral", "form": "safetensors"},
+    "mobilevlm": {"kind": "mobilevlm", "vision_tower_type": "clip", "form": "bin"},
+    "bunny": {"kind": "bunny-qwen2", "language": "qwen2", "encoder": "siglip", "form": "safetensors shards"},
+    "bunny inside": {"kind": "bunny-qwen2", "language": "qwen2", "encoder": "siglip", "inside": True},
+    "bunny clip": {"kind": "bunny-llama", "mm_vision_tower": "openai/clip-patch14-28", "form": "safetensors"},
+}
+
+
+@pytest.mark.parametrize("case", FLAT)
+def test_projects_made_of_llavas_code(tmp_path, case):
+    encoder = FLAT[case].get("encoder", "clip")
+    elsewhere = layouts.tower(tmp_path / "tower", encoder)
+    weights = layouts.flat(tmp_path / "theirs", **FLAT[case])
+    options = ["--prompt", "vicuna_v1"] if case == "bunny clip" else []
+    model, processor, _ = imported(tmp_path / "theirs", "--vision-tower", str(tmp_path / "tower"), *options)
+    inside = FLAT[case].get("inside")
+    tower = (
+        Plain(weights, "model.vision_tower.vision_tower.vision_model.") if inside else Plain(elsewhere, "vision_model.")
+    )
+    pixels = torch.randn(3, 28, 28, generator=GENERATOR)
+    config = layouts.CLIP if encoder == "clip" else layouts.SIGLIP
+    states = seen(tower, config, pixels, int(encoder == "clip"))  # SigLIP has no class token: Bunny drops nothing
+    visual = mlp(Plain(weights, "model.mm_projector."), states)
+
+    def plain(parts):
+        return logits(Plain(weights, "model."), Plain(weights, "lm_head."), layouts.TEXT, parts)
+
+    assert_same_logits(model, len(weights["lm_head.weight"]), plain, pixels, visual)
+    if case == "mistral":
+        text = processor.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False)
+        assert text == "[INST] <image>\nWhat? [/INST] A ring. </s>[INST] Why? [/INST]"
+
+
+CHAT = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A ring."}]},
+    {"role": "user", "content": [{"type": "text", "text": "Why?"}]},
+]
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "stablelm", "phi3"])
+def test_tinyllava(tmp_path, kind):
+    """The whole, and its language model by itself, as transformers has it."""
+    torch.manual_seed(0)
+    rows = len(layouts.make_tokenizer("qwen2")) + 3
+    fields = layouts.TEXT | {"vocab_size": rows, "initializer_range": 0.3, "pad_token_id": 0, "eos_token_id": 0}
+    config = AutoConfig.for_model(kind, **fields)
+    language = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    weights = layouts.authors(tmp_path / "theirs", factory="tinyllava", language=language, image_aspect_ratio="pad")
+    model, _, _ = imported(tmp_path / "theirs")
+    pixels = torch.randn(3, 28, 28, generator=GENERATOR)
+    tower = Plain(weights, "vision_tower._vision_tower.vision_model.")
+    visual = mlp(Plain(weights, "connector._connector."), seen(tower, layouts.SIGLIP, pixels, 1))
+
+    def plain(parts):
+        words = language.get_input_embeddings()
+        embeddings = torch.cat([words(part) if part.dtype == torch.long else part.float() for part in parts])
+        return language(inputs_embeds=embeddings[None]).logits[0].double()
+
+    assert_same_logits(model, rows, plain, pixels, visual)
+
+
+@torch.no_grad()
+def test_llava_next(tmp_path):
+    """Tiles, taken apart and put together by hand as LLaVA does it: widths first, and whole numbers cut off."""
+    elsewhere = layouts.tower(tmp_path / "clip")
+    points = [[28, 56], [56, 28], [84, 28]]  # widths and heights
+    weights = layouts.flat(
+        tmp_path / "theirs",
+        newline=True,
+        image_aspect_ratio="anyres",
+        mm_patch_merge_type="spatial_unpad",
+        image_grid_pinpoints=str(points),
+    )
+    model, processor, _ = imported(tmp_path / "theirs", "--vision-tower", str(tmp_path / "clip"))
+    assert type(model).__name__ == "LlavaNextForConditionalGeneration"
+    image = picture(30, 50)
+    inputs = processor(text="see this <image> now", images=image, return_tensors="pt")
+    small = image.resize((47, 28), Image.Resampling.BICUBIC)  # 50 x 30 in 56 x 28, and black at both sides
+    wide = Image.new("RGB", (56, 28))
+    wide.paste(small, (4, 0))
+    whole = image.resize((28, 28), Image.Resampling.BICUBIC)
+    tiles = [clip_pixels(part, 28) for part in (whole, wide.crop((0, 0, 28, 28)), wide.crop((28, 0, 56, 28)))]
+    found = inputs["pixel_values"][0]
+    assert found.shape[0] == 3
+    torch.testing.assert_close(found, torch.stack(tiles), rtol=0, atol=1e-6)
+    tower, projector = Plain(elsewhere, "vision_model."), Plain(weights, "model.mm_projector.")
+    base, left, right = (mlp(projector, seen(tower, layouts.CLIP, tile, 1)) for tile in found)
+    rows = torch.cat([tile.view(2, 2, -1) for tile in (left, right)], 1)
+    new = int(50 * (2 / 30))  # columns of 4 that the image fills
+    cut = (4 - new) // 2
+    lines = [torch.cat((row[cut : 4 - cut], weights["model.image_newline"].double()[None])) for row in rows]
+    visual = torch.cat((base, *lines))
+    ids, token = inputs["input_ids"][0], model.config.image_token_id
+    places = (ids == token).nonzero()[:, 0]
+    assert len(places) == len(visual)
+    expected = logits(
+        *(Plain(weights, "model."), Plain(weights, "lm_head."), layouts.TEXT),
+        (ids[: places[0]], visual, ids[places[-1] + 1 :]),
+    )
+    result = model(**inputs).logits[0, :, : len(weights["lm_head.weight"])]
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=2e-4 * float(expected.abs().max()))
+
+
+def test_a_projector_before_its_language_model(tmp_path):
+    elsewhere = layouts.tower(tmp_path / "clip", with_text=False, form="safetensors")
+    weights = layouts.projector_alone(tmp_path / "theirs", tmp_path / "base")
+    parts = ["--vision-tower", str(tmp_path / "clip"), "--base", str(tmp_path / "base")]
+    model, _, folder = imported(tmp_path / "theirs", *parts)
+    assert_llava(model, weights, elsewhere)
+    path = tmp_path / "theirs" / "mm_projector.bin"
+    assert main(["import", str(path), str(tmp_path / "again"), *parts]) == 0
+    again, kept = weights_of(tmp_path / "again"), weights_of(folder)
+    assert again.keys() == kept.keys() and all(torch.equal(again[name], kept[name]) for name in kept)
+
+
+def assert_llava(model, weights, elsewhere):
+    pixels = torch.randn(3, 28, 28, generator=GENERATOR)
+    visual = mlp(
+        Plain(weights, "model.mm_projector."), seen(Plain(elsewhere, "vision_model."), layouts.CLIP, pixels, 1)
+    )
+
+    def plain(parts):
+        return logits(Plain(weights, "model."), Plain(weights, "lm_head."), layouts.TEXT, parts)
+
+    assert_same_logits(model, len(weights["lm_head.weight"]), plain, pixels, visual)
+
+
+@pytest.mark.parametrize("form", ["bin", "safetensors"])
+def test_a_projector_with_lora(tmp_path, form):
+    elsewhere = layouts.tower(tmp_path / "clip")
+    weights = layouts.projector_alone(tmp_path / "theirs", tmp_path / "base")
+    merged = layouts.add_lora(tmp_path / "theirs", weights, form)
+    model, _, _ = imported(
+        tmp_path / "theirs", "--vision-tower", str(tmp_path / "clip"), "--base", str(tmp_path / "base")
+    )
+    assert_llava(model, merged, elsewhere)
+    assert not torch.equal(
+        merged["model.layers.1.self_attn.q_proj.weight"], weights["model.layers.1.self_attn.q_proj.weight"]
+    )

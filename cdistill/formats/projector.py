@@ -6,6 +6,7 @@ model, whose folder has to be given.
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -112,7 +113,9 @@ def _merged(folder: Path, base: Path, source: Source) -> Mapping[str, Tensor]:
     model.tie_weights()
     with tempfile.TemporaryDirectory() as name:
         adapter = Path(name)
-        shutil.copyfile(folder / ADAPTER_CONFIG, adapter / ADAPTER_CONFIG)
+        values = read_json(folder / ADAPTER_CONFIG, KEY)
+        values["base_model_name_or_path"] = None  # peft would ask the hub about it
+        (adapter / ADAPTER_CONFIG).write_text(json.dumps(values), encoding="utf-8")
         if (folder / PICKLED_ADAPTER).is_file() and not (folder / ADAPTER_WEIGHTS).is_file():
             pickled = Weights([folder / PICKLED_ADAPTER], KEY)
             save_file({key: pickled[key].clone() for key in pickled.shapes}, adapter / ADAPTER_WEIGHTS)
