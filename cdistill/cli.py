@@ -17,6 +17,7 @@ from cdistill.eval import benchmarks
 from cdistill.eval import command as evaluation
 from cdistill.files import disk_full
 from cdistill.formats import command as importing
+from cdistill.formats import export_command as exporting
 from cdistill.init import command as starting
 from cdistill.menu import Command
 from cdistill.plan import command as planning
@@ -86,10 +87,14 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check", action="store_true", help="read the folder back in a fresh process and compare its replies"
     )
+    exporting.add_arguments(parser)
 
 
 def _export(options: argparse.Namespace) -> int:
     from cdistill.models.export import export
+
+    if options.format is not None:
+        return exporting.main(options)
 
     with environment(distributed=False):  # saving makes transformers import DeepSpeed, which else remarks on the device
         result = export(

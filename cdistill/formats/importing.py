@@ -33,14 +33,15 @@ from cdistill.formats.prompts import MODES, chat_template
 from cdistill.formats.reading import read
 from cdistill.formats.source import KEY, Options, Source
 from cdistill.formats.weights import counted, write
+from cdistill.models.export import ADAPTER_CONFIG
 from cdistill.models.folder import CONFIG, MOST_BYTES_OF_A_TOKENIZER, one_line, read_json, reading
 from cdistill.models.llava import image_size
 from cdistill.models.load import load_tokenizer
-from cdistill.models.processor import add_stop_tokens, build_processor, load_image_processor
+from cdistill.models.processor import ProcessorFiles, add_stop_tokens, build_processor, load_image_processor
 from cdistill.models.published import publish
 
 ORIGINAL = "original"  # folder in the folder: what a checkpoint was beside its weights, for the way back
-RECORD, UNUSED = "import.json", "unused.safetensors"
+RECORD, UNUSED, BASE = "import.json", "unused.safetensors", "base"
 _KEPT = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
@@ -176,7 +177,7 @@ def _check_names(
     where = f"{KEY}: the weights in {source.folder} do not fit its {CONFIG}"
     missing = sorted(wanted.keys() - shapes.keys())
     if missing:
-        raise ValueError(f"{where}: missing are {counted([said(name) for name in missing], 'weight')}")
+        raise ValueError(f"{where}: missing: {counted([said(name) for name in missing], 'weight')}")
     more = sorted([*nameless, *(said(name) for name in shapes.keys() - wanted.keys())])
     if more:
         raise ValueError(f"{where}: no {source.config.model_type} of transformers has {counted(more, 'weight')}")
@@ -184,7 +185,7 @@ def _check_names(
     if wrong:
         first = wrong[0]
         raise ValueError(
-            f"{where}: of other shapes are {counted([said(name) for name in wrong], 'weight')}: {said(first)} is "
+            f"{where}: of other shapes: {counted([said(name) for name in wrong], 'weight')}: {said(first)} is "
             f"{shapes[first]}, not {wanted[first]}"
         )
 
@@ -311,9 +312,12 @@ def _keep_original(source: Source, folder: Path, unused: list[str], shapes: dict
     folder.mkdir()
     for path in sorted(source.folder.iterdir()):
         fits = path.is_file() and path.suffix in _KEPT and path.stat().st_size <= MOST_BYTES_OF_A_TOKENIZER
-        if fits and not path.name.endswith(".index.json"):
+        if fits and not path.name.endswith(".index.json") and path.name != ADAPTER_CONFIG:
             shutil.copyfile(path, folder / path.name)
+    if source.tokenizer != source.folder:
+        (folder / BASE).mkdir()
+        ProcessorFiles([source.tokenizer], KEY).save_pretrained(folder / BASE)
     if unused:
         save_file({name: source.weights[name].clone() for name in unused}, folder / UNUSED, metadata={"format": "pt"})
-    record = {"format": source.format, "shapes": shapes}
+    record = {"format": source.format, "projector": source.projector, "shapes": shapes}
     (folder / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")

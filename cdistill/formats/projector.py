@@ -54,7 +54,7 @@ def read(given: Given, project: Read) -> Source:
         raise ValueError(f"{KEY}: {path} holds more than a projector: {counted(others, 'weight')}")
     source = project(given)
     _check_base(base, source)
-    source.tokenizer = base
+    source.tokenizer, source.projector = base, not adapted
     if adapted:
         whole.take(_merged(given.folder, base, source))
         source.remarks.append("LoRA was merged into the language model")

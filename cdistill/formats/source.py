@@ -93,6 +93,7 @@ class Source:
         prompt: conversation mode.
         tower: weights of an encoder that lies in a folder of its own, by the names of transformers' published LLaVA.
         pad: whether images are padded to squares.
+        projector: whether it was a projector alone.
         remarks: what of the checkpoint is not used, and what was chosen.
     """
 
@@ -105,6 +106,7 @@ class Source:
     prompt: str
     tower: Weights | None = None
     pad: bool = False
+    projector: bool = False
     remarks: list[str] = field(default_factory=list)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -152,10 +153,8 @@ def _unpickle(path: Path, key: str) -> tuple[dict[str, tuple[int, ...]], dict[st
     except OSError as error:
         raise ValueError(f"{key}: {path} cannot be read ({error.strerror or one_line(error)})") from None
     except Exception as error:  # torch raises all kinds of them over files that are no pickles of tensors
-        text = one_line(error)
-        said = (
-            "it holds more than tensors, which is not read" if "nsupported" in text or "GLOBAL" in text else text[:200]
-        )
+        more = isinstance(error, pickle.UnpicklingError)
+        said = "it holds more than tensors, or torch.save has not written it" if more else one_line(error)[:200]
         raise ValueError(f"{key}: {path} is corrupt ({said})") from None
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"{key}: {path} is corrupt (it must hold tensors by name)")
