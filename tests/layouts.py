@@ -12,8 +12,8 @@ SENTENCES = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
     "polite answers to the user's questions. USER: What is this? ASSISTANT: A red ring. [INST] [/INST] Answer the questions.",
 ) * 2
-TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-TEXT |= {"num_key_value_heads": 2, "hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 512}
+TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT |= {"num_key_value_heads": 1, "hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 512}
 TEXT |= {"rope_theta": 5000.0, "tie_word_embeddings": False, "use_cache": True, "initializer_range": 0.02}
 CLIP = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
 CLIP |= {"image_size": 28, "patch_size": 14, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 8}
@@ -172,9 +172,12 @@ def tower(folder, kind="clip", *, form="bin", with_text=True):
     return draw.made
 
 
-def authors(folder, *, student=False, form="safetensors shards", factory="compodistill", language=None, **fields):
+def authors(
+    folder, *, student=False, teacher=None, form="safetensors shards", factory="compodistill", language=None, **fields
+):
     """A release of the authors, or of TinyLLaVA's factory: SigLIP with its head, and Qwen2 with spare rows or, where it is
-    given, another causal language model of transformers."""
+    given, another causal language model of transformers. A student has the tower and the connector of the ``teacher`` whose
+    weights are given."""
     speaker = make_tokenizer("qwen2")
     rows = len(speaker) + 3
     draw = Draw(1)
@@ -185,11 +188,13 @@ def authors(folder, *, student=False, form="safetensors shards", factory="compod
         text = language.config.to_dict()
         draw.made |= {f"language_model.{name}": value.clone() for name, value in language.state_dict().items()}
     draw_tower(draw, "siglip", "vision_tower._vision_tower.vision_model.", head=True)
-    width = 24 if student else TEXT["hidden_size"]
+    width = 24 if student and teacher is None else TEXT["hidden_size"]
     draw.linear("connector._connector.0", width, SIGLIP["hidden_size"])
     draw.linear("connector._connector.2", width, width)
     if student:
         draw.linear("connector.post_connector", TEXT["hidden_size"], width)
+    shared = ("vision_tower.", "connector._connector.")
+    draw.made |= {name: value for name, value in (teacher or {}).items() if name.startswith(shared)}
     write_weights(draw.made, folder, form)
     values = {
         "model_type": factory,

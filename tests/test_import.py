@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from cdistill.cli import main
+from cdistill.formats.prompts import chat_template
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -126,7 +127,8 @@ def test_llava_one_point_five(tmp_path, inside, capsys):
     assert model.config.image_token_id == rows and len(head) == rows + 1
     assert_prompt(processor, "</s>", 4, bos=1)
     assert model.generation_config.eos_token_id == 2
-    assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "float16"
+    values = json.loads((folder / "config.json").read_text())
+    assert (values["torch_dtype"], values["architectures"]) == ("float16", ["LlavaForConditionalGeneration"])
 
 
 def test_images_are_padded_as_llava_pads_them(tmp_path):
@@ -186,6 +188,24 @@ CHAT = [
     {"role": "assistant", "content": [{"type": "text", "text": "A ring."}]},
     {"role": "user", "content": [{"type": "text", "text": "Why?"}]},
 ]
+
+
+def test_other_conversation_modes():
+    speaker = layouts.make_tokenizer("qwen2")
+    for name, wanted in (
+        (
+            "chatml_direct",
+            "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nWhat?<|im_end|>"
+            "<|im_start|>assistant\nA ring.<|im_end|><|im_start|>user\nWhy?<|im_end|><|im_start|>assistant\n",
+        ),
+        ("qwen2_instruct", f"{SYSTEM} USER: <image>\nWhat? ASSISTANT: A ring.<|im_end|>USER: Why? ASSISTANT:"),
+    ):
+        source, end = chat_template(name, speaker)
+        assert (
+            speaker.apply_chat_template(CHAT, chat_template=source, add_generation_prompt=True, tokenize=False)
+            == wanted
+        )
+        assert end == speaker.convert_tokens_to_ids("<|im_end|>")
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "stablelm", "phi3"])

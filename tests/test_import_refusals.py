@@ -223,3 +223,23 @@ def test_a_tied_head_must_be_the_embeddings(refused):
         (folder / "config.json").write_text(json.dumps(values))
 
     assert "tie_word_embeddings" in refused("teacher", change)
+
+
+def test_what_training_leaves_is_no_checkpoint(refused):
+    def change(folder):
+        for path in folder.glob("*.safetensors*"):
+            path.unlink()
+        (folder / "language_model").mkdir()
+
+    assert "in parts (language_model and others)" in refused("tinyllava", change)
+
+
+def test_fields_that_are_not_used_are_named(made, tmp_path, capsys):
+    shutil.copytree(made[0] / "llava" / "theirs", tmp_path / "theirs")
+    layouts.change_json(
+        tmp_path / "theirs" / "config.json", image_crop_resolution=224, image_size_bonus=3, freeze_more=True
+    )
+    assert (
+        main(["import", str(tmp_path / "theirs"), str(tmp_path / "out"), "--vision-tower", str(made[0] / "clip")]) == 0
+    )
+    assert "not used of config.json: image_crop_resolution, image_size_bonus\n" in capsys.readouterr().out

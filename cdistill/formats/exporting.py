@@ -87,10 +87,7 @@ def export_as(
             if not again:
                 merge = merge_taf and name != "compodistill"
                 remarks = export(folder, plain, dtype=dtype, merge_taf=merge).remarks
-            values = read_json(plain / CONFIG, KEY)
-            held = weights_in(plain, KEY)
-            rules = weight_rules(values)
-            held.rename(lambda weight: published_name(weight, rules))
+            values, held = _published(plain)
             if again:
                 assert record is not None
                 _write_again(name, held, original, record, part)
@@ -101,6 +98,14 @@ def export_as(
             raise
         raise ValueError(f"output: {output} could not be written: {one_line(error)}") from None
     return Exported(output, name, str(values.get("torch_dtype", "")), (), remarks)
+
+
+def _published(folder: Path) -> tuple[dict[str, Any], Weights]:
+    """Configuration and weights of a folder of transformers, these by published names."""
+    values, held = read_json(folder / CONFIG, KEY), weights_in(folder, KEY)
+    rules = weight_rules(values)
+    held.rename(lambda name: published_name(name, rules))
+    return values, held
 
 
 def _formats_of(record: Mapping[str, Any]) -> tuple[str, ...]:

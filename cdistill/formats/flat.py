@@ -14,6 +14,7 @@ from cdistill.formats.source import (
     Given,
     Source,
     llava_config,
+    remark_on_unread,
     text_config,
     tower_folder,
     tower_weights,
@@ -43,6 +44,8 @@ _KNOWN = frozenset(
         ),
     }
 )
+_READ = ("mm_", "image_aspect_ratio", "image_grid_pinpoints", "s2", "use_s2", "vision_tower_type", "use_mm_proj")
+_OF_TRAINING = ("freeze_", "unfreeze_", "tune_", "tokenizer_", "continuous_training")
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ def read_flat(given: Given, kind: Kind) -> Source:
         pad=ratio == "pad",
     )
     source.tower = tower_weights(place, inside, source.remarks)
+    remark_on_unread(source, values, (*_READ, *_OF_TRAINING))
     return source
 
 

@@ -110,8 +110,9 @@ def import_checkpoint(
         if not (isinstance(error, OSError | SafetensorError) or disk_full(error)):
             raise
         raise ValueError(f"output: {output} could not be written: {one_line(error)}") from None
-    kind: Any = AutoModelForImageTextToText._model_mapping[type(source.config)]
-    return Imported(output, kind.__name__, source.format.split()[0], len(weights), tuple(source.remarks))
+    return Imported(
+        output, source.config.architectures[0], source.format.split()[0], len(weights), tuple(source.remarks)
+    )
 
 
 def _renamed(
@@ -130,6 +131,7 @@ def _renamed(
     rows = _make_room(source, tokenizer, known)
     with torch.device("meta"), reading(KEY, f"the model in {source.folder}"):
         model: Any = AutoModelForImageTextToText.from_config(source.config)
+    source.config.architectures = [type(model).__name__]
     wanted = names.expected(model)
     for name in names.EMBEDDINGS:  # compared as they are in the checkpoint
         if name in wanted:
@@ -244,6 +246,9 @@ def _processor(source: Source, tokenizer: PreTrainedTokenizerBase) -> Any:
     processor = build_processor(config, tokenizer, KEY, source=source.images)
     if source.pad:
         processor.image_processor = LlavaImageProcessorPil(**_settings(processor.image_processor), do_pad=True)
+        source.remarks.append(
+            "images are padded to squares (image_aspect_ratio pad), by transformers' LlavaImageProcessor"
+        )
     return processor
 
 

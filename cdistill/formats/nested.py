@@ -7,13 +7,24 @@ from typing import Any
 from transformers import CONFIG_MAPPING, LlavaConfig
 
 from cdistill.formats.flat import ONE_PROJECTOR, PROJECTOR
-from cdistill.formats.source import KEY, STRATEGIES, Given, Source, llava_config, text_config
+from cdistill.formats.source import KEY, STRATEGIES, Given, Source, llava_config, remark_on_unread, text_config
 from cdistill.models.folder import CONFIG, reading
 from cdistill.models.load import encoder_config, resolve_folder
 from cdistill.models.processor import has_image_processor
 
 TOWERS = ("siglip_vision_model", "clip_vision_model")
 PROMPTS = {"llama": "vicuna_v1"}  # of others qwen2_base
+_READ = (
+    "connector_",
+    "post_connector_use",
+    "vision_",
+    "image_",
+    "text_config",
+    "hidden_size",
+    "vocab_size",
+    "ignore_index",
+)
+_OF_TRAINING = ("llm_model_", "tokenizer_", "tune_", "cache_dir", "pad_token")
 _SAME_TOWER = ("model_type", "image_size", "patch_size", "hidden_size")
 
 
@@ -50,6 +61,7 @@ def read_nested(given: Given, names: str, kind: Any = LlavaConfig, **fields: Any
     prompt = given.options.prompt or PROMPTS.get(text.model_type, "qwen2_base")
     source = Source(names, given.folder, given.weights, config, given.folder, None, prompt, pad=ratio == "pad")
     _find_images(source, given)
+    remark_on_unread(source, given.values, (*_READ, *_OF_TRAINING))
     return source
 
 

@@ -10,9 +10,11 @@ from transformers import CONFIG_MAPPING
 
 from cdistill.formats import bunny, compodistill, llava, mobilevlm, projector, tinyllava
 from cdistill.formats.source import KEY, Given, Options, Source, read_values
-from cdistill.formats.weights import weights_in
+from cdistill.formats.weights import has_weights, weights_in
 from cdistill.models.folder import CONFIG
 from cdistill.models.hub import is_hub_name
+
+_PART = "language_model"  # folder that the factory's training leaves
 
 # By model type.
 READERS: Mapping[str, projector.Read] = {
@@ -46,6 +48,11 @@ def read(path: str, options: Options) -> Source:
         return projector.read(Given(folder, values, options, weights_in(base, "base")), project)
     if options.base is not None:
         raise ValueError(f"{KEY}: {folder} holds no projector alone, so there is nothing to put before --base")
+    if nested and (folder / _PART).is_dir() and not has_weights(folder):
+        raise ValueError(
+            f"{KEY}: {folder} is as training has left it, in parts ({_PART} and others): write it as one model first, as the "
+            "authors' scripts/upload/prepare_hf_model.py does"
+        )
     return project(Given(folder, values, options, weights_in(folder, KEY)))
 
 

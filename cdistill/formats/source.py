@@ -117,6 +117,20 @@ def read_values(folder: Path) -> dict[str, Any]:
     return values
 
 
+def remark_on_unread(source: Source, values: Mapping[str, Any], read: tuple[str, ...]) -> None:
+    """Name the fields that say anything, are not of a model in transformers, and are not among ``read``.
+
+    ``read`` are beginnings of the names of fields that are, or that tell of training and loading alone.
+    """
+    common = PretrainedConfig().to_dict().keys() | source.config.text_config.to_dict().keys()
+    common |= {"rope_theta", "rope_scaling", "auto_map", "_name_or_path", "torch_dtype"}
+    unread = sorted(
+        name for name, value in values.items() if name not in common and not name.startswith(read) and value
+    )
+    if unread:
+        source.remarks.append(f"not used of {CONFIG}: {', '.join(unread)}")
+
+
 def text_config(given: Given, values: Mapping[str, Any], kind: str, within: str = "") -> PretrainedConfig:
     """Configuration of the language model of a transformers type, made of those fields of ``values`` that it knows.
 
