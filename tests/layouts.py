@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CLIPImageProcessor, PreTrainedTokenizerFast, SiglipImageProcessor
+from transformers.convert_slow_tokenizer import import_protobuf
 
 SENTENCES = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
@@ -229,11 +230,20 @@ def authors(
 
 
 def flat(
-    folder, *, kind="llava", language="llama", inside=False, encoder="clip", form="bin shards", newline=False, **fields
+    folder,
+    *,
+    kind="llava",
+    language="llama",
+    inside=False,
+    encoder="clip",
+    form="bin shards",
+    newline=False,
+    rows=None,
+    **fields,
 ):
     """LLaVA and those made of its code: a language model with a vision side."""
     speaker = make_tokenizer("qwen2" if language == "qwen2" else "llama")
-    rows = len(speaker)
+    rows = rows or len(speaker)
     draw = Draw(2)
     draw_language(draw, rows, language)
     draw.made["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.arange(4).float()
@@ -325,3 +335,28 @@ def add_lora(folder, weights, form):
         },
     )
     return merged
+
+
+def sentencepiece(folder, **fields):
+    """A tokenizer as Vicuna has it, slow and of single characters: ``tokenizer.model`` and no ``tokenizer.json``."""
+    proto = import_protobuf().ModelProto()
+    proto.trainer_spec.model_type, proto.trainer_spec.byte_fallback = 2, True
+    proto.trainer_spec.unk_id, proto.trainer_spec.bos_id, proto.trainer_spec.eos_id = 0, 1, 2
+    proto.normalizer_spec.name, proto.normalizer_spec.remove_extra_whitespaces = "identity", False
+    named = [("<unk>", 2), ("<s>", 3), ("</s>", 3), *((f"<0x{i:02X}>", 6) for i in range(256))]
+    letters = sorted({character for sentence in SENTENCES for character in sentence} - {" "})
+    for i, (piece, kind) in enumerate([*named, *((letter, 1) for letter in ("▁", *letters))]):
+        proto.pieces.add(piece=piece, score=-float(i), type=kind)
+    for path in folder.glob("*token*"):
+        path.unlink()
+    (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
+    values = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "pad_token": "<unk>"}
+    values |= {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "sp_model_kwargs": {},
+        "model_max_length": 2048,
+    }
+    write_json(folder / "tokenizer_config.json", values | fields)
+    return len(proto.pieces)

@@ -200,7 +200,7 @@ def test_other_conversation_modes():
         ),
         ("qwen2_instruct", f"{SYSTEM} USER: <image>\nWhat? ASSISTANT: A ring.<|im_end|>USER: Why? ASSISTANT:"),
     ):
-        source, end = chat_template(name, speaker)
+        source, end = chat_template(name, speaker, "<image>")
         assert (
             speaker.apply_chat_template(CHAT, chat_template=source, add_generation_prompt=True, tokenize=False)
             == wanted
@@ -234,7 +234,7 @@ def test_tinyllava(tmp_path, kind):
 def test_llava_next(tmp_path):
     """Tiles, taken apart and put together by hand as LLaVA does it: widths first, and whole numbers cut off."""
     elsewhere = layouts.tower(tmp_path / "clip")
-    points = [[28, 56], [56, 28], [84, 28]]  # widths and heights
+    points = [[56, 28], [28, 84]]  # widths and heights
     weights = layouts.flat(
         tmp_path / "theirs",
         newline=True,
@@ -308,3 +308,33 @@ def test_a_projector_with_lora(tmp_path, form):
     assert not torch.equal(
         merged["model.layers.1.self_attn.q_proj.weight"], weights["model.layers.1.self_attn.q_proj.weight"]
     )
+
+
+@pytest.mark.parametrize("legacy", [True, False, None])
+def test_words_beside_images_with_sentencepiece(tmp_path, legacy):
+    """As the slow tokenizer of transformers 4 made them, part by part; it took a missing ``legacy`` for true."""
+    pieces = pytest.importorskip("sentencepiece")
+    layouts.tower(tmp_path / "clip")
+    theirs = tmp_path / "theirs"
+    layouts.flat(theirs, rows=298, vocab_size=298)
+    rows = layouts.sentencepiece(theirs, **({} if legacy is None else {"legacy": legacy}))
+    slow = pieces.SentencePieceProcessor(model_file=str(theirs / "tokenizer.model"))
+    assert rows == 297
+
+    def part(text):
+        """One call of the slow tokenizer: a space before the text, and with ``legacy`` behind special tokens, too."""
+        first, *others = text.split("</s>")
+        ids = slow.encode(first)
+        for other in others:
+            more = slow.encode(other)
+            ids += [2, *(more if legacy in (True, None) else more[1:])]
+        return ids
+
+    _, processor, _ = imported(theirs, "--vision-tower", str(tmp_path / "clip"))
+    chat = [
+        {"role": "user", "content": [{"type": "image", "image": picture(20, 40)}, CHAT[0]["content"][1]]},
+        *CHAT[1:],
+    ]
+    found = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+    before, after = f"{SYSTEM} USER: ", "\nWhat? ASSISTANT: A ring.</s>USER: Why? ASSISTANT:"
+    assert found["input_ids"][0] == [1, *part(before), *[297] * 4, *part(after)]

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from importlib.util import find_spec
 
 import layouts
 import pytest
@@ -139,6 +140,7 @@ FIELDS = [
     ("llava", "model_type", "llava_mpt", "known are"),
     ("llava", "model_type", "qwen2_vl", "nothing is to be imported"),
     ("llava", "rope_scaling", {"type": "spiral", "factor": 2.0}, "rotary"),
+    ("llava", "quantization_config", {"load_in_4bit": True}, "quantised"),
     ("llava", "mm_hidden_size", 1152, "hidden_size is 16"),
     ("llava", "mm_vision_tower", "openai/clip-vit-large-patch14", "image_size is 28"),
     ("next", "image_grid_pinpoints", "none", "widths and heights"),
@@ -166,7 +168,9 @@ FIELDS = [
 @pytest.mark.parametrize(("name", "field", "value", "message"), FIELDS, ids=lambda value: str(value)[:20])
 def test_what_no_class_computes(refused, name, field, value, message):
     line = refused(name, lambda folder: layouts.change_json(folder / "config.json", **{field: value}))
-    named = field if message not in ("image_size is 28", "hidden_size is 16") else "vision_tower: "
+    named = {"image_size is 28": "vision_tower: ", "hidden_size is 16": "vision_tower: ", "quantised": ""}.get(
+        message, field
+    )
     assert message in line and named in line
 
 
@@ -243,3 +247,8 @@ def test_fields_that_are_not_used_are_named(made, tmp_path, capsys):
         main(["import", str(tmp_path / "theirs"), str(tmp_path / "out"), "--vision-tower", str(made[0] / "clip")]) == 0
     )
     assert "not used of config.json: image_crop_resolution, image_size_bonus\n" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="sentencepiece is here")
+def test_a_tokenizer_whose_package_is_missing(refused):
+    assert "pip install sentencepiece" in refused("llava", lambda folder: layouts.sentencepiece(folder))

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
     GenerationConfig,
+    LlamaTokenizer,
     LlavaNextConfig,
     LlavaNextProcessor,
     PreTrainedTokenizerBase,
@@ -34,7 +36,7 @@ from cdistill.formats.reading import read
 from cdistill.formats.source import KEY, Options, Source
 from cdistill.formats.weights import counted, write
 from cdistill.models.export import ADAPTER_CONFIG
-from cdistill.models.folder import CONFIG, MOST_BYTES_OF_A_TOKENIZER, one_line, read_json, reading
+from cdistill.models.folder import CONFIG, MOST_BYTES_OF_A_TOKENIZER, NO_CODE, one_line, read_json, reading
 from cdistill.models.llava import image_size
 from cdistill.models.load import load_tokenizer
 from cdistill.models.processor import ProcessorFiles, add_stop_tokens, build_processor, load_image_processor
@@ -42,7 +44,7 @@ from cdistill.models.published import publish
 
 ORIGINAL = "original"  # folder in the folder: what a checkpoint was beside its weights, for the way back
 RECORD, UNUSED, BASE = "import.json", "unused.safetensors", "base"
-_KEPT = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+_KEPT = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".py")  # code is kept and not read
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 Read = Callable[[], Tensor]
@@ -89,12 +91,11 @@ def import_checkpoint(
     if prompt is not None and prompt not in MODES:
         raise ValueError(f"prompt must be one of {', '.join(MODES)}, got {prompt!r}")
     source = read(str(path), Options(vision_tower, base, prompt))
-    tokenizer = load_tokenizer(source.tokenizer, KEY)
+    tokenizer = _tokenizer(source.tokenizer)
     known = len(tokenizer)
     tokenizer.add_tokens(AddedToken(IMAGE_TOKEN, special=True, normalized=False), special_tokens=True)
     weights, unused, rows = _renamed(source, tokenizer, known)
-    tokenizer.chat_template, end = chat_template(source.prompt, tokenizer)
-    _remark_on_words(source, tokenizer)
+    tokenizer.chat_template, end = chat_template(source.prompt, tokenizer, _image_mark(source, tokenizer))
     processor = _processor(source, tokenizer)
     generation = _generation(source, tokenizer, end)
     try:
@@ -227,15 +228,37 @@ def _with_rows(read: Read, copied: int, count: int) -> Read:
     return grown
 
 
-def _remark_on_words(source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The projects make tokens of what stands between images one by one; say so where the whole text gives others."""
-    text = f"USER: {IMAGE_TOKEN}\nWhat? ASSISTANT:"
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, as the versions of transformers made it that the projects were written for."""
+    model, whole = folder / "tokenizer.model", folder / "tokenizer.json"
+    if model.is_file() and not whole.is_file() and find_spec("sentencepiece") is None:
+        raise ValueError(f"{KEY}: {model} is read with a package that is not here: pip install sentencepiece")
+    values = read_json(folder / "tokenizer_config.json", KEY)
+    if not str(values.get("tokenizer_class")).startswith(LlamaTokenizer.__name__):
+        return load_tokenizer(folder, KEY)
+    legacy = values.get("legacy")  # of tokenizers from before transformers 5, which took true where it is missing
+    with reading(
+        KEY, f"the tokenizer in {folder}"
+    ):  # AutoTokenizer takes another class beside a configuration of LLaVA
+        made: PreTrainedTokenizerBase = LlamaTokenizer.from_pretrained(folder, legacy=legacy is not False, **NO_CODE)
+    return made
+
+
+def _image_mark(source: Source, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a template writes where an image stands.
+
+    The projects make tokens of what stands between images part by part. Tokenizers that put a space before a text, and none
+    behind special tokens, need one there to make the same tokens of the whole.
+    """
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    before, after = (tokenizer(part)["input_ids"] for part in text.split(IMAGE_TOKEN))
+    before, after = (tokenizer(part)["input_ids"] for part in ("USER: ", "\nWhat? ASSISTANT:"))
     if after[:1] == before[:1] == [tokenizer.bos_token_id]:
         after = after[1:]
-    if tokenizer(text)["input_ids"] != [*before, image, *after]:
-        source.remarks.append("the tokenizer makes other tokens of words beside an image than the project's code does")
+    for mark in (IMAGE_TOKEN, f"{IMAGE_TOKEN} "):
+        if tokenizer(f"USER: {mark}\nWhat? ASSISTANT:")["input_ids"] == [*before, image, *after]:
+            return mark
+    source.remarks.append("the tokenizer makes other tokens of words beside an image than the project's code does")
+    return IMAGE_TOKEN
 
 
 def _processor(source: Source, tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -54,8 +54,8 @@ MODES: Mapping[str, Mode] = {
 }
 
 
-def chat_template(name: str, tokenizer: Any) -> tuple[str, int]:
-    """A mode's template, and the id of the token that closes an answer.
+def chat_template(name: str, tokenizer: Any, image: str) -> tuple[str, int]:
+    """A mode's template with this mark for an image, and the id of the token that closes an answer.
 
     Raises:
         ValueError: the tokenizer has no such token.
@@ -67,4 +67,4 @@ def chat_template(name: str, tokenizer: Any) -> tuple[str, int]:
             f"prompt: {name} closes answers with {mode.end}, which the tokenizer does not have as a token of its own: "
             f"choose another of {', '.join(MODES)}"
         )
-    return template_source(*mode), int(found)
+    return template_source(*mode, image), int(found)

@@ -43,6 +43,8 @@ def read(path: str, options: Options) -> Source:
     nested = isinstance(values.get("text_config"), Mapping)
     if project is None or (nested and project is llava.read):
         raise _unknown(folder, values)
+    if values.get("quantization_config") is not None:
+        raise ValueError(f"{KEY}: the weights in {folder} are quantised: import those that they were made from")
     if projector.is_projector(folder) and project in (llava.read, bunny.read, mobilevlm.read):
         base = projector.base_of(folder, options)
         return projector.read(Given(folder, values, options, weights_in(base, "base")), project)

@@ -131,7 +131,7 @@ def write(weights: Mapping[str, Callable[[], Tensor]], folder: Path, most: int =
 
 
 def _require_finite(name: str, tensor: Tensor) -> None:
-    if tensor.is_floating_point() and tensor.numel():
+    if tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel():
         low, high = map(float, tensor.aminmax())  # with a NaN both are NaN
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
             raise ValueError(f"checkpoint: {name} holds NaN or inf")
