@@ -30,6 +30,7 @@ ALLOWED = {
     "vat": {"ops", "families"},
     "models": {"vat", "files", "manifest"},
     "_register": {"models"},
+    "serving": {"models"},
     "_moved": set(),
     "_plugins": set(),
     "menu": set(),

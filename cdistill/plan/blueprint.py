@@ -18,7 +18,9 @@ from cdistill.plan.footprint import prepare
 from cdistill.train.build import check_objectives, checkpoint_activations
 from cdistill.train.lora import add_lora
 from cdistill.train.objectives import OBJECTIVES, set_trained
-from cdistill.train.recipes import LoRAConfig, Recipe, StudentConfig
+from cdistill.train.recipes import LoRAConfig, Recipe, StageConfig, StudentConfig
+from cdistill.train.recipes.mistakes import build
+from cdistill.train.rounding import round_weights
 from cdistill.train.student import Vocabulary, folders_of, make_student, set_visual_tokens
 
 
@@ -41,11 +43,12 @@ def teacher_of(recipe: Recipe) -> Blueprint | None:
     return _teacher(recipe.teacher) if recipe.needs_teacher and recipe.teacher is not None else None
 
 
-def student_of(recipe: Recipe, objective: str) -> Blueprint:
-    """The student as a stage trains it: LoRA added, parts frozen, activations checkpointed."""
+def student_of(recipe: Recipe, stage: StageConfig) -> Blueprint:
+    """The student as a stage trains it: LoRA added, weights rounded, parts frozen, activations checkpointed."""
+    objective = stage.objective
     lora = recipe.student.lora if "language" in OBJECTIVES[objective].trained else None
     checkpointed = bool(recipe.gradient_checkpointing) and objective != "vision"
-    return _prepared_student(*_key(recipe), objective, lora, checkpointed)
+    return _prepared_student(*_key(recipe), objective, lora, stage.quantization, checkpointed)
 
 
 def _key(recipe: Recipe) -> tuple[str, str | None]:
@@ -70,12 +73,14 @@ def _teacher(reference: str) -> Blueprint:
 
 @lru_cache(maxsize=32)  # three stages, each with and without LoRA and checkpoints
 def _prepared_student(
-    student: str, teacher: str | None, objective: str, lora: LoRAConfig | None, checkpointed: bool
+    student: str, teacher: str | None, objective: str, lora: LoRAConfig | None, grid: str | None, checkpointed: bool
 ) -> Blueprint:
     model = _student.__wrapped__(student, teacher)
     if lora is not None:
         with torch.device("meta"):
             add_lora(model, lora)
+    if grid is not None:
+        round_weights(model, grid, "quantization")
     set_trained(model, OBJECTIVES[objective])
     prepare(model)
     if checkpointed:
@@ -86,7 +91,7 @@ def _prepared_student(
 
 @lru_cache(maxsize=4)
 def _student(student: str, teacher_reference: str | None) -> Model:
-    config = StudentConfig(**json.loads(student))
+    config = build(StudentConfig, json.loads(student))
     teacher = _teacher(teacher_reference).model if teacher_reference is not None else None
     known = teacher.config.get_text_config().vocab_size if teacher is not None else len(build_tokenizer())
     model = make_student(config, teacher, Vocabulary(known, image_token_id=0), meta=True)

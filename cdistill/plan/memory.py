@@ -96,7 +96,7 @@ def plan(
     remarks = []
     for index, name in enumerate(recipe.stages):
         stage = recipe.stage[name]
-        student = student_of(recipe, stage.objective)
+        student = student_of(recipe, stage)
         micro = stage.micro_batch_size or stage.global_batch_size // gpus
         setting = Setting(
             precision=precision,

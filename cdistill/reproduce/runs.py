@@ -266,6 +266,11 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         del content["kd"], content["teacher_memory"]
     if not recipe.needs_teacher:
         del content["teacher"]
+    if recipe.student.pruning is None:  # a key that kept records did not have, as the next
+        del content["student"]["pruning"]
+    for section in content["stages"]:
+        if section["quantization"] is None:
+            del section["quantization"]
     for place, key in ((content, "teacher"), (content["student"], "base"), (content["student"], "vision")):
         if place.get(key) is not None:
             place[key] = fingerprint([resolve_folder(place[key], key)])

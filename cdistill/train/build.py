@@ -39,6 +39,7 @@ from cdistill.runtime import launch
 from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.recipes import Recipe, StudentConfig
 from cdistill.train.resolve import precision_of
+from cdistill.train.rounding import layers_to_round
 from cdistill.train.student import Vocabulary, folders_of, make_student, set_visual_tokens
 from cdistill.vat import VAT, attention_layers
 
@@ -181,6 +182,8 @@ def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> N
             and not find_spec("peft")
         ):
             raise ValueError("student.lora needs peft: pip install cdistill[lora]")
+        if stage.quantization is not None:
+            layers_to_round(student, f"stage.{name}.quantization")
         if recipe.aligns(stage.objective):
             assert teacher is not None
             config = recipe.vat

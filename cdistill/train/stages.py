@@ -44,6 +44,7 @@ from cdistill.train.objectives import require_known_everywhere, set_trained
 from cdistill.train.prepare import Data, open_data, pin_models, prepare, prepare_together, save_processor
 from cdistill.train.recipes import Recipe
 from cdistill.train.resolve import Run, Stage, resolve
+from cdistill.train.rounding import round_weights
 from cdistill.train.run_folder import CHECKPOINTS, METRICS, remove_leftovers, stage_folders
 from cdistill.train.run_log import TENSORBOARD, RunLog
 from cdistill.train.teacher_source import Cached, place_teacher
@@ -180,6 +181,8 @@ def prepare_student(stage: Stage, student: Model) -> None:
     torch.manual_seed(stage.seed)
     if stage.lora is not None:
         add_lora(student, stage.lora)
+    if stage.config.quantization is not None:
+        round_weights(student, stage.config.quantization, f"stage.{stage.name}.quantization")
     set_trained(student, stage.objective)
 
 

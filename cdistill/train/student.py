@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from cdistill.models.load import (
 )
 from cdistill.models.parts import has_vision, require_known_parts
 from cdistill.models.processor import COMPOSITIONS, has_image_processor, image_pixels, load_image_processor
+from cdistill.models.pruned import prune
 from cdistill.models.taf import TAFAdapter
 from cdistill.train.recipes import StudentConfig
 
@@ -48,6 +50,8 @@ def make_student(
     if config.base is not None:
         folder = resolve_folder(config.base, "student.base", weights=not meta)
         language = load_structure(folder, "student.base") if meta else load_model(folder)
+        if config.pruning is not None:
+            prune(language, "student.pruning", **asdict(config.pruning))
         if has_vision(language):
             _check_same_kind(config, language)
             require_known_parts(language)

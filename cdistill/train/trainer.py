@@ -24,6 +24,7 @@ from cdistill.runtime.launch import launched
 from cdistill.train.lora import merged_state
 from cdistill.train.model import DistillationModel
 from cdistill.train.recipes import LoRAConfig, StageConfig
+from cdistill.train.rounding import rounded_state
 from cdistill.train.run_log import TENSORBOARD
 
 WEIGHTS = "model.pt"
@@ -171,6 +172,7 @@ class DistillTrainer(Trainer):
         student = {name.removeprefix(prefix): t for name, t in whole.items() if name.startswith(prefix)}
         if self.lora is not None:
             student = merged_state(student, self.lora)
+        student = rounded_state(self.distillation.student, student)
         self.distillation.student.save_pretrained(output_dir, state_dict=student)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
