@@ -360,3 +360,24 @@ def sentencepiece(folder, **fields):
     }
     write_json(folder / "tokenizer_config.json", values | fields)
     return len(proto.pieces)
+
+
+def slow_qwen2(folder):
+    """The files of Qwen2's slow tokenizer, which the authors' release has, in place of ``tokenizer.json``."""
+    made = json.loads((folder / "tokenizer.json").read_text())["model"]
+    for path in folder.glob("*token*"):
+        path.unlink()
+    write_json(folder / "vocab.json", made["vocab"])
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in made["merges"]))
+    marks = {len(made["vocab"]) + i: mark for i, mark in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))}
+    write_json(folder / "added_tokens.json", {mark: i for i, mark in marks.items()})
+    special = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    values = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "added_tokens_decoder": {str(i): {"content": mark, **special} for i, mark in marks.items()},
+        "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
+        "bos_token": None,
+        "eos_token": "<|endoftext|>",
+        "unk_token": None,
+    }
+    write_json(folder / "tokenizer_config.json", values)

@@ -57,6 +57,8 @@ def weights_of(folder):
 @pytest.mark.parametrize("student", [False, True], ids=["teacher", "student"])
 def test_the_authors_checkpoints(tmp_path, student, capsys):
     weights = layouts.authors(tmp_path / "theirs", student=student)
+    if student:
+        layouts.slow_qwen2(tmp_path / "theirs")
     model, processor, folder = imported(tmp_path / "theirs")
     assert type(model).__name__ == ("TAFLlava" if student else "Llava") + "ForConditionalGeneration"
     assert "compodistill: " in capsys.readouterr().out
@@ -79,6 +81,7 @@ def test_the_authors_checkpoints(tmp_path, student, capsys):
     )
     assert len(kept) == len(weights) and {value.dtype for value in kept.values()} == {torch.float16}
     assert_prompt(processor, "<|endoftext|>", 15)
+    assert processor.tokenizer.pad_token == "<|endoftext|>"
     assert model.generation_config.eos_token_id == processor.tokenizer.convert_tokens_to_ids("<|endoftext|>")
 
 
@@ -131,21 +134,24 @@ def test_llava_one_point_five(tmp_path, inside, capsys):
     assert (values["torch_dtype"], values["architectures"]) == ("float16", ["LlavaForConditionalGeneration"])
 
 
-def test_images_are_padded_as_llava_pads_them(tmp_path):
-    layouts.tower(tmp_path / "clip")
-    layouts.flat(tmp_path / "theirs")
-    _, processor, _ = imported(tmp_path / "theirs", "--vision-tower", str(tmp_path / "clip"))
+@pytest.mark.parametrize("encoder", ["clip", "siglip"])
+def test_images_are_padded_as_llava_pads_them(tmp_path, encoder):
+    layouts.tower(tmp_path / "tower", encoder)
+    kind = {} if encoder == "clip" else {"kind": "bunny-qwen2", "language": "qwen2", "encoder": encoder}
+    layouts.flat(tmp_path / "theirs", **kind)
+    _, processor, _ = imported(tmp_path / "theirs", "--vision-tower", str(tmp_path / "tower"))
     image = picture(20, 40)
-    square = Image.new("RGB", (40, 40), (122, 116, 104))  # CLIP's mean
+    square = Image.new("RGB", (40, 40), (122, 116, 104) if encoder == "clip" else (127, 127, 127))  # the mean
     square.paste(image, (0, 10))
     found = processor(text="<image>", images=image, return_tensors="pt")["pixel_values"][0]
-    torch.testing.assert_close(found, clip_pixels(square, 28), rtol=0, atol=1e-6)
+    norm = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD) if encoder == "clip" else ([0.5] * 3, [0.5] * 3)
+    torch.testing.assert_close(found, square_pixels(square, 28, *norm), rtol=0, atol=1e-6)
 
 
-def clip_pixels(image, size):
-    """Of a square image: resized, and normed by CLIP's mean and deviation, in float32."""
+def square_pixels(image, size, mean=OPENAI_CLIP_MEAN, deviation=OPENAI_CLIP_STD):
+    """Of a square image: resized, and normed, in float32."""
     values = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), np.float32) * np.float32(1 / 255)
-    mean, deviation = (np.array(x, np.float32) for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    mean, deviation = (np.array(x, np.float32) for x in (mean, deviation))
     return torch.from_numpy((values - mean) / deviation).permute(2, 0, 1)
 
 
@@ -250,7 +256,7 @@ def test_llava_next(tmp_path):
     wide = Image.new("RGB", (56, 28))
     wide.paste(small, (4, 0))
     whole = image.resize((28, 28), Image.Resampling.BICUBIC)
-    tiles = [clip_pixels(part, 28) for part in (whole, wide.crop((0, 0, 28, 28)), wide.crop((28, 0, 56, 28)))]
+    tiles = [square_pixels(part, 28) for part in (whole, wide.crop((0, 0, 28, 28)), wide.crop((28, 0, 56, 28)))]
     found = inputs["pixel_values"][0]
     assert found.shape[0] == 3
     torch.testing.assert_close(found, torch.stack(tiles), rtol=0, atol=1e-6)

@@ -93,6 +93,8 @@ def import_checkpoint(
     source = read(str(path), Options(vision_tower, base, prompt))
     tokenizer = _tokenizer(source.tokenizer)
     known = len(tokenizer)
+    if tokenizer.pad_token is None:  # as the projects set it where they train
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.add_tokens(AddedToken(IMAGE_TOKEN, special=True, normalized=False), special_tokens=True)
     weights, unused, rows = _renamed(source, tokenizer, known)
     tokenizer.chat_template, end = chat_template(source.prompt, tokenizer, _image_mark(source, tokenizer))
