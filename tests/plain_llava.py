@@ -69,9 +69,9 @@ def vision_states(tower, config, pixels):
     return states
 
 
-def rotated(x, theta):
+def rotated(x, theta, factor=1.0):
     half = x.shape[-1] // 2
-    angles = torch.outer(torch.arange(x.shape[1]).double(), theta ** (-torch.arange(half).double() / half))
+    angles = torch.outer(torch.arange(x.shape[1]).double() / factor, theta ** (-torch.arange(half).double() / half))
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin), -1)
 
@@ -91,7 +91,7 @@ def language_states(model, config, x):
             "v": config["num_key_value_heads"],
         }
         q, k, v = (heads(layer.below(f"self_attn.{n}_proj").linear(y), counts[n]) for n in "qkv")
-        q, k = (rotated(part, config["rope_theta"]) for part in (q, k))
+        q, k = (rotated(part, config["rope_theta"], config.get("rope_factor", 1.0)) for part in (q, k))
         x = x + layer.below("self_attn.o_proj").linear(joined(attention(q, k, v, True)))
         y = norm(x, layer("post_attention_layernorm.weight"))
         y = silu(layer.below("mlp.gate_proj").linear(y)) * layer.below("mlp.up_proj").linear(y)

@@ -158,6 +158,7 @@ def square_pixels(image, size, mean=OPENAI_CLIP_MEAN, deviation=OPENAI_CLIP_STD)
 FLAT = {
     "mistral": {"kind": "llava_mistral", "form": "safetensors"},
     "mobilevlm": {"kind": "mobilevlm", "vision_tower_type": "clip", "form": "bin"},
+    "stretched": {"rope_scaling": {"type": "linear", "factor": 2.0}, "form": "bin"},
     "bunny": {"kind": "bunny-qwen2", "language": "qwen2", "encoder": "siglip", "form": "safetensors shards"},
     "bunny inside": {"kind": "bunny-qwen2", "language": "qwen2", "encoder": "siglip", "inside": True},
     "bunny clip": {"kind": "bunny-llama", "mm_vision_tower": "openai/clip-patch14-28", "form": "safetensors"},
@@ -180,8 +181,10 @@ def test_projects_made_of_llavas_code(tmp_path, case):
     states = seen(tower, config, pixels, int(encoder == "clip"))  # SigLIP has no class token: Bunny drops nothing
     visual = mlp(Plain(weights, "model.mm_projector."), states)
 
+    text = layouts.TEXT | ({"rope_factor": 2.0} if case == "stretched" else {})
+
     def plain(parts):
-        return logits(Plain(weights, "model."), Plain(weights, "lm_head."), layouts.TEXT, parts)
+        return logits(Plain(weights, "model."), Plain(weights, "lm_head."), text, parts)
 
     assert_same_logits(model, len(weights["lm_head.weight"]), plain, pixels, visual)
     if case == "mistral":

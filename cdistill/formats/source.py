@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,7 +153,8 @@ def text_config(given: Given, values: Mapping[str, Any], kind: str, within: str 
     known_fields = (cls().to_dict().keys() | {"rope_theta", "rope_scaling"}) - {
         *("model_type", "architectures", "transformers_version", "_name_or_path", "dtype", "id2label", "label2id"),
     }
-    with reading(KEY, str(given.folder / CONFIG)):
+    known_fields -= {"rope_scaling"} if rope is None else set()
+    with reading(KEY, str(given.folder / CONFIG)), warnings.catch_warnings(action="ignore"):  # of old fields
         config: PretrainedConfig = cls.from_dict(
             {name: value for name, value in values.items() if name in known_fields}
         )
