@@ -1,6 +1,7 @@
 """`cdistill import`: checkpoints of other projects, whose imported models give what plain torch makes of their weights."""
 
 import json
+from functools import partial
 
 import layouts
 import numpy as np
@@ -15,6 +16,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from cdistill.cli import main
 from cdistill.formats.prompts import chat_template
+from cdistill.formats.weights import weights_in, write
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -347,3 +349,14 @@ def test_words_beside_images_with_sentencepiece(tmp_path, legacy):
     found = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
     before, after = f"{SYSTEM} USER: ", "\nWhat? ASSISTANT: A ring.</s>USER: Why? ASSISTANT:"
     assert found["input_ids"][0] == [1, *part(before), *[297] * 4, *part(after)]
+
+
+def test_large_weights_are_written_in_several_files(tmp_path):
+    tensors = {f"w{i}": torch.randn(4, 4, generator=GENERATOR) for i in range(5)}
+    write({name: partial(tensors.get, name) for name in tensors}, tmp_path, "checkpoint", most=130)
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
+        f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)
+    ]
+    found = weights_in(tmp_path, "checkpoint")
+    assert found.shapes.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert json.loads((tmp_path / "model.safetensors.index.json").read_text())["metadata"] == {"total_size": 320}

@@ -157,3 +157,6 @@ def test_what_another_layout_does_not_express(tmp_path, capsys):
     save_file(held, path)
     assert main(["export", str(tmp_path / "ours"), str(tmp_path / "out" / "new"), "--format", "compodistill"]) == 2
     assert "multi_modal_projector.linear_2.bias is not as it was imported" in capsys.readouterr().err
+    (tmp_path / "ours" / "original" / "import.json").write_text("{}")
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "out" / "new"), "--format", "compodistill"]) == 2
+    assert "import.json is corrupt" in capsys.readouterr().err

@@ -70,7 +70,7 @@ def export_as(
     folder = resolve_folder(str(model), KEY)
     adapted = (folder / ADAPTER_CONFIG).is_file()
     original = (base_of(folder) if adapted else folder) / ORIGINAL
-    record = read_json(original / RECORD, KEY) if (original / RECORD).is_file() else None
+    record = _record_in(original)
     again = record is not None and not adapted and dtype is None and name in _formats_of(record)
     if name not in _ANEW and not again:
         raise ValueError(
@@ -90,7 +90,7 @@ def export_as(
             values, held = _published(plain)
             if again:
                 assert record is not None
-                _write_again(name, held, original, record, part)
+                remarks = _write_again(name, held, original, record, part)
             else:
                 _write_anew(name, held, values, plain, part, vision_tower)
     except Exception as error:
@@ -108,13 +108,26 @@ def _published(folder: Path) -> tuple[dict[str, Any], Weights]:
     return values, held
 
 
+def _record_in(original: Path) -> dict[str, Any] | None:
+    """What import has written down of a checkpoint, if there is anything. Raises ValueError if it is corrupt."""
+    path = original / RECORD
+    if not path.is_file():
+        return None
+    record = read_json(path, KEY)
+    shapes = record.get("shapes")
+    lists = isinstance(shapes, dict) and all(isinstance(shape, list) for shape in shapes.values())
+    if record.get("format") not in names.NAMES or not lists or not isinstance(record.get("projector"), bool):
+        raise ValueError(f"{KEY}: {path} is corrupt (it must say format, projector and shapes)")
+    return record
+
+
 def _formats_of(record: Mapping[str, Any]) -> tuple[str, ...]:
     """As what an imported checkpoint can be written again."""
     return (record["format"].split()[0], *(("projector",) if record["projector"] else ()))
 
 
-def _write_again(name: str, held: Weights, original: Path, record: Mapping[str, Any], part: Path) -> None:
-    """The checkpoint that was imported, of its files and of the weights as they are now."""
+def _write_again(name: str, held: Weights, original: Path, record: Mapping[str, Any], part: Path) -> tuple[str, ...]:
+    """The checkpoint that was imported, of its files and of the weights as they are now; returns remarks."""
     rules = names.NAMES[record["format"]]
     unused = Weights([original / UNUSED], KEY) if (original / UNUSED).is_file() else None
     result: dict[str, Read] = {}
@@ -131,11 +144,15 @@ def _write_again(name: str, held: Weights, original: Path, record: Mapping[str, 
         parts = {weight: read() for weight, read in result.items() if "mm_projector." in weight}
         torch.save({weight: tensor.clone() for weight, tensor in parts.items()}, part / projector.ALONE)
     else:
-        write(result, part)
+        write(result, part, KEY)
     folders = [original] if name == "projector" else [original, original / BASE]
     for path in (path for folder in folders for path in sorted(folder.glob("*.*"))):
         if path.name not in (RECORD, UNUSED):
             shutil.copyfile(path, part / path.name)
+    tower = names.theirs("vision_tower.", rules)
+    if tower is not None and not any(weight.startswith(tower) for weight in record["shapes"]):
+        return ("the vision tower is not among the weights, as before: the project's code takes its own by name",)
+    return ()
 
 
 def _reader(weights: Weights, name: str) -> Read:
@@ -160,7 +177,7 @@ def _write_anew(
     lost = sorted(weight for weight, their in called.items() if their is None)
     if lost:
         raise ValueError(f"{KEY}: format {name} has no name for {counted(lost, 'weight')}")
-    write({str(their): _reader(held, weight) for weight, their in called.items()}, part)
+    write({str(their): _reader(held, weight) for weight, their in called.items()}, part, KEY)
     ProcessorFiles([plain], KEY).save_pretrained(part)
     for beside in _BESIDE:
         if (plain / beside).is_file():

@@ -105,7 +105,7 @@ def import_checkpoint(
         with building(output) as part:
             source.config.save_pretrained(part)
             generation.save_pretrained(part)
-            write(weights, part)
+            write(weights, part, KEY)
             processor.save_pretrained(part)
             publish(part, "output")
             _keep_original(source, part / ORIGINAL, unused, rows)

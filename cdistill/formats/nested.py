@@ -82,6 +82,10 @@ def _find_images(source: Source, given: Given) -> None:
     """Where it is said how images become pixels: in the checkpoint, else in a folder of the vision tower."""
     if has_image_processor(source.folder):
         source.images = source.folder
+        if given.options.vision_tower is not None:
+            source.remarks.append(
+                "--vision-tower is not used: the checkpoint has a tower and an image processor of its own"
+            )
     elif given.options.vision_tower is not None:
         place = resolve_folder(given.options.vision_tower, "vision_tower")
         found, ours = encoder_config(place, "vision_tower"), source.config.vision_config

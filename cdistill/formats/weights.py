@@ -99,42 +99,39 @@ def _are(names: Sequence[str]) -> str:
     return "are" if len(names) > 1 else "is"
 
 
-def write(weights: Mapping[str, Callable[[], Tensor]], folder: Path, most: int = SHARD_BYTES) -> None:
+def write(weights: Mapping[str, Callable[[], Tensor]], folder: Path, key: str, most: int = SHARD_BYTES) -> None:
     """Write weights as safetensors of at most so many bytes a file, under the names that transformers gives them.
 
     Raises:
-        ValueError: one is not finite. OSError, SafetensorError: the files cannot be written.
+        ValueError: one is not finite; begins with ``key``. OSError, SafetensorError: the files cannot be written.
     """
-    shards: list[dict[str, Tensor]] = [{}]
+    held: dict[str, Tensor] = {}
     files: dict[str, int] = {}
-    room = most
+    count, room, total = 1, most, 0
     for name, read in weights.items():
         tensor = read()
-        _require_finite(name, tensor)
+        _require_finite(name, tensor, key)
         size = tensor.numel() * tensor.element_size()
-        if shards[-1] and size > room:
-            save_file(shards[-1], folder / f"part-{len(shards)}", metadata={"format": "pt"})
-            shards[-1] = {}
-            shards.append({})
-            room = most
-        room -= size
-        shards[-1][name] = tensor.detach().clone(memory_format=torch.contiguous_format)
-        files[name] = len(shards)
-    save_file(shards[-1], folder / f"part-{len(shards)}", metadata={"format": "pt"})
-    count = len(shards)
+        if held and size > room:
+            save_file(held, folder / f"part-{count}", metadata={"format": "pt"})
+            held, count, room = {}, count + 1, most
+        room, total = room - size, total + size
+        held[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+        files[name] = count
+    save_file(held, folder / f"part-{count}", metadata={"format": "pt"})
     called = {i: WEIGHTS if count == 1 else f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)}
     for i, name in called.items():
         (folder / f"part-{i}").rename(folder / name)
     if count > 1:
-        index = {"metadata": {}, "weight_map": {name: called[i] for name, i in files.items()}}
+        index = {"metadata": {"total_size": total}, "weight_map": {name: called[i] for name, i in files.items()}}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _require_finite(name: str, tensor: Tensor) -> None:
+def _require_finite(name: str, tensor: Tensor, key: str) -> None:
     if tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel():
         low, high = map(float, tensor.aminmax())  # with a NaN both are NaN
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
-            raise ValueError(f"checkpoint: {name} holds NaN or inf")
+            raise ValueError(f"{key}: {name} holds NaN or inf")
 
 
 def _open(path: Path, key: str) -> tuple[dict[str, tuple[int, ...]], dict[str, Callable[[], Tensor]]]:
