@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cdistill.errors import InputError
 from cdistill.models.folder import one_line
 from cdistill.models.parts import language_model
 
@@ -47,7 +48,7 @@ def prune(
     decoder = language_model(model)
     config = model.config.get_text_config(decoder=True)
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or decoder.config is not config:
-        raise ValueError(f"{key} does not know where the layers of a {config.model_type} model are")
+        raise InputError(f"{key} does not know where the layers of a {config.model_type} model are")
     if layers is not None:
         _keep_layers(decoder, config, _chosen(layers, len(decoder.layers), f"{key}.layers"), f"{key}.layers")
     if intermediate_size is not None:
@@ -60,7 +61,7 @@ def _chosen(layers: int | Sequence[int], count: int, key: str) -> list[int]:
     """Numbers of the layers that are kept, of so many."""
     most = layers if isinstance(layers, int) else 1 + max(layers)
     if most > count:
-        raise ValueError(f"{key} must be of the {count} layers that there are, 0 to {count - 1}, got {layers!r}")
+        raise InputError(f"{key} must be of the {count} layers that there are, 0 to {count - 1}, got {layers!r}")
     if isinstance(layers, int):
         return [round(i * (count - 1) / max(1, layers - 1)) for i in range(layers)]
     return list(layers)
@@ -72,7 +73,7 @@ def _keep_layers(decoder: Any, config: Any, kept: list[int], key: str) -> None:
         if "layer" not in name or not isinstance(value, list | tuple) or not value:
             continue
         if len(value) != count:
-            raise ValueError(
+            raise InputError(
                 f"{key} must be null: {name} of a {config.model_type} model tells of layers by their numbers"
             )
         setattr(config, name, [value[i] for i in kept])
@@ -82,7 +83,7 @@ def _keep_layers(decoder: Any, config: Any, kept: list[int], key: str) -> None:
         ours, theirs = _values(layer), _values(new)
         if ours != theirs:
             name = next(n for n in {**ours, **theirs} if ours.get(n, key) != theirs.get(n, key))
-            raise ValueError(
+            raise InputError(
                 f"{key} must be null or keep other layers: what would be layer {number} has another {name.lstrip('.')} there "
                 f"than where it was, and the configuration of a {config.model_type} model cannot say so"
             )
@@ -96,13 +97,13 @@ def _keep_neurons(decoder: Any, config: Any, size: int, key: str) -> None:
             kind for kind in MLPS if all(isinstance(getattr(mlp, x, None), nn.Linear) for x in (*kind[0], kind[1]))
         ]
         if not found:
-            raise ValueError(
+            raise InputError(
                 f"{key} must be null: the MLP of a {config.model_type} model is none of linear layers one by one"
             )
         (inputs, output), *_ = found
         into, out = [getattr(mlp, name) for name in inputs], getattr(mlp, output)
         if size > out.in_features:
-            raise ValueError(f"{key} must be at most {out.in_features}, as there are no more neurons, got {size}")
+            raise InputError(f"{key} must be at most {out.in_features}, as there are no more neurons, got {size}")
         kept = _heaviest([x.weight for x in into], out.weight, size)
         for linear in into:
             _keep_rows(linear, kept)
@@ -114,18 +115,18 @@ def _keep_neurons(decoder: Any, config: Any, size: int, key: str) -> None:
 def _keep_heads(decoder: Any, config: Any, groups: int, key: str) -> None:
     have, heads = config.num_key_value_heads, config.num_attention_heads
     if groups > have:
-        raise ValueError(f"{key} must be at most {have}, as there are no more, got {groups}")
+        raise InputError(f"{key} must be at most {have}, as there are no more, got {groups}")
     for layer in decoder.layers:
         attention = getattr(layer, "self_attn", None)
         parts: list[Any] = [getattr(attention, f"{x}_proj", None) for x in "qkvo"]
         if not all(isinstance(part, nn.Linear) for part in parts):
-            raise ValueError(
+            raise InputError(
                 f"{key} must be null: queries, keys and values of a {config.model_type} model are no layers one by one"
             )
         q, k, v, o = parts
         size, shared = v.out_features // have, heads // have  # channels of a head, query heads of a group
         if q.out_features != heads * size or k.out_features != have * size or o.in_features != heads * size:
-            raise ValueError(
+            raise InputError(
                 f"{key} must be null: queries, keys and values of a {config.model_type} model have unequal heads"
             )
         inward = v.weight.float().unflatten(0, (have, size)).flatten(1).norm(dim=1)
@@ -169,7 +170,7 @@ def _fresh_layers(decoder: Any, config: Any, key: str) -> nn.ModuleList:
         with torch.device("meta"):
             return type(decoder)(written).layers
     except Exception as error:  # whatever a model's code says of sizes that it was not made for
-        raise ValueError(
+        raise InputError(
             f"{key} must be null: a {config.model_type} model cannot be made so ({one_line(error)})"
         ) from None
 
@@ -197,7 +198,7 @@ def _agree(decoder: Any, config: Any, key: str) -> None:
         ours, theirs = ({n: x for n, x in _values(of).items() if type(x) is not int} for of in (layer, new))
         if ours != theirs:
             name = next(n for n in {**ours, **theirs} if ours.get(n, key) != theirs.get(n, key))
-            raise ValueError(
+            raise InputError(
                 f"{key} must be null: the configuration of a {config.model_type} model cannot say what would become of "
                 f"{name.lstrip('.')}"
             )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from cdistill.builtin.dataset import build_tokenizer
+from cdistill.errors import InputError
 from cdistill.models.llava import INHERITED, Llava, visual_tokens
 from cdistill.models.load import Model, load_structure, resolve_folder
 from cdistill.models.parts import has_vision
@@ -65,7 +66,7 @@ def _teacher_model(recipe: Recipe) -> Any:
 def _teacher(reference: str) -> Blueprint:
     model = load_structure(resolve_folder(reference, "teacher", weights=False), "teacher")
     if not has_vision(model):
-        raise ValueError(f"teacher: {reference} holds no multimodal model but a {model.config.model_type} model")
+        raise InputError(f"teacher: {reference} holds no multimodal model but a {model.config.model_type} model")
     prepare(model)
     model.requires_grad_(False)
     return Blueprint(model, 0, sum(p.numel() for p in model.parameters()))

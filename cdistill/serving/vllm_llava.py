@@ -5,6 +5,7 @@ from typing import Any
 from vllm.model_executor.models import llava
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from cdistill.errors import InputError
 from cdistill.models.taf import MERGED, MergedAdapter, TAFAdapter
 
 
@@ -25,7 +26,7 @@ class TAFLlava(llava.LlavaForConditionalGeneration):  # type: ignore[misc]
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
         if not isinstance(config.vision_feature_layer, int):
-            raise ValueError(
+            raise InputError(
                 f"vision_feature_layer must be one layer for vLLM, got {config.vision_feature_layer}: vLLM's LLaVA takes one"
             )
         super().__init__(vllm_config=vllm_config, prefix=prefix)

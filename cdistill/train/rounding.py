@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cdistill.errors import InputError
 from cdistill.models.load import Model
 from cdistill.models.parts import language_model
 
@@ -83,11 +84,11 @@ def layers_to_round(student: Model, key: str) -> list[nn.Linear]:
     for name, parameter in layers.named_parameters():
         owner = name.rpartition(".")[0]
         if owner in linear and parameter.ndim == 2 and parameter.shape[1] % GROUP:
-            raise ValueError(
+            raise InputError(
                 f"{key} must be null: layers.{name} has rows of {parameter.shape[1]}, no multiple of {GROUP}"
             )
         if owner not in linear and parameter.ndim > 1:
-            raise ValueError(f"{key} must be null: layers.{name} is the weight of no linear layer")
+            raise InputError(f"{key} must be null: layers.{name} is the weight of no linear layer")
     return list(linear.values())
 
 

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback, TrainingArguments
 
+from cdistill.errors import InputError
 from cdistill.files import MARK
 from cdistill.models.load import Model, load_model
 from cdistill.models.processor import add_stop_tokens
@@ -67,7 +68,7 @@ def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCall
             models = prepare_together(recipe, output, resume=resume, at_end=at_end)
             return run_stages(recipe, resume=resume, callbacks=callbacks, models=models)
         if recipe.processes > 1 and callbacks:
-            raise ValueError(
+            raise InputError(
                 "callbacks need recipe.processes 1: the stages of this recipe run in processes of their own"
             )
         if recipe.processes > 1:

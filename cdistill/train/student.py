@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from cdistill.errors import InputError
 from cdistill.models.llava import Llava, compose, visual_tokens
 from cdistill.models.load import (
     Model,
@@ -62,7 +63,7 @@ def make_student(
         text = _fresh_config(config.text_config, "student.text_config", **defaults)
     if teacher is not None and not isinstance(teacher, Llava):
         kind = teacher.config.model_type
-        raise ValueError(
+        raise InputError(
             f"student.base must be a {kind} model, like the teacher: only a LLaVA's vision encoder can be put before another "
             "language model"
         )
@@ -117,10 +118,10 @@ def _seeing(
 
 def _check_same_kind(config: StudentConfig, model: Llava) -> None:
     if config.vision is not None or config.vision_config is not None:
-        raise ValueError("student.vision and student.vision_config must be null: student.base already has an encoder")
+        raise InputError("student.vision and student.vision_config must be null: student.base already has an encoder")
     if isinstance(getattr(model.model, "multi_modal_projector", None), TAFAdapter) != config.taf:
         kind = "was made without" if config.taf else "was made with"
-        raise ValueError(f"student.taf must be {str(not config.taf).lower()}: student.base {kind} it")
+        raise InputError(f"student.taf must be {str(not config.taf).lower()}: student.base {kind} it")
 
 
 def _fresh_config(values: dict[str, Any] | None, key: str, **defaults: Any) -> PretrainedConfig:
@@ -130,12 +131,12 @@ def _fresh_config(values: dict[str, Any] | None, key: str, **defaults: Any) -> P
     try:
         config = AutoConfig.for_model(kind)
     except ValueError:
-        raise ValueError(f"{key}.model_type is not a model type of transformers: {kind!r}") from None
+        raise InputError(f"{key}.model_type is not a model type of transformers: {kind!r}") from None
     if "vision_config" in config.sub_configs:
         config = config.vision_config  # type: ignore[attr-defined]
     unknown = [name for name in values if not hasattr(config, name)]
     if unknown:
-        raise ValueError(f"{key}.{unknown[0]} is not a field of {type(config).__name__}")
+        raise InputError(f"{key}.{unknown[0]} is not a field of {type(config).__name__}")
     return type(config)(**values)
 
 
@@ -160,7 +161,7 @@ def set_visual_tokens(config: Any, key: str, folder: Path | None) -> str | None:
     try:
         tokens = visual_tokens(config, size)
     except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
+        raise InputError(f"{key}: {error}") from None
     if tokens is None or tokens.total == config.image_seq_length:
         return None
     said, config.image_seq_length = config.image_seq_length, tokens.total

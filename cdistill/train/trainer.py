@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from cdistill.data.samples import IGNORE_INDEX
+from cdistill.errors import InputError
 from cdistill.models.load import not_finite
 from cdistill.runtime import checkpoints, pulse
 from cdistill.runtime.agreement import RanksAgree
@@ -264,7 +265,7 @@ def in_one_line() -> Iterator[None]:
         _, found, message = str(error).rpartition("\nValueError: ")
         if not found:
             raise
-        raise ValueError(message.strip()) from None
+        raise InputError(message.strip()) from None
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise

@@ -7,6 +7,8 @@ from annotated_types import Ge
 from pydantic import BeforeValidator, ConfigDict
 from pydantic_core import PydanticKnownError
 
+from cdistill.errors import InputError
+
 STRICT = ConfigDict(extra="forbid", strict=True)
 
 AtLeastOne: TypeAlias = Annotated[int, Ge(1)]
@@ -34,4 +36,4 @@ class Keys:
     def __post_init__(self) -> None:
         found = list(self.problems())
         if found:
-            raise ValueError("\n".join(found))
+            raise InputError("\n".join(found))
