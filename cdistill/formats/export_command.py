@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from cdistill.errors import InputError
+
 FORMATS = ("compodistill", "llava", "tinyllava", "bunny", "mobilevlm", "projector")
 _OF_TRANSFORMERS = {"code": "--code", "check": "--check", "max_shard_size": "--max-shard-size"}
 
@@ -24,7 +26,7 @@ def main(options: argparse.Namespace) -> int:
 
     given = [said for name, said in _OF_TRANSFORMERS.items() if getattr(options, name)]
     if given:
-        raise ValueError(f"{given[0]} is of transformers' layout: leave it out with --format {options.format}")
+        raise InputError(f"{given[0]} is of transformers' layout: leave it out with --format {options.format}")
     result = export_as(
         options.format,
         options.model,

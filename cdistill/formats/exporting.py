@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from cdistill.errors import InputError
 from cdistill.files import building, disk_full, scratch
 from cdistill.formats import names, projector
 from cdistill.formats.flat import PROJECTOR
@@ -66,14 +67,14 @@ def export_as(
     """
     output = Path(os.path.abspath(output))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output: {output} exists and is no empty folder")
+        raise InputError(f"output: {output} exists and is no empty folder")
     folder = resolve_folder(str(model), KEY)
     adapted = (folder / ADAPTER_CONFIG).is_file()
     original = (base_of(folder) if adapted else folder) / ORIGINAL
     record = _record_in(original)
     again = record is not None and not adapted and dtype is None and name in _formats_of(record)
     if name not in _ANEW and not again:
-        raise ValueError(
+        raise InputError(
             f"{KEY}: {folder} was not imported from {name}, or is changed, and only that can be written as {name}; known for "
             f"others are {', '.join(_ANEW)}"
         )
@@ -96,7 +97,7 @@ def export_as(
     except Exception as error:
         if not (isinstance(error, OSError | SafetensorError) or disk_full(error)):
             raise
-        raise ValueError(f"output: {output} could not be written: {one_line(error)}") from None
+        raise InputError(f"output: {output} could not be written: {one_line(error)}") from None
     return Exported(output, name, str(values.get("torch_dtype", "")), (), remarks)
 
 
@@ -117,7 +118,7 @@ def _record_in(original: Path) -> dict[str, Any] | None:
     shapes = record.get("shapes")
     lists = isinstance(shapes, dict) and all(isinstance(shape, list) for shape in shapes.values())
     if record.get("format") not in names.NAMES or not lists or not isinstance(record.get("projector"), bool):
-        raise ValueError(f"{KEY}: {path} is corrupt (it must say format, projector and shapes)")
+        raise InputError(f"{KEY}: {path} is corrupt (it must say format, projector and shapes)")
     return record
 
 
@@ -138,7 +139,7 @@ def _write_again(name: str, held: Weights, original: Path, record: Mapping[str, 
         ours = names.ours(weight, rules) or weight
         found = held.shapes.get(ours)
         if found is None or found[1:] != tuple(shape[1:]) or found[:1] < tuple(shape[:1]):
-            raise ValueError(f"{KEY}: {ours} is not as it was imported, so {weight} cannot be written")
+            raise InputError(f"{KEY}: {ours} is not as it was imported, so {weight} cannot be written")
         result[weight] = _first_rows(held, ours, shape[0] if ours in names.EMBEDDINGS else None)
     if name == "projector":
         parts = {weight: read() for weight, read in result.items() if "mm_projector." in weight}
@@ -176,7 +177,7 @@ def _write_anew(
     called = {weight: names.theirs(weight, rules) for weight in held.shapes}
     lost = sorted(weight for weight, their in called.items() if their is None)
     if lost:
-        raise ValueError(f"{KEY}: format {name} has no name for {counted(lost, 'weight')}")
+        raise InputError(f"{KEY}: format {name} has no name for {counted(lost, 'weight')}")
     write({str(their): _reader(held, weight) for weight, their in called.items()}, part, KEY)
     ProcessorFiles([plain], KEY).save_pretrained(part)
     for beside in _BESIDE:
@@ -198,7 +199,7 @@ def _fits(name: str, values: Mapping[str, Any], towers: tuple[str, ...]) -> None
             if kind == taf
             else ""
         )
-        raise ValueError(f"{KEY}: format {name} does not express a {kind} model{why}")
+        raise InputError(f"{KEY}: format {name} does not express a {kind} model{why}")
     said = {
         "projector_hidden_act": (values.get("projector_hidden_act", "gelu"), ("gelu",)),
         "multimodal_projector_bias": (values.get("multimodal_projector_bias", True), (True,)),
@@ -208,9 +209,9 @@ def _fits(name: str, values: Mapping[str, Any], towers: tuple[str, ...]) -> None
     }
     for field, (value, allowed) in said.items():
         if value not in allowed:
-            raise ValueError(f"{KEY}: format {name} does not express {field} {value!r:.60}: known are {allowed}")
+            raise InputError(f"{KEY}: format {name} does not express {field} {value!r:.60}: known are {allowed}")
     if not isinstance(values.get("vision_feature_layer", -2), int):
-        raise ValueError(f"{KEY}: format {name} does not express several layers in vision_feature_layer")
+        raise InputError(f"{KEY}: format {name} does not express several layers in vision_feature_layer")
 
 
 def _nested(values: Mapping[str, Any], tower: str | None) -> tuple[dict[str, Any], str]:
@@ -247,9 +248,9 @@ def _flat(values: Mapping[str, Any], tower: str | None) -> tuple[dict[str, Any],
     text, vision = dict(values["text_config"]), values["vision_config"]
     kind = text.pop("model_type", "llama")
     if kind not in _LANGUAGES:
-        raise ValueError(f"{KEY}: format {name} has no {kind}: its language models are {', '.join(_LANGUAGES)}")
+        raise InputError(f"{KEY}: format {name} has no {kind}: its language models are {', '.join(_LANGUAGES)}")
     if tower is None:
-        raise ValueError(
+        raise InputError(
             f"{KEY}: format {name} names the vision tower, as in --vision-tower openai/clip-vit-large-patch14-336"
         )
     tiles = values["model_type"] == "llava_next"

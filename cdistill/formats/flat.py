@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import LlavaConfig
 
+from cdistill.errors import InputError
 from cdistill.formats.names import NAMES, theirs
 from cdistill.formats.source import (
     STRATEGIES,
@@ -99,7 +100,7 @@ def read_flat(given: Given, kind: Kind) -> Source:
     values, weights = given.values, given.weights
     place, vision = tower_folder(given, kind.towers)
     if values.get("mm_hidden_size") not in (None, vision.hidden_size):
-        raise ValueError(
+        raise InputError(
             f"vision_tower: {place} holds another model than {given.folder / CONFIG} names: its hidden_size is "
             f"{vision.hidden_size}, mm_hidden_size {values['mm_hidden_size']}"
         )

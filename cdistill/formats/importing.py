@@ -29,6 +29,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from cdistill.data.samples import IMAGE_TOKEN
+from cdistill.errors import InputError
 from cdistill.files import building, disk_full
 from cdistill.formats import names
 from cdistill.formats.prompts import MODES, chat_template
@@ -87,9 +88,9 @@ def import_checkpoint(
     """
     output = Path(os.path.abspath(output))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output: {output} exists and is no empty folder")
+        raise InputError(f"output: {output} exists and is no empty folder")
     if prompt is not None and prompt not in MODES:
-        raise ValueError(f"prompt must be one of {', '.join(MODES)}, got {prompt!r}")
+        raise InputError(f"prompt must be one of {', '.join(MODES)}, got {prompt!r}")
     source = read(str(path), Options(vision_tower, base, prompt))
     tokenizer = _tokenizer(source.tokenizer)
     known = len(tokenizer)
@@ -112,7 +113,7 @@ def import_checkpoint(
     except Exception as error:
         if not (isinstance(error, OSError | SafetensorError) or disk_full(error)):
             raise
-        raise ValueError(f"output: {output} could not be written: {one_line(error)}") from None
+        raise InputError(f"output: {output} could not be written: {one_line(error)}") from None
     return Imported(
         output, source.config.architectures[0], source.format.split()[0], len(weights), tuple(source.remarks)
     )
@@ -149,7 +150,7 @@ def _renamed(
         result[name] = _reader(source, name, known_as.get(name))
     _grow(source, tokenizer, result, rows)
     if tied and not torch.equal(*(result[name]() for name in names.EMBEDDINGS)):
-        raise ValueError(
+        raise InputError(
             f"{KEY}: {source.folder / CONFIG} says tie_word_embeddings, but {known_as[names.EMBEDDINGS[1]]} is another than "
             f"{known_as[names.EMBEDDINGS[0]]}"
         )
@@ -182,14 +183,14 @@ def _check_names(
     where = f"{KEY}: the weights in {source.folder} do not fit its {CONFIG}"
     missing = sorted(wanted.keys() - shapes.keys())
     if missing:
-        raise ValueError(f"{where}: missing: {counted([said(name) for name in missing], 'weight')}")
+        raise InputError(f"{where}: missing: {counted([said(name) for name in missing], 'weight')}")
     more = sorted([*nameless, *(said(name) for name in shapes.keys() - wanted.keys())])
     if more:
-        raise ValueError(f"{where}: no {source.config.model_type} of transformers has {counted(more, 'weight')}")
+        raise InputError(f"{where}: no {source.config.model_type} of transformers has {counted(more, 'weight')}")
     wrong = sorted(name for name, shape in wanted.items() if shapes[name] != shape)
     if wrong:
         first = wrong[0]
-        raise ValueError(
+        raise InputError(
             f"{where}: of other shapes: {counted([said(name) for name in wrong], 'weight')}: {said(first)} is "
             f"{shapes[first]}, not {wanted[first]}"
         )
@@ -201,7 +202,7 @@ def _make_room(source: Source, tokenizer: PreTrainedTokenizerBase, known: int) -
     rows = int(text.vocab_size)
     image: Any = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if known > rows:
-        raise ValueError(f"{KEY}: the tokenizer in {source.tokenizer} has {known} tokens, vocab_size is {rows}")
+        raise InputError(f"{KEY}: the tokenizer in {source.tokenizer} has {known} tokens, vocab_size is {rows}")
     source.config.image_token_index = image
     text.vocab_size = max(rows, image + 1)
     return rows
@@ -234,7 +235,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder, as the versions of transformers made it that the projects were written for."""
     model, whole = folder / "tokenizer.model", folder / "tokenizer.json"
     if model.is_file() and not whole.is_file() and find_spec("sentencepiece") is None:
-        raise ValueError(f"{KEY}: {model} is read with a package that is not here: pip install sentencepiece")
+        raise InputError(f"{KEY}: {model} is read with a package that is not here: pip install sentencepiece")
     values = read_json(folder / "tokenizer_config.json", KEY)
     if not str(values.get("tokenizer_class")).startswith(LlamaTokenizer.__name__):
         return load_tokenizer(folder, KEY)

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, LlavaConfig
 
+from cdistill.errors import InputError
 from cdistill.formats.flat import ONE_PROJECTOR, PROJECTOR
 from cdistill.formats.source import KEY, STRATEGIES, Given, Source, llava_config, remark_on_unread, text_config
 from cdistill.models.folder import CONFIG, reading
@@ -92,7 +93,7 @@ def _find_images(source: Source, given: Given) -> None:
         for name in _SAME_TOWER:
             other, mine = getattr(found, name), getattr(ours, name)
             if other != mine:
-                raise ValueError(
+                raise InputError(
                     f"vision_tower: {place} holds another model than the checkpoint: {name} is {other}, there {mine}"
                 )
         source.images = place

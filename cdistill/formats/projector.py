@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from cdistill.errors import InputError
 from cdistill.formats.source import KEY, Given, Options, Source
 from cdistill.formats.weights import Weights, counted, has_weights
 from cdistill.models.export import ADAPTER_CONFIG, ADAPTER_WEIGHTS, merge_adapter
@@ -51,7 +52,7 @@ def read(given: Given, project: Read) -> Source:
     found.rename(_without_wrapping)
     others = sorted(name for name in found.shapes if not name.startswith(f"model.{_PART}"))
     if others:
-        raise ValueError(f"{KEY}: {path} holds more than a projector: {counted(others, 'weight')}")
+        raise InputError(f"{KEY}: {path} holds more than a projector: {counted(others, 'weight')}")
     source = project(given)
     _check_base(base, source)
     source.tokenizer, source.projector = base, not adapted
@@ -66,7 +67,7 @@ def base_of(folder: Path, options: Options) -> Path:
     """Folder of the language model of a projector alone. Raises ValueError where it was not given."""
     if options.base is None:
         name = ALONE if (folder / ALONE).is_file() else WITH_LORA
-        raise ValueError(f"{KEY}: {folder} holds {name} without its language model: give the folder of that as --base")
+        raise InputError(f"{KEY}: {folder} holds {name} without its language model: give the folder of that as --base")
     return resolve_folder(options.base, "base")
 
 
@@ -79,7 +80,7 @@ def _check_base(base: Path, source: Source) -> None:
     theirs = read_json(base / CONFIG, "base")
     kind: Any = type(source.config.text_config)
     if theirs.get("model_type") != kind.model_type:
-        raise ValueError(
+        raise InputError(
             f"base: {base} holds a {theirs.get('model_type')!r:.60}, {source.folder / CONFIG} is of a {kind.model_type}"
         )
     with reading("base", str(base / CONFIG)):
@@ -87,7 +88,7 @@ def _check_base(base: Path, source: Source) -> None:
     for name in _COMPARED:
         ours, other = (_field(config, name) for config in (source.config.text_config, found))
         if ours != other:
-            raise ValueError(
+            raise InputError(
                 f"base: {base} holds another model than {source.folder / CONFIG} is of: {name} is {other}, there {ours}"
             )
 
@@ -100,7 +101,7 @@ def _field(config: Any, name: str) -> Any:
 def _merged(folder: Path, base: Path, source: Source) -> Mapping[str, Tensor]:
     """The language model's weights with the adapter merged: summed in fp32, rounded once to what each is in."""
     if not (folder / ADAPTER_CONFIG).is_file():
-        raise ValueError(f"{KEY}: {folder / ADAPTER_CONFIG} is missing, the LoRA adapter beside {WITH_LORA}")
+        raise InputError(f"{KEY}: {folder / ADAPTER_CONFIG} is missing, the LoRA adapter beside {WITH_LORA}")
     state = {name: source.weights[name] for name in source.weights.shapes}
     with torch.device("meta"), reading("base", f"the model in {base}"):
         model = AutoModelForCausalLM.from_config(source.config.text_config)
@@ -109,7 +110,7 @@ def _merged(folder: Path, base: Path, source: Source) -> Mapping[str, Tensor]:
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     lost = sorted(set(missing) - set(tied))
     if lost:
-        raise ValueError(f"base: {base} lacks {counted(lost, 'weight')}")
+        raise InputError(f"base: {base} lacks {counted(lost, 'weight')}")
     model.tie_weights()
     with tempfile.TemporaryDirectory() as name:
         adapter = Path(name)
@@ -124,5 +125,5 @@ def _merged(folder: Path, base: Path, source: Source) -> Mapping[str, Tensor]:
         try:
             merged = merge_adapter(model.float(), adapter).state_dict()
         except ValueError as error:
-            raise ValueError(str(error).replace("model: ", f"{KEY}: ", 1).replace(name, str(folder))) from None
+            raise InputError(str(error).replace("model: ", f"{KEY}: ", 1).replace(name, str(folder))) from None
     return {key: value.to(state[key].dtype) for key, value in merged.items() if key in state}

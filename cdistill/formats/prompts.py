@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from cdistill.data.templates import SYSTEM, TURNS, template_source
+from cdistill.errors import InputError
 
 _INSTRUCT = """\
 {%- for message in messages -%}
@@ -63,7 +64,7 @@ def chat_template(name: str, tokenizer: Any, image: str) -> tuple[str, int]:
     mode = MODES[name]
     found = tokenizer("a" + mode.end, add_special_tokens=False)["input_ids"][-1]
     if found != tokenizer.get_vocab().get(mode.end):
-        raise ValueError(
+        raise InputError(
             f"prompt: {name} closes answers with {mode.end}, which the tokenizer does not have as a token of its own: "
             f"choose another of {', '.join(MODES)}"
         )

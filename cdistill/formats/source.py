@@ -12,6 +12,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, LlavaConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from cdistill.errors import InputError
 from cdistill.formats.weights import Weights, has_weights, weights_in
 from cdistill.models.folder import CONFIG, check_config, read_json, reading
 from cdistill.models.llava import visual_tokens
@@ -55,10 +56,10 @@ class Given:
     options: Options
     weights: Weights
 
-    def refused(self, name: str, why: str, value: Any = None) -> ValueError:
+    def refused(self, name: str, why: str, value: Any = None) -> InputError:
         """The error of a field whose value, by default what the ``config.json`` says, cannot be expressed."""
         value = self.values.get(name) if value is None else value
-        return ValueError(f"{KEY}: {self.folder / CONFIG}: {name} is {value!r:.80}: {why}")
+        return InputError(f"{KEY}: {self.folder / CONFIG}: {name} is {value!r:.80}: {why}")
 
     def require(self, name: str, allowed: tuple[Any, ...], why: str, missing: Any = None) -> Any:
         """The value of a field, ``missing`` where there is none; ValueError for one that is not among those allowed."""
@@ -169,14 +170,14 @@ def tower_folder(given: Given, kinds: tuple[str, ...]) -> tuple[Path, Pretrained
     """
     name = given.values.get("mm_vision_tower")
     if given.options.vision_tower is None:
-        raise ValueError(
+        raise InputError(
             f"{KEY}: {given.folder / CONFIG} names the vision tower {name!r:.80}: give its folder, which has a config.json and "
             "a preprocessor_config.json, as --vision-tower"
         )
     place = resolve_folder(given.options.vision_tower, "vision_tower")
     config: Any = encoder_config(place, "vision_tower")
     if config.model_type not in kinds:
-        raise ValueError(
+        raise InputError(
             f"vision_tower: {place} holds a {config.model_type}, and {given.folder / CONFIG} names {name!r:.80}: a {kinds[0]}"
         )
     said = _SIZE_IN_NAME.search(str(name).rpartition("/")[2])
@@ -184,7 +185,7 @@ def tower_folder(given: Given, kinds: tuple[str, ...]) -> tuple[Path, Pretrained
         wanted = {"patch_size": int(said[1]), "image_size": int(said[2] or DEFAULT_PIXELS)}
         for size, value in wanted.items():
             if getattr(config, size) != value:
-                raise ValueError(
+                raise InputError(
                     f"vision_tower: {place} holds another model than {name!r:.80}: {size} is {getattr(config, size)}"
                 )
     return place, config

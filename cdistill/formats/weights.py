@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cdistill.errors import InputError
 from cdistill.models.folder import INDEX, WEIGHTS, one_line, read_json, weight_files
 
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -37,7 +38,7 @@ class Weights:
             shapes, readers = (_open if path.suffix == ".safetensors" else _unpickle)(path, key)
             twice = sorted(shapes.keys() & self.shapes.keys())
             if twice:
-                raise ValueError(f"{key}: {path} is corrupt ({twice[0]} is in another file, too)")
+                raise InputError(f"{key}: {path} is corrupt ({twice[0]} is in another file, too)")
             self.shapes |= shapes
             self._readers |= readers
 
@@ -80,12 +81,12 @@ def weights_in(folder: Path, key: str) -> Weights:
     elif pickled[1].is_file():
         paths, index = _indexed(pickled[1], key), pickled[1]
     else:
-        raise ValueError(f"{key}: {folder} holds no weights: neither {WEIGHTS} nor {PICKLED}, nor the index of either")
+        raise InputError(f"{key}: {folder} holds no weights: neither {WEIGHTS} nor {PICKLED}, nor the index of either")
     weights = Weights(paths, key)
     if len(paths) > 1:
         lost = sorted(read_json(index, key)["weight_map"].keys() - weights.shapes.keys())
         if lost:
-            raise ValueError(f"{key}: {counted(lost, 'weight')} that {index} names {_are(lost)} in no file")
+            raise InputError(f"{key}: {counted(lost, 'weight')} that {index} names {_are(lost)} in no file")
     return weights
 
 
@@ -131,7 +132,7 @@ def _require_finite(name: str, tensor: Tensor, key: str) -> None:
     if tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel():
         low, high = map(float, tensor.aminmax())  # with a NaN both are NaN
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
-            raise ValueError(f"{key}: {name} holds NaN or inf")
+            raise InputError(f"{key}: {name} holds NaN or inf")
 
 
 def _open(path: Path, key: str) -> tuple[dict[str, tuple[int, ...]], dict[str, Callable[[], Tensor]]]:
@@ -140,7 +141,7 @@ def _open(path: Path, key: str) -> tuple[dict[str, tuple[int, ...]], dict[str, C
         names = list(file.keys())
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{key}: {path} is corrupt ({one_line(error)})") from None
+        raise InputError(f"{key}: {path} is corrupt ({one_line(error)})") from None
     return shapes, {name: lambda name=name: file.get_tensor(name) for name in names}  # type: ignore[misc]
 
 
@@ -148,13 +149,13 @@ def _unpickle(path: Path, key: str) -> tuple[dict[str, tuple[int, ...]], dict[st
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except OSError as error:
-        raise ValueError(f"{key}: {path} cannot be read ({error.strerror or one_line(error)})") from None
+        raise InputError(f"{key}: {path} cannot be read ({error.strerror or one_line(error)})") from None
     except Exception as error:  # torch raises all kinds of them over files that are no pickles of tensors
         more = isinstance(error, pickle.UnpicklingError)
         said = "it holds more than tensors, or torch.save has not written it" if more else one_line(error)[:200]
-        raise ValueError(f"{key}: {path} is corrupt ({said})") from None
+        raise InputError(f"{key}: {path} is corrupt ({said})") from None
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError(f"{key}: {path} is corrupt (it must hold tensors by name)")
+        raise InputError(f"{key}: {path} is corrupt (it must hold tensors by name)")
     tensors = {str(name): value for name, value in found.items()}
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     return shapes, {name: lambda value=value: value for name, value in tensors.items()}  # type: ignore[misc]
@@ -170,11 +171,11 @@ def _indexed(index: Path, key: str) -> list[Path]:
     """The pickled files that an index names. Raises ValueError for one that is missing or lies elsewhere."""
     names = read_json(index, key).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"{key}: {index} is corrupt (weight_map must say which file holds which weight)")
+        raise InputError(f"{key}: {index} is corrupt (weight_map must say which file holds which weight)")
     paths = [index.parent / name for name in sorted(set(names.values()))]
     for path in paths:
         if path.parent != index.parent or path.suffix != ".bin":
-            raise ValueError(f"{key}: {index} is corrupt ({path.name!r:.80} is no pickled file of its folder)")
+            raise InputError(f"{key}: {index} is corrupt ({path.name!r:.80} is no pickled file of its folder)")
         if not path.is_file():
-            raise ValueError(f"{key}: {path} is missing")
+            raise InputError(f"{key}: {path} is missing")
     return paths
