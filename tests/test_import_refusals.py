@@ -205,6 +205,40 @@ def test_parts_that_are_missing_or_others(made, refused, tmp_path, capsys):
     assert "exists and is no empty folder" in capsys.readouterr().err
 
 
+def test_lora_that_is_damaged(made, refused, tmp_path):
+    def with_lora(change):
+        def changed(folder):
+            layouts.add_lora(folder, made[1]["projector"], "safetensors")
+            change(folder)
+
+        return changed
+
+    def cut(path):
+        path.write_bytes(path.read_bytes()[:100])
+
+    def more(folder):
+        held = torch.load(folder / "non_lora_trainables.bin")
+        torch.save(held | {"base_model.model.model.norm.weight": torch.ones(32)}, folder / "non_lora_trainables.bin")
+
+    damages = {
+        "adapter_config.json is missing": lambda folder: (folder / "adapter_config.json").unlink(),
+        "adapter_model.safetensors is missing": lambda folder: (folder / "adapter_model.safetensors").unlink(),
+        "adapter_model.safetensors is corrupt": lambda folder: cut(folder / "adapter_model.safetensors"),
+        "non_lora_trainables.bin is corrupt": lambda folder: cut(folder / "non_lora_trainables.bin"),
+        "holds more than a projector: 1 weight (base_model.model.model.norm.weight)": more,
+        "is in one of them only": lambda folder: layouts.change_json(
+            folder / "adapter_config.json", target_modules=["q_proj", "down_proj", "k_proj"]
+        ),
+        "does not fit its base": lambda folder: layouts.change_json(
+            folder / "adapter_config.json", target_modules=["nothing"]
+        ),
+    }
+    for message, damage in damages.items():
+        line = refused("projector", with_lora(damage))
+        assert message in line and str(tmp_path / "projector" / "theirs") in line
+        shutil.rmtree(tmp_path / "projector")
+
+
 class Bomb:
     def __reduce__(self):
         return print, ("run",)
