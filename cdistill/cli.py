@@ -88,13 +88,20 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check", action="store_true", help="read the folder back in a fresh process and compare its replies"
     )
-    exporting.add_arguments(parser)
+    parser.add_argument(
+        "--format", choices=("transformers", *exporting.FORMATS), default="transformers", help="who loads it"
+    )
+    parser.add_argument(
+        "--vision-tower", metavar="NAME", help="of --format llava: the vision encoder's name on the hub"
+    )
 
 
 def _export(options: argparse.Namespace) -> int:
     from cdistill.models.export import export
 
-    if options.format is not None:
+    if options.vision_tower is not None and options.format != "llava":
+        raise InputError("--vision-tower: only --format llava has it")
+    if options.format in exporting.FORMATS:
         return exporting.main(options)
 
     with environment(distributed=False):  # saving makes transformers import DeepSpeed, which else remarks on the device

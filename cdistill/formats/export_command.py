@@ -1,4 +1,4 @@
-"""``cdistill export --format``: what it takes and does."""
+"""``cdistill export --format`` for other projects' layouts: which there are, and what it does."""
 
 from __future__ import annotations
 
@@ -7,26 +7,16 @@ import argparse
 from cdistill.errors import InputError
 
 FORMATS = ("compodistill", "llava", "tinyllava", "bunny", "mobilevlm", "projector")
-_OF_TRANSFORMERS = {"code": "--code", "check": "--check", "max_shard_size": "--max-shard-size"}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of other layouts."""
-    parser.add_argument(
-        "--format", choices=FORMATS, help="write it as another project lays it out (default: transformers)"
-    )
-    parser.add_argument(
-        "--vision-tower", metavar="NAME", help="with --format llava: the vision encoder's name on the hub"
-    )
+_OF_OTHERS = {"code": "--code", "check": "--check", "max_shard_size": "--max-shard-size", "quantize": "--quantize"}
 
 
 def main(options: argparse.Namespace) -> int:
-    """Write the model, and say where. Raises ValueError for options that are of transformers' layout."""
+    """Write the model, and say where. Raises ValueError for options of other formats."""
     from cdistill.formats.exporting import export_as
 
-    given = [said for name, said in _OF_TRANSFORMERS.items() if getattr(options, name)]
+    given = [said for name, said in _OF_OTHERS.items() if getattr(options, name, None)]
     if given:
-        raise InputError(f"{given[0]} is of transformers' layout: leave it out with --format {options.format}")
+        raise InputError(f"{given[0]}: --format {options.format} does without it")
     result = export_as(
         options.format,
         options.model,
