@@ -268,7 +268,7 @@ def weights_of(folder):
     return {name: torch.tensor(value) for name, value in values.items()}, {t.name: t.tensor_type for t in tensors}
 
 
-@pytest.mark.parametrize("quantize", ["f16", "q8_0", "q4_k_m"])
+@pytest.mark.parametrize("quantize", ["f16", "q8_0", "q4_0", "q4_k_m"])
 def test_every_weight_is_there_and_what_it_was(quantize, tmp_path):
     made = export_gguf("builtin:teacher", tmp_path / "out", quantize=quantize, check=True)
     assert sorted(path.name for path in made.folder.iterdir()) == ["mmproj-f16.gguf", f"model-{quantize}.gguf"]
@@ -301,6 +301,9 @@ def test_every_weight_is_there_and_what_it_was(quantize, tmp_path):
         elif quantize == "q8_0":
             blocks = weight.reshape(-1, 32).abs().amax(1, keepdim=True).expand(-1, 32).reshape(weight.shape)
             assert kind == GGMLQuantizationType.Q8_0 and ((found[name] - weight).abs() <= blocks * 0.0045).all(), name
+        elif quantize == "q4_0" and name.startswith("blk"):
+            blocks = weight.reshape(-1, 32).abs().amax(1, keepdim=True).expand(-1, 32).reshape(weight.shape)
+            assert kind == GGMLQuantizationType.Q4_0 and ((found[name] - weight).abs() <= blocks * 0.126).all(), name
         else:
             assert (found[name] - weight).norm() < 0.08 * weight.norm(), name
     if quantize == "q4_k_m":  # rows of 96 and 192 are no whole blocks of 256: what llama.cpp takes instead

@@ -173,7 +173,7 @@ def test_options_packages_and_outputs(tmp_path, capsys, monkeypatch):
         assert f"{words[0]}: --format gguf does without it" in refused(capsys, "builtin:teacher", out, *words)
     assert main(["export", "builtin:teacher", str(out), "--quantize", "f16"]) == 2
     assert capsys.readouterr().err.count("--format transformers does without it") == 1
-    with pytest.raises(ValueError, match=r"^quantize must be one of f16, q8_0, q4_k_m, got 'q2'$"):
+    with pytest.raises(ValueError, match=r"^quantize must be one of f16, q8_0, q4_0, q4_k_m, got 'q2'$"):
         export_gguf("builtin:teacher", out, quantize="q2")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "xllamacpp", None)
