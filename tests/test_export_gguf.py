@@ -348,3 +348,17 @@ def test_q4_k_m_is_llama_cpps_mixture(tmp_path):
     answer = LlamaCpp(made.folder).chat(messages, tokens=1, logprobs=True, top_logprobs=20)
     for other in answer["logprobs"]["content"][0]["top_logprobs"]:
         assert abs(other["logprob"] - scores[other["id"]]) < 0.1
+
+
+def test_a_prompt_that_llama_cpp_cuts_otherwise_is_told(tmp_path):
+    """A space after a special token: transformers 5 puts none before it, llama.cpp does."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=sentence_piece("always"), eos_token="</s>", pad_token="<pad>")
+    tokenizer.chat_template = "{% for message in messages %}</s> {{ message.content }}{% endfor %}"
+    config = text_config(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        ValueError, match=r"^output: llama.cpp makes \d+ tokens of a prompt, of which transformers makes "
+    ):
+        export_gguf(tmp_path / "model", tmp_path / "out", check=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -94,7 +94,7 @@ def compare_answers(folder: Path, model: Model, speaker: Any, quantize: str) -> 
     messages = [{"role": "user", "content": [*shown, {"type": "text", "text": QUESTION}]}]
     try:
         server = LlamaCpp(folder, context=length + 2 * TOKENS, threads=torch.get_num_threads())
-        answer = server.chat(messages, tokens=TOKENS, logprobs=True, top_logprobs=10)
+        answer = server.chat(messages, tokens=TOKENS, logprobs=True, top_logprobs=3)
     except RuntimeError as error:
         raise InputError(f"output: llama.cpp cannot answer with it: {error}") from None
     made = answer["usage"]["prompt_tokens"]
