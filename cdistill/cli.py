@@ -13,6 +13,7 @@ from cdistill.attention import command as analyzing
 from cdistill.builtin import command as builtin
 from cdistill.data import command as data
 from cdistill.demo import command as demo
+from cdistill.errors import InputError
 from cdistill.eval import benchmarks
 from cdistill.eval import command as evaluation
 from cdistill.files import disk_full
@@ -82,24 +83,14 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--code", action="store_true", help="add a TAF student's code, for use without cdistill")
     parser.add_argument("--max-shard-size", metavar="SIZE", help="bytes of a file of weights, or such as 5GB")
-    parser.add_argument(
-        "--check", action="store_true", help="read the folder back in a fresh process and compare its replies"
-    )
+    parser.add_argument("--format", choices=("transformers", "gguf"), default="transformers", help="who loads it")
+    parser.add_argument("--quantize", choices=("f16", "q8_0", "q4_k_m"), help="of --format gguf (default: f16)")
+    parser.add_argument("--check", action="store_true", help="read what was written back and compare it with the model")
 
 
 def _export(options: argparse.Namespace) -> int:
-    from cdistill.models.export import export
-
     with environment(distributed=False):  # saving makes transformers import DeepSpeed, which else remarks on the device
-        result = export(
-            options.model,
-            options.output,
-            dtype=options.dtype,
-            merge_taf=not options.keep_taf,
-            code=options.code,
-            max_shard_size=options.max_shard_size,
-            check=options.check,
-        )
+        result = _export_gguf(options) if options.format == "gguf" else _export_transformers(options)
     for remark in result.remarks:
         print(remark)
     if result.checked:
@@ -107,6 +98,31 @@ def _export(options: argparse.Namespace) -> int:
     merged = f", {' and '.join(result.merged)} merged" if result.merged else ""
     print(f"{result.model_class} in {result.dtype}{merged} -> {result.folder}")
     return 0
+
+
+def _export_transformers(options: argparse.Namespace) -> Any:
+    from cdistill.models.export import export
+
+    if options.quantize is not None:
+        raise InputError("--quantize: only --format gguf has it; --dtype is the number format of the others")
+    return export(
+        options.model,
+        options.output,
+        dtype=options.dtype,
+        merge_taf=not options.keep_taf,
+        code=options.code,
+        max_shard_size=options.max_shard_size,
+        check=options.check,
+    )
+
+
+def _export_gguf(options: argparse.Namespace) -> Any:
+    from cdistill.models.gguf import export_gguf
+
+    for name in ("dtype", "keep_taf", "code", "max_shard_size"):
+        if getattr(options, name):
+            raise InputError(f"--{name.replace('_', '-')}: --format gguf does without it")
+    return export_gguf(options.model, options.output, quantize=options.quantize or "f16", check=options.check)
 
 
 def _completion_arguments(parser: argparse.ArgumentParser) -> None:
@@ -165,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     wrong = menu.unknown(words, COMMANDS)
     if wrong is not None:
-        print_error(ValueError(wrong))
+        print_error(InputError(wrong))
         return 2
     parser = menu.parser(GROUPS, COMMANDS)
     if " ".join(words[:2]) in COMMANDS:  # as in `eval score`

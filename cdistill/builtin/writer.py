@@ -18,6 +18,7 @@ import numpy as np
 
 from cdistill.builtin import questions, render, scenes
 from cdistill.builtin.scenes import COLOURS, GRID, RELATIONS, SHAPES, Scene, Thing
+from cdistill.errors import InputError
 from cdistill.files import building
 
 LISTS, PEOPLE = 5, 10  # R-Bench's lists of question ids, and the people who answer a question of VQAv2
@@ -40,9 +41,9 @@ def write(task: str, folder: Path, *, n: int = 100, seed: int = 0) -> int:
         ValueError: the folder is not empty, or n is not positive.
     """
     if n < 1:
-        raise ValueError(f"--n must be at least 1, got {n}")
+        raise InputError(f"--n must be at least 1, got {n}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: is there already; name a folder that is new or empty")
+        raise InputError(f"{folder}: is there already; name a folder that is new or empty")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with building(folder) as part:
@@ -51,7 +52,7 @@ def write(task: str, folder: Path, *, n: int = 100, seed: int = 0) -> int:
             if not any((part / "images").iterdir()):
                 (part / "images").rmdir()
     except OSError as error:
-        raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
+        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
     return entries
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from cdistill.errors import InputError
 from cdistill.files import building, disk_full
 from cdistill.models import taf
 from cdistill.models.export_check import check_folder_replies
@@ -76,37 +78,62 @@ def export(
     """
     output = Path(os.path.abspath(output))
     _check_options(output, dtype, max_shard_size)
+    folders, processor, remarks = find_parts(model)  # before the weights, which may take long
+    loaded, merged, left = load_merged(folders, None if dtype is None else DTYPES[dtype], merge_taf=merge_taf)
+    remarks += left
+    if code and not isinstance(loaded, TAFLlavaForConditionalGeneration):
+        remarks.append(f"--code: {type(loaded).__name__} is part of transformers and needs none")
+        code = False
+    checked, more = _write(loaded, processor, output, code=code, max_shard_size=max_shard_size, check=check)
+    name = next(name for name, value in DTYPES.items() if value == loaded.dtype)
+    return Exported(output, type(loaded).__name__, name, tuple(merged), (*remarks, *more), checked)
+
+
+def find_parts(model: str | Path) -> tuple[list[Path], Processor, list[str]]:
+    """Folders of a model, of an adapter with its base first; what goes beside the weights, and remarks on it.
+
+    Raises ValueError as `export`.
+    """
     folder = resolve_folder(str(model), "model")
-    adapted = (folder / ADAPTER_CONFIG).is_file()
-    folders = [base_of(folder), folder] if adapted else [folder]
-    processor, remarks = _check(folders)  # before the weights, which may take long
-    loaded = _load(folders[0])
-    target = loaded.dtype if dtype is None else DTYPES[dtype]
-    merged = ["LoRA"] if adapted else []
-    if adapted:
-        loaded = merge_adapter(loaded.float(), folder)  # sums in a narrower format would lose what was learnt
+    folders = [base_of(folder), folder] if (folder / ADAPTER_CONFIG).is_file() else [folder]
+    return folders, *_check(folders)
+
+
+def load_merged(
+    folders: Sequence[Path], dtype: torch.dtype | None, *, merge_taf: bool = True
+) -> tuple[Model, list[str], list[str]]:
+    """The model in folders that `find_parts` found, what was merged into it, and remarks on that.
+
+    ``dtype`` None is that of the files. Raises ValueError as `export`.
+    """
+    loaded, merged, remarks = _load(folders[0]), [], []
+    target = loaded.dtype if dtype is None else dtype
+    if len(folders) > 1:
+        loaded, merged = (
+            merge_adapter(loaded.float(), folders[1]),
+            ["LoRA"],
+        )  # a narrower format would lose what was learnt
     is_taf = isinstance(loaded, TAFLlavaForConditionalGeneration)
     if merge_taf and is_taf and loaded.config.taf_activation == "linear":
         if can_merge_taf(loaded):
             loaded, merged = merge_taf_map(loaded, target), [*merged, "TAF"]
         else:
             remarks.append("TAF was left as trained: the teacher's adapter has more activations than a LLaVA's")
-    loaded = loaded.to(target)
-    if code and not isinstance(loaded, TAFLlavaForConditionalGeneration):
-        remarks.append(f"--code: {type(loaded).__name__} is part of transformers and needs none")
-        code = False
-    checked, more = _write(loaded, processor, output, code=code, max_shard_size=max_shard_size, check=check)
-    name = next(name for name, value in DTYPES.items() if value == target)
-    return Exported(output, type(loaded).__name__, name, tuple(merged), (*remarks, *more), checked)
+    return loaded.to(target), merged, remarks
 
 
 def _check_options(output: Path, dtype: str | None, max_shard_size: int | str | None) -> None:
     if isinstance(max_shard_size, str) and not re.fullmatch(r"[1-9]\d*([KMGT]B)?", max_shard_size, re.IGNORECASE):
-        raise ValueError(f"max_shard_size must be a number of bytes or such as 5GB, got {max_shard_size!r}")
+        raise InputError(f"max_shard_size must be a number of bytes or such as 5GB, got {max_shard_size!r}")
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_output(output)
+
+
+def check_output(output: Path) -> None:
+    """Raise ValueError if something is in the way of a folder to be written."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output: {output} exists and is no empty folder")
+        raise InputError(f"output: {output} exists and is no empty folder")
 
 
 def merge_taf_map(model: TAFLlavaForConditionalGeneration, dtype: torch.dtype) -> LlavaForConditionalGeneration:
@@ -164,10 +191,10 @@ def base_of(folder: Path) -> Path:
     try:
         reference = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"model: {path} is corrupt ({error!r})") from None
+        raise InputError(f"model: {path} is corrupt ({error!r})") from None
     base = resolve_folder(str(reference), f"model: {path}: base_model_name_or_path")
     if (base / ADAPTER_CONFIG).is_file():
-        raise ValueError(f"model: {path}: base_model_name_or_path {base} is an adapter itself; export that one first")
+        raise InputError(f"model: {path}: base_model_name_or_path {base} is an adapter itself; export that one first")
     return base
 
 
@@ -175,7 +202,7 @@ def _check(folders: list[Path]) -> tuple[Processor, list[str]]:
     """What goes beside the weights, a later folder's files before an earlier one's, and remarks on it."""
     config: Any = load_config(folders[0], "model")
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"model: the weights in {folders[0]} are quantised; export the model they were made from")
+        raise InputError(f"model: the weights in {folders[0]} are quantised; export the model they were made from")
     folder = next((f for f in reversed(folders) if (f / "tokenizer_config.json").is_file()), folders[-1])
     files = ProcessorFiles(folders, "model")
     tokenizer = load_tokenizer(folder, "model")
@@ -183,7 +210,7 @@ def _check(folders: list[Path]) -> tuple[Processor, list[str]]:
     result: Processor = files
     if hasattr(config, "vision_config") and not any(has_image_processor(f) for f in folders):
         if config.model_type not in COMPOSITIONS:
-            raise ValueError(f"model: {folder / 'processor_config.json'} is missing")
+            raise InputError(f"model: {folder / 'processor_config.json'} is missing")
         result = build_processor(config, tokenizer, "model")
         remarks.append(f"no image processor in {folder}: its vision encoder's usual one was taken")
     if tokenizer.chat_template is None and not any(name.name.startswith("chat_template") for name in files.files):
@@ -194,7 +221,7 @@ def _check(folders: list[Path]) -> tuple[Processor, list[str]]:
 def _load(folder: Path) -> Model:
     loaded = load_model(folder, "model", dtype="auto", attention="eager").eval()  # every model has eager attention
     if loaded.dtype not in DTYPES.values():
-        raise ValueError(f"model: the weights in {folder} are {loaded.dtype}; known are {', '.join(DTYPES)}")
+        raise InputError(f"model: the weights in {folder} are {loaded.dtype}; known are {', '.join(DTYPES)}")
     return loaded
 
 
@@ -206,32 +233,32 @@ def merge_adapter(base: Model, folder: Path) -> Model:
     """
     path, weights = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
     if not weights.is_file():
-        raise ValueError(f"model: {weights} is missing")
+        raise InputError(f"model: {weights} is missing")
     try:
         with safe_open(weights, framework="pt") as file:
             saved = set(file.keys())
     except SafetensorError as error:
-        raise ValueError(f"model: {weights} is corrupt ({error})") from None
+        raise InputError(f"model: {weights} is corrupt ({error})") from None
     try:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError:
-        raise ValueError(f"model: {path} is a peft adapter, and peft is not installed") from None
+        raise InputError(f"model: {path} is a peft adapter, and peft is not installed") from None
     try:
         with warnings.catch_warnings(action="ignore"):  # missing weights are an error, below
             adapted: Any = PeftModel.from_pretrained(base, str(folder))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise ValueError(f"model: {path} does not fit its base: {one_line(error)}") from None
+        raise InputError(f"model: {path} does not fit its base: {one_line(error)}") from None
     missing = sorted(set(get_peft_model_state_dict(adapted)) ^ saved)
     if missing:
-        raise ValueError(f"model: {weights} does not fit {path}: {missing[0]} is in one of them only")
+        raise InputError(f"model: {weights} does not fit {path}: {missing[0]} is in one of them only")
     if not hasattr(adapted.base_model, "merge_and_unload"):
-        raise ValueError(f"model: {path}: peft_type {adapted.active_peft_config.peft_type.value} cannot be merged")
+        raise InputError(f"model: {path}: peft_type {adapted.active_peft_config.peft_type.value} cannot be merged")
     _untie_adapted(adapted)
     try:
         with warnings.catch_warnings(action="ignore"):  # of tied embeddings, which are dealt with
             merged = adapted.merge_and_unload(safe_merge=True).eval()
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"model: {weights} cannot be merged: {one_line(error)}") from None
+        raise InputError(f"model: {weights} cannot be merged: {one_line(error)}") from None
     head = merged.get_output_embeddings()
     if head is not None and head.weight is not merged.get_input_embeddings().weight:
         for config in (merged.config, merged.config.get_text_config(decoder=True)):
@@ -282,5 +309,5 @@ def _write(
     except Exception as error:
         if not (isinstance(error, OSError | SafetensorError) or disk_full(error)):
             raise
-        raise ValueError(f"output: {output} could not be written: {one_line(error)}") from None
+        raise InputError(f"output: {output} could not be written: {one_line(error)}") from None
     return checked, remarks
