@@ -327,6 +327,11 @@ def _generation(source: Source, tokenizer: PreTrainedTokenizerBase, end: int) ->
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if values.get(name) is None:
             values[name] = getattr(text, name, None)
+        ids = values[name] if isinstance(values[name], list) else [values[name] or 0]
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+            raise InputError(
+                f"{KEY}: {path}: {name} must be the number of a token, or several, got {values[name]!r:.60}"
+            )
     if values["pad_token_id"] is None:
         values["pad_token_id"] = tokenizer.pad_token_id
     if not values.get("do_sample"):
