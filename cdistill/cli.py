@@ -74,53 +74,9 @@ def _data(options: argparse.Namespace) -> int:
     return data.main(options, load)
 
 
-def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", help="folder of a model, a run (its last finished stage) or a peft adapter, or builtin:NAME"
-    )
-    parser.add_argument("output", help="folder to write, new or empty")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="number format (default: the model's)")
-    parser.add_argument(
-        "--keep-taf", action="store_true", help="do not merge the map of TAF into the teacher's adapter"
-    )
-    parser.add_argument("--code", action="store_true", help="add a TAF student's code, for use without cdistill")
-    parser.add_argument("--max-shard-size", metavar="SIZE", help="bytes of a file of weights, or such as 5GB")
-    parser.add_argument(
-        "--check", action="store_true", help="read the folder back in a fresh process and compare its replies"
-    )
-    parser.add_argument(
-        "--format", choices=("transformers", *exporting.FORMATS), default="transformers", help="who loads it"
-    )
-    parser.add_argument(
-        "--vision-tower", metavar="NAME", help="of --format llava: the vision encoder's name on the hub"
-    )
-
-
 def _export(options: argparse.Namespace) -> int:
-    from cdistill.models.export import export
-
-    if options.vision_tower is not None and options.format != "llava":
-        raise InputError("--vision-tower: only --format llava has it")
-    if options.format in exporting.FORMATS:
-        return exporting.main(options)
-
     with environment(distributed=False):  # saving makes transformers import DeepSpeed, which else remarks on the device
-        result = export(
-            options.model,
-            options.output,
-            dtype=options.dtype,
-            merge_taf=not options.keep_taf,
-            code=options.code,
-            max_shard_size=options.max_shard_size,
-            check=options.check,
-        )
-    for remark in result.remarks:
-        print(remark)
-    if result.checked:
-        print(result.checked)
-    merged = f", {' and '.join(result.merged)} merged" if result.merged else ""
-    print(f"{result.model_class} in {result.dtype}{merged} -> {result.folder}")
-    return 0
+        return exporting.main(options)
 
 
 def _completion_arguments(parser: argparse.ArgumentParser) -> None:
@@ -156,7 +112,7 @@ GROUPS = {
         **{f"eval {word}": Command(line, do.add_arguments, do.main) for word, (line, do) in evaluation.WORDS.items()},
         **{f"analyze {word}": Command(*of) for word, of in analyzing.WORDS.items()},
         "report": Command("show what runs have logged in one page", report.add_arguments, report.main),
-        "export": Command("write a model that plain transformers loads", _export_arguments, _export),
+        "export": Command("write a model for transformers or another engine", exporting.add_arguments, _export),
         "push": Command("publish a result on the hub, with a model card", push.add_arguments, push.main),
     },
     "more": {

@@ -41,7 +41,7 @@ ALLOWED = {
     "data": {"choices", "_plugins", "files"},
     "builtin": {"data"},
     "runtime": {"data", "manifest"},
-    "formats": {"models", "data"},
+    "formats": {"models", "data", "serving"},
     "train": {"models", "builtin", "runtime", "eval", "menu"},
     "plan": {"train"},
     "init": {"plan"},

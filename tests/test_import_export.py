@@ -143,7 +143,7 @@ def test_what_another_layout_does_not_express(tmp_path, capsys):
         (tmp_path / "ours", ["llava"], "siglip_vision_model"),
         (tmp_path / "ours", ["tinyllava"], "was not imported from tinyllava"),
         (tmp_path / "ours", ["compodistill", "--check"], "--check: --format compodistill does without it"),
-        (tmp_path / "ours", ["transformers", "--vision-tower", "x"], "only --format llava has it"),
+        (tmp_path / "ours", ["transformers", "--vision-tower", "x"], "--format transformers does without it"),
         (gelu, ["compodistill"], "taf_activation 'gelu'"),
         (student, ["llava"], "equal widths"),
         (tmp_path / "clip", ["llava"], "there is no folder"),

@@ -56,7 +56,7 @@ def export_as(
     written, for LLaVA's and the authors' code.
 
     Args:
-        name: one of `cdistill.formats.export_command.FORMATS`.
+        name: a project of `cdistill.formats.export_command.TAKES`.
         model, dtype, merge_taf: as of `cdistill.models.export.export`; the authors' format keeps a linear map
             of TAF as their ``post_connector``.
         output: a folder that does not exist or is empty.
