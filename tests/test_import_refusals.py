@@ -173,6 +173,22 @@ def test_what_no_class_computes(refused, name, field, value, message):
     assert message in line and named in line
 
 
+ODD = [
+    ("llava", "tokenizer_config.json", "model_max_length", {}, "the tokenizer in"),
+    ("student", "preprocessor_config.json", "rescale_factor", {}, "the image processor in"),
+    ("student", "preprocessor_config.json", "size", None, "checkpoint: "),
+    ("teacher", "config.json", "vision_feature_layer", -9, "vision_feature_layer -9 does not exist"),
+    ("llava", "config.json", "hidden_size", "x", "hidden_size must be a size"),
+    ("llava", "config.json", "torch_dtype", "number", "torch_dtype"),
+    ("llava", "generation_config.json", "eos_token_id", "x", "generation_config.json"),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "field", "value", "message"), ODD, ids=lambda value: str(value)[:20])
+def test_values_of_other_kinds(refused, name, file, field, value, message):
+    assert message in refused(name, lambda folder: layouts.change_json(folder / file, **{field: value}))
+
+
 def test_parts_that_are_missing_or_others(made, refused, tmp_path, capsys):
     folder = made[0]
 

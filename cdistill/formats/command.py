@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,8 @@ def main(options: argparse.Namespace) -> int:
     from cdistill.formats.importing import import_checkpoint
 
     parts = {"vision_tower": options.vision_tower, "base": options.base, "prompt": options.prompt}
-    result = import_checkpoint(options.path, options.output, **parts)
+    with warnings.catch_warnings(action="ignore"):  # of fields that are old, which is what checkpoints have
+        result = import_checkpoint(options.path, options.output, **parts)
     for remark in result.remarks:
         print(remark)
     print(f"{result.format}: {result.weights} weights -> {result.model_class} in {result.folder}")

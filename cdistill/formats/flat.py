@@ -118,7 +118,7 @@ def read_flat(given: Given, kind: Kind) -> Source:
     if hasattr(vision, "vision_use_head"):
         vision.vision_use_head = any(name.startswith(f"{prefix}vision_model.head.") for name in weights.shapes)
     text = text_config(given, values, kind.language)
-    config = llava_config(kind.config, vision, text, layer, strategy, given.dtype, **kind.fields)
+    config = llava_config(given, kind.config, vision, text, layer, strategy, **kind.fields)
     source = Source(
         kind.names,
         given.folder,

@@ -93,13 +93,15 @@ def import_checkpoint(
         raise InputError(f"prompt must be one of {', '.join(MODES)}, got {prompt!r}")
     source = read(str(path), Options(vision_tower, base, prompt))
     tokenizer = _tokenizer(source.tokenizer)
-    known = len(tokenizer)
-    if tokenizer.pad_token is None:  # as the projects set it where they train
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    tokenizer.add_tokens(AddedToken(IMAGE_TOKEN, special=True, normalized=False), special_tokens=True)
-    weights, unused, rows = _renamed(source, tokenizer, known)
-    tokenizer.chat_template, end = chat_template(source.prompt, tokenizer, _image_mark(source, tokenizer))
-    processor = _processor(source, tokenizer)
+    with reading(KEY, f"the tokenizer in {source.tokenizer}"):
+        known = len(tokenizer)
+        if tokenizer.pad_token is None:  # as the projects set it where they train
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        tokenizer.add_tokens(AddedToken(IMAGE_TOKEN, special=True, normalized=False), special_tokens=True)
+        tokenizer.chat_template, end = chat_template(source.prompt, tokenizer, _image_mark(source, tokenizer))
+    weights, unused, shapes = _renamed(source, tokenizer, known)
+    with reading(KEY, f"the image processor in {source.images or source.folder}"):
+        processor = _processor(source, tokenizer)
     generation = _generation(source, tokenizer, end)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +111,7 @@ def import_checkpoint(
             write(weights, part, KEY)
             processor.save_pretrained(part)
             publish(part, "output")
-            _keep_original(source, part / ORIGINAL, unused, rows)
+            _keep_original(source, part / ORIGINAL, unused, shapes)
     except Exception as error:
         if not (isinstance(error, OSError | SafetensorError) or disk_full(error)):
             raise
@@ -325,6 +327,11 @@ def _generation(source: Source, tokenizer: PreTrainedTokenizerBase, end: int) ->
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if values.get(name) is None:
             values[name] = getattr(text, name, None)
+        ids = values[name] if isinstance(values[name], list) else [values[name] or 0]
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+            raise InputError(
+                f"{KEY}: {path}: {name} must be the number of a token, or several, got {values[name]!r:.60}"
+            )
     if values["pad_token_id"] is None:
         values["pad_token_id"] = tokenizer.pad_token_id
     if not values.get("do_sample"):

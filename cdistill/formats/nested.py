@@ -58,7 +58,7 @@ def read_nested(given: Given, names: str, kind: Any = LlavaConfig, **fields: Any
     vision = _vision(given)
     width = vision.hidden_size
     given.require("vision_hidden_size", (None, width), f"vision_config says {width}")
-    config = llava_config(kind, vision, text, layer, strategy, given.dtype, **fields)
+    config = llava_config(given, kind, vision, text, layer, strategy, **fields)
     prompt = given.options.prompt or PROMPTS.get(text.model_type, "qwen2_base")
     source = Source(names, given.folder, given.weights, config, given.folder, None, prompt, pad=ratio == "pad")
     _find_images(source, given)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from cdistill.data.templates import SYSTEM, TURNS, template_source
 from cdistill.errors import InputError
+from cdistill.formats.source import KEY
 
 _INSTRUCT = """\
 {%- for message in messages -%}
@@ -65,7 +66,7 @@ def chat_template(name: str, tokenizer: Any, image: str) -> tuple[str, int]:
     found = tokenizer("a" + mode.end, add_special_tokens=False)["input_ids"][-1]
     if found != tokenizer.get_vocab().get(mode.end):
         raise InputError(
-            f"prompt: {name} closes answers with {mode.end}, which the tokenizer does not have as a token of its own: "
+            f"{KEY}: the prompt {name} closes answers with {mode.end}, which is no token of the tokenizer: "
             f"choose another of {', '.join(MODES)}"
         )
     return template_source(*mode, image), int(found)

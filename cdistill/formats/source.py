@@ -75,11 +75,6 @@ class Given:
             raise self.refused(name, why, value)
         return value
 
-    @property
-    def dtype(self) -> Any:
-        """The number format that the ``config.json`` names."""
-        return self.values.get("torch_dtype", self.values.get("dtype"))
-
 
 @dataclass
 class Source:
@@ -211,7 +206,7 @@ def tower_weights(place: Path, inside: bool, remarks: list[str]) -> Weights | No
     return weights
 
 
-def llava_config(kind: Any, vision: Any, text: Any, layer: int, strategy: str, dtype: Any, **more: Any) -> Any:
+def llava_config(given: Given, kind: Any, vision: Any, text: Any, layer: int, strategy: str, **more: Any) -> Any:
     """Configuration of a LLaVA; raises ValueError if its encoder cannot be used so."""
     common: dict[str, Any] = {
         "vision_config": vision,
@@ -219,8 +214,9 @@ def llava_config(kind: Any, vision: Any, text: Any, layer: int, strategy: str, d
         "vision_feature_layer": layer,
         "vision_feature_select_strategy": strategy,
         "tie_word_embeddings": text.tie_word_embeddings,
-        "dtype": dtype,
+        "dtype": given.values.get("torch_dtype", given.values.get("dtype")),
     }
-    tokens = visual_tokens(LlavaConfig(**common))
-    assert tokens is not None
-    return kind(**common, image_seq_length=tokens.total, **more)
+    with reading(KEY, str(given.folder / CONFIG)):
+        tokens = visual_tokens(LlavaConfig(**common))
+        assert tokens is not None
+        return kind(**common, image_seq_length=tokens.total, **more)
