@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import tempfile
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,14 +41,11 @@ def main() -> None:
         values = {name: value for name, value in model.config.to_dict().items() if name not in OWN}
         model.config = LlavaConfig.from_dict(values)
         model.config.architectures = ["LlavaForConditionalGeneration"]
-    how = {"quantization_config": {"bits": BITS[weights]}} if weights in BITS else {"dtype": weights}
-    export_from_model(
-        model,
-        output,
-        task="image-text-to-text",
-        ov_config=OVConfig(**how),
-        preprocessors=[processor.tokenizer, processor],
-    )
+    how = OVConfig(dtype="fp32" if weights in BITS else weights)
+    speaker = [processor.tokenizer, processor]
+    export_from_model(model, output, task="image-text-to-text", ov_config=how, preprocessors=speaker)
+    if weights in BITS:
+        _pack(output, BITS[weights])
     processor.save_pretrained(output)
     served = OVModelForVisualCausalLM.from_pretrained(
         output, device="CPU", ov_config={"INFERENCE_PRECISION_HINT": "f32"}
@@ -58,6 +58,22 @@ def main() -> None:
         "optimum": version("optimum-intel"),
     }
     print("\n" + json.dumps(found))
+
+
+def _pack(folder: str, bits: int) -> None:
+    """Keep the matrices of the models in a folder in so many bits. Raises RuntimeError if they take as much room as before."""
+    from optimum.intel import OVModelForVisualCausalLM, OVWeightQuantizationConfig
+
+    whole = OVModelForVisualCausalLM.from_pretrained(folder, quantization_config=OVWeightQuantizationConfig(bits=bits))
+    before = sum(path.stat().st_size for path in Path(folder).glob("*.bin"))
+    with tempfile.TemporaryDirectory() as name:
+        whole.save_pretrained(name)
+        del whole  # its files are mapped
+        for path in Path(name).iterdir():
+            shutil.copy(path, folder)
+    after = sum(path.stat().st_size for path in Path(folder).glob("*.bin"))
+    if after > 0.6 * before:
+        raise RuntimeError(f"weights of {bits} bits take {after:,} bytes, of fp32 {before:,}: nothing was packed")
 
 
 def _prompt(processor: Any, question: str, seed: int) -> Any:
