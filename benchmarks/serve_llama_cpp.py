@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 import cdistill
-from benchmarks._results import ROOT, cpu_environment, results_folder, version
+from benchmarks._results import cpu_environment, results_folder, version
 from benchmarks._serving import EACH, questions, right
 from cdistill.builtin.task import SUBTYPES
 from cdistill.models.export import export
 from cdistill.models.gguf import QUANTIZE, export_gguf
+from cdistill.models.gguf.asking import LlamaCpp
 from cdistill.models.load import load_model
 from cdistill.models.processor import load_processor
 
@@ -64,9 +65,6 @@ def by_transformers(folder: Path) -> tuple[Ask, Callable[[int], None]]:
 
 def by_llama_cpp(folder: Path) -> tuple[Ask, Callable[[int], None]]:
     """The same of llama.cpp's server, by requests with an image."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from llama_cpp_server import LlamaCpp
-
     servers = {threads: LlamaCpp(folder, threads=threads) for threads in (1, THREADS)}
 
     def ask(messages: list[dict[str, Any]]) -> str:

@@ -1,5 +1,8 @@
 """Students for llama.cpp, and whether its server and transformers answer the same requests alike."""
 
+import json
+import urllib.request
+
 import torch
 from builtin_models import TOKENIZER
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -50,6 +53,15 @@ def assert_answers_alike(model, processor, server, messages, *, tolerance):
     for token, score in zip(tokens, scores, strict=True):
         for other in token["top_logprobs"]:
             assert abs(other["logprob"] - score[other["id"]]) < tolerance * (1 - score[other["id"]])
+
+
+def token_ids(llama_cpp, text):
+    """Tokens of a text by llama.cpp, special ones among them, without those that begin or end every text."""
+    asked = {"content": text, "add_special": False, "parse_special": True}
+    request = urllib.request.Request(f"{llama_cpp.server.listening_address}/tokenize", json.dumps(asked).encode())
+    request.add_header("Content-Type", "application/json")
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
+        return json.load(answer)["tokens"]
 
 
 def random_student(text, vision, layer, tokenizer=TOKENIZER):

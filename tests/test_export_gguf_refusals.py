@@ -10,7 +10,6 @@ from builtin_models import VISION, llava, text_config
 from export_cases import chats, save, taf_student
 from export_gguf_cases import SMALL, assert_answers_alike, random_student
 from gguf import GGUFWriter
-from llama_cpp_server import LlamaCpp
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -27,6 +26,7 @@ from cdistill.builtin.dataset import build_tokenizer
 from cdistill.cli import main
 from cdistill.models.export import export
 from cdistill.models.gguf import export_gguf, tensors, writing
+from cdistill.models.gguf.asking import LlamaCpp
 from cdistill.models.gguf.vocabulary import make_vocabulary
 from cdistill.models.processor import load_processor
 
@@ -173,12 +173,15 @@ def test_options_packages_and_outputs(tmp_path, capsys, monkeypatch):
         assert f"{words[0]}: --format gguf does without it" in refused(capsys, "builtin:teacher", out, *words)
     assert main(["export", "builtin:teacher", str(out), "--quantize", "f16"]) == 2
     assert capsys.readouterr().err.count("--format transformers does without it") == 1
-    with pytest.raises(ValueError, match=r"^quantize must be one of f16, q8_0, q4_k_m, got 'q2'$"):
+    with pytest.raises(ValueError, match=r"^quantize must be one of f16, q8_0, q4_0, q4_k_m, got 'q2'$"):
         export_gguf("builtin:teacher", out, quantize="q2")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "xllamacpp", None)
         said = refused(capsys, "builtin:teacher", out, "--quantize", "q4_k_m")
         assert "pip install xllamacpp, or export f16 and run llama-quantize FILE q4_k_m" in said
+        made = export_gguf("builtin:student-base", tmp_path / "unasked", check=True)
+        assert made.checked.endswith("; llama.cpp was not asked (pip install xllamacpp)")
+        capsys.readouterr()  # bars
         patch.setitem(sys.modules, "gguf", None)
         assert "pip install 'cdistill[gguf]'" in refused(capsys, "builtin:teacher", out)
     out.mkdir()
@@ -192,7 +195,7 @@ def test_options_packages_and_outputs(tmp_path, capsys, monkeypatch):
             export_gguf("builtin:teacher", tmp_path / "full")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "unasked"]
 
 
 def test_a_file_that_was_changed_is_told(tmp_path):
@@ -217,6 +220,9 @@ def test_llama_cpp_still_takes_the_class_token_for_a_patch(tmp_path, monkeypatch
     source = save(model, tmp_path / "model")
     processor = load_processor(export(source, tmp_path / "plain").folder, "model")
     monkeypatch.setattr(writing, "check_vision", lambda config: None)
+    with pytest.raises(ValueError, match=r"^output: llama.cpp answers as another model: log-probabilities differ by "):
+        export_gguf(source, tmp_path / "checked", check=True)
+    assert not (tmp_path / "checked").exists()
     server = LlamaCpp(export_gguf(source, tmp_path / "out").folder)
 
     def class_token_last(self, pixel_values, **_):

@@ -7,7 +7,7 @@ from typing import Any
 
 from cdistill.errors import InputError
 
-DTYPES, GGUF, OPENVINO = ("fp32", "bf16", "fp16"), ("f16", "q8_0", "q4_k_m"), ("fp32", "fp16", "int8", "int4")
+DTYPES, GGUF, OPENVINO = ("fp32", "bf16", "fp16"), ("f16", "q8_0", "q4_0", "q4_k_m"), ("fp32", "fp16", "int8", "int4")
 _OF_PROJECTS = ("dtype", "keep_taf")
 TAKES: dict[str, tuple[str, ...]] = {
     "transformers": ("dtype", "keep_taf", "code", "max_shard_size", "check"),

@@ -10,7 +10,7 @@ from cdistill.errors import InputError
 if TYPE_CHECKING:
     from cdistill.models.export import Exported
 
-QUANTIZE = ("f16", "q8_0", "q4_k_m")  # number formats of the language model's matrices
+QUANTIZE = ("f16", "q8_0", "q4_0", "q4_k_m")  # number formats of the language model's matrices
 
 
 def export_gguf(model: str | Path, output: str | Path, *, quantize: str = "f16", check: bool = False) -> Exported:
@@ -22,9 +22,11 @@ def export_gguf(model: str | Path, output: str | Path, *, quantize: str = "f16",
     Args:
         model: as for `cdistill.models.export.export`.
         output: a folder that does not exist or is empty.
-        quantize: of the language model's matrices: ``f16``, ``q8_0`` (blocks of 32 in 8 bits) or ``q4_k_m`` (llama.cpp's
-            mixture of 4 and 6 bits, packed by llama.cpp itself). Vectors are fp32, the encoder's matrices fp16.
-        check: read the files back and compare every tensor with the model's before the folder gets its name.
+        quantize: of the language model's matrices: ``f16``, ``q8_0`` (blocks of 32 in 8 bits), ``q4_0`` (layers in 4 bits,
+            embeddings and output in 8) or ``q4_k_m`` (llama.cpp's mixture of 4 and 6 bits, packed by llama.cpp itself). Vectors
+            are fp32, the encoder's matrices fp16. Layers that a stage has rounded to q8_0 or q4_0 keep their numbers.
+        check: before the folder gets its name, read the files back and compare every tensor with the model's, and where
+            xllamacpp is installed, let llama.cpp answer a question and compare that.
 
     Raises:
         ValueError: as `cdistill.models.export.export`; or a package is missing, or llama.cpp has nothing that a field of the

@@ -22,10 +22,11 @@ Kind = GGMLQuantizationType
 FILE_TYPES = {
     "f16": LlamaFileType.MOSTLY_F16,
     "q8_0": LlamaFileType.MOSTLY_Q8_0,
+    "q4_0": LlamaFileType.MOSTLY_Q4_0,
     "q4_k_m": LlamaFileType.MOSTLY_Q4_K_M,
 }
 # What llama.cpp takes where a row is no whole number of blocks.
-_COARSER = {Kind.Q4_K: Kind.Q5_0, Kind.Q6_K: Kind.Q8_0, Kind.Q5_0: Kind.F16, Kind.Q8_0: Kind.F16}
+_COARSER = {Kind.Q4_K: Kind.Q5_0, Kind.Q6_K: Kind.Q8_0, Kind.Q5_0: Kind.F16, Kind.Q8_0: Kind.F16, Kind.Q4_0: Kind.F16}
 _PACKED_BY_LLAMA_CPP = (Kind.Q4_K, Kind.Q6_K)
 # How far a weight may be from what was written, in parts of the largest of its block (q8_0: half of a 127th, and the scale
 # itself is an fp16), or the root mean square in parts of the tensor's.
@@ -64,6 +65,8 @@ def matrix_kind(name: str, quantize: str, layers: int, *, tied: bool) -> Kind:
         return Kind.F16
     if quantize == "q8_0":
         return Kind.Q8_0
+    if quantize == "q4_0":  # a stage that trains for it rounds the layers alone
+        return Kind.Q4_0 if name.startswith("blk.") else Kind.Q8_0
     if name == "output.weight" or (tied and name == "token_embd.weight"):
         return Kind.Q6_K
     parts = name.split(".")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,14 @@ from cdistill.errors import InputError
 from cdistill.files import building
 from cdistill.models.export import Exported, check_output, find_parts, load_merged
 from cdistill.models.folder import one_line
+from cdistill.models.gguf.asking import compare_answers
 from cdistill.models.gguf.language import check_language, language_entries, language_writer
 from cdistill.models.gguf.template import llama_cpp_template
 from cdistill.models.gguf.tensors import FILE_TYPES, Entry, check_file, check_packer, write_file
 from cdistill.models.gguf.vision import check_adapter, check_vision, image_remark, vision_entries, vision_writer
 from cdistill.models.gguf.vocabulary import add_vocabulary, make_vocabulary
 from cdistill.models.load import Model, load_config, load_tokenizer
-from cdistill.models.processor import load_image_processor
+from cdistill.models.processor import load_image_processor, load_processor
 
 MMPROJ = "mmproj-f16.gguf"
 Files = dict[str, tuple[GGUFWriter, list[Entry]]]
@@ -48,7 +51,7 @@ def write_model(model: str | Path, output: Path, quantize: str, *, check: bool) 
             images = load_image_processor(beside, "model")
             files[MMPROJ] = vision_writer(loaded.config, images), vision_entries(loaded)
             more.append(image_remark(loaded.config, images))
-    checked = _write(files, output, check)
+        checked = _write(files, output, partial(_ask, loaded, beside, quantize) if check else None)
     return Exported(output, type(loaded).__name__, quantize, tuple(merged), (*remarks, *more), checked)
 
 
@@ -81,15 +84,26 @@ def _template(tokenizer: Any, beside: Path) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _write(files: Files, output: Path, check: bool) -> str:
+def _ask(model: Model, beside: Path, quantize: str, folder: Path) -> str:
+    """Let llama.cpp and the model, by the processor in ``beside``, answer the same question; says how alike they are."""
+    sees = hasattr(model.config, "vision_config")
+    speaker = load_processor(beside, "model") if sees else load_tokenizer(beside, "model")
+    if getattr(speaker, "chat_template", None) is None:
+        return "llama.cpp was not asked, for want of a chat template"
+    return compare_answers(folder, model, speaker, quantize)
+
+
+def _write(files: Files, output: Path, ask: Callable[[Path], str] | None) -> str:
     said = []
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with building(output) as part:
             for name, (writer, entries) in files.items():
                 write_file(part / name, writer, entries)
-                if check:
+                if ask is not None:
                     said.append(check_file(part / name, entries))
+            if ask is not None:
+                said.append(ask(part))
     except OSError as error:
         raise InputError(f"output: {output} could not be written: {one_line(error)}") from None
     return "; ".join(said)
