@@ -178,6 +178,7 @@ ODD = [
     ("student", "preprocessor_config.json", "rescale_factor", {}, "the image processor in"),
     ("student", "preprocessor_config.json", "size", None, "checkpoint: "),
     ("teacher", "config.json", "vision_feature_layer", -9, "vision_feature_layer -9 does not exist"),
+    ("llava", "config.json", "rope_scaling", [], "rope_scaling"),
     ("llava", "config.json", "hidden_size", "x", "hidden_size must be a size"),
     ("llava", "config.json", "torch_dtype", "number", "torch_dtype"),
     ("llava", "generation_config.json", "eos_token_id", "x", "generation_config.json"),

@@ -215,7 +215,8 @@ def _grow(source: Source, tokenizer: PreTrainedTokenizerBase, weights: dict[str,
     wanted = source.config.text_config.vocab_size
     if wanted == rows:
         return
-    ids = (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    with reading(KEY, f"the tokenizer in {source.tokenizer}"):
+        ids = (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
     copied = next((token for token in ids if token is not None and token < rows), 0)
     for name in names.EMBEDDINGS:
         if name in weights:

@@ -140,8 +140,8 @@ def text_config(given: Given, values: Mapping[str, Any], kind: str, within: str 
         raise given.refused(f"{within}model_type", why, kind)
     rope = values.get("rope_scaling")
     if rope is not None:
-        name = rope.get("rope_type", rope.get("type")) if isinstance(rope, Mapping) else rope
-        if name not in {*ROPE_INIT_FUNCTIONS, "default"}:
+        name = rope.get("rope_type", rope.get("type")) if isinstance(rope, Mapping) else None
+        if name not in (*ROPE_INIT_FUNCTIONS, "default"):
             raise given.refused(
                 f"{within}rope_scaling", "rotary positions of a type that transformers does not know", rope
             )
