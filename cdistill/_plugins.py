@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
+from cdistill.errors import InputError
+
 GROUP = "cdistill.plugins"
 _imported: set[EntryPoint] = set()
 _importing = 0
@@ -31,7 +33,7 @@ def import_plugins() -> None:
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             message = f"plugin {point.name} ({point.value}) cannot be imported: {reason}; mend or uninstall it"
-            raise ValueError(message) from error
+            raise InputError(message) from error
         _imported.add(point)
 
 

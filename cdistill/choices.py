@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from cdistill.errors import InputError
+
 # Attention ops.
 AlignmentLoss: TypeAlias = Literal["cosine", "mse", "kl", "jsd"]
 RelationLoss: TypeAlias = Literal["cosine", "mse", "kl", "jsd", "reverse_kl"]
@@ -79,15 +81,15 @@ def check_choices(config: Any, name: str) -> None:
     for field, hint in get_type_hints(type(config), include_extras=True).items():
         value, key = getattr(config, field), f"{name}.{field}"
         if hint is bool and not isinstance(value, bool):
-            raise ValueError(f"{key} must be true or false, got {value!r}")
+            raise InputError(f"{key} must be true or false, got {value!r}")
         names = get_args(hint) if get_origin(hint) is Literal else ()
         if names and value not in names:
-            raise ValueError(f"{key} must be one of {', '.join(names)}, got {value!r}")
+            raise InputError(f"{key} must be one of {', '.join(names)}, got {value!r}")
         limits = {_LIMITS[type(x)][0]: getattr(x, _LIMITS[type(x)][1]) for x in getattr(hint, "__metadata__", ())}
         if limits and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ValueError(f"{key} must be a number, got {value!r}")
+            raise InputError(f"{key} must be a number, got {value!r}")
         if limits and not _within(value, limits):
-            raise ValueError(f"{key} must be {range_in_words(limits)}, got {value}")
+            raise InputError(f"{key} must be {range_in_words(limits)}, got {value}")
 
 
 def _within(value: float, limits: Mapping[str, float]) -> bool:
@@ -153,7 +155,7 @@ class VATConfig:
         check_choices(self, "vat")
         found = list(self.problems())
         if found:
-            raise ValueError("\n".join(found))
+            raise InputError("\n".join(found))
         for name in ("student_layers", "teacher_layers"):
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))

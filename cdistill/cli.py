@@ -13,6 +13,7 @@ from cdistill.attention import command as analyzing
 from cdistill.builtin import command as builtin
 from cdistill.data import command as data
 from cdistill.demo import command as demo
+from cdistill.errors import InputError
 from cdistill.eval import benchmarks
 from cdistill.eval import command as evaluation
 from cdistill.files import disk_full
@@ -165,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     wrong = menu.unknown(words, COMMANDS)
     if wrong is not None:
-        print_error(ValueError(wrong))
+        print_error(InputError(wrong))
         return 2
     parser = menu.parser(GROUPS, COMMANDS)
     if " ".join(words[:2]) in COMMANDS:  # as in `eval score`

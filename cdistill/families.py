@@ -11,6 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from cdistill._plugins import import_plugins, registers_everywhere
+from cdistill.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,19 +69,19 @@ class Family:
     def __post_init__(self) -> None:
         where = f"family {self.model_type!r}"
         if not isinstance(self.model_type, str) or not self.model_type:
-            raise ValueError(f"{where}: model_type must be a model type of transformers, such as 'internvl'")
+            raise InputError(f"{where}: model_type must be a model type of transformers, such as 'internvl'")
         for name in _NAMES:
             value = getattr(self, name)
             if not isinstance(value, tuple) or not all(isinstance(one, str) and one for one in value):
-                raise ValueError(f"{where}: {name} must be a tuple of names, got {value!r}")
+                raise InputError(f"{where}: {name} must be a tuple of names, got {value!r}")
         said = self.refused_keywords
         if not isinstance(said, Mapping) or not all(isinstance(text, str) for pair in said.items() for text in pair):
-            raise ValueError(f"{where}: refused_keywords must say of each keyword what it is, got {said!r}")
+            raise InputError(f"{where}: refused_keywords must say of each keyword what it is, got {said!r}")
         kinds = self.logit_fields
         if not isinstance(kinds, Mapping) or not set(kinds.values()) <= {"factor", "divisor", "softcap"}:
-            raise ValueError(f"{where}: logit_fields must say factor, divisor or softcap of each field, got {kinds!r}")
+            raise InputError(f"{where}: logit_fields must say factor, divisor or softcap of each field, got {kinds!r}")
         if self.blank is not None and not callable(self.blank):
-            raise ValueError(f"{where}: blank must be a function, got {self.blank!r}")
+            raise InputError(f"{where}: blank must be a function, got {self.blank!r}")
 
 
 _MAPPINGS = ("refused_keywords", "logit_fields")
@@ -241,9 +242,9 @@ def register_family(family: Family) -> None:
         ValueError: it is no `Family`, or its model type has a row already.
     """
     if not isinstance(family, Family):
-        raise ValueError(f"family must be a cdistill.Family, got {type(family).__name__}")
+        raise InputError(f"family must be a cdistill.Family, got {type(family).__name__}")
     if family.model_type in TABLE or family.model_type == COMMON.model_type:
-        raise ValueError(f"family {family.model_type!r} has a row already: only one of another model type can be added")
+        raise InputError(f"family {family.model_type!r} has a row already: only one of another model type can be added")
     TABLE[family.model_type] = family
     if registers_everywhere():
         _EVERYWHERE.add(family.model_type)
@@ -263,7 +264,7 @@ def require_known_everywhere(configs: Iterable[Any], processes: int) -> None:
     """Raise ValueError for a row that this process has and ``processes`` that are started for a recipe would not."""
     for model_type in (kind for config in configs for kind in _model_types(config)):
         if processes > 1 and model_type in TABLE.keys() - _EVERYWHERE:
-            raise ValueError(
+            raise InputError(
                 f"family {model_type!r} is known in this process alone, and processes is {processes}: set it to 1, register it "
                 "in a plugin, or start a script that does and calls cdistill.train.run under torchrun"
             )

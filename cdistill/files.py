@@ -21,6 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from cdistill.errors import InputError
+
 MARK = ".cdistill-"  # in the names of what is being written
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCK = ".cdistill.lock"  # file that holds the lock of a folder
@@ -109,7 +111,7 @@ def owned(folder: Path, what: str = "output", *, wait: float | None = None) -> I
     path, deadline = folder / LOCK, time.monotonic() + (WAIT_SECONDS if wait is None else wait)
     while (descriptor := _try_to_own(path, folder, what)) is None:
         if time.monotonic() > deadline:
-            raise ValueError(
+            raise InputError(
                 f"{what} {folder} is in use by another run ({_owner(path)}): wait for its end, or choose another folder"
             )
         time.sleep(_POLL_SECONDS)

@@ -16,6 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from cdistill.errors import InputError
+
 COMPLETE = "complete"  # the manifest; without it a folder that this package has made is partial
 BLOCK = 1 << 24
 # Suffixes that loaders look for.
@@ -37,7 +39,7 @@ def verify(folder: Path, what: str, *, needed: bool = False) -> None:
     """
     if not (folder / COMPLETE).is_file():
         if needed:
-            raise ValueError(
+            raise InputError(
                 f"{what}: {folder} is damaged (its list of files, {COMPLETE}, is missing): put it back, or delete the folder"
             )
         return
@@ -48,7 +50,7 @@ def verify(folder: Path, what: str, *, needed: bool = False) -> None:
         return
     reason = damage(folder)
     if reason is not None:
-        raise ValueError(f"{what}: {folder} is damaged ({reason}): put it back, or make it again")
+        raise InputError(f"{what}: {folder} is damaged ({reason}): put it back, or make it again")
     _verified[place] = now
 
 
@@ -100,7 +102,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder; raises ValueError or what reading it raises if it is none."""
     manifest = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
     if not isinstance(manifest, dict):
-        raise ValueError("not a mapping")
+        raise InputError("not a mapping")
     return manifest
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from cdistill import __version__
+from cdistill.errors import InputError
 
 PROGRAM = "cdistill"
 SHELLS = ("bash", "zsh", "fish")
@@ -105,7 +106,7 @@ def completion(commands: Mapping[str, Command], shell: str, recipes: Iterable[st
     try:
         import shtab
     except ImportError:
-        raise ValueError("completion needs shtab: pip install shtab") from None
+        raise InputError("completion needs shtab: pip install shtab") from None
     top = argparse.ArgumentParser(prog=PROGRAM)
     top.add_argument("--version", action="store_true", help="tell the version")
     below = top.add_subparsers(dest="command")

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from cdistill.errors import InputError
+
 from . import _launch
 from ._slice_pairs import (
     block_of_rows,
@@ -55,9 +57,9 @@ REDUCTIONS = ("row", "matrix", "column")
 def _loss(name: str, reduction: str) -> Loss:
     """The record of a loss; ValueError for a name, or that of a reduction, which is not known here."""
     if name not in LOSSES:
-        raise ValueError(f"loss must be one of {tuple(LOSSES)}, got {name!r}")
+        raise InputError(f"loss must be one of {tuple(LOSSES)}, got {name!r}")
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+        raise InputError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     return LOSSES[name]
 
 

@@ -31,19 +31,6 @@ from ._primitives import (
 WINDOWS_PER_LAUNCH = 62
 
 
-@triton.jit
-def wholly_visible(
-    b_row,  # (BM,)
-    b_col,  # (BN,)
-    CAUSAL: tl.constexpr,
-):
-    """Whether every row of the tile sees every column: then no entry needs a mask."""
-    seen = (tl.min(b_row, 0) >= 0) & (tl.min(b_col, 0) >= 0)
-    if CAUSAL:
-        seen &= tl.min(b_row, 0) >= tl.max(b_col, 0)
-    return seen
-
-
 @triton.jit(do_not_specialize=[*BATCH_DEPENDENT, "windows"])
 def slice_forward_kernel(
     p_q,  # (B, Hq, T, D)

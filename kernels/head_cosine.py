@@ -213,7 +213,7 @@ def head_cosine(problem, target):
 def head_cosine_backward(problem, kept, target, grad, base):
     """Gradient of ``head_cosine`` for grad (B,Hq,R), which is zero where rows are -1; otherwise as `slice_backward`.
 
-    Without an lse ``base`` is None, and dlse zero but for rounding.
+    Without an lse ``base`` and dlse are None.
     """
     peak, share, *factors = kept
     cosine = torch.stack([peak, share, *(x * grad for x in factors)])

@@ -29,10 +29,44 @@ from ._primitives import (
     store_vectors,
     visible,
 )
-from .attention_slice import (
-    suffix,
-    wholly_visible,
-)
+from .attention_slice import suffix
+
+# Positions looked at in one step: few steps, because each waits for memory.
+SCAN = tl.constexpr(1024)
+
+
+@triton.jit
+def wholly_visible(
+    b_row,  # (BM,)
+    b_col,  # (BN,)
+    CAUSAL: tl.constexpr,
+):
+    """Whether every row of the tile sees every column: then no entry needs a mask."""
+    seen = (tl.min(b_row, 0) >= 0) & (tl.min(b_col, 0) >= 0)
+    if CAUSAL:
+        seen &= tl.min(b_row, 0) >= tl.max(b_col, 0)
+    return seen
+
+
+@triton.jit
+def columns_seen_by_all(
+    b_row,  # (BM,)
+    p_cols,  # (V,) of one sample
+    p_mask,  # (T,) of one sample, or None: every key is real
+    V,
+    CAUSAL: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """How many of the columns, from the first one on, all rows see: none of their tiles needs a mask."""
+    last = tl.min(b_row, 0)
+    if not CAUSAL:
+        last = tl.where(last >= 0, 2147483647, -1)
+    b_first = tl.zeros((BN,), tl.int32) + V
+    for i_n in tl.range(0, V, BN):
+        o_n = i_n + tl.arange(0, BN)
+        b_col = load_keys(p_cols, p_mask, o_n, V)
+        b_first = tl.minimum(b_first, tl.where((b_col >= 0) & (b_col <= last), V, o_n))
+    return tl.min(b_first, 0)
 
 
 @triton.jit
@@ -116,7 +150,7 @@ def slice_backward_rows_kernel(
 
     Either may be left out; with ADD dq is added to what is there. P is recomputed: storing it per head is slower and
     bigger. Transposed throughout, dq^T += k^T dS^T with P^T = exp(scale*k.q^T - lse), so that no dot result is a left
-    operand.
+    operand. G is read in vectors of G_UNIT columns; what these find behind the last column is hidden.
     """
     if not runs(p_again, CAREFUL):
         return
@@ -132,28 +166,31 @@ def slice_backward_rows_kernel(
     if p_gain is not None:
         b_gain = tl.load(p_gain + i_b)
 
+    n_read = tl.cdiv(V, G_UNIT) * G_UNIT
+    n_whole = columns_seen_by_all(b_row, p_cols + i_b * V, p_mask, V, CAUSAL, SCAN)
     b_dqT = tl.zeros((BD, BM), tl.float32)
-    b_dlse = tl.zeros((BM,), tl.float32)
+    b_sumT = tl.zeros((BN, BM), tl.float32)
     for i_n in tl.range(0, V, BN):
         o_n = i_n + tl.arange(0, BN)
         b_col = load_keys(p_cols + i_b * V, p_mask, o_n, V)
         b_k = load_vectors(p_k, b_col, stride_kt, UNIT, D, BD)
         p_tile = p_grad + tl.cast(i_n, tl.int64) * stride_gv
         p_tile = p_tile + tl.arange(0, BM)[None, :] * stride_gr * G_UNIT + tl.arange(0, BN)[:, None] * stride_gv
-        b_gT = tl.load(p_tile, mask=(o_m < R)[None, :] & (o_n < V)[:, None], other=0.0).to(tl.float32)
+        b_gT = tl.load(p_tile, mask=(o_m < R)[None, :] & (o_n < n_read)[:, None], other=0.0).to(tl.float32)
         b_pT = exponentials(scores(b_k, b_q), scale, b_lse[None, :]) * b_share[None, :]
         if p_cosine is not None:
             b_gT = b_pT * b_cos[None, :] - b_gT * b_inverse[None, :]
         b_dsT = b_pT * (b_gT * b_gain)
-        # An `if`, because positions come in any order: no range of blocks is known to be visible before they are read.
-        if not wholly_visible(b_row, b_col, CAUSAL):
+        # An `if`, because without one Triton takes the second product for chained to the first and repeats it (sm_90).
+        if i_n + BN > n_whole:
             b_dsT = tl.where(visible(b_row[None, :], b_col[:, None], CAUSAL), b_dsT, 0.0)
-        b_dlse -= tl.sum(b_dsT, 0)
+        if p_dlse is not None:
+            b_sumT += b_dsT
         if p_dq is not None:
             b_dqT = accumulate(load_finite(b_k, p_k, b_col, stride_kt, UNIT, D, BD, CAREFUL), b_dsT, b_dqT)
     weight /= b_gain
     if p_dlse is not None:
-        tl.store(p_dlse + (i_b * Hq + i_h) * T + b_row, b_dlse * weight, mask=b_row >= 0)
+        tl.store(p_dlse + (i_b * Hq + i_h) * T + b_row, -tl.sum(b_sumT, 0) * weight, mask=b_row >= 0)
     if p_dq is not None:
         o_row = b_row if ADD else tl.where(b_row >= 0, o_m, -1)
         o_row = tl.where(check(b_dqT, p_again, CAREFUL), -1, o_row)
@@ -220,6 +257,7 @@ def slice_backward_cols_kernel(
     if p_gain is not None:
         b_gain = tl.load(p_gain + i_b)
 
+    n_read = tl.cdiv(V, G_UNIT) * G_UNIT
     b_dkT = tl.zeros((BD, BN), tl.float32)
     n_steps = tl.cdiv(R, BM) * GROUP
     for i_step in tl.range(0, n_steps):
@@ -232,7 +270,7 @@ def slice_backward_cols_kernel(
         b_lse, b_share, b_cos, b_inverse = row_factors(p_lse, p_share, p_cosine, i_b, i_h, b_row, o_m, R, T, Hq)
         p_tile = p_grad + (i_h * stride_gh + tl.cast(i_m, tl.int64) * stride_gr) * G_UNIT
         p_tile = p_tile + tl.arange(0, BM)[:, None] * stride_gr * G_UNIT + tl.arange(0, BN)[None, :] * stride_gv
-        b_g = tl.load(p_tile, mask=(o_m < R)[:, None] & (o_n < V)[None, :], other=0.0).to(tl.float32)
+        b_g = tl.load(p_tile, mask=(o_m < R)[:, None] & (o_n < n_read)[None, :], other=0.0).to(tl.float32)
         b_p = exponentials(scores(b_q, b_k), scale, b_lse[:, None]) * b_share[:, None]
         if p_cosine is not None:
             b_g = b_p * b_cos[:, None] - b_g * b_inverse[:, None]
@@ -271,6 +309,17 @@ def add_rows_kernel(
     store_vectors(p_dq, b_row, tl.trans(b_d), stride_dqt, True, UNIT, D, BD)
 
 
+def gradient_unit(grad):
+    """In how many columns at a time grad (B,Hq,R,V) may be read: 8, if rows begin at multiples of it and have room behind V."""
+    *strides, stride_v = grad.stride()
+    columns = triton.cdiv(grad.shape[3], _launch.ALIGNMENT) * _launch.ALIGNMENT
+    end = (
+        grad.storage_offset() + sum((n - 1) * stride for n, stride in zip(grad.shape, strides, strict=False)) + columns
+    )
+    room = end * grad.element_size() <= grad.untyped_storage().nbytes()
+    return _launch.common_unit(strides) if stride_v == 1 and room else 1
+
+
 def slice_backward(problem, grad, base, bound=None, into=None):
     """Gradient of ``slice_forward`` at fixed lse, added to dq and dk of ``base(dlse)``; returns dq, dk and dlse.
 
@@ -290,13 +339,16 @@ def head_gradients(problem, grad, base, gain, *, weight=1.0, cosine=None):
     """What `slice_backward` says, for grad (B,Hq,R,V) times ``weight``; ``cosine`` as in `row_factors` instead of the lse.
 
     dlse must be known before ``base`` runs, and dq exists only after it: where dq of the rows is no larger than a slice it
-    is kept meanwhile, else the rows are gone through twice. gain (B,) are factors for fp16 operands, or None.
+    is kept meanwhile, else the rows are gone through twice. A problem without an lse has no dlse, which is None, and no base.
+    gain (B,) are factors for fp16 operands, or None.
     """
     q, k, (B, Hq, R, V) = problem.q, problem.k, grad.shape
     tiles, lse = ("slice", problem.lse) if cosine is None else ("cosine", None)
-    dlse = torch.zeros(B, Hq, q.shape[2], dtype=torch.float32, device=q.device)
+    dlse = None
+    if problem.lse is not None:
+        dlse = torch.zeros(B, Hq, q.shape[2], dtype=torch.float32, device=q.device)
     *strides, stride_gv = grad.stride()
-    unit = _launch.common_unit(strides)
+    unit = gradient_unit(grad)
     options = {f"stride_g{axis}": stride // unit for axis, stride in zip("bhr", strides, strict=True)}
     options.update(stride_gv=stride_gv, G_UNIT=unit, p_grad=grad, p_gain=gain, weight=weight)
     options.update(**lse_arguments(lse), p_cosine=cosine, p_cols=problem.cols, V=V)
@@ -311,9 +363,9 @@ def head_gradients(problem, grad, base, gain, *, weight=1.0, cosine=None):
             _launch.launch_checked(slice_backward_rows_kernel, grid, **common)
 
     # fp32, because the gradient through lse nearly cancels it
-    keep = Hq * q.shape[3] <= V
+    keep = dlse is not None and Hq * q.shape[3] <= V
     drows = torch.empty(B, Hq, R, q.shape[3], dtype=torch.float32, device=q.device) if keep else None
-    if grad.numel():
+    if grad.numel() and dlse is not None:
         launch_rows(drows, dlse, False)
     dq, dk = (torch.zeros_like(q), torch.zeros_like(k)) if base is None else base(dlse)
     if grad.numel():

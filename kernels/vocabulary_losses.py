@@ -14,6 +14,8 @@ pass sums the others' probability alone and nothing cancels.
 import triton
 import triton.language as tl
 
+from cdistill.errors import InputError
+
 from . import _launch
 from ._primitives import LN2, LOG2E
 
@@ -265,7 +267,7 @@ def vocabulary_losses(rows, options) -> None:
     """
     student, teacher, top, labels, ce, kd = rows
     if options.divergence not in DIVERGENCES:
-        raise ValueError(f"divergence must be one of {DIVERGENCES}, got {options.divergence!r}")
+        raise InputError(f"divergence must be one of {DIVERGENCES}, got {options.divergence!r}")
     scaled = options.temperature != 1.0
     tile = _launch.vocabulary_tile(student.device, scaled)
     common = {
@@ -294,6 +296,6 @@ def vocabulary_losses(rows, options) -> None:
     values, indices, tail = top
     K = values.shape[1]
     if K > MOST_TOP:
-        raise ValueError(f"teacher_topk must hold at most {MOST_TOP} tokens a row for impl='triton', got {K}")
+        raise InputError(f"teacher_topk must hold at most {MOST_TOP} tokens a row for impl='triton', got {K}")
     width = triton.next_power_of_2(K)
     _launch.launch(top_vocabulary_kernel, grid, p_value=values, p_index=indices, p_tail=tail, K=K, BK=width, **common)

@@ -56,7 +56,6 @@ def outcome(case):
         # AutoTokenizer takes Qwen2Tokenizer for whatever stands beside a Qwen2 model.
         auto = AutoProcessor if hasattr(model.config, "vision_config") else PreTrainedTokenizerFast
         processor = auto.from_pretrained(case["folder"])
-        getattr(processor, "tokenizer", processor).padding_side = "left"
         result["processed"] = processor.apply_chat_template(
             case["messages"],
             add_generation_prompt=True,

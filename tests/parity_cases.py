@@ -27,6 +27,7 @@ from cdistill.train.lora import add_lora
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES, set_trained
 from cdistill.train.recipes import LoRAConfig, StageConfig
+from cdistill.train.rounding import round_weights
 from cdistill.train.terms import Term
 from cdistill.train.trainer import DistillTrainer, training_arguments
 from cdistill.vat import VAT, VATConfig, attention_layers
@@ -58,6 +59,7 @@ class Case:
     packed: bool
     accumulation: int
     checkpointing: bool
+    grid: str | None = None  # that weights are rounded to
 
     def __str__(self) -> str:
         flags = [f.name for f in fields(self) if getattr(self, f.name) is True]
@@ -222,6 +224,8 @@ def prepared(case: Case, student: Any, teacher: Any) -> tuple[tuple[Term, ...], 
     lora = LoRAConfig(r=4, alpha=8, dropout=0.0) if case.lora else None
     if lora is not None:
         add_lora(student, lora)
+    if case.grid is not None:
+        round_weights(student, case.grid, "quantization")
     set_trained(student, objective)
     if case.checkpointing:
         checkpoint_activations(student, reentrant=False)

@@ -13,7 +13,7 @@ from builtin_models import save_base
 from export_cases import batch, save, taf_student
 from family_models import FAMILIES, build, draw
 from safetensors import safe_open
-from transformers import AutoTokenizer, Gemma3TextConfig, GPTNeoXConfig, LlamaTokenizer, Qwen3MoeConfig
+from transformers import AutoTokenizer, Gemma3TextConfig, GPTNeoXConfig, LlamaTokenizer, Qwen3MoeConfig, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from cdistill.cli import main
@@ -272,3 +272,22 @@ def test_a_folder_is_checked_in_a_fresh_process_before_it_gets_its_name(tmp_path
     torch.testing.assert_close(
         load_model(tmp_path / "out")(**batch()).logits, taf_student()(**batch()).logits, rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("taf", [False, True])
+def test_a_pipeline_answers_a_batch_as_it_answers_each_alone(taf, tmp_path):
+    """Prompts of unequal length are padded by transformers' own pipeline, on the side that the folder says."""
+    if taf:
+        save(taf_student(), tmp_path / "trained")
+    export(tmp_path / "trained" if taf else "builtin:teacher", tmp_path / "student", merge_taf=False)
+    ask = pipeline("image-text-to-text", model=str(tmp_path / "student"), device="cpu")
+    words = ["describe the scene", "how many red circles are there ?", "A"]
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "image": picture(i)}, {"type": "text", "text": text}]}]
+        for i, text in enumerate(words)
+    ]
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "return_full_text": False}
+    alone = [ask(text=chat, **options)[0]["generated_text"] for chat in chats]
+    together = [replies[0]["generated_text"] for replies in ask(text=chats, batch_size=3, **options)]
+    assert together == alone and len(set(alone)) > 1
+    assert ask.tokenizer.padding_side == "left"

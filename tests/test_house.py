@@ -12,14 +12,17 @@ from pathlib import Path
 
 import pytest
 
+import cdistill
 from cdistill._moved import MOVED
+from cdistill.runtime.errors import RunError
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 HEAVY = ("torch", "triton", "deepspeed", "transformers", "datasets", "matplotlib", "lmms_eval")
 
-# A room may import itself, the rooms it lists, and what those list.
+# A room may import itself, the rooms it lists, what those list, and the errors.
 ALLOWED = {
+    "errors": set(),
     "choices": set(),
     "files": set(),
     "manifest": set(),
@@ -30,6 +33,7 @@ ALLOWED = {
     "vat": {"ops", "families"},
     "models": {"vat", "files", "manifest"},
     "_register": {"models"},
+    "serving": {"models"},
     "_moved": set(),
     "_plugins": set(),
     "menu": set(),
@@ -52,7 +56,7 @@ ALLOWED = {
 
 
 def reachable(room: str) -> set[str]:
-    found = {room}
+    found = {room, "errors"}
     for below in ALLOWED[room]:
         found |= reachable(below)
     return found
@@ -196,3 +200,13 @@ def test_package_folder_called_kernels_is_not_shadowed():
     code = "import importlib.util as u; s = u.find_spec('kernels'); print(s is None or s.origin is None)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == "True"
+
+
+def test_errors_have_one_base():
+    """A ValueError of ours is an InputError, but in files that travel without the package."""
+    alone = {"models/taf.py", "models/readback.py", "serving/to_openvino.py"}
+    for path in [*(ROOT / "cdistill").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]:
+        if not str(path).endswith(tuple(alone)):
+            assert not re.search(r"(raise|return) ValueError\(", path.read_text()), path
+    assert issubclass(cdistill.InputError, ValueError) and issubclass(cdistill.InputError, cdistill.CdistillError)
+    assert issubclass(RunError, RuntimeError) and issubclass(RunError, cdistill.CdistillError)

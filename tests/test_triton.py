@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cdistill.kernels import _launch, backend
+from cdistill.kernels import _launch, backend, slice_gradient
 
 from cdistill import choices
 from cdistill.ops import attention_alignment, attention_with_alignment, reference
@@ -110,6 +110,19 @@ def test_counts_around_the_tile_edges(R, V, poisoned_empty):
         assert_close(got, want, same)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_tiles_that_all_rows_see_and_others(causal):
+    """Rows and columns in order: the first tile needs no mask, the others do. What lies behind the columns does not count."""
+    q, k, *_ = draw(41, B=1, T=80, D=16)
+    rows, cols = torch.arange(36, 52, device=DEVICE)[None], torch.arange(71, device=DEVICE)[None]
+    grad = torch.full((1, 16, 72), torch.nan, device=DEVICE)[..., :71].copy_(normal(42, 1, 16, 71))
+    options = {"causal": causal, "each": False, "grad": grad}
+    exact = eager(q, k, rows, cols, None, torch.float64, **options)
+    rounded = eager(q, k, rows, cols, None, torch.float32, **options)
+    for got, want, same in zip(ours(q, k, rows, cols, None, **options), exact, rounded, strict=True):
+        assert_close(got, want, same)
+
+
 def test_row_lse_of_every_kind_of_row():
     q, k, rows, cols, key_mask = draw(3)
     key_mask[0, : int(rows[0, 0]) + 1] = False
@@ -148,16 +161,18 @@ def test_gradients_add_to_what_is_there_and_any_grad_strides_do():
     x = attention_problem(q, k, None, (rows, cols), causal=True, scale=0.2, key_mask=key_mask)
     x = x._replace(lse=backend.row_lse(x))
     grad = normal(7, 2, 41, 19).transpose(1, 2)
+    padded = torch.full((2, 19, 48), torch.nan, device=DEVICE)[..., :41].copy_(grad)
     results = []
-    for start, g in ((0.0, grad.contiguous()), (3.0, grad)):
+    for start, g in ((0.0, grad.contiguous()), (3.0, grad), (0.0, padded)):
         base = (torch.full((2, 50, 2, 24), start, device=DEVICE).transpose(1, 2), torch.full_like(k, start))
         dq, dk, dlse = backend.slice_backward(x, g, lambda _, base=base: base)
         assert dq is base[0] and dk is base[1]
         results.append((dq - start, dk - start, dlse))
     new = backend.slice_backward(x, grad, None)
-    for one, two, three in zip(*results, new, strict=True):
+    for one, two, behind, three in zip(*results, new, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
         torch.testing.assert_close(one, three, rtol=0, atol=1e-6)
+        assert torch.equal(one, behind)
     into = (torch.full_like(q, 3.0), torch.full_like(k, 3.0))
     backend.row_lse_backward(x, new[2], into=into)
     for got, want in zip(into, backend.row_lse_backward(x, new[2]), strict=True):
@@ -168,6 +183,18 @@ def test_gradients_add_to_what_is_there_and_any_grad_strides_do():
     torch.testing.assert_close(
         at_rows(dlse, rows)[rows.expand(2, 2, 19) >= 0], (-a.sum(-1) / 2)[rows.expand(2, 2, 19) >= 0]
     )
+
+
+def test_gradients_are_read_behind_their_last_column_where_there_is_room():
+    store = torch.empty(2, 3, 16, device=DEVICE)
+    padded, exact = store[..., :9], store.flatten()[: 5 * 16 + 9]  # without the 7 numbers behind the last row
+    unit = slice_gradient.gradient_unit
+    assert unit(store[:, None]) == unit(padded[:, None]) == unit(padded[:, None].expand(2, 4, 3, 9)) == 8
+    assert unit(exact.clone().as_strided((2, 1, 3, 9), (48, 48, 16, 1))) == 1
+    assert unit(padded.contiguous()[:, None]) == 1
+    assert unit(padded[:, None].transpose(2, 3)) == 1
+    assert unit(store[0, 0].expand(2, 1, 3, 16)) == 8
+    assert unit(store[0, 0, :1].expand(2, 1, 3, 9)) == 1
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the benchmarks check it on a GPU, with memory that is there")

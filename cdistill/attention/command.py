@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cdistill.attention import data_options
+from cdistill.errors import InputError
 from cdistill.eval.run import DTYPES, LOAD_IN, batch_size
 
 if TYPE_CHECKING:
@@ -109,11 +110,11 @@ def _maps(options: argparse.Namespace) -> int:
 
     results.check_folder(options.output)
     if (options.question is None) != (not options.image):
-        raise ValueError("--question and --image belong together")
+        raise InputError("--question and --image belong together")
     if options.answer is not None and options.question is None:
-        raise ValueError("--answer is of --question")
+        raise InputError("--answer is of --question")
     if options.image and options.task:
-        raise ValueError("--image and --task: name one of the two")
+        raise InputError("--image and --task: name one of the two")
     if options.image:
         cases = [maps.own_case(options.image, options.question, options.answer)]
     else:
@@ -173,7 +174,7 @@ def _load(options: argparse.Namespace, *, builtin: bool) -> Models:
 
     twice = [name for name in options.students if options.students.count(name) > 1]
     if twice:
-        raise ValueError(f"model: {twice[0]} is named twice among the students")
+        raise InputError(f"model: {twice[0]} is named twice among the students")
     how = {"dtype": options.dtype, "load_in": options.load_in, "device_map": options.device_map}
     # models of the built-in task have no image processor of their own, and know its pixels
     teacher, *students = [load(name, **how, usual_processor=builtin) for name in (options.teacher, *options.students)]

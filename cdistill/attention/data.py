@@ -15,6 +15,7 @@ from cdistill.attention.models import Models, Reading
 from cdistill.data.images import open_image
 from cdistill.data.mix import open_source
 from cdistill.data.samples import BadSampleError, ImageFile, Sample
+from cdistill.errors import InputError
 from cdistill.eval import benchmarks, tasks
 from cdistill.eval.benchmarks.builtin import FAMILIES
 from cdistill.eval.contract import Benchmark, Question
@@ -57,16 +58,16 @@ def sets_of(options: argparse.Namespace, *, answered: bool = True) -> list[Set]:
         ValueError: an option or file is not right, or a set has no question about an image.
     """
     if options.limit < 1:
-        raise ValueError(f"--limit must be at least 1, got {options.limit}")
+        raise InputError(f"--limit must be at least 1, got {options.limit}")
     for name in ("data", "images"):
         folder = getattr(options, name)
         if folder is not None and not folder.is_dir():
-            raise ValueError(f"--{name}: there is no folder {str(folder)!r}")
+            raise InputError(f"--{name}: there is no folder {str(folder)!r}")
     samples = getattr(options, "samples", [])
     names = list(dict.fromkeys(name for task in options.task for name in benchmarks.names(task)))
     names = names or ([] if samples else [BUILTIN])
     if options.data is None and (others := [name for name in names if name != BUILTIN]):
-        raise ValueError(
+        raise InputError(
             f"--data must name the folder of {others[0]}'s files; `cdistill eval presets` says what to fetch"
         )
     found = []
@@ -78,7 +79,7 @@ def sets_of(options: argparse.Namespace, *, answered: bool = True) -> list[Set]:
         blind = [question for question in each.questions if not question.images]
         each.questions = [question for question in each.questions if question.images]
         if not each.questions:
-            raise ValueError(
+            raise InputError(
                 f"{each.name}: holds no question about an image that could be asked, so there is no attention to one"
             )
         if blind:

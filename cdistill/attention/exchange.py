@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from cdistill.attention.models import Models, heads_of, matches_of
 from cdistill.attention.observation import TINY, SliceReader, places
 from cdistill.data.conversations import TOKEN_TYPES
+from cdistill.errors import InputError
 from cdistill.eval.inference import Inference
 from cdistill.eval.prompts import Prompt
 from cdistill.ops import attention_slice
@@ -64,13 +65,13 @@ def exchange(models: Models, student: int, *, span: Any, share: float, heads: st
     """
     ours, theirs = models.students[student].model, models.teacher.model
     if not 0 < share <= 1:
-        raise ValueError(f"--share must be above 0 and at most 1, got {share:g}")
+        raise InputError(f"--share must be above 0 and at most 1, got {share:g}")
     try:
         matches, _ = matches_of(span, ours, theirs)
     except ValueError as error:
-        raise ValueError(f"--layers {span}: {models.names[student]}: {error}") from None
+        raise InputError(f"--layers {span}: {models.names[student]}: {error}") from None
     if heads == EACH and heads_of(ours) != heads_of(theirs):
-        raise ValueError(
+        raise InputError(
             f"--heads each needs equally many heads, and {models.names[student]} has {heads_of(ours)} for the teacher's "
             f"{heads_of(theirs)}; use mean"
         )
@@ -78,7 +79,7 @@ def exchange(models: Models, student: int, *, span: Any, share: float, heads: st
         return Exchange(matches, share, None, heads == EACH)
     chosen = [part.strip() for part in heads.split(",")]
     if not all(part.isdecimal() and int(part) < heads_of(ours) for part in chosen):
-        raise ValueError(
+        raise InputError(
             f"--heads must be mean, each, or heads of 0 to {heads_of(ours) - 1} of {models.names[student]} with commas, got "
             f"{heads!r}"
         )

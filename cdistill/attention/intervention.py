@@ -12,6 +12,7 @@ from cdistill.attention.data import Set
 from cdistill.attention.exchange import AsStudent, Exchanged, both_installed, exchange
 from cdistill.attention.models import Models
 from cdistill.data.samples import BadSampleError
+from cdistill.errors import InputError
 from cdistill.eval.contract import Answer
 from cdistill.eval.inference import Inference
 from cdistill.eval.paired import Difference, differences, draws
@@ -66,7 +67,7 @@ def answers(models: Models, of: Set, inference: Inference, title: str, batch_siz
             said |= {answer.question.id: answer for answer in some}
     if runner.unread:
         name, why = next(iter(runner.unread.items()))
-        raise ValueError(f"{of.name}: question {name!r} cannot be asked: {why}")
+        raise InputError(f"{of.name}: question {name!r} cannot be asked: {why}")
     return [said[question.id] for question in of.questions]
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from cdistill.errors import InputError
+
 Box = tuple[float, float, float, float]  # left, top, right, bottom as shares of the picture
 WHOLE_PICTURE: Box = (0.0, 0.0, 1.0, 1.0)
 WHOLE, TILES, FRAME = "whole", "tiles", "frame"
@@ -62,14 +64,14 @@ def layout(shown: Shown) -> list[Piece]:
     """
     kind = shown.config.model_type
     if kind not in LAYOUTS:
-        raise ValueError(
+        raise InputError(
             f"maps: where the visual tokens of {kind} lie is not known; nothing can be drawn (known: {', '.join(LAYOUTS)})"
         )
     pieces, used = LAYOUTS[kind](shown)
     count = int(shown.visual.sum())
     if used != count:
         explained = "does not explain them" if used < 0 else f"explains {used}"
-        raise ValueError(
+        raise InputError(
             f"maps: {kind} has {count} visual tokens here, and its layout {explained}; nothing can be drawn"
         )
     return pieces

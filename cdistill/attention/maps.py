@@ -17,6 +17,7 @@ from cdistill.attention.layout import Piece, Shown, layout
 from cdistill.attention.models import Models, Reading
 from cdistill.data.images import open_image
 from cdistill.data.samples import BadSampleError, ImageFile
+from cdistill.errors import InputError
 from cdistill.eval.contract import Question
 from cdistill.eval.inference import Inference
 from cdistill.vat import Regions, SliceRecorder, attention_layers, installed, layer_range
@@ -48,7 +49,7 @@ def own_case(images: Sequence[Path], question: str, answer: str | None) -> Case:
         try:
             opened.append(open_image(ImageFile(path)))
         except BadSampleError as error:
-            raise ValueError(f"--image {path}: {error}") from None
+            raise InputError(f"--image {path}: {error}") from None
     names = tuple(map(str, images))
     kind = "generate" if answer is None else "log_likelihood"
     return Case(Question("question", question, names, kind, answer or "", 32), opened)
@@ -100,7 +101,7 @@ def _layers(inference: Inference, name: str, spans: Sequence[str]) -> dict[str, 
         try:
             result[span] = layer_range(attention_layers(inference.model), span)
         except ValueError as error:
-            raise ValueError(f"--layers {span}: {name}: {error}") from None
+            raise InputError(f"--layers {span}: {name}: {error}") from None
     return result
 
 
@@ -161,7 +162,7 @@ def _rows(models: Models, reading: Reading, words: str | None) -> list[int]:
     rows = [first + i for i in places_of(words, reading.tokens[first:], models.teacher.prompts.tokenizer)]
     if not rows:
         text = models.teacher.prompts.tokenizer.decode(reading.tokens[first:], skip_special_tokens=True)
-        raise ValueError(f"--words {words!r} are not in the text after the image: {' '.join(text.split())!r:.200}")
+        raise InputError(f"--words {words!r} are not in the text after the image: {' '.join(text.split())!r:.200}")
     return rows
 
 

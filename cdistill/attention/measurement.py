@@ -12,6 +12,7 @@ from tqdm import tqdm
 from cdistill.attention.data import Set
 from cdistill.attention.models import Models
 from cdistill.attention.observation import answer_rows, equal_parts, observe
+from cdistill.errors import InputError
 from cdistill.eval.contract import Answer, Question
 from cdistill.eval.runner import Asked, Runner
 
@@ -70,7 +71,7 @@ def measure(models: Models, of: Set, batch_size: int | None, *, probabilities: b
         of.left_out[why.split(": ")[0]] += 1
     there = [question for question in asked if question.id in found]
     if not there:
-        raise ValueError(
+        raise InputError(
             f"{of.name}: none of its {len(asked):,} questions can be asked: {next(iter(runner.unread.values()))}"
         )
     samples = [[found[question.id][model] for question in there] for model in range(1 + len(models.students))]

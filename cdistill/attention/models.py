@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from cdistill.data.samples import Message, Sample
+from cdistill.errors import InputError
 from cdistill.eval.contract import Question
 from cdistill.eval.inference import WAYS, Inference
 from cdistill.eval.loading import Loaded
@@ -77,7 +78,7 @@ class Models:
         self.loaded = (teacher, *students)
         for each in self.loaded:
             if not each.sees:
-                raise ValueError(f"model: {each.name} sees no images, so there is no attention to them")
+                raise InputError(f"model: {each.name} sees no images, so there is no attention to them")
         inferences = []
         for each in self.loaded:
             inference = Inference(each.model, Prompts(each.processor))
@@ -91,7 +92,7 @@ class Models:
         self._alike = [_reads_alike(teacher.processor, student.processor) for student in students]
         for student in students:
             if (ids := visual_token_ids(student.model)) != visual_token_ids(teacher.model):
-                raise ValueError(
+                raise InputError(
                     f"model: visual tokens of {student.name} have the ids {ids}, those of {teacher.name} "
                     f"{visual_token_ids(teacher.model)}: teacher and students must read the same tokens"
                 )
@@ -159,11 +160,11 @@ class Models:
         counts = [sum(token in ids for token in text) for text in (mine, theirs)]
         who = f"{self.loaded[0].name} and {self.names[student]}"
         if counts[0] != counts[1]:
-            raise ValueError(
+            raise InputError(
                 f"model: {who} see {counts[0]} and {counts[1]} visual tokens in {name!r}; attention can be compared between "
                 "equal numbers only"
             )
-        raise ValueError(
+        raise InputError(
             f"model: {who} read {name!r} as different tokens (their tokenizers or chat templates differ); attention can be "
             "compared between equal tokens only"
         )
@@ -172,7 +173,7 @@ class Models:
 def _encoder(inference: Inference, name: str) -> Any:
     encoder = inference.prompts.encoder
     if encoder is None:
-        raise ValueError(
+        raise InputError(
             f"model: {name} has a chat template or processor by which answers cannot be told from questions"
         )
     return encoder

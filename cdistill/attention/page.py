@@ -10,6 +10,7 @@ from typing import Any
 
 from cdistill.analysis import figures
 from cdistill.analysis.page import DARK, document
+from cdistill.errors import InputError
 
 Result = Mapping[str, Any]
 
@@ -265,7 +266,7 @@ def _picture(folder: Path, name: str, alt: str, caption: str) -> str:
     try:
         data = base64.b64encode((folder / name).read_bytes()).decode()
     except OSError as error:
-        raise ValueError(f"{folder / name}: {error.strerror}; run `cdistill analyze maps` again") from None
+        raise InputError(f"{folder / name}: {error.strerror}; run `cdistill analyze maps` again") from None
     return f'<figure><img src="data:image/png;base64,{data}" alt="{escape(alt)}"><figcaption>{caption}</figcaption></figure>'
 
 

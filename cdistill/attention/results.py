@@ -12,6 +12,7 @@ import numpy as np
 
 from cdistill import __version__
 from cdistill.attention.models import Models, heads_of
+from cdistill.errors import InputError
 from cdistill.eval.files import read_text
 from cdistill.files import write_text
 from cdistill.vat import attention_layers
@@ -62,7 +63,7 @@ def numbers(values: Any) -> Any:
 def check_folder(folder: Path) -> None:
     """Raise ValueError unless results can be written to a folder and the page made of what is there, in one line."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output: {str(folder)!r} is a file; name a folder")
+        raise InputError(f"--output: {str(folder)!r} is a file; name a folder")
     read(folder)
 
 
@@ -81,9 +82,9 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
             result = json.loads(read_text(path))
             said = result["analysis"], result["version"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: is not what `cdistill analyze` writes ({error!r:.80}); move it away") from None
+            raise InputError(f"{path}: is not what `cdistill analyze` writes ({error!r:.80}); move it away") from None
         if said != (analysis, VERSION):
-            raise ValueError(
+            raise InputError(
                 f"{path}: holds results of {said[0]!r}, version {said[1]}, and this is version {VERSION} of {analysis!r}; run "
                 "the analysis again in another folder"
             )
@@ -96,7 +97,7 @@ def write(folder: Path, result: Mapping[str, Any]) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--output: {folder} cannot be made ({error.strerror})") from None
+        raise InputError(f"--output: {folder} cannot be made ({error.strerror})") from None
     path = folder / f"{result['analysis']}.json"
     write_text(path, json.dumps(numbers(dict(result)), indent=1, ensure_ascii=False) + "\n")
     return [path, write_page(folder)]
@@ -108,6 +109,6 @@ def write_page(folder: Path) -> Path:
 
     found = read(folder)
     if not found:
-        raise ValueError(f"{folder}: holds no results of `cdistill analyze`")
+        raise InputError(f"{folder}: holds no results of `cdistill analyze`")
     write_text(folder / PAGE, page(found, folder))
     return folder / PAGE

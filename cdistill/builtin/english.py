@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from cdistill.builtin.scenes import COLOURS, RELATIONS, SHAPES
+from cdistill.errors import InputError
 
 _COLOUR, _SHAPE = "|".join(COLOURS), "|".join(SHAPES)
 _NAME = rf"(?:(?:{_COLOUR}) )?(?:{_SHAPE})"
@@ -39,7 +40,7 @@ def question(text: str) -> str:
     for pattern, words in _QUESTIONS:
         if pattern.fullmatch(text):
             return pattern.sub(words, text)
-    raise ValueError(f"no question of the built-in task: {text!r:.60}")
+    raise InputError(f"no question of the built-in task: {text!r:.60}")
 
 
 def answer(text: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cdistill.builtin.scenes import COLOURS, GRID, OPPOSITE, RELATIONS, SHAPES, Scene, Thing
+from cdistill.errors import InputError
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 YES_NO, CAPTIONS = ("yes", "no"), ("A", "B")
@@ -173,7 +174,7 @@ def ask(scene: Scene, subtype: str, rng: random.Random) -> Question | None:
     if subtype in _DIRECT:
         return _DIRECT[subtype](scene, rng)
     if subtype not in _CAPTION_PAIRS:
-        raise ValueError(f"subtype must be one of {', '.join(DIRECT + COMPOSITIONAL)}, got {subtype!r}")
+        raise InputError(f"subtype must be one of {', '.join(DIRECT + COMPOSITIONAL)}, got {subtype!r}")
     pair = caption_pair(scene, subtype, rng)
     if pair is None:
         return None

@@ -15,6 +15,7 @@ from cdistill.builtin import questions
 from cdistill.builtin.dataset import BuiltinDataset, Collator
 from cdistill.builtin.task import SUBTYPES, BuiltinTask
 from cdistill.data.samples import IGNORE_INDEX
+from cdistill.errors import InputError
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "recognition": questions.RECOGNITION,
@@ -113,9 +114,9 @@ def evaluate(
     """
     for name, value in (("n", n), ("batch_size", batch_size)):
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+            raise InputError(f"{name} must be at least 1, got {value}")
     if modality == "image" and not hasattr(model.config, "vision_config"):
-        raise ValueError("modality must be text for a model without a vision encoder, got 'image'")
+        raise InputError("modality must be text for a model without a vision encoder, got 'image'")
     was_training = model.training
     model.eval()
     result: dict[str, Any] = {"standard_error": {}, "constant_answer": {}, "n": n, "seed": seed}

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from cdistill.builtin.questions import COMPOSITIONAL, DIRECT
+from cdistill.errors import InputError
 
 SUBTYPES = (*DIRECT, *COMPOSITIONAL)
 MODALITIES = ("image", "text")
@@ -30,21 +31,21 @@ class BuiltinTask:
 
     def __post_init__(self) -> None:
         if self.modality not in MODALITIES:
-            raise ValueError(f"modality must be {' or '.join(MODALITIES)}, got {self.modality!r}")
+            raise InputError(f"modality must be {' or '.join(MODALITIES)}, got {self.modality!r}")
         if not 0.0 <= self.caption <= 1.0:
-            raise ValueError(f"caption must lie between 0 and 1, got {self.caption}")
+            raise InputError(f"caption must lie between 0 and 1, got {self.caption}")
         if not 0.0 <= self.text < 1.0:
-            raise ValueError(f"text must be at least 0 and below 1, got {self.text}")
+            raise InputError(f"text must be at least 0 and below 1, got {self.text}")
         if self.text and (self.modality == "text" or not self.turns):
-            raise ValueError(
+            raise InputError(
                 "text must be 0 with modality text or without turns: it is the share of written scenes with questions"
             )
         if self.sentences < 0:
-            raise ValueError(f"sentences must not be negative, got {self.sentences}")
+            raise InputError(f"sentences must not be negative, got {self.sentences}")
         if self.turns < 0 or (self.turns == 0 and self.caption < 1.0):
-            raise ValueError(f"turns must be at least 1 (0 where every sample has a caption), got {self.turns}")
+            raise InputError(f"turns must be at least 1 (0 where every sample has a caption), got {self.turns}")
         unknown = set(self.subtypes) - set(SUBTYPES)
         if unknown or not self.subtypes:
-            raise ValueError(
+            raise InputError(
                 f"subtypes must be some of {', '.join(SUBTYPES)}, got {', '.join(sorted(unknown)) or 'none'}"
             )

@@ -23,6 +23,7 @@ from cdistill.builtin.dataset import BuiltinDataset
 from cdistill.builtin.scenes import COLOURS, GRID, RELATIONS, SHAPES, Scene, Thing
 from cdistill.builtin.task import BuiltinTask
 from cdistill.data.samples import IMAGE_TOKEN
+from cdistill.errors import InputError
 from cdistill.files import building
 
 LISTS, PEOPLE = 5, 10  # R-Bench's lists of question ids, and the people who answer a question of VQAv2
@@ -63,9 +64,9 @@ def write(task: str, folder: Path, *, n: int = 100, seed: int = 0, plain_english
         ValueError: the folder is not empty, or n is not positive.
     """
     if n < 1:
-        raise ValueError(f"--n must be at least 1, got {n}")
+        raise InputError(f"--n must be at least 1, got {n}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: is there already; name a folder that is new or empty")
+        raise InputError(f"{folder}: is there already; name a folder that is new or empty")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with building(folder) as part:
@@ -74,7 +75,7 @@ def write(task: str, folder: Path, *, n: int = 100, seed: int = 0, plain_english
             if not any((part / "images").iterdir()):
                 (part / "images").rmdir()
     except OSError as error:
-        raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
+        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
     return entries
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cdistill.data.conversations import Encoded
 from cdistill.data.samples import IGNORE_INDEX
+from cdistill.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def next_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     room = 0
     for index, length in enumerate(lengths):
         if length > max_length:
-            raise ValueError(
+            raise InputError(
                 f"max_length of packed rows is {max_length}, a sample has {length} tokens; encode with that max_length"
             )
         if length > room:

@@ -24,13 +24,14 @@ from cdistill.data.images import named_format, open_image, true_format
 from cdistill.data.presets import TEXT_ONLY
 from cdistill.data.samples import BadSampleError, ImageBytes, ImageFile, Mark, Sample, Source, Unread
 from cdistill.data.scan import starts_list
+from cdistill.errors import CdistillError, InputError
 from cdistill.files import writing
 
 CHUNK = 128  # records that a process takes at a time
 DUPLICATE, MISNAMED, SAME_ID = "duplicate record", "misnamed image", "duplicate id"
 
 
-class CheckError(RuntimeError):
+class CheckError(CdistillError, RuntimeError):
     """The check itself could not be finished."""
 
 
@@ -123,7 +124,7 @@ def check(
         ValueError: ``workers`` is less than 1.
     """
     if workers is not None and workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
+        raise InputError(f"workers must be at least 1, got {workers}")
     _look_at.cache_clear()
     tallies = [_Tally(source) for source in sources]
     tasks = [

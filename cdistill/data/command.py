@@ -15,6 +15,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from cdistill.data import presets
+from cdistill.errors import InputError
 from cdistill.files import write_text, writing
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def column_names(pairs: Sequence[str]) -> dict[str, str]:
     """What ``--columns`` says: which column of a Hugging Face set holds what. Raises ValueError for what is no pair."""
     wrong = [pair for pair in pairs if not all(pair.partition("="))]
     if wrong:
-        raise ValueError(f"columns must be pairs such as image=picture, got {wrong[0]!r}")
+        raise InputError(f"columns must be pairs such as image=picture, got {wrong[0]!r}")
     return dict(pair.split("=", 1) for pair in pairs)
 
 
@@ -123,7 +124,7 @@ def _check(options: argparse.Namespace, load_processor: LoadProcessor) -> int:
     beside = os.path.abspath(path) if path.is_dir() else options.path if path.exists() else path.name
     listed = options.bad or Path(f"{beside}.bad.jsonl")
     if listed == options.fix:
-        raise ValueError(f"bad and fix must be two files, got {str(listed)!r} twice")
+        raise InputError(f"bad and fix must be two files, got {str(listed)!r} twice")
     encoder = _encoder(options, load_processor)
     bar = tqdm(total=sum(map(len, sources)), unit=" records", disable=None)
     try:
@@ -157,19 +158,19 @@ def _encoder(options: argparse.Namespace, load_processor: LoadProcessor) -> Any:
     if options.processor is None:
         given = next((name for name in ("template", "max_length") if getattr(options, name) is not None), None)
         if given is not None:
-            raise ValueError(f"{given} needs a model: name it by --processor")
+            raise InputError(f"{given} needs a model: name it by --processor")
         return None
 
     from cdistill.data.conversations import Encoder
 
     if options.max_length is not None and options.max_length < 2:
-        raise ValueError(f"max_length must be at least 2, got {options.max_length}")
+        raise InputError(f"max_length must be at least 2, got {options.max_length}")
     return Encoder(load_processor(options.processor), options.template or "auto", options.max_length)
 
 
 def _refuse_to_fix(sources: list[Source], path: Path, output: Path) -> None:
     if not path.is_file() or len(sources) != 1 or not hasattr(sources[0], "raw"):
-        raise ValueError("fix works on one file of annotations (.json, .jsonl): fix those of a mix one by one")
+        raise InputError("fix works on one file of annotations (.json, .jsonl): fix those of a mix one by one")
     _try_new(output, "fix")
 
 
@@ -179,7 +180,7 @@ def _try_new(path: Path, option: str) -> None:
         path.touch(exist_ok=False)
         path.unlink()
     except OSError as error:
-        raise ValueError(
+        raise InputError(
             f"{option} must be a new file where it can be written, got {str(path)!r}: {error.strerror}"
         ) from None
 
@@ -206,7 +207,7 @@ def _bad_list(path: Path) -> Iterator[Callable[[Source, Bad], None]]:
         try:
             file = at_end.enter_context(writing(path))
         except OSError as error:
-            raise ValueError(f"bad must be a file that can be written, got {str(path)!r}: {error.strerror}") from None
+            raise InputError(f"bad must be a file that can be written, got {str(path)!r}: {error.strerror}") from None
         count = 0
 
         def write(source: Source, bad: Bad) -> None:
@@ -222,7 +223,7 @@ def _bad_list(path: Path) -> Iterator[Callable[[Source, Bad], None]]:
 def _refuse_to_replace(path: Path) -> None:
     """Raise ValueError for anything but the list of an earlier check."""
     if path.is_dir() or (path.exists() and path.open("rb").read(len(_LINE)) not in (_LINE, b"")):
-        raise ValueError(f"bad replaces no other file: {str(path)!r} is no list of bad records, name another")
+        raise InputError(f"bad replaces no other file: {str(path)!r} is no list of bad records, name another")
 
 
 def table(sources: Sequence[Source], found: Sequence[Totals]) -> list[str]:
@@ -282,9 +283,9 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _show(options: argparse.Namespace, load_processor: LoadProcessor) -> int:
     if options.n < 1:
-        raise ValueError(f"n must be at least 1, got {options.n}")
+        raise InputError(f"n must be at least 1, got {options.n}")
     if options.html is not None and not options.html.parent.is_dir():
-        raise ValueError(f"html: there is no folder {str(options.html.parent)!r}")
+        raise InputError(f"html: there is no folder {str(options.html.parent)!r}")
     source = _open(options)
 
     from cdistill.data.conversations import Encoder
@@ -295,7 +296,7 @@ def _show(options: argparse.Namespace, load_processor: LoadProcessor) -> int:
         renderer = Encoder(load_processor(options.processor), options.template or "auto")
     elif options.template is not None:
         if options.template == "auto":
-            raise ValueError("template auto is a model's own: name the model by --processor")
+            raise InputError("template auto is a model's own: name the model by --processor")
         renderer = without_tokenizer(options.template)
     shown = [show(source, index, renderer) for index in choose(len(source), options.n, options.seed)]
     if options.html is None:
@@ -316,7 +317,7 @@ def _presets_arguments(parser: argparse.ArgumentParser) -> None:
 def _presets(options: argparse.Namespace) -> int:
     if options.name is None:
         if options.write is not None:
-            raise ValueError("write needs the name of a preset")
+            raise InputError("write needs the name of a preset")
         width = max(map(len, presets.PRESETS))
         for name, preset in presets.PRESETS.items():
             print(f"{name:{width}}  {preset.records:>9,}  {preset.title}")

@@ -12,6 +12,7 @@ import numpy as np
 
 from cdistill.data.samples import BadSampleError, Message, blamed_on_sample
 from cdistill.data.templates import Template
+from cdistill.errors import InputError
 
 _FORMS: tuple[Literal["NFC", "NFKC"], ...] = ("NFC", "NFKC")  # what tokenizers may do to a text
 _GLUE = ("", "\ue000", "\u3001", "a")
@@ -95,7 +96,7 @@ class LabelContract:
         whole = self.tokenizer("a")["input_ids"]
         count = len(whole) - len(own)
         if whole[count:] != own:
-            raise ValueError(
+            raise InputError(
                 f"{type(self.tokenizer).__name__} adds {self.tokenizer.convert_ids_to_tokens(whole[-1])} after every text, "
                 "also after a prompt, where an answer has to follow; set add_eos_token to false in tokenizer_config.json"
             )

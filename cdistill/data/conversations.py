@@ -15,6 +15,7 @@ from torch import Tensor
 from cdistill.data.contract import LabelContract
 from cdistill.data.images import check_resizing
 from cdistill.data.samples import IGNORE_INDEX, BadSampleError, Mark, Message, blamed_on_sample
+from cdistill.errors import InputError
 
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # what processors may say of every token
 
@@ -66,9 +67,9 @@ class Encoder:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.max_length: int | None = None
         if not self.tokenizer.is_fast:
-            raise ValueError(f"{type(self.tokenizer).__name__} is not a fast tokenizer, which labels need")
+            raise InputError(f"{type(self.tokenizer).__name__} is not a fast tokenizer, which labels need")
         if self.tokenizer.pad_token_id is None:
-            raise ValueError(
+            raise InputError(
                 f"{type(self.tokenizer).__name__} has no pad_token, which batches need; set one in "
                 "tokenizer_config.json (eos_token will do)"
             )
@@ -205,7 +206,7 @@ class Encoder:
         add = bos is None or not text.startswith(bos)
         (expected,) = self.processor(text=[text], images=[images], add_special_tokens=add)["input_ids"]
         if prompt != list(expected):
-            raise ValueError(
+            raise InputError(
                 f"{type(self.processor).__name__} makes {len(expected)} tokens of a question about two images, "
                 f"{len(prompt)} of its words and its images by themselves: labels cannot be placed"
             )

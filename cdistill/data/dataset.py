@@ -13,6 +13,7 @@ from cdistill.data.conversations import Encoded, Encoder
 from cdistill.data.images import open_image
 from cdistill.data.mix import HeldOut, Order
 from cdistill.data.samples import BadSampleError, Sample, Source
+from cdistill.errors import InputError
 
 BAD = "bad_samples"  # key of a batch
 ATTEMPTS = 100
@@ -86,7 +87,7 @@ class SampleDataset(Dataset):
             tried.add(index)
             index = self._substitute(number, index, attempt, tried)
         last = left_out[-1]
-        raise ValueError(
+        raise InputError(
             f"{self.source.name}: {ATTEMPTS} samples in a row cannot be used, the last is {last.place} ({last.reason}: "
             f"{last.detail}); `cdistill data check` tells what is wrong"
         )

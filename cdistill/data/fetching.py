@@ -10,6 +10,8 @@ import urllib.request
 from typing import Any
 from urllib.parse import urlsplit
 
+from cdistill.errors import InputError
+
 SECONDS = 20.0  # from the first packet to the last byte, redirects included
 
 
@@ -73,9 +75,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, request: Any, file: Any, code: int, message: str, headers: Any, url: str) -> Any:
         here, there = urlsplit(request.full_url), urlsplit(url)
         if there.scheme not in ("http", "https"):
-            raise ValueError(f"it redirects to {url[:200]!r}, which is not fetched")
+            raise InputError(f"it redirects to {url[:200]!r}, which is not fetched")
         if there.hostname != here.hostname and is_private(there.hostname or ""):
-            raise ValueError(f"it redirects to {url[:200]!r}, an address of this machine or its net")
+            raise InputError(f"it redirects to {url[:200]!r}, an address of this machine or its net")
         return super().redirect_request(request, file, code, message, headers, url)
 
 
@@ -96,7 +98,7 @@ def fetch(url: str, most: int, *, seconds: float = SECONDS) -> bytes:
         OSError: it cannot be had within ``seconds``.
     """
     if not url.startswith(("http://", "https://")):
-        raise ValueError(f"only http and https are fetched: {url[:200]!r}")
+        raise InputError(f"only http and https are fetched: {url[:200]!r}")
     with _Deadline(seconds) as deadline:
         opener = urllib.request.OpenerDirector()
         for handler in (

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from cdistill.errors import InputError
+
 _ODD = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\\]")
 
 
@@ -22,7 +24,7 @@ class KnownFile:
     def of(cls, path: Path) -> KnownFile:
         """Raises ValueError where there is no file."""
         if not path.is_file():
-            raise ValueError(f"no such file: {path}")
+            raise InputError(f"no such file: {path}")
         status = path.stat()
         return cls(path, status.st_size, status.st_mtime_ns)
 
@@ -32,12 +34,12 @@ class KnownFile:
         try:
             status = os.fstat(handle)
             if (status.st_size, status.st_mtime_ns) != (self.size, self.changed):
-                raise ValueError(f"{self.path} was changed while it was in use; start anew")
+                raise InputError(f"{self.path} was changed while it was in use; start anew")
             parts = []
             while length > 0:
                 parts.append(os.pread(handle, length, offset))
                 if not parts[-1]:
-                    raise ValueError(f"{self.path} ends before byte {offset + length}")
+                    raise InputError(f"{self.path} ends before byte {offset + length}")
                 offset += len(parts[-1])
                 length -= len(parts[-1])
             return b"".join(parts)

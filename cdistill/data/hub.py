@@ -30,6 +30,7 @@ from cdistill.data.records import (
     read_record,
 )
 from cdistill.data.samples import FIRST_RECORDS, ImageBytes, ImageFile, Sample, Sizes, Unread
+from cdistill.errors import InputError
 
 if TYPE_CHECKING:
     import datasets
@@ -79,7 +80,7 @@ def _one_line_errors(path: str) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetsError) and error.__cause__ else error
         plain = isinstance(cause, (ValueError, OSError, csv.Error, datasets.exceptions.DatasetsError))
         message = " ".join(f"{'' if plain else f'{type(cause).__name__}: '}{cause}".split())
-        raise ValueError(message if path in message else f"{path} cannot be read: {message}") from error
+        raise InputError(message if path in message else f"{path} cannot be read: {message}") from error
 
 
 def _load(path: str, config: str | None, split: str, streaming: bool) -> Any:
@@ -88,26 +89,26 @@ def _load(path: str, config: str | None, split: str, streaming: bool) -> Any:
     if path.startswith(HUB):
         return datasets.load_dataset(path.removeprefix(HUB), config, split=split, streaming=streaming)
     if "://" in path:
-        raise ValueError(f"sets are read from local files or from the hub ({HUB}owner/name), never from URLs: {path}")
+        raise InputError(f"sets are read from local files or from the hub ({HUB}owner/name), never from URLs: {path}")
     if config is not None:
-        raise ValueError(f"config is for names on the hub ({HUB}owner/name), got {config!r} for {path}")
+        raise InputError(f"config is for names on the hub ({HUB}owner/name), got {config!r} for {path}")
     if is_saved(path):
         _refuse_files_elsewhere(path)
         data = datasets.load_from_disk(path)
         if isinstance(data, datasets.DatasetDict):
             if split not in data:
-                raise ValueError(f"{path} has no split {split!r}, it has {', '.join(data)}")
+                raise InputError(f"{path} has no split {split!r}, it has {', '.join(data)}")
             data = data[split]
         return data.to_iterable_dataset() if streaming else data
     files = os.path.join(path, "**", "*.parquet") if os.path.isdir(path) else path
     builder = _BUILDERS.get(os.path.splitext(files)[1].lower())
     if builder is None:
-        raise ValueError(f"datasets are read from {', '.join(_BUILDERS)}, {HUB}owner/name or a folder, got {path}")
+        raise InputError(f"datasets are read from {', '.join(_BUILDERS)}, {HUB}owner/name or a folder, got {path}")
     options = _all_text(files) if builder == "csv" else {}
     try:
         return datasets.load_dataset(builder, **options, data_files={split: files}, split=split, streaming=streaming)
     except FileNotFoundError as error:
-        raise ValueError(f"no such files: {files}") from error
+        raise InputError(f"no such files: {files}") from error
 
 
 def _all_text(files: str) -> dict[str, Any]:
@@ -129,7 +130,7 @@ def _refuse_files_elsewhere(path: str) -> None:
                 names = [entry["filename"] if isinstance(entry, dict) else entry for entry in json.load(file)[key]]
             outside = [name for name in names if leaves_folder(name)]
             if outside:
-                raise ValueError(f"{found} names what lies out of its folder: {outside[0]!r:.80}")
+                raise InputError(f"{found} names what lies out of its folder: {outside[0]!r:.80}")
 
 
 def is_saved(path: str) -> bool:
@@ -171,9 +172,9 @@ class HubDataset:
         self.name, self.images, self.allow_urls = name, images, allow_urls
         self.in_order = not hasattr(data, "__len__")
         if self.in_order and size is None:
-            raise ValueError(f"size must be given for {name}: a stream does not tell how many samples it has")
+            raise InputError(f"size must be given for {name}: a stream does not tell how many samples it has")
         if size is not None and size < 1:
-            raise ValueError(f"size must be at least 1 for {name}, got {size}")
+            raise InputError(f"size must be at least 1 for {name}, got {size}")
         there = list(data.column_names or next(iter(data), {}))
         self.columns = find_columns(there, columns or {}, name)
         self._image_columns = [column for column, key in self.columns.items() if IMAGES.fullmatch(key)]
@@ -261,7 +262,7 @@ class HubDataset:
             if row is None:
                 self._length = self._index + 1
                 if not self._length:
-                    raise ValueError(f"{self.name}: the stream has no samples")
+                    raise InputError(f"{self.name}: the stream has no samples")
                 return self._from_stream(index % self._length)
             self._row, self._index = row, self._index + 1
         return self._row
@@ -291,16 +292,16 @@ def find_columns(there: list[str], given: Mapping[str, str], name: str) -> dict[
     """
     for key, column in given.items():
         if key not in _SLOTS:
-            raise ValueError(f"columns of {name}: {key!r} is none of {', '.join(_SLOTS)}")
+            raise InputError(f"columns of {name}: {key!r} is none of {', '.join(_SLOTS)}")
         if column not in there:
-            raise ValueError(f"columns of {name}: {key} is {column!r}, there are {', '.join(there)}")
+            raise InputError(f"columns of {name}: {key} is {column!r}, there are {', '.join(there)}")
     forms = [form for form in _FORMS if given.keys() & set(form)] or list(_FORMS)
     filled = {key for key, names in _SLOTS.items() if key in given or not set(names).isdisjoint(there)}
     if len({key for form in _FORMS for key in form} & given.keys() - set(forms[0])) or not any(
         filled >= set(form) for form in forms
     ):
         wanted = " or ".join(" and ".join(form) for form in _FORMS)
-        raise ValueError(f"columns of {name}: say which hold {wanted}; there are {', '.join(there)}")
+        raise InputError(f"columns of {name}: say which hold {wanted}; there are {', '.join(there)}")
     hidden = {n for key in given for n in (_SLOTS[key] if key != "image" else filter(IMAGES.fullmatch, there))}
     if given.keys() & {key for form in _FORMS for key in form}:
         hidden |= {n for form in _FORMS if form not in forms for key in form for n in _SLOTS[key]}

@@ -21,6 +21,7 @@ from PIL import ExifTags, Image
 from cdistill.data.fetching import fetch
 from cdistill.data.files import is_odd, leaves_folder
 from cdistill.data.samples import BadSampleError, ImageBytes, ImageFile
+from cdistill.errors import InputError
 
 MAX_PIXELS = 1 << 26  # 67 million: 8192 x 8192
 MAX_BYTES = 1 << 28
@@ -251,7 +252,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
     if picture.mode in ("I", "F"):
-        raise ValueError(f"32-bit values (mode {picture.mode}) have no known range")
+        raise InputError(f"32-bit values (mode {picture.mode}) have no known range")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")

@@ -19,6 +19,7 @@ from cdistill.data.llava import LlavaJson
 from cdistill.data.registry import names_reader, open_registered
 from cdistill.data.samples import FIRST_RECORDS, Sample, Sizes, Source, Unread
 from cdistill.data.shards import TarShards
+from cdistill.errors import InputError
 
 _ROWS = (".parquet", ".arrow", ".csv")
 _MIX = (".yaml", ".yml")
@@ -65,27 +66,27 @@ def open_source(
         return registered
     suffix = os.path.splitext(path)[1].lower()
     if suffix in _PICKLES:
-        raise ValueError(f"pickles are never loaded: {path}; save the set as JSON, parquet or tar")
+        raise InputError(f"pickles are never loaded: {path}; save the set as JSON, parquet or tar")
     is_tar = suffix in (".tar", ".tgz") or ".tar." in os.path.basename(path).lower()
     given = [option for option, value in rows.items() if value is not None]
     title = name or _title(path)
     if path.startswith(HUB) or is_saved(path) or suffix in _ROWS or _holds(path, "**/*.parquet") or given:
         if given and (is_tar or suffix in _MIX):
-            raise ValueError(f"{given[0]} is for sets of datasets, got it with {path}")
+            raise InputError(f"{given[0]} is for sets of datasets, got it with {path}")
         data = load_hub(path, config=config, split=split or "train", streaming=streaming)
         default = Path(path).parent if os.path.isfile(path) else None
         roots = _roots(images) or default
         return HubDataset(data, columns=columns, images=roots, size=size, allow_urls=allow_urls, name=title)
     if suffix in _MIX:
         if images is not None or allow_urls:
-            raise ValueError(f"images and allow_urls stand in the mix itself, got them with {path}")
+            raise InputError(f"images and allow_urls stand in the mix itself, got them with {path}")
         return open_mix(path, seed=seed, name=name)
     if is_tar or _holds(path, "*.tar"):
         if images is not None or allow_urls:
-            raise ValueError(f"images of tars lie within them, got images or allow_urls with {path}")
+            raise InputError(f"images of tars lie within them, got images or allow_urls with {path}")
         return TarShards(path, name=title)
     if os.path.isdir(path):
-        raise ValueError(f"{path} is a folder without tars, parquet files or a set of save_to_disk: name a file")
+        raise InputError(f"{path} is a folder without tars, parquet files or a set of save_to_disk: name a file")
     return LlavaJson(path, _roots(images), allow_urls=allow_urls, name=title)
 
 
@@ -202,7 +203,7 @@ class Entry:
             kind, fits = _KINDS[key.name]
             value = getattr(self, key.name)
             if not fits(value) and (value is not None or key.default is not None):
-                raise ValueError(f"{key.name} must be {kind}, got {_BRIEF.repr(value)}")
+                raise InputError(f"{key.name} must be {kind}, got {_BRIEF.repr(value)}")
 
 
 def open_mix(path: str, *, seed: int = 0, name: str | None = None) -> Mix:
@@ -214,39 +215,39 @@ def open_mix(path: str, *, seed: int = 0, name: str | None = None) -> Mix:
         ValueError: the file is no such mix, or a source cannot be opened; the message says which.
     """
     if not os.path.isfile(path):
-        raise ValueError(f"no such file: {path}")
+        raise InputError(f"no such file: {path}")
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+        raise InputError(f"{path} is no YAML: {error}") from error
     content = strict_yaml.load(text, path, invalid="is no YAML")
     if isinstance(content, Mapping):
         if unknown := [str(key) for key in content if key != "sources"]:
-            raise ValueError(f"{path}: unknown key {unknown[0]!r}, a mix has sources")
+            raise InputError(f"{path}: unknown key {unknown[0]!r}, a mix has sources")
         content = content.get("sources")
     if not isinstance(content, list) or not content:
-        raise ValueError(f"{path} is no mix: a list of sources is expected, each with a path")
+        raise InputError(f"{path} is no mix: a list of sources is expected, each with a path")
     parts = []
     for number, entry in enumerate(content):
         try:
             parts.append(_part(entry, Path(path).parent, seed, number))
         except ValueError as error:
-            raise ValueError(f"{path}, source {number + 1}: {error}") from error
+            raise InputError(f"{path}, source {number + 1}: {error}") from error
     return Mix(parts, name=name or _title(path))
 
 
 def _part(entry: Any, folder: Path, seed: int, number: int) -> Part:
     known = [field.name for field in fields(Entry)]
     if not isinstance(entry, Mapping) or "path" not in entry:
-        raise ValueError(f"a source is a mapping with a path, got {_BRIEF.repr(entry)}")
+        raise InputError(f"a source is a mapping with a path, got {_BRIEF.repr(entry)}")
     if unknown := [str(key) for key in entry if key not in known]:
-        raise ValueError(
+        raise InputError(
             f"unknown key {unknown[0]!r}, there are {', '.join(known)}{strict_yaml.nearest(unknown[0], known)}"
         )
     switches = {key: strict_yaml.switch(entry[key]) for key in ("streaming", "allow_urls") if key in entry}
     entry = Entry(**{**entry, **switches})
     if os.path.splitext(entry.path)[1].lower() in _MIX:
-        raise ValueError(f"a mix holds no mixes, got {entry.path}")
+        raise InputError(f"a mix holds no mixes, got {entry.path}")
     options = {name: getattr(entry, name) for name in known if name not in ("path", "weight", "cap", "images")}
     elsewhere = entry.path.startswith(HUB) or names_reader(entry.path)
     path = entry.path if elsewhere else str(folder / entry.path)
@@ -290,13 +291,13 @@ class Order:
         self._in_order = [part.source.in_order for part in parts]
         self.epoch_size = sum(round(weight * count) for weight, count in zip(self._weights, self._counts, strict=True))
         if not self.epoch_size:
-            raise ValueError(f"{source.name} has no samples")
+            raise InputError(f"{source.name} has no samples")
         self._epoch: tuple[int, np.ndarray] | None = None
         self._starts = [0]  # of the epochs without what is held out, which may differ in size
         self._held_out = np.empty(0, dtype=np.int64)
         if held_out:
             if any(self._in_order):
-                raise ValueError(f"{source.name} is a stream, of which no samples can be held out")
+                raise InputError(f"{source.name} is a stream, of which no samples can be held out")
             self._held_out = _last_distinct(self.epoch(0), held_out, source.name)
             self.epoch_size = len(self.epoch(0))
 
@@ -364,7 +365,7 @@ def _last_distinct(epoch: np.ndarray, count: int, name: str) -> np.ndarray:
     backwards = epoch[::-1]
     found, places = np.unique(backwards, return_index=True)
     if len(found) <= count:
-        raise ValueError(
+        raise InputError(
             f"{name} has {len(found):,} samples, of which {count:,} cannot be held out: none would be left"
         )
     return backwards[np.sort(places)[:count]][::-1]

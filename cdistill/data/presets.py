@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
+from cdistill.errors import InputError
+
 TEXT_ONLY = "text only"
 HUGGING_FACE = "https://huggingface.co/datasets"
 
@@ -183,7 +185,7 @@ PRESETS: Mapping[str, Preset] = {
 def find_preset(name: str) -> Preset:
     """The preset of a name. Raises ValueError that tells the names."""
     if name not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     return PRESETS[name]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cdistill._plugins import import_plugins
+from cdistill.errors import InputError
 
 if TYPE_CHECKING:
     from cdistill.data.samples import Source
@@ -33,11 +34,11 @@ def register_reader(name: str, opener: Callable[..., "Source"]) -> None:
         ValueError: the name is none, or taken; the opener cannot be called.
     """
     if not _PATH.fullmatch(f"{name}:"):
-        raise ValueError(f"reader {name!r} must be named by two or more letters, digits and _ . + -")
+        raise InputError(f"reader {name!r} must be named by two or more letters, digits and _ . + -")
     if name in TAKEN or name in _openers:
-        raise ValueError(f"reader {name!r} is taken: choose another name")
+        raise InputError(f"reader {name!r} is taken: choose another name")
     if not callable(opener):
-        raise ValueError(f"reader {name!r} must be a function that opens a set, got {type(opener).__name__}")
+        raise InputError(f"reader {name!r} must be a function that opens a set, got {type(opener).__name__}")
     _openers[name] = opener
 
 
@@ -67,7 +68,7 @@ def open_registered(path: str, **options: Any) -> "Source | None":
         return None
     if opener is None:
         known = ", ".join(sorted(_openers)) or "none"
-        raise ValueError(
+        raise InputError(
             f"{path}: there is no such file, and no reader called {name!r} (registered: {known}): install its package, or "
             "call cdistill.data.register_reader in each process"
         )
@@ -76,10 +77,10 @@ def open_registered(path: str, **options: Any) -> "Source | None":
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         refused = [key for key in given if key not in {p.name for p in parameters}]
         if refused:
-            raise ValueError(f"reader {name!r} does not take {refused[0]}: leave it out with {path}")
+            raise InputError(f"reader {name!r} does not take {refused[0]}: leave it out with {path}")
     source = opener(rest, **given)
     lacking = [member for member in MEMBERS if not hasattr(source, member)]
     if lacking:
         kind = type(source).__name__
-        raise ValueError(f"reader {name!r} gave a {kind} without {lacking[0]}: see docs/walks/add-a-reader.md")
+        raise InputError(f"reader {name!r} gave a {kind} without {lacking[0]}: see docs/walks/add-a-reader.md")
     return source

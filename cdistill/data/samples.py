@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from cdistill.errors import InputError
+
 IGNORE_INDEX = -100  # the label of a token that is not learned
 IMAGE_TOKEN = "<image>"  # what stands for an image in a text
 LONGEST_DETAIL = 500
@@ -71,7 +73,7 @@ def printable(text: str, most: int = LONGEST_DETAIL) -> str:
     return line if len(line) <= most else line[: most - 3] + "..."
 
 
-class BadSampleError(ValueError):
+class BadSampleError(InputError):
     """A sample that cannot be trained on.
 
     Args:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from cdistill.errors import InputError
+
 CHUNK = 1 << 22
 LONGEST_RECORD = 1 << 26
 LOOKAHEAD = 16  # more characters than there are in any token but strings and numbers
@@ -39,7 +41,7 @@ def scan(path: Path) -> Iterator[Found]:
     with open(path, "rb") as file:
         start, first = _first_byte(file)
         if not first:
-            raise ValueError(f"{path} is empty")
+            raise InputError(f"{path} is empty")
         file.seek(start)
         yield from _Window(path, file, start).elements() if first == b"[" else _lines(path, file, start)
 
@@ -56,9 +58,9 @@ def parse(data: bytes) -> Any:
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"column {error.pos - text.rfind(chr(10), 0, error.pos)}: {error.msg}") from error
+        raise InputError(f"column {error.pos - text.rfind(chr(10), 0, error.pos)}: {error.msg}") from error
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
-        raise ValueError(f"column 1: {str(error).split(';')[0]}") from error
+        raise InputError(f"column 1: {str(error).split(';')[0]}") from error
 
 
 def _first_byte(file: BinaryIO) -> tuple[int, bytes]:
@@ -76,7 +78,7 @@ def _lines(path: Path, file: BinaryIO, offset: int) -> Iterator[Found]:
     while data := file.readline(LONGEST_RECORD + 1):
         line += 1
         if len(data) > LONGEST_RECORD:
-            raise ValueError(f"{path} line {line} is longer than {LONGEST_RECORD} bytes: neither a list nor JSON Lines")
+            raise InputError(f"{path} line {line} is longer than {LONGEST_RECORD} bytes: neither a list nor JSON Lines")
         if record := data.rstrip(_SPACE.encode()):
             try:
                 value = parse(record)
@@ -86,7 +88,7 @@ def _lines(path: Path, file: BinaryIO, offset: int) -> Iterator[Found]:
             yield Found(offset, len(record), line, value)
         offset += len(data)
     if not any_object:
-        raise ValueError(f"{path} is neither a JSON list nor JSON Lines: {first_fault or 'no line holds an object'}")
+        raise InputError(f"{path} is neither a JSON list nor JSON Lines: {first_fault or 'no line holds an object'}")
 
 
 class _Window:
@@ -162,4 +164,4 @@ class _Window:
     def _error(self, position: int, message: str) -> ValueError:
         self._advance(position)
         where = f"{self.path} line {self.line} column {self.column}"
-        return ValueError(f"{where}: {message[:1].lower()}{message[1:]}; the list cannot be read from there on")
+        return InputError(f"{where}: {message[:1].lower()}{message[1:]}; the list cannot be read from there on")

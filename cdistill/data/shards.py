@@ -22,6 +22,7 @@ from cdistill.data.images import MAX_BYTES, named_format
 from cdistill.data.records import ANSWERS, CAPTIONS, TURNS, measure, naming_place, read_record
 from cdistill.data.samples import FIRST_RECORDS, BadSampleError, ImageBytes, Sample, Sizes, Unread
 from cdistill.data.scan import LONGEST_RECORD, parse
+from cdistill.errors import InputError
 
 MOST_SHARDS = 100_000
 _PICKLES = {"pyd", "pkl", "pickle", "pth", "pt"}
@@ -179,14 +180,14 @@ def find_shards(path: str) -> list[Path]:
         pieces = _RANGE.split(path)  # text, first, last, text, first, last, ..., text
         bounds = list(zip(pieces[1::3], pieces[2::3], strict=True))
         if math.prod(max(0, int(last) - int(first) + 1) for first, last in bounds) > MOST_SHARDS:
-            raise ValueError(f"{path} names more than {MOST_SHARDS} tars")
+            raise InputError(f"{path} names more than {MOST_SHARDS} tars")
         ranges = [_numbers(first, last) for first, last in bounds]
         alternatives = [[text] for text in pieces[::3]]
         for i, numbers in enumerate(ranges):
             alternatives.insert(2 * i + 1, numbers)
         found = ["".join(parts) for parts in itertools.product(*alternatives)]
     if not found:
-        raise ValueError(f"no tar at {path}")
+        raise InputError(f"no tar at {path}")
     return [Path(shard) for shard in found]
 
 
@@ -221,16 +222,16 @@ def _members(file: KnownFile) -> Iterator[tarfile.TarInfo]:
         first = opened.read(6)
     for magic, kind in _COMPRESSED.items():
         if first.startswith(magic):
-            raise ValueError(f"{file.path} is compressed ({kind}), which allows no random access: unpack it to a tar")
+            raise InputError(f"{file.path} is compressed ({kind}), which allows no random access: unpack it to a tar")
     seen = set()
     for member in _headers(file):
         member.name = member.name.removeprefix("./")
         if fault := _fault(member, file.size):
-            raise ValueError(f"{file.path}: member {member.name[:200]!r} {fault}; make the shard anew without it")
+            raise InputError(f"{file.path}: member {member.name[:200]!r} {fault}; make the shard anew without it")
         if member.isdir():
             continue
         if member.name in seen:
-            raise ValueError(f"{file.path}: member {member.name[:200]!r} is there twice; make the shard anew")
+            raise InputError(f"{file.path}: member {member.name[:200]!r} is there twice; make the shard anew")
         seen.add(member.name)
         yield member
 
@@ -254,9 +255,9 @@ def _headers(file: KnownFile) -> Iterator[tarfile.TarInfo]:
             end = tar.offset
     # tarfile lets through what int() says of odd numbers, and calls itself for every header of a header
     except (tarfile.TarError, EOFError, OverflowError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file.path} is no whole tar: {error}") from error
+        raise InputError(f"{file.path} is no whole tar: {error}") from error
     if end < file.size and any(file.read(end, min(512, file.size - end))):
-        raise ValueError(f"{file.path} is no whole tar: what stands at byte {end} is no header")
+        raise InputError(f"{file.path} is no whole tar: what stands at byte {end} is no header")
 
 
 def _fault(member: tarfile.TarInfo, size: int) -> str | None:

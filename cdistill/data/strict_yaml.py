@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from cdistill.errors import InputError
+
 MOST_VALUES = 100_000  # aliases of aliases grow without end
 SWITCHES = {"yes": True, "on": True, "no": False, "off": False}
 _TEXT, _MERGE, *_COLLECTIONS = (f"tag:yaml.org,2002:{name}" for name in ("str", "merge", "map", "seq"))
@@ -67,7 +69,7 @@ def load(text: str, source: str, *, under: str = "", invalid: str = "is not vali
         node = loader.get_single_node()
         return None if node is None else _Values(loader, source, lines="\n" in text.strip()).of(node, under)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{source} {invalid}: {_reason(error)}") from None
+        raise InputError(f"{source} {invalid}: {_reason(error)}") from None
 
 
 def dump(values: Any) -> str:
@@ -152,4 +154,4 @@ class _Values:
 
     def _error(self, node: yaml.Node, reason: str) -> ValueError:
         line = f", line {node.start_mark.line + 1}" if self.lines else ""
-        return ValueError(f"{self.source}{line}: {reason}")
+        return InputError(f"{self.source}{line}: {reason}")

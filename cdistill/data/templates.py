@@ -14,6 +14,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template, rend
 
 from cdistill.choices import TEMPLATE_FILE, TEMPLATES
 from cdistill.data.samples import IMAGE_TOKEN, BadSampleError, Mark, Message
+from cdistill.errors import InputError
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -130,7 +131,7 @@ class Template:
 
     def __init__(self, processor: Any, name: str = "auto") -> None:
         if name not in TEMPLATES and not name.endswith(TEMPLATE_FILE):
-            raise ValueError(
+            raise InputError(
                 f"template must be one of {', '.join(TEMPLATES)}, or a path that ends in {TEMPLATE_FILE}, got {name!r}"
             )
         tokenizer = getattr(processor, "tokenizer", processor)
@@ -138,7 +139,7 @@ class Template:
         takes_images = getattr(processor, "image_processor", None) is not None
         self.image_token: str | None = getattr(processor, "image_token", None) if takes_images else None
         if takes_images and self.image_token is None:
-            raise ValueError(f"{type(processor).__name__} has no image_token, by which its images are placed in a text")
+            raise InputError(f"{type(processor).__name__} has no image_token, by which its images are placed in a text")
         self._image = _image_mark(self.image_token or IMAGE_TOKEN)
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         self._special = sorted({str(t) for t in added if t.special}, key=len, reverse=True)
@@ -152,7 +153,7 @@ class Template:
             self.source = _own_template(processor, tokenizer) if name == "auto" else _template_file(name)
         missing = [t for t in named.tokens if not _reads(tokenizer, t)] if named is not None else []
         if missing:
-            raise ValueError(
+            raise InputError(
                 f"template {name} needs the token {missing[0]}, which the tokenizer does not have as a token of its own; "
                 "choose another template"
             )
@@ -160,7 +161,7 @@ class Template:
         self._marks_answers = GENERATION.search(self.source) is not None
         self._takes_parts = named is not None or self._probe(parts=True)
         if not self._takes_parts and not self._probe(parts=False):
-            raise ValueError(self._unwritten())
+            raise InputError(self._unwritten())
         self.remarks: tuple[str, ...] = ()
         self.end: str | None = named.end if named is not None and named.end in named.tokens else None
         if named is None and self._special:
@@ -282,7 +283,7 @@ class Template:
             self.end = next(t for t in self._special if text[slice(*answers[0])].endswith(t))
             self(messages)
         except BadSampleError as error:
-            raise ValueError(error.detail) from None
+            raise InputError(error.detail) from None
         chat = self._chat(messages)[1]
         full, marks = self._render(chat)
         prompt, _ = self._render(chat[:1], add_generation_prompt=True)
@@ -383,13 +384,13 @@ def _template_file(name: str) -> str:
     try:
         source = Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"template {name}: the file cannot be read ({_line(error)})") from None
+        raise InputError(f"template {name}: the file cannot be read ({_line(error)})") from None
     try:
         _compile_jinja_template(source)
     except TemplateError as error:
-        raise ValueError(f"template {name}: line {getattr(error, 'lineno', '?')}: {_line(error)}") from None
+        raise InputError(f"template {name}: line {getattr(error, 'lineno', '?')}: {_line(error)}") from None
     if GENERATION.search(source) is None:
-        raise ValueError(
+        raise InputError(
             f"template {name}: put {{% generation %}} and {{% endgeneration %}} around what the assistant writes: it marks no "
             "answer"
         )
@@ -401,7 +402,7 @@ def _own_template(processor: Any, tokenizer: Any) -> str:
     if isinstance(source, dict):
         source = source.get("default")
     if not source:
-        raise ValueError(f"template auto: {type(processor).__name__} has no chat template; {_CHOOSE}")
+        raise InputError(f"template auto: {type(processor).__name__} has no chat template; {_CHOOSE}")
     return source
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from cdistill.demo.page import page
 from cdistill.demo.result import DISTILLED, SFT, SHOWN, UNALIGNED, Demo
+from cdistill.errors import InputError
 from cdistill.files import write_text
 from cdistill.reproduce.command import PAIR
 from cdistill.reproduce.findings import Findings
@@ -44,7 +45,7 @@ def demo(*, output: Path, n: int, processes: int = 1, overrides: Sequence[str] =
     """
     for name, value in (("n", n), ("processes", processes)):
         if value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
+            raise InputError(f"--{name} must be at least 1, got {value}")
     work = Reproduction(TABLE, PAIR, output, 1, n, overrides)
     runs = {run.row: run for run in (*work.rows(), work.teacher)}
     samples = sum(stage.samples for stage in runs[DISTILLED].recipe.stage.values())

@@ -20,6 +20,7 @@ from cdistill.builtin.questions import CHOICES
 from cdistill.builtin.scenes import IMAGE_SIZE
 from cdistill.builtin.scorer import FAMILIES, held_out_questions, standard_error, standard_error_of_mean
 from cdistill.data.samples import IGNORE_INDEX
+from cdistill.errors import InputError
 from cdistill.eval.benchmarks.builtin import BENCHMARK
 from cdistill.eval.contract import Answer, Question
 from cdistill.eval.inference import Inference
@@ -44,7 +45,7 @@ class Exam:
 
     def __init__(self, *, n: int = 500, seed: int = 0, modality: str = "image") -> None:
         if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}")
+            raise InputError(f"n must be at least 1, got {n}")
         self.n, self.seed, self.modality = n, seed, modality
         self.tokenizer = build_tokenizer()
         self._drawn: dict[str, Prompt] = {}
@@ -64,7 +65,7 @@ class Exam:
         """Accuracy as `evaluate` gives it: ``greedy``, and by ``choice``, where the answer of the sub-type with the highest
         log-likelihood is taken (`cdistill.builtin.questions.CHOICES`), whatever else the model would rather say."""
         if self.modality == "image" and not hasattr(model.config, "vision_config"):
-            raise ValueError("modality must be text for a model without a vision encoder, got 'image'")
+            raise InputError("modality must be text for a model without a vision encoder, got 'image'")
         was_training = model.training
         inference = Inference(model, Prompts(self.tokenizer), "padded")
         chosen: dict[str, str] = {}

@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from cdistill.errors import InputError
 from cdistill.files import write_text
 
 
@@ -31,9 +32,9 @@ def main(options: argparse.Namespace) -> int:
     for name in ("json", "html"):
         path = getattr(options, name)
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise ValueError(f"--{name}: {str(path)!r} is a folder, or in none")
+            raise InputError(f"--{name}: {str(path)!r} is a folder, or in none")
     if options.images is not None and not options.images.is_dir():
-        raise ValueError(f"--images: there is no folder {str(options.images)!r}")
+        raise InputError(f"--images: there is no folder {str(options.images)!r}")
     comparison = compare(options.folders)
     if options.json is not None:
         write_text(options.json, json.dumps(comparison.as_json(), indent=2) + "\n")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cdistill.errors import InputError
 from cdistill.eval import benchmarks, paired, paper
 from cdistill.eval.contract import Answer, Benchmark
 from cdistill.eval.folders import Result, common_tasks, labels, read_result
@@ -132,11 +133,11 @@ def compare(folders: Sequence[Path]) -> Comparison:
         ValueError: a folder is given twice or is no finished result folder, samples differ, or no task is common.
     """
     if len(folders) < 2:
-        raise ValueError("give two or more result folders to compare")
+        raise InputError("give two or more result folders to compare")
     seen: set[Path] = set()
     for folder in folders:
         if folder.resolve() in seen:
-            raise ValueError(f"{folder}: is given twice")
+            raise InputError(f"{folder}: is given twice")
         seen.add(folder.resolve())
     results, lacking = common_tasks([read_result(folder) for folder in folders])
     tasks = [_compare_task(task, results) for task in results[0].answers]

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from cdistill.errors import InputError
+
 if TYPE_CHECKING:
     from cdistill.eval.statistics import Metric, Tally
 
@@ -75,17 +77,17 @@ class Answer:
         said: dict[str, Any] = {}
         for name, kinds in _KINDS.items():
             if name not in record:
-                raise ValueError(f"{place}: the field {name} is missing")
+                raise InputError(f"{place}: the field {name} is missing")
             said[name] = record[name]
             if not isinstance(said[name], kinds) or (isinstance(said[name], bool) and name != "cut"):
-                raise ValueError(f"{place}: {name} has a value of the wrong kind, {said[name]!r:.60}")
+                raise InputError(f"{place}: {name} has a value of the wrong kind, {said[name]!r:.60}")
         if said["kind"] not in KINDS:
-            raise ValueError(f"{place}: kind must be one of {', '.join(KINDS)}, got {said['kind']!r}")
+            raise InputError(f"{place}: kind must be one of {', '.join(KINDS)}, got {said['kind']!r}")
         if (said["kind"] != "generate" and said["score"] is None) or math.isnan(said["score"] or 0.0):
-            raise ValueError(f"{place}: score is not a number")
+            raise InputError(f"{place}: score is not a number")
         for name, value in said["facts"].items():
             if name in _FACTS and not _FACTS[name](value):
-                raise ValueError(f"{place}: the fact {name} has a value of the wrong kind, {value!r:.60}")
+                raise InputError(f"{place}: the fact {name} has a value of the wrong kind, {value!r:.60}")
         said["images"] = tuple(said["images"])
         own = {each.name: said.pop(each.name) for each in fields(cls) if each.name != "question"}
         return cls(Question(**said), **own)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cdistill.errors import InputError
+
 _DECODER = json.JSONDecoder()
 
 
@@ -25,20 +27,20 @@ class Record:
         for name in names:
             if self.fields.get(name) is not None:
                 return self.fields[name]
-        raise ValueError(f"{self.place}: the field {' or '.join(names)} is missing")
+        raise InputError(f"{self.place}: the field {' or '.join(names)} is missing")
 
     def text(self, *names: str) -> str:
         """A text that is not empty."""
         value = self.get(*names)
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{self.place}: {names[0]} must be a text, got {value!r:.60}")
+            raise InputError(f"{self.place}: {names[0]} must be a text, got {value!r:.60}")
         return value
 
     def name(self, *names: str) -> str:
         """A text, or a whole number as a text: an id."""
         value = self.get(*names)
         if isinstance(value, bool) or not isinstance(value, (str, int)) or str(value).strip() == "":
-            raise ValueError(f"{self.place}: {names[0]} must be a text or a whole number, got {value!r:.60}")
+            raise InputError(f"{self.place}: {names[0]} must be a text or a whole number, got {value!r:.60}")
         return str(value)
 
     def number(self, *names: str) -> float:
@@ -49,7 +51,7 @@ class Record:
         except (TypeError, ValueError):
             result = float("nan")
         if result - result != 0.0:
-            raise ValueError(f"{self.place}: {names[0]} must be a number, got {value!r:.60}")
+            raise InputError(f"{self.place}: {names[0]} must be a number, got {value!r:.60}")
         return result
 
     def flag(self, *names: str) -> bool:
@@ -57,14 +59,14 @@ class Record:
         value = self.get(*names)
         known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
         if str(value).strip().lower() not in known:
-            raise ValueError(f"{self.place}: {names[0]} must be true or false, got {value!r:.60}")
+            raise InputError(f"{self.place}: {names[0]} must be true or false, got {value!r:.60}")
         return known[str(value).strip().lower()]
 
     def choice(self, name: str, allowed: tuple[str, ...]) -> str:
         """One of the given texts."""
         value = str(self.get(name))
         if value not in allowed:
-            raise ValueError(f"{self.place}: {name} must be one of {', '.join(allowed)}, got {value!r:.60}")
+            raise InputError(f"{self.place}: {name} must be one of {', '.join(allowed)}, got {value!r:.60}")
         return value
 
 
@@ -73,9 +75,9 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+        raise InputError(f"{path}: is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
+        raise InputError(f"{path}: {error.strerror or error}") from None
 
 
 def json_records(path: Path, *keys: str) -> Iterator[Record]:
@@ -89,19 +91,19 @@ def json_records(path: Path, *keys: str) -> Iterator[Record]:
     for key in keys:
         found = next((at for name, at, _ in _members(text, start, path, until=key) if name == key), None)
         if found is None:
-            raise ValueError(f"{path}: there is no {key!r}")
+            raise InputError(f"{path}: there is no {key!r}")
         start = found
     seen, line, counted = set(), 1, 0
     for name, at, value in _members(text, start, path):
         line, counted = line + text.count("\n", counted, at), at
         place = f"{path} line {line}"
         if name is not None and name in seen:
-            raise ValueError(f"{place}: the id {name!r} is there twice")
+            raise InputError(f"{place}: the id {name!r} is there twice")
         seen.add(name)
         if isinstance(value, dict):
             yield Record(place, value, name or "")
         elif name is None:
-            raise ValueError(f"{place}: is not a JSON object but {value!r:.60}")
+            raise InputError(f"{place}: is not a JSON object but {value!r:.60}")
 
 
 def _members(text: str, start: int, path: Path, until: str | None = None) -> Iterator[tuple[str | None, int, Any]]:
@@ -111,7 +113,7 @@ def _members(text: str, start: int, path: Path, until: str | None = None) -> Ite
     at = _skip(text, start)
     opening = text[at : at + 1]
     if opening not in ("[", "{") or not opening:
-        raise ValueError(f"{path}: is not a JSON list or object")
+        raise InputError(f"{path}: is not a JSON list or object")
     closing = "]" if opening == "[" else "}"
     at = _skip(text, at + 1)
     while text[at : at + 1] != closing:
@@ -137,7 +139,7 @@ def _skip(text: str, at: int) -> int:
 
 def _after(text: str, at: int, mark: str, path: Path) -> int:
     if text[at : at + 1] != mark:
-        raise ValueError(f"{path} line {text.count(chr(10), 0, at) + 1}: is not JSON ({mark!r} is missing)")
+        raise InputError(f"{path} line {text.count(chr(10), 0, at) + 1}: is not JSON ({mark!r} is missing)")
     return _skip(text, at + 1)
 
 
@@ -145,7 +147,7 @@ def _value(text: str, at: int, path: Path) -> tuple[Any, int]:
     try:
         return _DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {error.lineno}: is not JSON ({error.msg})") from None
+        raise InputError(f"{path} line {error.lineno}: is not JSON ({error.msg})") from None
 
 
 def line_records(path: Path) -> Iterator[Record]:
@@ -156,9 +158,9 @@ def line_records(path: Path) -> Iterator[Record]:
             try:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{place}: is not JSON ({error.msg})") from None
+                raise InputError(f"{place}: is not JSON ({error.msg})") from None
             if not isinstance(value, dict):
-                raise ValueError(f"{place}: is not a JSON object but {value!r:.60}")
+                raise InputError(f"{place}: is not a JSON object but {value!r:.60}")
             yield Record(place, value)
 
 
@@ -170,14 +172,14 @@ def csv_records(path: Path) -> Iterator[Record]:
         try:
             row = next(rows, None)
         except csv.Error as error:
-            raise ValueError(f"{path} line {rows.line_num}: is not csv ({error})") from None
+            raise InputError(f"{path} line {rows.line_num}: is not csv ({error})") from None
         if row is None:
             return
         if not header:
             header = row
         elif row:
             if len(row) != len(header):
-                raise ValueError(f"{path} line {rows.line_num}: has {len(row)} fields, the header has {len(header)}")
+                raise InputError(f"{path} line {rows.line_num}: has {len(row)} fields, the header has {len(header)}")
             yield Record(f"{path} line {rows.line_num}", dict(zip(header, row, strict=True)))
 
 
@@ -195,4 +197,4 @@ def parquet_records(path: Path, *, without: tuple[str, ...] = ()) -> Iterator[Re
                 yield Record(f"{path} row {row}", fields, str(row))
                 row += 1
     except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path}: is not parquet ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{path}: is not parquet ({str(error).splitlines()[0]})") from None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cdistill.errors import InputError
 from cdistill.eval import benchmarks
 from cdistill.eval.contract import Answer, Question
 from cdistill.eval.score import read_answers
@@ -33,14 +34,14 @@ class Result:
 def read_result(folder: Path) -> Result:
     """Read a result folder; ValueError where it is none, holds an unfinished task, or answers of several models."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such folder")
+        raise InputError(f"{folder}: there is no such folder")
     tasks = [name for name in benchmarks.NAMES if (folder / f"{name}.jsonl").is_file()]
     if not tasks:
-        raise ValueError(f"{folder}: is no result folder (it has no TASK.jsonl that `cdistill eval --output` writes)")
+        raise InputError(f"{folder}: is no result folder (it has no TASK.jsonl that `cdistill eval --output` writes)")
     facts = {task: _facts(folder, task) for task in tasks}
     models = sorted({str(each["model"]) for each in facts.values()})
     if len(models) > 1:
-        raise ValueError(f"{folder}: holds answers of several models, {' and '.join(models)}")
+        raise InputError(f"{folder}: holds answers of several models, {' and '.join(models)}")
     answers = {task: _answers(folder / f"{task}.jsonl", task, facts[task].get("answers")) for task in tasks}
     images = {task: [Path(root) for root in each.get("images", [])] for task, each in facts.items()}
     return Result(folder, models[0], answers, images)
@@ -50,22 +51,22 @@ def _facts(folder: Path, task: str) -> dict[str, Any]:
     """What ``TASK.json`` says; it is written when all answers are there."""
     path = folder / f"{task}.json"
     if not path.is_file():
-        raise ValueError(
+        raise InputError(
             f"{folder}: {task} is unfinished ({path.name} is missing); go on with `cdistill eval --resume`"
         )
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: is not JSON ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{path}: is not JSON ({str(error).splitlines()[0]})") from None
     if not isinstance(facts, dict) or not isinstance(facts.get("model"), str):
-        raise ValueError(f"{path}: the field model is missing")
+        raise InputError(f"{path}: the field model is missing")
     return facts
 
 
 def _answers(path: Path, task: str, expected: int | None) -> list[Answer]:
     answers = read_answers(benchmarks.get(task), [path])
     if expected is not None and len(answers) != expected:
-        raise ValueError(
+        raise InputError(
             f"{path}: {task} is unfinished ({len(answers)} of {expected} answers); go on with `cdistill eval --resume`"
         )
     return answers
@@ -90,7 +91,7 @@ def common_tasks(results: Sequence[Result]) -> tuple[list[Result], dict[str, lis
     common = [task for task in tasks if not lacking[task]]
     if not common:
         each = "; ".join(f"{result.folder} has {', '.join(result.answers)}" for result in results)
-        raise ValueError(f"the result folders have no task in common: {each}")
+        raise InputError(f"the result folders have no task in common: {each}")
     for task in common:
         for other in results[1:]:
             _check_samples(task, results[0], other)
@@ -113,7 +114,7 @@ def _check_samples(task: str, first: Result, other: Result) -> None:
     if any(only) or changed:
         parts = [f"{n} only in {result.folder}" for n, result in zip(only, (first, other), strict=True) if n]
         parts += [f"{len(changed)} that differ under one id, as {changed[0]!r}"] if changed else []
-        raise ValueError(
+        raise InputError(
             f"{task}: {first.folder} and {other.folder} answer different questions ({', '.join(parts)}); "
             "run both with the same --data and --limit"
         )

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from cdistill.data.batches import joined_images
+from cdistill.errors import InputError
 from cdistill.eval.contract import Question
 from cdistill.eval.prompts import Prompt, Prompts
 from cdistill.models.folder import one_line
@@ -122,9 +123,9 @@ class Inference:
             expected = torch.cat([self._measure([prompt]) for prompt in asked], 1)
             again = torch.cat([self._measure([prompt] * 2)[:, :1] for prompt in asked], 1)
         except FAILURES as error:
-            raise ValueError(f"model: {type(self.model).__name__} answers no question: {one_line(error)}") from None
+            raise InputError(f"model: {type(self.model).__name__} answers no question: {one_line(error)}") from None
         if expected.isnan().any():
-            raise ValueError(
+            raise InputError(
                 f"model: {type(self.model).__name__} gives no numbers in {self.model.dtype}; take --dtype fp32 or bf16, or see "
                 "whether its weights are whole"
             )

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cdistill.errors import InputError
 from cdistill.families import family_of
 from cdistill.models.export import ADAPTER_CONFIG, base_of, merge_adapter
 from cdistill.models.folder import one_line
@@ -63,14 +64,14 @@ def load(
         ValueError: in one line, whatever keeps the model from being loaded.
     """
     if load_in is not None and not torch.cuda.is_available():
-        raise ValueError(f"--load-in {load_in} needs a CUDA GPU, and there is none; leave it out")
+        raise InputError(f"--load-in {load_in} needs a CUDA GPU, and there is none; leave it out")
     try:
         return _load(reference, dtype, load_in, device_map, usual_processor)
     except (ValueError, OSError, ImportError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         said = one_line(error)
         if not said.startswith("model: "):
             said = f"model: {reference} cannot be loaded: {said or type(error).__name__}"
-        raise ValueError(said) from None
+        raise InputError(said) from None
 
 
 def _load(reference: str, dtype: str | None, load_in: str | None, device_map: str | None, usual: bool) -> Loaded:
@@ -78,7 +79,7 @@ def _load(reference: str, dtype: str | None, load_in: str | None, device_map: st
     adapted = (folder / ADAPTER_CONFIG).is_file()
     folders = [base_of(folder), folder] if adapted else [folder]
     if adapted and load_in is not None:
-        raise ValueError(
+        raise InputError(
             f"model: {folder} is a peft adapter: --load-in takes whole models; `cdistill export` makes one of it"
         )
     config: Any = load_config(folders[0], "model")
@@ -115,7 +116,7 @@ def load_questioner(folders: list[Path], config: Any, *, usual: bool) -> Any:
     if not sees:
         return tokenizer
     if not usual or config.model_type not in COMPOSITIONS:
-        raise ValueError(
+        raise InputError(
             f"model: {folders[-1]} has no image processor (preprocessor_config.json or processor_config.json is missing); "
             "put that of the model beside its weights"
         )

@@ -13,6 +13,7 @@ from PIL import Image
 
 from cdistill.data.images import find_image, open_image, resolve_image
 from cdistill.data.samples import BadSampleError, ImageFile
+from cdistill.errors import InputError
 from cdistill.eval.benchmarks.builtin import PREFIX as BUILTIN
 from cdistill.eval.benchmarks.builtin import image as builtin_image
 
@@ -54,7 +55,7 @@ class Pictures:
         except BadSampleError as error:
             if error.reason == "missing image":
                 return str(error)
-            raise ValueError(f"image {name!r}: {error}") from None
+            raise InputError(f"image {name!r}: {error}") from None
         return None
 
     def open(self, name: str) -> Image.Image:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from cdistill.data.presets import aligned
+from cdistill.errors import InputError
 from cdistill.eval import benchmarks
 
 SHOWN = 5  # images that are not good
@@ -60,7 +61,7 @@ def check(name: str, data: Path, images: Path | None) -> int:
 
     benchmark = benchmarks.get(name)
     if not data.is_dir():
-        raise ValueError(f"{data}: is no folder; that of the files of {name} is checked")
+        raise InputError(f"{data}: is no folder; that of the files of {name} is checked")
     questions = benchmark.questions(data)
     remarks = benchmark.remarks(questions)
     pictures = Pictures([*([] if images is None else [images]), data, data / "images"])

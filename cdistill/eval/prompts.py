@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cdistill.data.conversations import TOKEN_TYPES, Encoder, ImageParts
 from cdistill.data.samples import BadSampleError, Mark, Message
+from cdistill.errors import InputError
 from cdistill.eval.contract import Question
 
 
@@ -58,7 +59,7 @@ class Prompts:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         if not (getattr(processor, "chat_template", None) or self.tokenizer.chat_template):
-            raise ValueError(
+            raise InputError(
                 "model: it has no chat template, so questions cannot be put to it; put a chat_template.jinja beside its weights"
             )
         if self.tokenizer.pad_token_id is None:  # padding is masked: any token will do
@@ -86,7 +87,7 @@ class Prompts:
 
     def _about(self, questions: Sequence[Question], images: Sequence[Image.Image]) -> list[Prompt]:
         if images and not self.takes_images:
-            raise ValueError(f"model: it has no image processor, and question {questions[0].id!r} shows an image")
+            raise InputError(f"model: it has no image processor, and question {questions[0].id!r} shows an image")
         images = [image if image.mode == "RGB" else image.convert("RGB") for image in images]
         visual = None if self.encoder is None else self.encoder.image_parts(images)
         result = []
@@ -97,7 +98,7 @@ class Prompts:
                 else:
                     result.append(self._by_encoder(self.encoder, question, visual))
             except BadSampleError as error:
-                raise ValueError(f"question {question.id!r}: {error}") from None
+                raise InputError(f"question {question.id!r}: {error}") from None
         return result
 
     def reply(self, ids: Sequence[int]) -> str:

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cdistill.errors import InputError
 from cdistill.eval.contract import Answer, Question
 from cdistill.eval.files import read_text
 from cdistill.files import owned, remove_unfinished, write_text
@@ -41,7 +42,7 @@ class Results:
         if (folder / RUN).exists():
             self._read()
         elif folder.is_dir() and any(folder.glob("*.jsonl")):
-            raise ValueError(f"--output: {folder} holds files of something else; name another folder")
+            raise InputError(f"--output: {folder} holds files of something else; name another folder")
 
     def _read(self) -> None:
         path = self.folder / RUN
@@ -49,12 +50,12 @@ class Results:
             known = json.loads(read_text(path))
             theirs, self.tasks = dict(known["model"]), dict(known["tasks"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: is not what an evaluation writes ({error!r:.80})") from None
+            raise InputError(f"{path}: is not what an evaluation writes ({error!r:.80})") from None
         for name, value in self.model.items():
             if theirs.get(name) != value:
                 other = theirs.get("name")
                 what = f"the model {other!r} wrote it" if other != self.model["name"] else f"its {name} was another one"
-                raise ValueError(
+                raise InputError(
                     f"--output: {self.folder} is of another run: {what} ({theirs.get(name)}, now {value}); name another folder"
                 )
 
@@ -65,13 +66,13 @@ class Results:
             ValueError: there are some and ``resume`` is not said, or they are to something else than ``asks`` says.
         """
         if (self.folder / f"{task}.jsonl").exists() and not resume:
-            raise ValueError(
+            raise InputError(
                 f"--output: {self.folder} holds replies to {task}; go on with --resume, or name another folder"
             )
         known = self.tasks.get(task, asks)
         for name, value in asks.items():
             if known.get(name) != value:
-                raise ValueError(
+                raise InputError(
                     f"--output: the replies to {task} in {self.folder} are to other questions: {name} was {known.get(name)}, "
                     f"now {value}; name another folder"
                 )
@@ -81,7 +82,7 @@ class Results:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"--output: {self.folder} cannot be made ({error.strerror})") from None
+            raise InputError(f"--output: {self.folder} cannot be made ({error.strerror})") from None
         at_end.enter_context(owned(self.folder, "--output"))
         remove_unfinished(self.folder)
         if (self.folder / RUN).exists():
@@ -117,7 +118,7 @@ class Results:
             if answer.question.id in left_out or answer == nothing(answer.question):
                 continue
             if record.get("task") != task or asked.get(answer.question.id) != _written(answer.question):
-                raise ValueError(f"{place}: is no answer to a question of {task} as it is asked now")
+                raise InputError(f"{place}: is no answer to a question of {task} as it is asked now")
             found[answer.question.id] = answer
         return found
 
@@ -136,7 +137,7 @@ class Results:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise ValueError(
+            raise InputError(
                 f"--output: {self.folder} cannot be written ({error.strerror}); go on with --resume"
             ) from None
 

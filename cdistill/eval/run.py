@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from cdistill.errors import InputError
 from cdistill.eval import benchmarks
 from cdistill.files import write_text
 
@@ -68,7 +69,7 @@ def batch_size(text: str) -> int | None:
 def main(options: argparse.Namespace) -> int:
     """Ask, print the tables, and write what was asked for."""
     if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise ValueError(f"--json: there is no folder {str(options.json.parent)!r}")
+        raise InputError(f"--json: there is no folder {str(options.json.parent)!r}")
     if not options.task:
         return _builtin_task(options)
     _check(options)
@@ -89,19 +90,19 @@ def main(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> None:
     for name, value in (("n", options.n), ("seed", options.seed)):
         if value is not None and options.task != ["builtin"]:
-            raise ValueError(f"--{name} is of the built-in task; --limit takes a part of a benchmark")
+            raise InputError(f"--{name} is of the built-in task; --limit takes a part of a benchmark")
     for name, value in (("limit", options.limit), ("processes", options.processes)):
         if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
+            raise InputError(f"--{name} must be at least 1, got {value}")
     if options.data is None and options.task != ["builtin"]:
-        raise ValueError(
+        raise InputError(
             "--data must name the folder of the benchmark's files; `cdistill eval presets` says what to fetch"
         )
     for name, value in (("data", options.data), ("images", options.images)):
         if value is not None and not value.is_dir():
-            raise ValueError(f"--{name}: there is no folder {str(value)!r}")
+            raise InputError(f"--{name}: there is no folder {str(value)!r}")
     if options.resume and options.output is None:
-        raise ValueError("--resume needs --output, the folder to go on with")
+        raise InputError("--resume needs --output, the folder to go on with")
 
 
 def _share(options: argparse.Namespace) -> int:
@@ -109,7 +110,7 @@ def _share(options: argparse.Namespace) -> int:
     from cdistill.runtime.launch import start_processes
 
     if options.output is None:
-        raise ValueError("--processes needs --output, where the processes put their replies together")
+        raise InputError("--processes needs --output, where the processes put their replies together")
     said = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "options.json"
@@ -133,7 +134,7 @@ def _builtin_task(options: argparse.Namespace) -> int:
         name for name in ("data", "images", "limit", "output", "resume") if getattr(options, name) not in (None, False)
     ]
     if given:
-        raise ValueError(f"--{given[0]} is of benchmarks: name one with --task (`cdistill eval presets` lists them)")
+        raise InputError(f"--{given[0]} is of benchmarks: name one with --task (`cdistill eval presets` lists them)")
     from cdistill.eval import builtin_task
 
     result, modality = builtin_task.evaluate_model(options)

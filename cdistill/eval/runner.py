@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from cdistill.data.samples import BadSampleError
+from cdistill.errors import InputError
 from cdistill.eval.contract import Answer, Question
 from cdistill.eval.inference import Inference
 from cdistill.eval.prompts import Prompt
@@ -167,7 +168,7 @@ class Runner:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if len(batch) == 1:
-            raise ValueError(
+            raise InputError(
                 f"model: memory does not suffice for question {batch[0][0].id!r} by itself; take --dtype bf16 or --load-in 4bit"
             )
         self.batch_size = (len(batch) + 1) // 2
@@ -184,7 +185,7 @@ class Runner:
         sums = self.inference.log_likelihoods(prompts)
         for (question, _), value in zip(batch, sums, strict=True):
             if math.isnan(value):  # which would lose to every other, and be wrong in silence
-                raise ValueError(
+                raise InputError(
                     f"model: the log-likelihood of question {question.id!r} is not a number in "
                     f"{self.inference.model.dtype}; take --dtype fp32 or bf16"
                 )

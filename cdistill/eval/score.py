@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cdistill.errors import InputError
 from cdistill.eval import benchmarks
 from cdistill.eval.contract import Answer, Benchmark
 from cdistill.eval.files import line_records
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Print the metrics of the files, and write them."""
     if options.json is not None and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
-        raise ValueError(f"--json: {str(options.json)!r} is a folder, or in none")
+        raise InputError(f"--json: {str(options.json)!r} is a folder, or in none")
     benchmark = benchmarks.get(options.task)
     answers = read_answers(benchmark, options.files)
     metrics = benchmark.metrics(answers)
@@ -53,26 +54,26 @@ def read_answers(benchmark: Benchmark, files: Sequence[Path]) -> list[Answer]:
     if not any(ours):
         return benchmark.recorded(files)
     if not all(ours):
-        raise ValueError(f"{files[ours.index(False)]}: holds no lines of `cdistill eval`, other files given do")
+        raise InputError(f"{files[ours.index(False)]}: holds no lines of `cdistill eval`, other files given do")
     answers: dict[str, Answer] = {}
     for path in files:
         for record in line_records(path):
             if record.fields.get("task") != benchmark.name:
-                raise ValueError(f"{record.place}: is of {record.fields.get('task')!r}, not of {benchmark.name}")
+                raise InputError(f"{record.place}: is of {record.fields.get('task')!r}, not of {benchmark.name}")
             answer = Answer.from_json(record.fields, record.place)
             for name, values in benchmark.known.items():
                 if (value := answer.question.facts.get(name)) not in values:
                     named = ", ".join(map(repr, values))
-                    raise ValueError(f"{record.place}: the fact {name} must be one of {named}, got {value!r:.60}")
+                    raise InputError(f"{record.place}: the fact {name} must be one of {named}, got {value!r:.60}")
             if answer.question.id in answers:
-                raise ValueError(f"{record.place}: {answer.question.id!r} is there twice")
+                raise InputError(f"{record.place}: {answer.question.id!r} is there twice")
             answers[answer.question.id] = answer
     return list(answers.values())
 
 
 def _is_ours(path: Path) -> bool:
     if not path.is_file():
-        raise ValueError(f"{path}: is a folder, name the files in it" if path.is_dir() else f"no such file: {path}")
+        raise InputError(f"{path}: is a folder, name the files in it" if path.is_dir() else f"no such file: {path}")
     with path.open("rb") as file:
         first = file.readline(1 << 24)
     try:

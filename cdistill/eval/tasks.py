@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cdistill import __version__
+from cdistill.errors import InputError
 from cdistill.eval import benchmarks
 from cdistill.eval.contract import Answer, Benchmark, Question
 from cdistill.eval.inference import Inference
@@ -75,7 +76,7 @@ def run(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any] | N
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and options.output is None:
-        raise ValueError("--output must name a folder where the processes put their replies together")
+        raise InputError("--output must name a folder where the processes put their replies together")
     tasks = [
         prepare(
             name,
@@ -94,7 +95,7 @@ def run(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any] | N
         loaded = load(options.model, dtype=options.dtype, load_in=options.load_in, device_map=options.device_map)
         for task in tasks:
             if not loaded.sees and any(question.images for question in task.asked):
-                raise ValueError(f"model: {options.model} sees no images, and {task.name} shows some")
+                raise InputError(f"model: {options.model} sees no images, and {task.name} shows some")
         results = None if options.output is None else Results(options.output, _facts(loaded))
         if results is not None:
             on_first_process(lambda: _begin(results, tasks, options, at_end))
@@ -138,7 +139,7 @@ def prepare(
     if (data / name).is_dir():
         data = data / name
     elif several and name != "builtin":
-        raise ValueError(f"--data: {data} has no folder {name}; each of several tasks has one of its own there")
+        raise InputError(f"--data: {data} has no folder {name}; each of several tasks has one of its own there")
     if name == "builtin":
         own: Any = benchmark
         each = {} if limit is None else {"n": min(500, math.ceil(limit / len(own.counts)))}
@@ -146,7 +147,7 @@ def prepare(
     else:
         questions = benchmark.questions(data)
     if not questions:
-        raise ValueError(f"--data: {data} holds no questions of {name}")
+        raise InputError(f"--data: {data} holds no questions of {name}")
     roots = [data, data / "images"]
     if images is not None:
         folder = images / name
@@ -185,7 +186,7 @@ def _sorted_out(
     if not gone:
         return task, []
     if not task.asked:
-        raise ValueError(
+        raise InputError(
             f"{benchmark.name}: none of its images is there ({next(iter(lacking.values()))}); see --images"
         )
     named = ", ".join(gone[:NAMED]) + (", ..." if len(gone) > NAMED else "")
@@ -276,7 +277,7 @@ def _publish(
     """Put the answers in the order of the questions, score them, print the table."""
     lost = [question.id for question in task.asked if question.id not in answers]
     if lost:
-        raise ValueError(f"{task.name}: {len(lost):,} replies were lost, as that to {lost[0]!r}; go on with --resume")
+        raise InputError(f"{task.name}: {len(lost):,} replies were lost, as that to {lost[0]!r}; go on with --resume")
     ordered = [answers[question.id] for question in task.asked]
     ordered += [nothing(question) for question in task.wrong]
     result = score(task.benchmark, ordered)

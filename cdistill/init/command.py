@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cdistill.data.command import column_names
+from cdistill.errors import InputError
 from cdistill.files import write_text
 from cdistill.plan.command import here, memory_size
 from cdistill.runtime.errors import line_of
@@ -59,7 +60,7 @@ def main(options: argparse.Namespace) -> int:
     asks = not options.yes and sys.stdin.isatty() and sys.stdout.isatty()
     missing = [f"--{option}" for option in _NEEDED if getattr(options, option) is None]
     if missing and not asks:
-        raise ValueError(f"{' and '.join(missing)} must be given: init asks on a terminal alone, and not with --yes")
+        raise InputError(f"{' and '.join(missing)} must be given: init asks on a terminal alone, and not with --yes")
     from cdistill.runtime import launch
 
     with launch.quiet():
@@ -79,10 +80,10 @@ def _target(text: str) -> Path:
     target = Path(text)
     if target.suffix.lower() not in _YAML:
         if target.exists() and not target.is_dir():
-            raise ValueError(f"{target} is a file already: name a folder, or a recipe that ends in {_YAML[0]}")
+            raise InputError(f"{target} is a file already: name a folder, or a recipe that ends in {_YAML[0]}")
         target = target / "recipe.yaml"
     if target.exists() or target.is_symlink():
-        raise ValueError(f"{target} is there already, and init overwrites nothing: name another file or folder")
+        raise InputError(f"{target} is there already, and init overwrites nothing: name another file or folder")
     return target
 
 
@@ -97,7 +98,7 @@ def _ask(option: str, given: str | None, asks: bool, question: str, check: Calla
         try:
             answer = input(f"{question}{f' [{default}]' if default else ''}: ").strip() or default
         except EOFError:
-            raise ValueError(f"--{option} must be given: the terminal has ended") from None
+            raise InputError(f"--{option} must be given: the terminal has ended") from None
         if not answer:
             continue
         try:
@@ -127,7 +128,7 @@ def _machine(options: argparse.Namespace, asks: bool) -> Machine:
 
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) > MOST_GPUS:
-            raise ValueError(f"gpus must be a number from 0 to {MOST_GPUS}, got {text!r}")
+            raise InputError(f"gpus must be a number from 0 to {MOST_GPUS}, got {text!r}")
         return int(text)
 
     given = None if options.gpus is None else str(options.gpus)
@@ -135,7 +136,7 @@ def _machine(options: argparse.Namespace, asks: bool) -> Machine:
     gpus = _ask("gpus", given, asks, "GPUs to train on, 0 for the CPU", number, str(here_are))
     if options.gpu is not None:
         if not gpus:
-            raise ValueError("gpu is the memory of a GPU: leave it out with --gpus 0")
+            raise InputError("gpu is the memory of a GPU: leave it out with --gpus 0")
         return Machine(gpus, memory_size(options.gpu))
     if bool(gpus) != bool(here_are):
         return Machine(gpus, None)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cdistill.data.conversations import Encoder
+from cdistill.errors import InputError
 from cdistill.models.llava import Llava, visual_tokens
 from cdistill.models.load import Model, auto_class, load_config, load_structure, load_tokenizer, resolve_folder
 from cdistill.models.pair import check_configurations
@@ -59,7 +60,7 @@ def check_teacher(reference: str) -> str:
     config = load_config(folder, "teacher")
     if not hasattr(config, "vision_config"):
         kind = config.model_type
-        raise ValueError(f"teacher: {folder} holds a {kind} model, which sees no images: name a multimodal model")
+        raise InputError(f"teacher: {folder} holds a {kind} model, which sees no images: name a multimodal model")
     return reference
 
 
@@ -82,7 +83,7 @@ def look(student: str, teacher: str, vision: str | None = None) -> Pair:
             continue
         no_taf = reasons[0] if composed and reasons else ""
         return _pair(made, student, teacher, vision, composed=composed, taf=taf, no_taf=no_taf)
-    raise ValueError(reasons[-1 if composed or reasons[0].startswith("student.taf must be true") else 0])
+    raise InputError(reasons[-1 if composed or reasons[0].startswith("student.taf must be true") else 0])
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def _encoder(processor: Any) -> tuple[Encoder, str, str]:
             return Encoder(processor, name), name, reasons[0] if reasons else ""
         except ValueError as error:
             reasons.append(str(error))
-    raise ValueError(f"student: no template fits: {reasons[0]}")
+    raise InputError(f"student: no template fits: {reasons[0]}")
 
 
 def _alignment(made: _Made) -> tuple[dict[str, Any], tuple[int, int], str]:

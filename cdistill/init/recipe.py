@@ -115,7 +115,7 @@ def _values(name: str, output: str, pair: Pair, records: Records, machine: Machi
         "workers": 2 if machine.gpus else 0,
         "logging_steps": max(1, min(20, section["samples"] // batch // 20)),  # type: ignore[operator]
         "save_steps": 500 if machine.gpus else 0,
-        "vat": {"enabled": True, **pair.vat},
+        "vat": {"enabled": True, "weight": "auto", **pair.vat},
         "stages": list(STAGES),
         "stage": {stage: {**section, "learning_rate": rate} for stage, rate in zip(STAGES, rates, strict=True)},
     }
@@ -211,12 +211,13 @@ def _losses(recipe: Recipe, pair: Pair) -> list[str]:
     layers = {"layers": recipe.vat.layers}
     more = {} if recipe.vat.student_layers is None else {"student_layers": recipe.vat.student_layers}
     span = {"layers": f"in the middle: {ours} of the student, {theirs} of the teacher; or early, later, all"}
+    weight = "how much that counts: auto measures it as a stage starts; the paper has 1"
     return [
         *lines,
         _line("vat:", "the student looks at images as its teacher does"),
         *_pairs(layers, span, "  "),
         *_pairs(more, {"student_layers": "as many as the teacher has in its middle"}, "  "),
-        *_pairs({"weight": recipe.vat.weight}, {"weight": "how much that counts; auto measures it"}, "  "),
+        *_pairs({"weight": recipe.vat.weight}, {"weight": weight}, "  "),
     ]
 
 

@@ -14,6 +14,7 @@ from cdistill.data.conversations import Encoder
 from cdistill.data.dataset import encode
 from cdistill.data.mix import open_source
 from cdistill.data.samples import BadSampleError, ImageFile, Source
+from cdistill.errors import InputError
 
 FIRST = 64  # records looked at
 ENCODED = 16  # of them that become tokens
@@ -107,9 +108,9 @@ def _open(path: str, images: str | None, columns: dict[str, str] | None) -> Sour
     try:
         return open_source(path, images=images, columns=columns)
     except ValueError as error:
-        raise ValueError(f"data: {error}") from None
+        raise InputError(f"data: {error}") from None
     except OSError as error:
-        raise ValueError(f"data: {path}: {error.strerror or error}") from None
+        raise InputError(f"data: {path}: {error.strerror or error}") from None
 
 
 def _named_images(source: Source) -> Iterator[Path]:
@@ -145,16 +146,16 @@ def _roots(path: str, source: Source) -> Iterator[str]:
 def _require_images(path: str, looked: int, text_only: int, bad: Counter[str], example: str) -> None:
     first = f"the first {looked} records of {path}" if looked > 1 else f"the only record of {path}"
     if not looked:
-        raise ValueError(f"data: {path} holds no records")
+        raise InputError(f"data: {path} holds no records")
     if text_only == looked:
-        raise ValueError(f"data: {first} have no image: alignment compares what two models look at in images")
+        raise InputError(f"data: {first} have no image: alignment compares what two models look at in images")
     if text_only + bad.total() < looked:
         return
     if bad[_MISSING] == bad.total():
-        raise ValueError(
+        raise InputError(
             f"data: {first} name no image that is there ({example}): name the folder that their paths start from by --images"
         )
-    raise ValueError(f"data: none of {first} can be used, for {', '.join(bad)} ({example})")
+    raise InputError(f"data: none of {first} can be used, for {', '.join(bad)} ({example})")
 
 
 def _lengths(source: Source, looked: int, encoder: Encoder | None) -> tuple[int, int]:
@@ -173,5 +174,5 @@ def _lengths(source: Source, looked: int, encoder: Encoder | None) -> tuple[int,
         if encoded == ENCODED:
             break
     if encoder is not None and not encoded:
-        raise ValueError(f"data: none of the first {looked} records can be encoded: {refused}")
+        raise InputError(f"data: none of the first {looked} records can be encoded: {refused}")
     return longest, visual

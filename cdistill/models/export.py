@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from cdistill.errors import InputError
 from cdistill.files import building, disk_full
 from cdistill.models import taf
 from cdistill.models.chat_template import taking_parts
@@ -103,11 +104,11 @@ def export(
 
 def _check_options(output: Path, dtype: str | None, max_shard_size: int | str | None) -> None:
     if isinstance(max_shard_size, str) and not re.fullmatch(r"[1-9]\d*([KMGT]B)?", max_shard_size, re.IGNORECASE):
-        raise ValueError(f"max_shard_size must be a number of bytes or such as 5GB, got {max_shard_size!r}")
+        raise InputError(f"max_shard_size must be a number of bytes or such as 5GB, got {max_shard_size!r}")
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output: {output} exists and is no empty folder")
+        raise InputError(f"output: {output} exists and is no empty folder")
 
 
 def merge_taf_map(model: TAFLlavaForConditionalGeneration, dtype: torch.dtype) -> LlavaForConditionalGeneration:
@@ -165,10 +166,10 @@ def base_of(folder: Path) -> Path:
     try:
         reference = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"model: {path} is corrupt ({error!r})") from None
+        raise InputError(f"model: {path} is corrupt ({error!r})") from None
     base = resolve_folder(str(reference), f"model: {path}: base_model_name_or_path")
     if (base / ADAPTER_CONFIG).is_file():
-        raise ValueError(f"model: {path}: base_model_name_or_path {base} is an adapter itself; export that one first")
+        raise InputError(f"model: {path}: base_model_name_or_path {base} is an adapter itself; export that one first")
     return base
 
 
@@ -176,7 +177,7 @@ def _check(folders: list[Path]) -> tuple[Processor, list[str]]:
     """What goes beside the weights, a later folder's files before an earlier one's, and remarks on it."""
     config: Any = load_config(folders[0], "model")
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"model: the weights in {folders[0]} are quantised; export the model they were made from")
+        raise InputError(f"model: the weights in {folders[0]} are quantised; export the model they were made from")
     folder = next((f for f in reversed(folders) if (f / "tokenizer_config.json").is_file()), folders[-1])
     files = ProcessorFiles(folders, "model")
     tokenizer = load_tokenizer(folder, "model")
@@ -184,7 +185,7 @@ def _check(folders: list[Path]) -> tuple[Processor, list[str]]:
     result: Processor = files
     if hasattr(config, "vision_config") and not any(has_image_processor(f) for f in folders):
         if config.model_type not in COMPOSITIONS:
-            raise ValueError(f"model: {folder / 'processor_config.json'} is missing")
+            raise InputError(f"model: {folder / 'processor_config.json'} is missing")
         result = build_processor(config, tokenizer, "model")
         remarks.append(f"no image processor in {folder}: its vision encoder's usual one was taken")
     if config.model_type in COMPOSITIONS and Path("chat_template.json") not in files.files:
@@ -201,7 +202,7 @@ def _check(folders: list[Path]) -> tuple[Processor, list[str]]:
 def _load(folder: Path) -> Model:
     loaded = load_model(folder, "model", dtype="auto", attention="eager").eval()  # every model has eager attention
     if loaded.dtype not in DTYPES.values():
-        raise ValueError(f"model: the weights in {folder} are {loaded.dtype}; known are {', '.join(DTYPES)}")
+        raise InputError(f"model: the weights in {folder} are {loaded.dtype}; known are {', '.join(DTYPES)}")
     return loaded
 
 
@@ -213,32 +214,32 @@ def merge_adapter(base: Model, folder: Path) -> Model:
     """
     path, weights = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
     if not weights.is_file():
-        raise ValueError(f"model: {weights} is missing")
+        raise InputError(f"model: {weights} is missing")
     try:
         with safe_open(weights, framework="pt") as file:
             saved = set(file.keys())
     except SafetensorError as error:
-        raise ValueError(f"model: {weights} is corrupt ({error})") from None
+        raise InputError(f"model: {weights} is corrupt ({error})") from None
     try:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError:
-        raise ValueError(f"model: {path} is a peft adapter, and peft is not installed") from None
+        raise InputError(f"model: {path} is a peft adapter, and peft is not installed") from None
     try:
         with warnings.catch_warnings(action="ignore"):  # missing weights are an error, below
             adapted: Any = PeftModel.from_pretrained(base, str(folder))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise ValueError(f"model: {path} does not fit its base: {one_line(error)}") from None
+        raise InputError(f"model: {path} does not fit its base: {one_line(error)}") from None
     missing = sorted(set(get_peft_model_state_dict(adapted)) ^ saved)
     if missing:
-        raise ValueError(f"model: {weights} does not fit {path}: {missing[0]} is in one of them only")
+        raise InputError(f"model: {weights} does not fit {path}: {missing[0]} is in one of them only")
     if not hasattr(adapted.base_model, "merge_and_unload"):
-        raise ValueError(f"model: {path}: peft_type {adapted.active_peft_config.peft_type.value} cannot be merged")
+        raise InputError(f"model: {path}: peft_type {adapted.active_peft_config.peft_type.value} cannot be merged")
     _untie_adapted(adapted)
     try:
         with warnings.catch_warnings(action="ignore"):  # of tied embeddings, which are dealt with
             merged = adapted.merge_and_unload(safe_merge=True).eval()
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"model: {weights} cannot be merged: {one_line(error)}") from None
+        raise InputError(f"model: {weights} cannot be merged: {one_line(error)}") from None
     head = merged.get_output_embeddings()
     if head is not None and head.weight is not merged.get_input_embeddings().weight:
         for config in (merged.config, merged.config.get_text_config(decoder=True)):
@@ -289,5 +290,5 @@ def _write(
     except Exception as error:
         if not (isinstance(error, OSError | SafetensorError) or disk_full(error)):
             raise
-        raise ValueError(f"output: {output} could not be written: {one_line(error)}") from None
+        raise InputError(f"output: {output} could not be written: {one_line(error)}") from None
     return checked, remarks

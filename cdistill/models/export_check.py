@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from cdistill.errors import InputError
 from cdistill.models import readback
 from cdistill.models.folder import NO_CODE, one_line, reading
 from cdistill.models.load import Model
@@ -155,13 +156,13 @@ def check_folder_replies(folder: Path, model: Model, processor: Processor, *, co
         if "error" in result:
             raise RuntimeError(result["error"])
     except RuntimeError as error:
-        raise ValueError(
+        raise InputError(
             f"output: read back in a fresh process, the folder cannot be loaded: {one_line(error)}"
         ) from None
     found = compare(expected_replies(model, prompts, TOKENS), prompts, result)
     wrong = fault(found, model.dtype, processor=not remarks)
     if wrong is not None:
-        raise ValueError(f"output: read back in a fresh process, the folder is another model: {wrong}")
+        raise InputError(f"output: read back in a fresh process, the folder is another model: {wrong}")
     return (
         f"read back in a fresh process: same replies, logits within {found.logits:.2g} of {found.largest:.3g}",
         remarks,

@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from cdistill.errors import InputError
 from cdistill.manifest import looks
 
 # Of `from_pretrained` of every class: a folder's own code (auto_map) is neither asked about nor run.
@@ -60,11 +61,11 @@ def reading(key: str, what: str) -> Iterator[None]:
     except ValueError as error:
         if str(error).startswith(f"{key}: "):
             raise
-        raise ValueError(f"{key}: {what} cannot be loaded: {one_line(error)}") from None
+        raise InputError(f"{key}: {what} cannot be loaded: {one_line(error)}") from None
     except KeyError as error:
-        raise ValueError(f"{key}: {what} cannot be loaded: {error} is unknown or missing") from None
+        raise InputError(f"{key}: {what} cannot be loaded: {error} is unknown or missing") from None
     except Exception as error:  # transformers, tokenizers and safetensors raise all kinds of them
-        raise ValueError(f"{key}: {what} cannot be loaded: {one_line(error)}") from None
+        raise InputError(f"{key}: {what} cannot be loaded: {one_line(error)}") from None
     finally:
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
         logging.set_verbosity(verbosity)
@@ -73,19 +74,19 @@ def reading(key: str, what: str) -> Iterator[None]:
 def read_json(path: Path, key: str, *, most: int = MOST_BYTES) -> dict[str, Any]:
     """The object in a JSON file of at most so many bytes. Raises ValueError in one line for anything else."""
     if not path.is_file():
-        raise ValueError(f"{key}: {path} is missing")
+        raise InputError(f"{key}: {path} is missing")
     try:
         if path.stat().st_size > most:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes")
+            raise InputError(f"it has {path.stat().st_size:,} bytes")
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{key}: {path} cannot be read ({error.strerror})") from None
+        raise InputError(f"{key}: {path} cannot be read ({error.strerror})") from None
     except RecursionError:
-        raise ValueError(f"{key}: {path} is corrupt (it nests too deeply)") from None
+        raise InputError(f"{key}: {path} is corrupt (it nests too deeply)") from None
     except ValueError as error:
-        raise ValueError(f"{key}: {path} is corrupt ({one_line(error)})") from None
+        raise InputError(f"{key}: {path} is corrupt ({one_line(error)})") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{key}: {path} is corrupt (it is a {type(values).__name__}, not a JSON object)")
+        raise InputError(f"{key}: {path} is corrupt (it is a {type(values).__name__}, not a JSON object)")
     return values
 
 
@@ -109,23 +110,23 @@ def check_config(values: Mapping[str, Any], key: str, path: Path, within: str = 
     import torch
 
     if not within and not isinstance(values.get("model_type"), str):
-        raise ValueError(f"{key}: {path} is corrupt (no model_type)")
+        raise InputError(f"{key}: {path} is corrupt (no model_type)")
     for name, value in values.items():
         place = f"{within}{name}"
         if name == "text_config" and not isinstance(value, Mapping):  # a default one may have billions of weights
-            raise ValueError(f"{key}: {path} is corrupt ({place} must be an object, got {value!r:.40})")
+            raise InputError(f"{key}: {path} is corrupt ({place} must be an object, got {value!r:.40})")
         if isinstance(value, Mapping) and name.endswith("_config"):
             check_config(value, key, path, f"{place}.")
         if SIZES.fullmatch(name) and value is not None and not isinstance(value, (list, Mapping)):
             whole = isinstance(value, int) and not isinstance(value, bool)
             if not whole or not 0 <= value < (MOST_LAYERS if name.endswith("_layers") else MOST):
-                raise ValueError(f"{key}: {path} is corrupt ({place} must be a size, got {value!r:.40})")
+                raise InputError(f"{key}: {path} is corrupt ({place} must be a size, got {value!r:.40})")
         if (
             name in ("dtype", "torch_dtype")
             and isinstance(value, str)
             and not isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype)
         ):
-            raise ValueError(f"{key}: {path} is corrupt ({place} must name a dtype of torch, got {value!r:.40})")
+            raise InputError(f"{key}: {path} is corrupt ({place} must name a dtype of torch, got {value!r:.40})")
 
 
 def weight_files(folder: Path, key: str) -> list[Path]:
@@ -134,27 +135,27 @@ def weight_files(folder: Path, key: str) -> list[Path]:
     if single.is_file():
         paths = [single]
     elif not index.is_file():
-        raise ValueError(f"{key}: {single} is missing")
+        raise InputError(f"{key}: {single} is missing")
     else:
         names = read_json(index, key).get("weight_map")
         if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-            raise ValueError(f"{key}: {index} is corrupt (weight_map must say which file holds which weight)")
+            raise InputError(f"{key}: {index} is corrupt (weight_map must say which file holds which weight)")
         outside = [name for name in names.values() if Path(name).name != name or not name.endswith(".safetensors")]
         if outside:
-            raise ValueError(f"{key}: {index} is corrupt ({outside[0]!r:.80} is no safetensors file of its folder)")
+            raise InputError(f"{key}: {index} is corrupt ({outside[0]!r:.80} is no safetensors file of its folder)")
         paths = [folder / name for name in sorted(set(names.values()))]
     for path in paths:
         if not path.is_file():
-            raise ValueError(f"{key}: {path} is missing")
+            raise InputError(f"{key}: {path} is missing")
         try:
             with path.open("rb"):  # safetensors takes what may not be read for what is not there
                 pass
             with safe_open(path, framework="pt"):
                 pass
         except PermissionError as error:
-            raise ValueError(f"{key}: {path} cannot be read ({error.strerror})") from None
+            raise InputError(f"{key}: {path} cannot be read ({error.strerror})") from None
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{key}: {path} is corrupt ({one_line(error)})") from None
+            raise InputError(f"{key}: {path} is corrupt ({one_line(error)})") from None
     return paths
 
 
@@ -170,6 +171,6 @@ def check_depth(paths: list[Path], config: Any, key: str, folder: Path) -> None:
                 if layer is not None and not _ELSEWHERE.search(name):
                     found = max(found, 1 + int(layer[1]))
     if found and wanted is not None and not wanted <= found <= wanted + extra:
-        raise ValueError(
+        raise InputError(
             f"{key}: the weights in {folder} do not fit its {CONFIG}: they are of {found} layers, num_hidden_layers is {wanted}"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from cdistill.errors import InputError
 from cdistill.models.folder import one_line
 
 # What a model is read from: weights as data alone, never pickles, nor code.
@@ -48,7 +49,7 @@ def snapshot(reference: str, key: str, *, weights: bool = True) -> Path:
         reason = f"cannot be asked: {one_line(error)[:200]}"
     except Exception as error:  # of httpx and of the hub
         reason = f"does not give it: {one_line(error)[:200]}"
-    raise ValueError(f"{said} {reason}") from None
+    raise InputError(f"{said} {reason}") from None
 
 
 def pinned(reference: str, key: str, recorded: str | None = None) -> str:

@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.models.auto.auto_factory import _get_model_class
 
+from cdistill.errors import InputError
 from cdistill.models.folder import one_line
 from cdistill.models.taf import (
     MERGED,
@@ -71,11 +72,11 @@ def visual_tokens(config: Any, size: tuple[int, int] | None = None) -> VisualTok
     vision = config.vision_config
     layers, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
     if layers == 0:
-        raise ValueError("vision_feature_layer 0 must be written [0]: alone, transformers takes it for none")
+        raise InputError("vision_feature_layer 0 must be written [0]: alone, transformers takes it for none")
     positions = encoder_positions(vision, size, layers if isinstance(layers, int) else tuple(layers))
     if positions is None:
         if strategy == "default":
-            raise ValueError(
+            raise InputError(
                 f"vision_feature_select_strategy default cannot be used with {vision.model_type}, which has no class token and "
                 "puts all images into one row: it must be full"
             )
@@ -97,7 +98,7 @@ def encoder_positions(
 def _encoder_class(vision: Any) -> Any:
     """The class of an encoder by its configuration. Raises ValueError if transformers has none."""
     if type(vision) not in AutoModel._model_mapping:
-        raise ValueError(f"vision_config.model_type {vision.model_type} is not a model of transformers' AutoModel")
+        raise InputError(f"vision_config.model_type {vision.model_type} is not a model of transformers' AutoModel")
     return _get_model_class(vision, AutoModel._model_mapping)
 
 
@@ -116,16 +117,16 @@ def _positions(
         pixels = torch.empty(1, getattr(vision, "num_channels", 3), height, width, device="meta", dtype=tower.dtype)
         hidden = tower(pixels, output_hidden_states=True).hidden_states
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{where}: images of {height} x {width} pixels do not fit: {one_line(error)}") from None
+        raise InputError(f"{where}: images of {height} x {width} pixels do not fit: {one_line(error)}") from None
     chosen = (layers,) if isinstance(layers, int) else layers
     for layer in chosen:
         if not -len(hidden) <= layer < len(hidden):
-            raise ValueError(
+            raise InputError(
                 f"vision_feature_layer {layer} does not exist: {where} has {len(hidden)} hidden states, the input included"
             )
     shapes = {tuple(hidden[layer].shape) for layer in chosen}
     if len(shapes) > 1 or len(next(iter(shapes))) != 3:
-        raise ValueError(f"{where}: hidden states of shapes {sorted(shapes)} are no visual tokens of a LLaVA")
+        raise InputError(f"{where}: hidden states of shapes {sorted(shapes)} are no visual tokens of a LLaVA")
     patch = getattr(vision, "patch_size", None)
     high, wide = (patch, patch) if isinstance(patch, int) else (patch or (1, 1))
     return next(iter(shapes))[1], (height // high) * (width // wide)
@@ -189,7 +190,7 @@ def compose(
     if teacher is None:
         return LlavaForConditionalGeneration(LlavaConfig(**common))
     if taf_activation == MERGED:
-        raise ValueError(
+        raise InputError(
             "taf_activation merged is what export makes of linear: a student is composed with linear or gelu"
         )
     layers, width = adapter_layers(teacher), teacher.config.text_config.hidden_size
@@ -246,7 +247,7 @@ def merge_visual_tokens(model: Llava, input_ids: Tensor, tokens: Tensor | None) 
     if input_ids.device.type != "cpu":
         torch._assert_async(found == wanted, "input_ids hold another number of image tokens than the images give")
     elif int(found) != wanted:
-        raise ValueError(f"input_ids hold {int(found)} image tokens, the images give {wanted}")
+        raise InputError(f"input_ids hold {int(found)} image tokens, the images give {wanted}")
     if tokens is None:
         return embeds
     return embeds.masked_scatter(mask.unsqueeze(-1), tokens.to(embeds.dtype))

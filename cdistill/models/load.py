@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from cdistill.errors import InputError
 from cdistill.manifest import verify
 from cdistill.models.folder import (
     CONFIG,
@@ -57,14 +58,14 @@ def resolve_folder(reference: str, key: str, *, weights: bool = True) -> Path:
     folder = ASSETS / reference.removeprefix(BUILTIN) if builtin else Path(reference)
     if not folder.is_dir():
         known = ", ".join(sorted(f"{BUILTIN}{p.name}" for p in ASSETS.glob("*") if p.is_dir())) or "none"
-        raise ValueError(f"{key}: there is no folder {reference!r}" + (f"; built-in: {known}" if builtin else ""))
+        raise InputError(f"{key}: there is no folder {reference!r}" + (f"; built-in: {known}" if builtin else ""))
     if (folder / CONFIG).is_file() or not (folder / RECIPE).is_file():
         verify(folder, key, needed=_is_result(folder))
         return folder
     # The stages of a run appear under their names when they are finished.
     stages = [path for path in folder.iterdir() if re.fullmatch(STAGE, path.name) and path.is_dir()]
     if not stages:
-        raise ValueError(f"{key}: the run in {folder} has no finished stage")
+        raise InputError(f"{key}: the run in {folder} has no finished stage")
     last = max(stages, key=lambda path: int(path.name.partition("-")[0]))
     verify(last, key, needed=_is_result(last))
     return last
@@ -110,7 +111,7 @@ def auto_class(config: PretrainedConfig, folder: Path, key: str) -> Any:
     auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     if type(config) not in auto._model_mapping:
         kind = config.model_type
-        raise ValueError(
+        raise InputError(
             f"{key}: {folder} holds a {kind} model: neither a language model nor one that answers about images"
         )
     return auto
@@ -129,7 +130,7 @@ def load_config(folder: Path, key: str) -> PretrainedConfig:
     values = read_json(path, key)
     check_config(values, key, path)
     if values["model_type"] not in CONFIG_MAPPING:
-        raise ValueError(f"{key}: {path}: model_type {values['model_type']!r:.60} is not one that transformers knows")
+        raise InputError(f"{key}: {path}: model_type {values['model_type']!r:.60} is not one that transformers knows")
     with reading(key, str(path)):
         return AutoConfig.from_pretrained(folder, **NO_CODE)
 
@@ -156,12 +157,12 @@ def _load(
             if "ignore_mismatched_sizes" not in str(error):
                 raise
             # not asked for: weights of other shapes would be made anew, in the shapes of any size
-            raise ValueError(f"{wrong}: some have other shapes") from None
+            raise InputError(f"{wrong}: some have other shapes") from None
         if info["missing_keys"]:
-            raise ValueError(f"{wrong}: {min(info['missing_keys'])} is missing")
+            raise InputError(f"{wrong}: {min(info['missing_keys'])} is missing")
     broken = not_finite(model)
     if broken is not None:
-        raise ValueError(f"{key}: the weights in {folder} are not all finite: {broken} holds NaN or inf")
+        raise InputError(f"{key}: the weights in {folder} are not all finite: {broken} holds NaN or inf")
     return model
 
 
@@ -186,7 +187,7 @@ def load_multimodal(folder: Path, key: str, *, language: bool = True, **options:
     """
     config = load_config(folder, key)
     if not hasattr(config, "vision_config"):
-        raise ValueError(f"{key}: {folder} holds a {config.model_type} model, which has no vision encoder")
+        raise InputError(f"{key}: {folder} holds a {config.model_type} model, which has no vision encoder")
     if language:
         return _load(AutoModelForImageTextToText, folder, key, **options)
     shallow = load_config(folder, key)
@@ -210,7 +211,7 @@ def encoder_config(folder: Path, key: str) -> PretrainedConfig:
         or type(vision) not in MODEL_MAPPING
         or not all(hasattr(vision, x) for x in ("image_size", "hidden_size"))
     ):
-        raise ValueError(
+        raise InputError(
             f"{key}: {folder} holds a {config.model_type} model: neither a LLaVA nor a vision encoder for one"
         )
     if hasattr(vision, "vision_use_head"):

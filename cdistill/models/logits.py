@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from cdistill.errors import InputError
 from cdistill.families import family_of
 from cdistill.models.parts import head_of
 
@@ -43,11 +44,11 @@ def after_head(model: Any, side: str = "model") -> AfterHead:
     """
     config, family = model.config.get_text_config(), family_of(model)
     if family.own_head:
-        raise ValueError(
+        raise InputError(
             f"the {side} {family.own_head} ({type(model).__name__}): its losses cannot be taken from hidden states and the head"
         )
     if head_of(model) is None:
-        raise ValueError(f"the {side} has no head that get_output_embeddings() names ({type(model).__name__})")
+        raise InputError(f"the {side} has no head that get_output_embeddings() names ({type(model).__name__})")
     every = {name: getattr(config, name, None) for name in family.logit_fields}
     set_fields = {name: float(value) for name, value in every.items() if value not in (None, 1, 1.0)}
     if not set_fields:
@@ -69,7 +70,7 @@ def after_head(model: Any, side: str = "model") -> AfterHead:
             _found[model] = set_fields, change
             return change
     listed = ", ".join(f"{name} {value}" for name, value in set_fields.items())
-    raise ValueError(
+    raise InputError(
         f"the {side} changes its logits after the head by another formula than its configuration's {listed} stands for: its "
         "losses cannot be taken from the head; say what the field does in a row of its family (cdistill.register_family)"
     )

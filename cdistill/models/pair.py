@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cdistill.errors import InputError
 from cdistill.families import family_of
 from cdistill.models.llava import Llava, VisualTokens, visual_tokens
 from cdistill.models.load import Model
@@ -30,7 +31,7 @@ def unwrapped(model: Any, side: str) -> Any:
         return model
     if not hasattr(model, "peft_config"):
         kind = type(model)
-        raise ValueError(
+        raise InputError(
             f"the {side} must be a model of transformers or a peft model, got {kind.__module__}.{kind.__qualname__}: "
             "wrap what distill() returns, not what it is given"
         )
@@ -54,7 +55,7 @@ def _check_adapters(model: Any, side: str) -> None:
             why = "has a forward pass of its own"
         else:
             continue
-        raise ValueError(f"the {side}'s {kind} {why}: use LoRA or another peft method that changes layers alone")
+        raise InputError(f"the {side}'s {kind} {why}: use LoRA or another peft method that changes layers alone")
 
 
 def shares_encoder(student: Model, teacher: Model) -> bool:
@@ -80,7 +81,7 @@ def check_pair(student: Model, teacher: Model) -> None:
 def check_configurations(student: Model, teacher: Model) -> None:
     """What of `check_pair` needs no weights: vocabularies, and visual tokens."""
     if has_vision(student) != has_vision(teacher):
-        raise ValueError(f"only the {'student' if has_vision(student) else 'teacher'} has a vision encoder")
+        raise InputError(f"only the {'student' if has_vision(student) else 'teacher'} has a vision encoder")
     _check_vocabulary(student.config.get_text_config(), teacher.config.get_text_config())
     if isinstance(student, Llava) and isinstance(teacher, Llava):
         _check_equal("image_token_id", student.config, teacher.config)
@@ -108,7 +109,7 @@ def _check_visual_tokens(student: Llava, teacher: Llava) -> None:
         _check_equal(name, student.config.vision_config, teacher.config.vision_config, "vision_config.")
     ours, theirs = visual_tokens(student.config), visual_tokens(teacher.config)
     if ours != theirs:
-        raise ValueError(
+        raise InputError(
             f"visual tokens of an image differ: student {_described(ours, student)}, teacher {_described(theirs, teacher)}"
         )
 
@@ -127,7 +128,7 @@ def _check_fetched(student: Llava, teacher: Llava) -> None:
     if not isinstance(adapter, TAFAdapter):
         return
     if not shares_encoder(student, teacher):
-        raise ValueError(
+        raise InputError(
             "vision_tower differs: a student with TAF sees through its teacher's encoder, at the same vision_feature_layer and "
             "vision_feature_select_strategy; this teacher has another"
         )
@@ -135,7 +136,7 @@ def _check_fetched(student: Llava, teacher: Llava) -> None:
     fetched = [p for layer in adapter.fetched for p in layer.parameters()]
     same = adapter.activations == [layer["activation"] for layer in adapter_layers(teacher)]
     if not same or len(fetched) != len(trained) or not all(map(_same, fetched, trained)):
-        raise ValueError("multi_modal_projector differs: the student's fetched adapter is not this teacher's")
+        raise InputError("multi_modal_projector differs: the student's fetched adapter is not this teacher's")
 
 
 def common_parameters(
@@ -155,7 +156,7 @@ def check_frozen(common: Mapping[str, nn.Parameter]) -> None:
     """Raise ValueError if one of the parameters that student and teacher have in common is trained."""
     trained = next((name for name, p in common.items() if p.requires_grad), None)
     if trained is not None:
-        raise ValueError(
+        raise InputError(
             f"{trained} is trained and also the teacher's: give distill() a teacher with weights of its own, such as "
             "copy.deepcopy(teacher) before the student gets its LoRA"
         )
@@ -218,7 +219,7 @@ def _check_vocabulary(student: Any, teacher: Any) -> None:
     """One tokenizer's embeddings may be padded to different sizes, and their special tokens have the same ids."""
     ours, theirs = student.vocab_size, teacher.vocab_size
     if abs(ours - theirs) > max(MOST_PADDING, max(ours, theirs) // 100):
-        raise ValueError(f"vocab_size differs: student {ours}, teacher {theirs}; both must have one tokenizer")
+        raise InputError(f"vocab_size differs: student {ours}, teacher {theirs}; both must have one tokenizer")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(student, name, None) is not None and getattr(teacher, name, None) is not None:
             _check_equal(name, student, teacher)
@@ -227,7 +228,7 @@ def _check_vocabulary(student: Any, teacher: Any) -> None:
 def _check_equal(name: str, student: Any, teacher: Any, prefix: str = "") -> None:
     ours, theirs = getattr(student, name, None), getattr(teacher, name, None)
     if ours != theirs:
-        raise ValueError(f"{prefix}{name} differs: student {ours}, teacher {theirs}")
+        raise InputError(f"{prefix}{name} differs: student {ours}, teacher {theirs}")
 
 
 def _equal(a: nn.Module, b: nn.Module) -> bool:
@@ -247,11 +248,11 @@ def _is_part(tensor: Tensor) -> bool:
 def _same(a: Tensor, b: Tensor) -> bool:
     """Equality in the narrower of two dtypes, on whatever devices they are."""
     if hasattr(a, "ds_id") or hasattr(b, "ds_id"):
-        raise ValueError(
+        raise InputError(
             "models that ZeRO-3 has partitioned cannot be compared: put them together before the engine does"
         )
     if a.is_meta or b.is_meta:
-        raise ValueError(
+        raise InputError(
             "the teacher's multi_modal_projector is offloaded: keep it in memory (device_map) for a student that fetches it"
         )
     dtype = min(a.dtype, b.dtype, key=lambda d: d.itemsize)

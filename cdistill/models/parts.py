@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from cdistill.errors import InputError
 from cdistill.families import Family, family_of
 
 Part = Literal["vision", "adapter", "fetched", "language", "lora"]
@@ -34,7 +35,7 @@ def require_known_parts(model: Any) -> None:
     }
     for name, parameter, part in named_parts(model):
         if part == "language" and id(parameter) not in language:
-            raise ValueError(
+            raise InputError(
                 f"{name} of {type(model).__name__} belongs neither to its language model nor to a known adapter or encoder: "
                 f"register a row for {model.config.model_type} that names its module (cdistill.register_family)"
             )

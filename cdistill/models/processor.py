@@ -13,6 +13,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from cdistill.errors import InputError
 from cdistill.models.chat_template import taking_parts
 from cdistill.models.folder import NO_CODE, read_json, reading
 from cdistill.models.llava import encoder_positions, image_size
@@ -135,7 +136,7 @@ def build_processor(
     ids = processor(text=processor.image_token, images=_blank(vision), add_special_tokens=False)["input_ids"][0]
     image_id, wanted = config.image_token_id, config.image_seq_length  # type: ignore[attr-defined]
     if ids != [image_id] * wanted:
-        raise ValueError(
+        raise InputError(
             f"{key}: its processor makes {len(ids)} tokens {ids[0]} of an image, the model takes {wanted} tokens {image_id}"
         )
     return processor
@@ -164,7 +165,7 @@ def _usual_image_processor(vision: Any, key: str) -> Any:
         return SiglipImageProcessorPil(size=size)
     if vision.model_type == "clip_vision_model":
         return CLIPImageProcessorPil(size={"shortest_edge": min(height, width)}, crop_size=size)
-    raise ValueError(
+    raise InputError(
         f"{key}: preprocessor_config.json is missing, and {vision.model_type} has no usual image processor: put that of the "
         "vision encoder beside its weights"
     )
@@ -177,7 +178,7 @@ def load_processor(folder: Path, key: str) -> Any:
         ValueError: there is none, a file of it is corrupt, or a package it needs is missing; the message begins with ``key``.
     """
     if not has_image_processor(folder):
-        raise ValueError(f"{key}: {folder / IMAGE_PROCESSORS[1]} is missing")
+        raise InputError(f"{key}: {folder / IMAGE_PROCESSORS[1]} is missing")
     return _load(AutoProcessor, folder, key)
 
 
@@ -205,6 +206,6 @@ def check_image_processors(folders: Mapping[str, Path]) -> None:
     for (a, ours), (b, theirs) in pairwise(known):
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
-                raise ValueError(
+                raise InputError(
                     f"image processors differ: {name} is {ours.get(name)} for {a}, {theirs.get(name)} for {b}"
                 )

@@ -247,6 +247,7 @@ def _publish_tokenizer(folder: Path, key: str) -> None:
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
     if values.get("tokenizer_class") == "PreTrainedTokenizerFast":
         values.setdefault("model_input_names", ["input_ids", "attention_mask"])  # else 4 adds token_type_ids
+    values["padding_side"] = "left"  # as published: prompts of a batch must end where replies begin
     named = values.pop("model_specific_special_tokens", None) or {}
     extra = values.pop("extra_special_tokens", None)
     if isinstance(extra, dict):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from cdistill.errors import InputError
 from cdistill.families import Family
 
 
@@ -20,7 +21,7 @@ def quantized(kind: str, dtype: torch.dtype, family: Family, key: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     if find_spec("bitsandbytes") is None:
-        raise ValueError(f"{key} needs bitsandbytes: pip install cdistill[quantization]")
+        raise InputError(f"{key} needs bitsandbytes: pip install cdistill[quantization]")
     visual = family.adapters + family.encoders
     whole = ["lm_head", *visual, *(rf".*\.{name}" for name in visual)]  # patterns match from the start
     if kind == "8bit":

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from cdistill.choices import DIVERGENCES
+from cdistill.errors import InputError
 from cdistill.ops import linear_distillation, linear_token_losses
 from cdistill.ops._contract import is_number
 
@@ -59,14 +60,14 @@ class DistillationHead(nn.Module):
         super().__init__()
         for name, value, allowed in (("reduction", reduction, REDUCTIONS), ("divergence", divergence, DIVERGENCES)):
             if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+                raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         if not is_number(beta) or not 0 <= beta <= 1:
-            raise ValueError(f"beta must be from 0 to 1, got {beta!r}")
+            raise InputError(f"beta must be from 0 to 1, got {beta!r}")
         if not ce_weight and not kd_weight:
-            raise ValueError("ce_weight and kd_weight must not both be 0")
+            raise InputError("ce_weight and kd_weight must not both be 0")
         unknown = set(options) - _OPTIONS
         if unknown:
-            raise ValueError(
+            raise InputError(
                 f"{', '.join(sorted(unknown))}: no option of DistillationHead; it takes {sorted(_OPTIONS)}"
             )
         if divergence == "jsd" and beta in _FULL:
@@ -111,12 +112,12 @@ class DistillationHead(nn.Module):
             ValueError: what `cdistill.ops.linear_distillation` refuses, or weights with reduction "none".
         """
         if num_items is not None and self.reduction != "mean":
-            raise ValueError(f"num_items is what a mean divides by, and reduction is {self.reduction!r}")
+            raise InputError(f"num_items is what a mean divides by, and reduction is {self.reduction!r}")
         if not self.weights[0] and teacher_hidden is None and teacher_topk is None:
-            raise ValueError("a teacher must be given where ce_weight is 0: nothing would be learned")
+            raise InputError("a teacher must be given where ce_weight is 0: nothing would be learned")
         if labels is None:
             if self.weights[0] != 0:
-                raise ValueError("labels must be given where ce_weight is not 0")
+                raise InputError("labels must be given where ce_weight is not 0")
             labels = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
         of_rows = {"hidden": hidden, "teacher_hidden": teacher_hidden, "weights": weights}
         of_rows |= dict(zip(("values", "indices"), teacher_topk or (), strict=False))
@@ -152,7 +153,7 @@ class DistillationHead(nn.Module):
             if self.shift:
                 x = x[:, 1:] if name == "weights" else x[:, :-1]
             if x.shape != (*labels.shape, *inner):
-                raise ValueError(f"{name} must have the shape of labels {tuple(labels.shape)}, got {tuple(x.shape)}")
+                raise InputError(f"{name} must have the shape of labels {tuple(labels.shape)}, got {tuple(x.shape)}")
             rows[name] = x.reshape(-1, *inner)
         return labels, rows
 
@@ -160,7 +161,7 @@ class DistillationHead(nn.Module):
         self, arguments: tuple[Any, ...], options: dict[str, Any], weights: Tensor | None, shape: torch.Size
     ) -> HeadLosses:
         if weights is not None:
-            raise ValueError("weights are for sums: with reduction 'none' multiply the losses yourself")
+            raise InputError("weights are for sums: with reduction 'none' multiply the losses yourself")
         with torch.no_grad():
             found = linear_token_losses(*arguments, **options)
         loss = self.weights[0] * found.ce + self.weights[1] * found.kd

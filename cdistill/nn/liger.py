@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cdistill.errors import InputError
 from cdistill.nn.head import DistillationHead
 
 
@@ -108,7 +109,7 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         }
         for name, value in given.items():
             if value:
-                raise ValueError(f"{name} is not supported: leave it as it is by default, or use Liger's own module")
+                raise InputError(f"{name} is not supported: leave it as it is by default, or use Liger's own module")
         self.head = DistillationHead(
             kd_weight=0.0, ignore_index=ignore_index, reduction=reduction, student_logit_softcap=softcap
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cdistill.errors import InputError
 from cdistill.ops._contract import DTYPES, is_number
 from cdistill.ops._dispatch import backend
 from cdistill.ops._problem import VocabularyOptions, VocabularyRows
@@ -80,19 +81,19 @@ def _check(
     reduction: str,
 ) -> None:
     if reduction not in ("batchmean", "sum", "mean", "none"):
-        raise ValueError(f"reduction must be batchmean, sum, mean or none, got {reduction!r}")
+        raise InputError(f"reduction must be batchmean, sum, mean or none, got {reduction!r}")
     if student_logits.shape != teacher_logits.shape:
         shapes = f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
-        raise ValueError(f"student_logits and teacher_logits must have the same shape, got {shapes}")
+        raise InputError(f"student_logits and teacher_logits must have the same shape, got {shapes}")
     if labels is not None and labels.shape != student_logits.shape[:-1]:
-        raise ValueError(f"labels must have shape {tuple(student_logits.shape[:-1])}, got {tuple(labels.shape)}")
+        raise InputError(f"labels must have shape {tuple(student_logits.shape[:-1])}, got {tuple(labels.shape)}")
     if not is_number(beta) or not 0 <= beta <= 1:
-        raise ValueError(f"beta must be from 0 to 1, got {beta!r}")
+        raise InputError(f"beta must be from 0 to 1, got {beta!r}")
     for name, x in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         if x.dtype not in DTYPES:
-            raise ValueError(f"{name} must be float16, bfloat16 or float32, got {x.dtype}")
+            raise InputError(f"{name} must be float16, bfloat16 or float32, got {x.dtype}")
     if not is_number(temperature) or not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number above 0, got {temperature!r}")
+        raise InputError(f"temperature must be a finite number above 0, got {temperature!r}")
 
 
 def _terms(student: Tensor, teacher: Tensor, beta: float) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from cdistill.choices import ALIGNMENT_LOSSES, HEADS, REDUCTIONS, RELATION_LOSSES
+from cdistill.errors import InputError
 from cdistill.ops._problem import AttentionProblem, Gradients
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -24,21 +25,21 @@ SWAPPED = (
 def require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise ValueError unless value is one of the allowed names."""
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+        raise InputError(f"{name} must be one of {allowed}, got {value!r}")
 
 
 def require_bool(name: str, value: object) -> None:
     """Raise ValueError unless value is True or False."""
     if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
+        raise InputError(f"{name} must be True or False, got {value!r}")
 
 
 def require_tensor(name: str, value: object) -> None:
     """Raise ValueError unless value is a tensor, without a tangent: forward-mode derivatives would come out as zero."""
     if not isinstance(value, Tensor):
-        raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+        raise InputError(f"{name} must be a tensor, got {type(value).__name__}")
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
-        raise ValueError(
+        raise InputError(
             f"{name} has a forward-mode tangent, but the op has a backward pass only: use torch.func.vjp or grad"
         )
 
@@ -52,20 +53,20 @@ def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...], axes: str, 
     """Raise ValueError unless tensor has this shape; axes are its names for the message, ``why`` what asks for it."""
     require_tensor(name, tensor)
     if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must have shape ({axes}) = {shape}{why}, got {tuple(tensor.shape)}")
+        raise InputError(f"{name} must have shape ({axes}) = {shape}{why}, got {tuple(tensor.shape)}")
 
 
 def require_device(name: str, tensor: Tensor, device: torch.device, like: str = "q") -> None:
     """Raise ValueError unless tensor lies on the device of the argument ``like``."""
     if tensor.device != device:
-        raise ValueError(f"{name} must be on {device} like {like}, got {tensor.device}")
+        raise InputError(f"{name} must be on {device} like {like}, got {tensor.device}")
 
 
 def require_values(ok: Tensor, message: str) -> None:
     """Raise ValueError unless ok (0-dim bool) holds; on CUDA a device-side assertion, because reading it would sync."""
     if ok.device.type == "cpu":
         if not ok:
-            raise ValueError(message)
+            raise InputError(message)
     else:
         torch._assert_async(ok, message)
 
@@ -74,30 +75,30 @@ def _require_queries_and_keys(q: Tensor, k: Tensor) -> None:
     for name, tensor in (("q", q), ("k", k)):
         require_tensor(name, tensor)
         if tensor.dim() != 4:
-            raise ValueError(
+            raise InputError(
                 f"{name} must have 4 dimensions (batch, heads, tokens, head dim), got {tuple(tensor.shape)}"
             )
         if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name} must be float16, bfloat16 or float32, got {tensor.dtype}")
+            raise InputError(f"{name} must be float16, bfloat16 or float32, got {tensor.dtype}")
         if tensor.stride(-1) != 1:
-            raise ValueError(f"{name} must have unit stride on its last dimension, got strides {tensor.stride()}")
+            raise InputError(f"{name} must have unit stride on its last dimension, got strides {tensor.stride()}")
     batch, q_heads, tokens, width = q.shape
     k_heads, keys = k.shape[1:3]
     if k.dtype != q.dtype:
-        raise ValueError(f"k must have the dtype of q, {q.dtype}, got {k.dtype}")
+        raise InputError(f"k must have the dtype of q, {q.dtype}, got {k.dtype}")
     require_device("k", k, q.device)
     if keys < tokens:
-        raise ValueError(
+        raise InputError(
             f"k must have the {tokens} tokens of q, or more before them, got {tuple(k.shape)}"
             f"{SWAPPED if k_heads == q_heads else ''}"
         )
     require_shape("k", k, (batch, k_heads, keys, width), "B, Hkv, T, D")
     if tokens == 0:
-        raise ValueError("q must hold at least one token, got T = 0")
+        raise InputError("q must hold at least one token, got T = 0")
     if not 16 <= width <= 256 or width % 8:
-        raise ValueError(f"q must have a head dim that is a multiple of 8 from 16 to 256, got {width}")
+        raise InputError(f"q must have a head dim that is a multiple of 8 from 16 to 256, got {width}")
     if q_heads == 0 or k_heads == 0 or q_heads % k_heads:
-        raise ValueError(f"k must have a number of heads that divides the {q_heads} heads of q, got {k_heads}")
+        raise InputError(f"k must have a number of heads that divides the {q_heads} heads of q, got {k_heads}")
 
 
 def _positions(name: str, positions: Tensor, q: Tensor) -> Tensor:
@@ -105,9 +106,9 @@ def _positions(name: str, positions: Tensor, q: Tensor) -> Tensor:
     require_tensor(name, positions)
     batch = q.shape[0]
     if positions.dim() != 2 or positions.shape[0] != batch:
-        raise ValueError(f"{name} must have shape (B, count) with B = {batch}, got {tuple(positions.shape)}")
+        raise InputError(f"{name} must have shape (B, count) with B = {batch}, got {tuple(positions.shape)}")
     if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
-        raise ValueError(f"{name} must have an integer dtype, got {positions.dtype}")
+        raise InputError(f"{name} must have an integer dtype, got {positions.dtype}")
     require_device(name, positions, q.device)
     if positions.dtype not in (torch.int32, torch.int64):
         positions = positions.int()
@@ -127,11 +128,11 @@ def require_positions(allowed: Tensor, problem: AttentionProblem) -> None:
             if ((positions < -1) | (positions >= tokens) | ((positions >= 0) & (positions < first))).any():
                 swapped = SWAPPED if int(positions.max()) < heads else ""
                 of = f" (those of the last {problem.q.shape[2]} tokens, which q has)" if first else ""
-                raise ValueError(
+                raise InputError(
                     f"{name} must hold positions from {first} to T-1 = {tokens - 1}{of}, or -1 for padding{swapped}"
                 )
         name = "rows" if has_repeats(rows) else "cols"
-        raise ValueError(f"{name} must hold distinct positions within a sample")
+        raise InputError(f"{name} must hold distinct positions within a sample")
 
 
 def has_repeats(positions: Tensor) -> Tensor:
@@ -144,14 +145,14 @@ def _key_mask(key_mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     batch, tokens = q.shape[0], k.shape[2]
     require_tensor("key_mask", key_mask)
     if key_mask.dim() > 2:
-        raise ValueError(
+        raise InputError(
             f"key_mask must have shape (B, T) = {(batch, tokens)}, got {tuple(key_mask.shape)}: "
             "keys can be hidden as padding or by causal=True, not for some rows only"
         )
     swapped = key_mask.shape[-1:] == q.shape[1:2]
     require_shape("key_mask", key_mask, (batch, tokens), "B, T", SWAPPED if swapped and q.shape[1] != tokens else "")
     if key_mask.dtype != torch.bool:
-        raise ValueError(f"key_mask must be bool (True = real key), got {key_mask.dtype}")
+        raise InputError(f"key_mask must be bool (True = real key), got {key_mask.dtype}")
     require_device("key_mask", key_mask, q.device)
     return key_mask.contiguous()
 
@@ -161,22 +162,22 @@ def _documents(cu_seqlens: Tensor | Sequence[int], q: Tensor, k: Tensor) -> list
     if isinstance(cu_seqlens, Tensor):
         if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
             found = f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
-            raise ValueError(f"cu_seqlens must be int32 or int64 of shape (documents + 1,), got {found}")
+            raise InputError(f"cu_seqlens must be int32 or int64 of shape (documents + 1,), got {found}")
         cu_seqlens = cu_seqlens.tolist()
     elif not isinstance(cu_seqlens, list | tuple) or not all(is_number(x, Integral) for x in cu_seqlens):
-        raise ValueError(f"cu_seqlens must be a tensor (documents + 1,) or a list of ints, got {cu_seqlens!r}")
+        raise InputError(f"cu_seqlens must be a tensor (documents + 1,) or a list of ints, got {cu_seqlens!r}")
     documents = [int(x) for x in cu_seqlens]
     tokens = q.shape[2]
     if q.shape[0] != 1:
-        raise ValueError(f"cu_seqlens needs documents packed into one row, q (1, H, T, D), got B = {q.shape[0]}")
+        raise InputError(f"cu_seqlens needs documents packed into one row, q (1, H, T, D), got B = {q.shape[0]}")
     if k.shape[2] != tokens:
-        raise ValueError(f"cu_seqlens needs as many queries as keys, got {tokens} and {k.shape[2]}")
+        raise InputError(f"cu_seqlens needs as many queries as keys, got {tokens} and {k.shape[2]}")
     if len(documents) < 2 or documents[0] != 0 or documents[-1] != tokens:
         ends = f"{documents[0]} to {documents[-1]}" if documents else "nothing"
-        raise ValueError(f"cu_seqlens must go from 0 to T = {tokens}, where the last document ends, got {ends}")
+        raise InputError(f"cu_seqlens must go from 0 to T = {tokens}, where the last document ends, got {ends}")
     for before, after in itertools.pairwise(documents):
         if after < before:
-            raise ValueError(f"cu_seqlens must not decrease, got {after} after {before}")
+            raise InputError(f"cu_seqlens must not decrease, got {after} after {before}")
     return documents
 
 
@@ -184,7 +185,7 @@ def _scale(scale: float | None, width: int) -> float:
     if scale is None:
         return 1.0 / math.sqrt(width)
     if not is_number(scale) or not math.isfinite(scale):
-        raise ValueError(f"scale must be None or a finite number, got {scale!r}")
+        raise InputError(f"scale must be None or a finite number, got {scale!r}")
     return float(scale)
 
 
@@ -193,16 +194,16 @@ def require_attention_values(problem: AttentionProblem) -> None:
     k, v = problem.k, cast(Tensor, problem.v)
     require_shape("v", v, tuple(k.shape), "B, Hkv, T, D")
     if v.dtype != k.dtype:
-        raise ValueError(f"v must have the dtype of q, {k.dtype}, got {v.dtype}")
+        raise InputError(f"v must have the dtype of q, {k.dtype}, got {v.dtype}")
     require_device("v", v, k.device)
     if v.stride(-1) != 1:
-        raise ValueError(f"v must have unit stride on its last dimension, got strides {v.stride()}")
+        raise InputError(f"v must have unit stride on its last dimension, got strides {v.stride()}")
 
 
 def _lse(lse: Tensor, q: Tensor) -> Tensor:
     require_shape("lse", lse, tuple(q.shape[:3]), "B, Hq, T")
     if lse.dtype != torch.float32:
-        raise ValueError(f"lse must be float32, got {lse.dtype}")
+        raise InputError(f"lse must be float32, got {lse.dtype}")
     require_device("lse", lse, q.device)
     return lse.contiguous()
 
@@ -213,7 +214,7 @@ def require_target(target: Tensor, problem: AttentionProblem) -> None:
     axes, why = ("B, Hq, R, V", " for heads='each'") if problem.each else ("B, R, V", "")
     require_shape("target", target, problem.slice_shape, axes, why)
     if not target.is_floating_point():
-        raise ValueError(f"target must have a floating dtype, got {target.dtype}")
+        raise InputError(f"target must have a floating dtype, got {target.dtype}")
     require_device("target", target, problem.q.device)
 
 
@@ -225,28 +226,28 @@ def require_sums(sums: Tensor, windows: Sequence[int], problem: AttentionProblem
     require_shape("sums", sums, (count, *problem.slice_shape), axes)
     require_device("sums", sums, problem.q.device)
     if sums.dtype not in DTYPES:
-        raise ValueError(f"sums must be float16, bfloat16 or float32, got {sums.dtype}")
+        raise InputError(f"sums must be float16, bfloat16 or float32, got {sums.dtype}")
     if sums.requires_grad:
-        raise ValueError("sums must not require a gradient: it is added to in place, and no gradient is kept")
+        raise InputError("sums must not require a gradient: it is added to in place, and no gradient is kept")
     if type(windows) not in (list, tuple):
-        raise ValueError(f"windows must be a list of indices, got {type(windows).__name__}")
+        raise InputError(f"windows must be a list of indices, got {type(windows).__name__}")
     if not sums.is_contiguous():
-        raise ValueError(f"sums must be contiguous, got strides {sums.stride()}")
+        raise InputError(f"sums must be contiguous, got strides {sums.stride()}")
     if any(type(w) is not int or not 0 <= w < count for w in windows) or len(set(windows)) != len(windows):
-        raise ValueError(f"windows must hold distinct indices from 0 to {count - 1}, got {list(windows)}")
+        raise InputError(f"windows must hold distinct indices from 0 to {count - 1}, got {list(windows)}")
 
 
 def require_loss(loss: str, reduction: str, sink_filter: bool, losses: tuple[str, ...] = ALIGNMENT_LOSSES) -> None:
     """Raise ValueError unless these name an alignment loss."""
     if loss in RELATION_LOSSES and loss not in losses:
-        raise ValueError(
+        raise InputError(
             f"loss must be one of {losses}, got {loss!r}, which attention_relation alone has: not all kernels do"
         )
     require_choice("loss", loss, losses)
     require_choice("reduction", reduction, REDUCTIONS)
     require_bool("sink_filter", sink_filter)
     if sink_filter and reduction != "column":
-        raise ValueError(f"sink_filter needs reduction='column', got reduction={reduction!r}")
+        raise InputError(f"sink_filter needs reduction='column', got reduction={reduction!r}")
 
 
 def attention_problem(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cdistill.choices import IMPLS
+from cdistill.errors import InputError
 from cdistill.ops._problem import AttentionProblem, Base, Comparison, Gradients, VocabularyOptions, VocabularyRows
 
 _MODULES = {
@@ -107,7 +108,7 @@ class Backend(Protocol):
     ) -> Gradients:
         """Gradient of ``head_cosine`` for grad (B,Hq,R), zero where rows are -1; results as of ``slice_backward``.
 
-        Without an lse ``base`` is None, and dlse zero but for rounding.
+        Without an lse ``base`` and dlse are None.
         """
 
     def vocabulary_losses(self, rows: VocabularyRows, options: VocabularyOptions) -> None:
@@ -170,25 +171,25 @@ def _require(impl: str, x: Tensor, name: str) -> None:
     """Raise ValueError, saying why, unless ``impl`` can run on x's device and dtype."""
     if impl == "cpp":
         if x.device.type != "cpu":
-            raise ValueError(f"impl='cpp' needs CPU tensors, {name} is on {x.device}")
+            raise InputError(f"impl='cpp' needs CPU tensors, {name} is on {x.device}")
         reason = _why_no_cpp()
         if reason is not None:
-            raise ValueError(f"impl='cpp' needs the C++ module cdistill._C, which is not available ({reason})")
+            raise InputError(f"impl='cpp' needs the C++ module cdistill._C, which is not available ({reason})")
     if impl == "triton":
         if find_spec("triton") is None:
-            raise ValueError("impl='triton' needs the package triton, which is not installed")
+            raise InputError("impl='triton' needs the package triton, which is not installed")
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         if not x.is_cuda and not (interpreted and x.device.type == "cpu"):
-            raise ValueError(
+            raise InputError(
                 f"impl='triton' needs CUDA tensors (or CPU tensors and TRITON_INTERPRET=1), {name} is on {x.device}"
             )
         if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
-            raise ValueError(
+            raise InputError(
                 "impl='triton' needs compute capability 8.0 or higher, "
                 f"{torch.cuda.get_device_name(x.device)} has {_capability(x.device)}"
             )
         if interpreted and x.dtype == torch.bfloat16:
-            raise ValueError(
+            raise InputError(
                 f"impl='triton' cannot compute in bfloat16 under TRITON_INTERPRET=1, {name} must be fp32 or fp16"
             )
 
@@ -202,6 +203,6 @@ def backend(impl: str | None, x: Tensor, name: str = "q") -> Backend:
     if impl is None:
         impl = _choose(x)
     elif impl not in IMPLS:
-        raise ValueError(f"impl must be None or one of {IMPLS}, got {impl!r}")
+        raise InputError(f"impl must be None or one of {IMPLS}, got {impl!r}")
     _require(impl, x, name)
     return cast(Backend, importlib.import_module(_MODULES[impl]))

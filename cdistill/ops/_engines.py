@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cdistill import choices
+from cdistill.errors import InputError
 from cdistill.ops._dispatch import backend
 from cdistill.ops._engine import AttentionEngine
 from cdistill.ops._engines_flash_attn import FlashAttn2, FlashAttn3, FlashAttn4
@@ -83,12 +84,12 @@ def register_attention_engine(name: str, engine: AttentionEngine) -> None:
         ValueError: the name is taken or no identifier, or the engine is something else.
     """
     if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"name must be an identifier, as my_engine, got {name!r}")
+        raise InputError(f"name must be an identifier, as my_engine, got {name!r}")
     if name in (*choices.VAT_ENGINES, *REGISTERED):
-        raise ValueError(f"name {name!r} is taken by another attention engine: choose one that is not")
+        raise InputError(f"name {name!r} is taken by another attention engine: choose one that is not")
     if not isinstance(engine, AttentionEngine):
         got = f"the class {engine.__name__}" if isinstance(engine, type) else type(engine).__name__
-        raise ValueError(f"engine must be an instance of a subclass of cdistill.ops.AttentionEngine, got {got}")
+        raise InputError(f"engine must be an instance of a subclass of cdistill.ops.AttentionEngine, got {got}")
     REGISTERED[name] = Registered(name, engine)
     choices.REGISTERED_ENGINES.append(name)
 
@@ -104,12 +105,12 @@ def engine(name: str | None, problem: AttentionProblem) -> AttentionEngine:
     if name is not None:
         chosen = ENGINES.get(name) or REGISTERED.get(name)
         if chosen is None:
-            raise ValueError(f"engine must be None or one of {(*ENGINES, *REGISTERED)}, got {name!r}")
+            raise InputError(f"engine must be None or one of {(*ENGINES, *REGISTERED)}, got {name!r}")
         if reason := chosen.missing():
-            raise ValueError(f"engine={name!r} cannot run: {reason}")
+            raise InputError(f"engine={name!r} cannot run: {reason}")
         chosen = for_pieces(chosen, problem)
         if reason := chosen.refusal(problem):
-            raise ValueError(f"engine={name!r} {reason}")
+            raise InputError(f"engine={name!r} {reason}")
         return chosen
     preferred: tuple[str, ...] = ("torch_flash",)
     if problem.q.is_cuda:
@@ -123,4 +124,4 @@ def engine(name: str | None, problem: AttentionProblem) -> AttentionEngine:
         if reason is None:
             return chosen
         refusals.append(f"{candidate}: {reason}")
-    raise ValueError("no attention engine can run here (" + "; ".join(refusals) + ")")
+    raise InputError("no attention engine can run here (" + "; ".join(refusals) + ")")

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from cdistill.errors import InputError
 from cdistill.ops._engine import AttentionEngine
 from cdistill.ops._problem import AttentionProblem, Gradients
 
@@ -51,7 +52,7 @@ class Registered(AttentionEngine):
         if not isinstance(x, Tensor) or x.shape != shape or x.dtype != dtype or x.device != like.device:
             got = f"{x.dtype} {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
             wanted = f"{dtype} {tuple(shape)} on {like.device}"
-            raise ValueError(f"attention engine {self._name!r} must return {name} as {wanted}, got {got}")
+            raise InputError(f"attention engine {self._name!r} must return {name} as {wanted}, got {got}")
 
     def _prove(self, like: AttentionProblem) -> None:
         """Raise ValueError unless a small problem like this one is computed right; nothing if the engine refuses it."""
@@ -76,7 +77,7 @@ class Registered(AttentionEngine):
         ):
             error = torch.where(x == exact, 0.0, (x - exact).abs()).max() / exact[exact.isfinite()].abs().max()
             if not error <= MOST_ERROR:
-                raise ValueError(
+                raise InputError(
                     f"attention engine {self._name!r} computes a wrong {name}: {float(error):.2g} of the largest value off "
                     f"on {TOKENS} tokens; cdistill.ops.AttentionEngine says what it must be"
                 )

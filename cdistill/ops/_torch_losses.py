@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cdistill.errors import InputError
 from cdistill.ops._contract import LEAST_SHARE, require_choice
 from cdistill.ops._problem import Comparison, VocabularyOptions, VocabularyRows
 
@@ -241,7 +242,7 @@ def _compare(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> tupl
         mean = (p * r).sum(1)
         value = mean + beta * (q * (log_q - log_m)).sum(1)
     else:
-        raise ValueError(f"divergence {divergence!r} is not known to the torch backend")
+        raise InputError(f"divergence {divergence!r} is not known to the torch backend")
     return value, p.mul_(r.sub_(mean[:, None]))
 
 

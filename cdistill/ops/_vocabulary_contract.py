@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cdistill.choices import DIVERGENCES
+from cdistill.errors import InputError
 from cdistill.ops._contract import DTYPES, is_number, require_choice, require_device, require_shape, require_tensor
 from cdistill.ops._vocabulary import Inputs, Options
 
@@ -18,40 +19,40 @@ def _require_side(side: str, hidden: Any, head: Any, bias: Tensor | None, rows: 
     for name, tensor in ((f"{side}_hidden", hidden), (f"{side}_head", head)):
         require_tensor(name, tensor)
         if tensor.dim() != 2:
-            raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(tensor.shape)}")
+            raise InputError(f"{name} must have 2 dimensions, got shape {tuple(tensor.shape)}")
         if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name} must be float16, bfloat16 or float32, got {tensor.dtype}")
+            raise InputError(f"{name} must be float16, bfloat16 or float32, got {tensor.dtype}")
     require_shape(f"{side}_hidden", hidden, (rows, hidden.shape[1]), "N, H", " by labels")
     require_shape(f"{side}_head", head, (head.shape[0], hidden.shape[1]), "V, H")
     if head.dtype != hidden.dtype:
-        raise ValueError(f"{side}_head must have the dtype of {side}_hidden, {hidden.dtype}, got {head.dtype}")
+        raise InputError(f"{side}_head must have the dtype of {side}_hidden, {hidden.dtype}, got {head.dtype}")
     if bias is not None:
         require_shape(f"{side}_bias", bias, (head.shape[0],), "V")
         if not bias.is_floating_point():
-            raise ValueError(f"{side}_bias must have a floating dtype, got {bias.dtype}")
+            raise InputError(f"{side}_bias must have a floating dtype, got {bias.dtype}")
 
 
 def _require_topk(topk: Any, rows: int) -> tuple[Tensor, Tensor]:
     """Check ``teacher_topk`` and return its values and its indices as int64."""
     if not isinstance(topk, tuple | list) or len(topk) != 2:
-        raise ValueError(f"teacher_topk must be a pair (values, indices), got {type(topk).__name__}")
+        raise InputError(f"teacher_topk must be a pair (values, indices), got {type(topk).__name__}")
     values, indices = topk
     for name, tensor in (("values", values), ("indices", indices)):
         require_tensor(f"teacher_topk {name}", tensor)
     if values.dim() != 2 or len(values) != rows or not values.shape[1]:
-        raise ValueError(f"teacher_topk values must have shape (N, K) with N = {rows}, got {tuple(values.shape)}")
+        raise InputError(f"teacher_topk values must have shape (N, K) with N = {rows}, got {tuple(values.shape)}")
     require_shape("teacher_topk indices", indices, tuple(values.shape), "N, K")
     if not values.is_floating_point():
-        raise ValueError(f"teacher_topk values must have a floating dtype, got {values.dtype}")
+        raise InputError(f"teacher_topk values must have a floating dtype, got {values.dtype}")
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
-        raise ValueError(f"teacher_topk indices must have an integer dtype, got {indices.dtype}")
+        raise InputError(f"teacher_topk indices must have an integer dtype, got {indices.dtype}")
     return values.detach(), indices.long()
 
 
 def require_number(name: str, value: Any, low: float, high: float, text: str) -> float:
     """Raise ValueError unless low < value < high, which ``text`` says in words."""
     if not is_number(value) or not low < value < high:
-        raise ValueError(f"{name} must be {text}, got {value!r}")
+        raise InputError(f"{name} must be {text}, got {value!r}")
     return float(value)
 
 
@@ -62,12 +63,12 @@ def checked_inputs(student: Side, teacher: Side, topk: Any, labels: Tensor, weig
     """Check all tensors, and detach those that get no gradient."""
     require_tensor("labels", labels)
     if labels.dim() != 1 or labels.dtype != torch.int64:
-        raise ValueError(f"labels must be int64 of shape (N,), got {labels.dtype} of shape {tuple(labels.shape)}")
+        raise InputError(f"labels must be int64 of shape (N,), got {labels.dtype} of shape {tuple(labels.shape)}")
     _require_side("student", *student, len(labels))
     top: tuple[Tensor | None, Tensor | None] = (None, None)
     if topk is not None:
         if any(x is not None for x in teacher):
-            raise ValueError("teacher_hidden, teacher_head and teacher_bias must be None with teacher_topk")
+            raise InputError("teacher_hidden, teacher_head and teacher_bias must be None with teacher_topk")
         top = _require_topk(topk, len(labels))
     elif any(x is not None for x in teacher):
         _require_side("teacher", *teacher, len(labels))
@@ -75,7 +76,7 @@ def checked_inputs(student: Side, teacher: Side, topk: Any, labels: Tensor, weig
         require_tensor("weights", weights)
         require_shape("weights", weights, (len(labels),), "N", " by labels")
         if not weights.is_floating_point():
-            raise ValueError(f"weights must have a floating dtype, got {weights.dtype}")
+            raise InputError(f"weights must have a floating dtype, got {weights.dtype}")
         weights = weights.detach().float()
     hidden, head, bias = student
     assert hidden is not None and head is not None
@@ -129,18 +130,18 @@ def checked_options(inputs: Inputs, given: Given) -> Options:
     beta = require_number("beta", given.beta, 0, 1, "a number between 0 and 1")
     ignore_index, vocab_size, chunk_size = given.ignore_index, given.vocab_size, given.chunk_size
     if not is_number(ignore_index, Integral) or abs(ignore_index) >= 2**63:
-        raise ValueError(f"ignore_index must be a whole number, got {ignore_index!r}")
+        raise InputError(f"ignore_index must be a whole number, got {ignore_index!r}")
     heads = inputs.student_head, inputs.teacher_head
     shared = min(head.shape[0] for head in heads if head is not None)
     if vocab_size is None:
         vocab_size = shared
     if not is_number(vocab_size, Integral) or not 1 <= vocab_size <= shared:
-        raise ValueError(f"vocab_size must be from 1 to {shared}, the smaller of the two heads, got {vocab_size!r}")
+        raise InputError(f"vocab_size must be from 1 to {shared}, the smaller of the two heads, got {vocab_size!r}")
     if inputs.top_values is not None and inputs.top_values.shape[1] >= vocab_size + (not given.topk_tail):
         most, got = "fewer than" if given.topk_tail else "at most", inputs.top_values.shape[1]
-        raise ValueError(f"teacher_topk must hold {most} vocab_size = {vocab_size} tokens a row, got {got}")
+        raise InputError(f"teacher_topk must hold {most} vocab_size = {vocab_size} tokens a row, got {got}")
     if chunk_size is not None and (not is_number(chunk_size, Integral) or chunk_size < 1):
-        raise ValueError(f"chunk_size must be None or a whole number above 0, got {chunk_size!r}")
+        raise InputError(f"chunk_size must be None or a whole number above 0, got {chunk_size!r}")
     chunk_size = min(chunk_size or 0, max(len(inputs.labels), 1))
     after, positive = [], "None or a finite number above 0"
     for name in Given._fields[-4:]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cdistill.choices import RELATION_LOSSES, RELATIONS
+from cdistill.errors import InputError
 from cdistill.ops._contract import (
     attention_problem,
     require_choice,
@@ -187,7 +188,7 @@ class _Given(NamedTuple):
         except ValueError as error:  # begins with the name of an argument, and may speak of q
             first, rest = str(error).split(" ", 1)
             rest = re.sub(r"\bq\b", names["q"], rest)
-            raise ValueError(f"{names.get(first, first)} {rest}") from None
+            raise InputError(f"{names.get(first, first)} {rest}") from None
 
 
 def _layers(window: _Given) -> list[_Given]:
@@ -198,7 +199,7 @@ def _layers(window: _Given) -> list[_Given]:
     for name, x in lists.items():
         if len(x) != count:
             others = f"as many layers as the window's other lists, {count}"
-            raise ValueError(f"teacher_{name} must hold {others if x else 'at least one layer'}, got {len(x)}")
+            raise InputError(f"teacher_{name} must hold {others if x else 'at least one layer'}, got {len(x)}")
     return [window._replace(**{name: x[i] for name, x in lists.items()}) for i in range(count)]
 
 
@@ -211,7 +212,7 @@ def _window(
         read, keys = layers[0].q if given.relation in ("qq", "vv") else layers[0].k, student.k.shape[2]
         tokens = read.shape[2] if isinstance(read, Tensor) and read.dim() == 4 else keys
         if tokens != keys:
-            raise ValueError(
+            raise InputError(
                 f"teacher_key_mask must be given with a key_mask where the teacher has other tokens, {tokens}, than the "
                 f"student, {keys}"
             )
@@ -223,7 +224,7 @@ def _window(
             require_shape(names[name], x, tuple(like.shape), "B, H, T, D", " like the window's first layer")
             require_device(names[name], x, student.q.device, "the student's tensors")
             if x.dtype != like.dtype:
-                raise ValueError(f"{names[name]} must be {like.dtype} like the window's first layer, got {x.dtype}")
+                raise InputError(f"{names[name]} must be {like.dtype} like the window's first layer, got {x.dtype}")
     for name, axes, x, like in zip(("rows", "cols"), ("B, R", "B, V"), first.positions, student.positions, strict=True):
         require_shape(names[name], x, tuple(like.shape), axes, " like the student's")
     return problems
@@ -235,7 +236,7 @@ def _groups(student: AttentionProblem, teacher: AttentionProblem) -> int:
         return 1
     fewer, more = sorted((student.q.shape[1], teacher.q.shape[1]))
     if more % fewer:
-        raise ValueError(
+        raise InputError(
             f"heads='each' needs equally many heads, or a multiple of the other model's, got {student.q.shape[1]} for the "
             f"student and {teacher.q.shape[1]} for the teacher; use heads='mean'"
         )

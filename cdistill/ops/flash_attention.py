@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cdistill.errors import InputError
 from cdistill.ops._contract import attention_problem, gradients_like, laid_out_like, require_attention_values
 from cdistill.ops._engine import AttentionEngine, attention_backward, attention_forward
 from cdistill.ops._engines import ENGINES
@@ -29,7 +30,7 @@ def _engine(problem: AttentionProblem, impl: str | None, engine: str | None) -> 
         if reason is None:
             return chosen
         reasons.append(f"impl={name!r} cannot run: {reason}")
-    raise ValueError("; ".join(reasons))
+    raise InputError("; ".join(reasons))
 
 
 @operator("flash_attention", f"{WHOLE}, str? impl, str? engine", 3)
@@ -104,7 +105,7 @@ def flash_attention(
     problem = attention_problem(q, k, v, causal=causal, scale=scale, key_mask=key_mask, cu_seqlens=cu_seqlens)
     require_attention_values(problem)
     if impl is not None and impl not in _IMPLS:
-        raise ValueError(f"impl must be None, 'triton' or 'torch' (there is no C++ flash attention), got {impl!r}")
+        raise InputError(f"impl must be None, 'triton' or 'torch' (there is no C++ flash attention), got {impl!r}")
     if impl is not None and engine is not None:
-        raise ValueError(f"impl {impl!r} and engine {engine!r} name the same choice: leave one of them out")
+        raise InputError(f"impl {impl!r} and engine {engine!r} name the same choice: leave one of them out")
     return torch.ops.cdistill.flash_attention(*problem[:OF_WHOLE], impl, engine)[:2]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
+from cdistill.errors import InputError
 from cdistill.ops._contract import laid_out_like
 from cdistill.ops._dispatch import backend, warn_once
 from cdistill.ops._operators import operator, register_gradient, save_for_backward, saved_for_backward, without_autocast
@@ -187,7 +188,7 @@ register_gradient("linear_distillation", _save, _differentiate)
 
 def _weights(loss_weights: Any) -> list[float]:
     if not isinstance(loss_weights, tuple | list) or len(loss_weights) != 2 or not any(loss_weights):
-        raise ValueError(f"loss_weights must be two numbers that are not both 0, got {loss_weights!r}")
+        raise InputError(f"loss_weights must be two numbers that are not both 0, got {loss_weights!r}")
     return [require_number("loss_weights", w, -HUGE, HUGE, "two finite numbers") for w in loss_weights]
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cdistill.errors import InputError
 from cdistill.ops._contract import LEAST_SHARE
 from cdistill.ops.linear_distillation import LinearDistillation
 
@@ -96,7 +97,7 @@ def _vector_distance(student: Tensor, target: Tensor, loss: str) -> Tensor:
     if loss == "jsd":
         m = (seen + t.clamp(min=LEAST_SHARE)) / 2
         return (torch.xlogy(t, t) - t * m.log() + s * (seen.log() - m.log())).sum() / 2
-    raise ValueError(f"loss {loss!r} is not known here")
+    raise InputError(f"loss {loss!r} is not known here")
 
 
 def slice_distance(a: Tensor, t: Tensor, loss: str, reduction: str, sink_filter: bool = False) -> Tensor:
@@ -106,7 +107,7 @@ def slice_distance(a: Tensor, t: Tensor, loss: str, reduction: str, sink_filter:
     if reduction == "matrix":
         return _vector_distance(a.flatten(), t.flatten(), loss)
     if reduction != "column":
-        raise ValueError(f"reduction {reduction!r} is not known here")
+        raise InputError(f"reduction {reduction!r} is not known here")
     if not sink_filter:
         return _vector_distance(a.mean(0), t.mean(0), loss)
     with torch.no_grad():

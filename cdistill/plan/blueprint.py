@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from cdistill.builtin.dataset import build_tokenizer
+from cdistill.errors import InputError
 from cdistill.models.llava import INHERITED, Llava, visual_tokens
 from cdistill.models.load import Model, load_structure, resolve_folder
 from cdistill.models.parts import has_vision
@@ -18,7 +19,9 @@ from cdistill.plan.footprint import prepare
 from cdistill.train.build import check_objectives, checkpoint_activations
 from cdistill.train.lora import add_lora
 from cdistill.train.objectives import OBJECTIVES, set_trained
-from cdistill.train.recipes import LoRAConfig, Recipe, StudentConfig
+from cdistill.train.recipes import LoRAConfig, Recipe, StageConfig, StudentConfig
+from cdistill.train.recipes.mistakes import build
+from cdistill.train.rounding import round_weights
 from cdistill.train.student import Vocabulary, folders_of, make_student, set_visual_tokens
 
 
@@ -41,11 +44,12 @@ def teacher_of(recipe: Recipe) -> Blueprint | None:
     return _teacher(recipe.teacher) if recipe.needs_teacher and recipe.teacher is not None else None
 
 
-def student_of(recipe: Recipe, objective: str) -> Blueprint:
-    """The student as a stage trains it: LoRA added, parts frozen, activations checkpointed."""
+def student_of(recipe: Recipe, stage: StageConfig) -> Blueprint:
+    """The student as a stage trains it: LoRA added, weights rounded, parts frozen, activations checkpointed."""
+    objective = stage.objective
     lora = recipe.student.lora if "language" in OBJECTIVES[objective].trained else None
     checkpointed = bool(recipe.gradient_checkpointing) and objective != "vision"
-    return _prepared_student(*_key(recipe), objective, lora, checkpointed)
+    return _prepared_student(*_key(recipe), objective, lora, stage.quantization, checkpointed)
 
 
 def _key(recipe: Recipe) -> tuple[str, str | None]:
@@ -62,7 +66,7 @@ def _teacher_model(recipe: Recipe) -> Any:
 def _teacher(reference: str) -> Blueprint:
     model = load_structure(resolve_folder(reference, "teacher", weights=False), "teacher")
     if not has_vision(model):
-        raise ValueError(f"teacher: {reference} holds no multimodal model but a {model.config.model_type} model")
+        raise InputError(f"teacher: {reference} holds no multimodal model but a {model.config.model_type} model")
     prepare(model)
     model.requires_grad_(False)
     return Blueprint(model, 0, sum(p.numel() for p in model.parameters()))
@@ -70,12 +74,14 @@ def _teacher(reference: str) -> Blueprint:
 
 @lru_cache(maxsize=32)  # three stages, each with and without LoRA and checkpoints
 def _prepared_student(
-    student: str, teacher: str | None, objective: str, lora: LoRAConfig | None, checkpointed: bool
+    student: str, teacher: str | None, objective: str, lora: LoRAConfig | None, grid: str | None, checkpointed: bool
 ) -> Blueprint:
     model = _student.__wrapped__(student, teacher)
     if lora is not None:
         with torch.device("meta"):
             add_lora(model, lora)
+    if grid is not None:
+        round_weights(model, grid, "quantization")
     set_trained(model, OBJECTIVES[objective])
     prepare(model)
     if checkpointed:
@@ -86,7 +92,7 @@ def _prepared_student(
 
 @lru_cache(maxsize=4)
 def _student(student: str, teacher_reference: str | None) -> Model:
-    config = StudentConfig(**json.loads(student))
+    config = build(StudentConfig, json.loads(student))
     teacher = _teacher(teacher_reference).model if teacher_reference is not None else None
     known = teacher.config.get_text_config().vocab_size if teacher is not None else len(build_tokenizer())
     model = make_student(config, teacher, Vocabulary(known, image_token_id=0), meta=True)

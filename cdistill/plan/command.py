@@ -6,6 +6,7 @@ import argparse
 import re
 from typing import Any
 
+from cdistill.errors import InputError
 from cdistill.menu import recipe_argument
 from cdistill.runtime.memory import memory
 
@@ -32,7 +33,7 @@ def memory_size(text: str) -> int:
     """Bytes of a text such as 24GB (10^9), 80GiB (2^30) or 80G. Raises ValueError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.strip(), re.IGNORECASE)
     if match is None or match[2].upper() not in UNITS or not 0 < float(match[1]) < MOST:
-        raise ValueError(f"gpu must be a size such as 24GB or 80GiB, got {text!r:.60}")
+        raise InputError(f"gpu must be a size such as 24GB or 80GiB, got {text!r:.60}")
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
@@ -40,10 +41,10 @@ def main(options: argparse.Namespace) -> int:
     """Print the plan; 0 if it fits, 1 if it does not."""
     limit = None if options.gpu is None else memory_size(options.gpu)
     if options.gpus is not None and options.gpus < 1:
-        raise ValueError(f"gpus must be at least 1, got {options.gpus}")
+        raise InputError(f"gpus must be at least 1, got {options.gpus}")
     for name in ("gpus", "length", "visual", "answers"):
         if (getattr(options, name) or 0) > MOST:
-            raise ValueError(f"{name} must be at most {MOST:,}, got {getattr(options, name)}")
+            raise InputError(f"{name} must be at most {MOST:,}, got {getattr(options, name)}")
     from cdistill.plan.memory import plan
     from cdistill.plan.suggestions import suggestions
     from cdistill.train.recipes import load_recipe
@@ -90,7 +91,7 @@ def here(processes: int) -> tuple[str, int]:
         return "cuda", min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
     found = memory()
     if found is None:
-        raise ValueError("gpu must be given, as in --gpu 24GB: the memory of this machine is not known")
+        raise InputError("gpu must be given, as in --gpu 24GB: the memory of this machine is not known")
     return "cpu", found.free // processes
 
 

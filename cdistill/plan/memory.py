@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from cdistill.errors import InputError
 from cdistill.models.llava import Llava
 from cdistill.models.load import DTYPES
 from cdistill.models.parts import has_vision
@@ -85,18 +86,18 @@ def plan(
         ValueError: a folder is missing, models do not fit each other, or sizes are impossible.
     """
     if gpus < 1:
-        raise ValueError(f"gpus must be at least 1, got {gpus}")
+        raise InputError(f"gpus must be at least 1, got {gpus}")
     recipe = replace(recipe, processes=gpus)
     check_batches(recipe, gpus)
     check_models(recipe)
     precision = precision or ("bf16" if recipe.precision == "auto" else recipe.precision)
     if precision not in DTYPES:
-        raise ValueError(f"precision must be one of {', '.join(DTYPES)}, got {precision!r}")
+        raise InputError(f"precision must be one of {', '.join(DTYPES)}, got {precision!r}")
     stages = []
     remarks = []
     for index, name in enumerate(recipe.stages):
         stage = recipe.stage[name]
-        student = student_of(recipe, stage.objective)
+        student = student_of(recipe, stage)
         micro = stage.micro_batch_size or stage.global_batch_size // gpus
         setting = Setting(
             precision=precision,
@@ -131,12 +132,12 @@ def _tokens(
         known = is_llava(student.model) or not isinstance(student.model, Llava)
         visual = getattr(config, "image_seq_length", None) if known else None
         if visual is None:
-            raise ValueError(f"visual must be given: images of a {config.model_type} have any number of tokens")
+            raise InputError(f"visual must be given: images of a {config.model_type} have any number of tokens")
     if length < 2:
-        raise ValueError(f"length must be at least 2, got {length}")
+        raise InputError(f"length must be at least 2, got {length}")
     if not 0 <= visual < length:
-        raise ValueError(f"visual must be at least 0 and below length {length}, got {visual}")
+        raise InputError(f"visual must be at least 0 and below length {length}, got {visual}")
     answers = length - visual - (visual == 0) if answers is None else answers  # nothing predicts the first token
     if not 1 <= answers <= length - visual:
-        raise ValueError(f"answers must be from 1 to {length - visual}, got {answers}")
+        raise InputError(f"answers must be from 1 to {length - visual}, got {answers}")
     return {"length": length, "visual": visual, "answers": answers}

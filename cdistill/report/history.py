@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cdistill.data import strict_yaml
+from cdistill.errors import InputError
 from cdistill.files import is_owned
 from cdistill.models.load import METRICS, RECIPE
 from cdistill.runtime.bad_samples import FILE as BAD_SAMPLES
@@ -145,7 +146,7 @@ class RunHistory:
 def read_run(folder: Path) -> RunHistory:
     """The run in a folder. Raises ValueError if there is none, OSError if it cannot be read."""
     if not (folder / RECIPE).is_file():
-        raise ValueError(
+        raise InputError(
             f"{folder} holds no run: {RECIPE} is missing; name the folder that `cdistill train` has written to"
         )
     recipe = read_recipe(folder)

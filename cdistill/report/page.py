@@ -10,6 +10,7 @@ from typing import Any
 from cdistill.analysis.figures import DARK_SERIES, SERIES
 from cdistill.analysis.figures import STYLE as COLOURS
 from cdistill.analysis.page import DARK, STYLE
+from cdistill.errors import InputError
 from cdistill.report.charts import charts
 from cdistill.report.history import DONE, RUNNING, RunHistory, StageHistory
 
@@ -59,7 +60,7 @@ def _script() -> str:
     try:
         import vl_convert
     except ImportError:
-        raise ValueError(
+        raise InputError(
             "cdistill report draws with vl-convert-python, which is not installed: pip install 'cdistill[report]'"
         ) from None
     return vl_convert.javascript_bundle().replace("</script", "<\\/script")  # type: ignore[call-arg]  # the stub lacks the default

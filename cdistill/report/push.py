@@ -7,6 +7,8 @@ import re
 import tempfile
 from pathlib import Path
 
+from cdistill.errors import InputError
+
 CARD = "README.md"
 
 
@@ -48,7 +50,7 @@ def _fill(options: argparse.Namespace, folder: Path) -> None:
     from cdistill.report.history import read_run
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", options.name):
-        raise ValueError(f"OWNER/NAME must name a model on the hub, got {options.name!r}")
+        raise InputError(f"OWNER/NAME must name a model on the hub, got {options.name!r}")
     source = Path(options.model)
     run = next((place for place in (source, source.parent) if (place / "recipe.yaml").is_file()), None)
     done = export(options.model, folder, dtype=options.dtype)
@@ -58,7 +60,7 @@ def _fill(options: argparse.Namespace, folder: Path) -> None:
         if (source / CARD).is_file():
             write_text(folder / CARD, (source / CARD).read_text(encoding="utf-8"))
             return
-        raise ValueError(f"{source} is of no run, so no card can be written: put a {CARD} beside its weights")
+        raise InputError(f"{source} is of no run, so no card can be written: put a {CARD} beside its weights")
     history = read_run(run)
     text = card(
         history,

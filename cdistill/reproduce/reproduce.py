@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cdistill.errors import InputError
 from cdistill.files import owned, write_text
 from cdistill.reproduce import page, runs, text
 from cdistill.reproduce.findings import Findings, samples_of
@@ -48,7 +49,7 @@ def reproduce(
     """
     for key, value in (("seeds", seeds), ("processes", processes), ("n", n)):
         if value < 1:
-            raise ValueError(f"--{key} must be at least 1, got {value}")
+            raise InputError(f"--{key} must be at least 1, got {value}")
     work = Reproduction(table, pair, output, seeds, n)
     if train:
         work.train(processes=processes, resume=resume, keep=keep)
@@ -95,7 +96,7 @@ class Reproduction:
         begun = [run for run in planned if (r := records.get(run.hash)) and r.status in (STARTED, STOPPED, FAILED)]
         if begun and not resume:
             record = records[begun[0].hash]
-            raise ValueError(
+            raise InputError(
                 f"--output: {self.output} holds {len({run.hash for run in begun})} runs of table {self.name} begun and not "
                 f"finished ({begun[0].row}, seed {record.seed}: {record.status}): go on with --resume"
             )
@@ -114,13 +115,13 @@ class Reproduction:
         """Write the page and the numbers of the runs that are there."""
         for part, folder in self.folders.items():
             if not folder.is_dir():
-                raise ValueError(
+                raise InputError(
                     f"table {self.name} lacks its part {part} in {self.output}: leave --report out to make it"
                 )
         rows = self.rows()
         findings = Findings(self.table, rows, self.records)
         if not any(findings.values(row, "compositional", size, rate) for _, row, size, rate in text.places(findings)):
-            raise ValueError(f"table {self.name} has no finished run in {self.output}: leave --report out to make them")
+            raise InputError(f"table {self.name} has no finished run in {self.output}: leave --report out to make them")
         facts = self._facts(rows)
         content = text.as_json(findings, self.name, facts)
         write_text(self.output / f"{self.name}.json", json.dumps(content, indent=1) + "\n")
@@ -159,9 +160,9 @@ def check(name: str, planned: Sequence[Run]) -> None:
             with quiet():
                 models = build_models(run.recipe)
         except ValueError as error:
-            raise ValueError(f"table {name}, row {run.row}: {error}") from None
+            raise InputError(f"table {name}, row {run.row}: {error}") from None
         if not knows_the_task(models.student, models.tokenizer):
-            raise ValueError(
+            raise InputError(
                 f"--pair: the student of table {name}, row {run.row} does not know the words and pixels of the built-in "
                 "world, by which `cdistill reproduce` judges"
             )

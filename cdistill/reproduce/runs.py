@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from cdistill import __version__
+from cdistill.errors import InputError
 from cdistill.eval.files import read_text
 from cdistill.files import write_text
 from cdistill.reproduce.tables import TUNE, Row, Table, load_table
@@ -104,9 +105,9 @@ def read_records(folder: Path) -> dict[str, Record]:
             form, version = content.pop("format"), content.pop("cdistill")
             record = Record(**content) if form == FORMAT else None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: is no record of a run ({error!r:.80}); move it away") from None
+            raise InputError(f"{path}: is no record of a run ({error!r:.80}); move it away") from None
         if record is None or version != __version__:
-            raise ValueError(
+            raise InputError(
                 f"{path}: was written by cdistill {version} in format {form}, this is {__version__} in format {FORMAT}: "
                 "take another --output"
             )
@@ -118,7 +119,7 @@ def load_pair(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """The distilled recipe that a table's rows change. Raises ValueError unless it distils."""
     recipe = load_recipe(name_or_path, overrides)
     if recipe.teacher is None:
-        raise ValueError(f"--pair: recipe {recipe.name} has no teacher: there is nothing to distil")
+        raise InputError(f"--pair: recipe {recipe.name} has no teacher: there is nothing to distil")
     return replace(recipe, processes=1)
 
 
@@ -169,7 +170,7 @@ def plan(
     tuning = name == TUNE
     chosen = [pair.seed + TUNING_SEED] if tuning else [pair.seed + i for i in range(seeds)]
     if chosen[0] < 0:
-        raise ValueError(
+        raise InputError(
             f"--pair: seed must be at least {-TUNING_SEED}, as tuning takes the one before, got {pair.seed}"
         )
     exam = Exam(n, VALIDATION if tuning else REPORTED)
@@ -182,7 +183,7 @@ def plan(
                     try:
                         runs.append(_run(pair, row, change, seed, size, tuned, exam, parts))
                     except ValueError as error:
-                        raise ValueError(f"table {name}, row {row}: {error}") from None
+                        raise InputError(f"table {name}, row {row}: {error}") from None
     _check_claims(name, table, runs)
     return runs
 
@@ -200,7 +201,7 @@ def _run(
     changes = [f"seed={seed}", *change.set]
     if change.objectives is not None:
         if len(change.objectives) != len(pair.stages):
-            raise ValueError(
+            raise InputError(
                 f"it names the objectives of {len(change.objectives)} stages, {pair.name} has {len(pair.stages)}"
             )
         changes += [f"stage.{name}.objective={o}" for name, o in zip(pair.stages, change.objectives, strict=True)]
@@ -228,7 +229,7 @@ def _check_claims(name: str, table: Table, runs: Sequence[Run]) -> None:
         hashes.setdefault(run.row, set()).add(run.hash)
     for claim in table.claims:
         if hashes[claim.better] == hashes[claim.worse]:
-            raise ValueError(
+            raise InputError(
                 f"table {name}: rows {claim.better} and {claim.worse} are the same run with this pair, which leaves out what "
                 "they differ in; choose another --pair"
             )
@@ -266,6 +267,11 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         del content["kd"], content["teacher_memory"]
     if not recipe.needs_teacher:
         del content["teacher"]
+    if recipe.student.pruning is None:  # a key that kept records did not have, as the next
+        del content["student"]["pruning"]
+    for section in content["stages"]:
+        if section["quantization"] is None:
+            del section["quantization"]
     for place, key in ((content, "teacher"), (content["student"], "base"), (content["student"], "vision")):
         if place.get(key) is not None:
             place[key] = fingerprint([resolve_folder(place[key], key)])

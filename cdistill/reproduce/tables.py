@@ -12,6 +12,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from cdistill.data import strict_yaml
+from cdistill.errors import InputError
 from cdistill.train.recipes.mistakes import build
 
 TABLES = Path(__file__).with_name("tables")
@@ -89,7 +90,7 @@ class Table:
     def __post_init__(self) -> None:
         found = list(self._problems())
         if found:
-            raise ValueError("\n".join(found))
+            raise InputError("\n".join(found))
 
     def _problems(self) -> Iterator[str]:
         named = {"reference": self.reference}
@@ -121,11 +122,11 @@ def load_table(name_or_path: str) -> Table:
     """A table of the package, or one in a YAML file. Raises ValueError for an unknown one, or for one that is wrong."""
     path = TABLES / f"{name_or_path}.yaml" if name_or_path in names() else Path(name_or_path)
     if not path.is_file():
-        raise ValueError(f"table {name_or_path!r} is neither a file nor one of {', '.join(names())}")
+        raise InputError(f"table {name_or_path!r} is neither a file nor one of {', '.join(names())}")
     content = strict_yaml.load(path.read_text(encoding="utf-8"), f"table {path}")
     if not isinstance(content, dict):
-        raise ValueError(f"table {path} must be a mapping of keys to values")
+        raise InputError(f"table {path} must be a mapping of keys to values")
     try:
         return build(Table, content)
     except ValueError as error:
-        raise ValueError(f"table {path}: {error}") from None
+        raise InputError(f"table {path}: {error}") from None

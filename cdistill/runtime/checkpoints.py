@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from cdistill.errors import InputError
 from cdistill.files import disk_full, sync_folder, write_text
 from cdistill.manifest import COMPLETE, damage, for_each, read_manifest, stored
 from cdistill.runtime.errors import RunError
@@ -64,7 +65,7 @@ def choose(parent: Path, *, processes: int) -> Path | None:
         if reason is None:
             written_by = read_manifest(folder).get("processes")
             if written_by != processes:
-                raise ValueError(
+                raise InputError(
                     f"output: {folder} was written by {written_by} processes and this run has {processes}: resume with "
                     f"{written_by}, or delete {parent} to start the stage again"
                 )

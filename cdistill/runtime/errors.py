@@ -5,15 +5,17 @@ import signal
 import sys
 from contextlib import suppress
 
+from cdistill.errors import CdistillError, InputError
+
 LONGEST = 700  # characters of a line about an error
 PEER_LOST = 76  # exit code of a process that only stopped because another one had
 
 
-class Mistakes(ValueError):
+class Mistakes(InputError):
     """Several mistakes of the user, each on a line of the message."""
 
 
-class RunError(RuntimeError):
+class RunError(CdistillError, RuntimeError):
     """A run ended early for a reason that one line tells."""
 
     exit_code = 1
@@ -57,7 +59,7 @@ def print_error(error: ValueError | OSError | RunError) -> int:
     silent = isinstance(error, Stopped) or (isinstance(error, AgreedError) and os.environ.get("RANK", "0") != "0")
     if not silent:
         lines = (
-            map(line_of, map(ValueError, str(error).split("\n"))) if isinstance(error, Mistakes) else [line_of(error)]
+            map(line_of, map(InputError, str(error).split("\n"))) if isinstance(error, Mistakes) else [line_of(error)]
         )
         with suppress(OSError):  # nobody can read it
             print("\n".join(f"cdistill: error: {line}" for line in lines), file=sys.stderr, flush=True)

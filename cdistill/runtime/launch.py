@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cdistill.errors import InputError
 from cdistill.runtime import pulse
 from cdistill.runtime.errors import PEER_LOST, ProcessError, Stopped
 from cdistill.runtime.signals import stop_on_signals
@@ -207,13 +208,13 @@ def named_port() -> int:
     """The port on which processes are to meet, 0 for any free one. Raises ValueError for a MASTER_PORT that is none."""
     port = os.environ.get("MASTER_PORT", "0")
     if not (port.isascii() and port.isdecimal() and len(port) < 6 and int(port) < 1 << 16):
-        raise ValueError(f"MASTER_PORT must be a port number, got {port!r:.60}")
+        raise InputError(f"MASTER_PORT must be a port number, got {port!r:.60}")
     return int(port)
 
 
 def _refuse_taken_port(error: RuntimeError, port: str) -> NoReturn:
     if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-        raise ValueError(f"MASTER_PORT {port} is in use: set it to a free port") from None
+        raise InputError(f"MASTER_PORT {port} is in use: set it to a free port") from None
     raise error
 
 

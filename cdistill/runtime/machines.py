@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+from cdistill.errors import InputError
 from cdistill.files import MARK
 from cdistill.runtime.collectives import gathered, gathered_objects, on_first_process
 from cdistill.runtime.errors import RunError
@@ -35,7 +36,7 @@ def require_common_folder(folder: Path, key: str) -> None:
         told = gathered_objects(None if seen else f"{folder.absolute()} on {socket.gethostname()}")
     others = [f"{text} (process {rank})" for rank, text in enumerate(told) if text is not None]
     if others:
-        raise ValueError(
+        raise InputError(
             f"{key}: {_listed(others)} is not the folder of process 0, {theirs}: name a folder that all machines share, "
             "by its whole path"
         )
@@ -59,7 +60,7 @@ def on_other_machines(check: Callable[[], object]) -> None:
             said = f"{error} (on {socket.gethostname()}, process {os.environ['RANK']})"
     errors = [text for text in gathered_objects(said) if text is not None]
     if errors:
-        raise ValueError(errors[0])
+        raise InputError(errors[0])
 
 
 def _first_elsewhere() -> bool:

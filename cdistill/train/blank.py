@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from cdistill.errors import InputError
 from cdistill.families import family_of
 from cdistill.models.parts import has_vision, named_parts, parameters_of
 from cdistill.runtime.collectives import gathered
@@ -61,7 +62,7 @@ def with_blanks(model: Any, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
     modules = {sys.modules[kind.__module__] for kind in type(model.model).__mro__}
     checks = {module: getattr(module, CHECK) for module in modules if hasattr(module, CHECK)}
     if not checks:
-        raise ValueError(_UNKNOWN.format(model.config.model_type))
+        raise InputError(_UNKNOWN.format(model.config.model_type))
     for module in checks:
         setattr(module, CHECK, _accept)
     try:
@@ -104,7 +105,7 @@ def _missing(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
         if video:
             blank |= _blank(model, "video")
     except AttributeError:  # another way to write the configuration
-        raise ValueError(_UNKNOWN.format(model.config.model_type)) from None
+        raise InputError(_UNKNOWN.format(model.config.model_type)) from None
     if ("image_grid_thw" in blank or "video_grid_thw" in blank) and "mm_token_type_ids" not in inputs:
         blank["mm_token_type_ids"] = torch.zeros_like(ids)
     return {name: value.to(ids.device) for name, value in blank.items()}

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cdistill.builtin.dataset import build_tokenizer
 from cdistill.data.samples import IMAGE_TOKEN, Source
+from cdistill.errors import InputError
 from cdistill.families import family_of, require_known_everywhere
 from cdistill.models.llava import Llava, visual_tokens
 from cdistill.models.load import (
@@ -39,6 +40,7 @@ from cdistill.runtime import launch
 from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.recipes import Recipe, StudentConfig
 from cdistill.train.resolve import precision_of
+from cdistill.train.rounding import layers_to_round
 from cdistill.train.student import Vocabulary, folders_of, make_student, set_visual_tokens
 from cdistill.vat import VAT, attention_layers
 
@@ -138,7 +140,7 @@ def _processor(recipe: Recipe, student: Model, tokenizer: PreTrainedTokenizerBas
         _set_visual_tokens(student, "student", source)
         if visual_tokens(student.config) is None:
             if source is None:
-                raise ValueError(
+                raise InputError(
                     f"student: preprocessor_config.json is missing in {', '.join(map(str, _folders(recipe).values()))}"
                 )
             return ProcessorFiles([source], "student")
@@ -171,7 +173,7 @@ def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> N
         stage = recipe.stage[name]
         text = stage.objective in ("text", "ground") and (stage.data.path or stage.data.modality == "text")
         if not has_vision(student) and not text:
-            raise ValueError(
+            raise InputError(
                 f"stage.{name}.objective must be text or ground, with data.modality text, for a student without a vision "
                 f"encoder (student.vision, student.vision_config), got {stage.objective}"
             )
@@ -180,7 +182,9 @@ def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> N
             and "language" in OBJECTIVES[stage.objective].trained
             and not find_spec("peft")
         ):
-            raise ValueError("student.lora needs peft: pip install cdistill[lora]")
+            raise InputError("student.lora needs peft: pip install cdistill[lora]")
+        if stage.quantization is not None:
+            layers_to_round(student, f"stage.{name}.quantization")
         if recipe.aligns(stage.objective):
             assert teacher is not None
             config = recipe.vat
@@ -194,7 +198,7 @@ def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> N
             fits = max(heads) % min(heads) == 0 if config.target == "recomputed" else heads[0] == heads[1]
             if config.heads == "each" and not fits:
                 more = ", or a multiple" if config.target == "recomputed" else ""
-                raise ValueError(
+                raise InputError(
                     f"vat.heads each needs equal head counts{more}, got {heads[0]} and {heads[1]} for the teacher"
                 )
 
@@ -218,7 +222,7 @@ def _check_engine(recipe: Recipe, student: Model) -> None:
     try:
         flash_attention(q, k, k, engine=recipe.vat.engine)
     except ValueError as error:
-        raise ValueError(f"vat.engine: {error}") from None
+        raise InputError(f"vat.engine: {error}") from None
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase, teacher: Model | None) -> Vocabulary:
@@ -260,13 +264,13 @@ def _check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedTok
     for token, index in sorted(ours.items(), key=lambda item: item[1]):
         if theirs.get(token) != index:
             other = f"{theirs[token]}" if token in theirs else "none"
-            raise ValueError(
+            raise InputError(
                 f"vocabularies differ: token {token!r} is {index} for the student, {other} for the teacher"
             )
     extra = [token for token in theirs if token not in ours]
     added = teacher.get_added_vocab()
     if any(token not in added for token in extra):
-        raise ValueError(f"vocabularies differ: {len(extra)} tokens of the teacher are unknown to the student")
+        raise InputError(f"vocabularies differ: {len(extra)} tokens of the teacher are unknown to the student")
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

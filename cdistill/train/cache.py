@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cdistill.data.templates import Template
+from cdistill.errors import InputError
 from cdistill.manifest import checksum
 from cdistill.models.load import Model, resolve_folder
 from cdistill.models.processor import FILES, IMAGE_PROCESSORS, has_image_processor
@@ -128,7 +129,7 @@ class StageCache:
         index = read_index(folder, facts) if (folder / INDEX).is_file() else None
         if index is None or not index["finished"]:
             state = "is not finished" if folder.is_dir() and any(folder.iterdir()) else "does not exist"
-            raise ValueError(f"teacher_memory.cache: {folder} {state}; run `cdistill cache` with this recipe")
+            raise InputError(f"teacher_memory.cache: {folder} {state}; run `cdistill cache` with this recipe")
         self.folder, self.samples, self.per_shard = folder, facts["samples"], index["per_shard"]
         self.vocabulary: int = facts["vocabulary"]
         for shard in range(-(-self.samples // self.per_shard)):
@@ -142,7 +143,7 @@ class StageCache:
     def _require_whole(self, shard: int, *, contents: bool) -> None:
         fault = shard_fault(shard_path(self.folder, shard), contents=contents)
         if fault is not None:
-            raise ValueError(f"teacher_memory.cache: {fault}; run `cdistill cache` with this recipe again")
+            raise InputError(f"teacher_memory.cache: {fault}; run `cdistill cache` with this recipe again")
 
     def _load(self, shard: int) -> list[StoredSignal]:
         path = shard_path(self.folder, shard)
@@ -150,7 +151,7 @@ class StageCache:
         try:
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"teacher_memory.cache: {path} cannot be read ({error})") from None
+            raise InputError(f"teacher_memory.cache: {path} cannot be read ({error})") from None
         counts = tensors["answers"].tolist()
         shapes = [torch.Size(n for n in shape if n >= 0) for shape in tensors["shapes"].tolist()]
         return [
@@ -173,14 +174,14 @@ def read_index(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
         index = json.loads(path.read_text(encoding="utf-8"))
         theirs, per_shard, finished = (index[key] for key in ("made_of", "per_shard", "finished"))
         if not isinstance(per_shard, int) or isinstance(per_shard, bool) or per_shard < 1:
-            raise ValueError(f"per_shard is {per_shard!r:.40}")
+            raise InputError(f"per_shard is {per_shard!r:.40}")
         if index.get("crc", index_crc(theirs, per_shard, finished)) != index_crc(theirs, per_shard, finished):
-            raise ValueError("it has changed")
+            raise InputError("it has changed")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"teacher_memory.cache: {path} is corrupt ({error}); delete {folder}") from None
+        raise InputError(f"teacher_memory.cache: {path} is corrupt ({error}); delete {folder}") from None
     key = first_difference(json.loads(json.dumps(facts)), theirs)
     if key is not None:
-        raise ValueError(f"teacher_memory.cache: {folder} was made with another {key}; choose another folder")
+        raise InputError(f"teacher_memory.cache: {folder} was made with another {key}; choose another folder")
     return index
 
 
@@ -232,7 +233,7 @@ class CachedCollator:
         rows = zip(batch["input_ids"], batch["attention_mask"].bool(), items, strict=True)
         for ids, real, (index, _, k) in rows:
             if tokens_of(ids[real]) != k.tokens:
-                raise ValueError(
+                raise InputError(
                     f"teacher_memory.cache: sample {index} has other tokens than when the teacher saw it; choose another folder"
                 )
         batch["teacher_values"] = torch.cat([k.values for k in kept])

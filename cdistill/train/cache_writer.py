@@ -22,6 +22,7 @@ from tqdm import tqdm
 from cdistill.data import strict_yaml
 from cdistill.data.dataset import BAD
 from cdistill.data.samples import IGNORE_INDEX
+from cdistill.errors import InputError
 from cdistill.files import entries, owned, remove_unfinished, scratch, write_text
 from cdistill.manifest import stored
 from cdistill.models.load import DTYPES, Model
@@ -147,7 +148,7 @@ class CacheWriter:
         for shard in range(-(-work.samples // work.per_shard)):
             fault = shard_fault(shard_path(self.folder, shard), contents=False)
             if fault is not None:
-                raise ValueError(f"teacher_memory.cache must be a folder that all processes share: {fault}")
+                raise InputError(f"teacher_memory.cache must be a folder that all processes share: {fault}")
         self._write_index(facts, work.per_shard, finished=True)
 
     def _write_index(self, facts: dict[str, Any], per_shard: int, *, finished: bool) -> None:
@@ -237,10 +238,10 @@ def write_cache(recipe: Recipe) -> Path:
         RunError: the disk is full, a process failed or a signal stopped it.
     """
     if recipe.teacher_memory.cache is None:
-        raise ValueError("teacher_memory.cache must name the folder to write")
+        raise InputError("teacher_memory.cache must name the folder to write")
     wanted = [stage for stage in resolve(recipe, world=1).stages if stage.objective.distils]
     if not wanted:
-        raise ValueError(f"stages {', '.join(recipe.stages)} need no teacher: there is nothing to cache")
+        raise InputError(f"stages {', '.join(recipe.stages)} need no teacher: there is nothing to cache")
     whole = replace(recipe, teacher_memory=replace(recipe.teacher_memory, cache=None))
     if recipe.processes > 1 and not launch.launched():
         require_known_everywhere((recipe.stage[name].objective for name in recipe.stages), recipe.processes)
@@ -272,7 +273,7 @@ def write_cache(recipe: Recipe) -> Path:
 def _check_top_k(top_k: int, models: Models) -> None:
     columns = common_vocabulary(models.student, models.teacher)
     if top_k >= columns:
-        raise ValueError(f"teacher_memory.top_k must be below the vocabulary's {columns} tokens, got {top_k}")
+        raise InputError(f"teacher_memory.top_k must be below the vocabulary's {columns} tokens, got {top_k}")
 
 
 @contextmanager

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cdistill.errors import InputError
+
 LOOKS = 3  # calls with gradients before which wrappers are looked for: the first may be a trial before one wraps
 
 
@@ -39,7 +41,7 @@ class WrapperCheck:
         for wrapper in self._wrappers:
             if not any(frame.f_locals.get("self") is wrapper for frame in _frames()):
                 kind = type(wrapper).__name__
-                raise ValueError(
+                raise InputError(
                     f"the student's gradients belong to a {kind}, and this call goes around it, so that processes would train "
                     f"students of their own: call the {kind} of what distill() returned, or use cdistill.CompoDistillTrainer"
                 )
@@ -63,7 +65,7 @@ def _refuse_fsdp1(student: nn.Module) -> None:
     wrapped = any(isinstance(m, FullyShardedDataParallel) for m in (*student.modules(), *around))
     parameters = list(student.parameters())
     if wrapped or not parameters or any(getattr(p, "_fsdp_flattened", False) for p in parameters):
-        raise ValueError(
+        raise InputError(
             "FullyShardedDataParallel (FSDP 1) flattens the weights that the losses read: shard with "
             "torch.distributed.fsdp.fully_shard, or set accelerate's fsdp_version (fsdp_config's version) to 2"
         )

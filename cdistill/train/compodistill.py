@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, Trainer, 
 from cdistill.choices import KDConfig, VATConfig
 from cdistill.data.samples import IGNORE_INDEX
 from cdistill.data.templates import Template
+from cdistill.errors import InputError
 from cdistill.models.processor import add_stop_tokens, save_chat_template
 from cdistill.train.compodistill_config import COMPILED, CompoDistillConfig, made
 from cdistill.train.conversation_collator import ConversationCollator
@@ -89,7 +90,7 @@ class CompoDistillTrainer(Trainer):
         if data_collator is None and processing_class is not None:
             data_collator = ConversationCollator(processing_class, args.template, args.max_length)
         if data_collator is None:
-            raise ValueError("data_collator or processing_class must be given, to make batches of the rows")
+            raise InputError("data_collator or processing_class must be given, to make batches of the rows")
         self._template: Template | None = None
         if isinstance(data_collator, ConversationCollator):  # what is learned is what the saved student generates
             self._template = data_collator.encoder.template
@@ -119,26 +120,26 @@ class CompoDistillTrainer(Trainer):
 
     def _refuse_ways(self) -> None:
         if self.accelerator.state.dynamo_plugin.backend.value != "NO":  # of accelerate launch
-            raise ValueError(COMPILED)
+            raise InputError(COMPILED)
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
-            raise ValueError(
+            raise InputError(
                 "FSDP 1 flattens the weights that the losses read: set fsdp_config's version (accelerate's fsdp_version) to 2"
             )
         batches: Any = self.args.accelerator_config
         if self.args.world_size > 1 and not batches.even_batches:
-            raise ValueError(
+            raise InputError(
                 "accelerator_config: even_batches must be True: a process that has no batch left lets the others wait forever"
             )
         sizes = {"tensor": self.get_tp_size(), "context": self.get_cp_size(), "sequence": self.get_sp_size()}
         for kind, size in sizes.items():
             if size > 1:
-                raise ValueError(f"{kind} parallelism of {size} is not supported: use FSDP 2 or DeepSpeed")
+                raise InputError(f"{kind} parallelism of {size} is not supported: use FSDP 2 or DeepSpeed")
 
     def _refuse_streams(self, data: Any) -> None:
         """Of a stream nobody knows which samples the processes get twice, so that all have whole batches at the end."""
         sets = data.values() if isinstance(data, dict) else [data]
         if self.args.world_size > 1 and any(isinstance(one, IterableDataset) for one in sets):
-            raise ValueError(
+            raise InputError(
                 "eval_dataset must not be a stream on several processes, which would take samples of its end twice: load it "
                 "whole (streaming=False), or evaluate in one process"
             )
@@ -285,7 +286,7 @@ class CompoDistillTrainer(Trainer):
         state = {name: value for name, value in saved.state_dict().items() if name not in info["missing_keys"]}
         for name, value in student.state_dict().items():
             if name not in state or state[name].shape != value.shape:
-                raise ValueError(
+                raise InputError(
                     f"the checkpoint {folder} is of another student: it has no {name} {tuple(value.shape)}"
                 )
         student.load_state_dict(state)
@@ -306,11 +307,11 @@ class CompoDistillTrainer(Trainer):
 
 def _check_arguments(args: Any, options: dict[str, Any]) -> None:
     if not isinstance(args, CompoDistillConfig):
-        raise ValueError(f"args must be a CompoDistillConfig, got {type(args).__name__}")
+        raise InputError(f"args must be a CompoDistillConfig, got {type(args).__name__}")
     if options.get("compute_loss_func") is not None:
-        raise ValueError("compute_loss_func must be None: the losses are CompoDistill's (args.kd, args.vat)")
+        raise InputError("compute_loss_func must be None: the losses are CompoDistill's (args.kd, args.vat)")
     if args.n_gpu > 1:
-        raise ValueError(
+        raise InputError(
             f"one process sees {args.n_gpu} GPUs, and torch.nn.DataParallel cannot split a teacher: start one process for "
             "each (torchrun, accelerate launch), or let this one see a single GPU (CUDA_VISIBLE_DEVICES=0)"
         )
@@ -321,7 +322,7 @@ def _with_adapters(student: Any, config: Any) -> Any:
     if config is None:
         return student
     if hasattr(student, "peft_config"):
-        raise ValueError("peft_config must be None: the model is a peft model already")
+        raise InputError("peft_config must be None: the model is a peft model already")
     from peft import get_peft_model
 
     return get_peft_model(student, config)
@@ -331,7 +332,7 @@ def _loaded(model: Any, options: Any) -> Any:
     if isinstance(model, str):
         return AutoModelForImageTextToText.from_pretrained(model, **(options or {}))
     if options:
-        raise ValueError("model_init_kwargs and teacher_model_init_kwargs are for models given by name")
+        raise InputError("model_init_kwargs and teacher_model_init_kwargs are for models given by name")
     return model
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from cdistill.choices import KDConfig, VATConfig
+from cdistill.errors import InputError
 
 COMPILED = (
     "torch_compile must be False: a compiled model hides the attention that is aligned; compile the student's layers before "
@@ -70,24 +71,24 @@ class CompoDistillConfig(TrainingArguments):
             if is_dataclass(value) and not isinstance(value, type):
                 setattr(self, name, asdict(value))
         if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
-            raise ValueError(COMPILED)  # before it is left to accelerate
+            raise InputError(COMPILED)  # before it is left to accelerate
         super().__post_init__()
         made(VATConfig, "vat", self.vat)
         made(KDConfig, "kd", self.kd)
         if not 0 <= self.vat_weight < float("inf"):
-            raise ValueError(f"vat_weight must be at least 0 and finite, got {self.vat_weight}")
+            raise InputError(f"vat_weight must be at least 0 and finite, got {self.vat_weight}")
         given: Any = self.gradient_checkpointing_kwargs
         reentrant = isinstance(given, Mapping) and given.get("use_reentrant")
         if reentrant and self.vat_weight:
-            raise ValueError(
+            raise InputError(
                 "gradient_checkpointing_kwargs: use_reentrant loses the gradient of the alignment: set it to False, or "
                 "vat_weight to 0"
             )
         if self.label_smoothing_factor:
-            raise ValueError("label_smoothing_factor must be 0: the losses are taken without logits")
+            raise InputError("label_smoothing_factor must be 0: the losses are taken without logits")
         batches: Any = self.accelerator_config
         if batches.dispatch_batches:
-            raise ValueError(
+            raise InputError(
                 "accelerator_config: dispatch_batches must be False: it splits pixel_values, which hold images or patches in "
                 "turn, as if they held samples"
             )
@@ -97,10 +98,10 @@ class CompoDistillConfig(TrainingArguments):
 def made(kind: Callable[..., Any], name: str, values: Any) -> Any:
     """A frozen configuration of a field's values. Raises ValueError naming the field."""
     if values is not None and not isinstance(values, Mapping):
-        raise ValueError(f"{name} must be a mapping of its fields, got {values!r}")
+        raise InputError(f"{name} must be a mapping of its fields, got {values!r}")
     try:
         return kind(**(values or {}))
     except TypeError as error:
-        raise ValueError(f"{name}: {str(error).partition(') ')[2] or error}") from None
+        raise InputError(f"{name}: {str(error).partition(') ')[2] or error}") from None
     except ValueError as error:
-        raise ValueError(str(error) if str(error).startswith(name) else f"{name}.{error}") from None
+        raise InputError(str(error) if str(error).startswith(name) else f"{name}.{error}") from None

@@ -22,6 +22,7 @@ from cdistill.data.dataset import BadSampleCollator, SampleDataset
 from cdistill.data.grouping import length_grouped, modality_grouped
 from cdistill.data.mix import HeldOut, Order, open_source
 from cdistill.data.samples import IMAGE_TOKEN, Source
+from cdistill.errors import InputError
 from cdistill.models.load import Model
 from cdistill.train.build import Models
 from cdistill.train.recipes import DataConfig, Recipe
@@ -53,7 +54,7 @@ def open_stage(stage: Stage, models: Models) -> tuple[Dataset, Any]:
             return data, collate
         lengths, images = sizes()
     except ValueError as error:
-        raise ValueError(f"stage.{stage.name}.data: {error}") from None
+        raise InputError(f"stage.{stage.name}.data: {error}") from None
     if group_by == "length":
         return Subset(data, length_grouped(lengths, stage.config.global_batch_size, seed)), collate
     return Subset(data, modality_grouped(lengths, images, stage.config.global_batch_size, seed)), collate
@@ -79,7 +80,7 @@ def _builtin_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
     vocabulary = tokenizer.get_vocab()
     for word in build_tokenizer().get_vocab():
         if word not in vocabulary and word != IMAGE_TOKEN:
-            raise ValueError(f"path must be given, or the tokenizer be the built-in one: there is no token {word!r}")
+            raise InputError(f"path must be given, or the tokenizer be the built-in one: there is no token {word!r}")
     source = BuiltinDataset(
         options.builtin,
         size=size,
@@ -108,7 +109,7 @@ def _file_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
     try:
         order: Order | HeldOut = Order(source, seed, held_out=0 if validation is None else validation.samples)
     except ValueError as error:
-        raise ValueError(f"{error}{'' if validation is None else '; lower validation.samples'}") from None
+        raise InputError(f"{error}{'' if validation is None else '; lower validation.samples'}") from None
     if held_out:
         order = cast(Order, order).held_out
     encoder = _encoder(options, models)
@@ -125,7 +126,7 @@ def _file_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
     def sizes() -> tuple[np.ndarray, np.ndarray]:
         known = source.sizes()
         if known is None:
-            raise ValueError(f"group_by must be null for {source.name}: lengths of a stream are not known")
+            raise InputError(f"group_by must be null for {source.name}: lengths of a stream are not known")
         indices = [order[number] for number in range(size)]
         images = known.images[indices].astype(np.int64)
         return known.characters[indices] // CHARACTERS_PER_TOKEN + visual * images, images

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cdistill.choices import KDConfig
 from cdistill.data.samples import IGNORE_INDEX
+from cdistill.errors import InputError
 from cdistill.models.load import Model
 from cdistill.models.pair import CommonEncoder, check_frozen, check_pair, common_parameters, unwrapped
 from cdistill.models.parts import parameters_of, require_known_parts
@@ -114,7 +115,7 @@ class Distillation(nn.Module):
         self._has_run = False
         result = super().__call__(*args, **kwargs)
         if not self._has_run:
-            raise ValueError(
+            raise InputError(
                 "the forward pass of what distill() returned has been replaced by one whose loss has no teacher (as TRL's "
                 "trainers do): use cdistill.CompoDistillTrainer, or give the trainer the student and call "
                 "distill()'s result in its compute_loss"
@@ -169,7 +170,7 @@ class Distillation(nn.Module):
         tokens = given.pop("num_items_in_batch", num_items_in_batch)
         samples = given.pop("num_samples_in_batch", num_samples_in_batch)
         if getattr(self, "_is_replica", False):
-            raise ValueError(
+            raise InputError(
                 "torch.nn.DataParallel splits a batch between threads, which cannot share a teacher: start one process for "
                 "each GPU (torchrun, accelerate launch), or let this one see a single GPU (CUDA_VISIBLE_DEVICES=0)"
             )
@@ -204,7 +205,7 @@ class Distillation(nn.Module):
         """
         for name in ("input_ids", "labels"):
             if batch.get(name) is None:
-                raise ValueError(f"{name} must be in the batch")
+                raise InputError(f"{name} must be in the batch")
         base, has_run = self.losses.student, False
 
         def means(**given: Any) -> dict[str, Tensor]:
@@ -219,7 +220,7 @@ class Distillation(nn.Module):
 
         result = model(**batch, **instead_of_forward(means if base is self.student else of_base))
         if not has_run:
-            raise ValueError(
+            raise InputError(
                 "the student's forward pass has been replaced since distill() (use_liger_kernel does so) by one that gives "
                 "other losses: leave it as it is, or replace it before"
             )
@@ -263,7 +264,7 @@ class Distillation(nn.Module):
             needs = (
                 "an alignment (distill() with vat_weight above 0)" if term is None else "a finite number of at least 0"
             )
-            raise ValueError(f"vat_weight needs {needs}, got {value}")
+            raise InputError(f"vat_weight needs {needs}, got {value}")
         term.weight = float(value)
 
     @torch.compiler.disable
@@ -272,7 +273,7 @@ class Distillation(nn.Module):
         window = window_of_trainer(batch)
         if window is None:
             names = ", ".join(term.name for term in self.losses.terms if term.per == "sample")
-            raise ValueError(
+            raise InputError(
                 f"num_samples_in_batch must be given beside num_items_in_batch: {names} is a mean over the samples of the "
                 "whole batch (in transformers.Trainer it is found; cdistill.CompoDistillTrainer counts both)"
             )
@@ -341,7 +342,7 @@ def distill(
     """
     for name, value in (("vat_weight", vat_weight), ("kd.weight", (kd or KDConfig()).weight)):
         if not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+            raise InputError(f"{name} must be at least 0 and finite, got {value}")
     given = student
     student, teacher = _unwrapped(student, "student"), _unwrapped(teacher, "teacher")
     check_pair(student, teacher)
@@ -378,14 +379,14 @@ def _terms(further: Sequence[Term | str], settings: Settings) -> list[Term]:
         elif isinstance(term, Term):
             terms.append(term)
         else:
-            raise ValueError(f"terms must hold instances of cdistill.Term or names of registered ones, got {term!r}")
+            raise InputError(f"terms must hold instances of cdistill.Term or names of registered ones, got {term!r}")
     return terms
 
 
 def _refuse_trained(model: DistillationModel) -> None:
     for name, module in model.modules_of_terms.items():
         if any(p.requires_grad for p in module.parameters()):
-            raise ValueError(
+            raise InputError(
                 f"terms: {name} has parameters to train, which are not the student's, so that its optimizer would leave them "
                 "alone: freeze them, or train with a recipe, whose stages train them, too"
             )

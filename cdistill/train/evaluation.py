@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from cdistill.errors import InputError
 from cdistill.eval import tasks
 from cdistill.eval.contract import Answer, Question
 from cdistill.eval.inference import Inference
@@ -41,13 +42,13 @@ def open_tasks(config: StageConfig, *, quiet: bool) -> list[tasks.Task]:
             said = (
                 str(error).replace("--data", "data").replace("--images", "images")
             )  # keys here, options of the command
-            raise ValueError(f"eval.{said}" if said.startswith("data: ") else f"eval: {said}") from None
+            raise InputError(f"eval.{said}" if said.startswith("data: ") else f"eval: {said}") from None
         prefix = f"eval.{name}."
         if config.keep_best is not None and config.keep_best.startswith(prefix):
             metrics = task.benchmark.metrics([nothing(question) for question in task.asked])
             if config.keep_best.removeprefix(prefix) not in metrics:
                 known = ", ".join(prefix + metric for metric in metrics)
-                raise ValueError(f"keep_best must be a metric of the benchmark ({known}), got {config.keep_best!r}")
+                raise InputError(f"keep_best must be a metric of the benchmark ({known}), got {config.keep_best!r}")
         found.append(task)
     return found
 
@@ -66,14 +67,14 @@ def questioner(student: Model, save_processor: Save) -> Any:
         try:
             return load_questioner([Path(folder)], student.config, usual=False)
         except ValueError as error:
-            raise ValueError(f"eval: {str(error).replace(folder, 'the student')}") from None
+            raise InputError(f"eval: {str(error).replace(folder, 'the student')}") from None
 
 
 def check_questions(found: Iterable[tasks.Task], student: Model) -> None:
     """Raise ValueError for questions about images to a student that sees none."""
     for task in found:
         if not hasattr(student.config, "vision_config") and any(question.images for question in task.asked):
-            raise ValueError(f"eval.tasks must show no images to a student that sees none, and {task.name} shows some")
+            raise InputError(f"eval.tasks must show no images to a student that sees none, and {task.name} shows some")
 
 
 class Evaluation:

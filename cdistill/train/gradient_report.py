@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cdistill.errors import InputError
 from cdistill.files import write_text
 from cdistill.menu import recipe_argument
 from cdistill.train.recipes import Recipe
@@ -79,7 +80,7 @@ def measure(
     from cdistill.train.resolve import resolve
 
     if samples < 1:
-        raise ValueError(f"--samples must be at least 1, got {samples}")
+        raise InputError(f"--samples must be at least 1, got {samples}")
     run = resolve(replace(recipe, vat=replace(recipe.vat, weight=1.0)), world=1)
     chosen = run.stages[_index(recipe, stage)]
     before = run.stages[chosen.index - 1].folder if chosen.index else None
@@ -167,7 +168,7 @@ def _order(part: str) -> tuple[int, int, str]:
 def _index(recipe: Recipe, name: str | None) -> int:
     if name is not None:
         if name not in recipe.stages:
-            raise ValueError(f"--stage must be one of {', '.join(recipe.stages)}, got {name!r}")
+            raise InputError(f"--stage must be one of {', '.join(recipe.stages)}, got {name!r}")
         return recipe.stages.index(name)
     from cdistill.train.objectives import OBJECTIVES
 

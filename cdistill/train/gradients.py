@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cdistill.data.dataset import BAD
 from cdistill.data.samples import IGNORE_INDEX
+from cdistill.errors import InputError
 from cdistill.models.load import DTYPES
 from cdistill.runtime.collectives import on_first_process
 from cdistill.runtime.errors import RunError
@@ -41,7 +42,7 @@ def gradient_norms(
     terms = {term.name: term for term in model.terms}
     for name in weights:
         if name not in terms:
-            raise ValueError(f"weights must name terms of the loss ({', '.join(terms)}), got {name!r}")
+            raise InputError(f"weights must name terms of the loss ({', '.join(terms)}), got {name!r}")
     device = model.student.device
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     model.train()
@@ -105,5 +106,5 @@ def _counted(batches: Batches) -> dict[str, int]:
         labels += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
         samples += len(batch["labels"])
     if not samples:
-        raise ValueError("batches must hold at least one sample")
+        raise InputError("batches must hold at least one sample")
     return {"label": max(1, labels), "sample": samples}

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from cdistill.errors import InputError
+
 # Whose hooks and forward passes move weights and inputs, or watch, and leave a model's results alone.
 LIBRARIES = frozenset(
     {
@@ -40,7 +42,7 @@ def refuse_left_out(module: nn.Module, side: str, what: str, *, called: bool) ->
     if found is None:
         found = hook_of_others(hooks if called else (*module._forward_pre_hooks.values(), *hooks), LIBRARIES)
     if found is not None:
-        raise ValueError(
+        raise InputError(
             f"the {side} has {found} on {what}, which the losses, taken from hidden states and the head, would leave out: "
             "remove it (what only watches may be a hook on what distill() returned, or on a layer)"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from cdistill.errors import InputError
 from cdistill.models.load import Model
 from cdistill.models.parts import language_model
 from cdistill.train.recipes import LoRAConfig
@@ -19,7 +20,7 @@ def add_lora(student: Model, config: LoRAConfig) -> None:
     try:
         import peft
     except ImportError:
-        raise ValueError("student.lora needs peft: pip install cdistill[lora]") from None
+        raise InputError("student.lora needs peft: pip install cdistill[lora]") from None
     language = language_model(student)
     prefix = next(name for name, module in student.named_modules() if module is language)
     targets = [f"{prefix}.{name}" for name, module in language.named_modules() if isinstance(module, nn.Linear)]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cdistill.errors import InputError
 from cdistill.families import family_of
 from cdistill.models.llava import Llava, SharedVision, share_vision, student_embeddings
 from cdistill.models.load import Model
@@ -62,7 +63,7 @@ class DistillationModel(nn.Module):
         self._reads_tokens = any(term.labels == "tokens" for term in self.terms)
         if distils and self.source is None:
             needing = ", ".join(term.name for term in self.terms if term.teacher)
-            raise ValueError(f"terms {needing} need a teacher: give one, or leave them out")
+            raise InputError(f"terms {needing} need a teacher: give one, or leave them out")
         if self.source is not None:
             self.source.check(self.terms)
         if self._reads_tokens:
@@ -75,7 +76,7 @@ class DistillationModel(nn.Module):
         for term in self.terms:
             for name, module in term.modules(student, None if self.teacher is None else self.teacher.model).items():
                 if hasattr(self, name):
-                    raise ValueError(f"term {term.name!r}: the name of its module {name!r} is taken: choose another")
+                    raise InputError(f"term {term.name!r}: the name of its module {name!r} is taken: choose another")
                 self.add_module(name, module)
         if self._attention_term is not None:
             if self._attention_term.teacher and self.teacher is not None:
@@ -208,7 +209,7 @@ def _scalar(term: Term, found: Any) -> Tensor:
     """A term's sum. Raises ValueError for anything else."""
     if not isinstance(found, Tensor) or found.ndim:
         got = f"one of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(f"term {term.name!r}: forward must return a scalar tensor, got {got}")
+        raise InputError(f"term {term.name!r}: forward must return a scalar tensor, got {got}")
     return found
 
 
@@ -216,7 +217,7 @@ def _declared(terms: Iterable[Term], details: dict[str, Tensor]) -> dict[str, Te
     """Further results of the terms. Raises ValueError unless they are those that the terms have announced."""
     wanted = [name for term in terms for name in term.details]
     if set(wanted) != details.keys():
-        raise ValueError(
+        raise InputError(
             f"details of terms must be those in step.details ({', '.join(details)}), got {', '.join(wanted)}"
         )
     return details
@@ -225,7 +226,7 @@ def _declared(terms: Iterable[Term], details: dict[str, Tensor]) -> dict[str, Te
 def _require_body(model: Model, side: str) -> None:
     """Raise ValueError for a class whose hidden states cannot be read, or whose own loss has a term that is not here."""
     if not isinstance(getattr(model, "model", None), nn.Module):
-        raise ValueError(
+        raise InputError(
             f"the {side}'s class {type(model).__name__} has no submodule `model` that gives hidden states; take one of the "
             "families of docs/how-to/alignment.md"
         )
@@ -233,7 +234,7 @@ def _require_body(model: Model, side: str) -> None:
     weights = [getattr(config, name, None) for config in configs for name in family_of(model).router_fields]
     asked = any(getattr(config, "output_router_logits", False) for config in configs)
     if side == "student" and asked and any(weights):
-        raise ValueError(
+        raise InputError(
             "the student's output_router_logits asks for its experts' router loss (router_aux_loss_coef), which the losses "
             "here leave out; set output_router_logits to False in its configuration"
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cdistill._plugins import registers_everywhere
 from cdistill.choices import KDConfig
+from cdistill.errors import InputError
 from cdistill.train.terms import Settings, Term, check_terms, configured, term_named
 
 if TYPE_CHECKING:
@@ -28,11 +29,11 @@ class Objective:
 
     def __post_init__(self) -> None:
         if not self.losses:
-            raise ValueError("losses must name at least one term")
+            raise InputError("losses must name at least one term")
         check_terms(self.kinds)
         for part in self.trained:
             if part not in PARTS:
-                raise ValueError(f"trained must be of {', '.join(PARTS)}, got {part!r}")
+                raise InputError(f"trained must be of {', '.join(PARTS)}, got {part!r}")
 
     @property
     def kinds(self) -> tuple[type[Term], ...]:
@@ -101,13 +102,13 @@ def register_objective(name: str, losses: tuple[str, ...], trained: tuple[str, .
             `Objective`.
     """
     if name in OBJECTIVES:
-        raise ValueError(f"objective {name!r} is taken: choose another name")
+        raise InputError(f"objective {name!r} is taken: choose another name")
     try:
         objective = Objective(tuple(losses), tuple(trained))
     except ValueError as error:
-        raise ValueError(f"objective {name!r}: {error}") from None
+        raise InputError(f"objective {name!r}: {error}") from None
     if objective.trains_on_patches or "vision" in objective.trained:
-        raise ValueError(
+        raise InputError(
             f"objective {name!r}: only objective vision trains the vision encoder, and on patches: stages share it with the "
             "teacher; leave vision and terms on patches out"
         )
@@ -121,7 +122,7 @@ def require_known_everywhere(names: Iterable[str], processes: int) -> None:
     """Raise ValueError for an objective of one's own, which processes that are started for a recipe would not know."""
     for name in names:
         if name not in _EVERYWHERE:
-            raise ValueError(
+            raise InputError(
                 f"objective {name!r} is known in this process alone, and processes is {processes}: set it to 1, register it in "
                 "a plugin, or start a script that does and calls cdistill.train.run under torchrun"
             )

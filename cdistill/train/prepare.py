@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from cdistill.data import strict_yaml
 from cdistill.data.conversations import Encoder
+from cdistill.errors import InputError
 from cdistill.files import owned, remove_unfinished, write_text
 from cdistill.models.hub import pinned
 from cdistill.models.load import RECIPE
@@ -137,7 +138,7 @@ def _check_evaluation(stage: Stage, models: Models, data: Data) -> None:
         check_questions(open_tasks(stage.config, quiet=False), models.student)
         questioner(models.student, lambda folder: save_processor(folder, models, data))
     except ValueError as error:
-        raise ValueError(f"stage.{stage.name}.{error}") from None
+        raise InputError(f"stage.{stage.name}.{error}") from None
 
 
 def _facts(run: Run, models: Models) -> dict[str, Any]:
@@ -152,4 +153,4 @@ def _facts(run: Run, models: Models) -> dict[str, Any]:
 
 def _refuse_difference(key: str, there: dict[str, Any], here: dict[str, Any]) -> None:
     for name, one, other in differences(there, here):
-        raise ValueError(f"{key} is not what it is on the machine of process 0: {name} ({one} there, {other} here)")
+        raise InputError(f"{key} is not what it is on the machine of process 0: {name} ({one} there, {other} here)")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from cdistill.errors import InputError
 from cdistill.train.objectives import OBJECTIVES, Objective
 from cdistill.train.recipes import LoRAConfig, Recipe, StageConfig
 from cdistill.train.run_folder import CHECKPOINTS, stage_folders
@@ -124,7 +125,7 @@ def resolve(recipe: Recipe, world: int | None = None) -> Run:
 def precision_of(recipe: Recipe) -> str:
     """The number format the recipe asks for on this machine. Raises ValueError for fp16 on CPU."""
     if recipe.precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("precision fp16 needs a GPU; use fp32 or bf16 on CPU")
+        raise InputError("precision fp16 needs a GPU; use fp32 or bf16 on CPU")
     if recipe.precision != "auto":
         return recipe.precision
     if not torch.cuda.is_available():
@@ -137,7 +138,7 @@ def check_batches(recipe: Recipe, world: int) -> None:
     for name in dict.fromkeys(recipe.stages):
         stage = recipe.stage[name]
         if stage.global_batch_size % (world * (stage.micro_batch_size or 1)):
-            raise ValueError(
+            raise InputError(
                 f"stage.{name}.global_batch_size must be a multiple of {world} processes x micro_batch_size "
                 f"{stage.micro_batch_size or 1}, got {stage.global_batch_size}"
             )

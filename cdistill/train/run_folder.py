@@ -9,6 +9,7 @@ from typing import Any
 
 from cdistill._plugins import import_plugins
 from cdistill.data import strict_yaml
+from cdistill.errors import InputError
 from cdistill.files import MARK, entries
 from cdistill.manifest import verify
 from cdistill.models.load import METRICS, RECIPE, load_model
@@ -55,7 +56,7 @@ def refuse_other_run(recipe: Recipe, recorded: Recipe, output: Path) -> None:
     begun = begun_stages(recorded, output)
     found = list(differences(decided(recorded, begun), decided(recipe, begun))) if begun else []
     if found:
-        raise ValueError(
+        raise InputError(
             f"output {output} holds a different run: {_listed(found)}; choose another folder, or go on with what is there"
         )
 
@@ -102,11 +103,11 @@ def read_recipe(output: Path) -> Recipe:
     try:
         content = strict_yaml.load(path.read_text(encoding="utf-8"), str(path))
         if not isinstance(content, dict):
-            raise ValueError("no mapping of keys")
+            raise InputError("no mapping of keys")
         return recipe_from_dict(content)
     except ValueError as error:
         reason = " ".join(str(error).removeprefix(f"{path} ").split())
-        raise ValueError(f"output: {path} is not a recipe ({reason}): put it back, or choose another folder") from None
+        raise InputError(f"output: {path} is not a recipe ({reason}): put it back, or choose another folder") from None
 
 
 def check_stages(output: Path, folders: Sequence[Path]) -> None:
@@ -115,7 +116,7 @@ def check_stages(output: Path, folders: Sequence[Path]) -> None:
         begun = [f for f in folders[i + 1 :] if f.is_dir() or (output / CHECKPOINTS / f.name).is_dir()]
         if not folder.is_dir():
             if begun:
-                raise ValueError(
+                raise InputError(
                     f"output: {folder} is missing, but {begun[0].name}, which went on from it, has begun: put it back, "
                     f"or delete {' and '.join(f.name for f in begun)} in {output} and {output / CHECKPOINTS}, too"
                 )
@@ -127,19 +128,19 @@ def check_stages(output: Path, folders: Sequence[Path]) -> None:
 def check_output(recipe: Recipe, output: Path, resume: bool) -> None:
     """Raise ValueError unless a run of the recipe may begin in a folder or, to ``resume``, go on there."""
     if output.exists() and not output.is_dir():
-        raise ValueError(f"output {output} is not a folder")
+        raise InputError(f"output {output} is not a folder")
     if output.is_dir() and not entries(output) and any(MARK in path.name for path in output.iterdir()):
         return  # killed before anything else was written
     if not output.is_dir() or not entries(output):
         if resume:
-            raise ValueError(f"output {output} holds no run to resume")
+            raise InputError(f"output {output} holds no run to resume")
         return
     if not (output / RECIPE).is_file():
-        raise ValueError(f"output {output} is not empty and holds no run: choose another folder")
+        raise InputError(f"output {output} is not empty and holds no run: choose another folder")
     recorded = read_recipe(output)
     refuse_other_run(recipe, recorded, output)
     if not resume and begun_stages(recorded, output):
-        raise ValueError(f"output {output} already holds a run of this recipe: continue it with --resume")
+        raise InputError(f"output {output} already holds a run of this recipe: continue it with --resume")
 
 
 def remove_leftovers(output: Path, folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
+from cdistill.errors import InputError
 from cdistill.runtime import pulse
 from cdistill.runtime.json_lines import read_lines, say_damaged, write_lines
 from cdistill.train.run_folder import METRICS
@@ -27,9 +28,9 @@ def check_trackers(names: Sequence[str]) -> None:
     known, there = integration_utils.INTEGRATION_TO_CALLBACK, integration_utils.get_available_reporting_integrations()
     for name in names:
         if name not in known:
-            raise ValueError(f"report_to must name trackers of transformers ({', '.join(known)}), got {name!r}")
+            raise InputError(f"report_to must name trackers of transformers ({', '.join(known)}), got {name!r}")
         if name not in there:
-            raise ValueError(f"report_to: {name} is not installed: pip install {name.replace('_', '-')}")
+            raise InputError(f"report_to: {name} is not installed: pip install {name.replace('_', '-')}")
 
 
 class RunLog(TrainerCallback):

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback, TrainingArguments
 
+from cdistill.errors import InputError
 from cdistill.files import MARK
 from cdistill.models.load import Model, load_model
 from cdistill.models.processor import add_stop_tokens
@@ -44,6 +45,7 @@ from cdistill.train.objectives import require_known_everywhere, set_trained
 from cdistill.train.prepare import Data, open_data, pin_models, prepare, prepare_together, save_processor
 from cdistill.train.recipes import Recipe
 from cdistill.train.resolve import Run, Stage, resolve
+from cdistill.train.rounding import round_weights
 from cdistill.train.run_folder import CHECKPOINTS, METRICS, remove_leftovers, stage_folders
 from cdistill.train.run_log import TENSORBOARD, RunLog
 from cdistill.train.teacher_source import Cached, place_teacher
@@ -66,7 +68,7 @@ def run(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCall
             models = prepare_together(recipe, output, resume=resume, at_end=at_end)
             return run_stages(recipe, resume=resume, callbacks=callbacks, models=models)
         if recipe.processes > 1 and callbacks:
-            raise ValueError(
+            raise InputError(
                 "callbacks need recipe.processes 1: the stages of this recipe run in processes of their own"
             )
         if recipe.processes > 1:
@@ -180,6 +182,8 @@ def prepare_student(stage: Stage, student: Model) -> None:
     torch.manual_seed(stage.seed)
     if stage.lora is not None:
         add_lora(student, stage.lora)
+    if stage.config.quantization is not None:
+        round_weights(student, stage.config.quantization, f"stage.{stage.name}.quantization")
     set_trained(student, stage.objective)
 
 

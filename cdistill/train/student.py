@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from cdistill.errors import InputError
 from cdistill.models.llava import Llava, compose, visual_tokens
 from cdistill.models.load import (
     Model,
@@ -22,6 +24,7 @@ from cdistill.models.load import (
 )
 from cdistill.models.parts import has_vision, require_known_parts
 from cdistill.models.processor import COMPOSITIONS, has_image_processor, image_pixels, load_image_processor
+from cdistill.models.pruned import prune
 from cdistill.models.taf import TAFAdapter
 from cdistill.train.recipes import StudentConfig
 
@@ -48,6 +51,8 @@ def make_student(
     if config.base is not None:
         folder = resolve_folder(config.base, "student.base", weights=not meta)
         language = load_structure(folder, "student.base") if meta else load_model(folder)
+        if config.pruning is not None:
+            prune(language, "student.pruning", **asdict(config.pruning))
         if has_vision(language):
             _check_same_kind(config, language)
             require_known_parts(language)
@@ -58,7 +63,7 @@ def make_student(
         text = _fresh_config(config.text_config, "student.text_config", **defaults)
     if teacher is not None and not isinstance(teacher, Llava):
         kind = teacher.config.model_type
-        raise ValueError(
+        raise InputError(
             f"student.base must be a {kind} model, like the teacher: only a LLaVA's vision encoder can be put before another "
             "language model"
         )
@@ -113,10 +118,10 @@ def _seeing(
 
 def _check_same_kind(config: StudentConfig, model: Llava) -> None:
     if config.vision is not None or config.vision_config is not None:
-        raise ValueError("student.vision and student.vision_config must be null: student.base already has an encoder")
+        raise InputError("student.vision and student.vision_config must be null: student.base already has an encoder")
     if isinstance(getattr(model.model, "multi_modal_projector", None), TAFAdapter) != config.taf:
         kind = "was made without" if config.taf else "was made with"
-        raise ValueError(f"student.taf must be {str(not config.taf).lower()}: student.base {kind} it")
+        raise InputError(f"student.taf must be {str(not config.taf).lower()}: student.base {kind} it")
 
 
 def _fresh_config(values: dict[str, Any] | None, key: str, **defaults: Any) -> PretrainedConfig:
@@ -126,12 +131,12 @@ def _fresh_config(values: dict[str, Any] | None, key: str, **defaults: Any) -> P
     try:
         config = AutoConfig.for_model(kind)
     except ValueError:
-        raise ValueError(f"{key}.model_type is not a model type of transformers: {kind!r}") from None
+        raise InputError(f"{key}.model_type is not a model type of transformers: {kind!r}") from None
     if "vision_config" in config.sub_configs:
         config = config.vision_config  # type: ignore[attr-defined]
     unknown = [name for name in values if not hasattr(config, name)]
     if unknown:
-        raise ValueError(f"{key}.{unknown[0]} is not a field of {type(config).__name__}")
+        raise InputError(f"{key}.{unknown[0]} is not a field of {type(config).__name__}")
     return type(config)(**values)
 
 
@@ -156,7 +161,7 @@ def set_visual_tokens(config: Any, key: str, folder: Path | None) -> str | None:
     try:
         tokens = visual_tokens(config, size)
     except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
+        raise InputError(f"{key}: {error}") from None
     if tokens is None or tokens.total == config.image_seq_length:
         return None
     said, config.image_seq_length = config.image_seq_length, tokens.total

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cdistill.errors import InputError
 from cdistill.models.llava import SharedVision, teacher_embeddings
 from cdistill.models.load import Model
 from cdistill.models.parts import head_of, language_model
@@ -73,7 +74,7 @@ class Teacher(nn.Module):
         from torch.distributed.fsdp import FSDPModule
 
         if isinstance(self.model, FSDPModule):
-            raise ValueError(
+            raise InputError(
                 "the teacher is sharded as a whole by fully_shard, and its head is needed by itself: shard its decoder layers "
                 "alone"
             )

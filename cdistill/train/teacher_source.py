@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from cdistill.errors import InputError
 from cdistill.models.llava import SharedVision
 from cdistill.models.load import DTYPES, Model
 from cdistill.models.pair import shares_encoder
@@ -50,7 +51,7 @@ class TeacherSource:
             for what in term.teacher:
                 if what not in cls.gives:
                     lacks = f"which {cls.title} does not have: leave one of them out"
-                    raise ValueError(f"term {term.name!r} needs the teacher's {what!r}, {lacks}")
+                    raise InputError(f"term {term.name!r} needs the teacher's {what!r}, {lacks}")
 
     def ask(
         self, step: Step, recorder: Recorder | None, shared: SharedVision | None, inputs: Mapping[str, Any]

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from cdistill.data.samples import IGNORE_INDEX
+from cdistill.errors import InputError
 from cdistill.models.load import not_finite
 from cdistill.runtime import checkpoints, pulse
 from cdistill.runtime.agreement import RanksAgree
@@ -24,6 +25,7 @@ from cdistill.runtime.launch import launched
 from cdistill.train.lora import merged_state
 from cdistill.train.model import DistillationModel
 from cdistill.train.recipes import LoRAConfig, StageConfig
+from cdistill.train.rounding import rounded_state
 from cdistill.train.run_log import TENSORBOARD
 
 WEIGHTS = "model.pt"
@@ -171,6 +173,7 @@ class DistillTrainer(Trainer):
         student = {name.removeprefix(prefix): t for name, t in whole.items() if name.startswith(prefix)}
         if self.lora is not None:
             student = merged_state(student, self.lora)
+        student = rounded_state(self.distillation.student, student)
         self.distillation.student.save_pretrained(output_dir, state_dict=student)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -262,7 +265,7 @@ def in_one_line() -> Iterator[None]:
         _, found, message = str(error).rpartition("\nValueError: ")
         if not found:
             raise
-        raise ValueError(message.strip()) from None
+        raise InputError(message.strip()) from None
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise

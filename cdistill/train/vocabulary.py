@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdistill.choices import KDConfig
+from cdistill.errors import InputError
 from cdistill.models.load import Model
 from cdistill.models.logits import AfterHead, after_head
 from cdistill.models.parts import head_of
@@ -163,19 +164,19 @@ def require_plain_head(model: Model, side: str, *, linear: bool) -> None:
     if not linear:
         return
     if not (isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward):
-        raise ValueError(
+        raise InputError(
             f"the {side}'s lm_head must be a torch.nn.Linear for the KD loss, got {type(head).__module__}."
             f"{type(head).__qualname__}: leave lm_head out of LoRA's target_modules and modules_to_save and out of quantisation"
         )
     weight = head.weight
     if not (type(weight).__module__.startswith("torch.") and weight.dtype in _WHOLE):
-        raise ValueError(
+        raise InputError(
             f"the {side}'s lm_head has a quantised weight ({type(weight).__qualname__}, {weight.dtype}): leave lm_head out of "
             "quantisation for the KD loss"
         )
     added = _added(head)
     if added is not None:
-        raise ValueError(
+        raise InputError(
             f"the {side}'s lm_head has {added}, which the KD loss, taken from its weight, would leave out: remove it"
         )
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from cdistill.errors import InputError
 from cdistill.ops._contract import LEAST_SHARE
 from cdistill.vat.recorders import AnyRegions, SliceRecorder
 
@@ -58,17 +59,17 @@ def _in_order(slices: Mapping[int, Tensor]) -> list[Tensor]:
 
 def _mean(total: Tensor, rows: Tensor) -> Tensor:
     if not bool((rows > 0).all()):
-        raise ValueError("layer distances need at least one row that sees visual tokens, in every layer")
+        raise InputError("layer distances need at least one row that sees visual tokens, in every layer")
     return total / rows
 
 
 def _distance_sums(student_slices: Sequence[Tensor], teacher_slices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Sum over rows of the KL distance and number of valid rows, (n, m) float64 each."""
     if not student_slices or not teacher_slices:
-        raise ValueError("layer distances need at least one student and one teacher slice")
+        raise InputError("layer distances need at least one student and one teacher slice")
     shapes = {tuple(a.shape) for a in (*student_slices, *teacher_slices)}
     if len(shapes) > 1:
-        raise ValueError(f"student and teacher slices must have one shape, got {sorted(shapes)}")
+        raise InputError(f"student and teacher slices must have one shape, got {sorted(shapes)}")
     shape = (len(student_slices), len(teacher_slices))
     total = torch.zeros(shape, dtype=torch.float64, device=student_slices[0].device)
     rows = torch.zeros_like(total)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cdistill.errors import InputError
 from cdistill.families import family_of
 
 
@@ -24,7 +25,7 @@ def visual_token_ids(model_or_config: Any) -> tuple[int, ...]:
         if token is not None and token not in found:
             found.append(int(token))
     if not found:
-        raise ValueError(
+        raise InputError(
             f"{type(config).__name__} names no image_token_id or video_token_id; pass the ids of its visual tokens, or "
             "register its family (cdistill.register_family) with the names of their fields"
         )
@@ -48,7 +49,7 @@ def attention_layers(model_or_config: Any) -> tuple[int, ...]:
     family = family_of(config)
     attention = {*family.attention_layers, *family.hybrid_layers}
     if unknown := sorted(set(types) - attention - set(family.other_layers)):
-        raise ValueError(
+        raise InputError(
             f"{type(text).__name__} has layers of unknown type {', '.join(unknown)}; register the family of {text.model_type} "
             "(cdistill.register_family) with what they are"
         )
@@ -61,7 +62,7 @@ def check_packable(model_or_config: Any) -> None:
     types = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
     stateful = sorted(set(types) - set(family_of(config).attention_layers))
     if stateful:
-        raise ValueError(
+        raise InputError(
             f"packing: {type(config).__name__} has layers of type {', '.join(stateful)}, whose state passes from a sample to "
             "the next in its row; pad instead"
         )

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cdistill.errors import InputError
 from cdistill.ops import attention_slice
 from cdistill.vat.recorders import require_all
 from cdistill.vat.regions import require_on_device
@@ -38,7 +39,7 @@ class GenerationRecorder:
         impl: str | None = None,
     ):
         if key_mask is not None and key_mask.shape != (len(cols), prompt):
-            raise ValueError(f"key_mask must be (B, T) = {(len(cols), prompt)}, got {tuple(key_mask.shape)}")
+            raise InputError(f"key_mask must be (B, T) = {(len(cols), prompt)}, got {tuple(key_mask.shape)}")
         self.layers = frozenset(layers)
         self.key_mask = None if key_mask is None else key_mask.bool()  # of the tokens that a layer has just shown
         self._cols, self._prompt, self._mask = cols, prompt, self.key_mask
@@ -55,12 +56,12 @@ class GenerationRecorder:
         """
         n = self._tokens[layer] + query.shape[2]
         if len(query) != len(self._cols):
-            raise ValueError(
+            raise InputError(
                 f"the recorder has {len(self._cols)} prompts and the model {len(query)} sequences: generate without beams and "
                 "with one returned sequence each"
             )
         if key.shape[2] < n or (key.shape[2] > n and mask is None):
-            raise ValueError(
+            raise InputError(
                 f"layer {layer} has {key.shape[2]} keys after {n} tokens: a recorder of generation serves one call that begins "
                 "with an empty cache, of layers that keep all keys, without an assistant model"
             )

@@ -22,6 +22,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
+from cdistill.errors import InputError
 from cdistill.families import family_of
 from cdistill.vat.generation import GenerationRecorder
 from cdistill.vat.recorders import Recorder, RowChanges
@@ -65,7 +66,7 @@ class _Pass:
         if before is None:
             self._seen[layer] = [(ref(x), _version(x)) for x in (query, key)]
         elif any(kept() is not x or v != _version(x) for (kept, v), x in zip(before, (query, key), strict=True)):
-            raise ValueError(
+            raise InputError(
                 f"layer {layer} attends more than once in one forward pass, and a recorder takes one attention of each layer: "
                 "align other layers (student_layers and teacher_layers of VATConfig), or use another family"
             )
@@ -137,7 +138,7 @@ def text_model_of(model: "PreTrainedModel") -> "PreTrainedModel":
     text_config = model.config.get_text_config(decoder=True)
     text_model = next((m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is text_config), None)
     if text_model is None:
-        raise ValueError(f"{type(model).__name__} has no submodule that owns its text configuration")
+        raise InputError(f"{type(model).__name__} has no submodule that owns its text configuration")
     return text_model
 
 
@@ -160,12 +161,12 @@ def _attention_modules(model: "PreTrainedModel", text_model: "PreTrainedModel") 
     """The modules of the text model that know their layer; ValueError for attention that cannot be aligned whatever is run."""
     name, config = type(text_model).__name__, text_model.config
     if getattr(model.config, "is_encoder_decoder", False) or getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
+        raise InputError(
             f"{type(model).__name__} is an encoder-decoder, which visual attention alignment does not support: it needs a "
             "causal language model whose sequence holds the visual tokens"
         )
     if not text_model._supports_sdpa:
-        raise ValueError(
+        raise InputError(
             f"{name} does not run on SDPA, because its attention is no plain softmax of q k^T (such as "
             "logit soft-capping or attention sinks), which visual attention alignment does not support"
         )
@@ -175,21 +176,21 @@ def _attention_modules(model: "PreTrainedModel", text_model: "PreTrainedModel") 
         if getattr(m, "layer_idx", None) is not None and type(getattr(m, "config", config)) is type(config)
     ]
     if not text_model._can_set_attn_implementation() or not modules:
-        raise ValueError(
+        raise InputError(
             f"{name} does not choose its attention through transformers' AttentionInterface; "
             "visual attention alignment needs a model that does"
         )
     if any("CrossAttention" in type(m).__name__ for m in text_model.modules()):
-        raise ValueError(
+        raise InputError(
             f"{name} sees images by cross-attention, which visual attention alignment does not support: it needs visual "
             "tokens in the language model's own sequence"
         )
     if any((getattr(config, cycles, None) or 1) > 1 for cycles in ("H_cycles", "L_cycles")):
-        raise ValueError(
+        raise InputError(
             f"{name} runs its layers several times in a pass, which visual attention alignment does not support"
         )
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-        raise ValueError(
+        raise InputError(
             f"{name} has layers of chunked attention, which visual attention alignment does not support; use another family"
         )
     return modules
@@ -247,7 +248,7 @@ def _record(
     this_pass = recorder if isinstance(recorder, _Pass) else None
     recorder = recorder if this_pass is None else this_pass.recorder
     if not isinstance(recorder, Recorder):
-        raise ValueError(f"{KEYWORD} must be a recorder of cdistill.vat, got {type(recorder).__name__}")
+        raise InputError(f"{KEYWORD} must be a recorder of cdistill.vat, got {type(recorder).__name__}")
     layer: Any = module.layer_idx
     if layer not in recorder.layers:
         return None
@@ -266,7 +267,7 @@ def _record(
         _require_same_packing(sequence, query, attention_mask)
     out = recorder.record(layer, query, key, value, scale=kwargs.get("scaling"), causal=True)
     if out is not None and kwargs.get("dropout"):
-        raise ValueError(f"layer {layer} uses attention dropout, which needs vat.engine sdpa")
+        raise InputError(f"layer {layer} uses attention dropout, which needs vat.engine sdpa")
     return out
 
 
@@ -299,7 +300,7 @@ def _validation(validate: Callable[..., None]) -> Callable[..., None]:
             validate(model, model_kwargs)
             return
         if not isinstance(recorder, GenerationRecorder):
-            raise ValueError(f"{KEYWORD} of generate must be a GenerationRecorder, got {type(recorder).__name__}")
+            raise InputError(f"{KEYWORD} of generate must be a GenerationRecorder, got {type(recorder).__name__}")
         validate(model, {name: value for name, value in model_kwargs.items() if name != KEYWORD})
 
     setattr(validation, _WRAPPER, True)
@@ -334,7 +335,7 @@ def _require_plain_causal(
     """
 
     def refuse(what: str) -> ValueError:
-        return ValueError(f"layer {layer} uses {what}, which visual attention alignment does not support")
+        return InputError(f"layer {layer} uses {what}, which visual attention alignment does not support")
 
     for name, what in getattr(module, _MARK).items():
         if kwargs.get(name) is not None:
@@ -371,7 +372,7 @@ def _require_same_padding(key_mask: Tensor | None, padding: Tensor | None) -> No
         assert given is not None
         same = given.all()
     elif key_mask.shape != padding.shape:
-        raise ValueError(f"{message}, got {tuple(key_mask.shape)} for {tuple(padding.shape)}")
+        raise InputError(f"{message}, got {tuple(key_mask.shape)} for {tuple(padding.shape)}")
     else:
         same = (key_mask == padding.to(key_mask.device)).all()
     require_on_device(same, message)
@@ -387,7 +388,7 @@ def _require_same_packing(sequence: Tensor, query: Tensor, attention_mask: Tenso
         "use_cache=False and without attention_mask"
     )
     if (query.shape[0], query.shape[2]) != sequence.shape:
-        raise ValueError(f"the recorder has packed rows {tuple(sequence.shape)}, not {query.shape[0], query.shape[2]}")
+        raise InputError(f"the recorder has packed rows {tuple(sequence.shape)}, not {query.shape[0], query.shape[2]}")
     if attention_mask is None:  # plain causality
         require_on_device((sequence == 0).all(), message)
         return
@@ -395,7 +396,7 @@ def _require_same_packing(sequence: Tensor, query: Tensor, attention_mask: Tenso
     if checked is not sequence or version != _version(attention_mask):
         batch, length = sequence.shape
         if attention_mask.dtype != torch.bool or attention_mask.shape != (batch, 1, length, length):
-            raise ValueError(message)
+            raise InputError(message)
         expected = (sequence[:, :, None] == sequence[:, None, :]).tril()[:, None]
         require_on_device((attention_mask == expected.to(attention_mask.device)).all(), message)
         setattr(attention_mask, _PACKING, (sequence, _version(attention_mask)))

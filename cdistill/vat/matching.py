@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from cdistill.choices import MATCHINGS, NAMED_SPANS, Matching
+from cdistill.errors import InputError
 
 Role: TypeAlias = Literal["student", "teacher"]
 Span: TypeAlias = str | Sequence[int]
@@ -48,16 +49,16 @@ def layer_range(num_layers: Layers, span: Span, *, role: Role = "student") -> tu
     """
     model = _model_layers(num_layers)
     if role not in ROLES:
-        raise ValueError(f"role must be one of {', '.join(ROLES)}, got {role!r}")
+        raise InputError(f"role must be one of {', '.join(ROLES)}, got {role!r}")
     if not isinstance(span, str):
         return _explicit(model, tuple(span))
     if bounds := re.fullmatch(r"(\d+)-(\d+)", span):
         first, last = map(int, bounds.groups())
         if first > last:
-            raise ValueError(f"layer span {span!r} is empty: the first layer must not be after the last")
+            raise InputError(f"layer span {span!r} is empty: the first layer must not be after the last")
         return _between(model, first, last)
     if span not in NAMED_SPANS:
-        raise ValueError(
+        raise InputError(
             f"layer span must be one of {', '.join(NAMED_SPANS)}, 'first-last' or a list of indices, got {span!r}"
         )
     return tuple(model[i] for i in _named(len(model), span, role))
@@ -66,13 +67,13 @@ def layer_range(num_layers: Layers, span: Span, *, role: Role = "student") -> tu
 def _model_layers(layers: Layers) -> tuple[int, ...]:
     if isinstance(layers, int):
         if layers < 1:
-            raise ValueError(f"num_layers must be at least 1, got {layers}")
+            raise InputError(f"num_layers must be at least 1, got {layers}")
         return tuple(range(layers))
     model = tuple(layers)
     if not model:
-        raise ValueError("the model has no attention layers")
+        raise InputError("the model has no attention layers")
     if list(model) != sorted(set(model)) or model[0] < 0:
-        raise ValueError(f"a model's attention layers must be strictly increasing indices, got {list(model)}")
+        raise InputError(f"a model's attention layers must be strictly increasing indices, got {list(model)}")
     return model
 
 
@@ -81,7 +82,7 @@ def _named(num_layers: int, span: str, role: str) -> Sequence[int]:
         known = OFFICIAL_LAYERS[role]
         if num_layers not in known:
             depths = ", ".join(map(str, known))
-            raise ValueError(f"layer span 'official' knows {role}s of {depths} layers only, got {num_layers}")
+            raise InputError(f"layer span 'official' knows {role}s of {depths} layers only, got {num_layers}")
         return known[num_layers]
     if span == "all":
         return range(num_layers)
@@ -99,21 +100,21 @@ def _between(model: tuple[int, ...], first: int, last: int) -> tuple[int, ...]:
         return _explicit(model, tuple(range(first, last + 1)))  # which raises
     chosen = tuple(i for i in model if first <= i <= last)
     if not chosen:
-        raise ValueError(f"layer span '{first}-{last}' holds none of the attention layers {list(model)}")
+        raise InputError(f"layer span '{first}-{last}' holds none of the attention layers {list(model)}")
     return chosen
 
 
 def _explicit(model: tuple[int, ...], layers: tuple[int, ...]) -> tuple[int, ...]:
     if not layers:
-        raise ValueError("layer span is an empty list; name at least one layer")
+        raise InputError("layer span is an empty list; name at least one layer")
     if any(isinstance(i, bool) or not isinstance(i, int) for i in layers):
-        raise ValueError(f"layer indices must be integers, got {list(layers)}")
+        raise InputError(f"layer indices must be integers, got {list(layers)}")
     if list(layers) != sorted(set(layers)):
-        raise ValueError(f"layer indices must be strictly increasing, got {list(layers)}")
+        raise InputError(f"layer indices must be strictly increasing, got {list(layers)}")
     if not set(layers) <= set(model):
         if model == tuple(range(len(model))):
-            raise ValueError(f"layer indices must lie in 0..{len(model) - 1}, got {list(layers)}")
-        raise ValueError(f"layer indices must be among the attention layers {list(model)}, got {list(layers)}")
+            raise InputError(f"layer indices must lie in 0..{len(model) - 1}, got {list(layers)}")
+        raise InputError(f"layer indices must be among the attention layers {list(model)}, got {list(layers)}")
     return layers
 
 
@@ -139,13 +140,13 @@ def match_layers(
     """
     n, m = len(student_layers), len(teacher_layers)
     if matching not in MATCHINGS:
-        raise ValueError(f"matching must be one of {', '.join(MATCHINGS)}, got {matching!r}")
+        raise InputError(f"matching must be one of {', '.join(MATCHINGS)}, got {matching!r}")
     if n == 0:
-        raise ValueError("student_layers is empty; name at least one layer")
+        raise InputError("student_layers is empty; name at least one layer")
     if m < n:
-        raise ValueError(f"{matching} matching needs at least as many teacher as student layers, got {m} for {n}")
+        raise InputError(f"{matching} matching needs at least as many teacher as student layers, got {m} for {n}")
     if (distances is not None) != (matching == "adaptive"):
-        raise ValueError("distances belong to matching='adaptive', which needs them, and to no other matching")
+        raise InputError("distances belong to matching='adaptive', which needs them, and to no other matching")
     if matching == "group":
         g = m - n + 1
         windows = [tuple(teacher_layers[i : i + g]) for i in range(n)]
@@ -159,9 +160,9 @@ def match_layers(
 def _matrix(distances: Any, n: int, m: int) -> list[list[float]]:
     rows = distances.tolist() if hasattr(distances, "tolist") else [list(row) for row in distances]
     if len(rows) != n or any(not isinstance(row, list) or len(row) != m for row in rows):
-        raise ValueError(f"distances must be an ({n}, {m}) matrix: student layers by teacher layers")
+        raise InputError(f"distances must be an ({n}, {m}) matrix: student layers by teacher layers")
     if not all(math.isfinite(d) for row in rows for d in row):
-        raise ValueError("distances must be finite")
+        raise InputError("distances must be finite")
     return rows
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
+from cdistill.errors import InputError
 from cdistill.ops import (
     attention_alignment,
     attention_relation,
@@ -60,7 +61,7 @@ class Recorder(Protocol):
 
 def _key_mask(key_mask: Tensor | None, regions: AnyRegions) -> Tensor | None:
     if key_mask is not None and isinstance(regions, PackedRegions):
-        raise ValueError("key_mask must be None for packed samples: transformers packs only without attention_mask")
+        raise InputError("key_mask must be None for packed samples: transformers packs only without attention_mask")
     return None if key_mask is None else key_mask.bool()
 
 
@@ -99,7 +100,7 @@ def _parts(regions: AnyRegions, q: Tensor, k: Tensor) -> Iterator[tuple[Tensor, 
 def require_all(layers: Collection[int], recorded: Collection[int]) -> None:
     """Raise ValueError naming the layers that no forward pass has recorded."""
     if missing := sorted(set(layers) - set(recorded)):
-        raise ValueError(
+        raise InputError(
             f"layers {missing} were not recorded: run a model that has them, prepared by cdistill.vat.install, "
             "as model(..., cdistill_vat=recorder); if it was, its layers pass no keyword arguments on to their "
             "attention (as stablelm's and nemotron's) and cannot be aligned"
@@ -111,10 +112,10 @@ def _by_layer(
 ) -> dict[int, Tensor]:
     """The targets of the student's layers; raises ValueError unless each is of (samples, rows, visual tokens) ``wanted``."""
     if len(targets) != len(matches):
-        raise ValueError(f"targets must hold one tensor for each of the {len(matches)} matches, got {len(targets)}")
+        raise InputError(f"targets must hold one tensor for each of the {len(matches)} matches, got {len(targets)}")
     for target in targets:
         if (target.shape[0], *target.shape[-2:]) != wanted:
-            raise ValueError(
+            raise InputError(
                 f"targets must be (samples, rows, visual tokens) = {wanted} like the student's regions, got "
                 f"{tuple(target.shape)}: teacher and student must see every image through equally many visual tokens"
             )
@@ -227,7 +228,7 @@ class TeacherLayers:
         of = [self._recorded[layer] for layer in layers]
         scales = {scale for _, _, scale in of}
         if len(scales) > 1:
-            raise ValueError(
+            raise InputError(
                 f"layers {list(layers)} scale their scores differently ({', '.join(map(str, scales))}), which vat.target "
                 "recomputed cannot average; use vat.target stored"
             )
@@ -285,7 +286,7 @@ class StudentAlignment:
         if isinstance(targets, TeacherLayers):
             targets.require_all()
             if engine != "sdpa":
-                raise ValueError(f"vat.target recomputed needs vat.engine sdpa, got {engine!r}")
+                raise InputError(f"vat.target recomputed needs vat.engine sdpa, got {engine!r}")
             self._targets: TeacherLayers | dict[int, Tensor] = targets
         else:
             found = targets.targets if isinstance(targets, TeacherTargets) else targets
@@ -304,7 +305,7 @@ class StudentAlignment:
     ) -> Tensor | None:
         """Compute one student layer's alignment loss, (B,), and with an engine its attention."""
         if self._needs_grad and not torch.is_grad_enabled():
-            raise ValueError(
+            raise InputError(
                 f"the alignment loss of layer {layer} would lose its gradient: the layer runs without gradients, as "
                 "under reentrant gradient checkpointing; set gradient_checkpointing_kwargs={'use_reentrant': False} "
                 "(to evaluate only, make the recorder inside torch.no_grad())"

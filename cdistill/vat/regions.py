@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cdistill.choices import ROWS, Rows
+from cdistill.errors import InputError
 
 IGNORE_INDEX = -100
 VISUAL_TOKEN_TYPES = (1, 2)  # image and video in the mm_token_type_ids of transformers' processors
@@ -68,7 +69,7 @@ def token_regions(
     a missing argument, or shapes that differ.
     """
     if rows not in ROWS:
-        raise ValueError(f"rows must be one of {', '.join(ROWS)}, got {rows!r}")
+        raise InputError(f"rows must be one of {', '.join(ROWS)}, got {rows!r}")
     tokens, visual = _visual_tokens(input_ids, mm_token_type_ids, visual_token_ids)
     _require_shape_of(tokens, input_ids=input_ids, labels=labels, attention_mask=attention_mask)
     real = torch.ones_like(visual) if attention_mask is None else attention_mask != 0
@@ -82,7 +83,7 @@ def token_regions(
     elif rows == "text":
         chosen = after_first & ~visual
     elif labels is None:
-        raise ValueError(f"labels are needed for rows={rows!r}")
+        raise InputError(f"labels are needed for rows={rows!r}")
     else:
         learned = real & (labels != IGNORE_INDEX)
         chosen = after_first & (learned if rows == "answer" else F.pad(learned[:, 1:], (0, 1)))
@@ -102,20 +103,20 @@ def _visual_tokens(
     """What tells the tokens apart (B, T), their types or ids, and which of them are visual."""
     tokens = input_ids if types is None else types
     if tokens is None:
-        raise ValueError("input_ids are needed to find the visual tokens where mm_token_type_ids is not given")
+        raise InputError("input_ids are needed to find the visual tokens where mm_token_type_ids is not given")
     if tokens.ndim != 2:
-        raise ValueError(f"input_ids and mm_token_type_ids must be (B, T), got {tuple(tokens.shape)}")
+        raise InputError(f"input_ids and mm_token_type_ids must be (B, T), got {tuple(tokens.shape)}")
     if types is not None:
         return tokens, _is_in(types, VISUAL_TOKEN_TYPES)
     if ids is None or (isinstance(ids, Sequence) and not ids):
-        raise ValueError("visual_token_ids must name at least one token id where mm_token_type_ids is not given")
+        raise InputError("visual_token_ids must name at least one token id where mm_token_type_ids is not given")
     return tokens, _is_in(tokens, [ids] if isinstance(ids, int) else ids)
 
 
 def _require_shape_of(tokens: Tensor, **given: Tensor | None) -> None:
     for name, value in given.items():
         if value is not None and value.shape != tokens.shape:
-            raise ValueError(f"{name} must be {tuple(tokens.shape)} like the tokens, got {tuple(value.shape)}")
+            raise InputError(f"{name} must be {tuple(tokens.shape)} like the tokens, got {tuple(value.shape)}")
 
 
 def packed_regions(
@@ -141,12 +142,12 @@ def packed_regions(
     """
     tokens = input_ids if mm_token_type_ids is None else mm_token_type_ids
     if tokens is None or tokens.ndim != 2:
-        raise ValueError("packed samples need input_ids or mm_token_type_ids of shape (B, T)")
+        raise InputError("packed samples need input_ids or mm_token_type_ids of shape (B, T)")
     shape = tuple(tokens.shape)
     if position_ids.ndim == 3 and position_ids.shape[0] == 4:
         position_ids = position_ids[0]
     if position_ids.ndim != 2 or tuple(position_ids.shape) not in (shape, (1, shape[1])):
-        raise ValueError(
+        raise InputError(
             f"position_ids of packed samples must be {shape}, or (4, *{shape}) with text positions first (transformers "
             f"does not keep samples apart by others), got {tuple(position_ids.shape)}"
         )
@@ -156,7 +157,7 @@ def packed_regions(
     sequence = (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=1) != 1).cumsum(1)
     samples = _samples(sequence, real)
     if not samples:
-        raise ValueError("packed rows must hold at least one real token")
+        raise InputError("packed rows must hold at least one real token")
 
     width = max(sample.stop - sample.start for sample in samples)
     row, start, stop = torch.tensor(samples, dtype=torch.int64, device=tokens.device).reshape(-1, 3, 1).unbind(1)
@@ -205,13 +206,13 @@ def check_same_visual_tokens(teacher_cols: Tensor, student_cols: Tensor) -> None
     device synchronisation. Raises ValueError naming the first sample that differs and both counts.
     """
     if teacher_cols.shape[0] != student_cols.shape[0]:
-        raise ValueError(
+        raise InputError(
             f"teacher and student batches differ: {teacher_cols.shape[0]} and {student_cols.shape[0]} samples"
         )
     counts = torch.stack(((teacher_cols >= 0).sum(1), (student_cols >= 0).sum(1).to(teacher_cols.device)))
     for sample, (teacher, student) in enumerate(zip(*counts.tolist(), strict=True)):
         if teacher != student:
-            raise ValueError(
+            raise InputError(
                 f"sample {sample} has {teacher} visual tokens for the teacher and {student} for the student; "
                 "attention can be aligned between equal numbers only"
             )
@@ -222,7 +223,7 @@ def require_same_counts(teacher: Regions | PackedRegions, student: Regions | Pac
     for name, theirs, ours in (("rows", teacher.rows, student.rows), ("visual tokens", teacher.cols, student.cols)):
         message = f"teacher and student must have equally many {name} in every sample"
         if theirs.shape != ours.shape:
-            raise ValueError(f"{message}; they have (samples, {name}) {tuple(theirs.shape)} and {tuple(ours.shape)}")
+            raise InputError(f"{message}; they have (samples, {name}) {tuple(theirs.shape)} and {tuple(ours.shape)}")
         require_on_device(((theirs >= 0) == (ours >= 0).to(theirs.device)).all(), message)
 
 
@@ -231,7 +232,7 @@ def require_on_device(ok: Tensor, message: str) -> None:
     if ok.device.type != "cpu":
         torch._assert_async(ok, message)
     elif not ok:
-        raise ValueError(message)
+        raise InputError(message)
 
 
 def grounded_regions(grounding: Tensor, places: Tensor) -> tuple[Regions, Tensor]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cdistill.errors import InputError
 from cdistill.ops import attention_relation
 from cdistill.vat.recorders import AnyRegions, _key_mask, _sequence, _sequences, require_all
 from cdistill.vat.regions import PackedRegions, require_same_counts
@@ -21,7 +22,7 @@ def relation_heads(student: int, teacher: int, most: int) -> int:
     for heads in range(most, 0, -1):
         if all(width % heads == 0 and width // heads in WIDTHS for width in (student, teacher)):
             return heads
-    raise ValueError(
+    raise InputError(
         f"relation: vectors of {student} (student) and {teacher} (teacher) numbers of a layer cannot be split into equally "
         "many heads of 16 to 256, multiples of 8: leave the term out"
     )
@@ -73,7 +74,7 @@ class StudentRelations:
     def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, causal: bool) -> None:
         """Compute the losses; the first recording stays."""
         if self._needs_grad and not torch.is_grad_enabled():
-            raise ValueError(
+            raise InputError(
                 f"the relations of layer {layer} would lose their gradient: set gradient_checkpointing_kwargs="
                 "{'use_reentrant': False} (in a recipe, gradient_checkpointing must not be reentrant)"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from cdistill.errors import InputError
 from cdistill.eval.contract import Benchmark
 
 NAMES = (
@@ -21,7 +22,7 @@ GROUPS["paper"] = (*GROUPS["vqa"], *GROUPS["compositional"], *GROUPS["hallucinat
 def get(name: str) -> Benchmark:
     """The benchmark of a name; ValueError says which there are."""
     if name not in NAMES:
-        raise ValueError(f"there is no benchmark {name!r}; there are {', '.join(NAMES)}")
+        raise InputError(f"there is no benchmark {name!r}; there are {', '.join(NAMES)}")
     return import_module(f"{__name__}.{name}").BENCHMARK
 
 
@@ -30,5 +31,5 @@ def names(task: str) -> tuple[str, ...]:
     if task in GROUPS:
         return GROUPS[task]
     if task not in NAMES:
-        raise ValueError(f"there is no task {task!r}; there are {', '.join((*NAMES, *GROUPS))}")
+        raise InputError(f"there is no task {task!r}; there are {', '.join((*NAMES, *GROUPS))}")
     return (task,)

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from cdistill.errors import InputError
 from cdistill.eval.contract import Answer, Question
 from cdistill.eval.files import read_text
 from cdistill.eval.statistics import Metric, Tally
@@ -38,9 +39,9 @@ class Base(ABC):
         questions = self.load(data)
         twice = [name for name, times in Counter(question.id for question in questions).items() if times > 1]
         if twice:
-            raise ValueError(f"{data}: question {twice[0]} of {self.name} is there twice")
+            raise InputError(f"{data}: question {twice[0]} of {self.name} is there twice")
         if not questions:
-            raise ValueError(f"{data}: holds no questions of {self.name}")
+            raise InputError(f"{data}: holds no questions of {self.name}")
         return questions
 
     @abstractmethod
@@ -50,15 +51,15 @@ class Base(ABC):
     def metrics(self, answers: Sequence[Answer]) -> dict[str, Metric]:
         """Every metric and sub-metric by name; ValueError where there is no answer."""
         if not answers:
-            raise ValueError(f"{self.name}: there are no answers to score")
+            raise InputError(f"{self.name}: there are no answers to score")
         tally = self.tally(answers)
         if not tally.names:
-            raise ValueError(f"{self.name}: none of the {len(answers)} answers belongs to a whole group")
+            raise InputError(f"{self.name}: none of the {len(answers)} answers belongs to a whole group")
         return tally.measure()
 
     def recorded(self, files: Sequence[Path]) -> list[Answer]:
         """Refuse: most benchmarks have no published form of replies."""
-        raise ValueError(
+        raise InputError(
             f"{files[0]}: {self.name} has no published form of replies; give the lines that `cdistill eval` writes"
         )
 
@@ -130,7 +131,7 @@ def by_facts(group: Sequence[Answer], names: Sequence[str], wanted: Iterable[tup
     """Answers of a group by these facts of theirs; ValueError where they are not one for each of those wanted."""
     found = {tuple(fact(answer, name) for name in names): answer for answer in group}
     if found.keys() != set(wanted):
-        raise ValueError(
+        raise InputError(
             f"question {group[0].question.id!r} and the others of its item should differ in {' and '.join(names)}"
         )
     return found
@@ -139,7 +140,7 @@ def by_facts(group: Sequence[Answer], names: Sequence[str], wanted: Iterable[tup
 def fact(answer: Answer, name: str) -> Any:
     """A fact of an answer's question; ValueError names the question that lacks it."""
     if name not in answer.question.facts:
-        raise ValueError(f"question {answer.question.id!r} lacks the fact {name!r}: is it of another benchmark?")
+        raise InputError(f"question {answer.question.id!r} lacks the fact {name!r}: is it of another benchmark?")
     return answer.question.facts[name]
 
 
@@ -155,7 +156,7 @@ def template(data: Path, prompt: str) -> str:
         return prompt
     text = read_text(path).strip("\n")
     if text.count("{}") != prompt.count("{}") or text.replace("{}", "").count("{"):
-        raise ValueError(f"{path}: must have {{}} {prompt.count('{}')} times, as in {prompt!r}")
+        raise InputError(f"{path}: must have {{}} {prompt.count('{}')} times, as in {prompt!r}")
     return text
 
 
@@ -166,5 +167,5 @@ def find(data: Path, *patterns: str) -> list[Path]:
         if paths:
             return paths
     if not data.is_dir():
-        raise ValueError(f"there is no folder {str(data)!r}")
-    raise ValueError(f"{data}: has no {' and no '.join(patterns)}")
+        raise InputError(f"there is no folder {str(data)!r}")
+    raise InputError(f"{data}: has no {' and no '.join(patterns)}")

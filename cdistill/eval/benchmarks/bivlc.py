@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from cdistill.errors import InputError
 from cdistill.eval.benchmarks.base import find
 from cdistill.eval.benchmarks.crossed import COMPARISONS, Crossed
 from cdistill.eval.contract import Answer, Question
@@ -45,36 +46,36 @@ class BiVLC(Crossed):
     def recorded(self, files: Sequence[Path]) -> list[Answer]:
         """The comparisons of a csv as the authors' evaluation writes it (True or False in seven columns)."""
         if len(files) > 1:
-            raise ValueError(f"{files[1]}: give one csv, it has all sub-types")
+            raise InputError(f"{files[1]}: give one csv, it has all sub-types")
         answers: list[Answer] = []
         seen: dict[tuple[str, ...], str] = {}
         for record in csv_records(files[0]):
             if "correct" in record.fields and "text_score" not in record.fields:
-                raise ValueError(f"{files[0]}: is SugarCrepe's csv; score it as sugarcrepe")
+                raise InputError(f"{files[0]}: is SugarCrepe's csv; score it as sugarcrepe")
             right = {name: record.flag(name) for name in COMPARISONS}
             same = tuple(value for name, value in record.fields.items() if "score" not in name)
             if same in seen:
-                raise ValueError(f"{record.place}: is {seen[same]} again")
+                raise InputError(f"{record.place}: is {seen[same]} again")
             seen[same] = record.place
             for name, of in (("text_score", "text_score_i"), ("image_score", "image_score_c")):
                 if record.flag(name) != (right[f"{of}0"] and right[f"{of}1"]):
-                    raise ValueError(f"{record.place}: {name} is not what {of}0 and {of}1 make")
+                    raise InputError(f"{record.place}: {name} is not what {of}0 and {of}1 make")
             if record.flag("group_score") != all(right.values()):
-                raise ValueError(f"{record.place}: group_score is not what text_score and image_score make")
+                raise InputError(f"{record.place}: group_score is not what text_score and image_score make")
             item, subtype = str(len(answers) // len(right)), _subtype(record)
             facts = {"item": item, "of": len(right), "unit": record.text("caption"), "subtype": subtype}
             for name, value in right.items():
                 question = Question(f"{item}/{name}", "", facts={**facts, "comparison": name})
                 answers.append(Answer(question, str(value)))
         if not answers:
-            raise ValueError(f"{files[0]}: holds no rows")
+            raise InputError(f"{files[0]}: holds no rows")
         return answers
 
 
 def _subtype(record: Record) -> str:
     subtype = f"{record.text('type')}_{record.text('subtype')}"
     if subtype not in SUBTYPES:
-        raise ValueError(f"{record.place}: type and subtype must make one of {', '.join(SUBTYPES)}, got {subtype!r}")
+        raise InputError(f"{record.place}: type and subtype must make one of {', '.join(SUBTYPES)}, got {subtype!r}")
     return subtype
 
 

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from PIL import Image
 
 from cdistill.builtin.questions import COMPOSITIONAL, RECOGNITION
+from cdistill.errors import InputError
 from cdistill.eval.benchmarks.base import Base, fact, unit
 from cdistill.eval.contract import Answer, Question
 from cdistill.eval.statistics import Tally
@@ -35,7 +36,7 @@ class Builtin(Base):
         from cdistill.builtin.scorer import held_out_questions
 
         if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}")
+            raise InputError(f"n must be at least 1, got {n}")
         result = []
         for subtype in (*RECOGNITION, *COMPOSITIONAL):
             data = held_out_questions(subtype, n=n, seed=seed, modality=modality)

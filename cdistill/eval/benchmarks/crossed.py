@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cdistill.errors import InputError
 from cdistill.eval.benchmarks.base import Base, by_facts, groups, template, unit
 from cdistill.eval.contract import Answer, Question
 from cdistill.eval.statistics import Tally
@@ -87,6 +88,6 @@ def _comparisons(group: Sequence[Answer]) -> dict[str, bool]:
     scores = {}
     for pair, answer in by_facts(group, ["caption", "image"], PAIRS).items():
         if answer.score is None:
-            raise ValueError(f"question {answer.question.id!r} has no score")
+            raise InputError(f"question {answer.question.id!r} has no score")
         scores[pair] = answer.score
     return {name: scores[more] > scores[less] for name, (more, less) in COMPARISONS.items()}

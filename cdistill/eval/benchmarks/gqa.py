@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from cdistill.errors import InputError
 from cdistill.eval.benchmarks.base import SHORT, Accuracy, find, template
 from cdistill.eval.contract import Answer, Question
 from cdistill.eval.files import json_records, parquet_records
@@ -35,7 +36,7 @@ class GQA(Accuracy):
         for record in parquet_records(path) if path.suffix == ".parquet" else json_records(path):
             types = record.get("types")
             if not isinstance(types, Mapping) or not isinstance(types.get("structural"), str):
-                raise ValueError(f"{record.place}: the field types.structural is missing")
+                raise InputError(f"{record.place}: the field types.structural is missing")
             item = record.name("id") if "id" in record.fields else record.key
             image = record.name("imageId")
             facts = {

@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from cdistill.errors import InputError
 from cdistill.eval.benchmarks.base import SHORT, Base, fact, find, groups, template, unit
 from cdistill.eval.contract import Answer, Question
 from cdistill.eval.files import parquet_records, read_text
@@ -79,7 +80,7 @@ class MME(Base):
             text, tab, label = line.strip().rpartition("\t")
             place = f"{path} line {number}"
             if not tab:
-                raise ValueError(f"{place}: must be a question, a tab, and Yes or No")
+                raise InputError(f"{place}: must be a question, a tab, and Yes or No")
             yield _question(f"{task}/{path.stem}/{number}", task, path.stem, image, prompt, text, label, place)
 
     def recorded(self, files: Sequence[Path]) -> list[Answer]:
@@ -87,11 +88,11 @@ class MME(Base):
         answers = []
         for path in files:
             if path.stem not in self.counts:
-                raise ValueError(f"{path}: the name must be a task's, one of {', '.join(self.counts)}")
+                raise InputError(f"{path}: the name must be a task's, one of {', '.join(self.counts)}")
             for number, line in enumerate(read_text(path).splitlines(), 1):
                 parts = line.split("\t")
                 if len(parts) != 4:
-                    raise ValueError(f"{path} line {number}: must have image, question, label and reply, split by tabs")
+                    raise InputError(f"{path} line {number}: must have image, question, label and reply, split by tabs")
                 image, text, label, reply = parts
                 name, place = f"{path.stem}/{image}/{number}", f"{path} line {number}"
                 answers.append(Answer(_question(name, path.stem, image, image, "{}", text, label, place), reply))
@@ -135,7 +136,7 @@ def _sum(tasks: Sequence[str], scale: float = 1.0) -> Formula:
 def _question(name: str, task: str, item: str, image: str, prompt: str, text: str, label: str, place: str) -> Question:
     label = label.strip().lower().rstrip(".")
     if label not in ("yes", "no"):
-        raise ValueError(f"{place}: the label must be Yes or No, got {label!r:.60}")
+        raise InputError(f"{place}: the label must be Yes or No, got {label!r:.60}")
     item = f"{task}/{item}"
     facts = {"subtype": task, "item": item, "of": 2, "unit": item, "label": label}
     return Question(name, prompt.format(text.replace(f" {ASKED}", "").strip()), (image,), facts=facts)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from cdistill.errors import InputError
 from cdistill.eval.benchmarks.base import Base, find, groups, template, unit
 from cdistill.eval.contract import Answer, Question
 from cdistill.eval.files import csv_records
@@ -35,9 +36,9 @@ class MMVP(Base):
             index = round(record.number("Index"))
             label = letter(record.text("Correct Answer"), "AB")
             if label is None:
-                raise ValueError(f"{record.place}: Correct Answer must be (a) or (b)")
+                raise InputError(f"{record.place}: Correct Answer must be (a) or (b)")
             if index in seen:
-                raise ValueError(f"{record.place}: the index {index} is there twice")
+                raise InputError(f"{record.place}: the index {index} is there twice")
             seen.add(index)
             pair = str((index + 1) // 2)
             facts = {"item": pair, "of": 2, "unit": pair, "label": label}

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from cdistill.errors import InputError
 from cdistill.eval.benchmarks.base import Base, by_facts, fact, find, groups, template, unit
 from cdistill.eval.contract import Answer, Question
 from cdistill.eval.files import parquet_records
@@ -45,7 +46,7 @@ class NaturalBench(Base):
                     for i in (0, 1):
                         label = record.text(f"Image_{i}_Question_{q}").strip().lower()
                         if label not in WORDS[kind]:
-                            raise ValueError(f"{record.place}: Image_{i}_Question_{q} must be one of {WORDS[kind]}")
+                            raise InputError(f"{record.place}: Image_{i}_Question_{q} must be one of {WORDS[kind]}")
                         facts = {"item": item, "of": 4, "unit": item, "label": label, "type": kind, "question": q}
                         image = f"{path.name}#{record.key}.Image_{i}"
                         result.append(Question(f"{item}/q{q}_i{i}", text, (image,), facts={**facts, "image": i}))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from cdistill.errors import InputError
 from cdistill.eval.benchmarks import presence
 from cdistill.eval.benchmarks.base import SHORT, Base, fact, find, template, unit
 from cdistill.eval.contract import Answer, Question
@@ -41,7 +42,7 @@ class POPE(Base):
         for path in find(data, "*pope_*.json"):
             split = next((each for each in SPLITS if path.stem.endswith(each)), None)
             if split is None:
-                raise ValueError(f"{path}: the name must end with one of {', '.join(SPLITS)}")
+                raise InputError(f"{path}: the name must end with one of {', '.join(SPLITS)}")
             for number, record in enumerate(line_records(path), 1):
                 image = record.text("image")
                 facts = {"subtype": split, "unit": image, "label": record.choice("label", ("yes", "no"))}

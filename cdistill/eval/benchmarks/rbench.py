@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from cdistill.errors import InputError
 from cdistill.eval.benchmarks import presence
 from cdistill.eval.benchmarks.base import Base, fact, find, template, unit
 from cdistill.eval.contract import Answer, Question
@@ -41,7 +42,7 @@ class RBench(Base):
         lists = find(data, "*image-level*_ids_[1-5].json", "*_ids_[1-5].json")
         paths = [path for path in find(data, "*image-level*.json", "*.json") if "_ids_" not in path.name]
         if len(paths) != 1:
-            raise ValueError(f"{data}: must hold one file of image-level questions, has {len(paths)}")
+            raise InputError(f"{data}: must hold one file of image-level questions, has {len(paths)}")
         return _questions(paths[0], lists, template(data, self.prompt))
 
     def recorded(self, files: Sequence[Path]) -> list[Answer]:
@@ -50,7 +51,7 @@ class RBench(Base):
         others = {path: next(_records(path), None) for path in files if path not in lists}
         asked = [path for path, first in others.items() if first is not None and "label" in first.fields]
         if not lists or len(asked) != 1 or len(others) != 2:
-            raise ValueError(
+            raise InputError(
                 f"{files[0]}: give the questions with their labels, the lists of ids, and one file of replies"
             )
         replies: dict[str, str] = {}
@@ -58,12 +59,12 @@ class RBench(Base):
             for record in _records(path):
                 item, text = record.name("question_id"), record.get("text")
                 if item in replies or not isinstance(text, str):
-                    raise ValueError(f"{record.place}: question_id {item} is there twice, or its text is no text")
+                    raise InputError(f"{record.place}: question_id {item} is there twice, or its text is no text")
                 replies[item] = text
         questions = _questions(asked[0], lists, self.prompt)
         unknown = next(iter(replies.keys() - {question.id for question in questions}), None)
         if unknown is not None:
-            raise ValueError(f"{asked[0]}: has no question {unknown}, which a reply names")
+            raise InputError(f"{asked[0]}: has no question {unknown}, which a reply names")
         return [Answer(question, replies[question.id]) for question in questions if question.id in replies]
 
     def read(self, answer: Answer) -> str:
@@ -96,15 +97,15 @@ def _questions(path: Path, lists: Sequence[Path], prompt: str) -> list[Question]
     for record in _records(path):
         item, image = record.name("question_id"), record.text("image")
         if item in seen:
-            raise ValueError(f"{record.place}: question_id {item} is there twice")
+            raise InputError(f"{record.place}: question_id {item} is there twice")
         seen.add(item)
         if not isinstance(record.get("label"), str):
-            raise ValueError(f"{record.place}: label must be a text, got {record.fields['label']!r:.60}")
+            raise InputError(f"{record.place}: label must be a text, got {record.fields['label']!r:.60}")
         label = "no" if "no" in record.fields["label"].lower() else "yes"
         facts = {"unit": image, "label": label, "lists": numbers.get(item, [])}
         result.append(Question(item, prompt.format(record.text("text")), (image,), facts=facts))
     if not any(question.facts["lists"] for question in result):
-        raise ValueError(f"{path}: has none of the question ids in {', '.join(each.name for each in lists)}")
+        raise InputError(f"{path}: has none of the question ids in {', '.join(each.name for each in lists)}")
     return result
 
 
@@ -115,9 +116,9 @@ def _lists(paths: Sequence[Path]) -> dict[str, list[int]]:
         try:
             ids = json.loads(read_text(path))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {error.lineno}: is not JSON ({error.msg})") from None
+            raise InputError(f"{path} line {error.lineno}: is not JSON ({error.msg})") from None
         if not isinstance(ids, list) or not all(isinstance(each, (int, str)) for each in ids):
-            raise ValueError(f"{path}: must be a list of question ids")
+            raise InputError(f"{path}: must be a list of question ids")
         for each in ids:
             found[str(each)].append(int(path.stem[-1]))
     return found

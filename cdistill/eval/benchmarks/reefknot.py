@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from cdistill.errors import InputError
 from cdistill.eval.benchmarks.base import Base, fact, find, template, unit
 from cdistill.eval.contract import Answer, Question
 from cdistill.eval.files import Record, line_records
@@ -51,7 +52,7 @@ class Reefknot(Base):
             for number, record in enumerate(line_records(path), 1):
                 result.append(_question(record, part, number, prompt))
         if not result:
-            raise ValueError(f"{data}: has no Multichoice.jsonl, YESNO.jsonl or VQA.jsonl")
+            raise InputError(f"{data}: has no Multichoice.jsonl, YESNO.jsonl or VQA.jsonl")
         return result
 
     def read(self, answer: Answer) -> str | None:
@@ -83,7 +84,7 @@ def _question(record: Record, part: str, number: int, prompt: str) -> Question:
     label, kind = record.text("label"), record.choice("relation_type", KINDS)
     known = {"Multichoice": ("A", "B", "C", "D"), "YESNO": ("yes", "no"), "VQA": ()}[part]
     if known and label not in known:
-        raise ValueError(f"{record.place}: label must be one of {', '.join(known)}, got {label!r:.60}")
+        raise InputError(f"{record.place}: label must be one of {', '.join(known)}, got {label!r:.60}")
     image = record.name("image_id")
     facts = {
         "part": part,

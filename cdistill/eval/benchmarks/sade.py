@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from cdistill.errors import InputError
 from cdistill.eval.benchmarks.base import Base, by_facts, fact, find, groups, template, unit
 from cdistill.eval.contract import Answer, Question
 from cdistill.eval.files import Record, json_records, line_records
@@ -81,7 +82,7 @@ class SADE(Base):
 
 def _mean(answer: Answer) -> float:
     if answer.score is None or answer.tokens < 1:
-        raise ValueError(f"question {answer.question.id!r} has no log-likelihood of at least one token")
+        raise InputError(f"question {answer.question.id!r} has no log-likelihood of at least one token")
     return answer.score / answer.tokens
 
 
@@ -89,7 +90,7 @@ def _captions(record: Record) -> list[str]:
     negatives = record.get("negatives", "negative")
     negatives = [negatives] if isinstance(negatives, str) else negatives
     if not isinstance(negatives, list) or not negatives or not all(isinstance(each, str) for each in negatives):
-        raise ValueError(f"{record.place}: negatives must be a list of texts")
+        raise InputError(f"{record.place}: negatives must be a list of texts")
     return [record.text("positive"), *negatives]
 
 

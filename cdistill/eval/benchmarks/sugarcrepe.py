@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from cdistill.errors import InputError
 from cdistill.eval.benchmarks.base import Base, fact, template, unit
 from cdistill.eval.contract import Answer, Question
 from cdistill.eval.files import Record, csv_records, json_records
@@ -44,7 +45,7 @@ class SugarCrepe(Base):
         """Both orders of every pair in the files ``add_att.json`` ... ``swap_obj.json`` that are there."""
         files = {subtype: data / f"{subtype}.json" for subtype in SUBTYPES if (data / f"{subtype}.json").is_file()}
         if not files:
-            raise ValueError(f"{data}: has none of SugarCrepe's files, {', '.join(f'{s}.json' for s in SUBTYPES)}")
+            raise InputError(f"{data}: has none of SugarCrepe's files, {', '.join(f'{s}.json' for s in SUBTYPES)}")
         prompt = template(data, self.prompt)
         return [
             _question(record, subtype, order, prompt)
@@ -96,7 +97,7 @@ class SugarCrepe(Base):
         for path in files:
             for answer in _scored(path) if path.suffix == ".csv" else _gpt4v(path):
                 if answer.question.id in answers:
-                    raise ValueError(
+                    raise InputError(
                         f"{path}: {answer.question.id} is there twice; give one file for each sub-type and order"
                     )
                 answers[answer.question.id] = answer
@@ -117,7 +118,7 @@ def _gpt4v(path: Path) -> list[Answer]:
     named = " ".join(path.absolute().parts[-2:])
     subtypes = [subtype for subtype in SUBTYPES if subtype in path.name]
     if len(subtypes) != 1:
-        raise ValueError(f"{path}: the name must hold the sub-type, one of {', '.join(SUBTYPES)}")
+        raise InputError(f"{path}: the name must hold the sub-type, one of {', '.join(SUBTYPES)}")
     records = list(json_records(path))
     order = _order(path, named, records)
     answers = []
@@ -125,12 +126,12 @@ def _gpt4v(path: Path) -> list[Answer]:
         question, reply = _question(record, subtypes[0], order), record.get("answer")
         chosen = reply.get("multiple_choice_answer") if isinstance(reply, dict) else None
         if not isinstance(chosen, str):
-            raise ValueError(f"{record.place}: the field answer.multiple_choice_answer is missing")
+            raise InputError(f"{record.place}: the field answer.multiple_choice_answer is missing")
         if chosen not in (record.fields["caption"], record.fields["negative_caption"], ""):
-            raise ValueError(f"{record.place}: multiple_choice_answer is neither caption, {chosen!r:.60}")
+            raise InputError(f"{record.place}: multiple_choice_answer is neither caption, {chosen!r:.60}")
         right = chosen == record.fields["caption"]
         if record.fields.get("correct") is not None and record.flag("correct") != right:
-            raise ValueError(
+            raise InputError(
                 f"{record.place}: correct says {record.fields['correct']}, multiple_choice_answer the opposite"
             )
         label, other = ("A", "B") if order == "positive_first" else ("B", "A")
@@ -145,7 +146,7 @@ def _check_ids(path: Path, subtype: str, ids: set[str]) -> None:
     wanted = set(map(str, range(max((int(i) for i in ids if i.isdigit()), default=0) + 1)))
     missing = wanted - ids - ({"108"} if subtype == "swap_obj" else set())
     if missing or ids - wanted:
-        raise ValueError(
+        raise InputError(
             f"{path}: the ids are not 0, 1, 2, ...: {min(missing or ids - wanted)!r} is {'not ' * bool(missing)}there"
         )
 
@@ -162,10 +163,10 @@ def _order(path: Path, named: str, records: Sequence[Record]) -> str:
     by_name = [order for order in ORDERS if order.replace("_", "-") in named.replace("_", "-")]
     by_votes = [order for order in ORDERS if votes[order] > 0.9 * sum(votes.values())]
     if len(by_name) == 1 and by_votes and by_name != by_votes:
-        raise ValueError(f"{path}: the name says {by_name[0]}, the replies say {by_votes[0]}")
+        raise InputError(f"{path}: the name says {by_name[0]}, the replies say {by_votes[0]}")
     found = by_votes or by_name
     if len(found) != 1:
-        raise ValueError(f"{path}: the name must say positive-first or negative-first")
+        raise InputError(f"{path}: the name must say positive-first or negative-first")
     return found[0]
 
 
@@ -175,18 +176,18 @@ def _scored(path: Path) -> list[Answer]:
     for record in csv_records(path):
         subtype = f"{record.text('type')}_{record.text('subtype')}"
         if subtype not in SUBTYPES:
-            raise ValueError(
+            raise InputError(
                 f"{record.place}: type and subtype must make one of {', '.join(SUBTYPES)}, got {subtype!r}"
             )
         question = _question(record, subtype, "", item=str(numbers[subtype]))
         same = (subtype, record.text("filename"), record.text("caption"), record.text("negative_caption"))
         if same in seen:
-            raise ValueError(f"{record.place}: is {seen[same]} again")
+            raise InputError(f"{record.place}: is {seen[same]} again")
         seen[same] = record.place
         numbers[subtype] += 1
         answers.append(Answer(question, "A" if record.flag("correct") else "B"))
     if not answers:
-        raise ValueError(f"{path}: holds no rows")
+        raise InputError(f"{path}: holds no rows")
     return answers
 
 
@@ -200,15 +201,15 @@ def _check_versions(answers: Iterable[Answer]) -> None:
         orders[facts["subtype"]].add(facts["order"])
     for subtype, given in orders.items():
         if "" in given and len(given) > 1:
-            raise ValueError(f"sugarcrepe {subtype}: replies and scores cannot be put together; score them one by one")
+            raise InputError(f"sugarcrepe {subtype}: replies and scores cannot be put together; score them one by one")
     for item, there in pairs.items():
         missing = orders[item.split("/")[0]] - set(there)
         if missing:
-            raise ValueError(
+            raise InputError(
                 f"sugarcrepe: {item} has no {missing.pop()} answer: files of two versions, or records lost"
             )
         if len(there) > 1 and len({frozenset(_captions(question)) for question in there.values()}) > 1:
-            raise ValueError(f"sugarcrepe: {item} has other captions in each order: files of two versions")
+            raise InputError(f"sugarcrepe: {item} has other captions in each order: files of two versions")
 
 
 def _captions(question: Question) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from cdistill.errors import InputError
 from cdistill.eval.benchmarks.base import SHORT, find, template
 from cdistill.eval.benchmarks.vqa import SoftAccuracy, people
 from cdistill.eval.contract import Question
@@ -37,7 +38,7 @@ class TextVQA(SoftAccuracy):
         """
         paths = [path for path in find(data, "TextVQA*val.json", "*.parquet") if "OCR" not in path.name]
         if not paths:
-            raise ValueError(f"{data}: has no TextVQA*val.json")
+            raise InputError(f"{data}: has no TextVQA*val.json")
         prompt, result = template(data, self.prompt), []
         in_parquet = paths[0].suffix == ".parquet"
         tokens = {} if in_parquet else _tokens(find(data, "*_ocr.jsonl", "*OCR*val.json")[0])
@@ -49,7 +50,7 @@ class TextVQA(SoftAccuracy):
                 else:
                     key = next((key for key in (f"{image_id} {question.lower()}", image_id) if key in tokens), None)
                     if key is None:
-                        raise ValueError(f"{record.place}: image_id {image_id} has no OCR tokens")
+                        raise InputError(f"{record.place}: image_id {image_id} has no OCR tokens")
                     image, found = f"{image_id}.jpg", tokens[key]
                 facts = {"unit": image_id, "answers": people(record)}
                 text = prompt.format(question.capitalize(), found)
@@ -66,7 +67,7 @@ def _tokens(path: Path) -> dict[str, str]:
         question, *lines = record.text("text").split("\n")
         named = [line.removeprefix(MARK).strip() for line in lines if line.startswith(MARK)]
         if not named:
-            raise ValueError(f"{record.place}: text has no line that starts with {MARK!r}")
+            raise InputError(f"{record.place}: text has no line that starts with {MARK!r}")
         found[f"{record.name('question_id')} {question.lower()}"] = named[0]
     return found
 
@@ -74,7 +75,7 @@ def _tokens(path: Path) -> dict[str, str]:
 def _listed(record: Record) -> str:
     value: Any = record.fields.get("ocr_tokens")
     if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-        raise ValueError(f"{record.place}: ocr_tokens must be a list of texts")
+        raise InputError(f"{record.place}: ocr_tokens must be a list of texts")
     return ", ".join(value)
 
 

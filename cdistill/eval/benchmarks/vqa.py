@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cdistill.errors import InputError
 from cdistill.eval.benchmarks.base import Accuracy, fact
 from cdistill.eval.contract import Answer
 from cdistill.eval.files import Record
@@ -36,7 +37,7 @@ def people(record: Record, where: str = "answers") -> list[str]:
     """The ten answers of a record: texts, or objects with ``answer``; ValueError says that test splits have none."""
     value = record.fields.get(where)
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise ValueError(
+        raise InputError(
             f"{record.place}: {where} is missing; take the validation split, test's answers are not published"
         )
     return [_text(each, record, where) for each in value]
@@ -45,5 +46,5 @@ def people(record: Record, where: str = "answers") -> list[str]:
 def _text(value: Any, record: Record, where: str) -> str:
     text = value.get("answer") if isinstance(value, dict) else value
     if not isinstance(text, str):
-        raise ValueError(f"{record.place}: {where} must hold texts, got {value!r:.60}")
+        raise InputError(f"{record.place}: {where} must hold texts, got {value!r:.60}")
     return text

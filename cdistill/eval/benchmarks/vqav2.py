@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import MappingProxyType
 
+from cdistill.errors import InputError
 from cdistill.eval.benchmarks.base import SHORT, find, template
 from cdistill.eval.benchmarks.vqa import SoftAccuracy, people
 from cdistill.eval.contract import Question
@@ -35,19 +36,19 @@ class VQAv2(SoftAccuracy):
         for record in json_records(annotations, "annotations"):
             item = record.name("question_id")
             if item in said:
-                raise ValueError(f"{record.place}: question_id {item} is there twice")
+                raise InputError(f"{record.place}: question_id {item} is there twice")
             said[item] = (record.choice("answer_type", ("yes/no", "number", "other")), people(record))
         prompt, result = template(data, self.prompt), []
         for record in json_records(find(data, "*questions.json")[0], "questions"):
             item = record.name("question_id")
             if item not in said:
-                raise ValueError(f"{record.place}: question_id {item} has no answers in {annotations.name}")
+                raise InputError(f"{record.place}: question_id {item} has no answers in {annotations.name}")
             kind, answers = said.pop(item)
             image = str(record.fields.get("image") or f"COCO_val2014_{round(record.number('image_id')):012d}.jpg")
             facts = {"subtype": kind, "unit": image, "answers": answers}
             result.append(Question(item, prompt.format(record.text("question")), (image,), facts=facts))
         if said:
-            raise ValueError(f"{annotations}: question_id {next(iter(said))} is no question's")
+            raise InputError(f"{annotations}: question_id {next(iter(said))} is no question's")
         return result
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import MappingProxyType
 
+from cdistill.errors import InputError
 from cdistill.eval.benchmarks.base import Accuracy, find, template
 from cdistill.eval.contract import Answer, Question
 from cdistill.eval.files import line_records
@@ -34,7 +35,7 @@ class VSR(Accuracy):
         """The lines of ``test.jsonl``, or of the only ``*.jsonl`` there."""
         paths = find(data, "test.jsonl", "*.jsonl")
         if len(paths) > 1:
-            raise ValueError(f"{data}: has no test.jsonl and several others")
+            raise InputError(f"{data}: has no test.jsonl and several others")
         prompt = template(data, self.prompt)
         result = []
         for number, record in enumerate(line_records(paths[0]), 1):

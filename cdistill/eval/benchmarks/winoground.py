@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from cdistill.errors import InputError
 from cdistill.eval.benchmarks.base import find
 from cdistill.eval.benchmarks.crossed import PAIRS, Crossed
 from cdistill.eval.contract import Answer, Question
@@ -39,7 +40,7 @@ class Winoground(Crossed):
             for record in records:
                 item = record.name("id")
                 if item in seen:
-                    raise ValueError(f"{record.place}: the id {item} is there twice")
+                    raise InputError(f"{record.place}: the id {item} is there twice")
                 seen.add(item)
                 captions = (record.text("caption_0"), record.text("caption_1"))
                 images = (_image(record, path, 0), _image(record, path, 1))
@@ -54,9 +55,9 @@ class Winoground(Crossed):
             for record in line_records(path):
                 found = re.fullmatch(r"(\d+)_c([01])_i([01])", record.text("label"))
                 if found is None:
-                    raise ValueError(f"{record.place}: label must be like 0_c0_i1, got {record.fields['label']!r:.60}")
+                    raise InputError(f"{record.place}: label must be like 0_c0_i1, got {record.fields['label']!r:.60}")
                 if found[0] in answers:
-                    raise ValueError(f"{record.place}: {found[0]} is there twice; score one model's file at a time")
+                    raise InputError(f"{record.place}: {found[0]} is there twice; score one model's file at a time")
                 item, caption, image = found.groups()
                 facts = {"item": item, "unit": item, "of": len(PAIRS), "caption": int(caption), "image": int(image)}
                 question = Question(found[0], "", kind="probability", facts=facts)
@@ -65,7 +66,7 @@ class Winoground(Crossed):
         labels = (f"{item}_c{c}_i{i}" for item in range(last + 1) for c, i in PAIRS)
         missing = next((label for label in labels if label not in answers), None)
         if missing is not None or last < 0:
-            raise ValueError(f"{files[0]}: {missing or '0_c0_i0'} is missing")
+            raise InputError(f"{files[0]}: {missing or '0_c0_i0'} is missing")
         return list(answers.values())
 
 

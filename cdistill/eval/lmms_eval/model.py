@@ -12,6 +12,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
+from cdistill.errors import InputError
 from cdistill.eval.contract import Question
 from cdistill.eval.inference import Inference
 from cdistill.eval.lmms_eval.utils import question_of, reply_of
@@ -86,7 +87,7 @@ class CDistill(lmms):
             for answers in runner.answers(questions, bar):
                 replies |= {answer.question.id: found[answer.question.id].reply(reply_of(answer)) for answer in answers}
         if runner.unread:
-            raise ValueError(
+            raise InputError(
                 f"the images of {len(runner.unread)} requests cannot be read: {next(iter(runner.unread.values()))}"
             )
         return [replies[question.id] for question in questions]
@@ -108,7 +109,7 @@ class _Request:
         self._doc = documents[self._task][split][number]
         warmth = options.get("temperature", 1.0 if options.get("do_sample") else 0.0)
         if float(warmth or 0.0) > 0 or int(options.get("num_beams") or 1) > 1:
-            raise ValueError(
+            raise InputError(
                 f"{self._task} samples or searches; --model cdistill is greedy: --gen_kwargs temperature=0"
             )
         until = options.get("until") or []
@@ -127,12 +128,12 @@ class _Request:
         kinds = [part.get("type") for part in parts]
         images = kinds.count("image")
         if not kinds or kinds != ["image"] * images + ["text"] * (len(kinds) - images):
-            raise ValueError(
+            raise InputError(
                 f"{self._task}: --model cdistill takes one turn of the user, images first, then text; got {kinds!r:.80}"
             )
         shown = [part["url"] for part in parts[:images]]
         if not all(isinstance(image, Image.Image) for image in shown):
-            raise ValueError(f"{self._task}: --model cdistill takes images as the data set decodes them")
+            raise InputError(f"{self._task}: --model cdistill takes images as the data set decodes them")
         return [image.convert("RGB") for image in shown], "".join(part["text"] for part in parts[images:])
 
     def reply(self, text: str) -> str:

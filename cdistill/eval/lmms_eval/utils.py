@@ -19,6 +19,7 @@ from typing import Any
 
 from PIL import Image
 
+from cdistill.errors import InputError
 from cdistill.eval import benchmarks
 from cdistill.eval.contract import Answer, Question
 from cdistill.eval.pictures import Pictures
@@ -75,7 +76,7 @@ def process_docs(dataset: Any) -> Any:
 def folder(task: str) -> Path:
     """Where a benchmark's files are."""
     if not os.environ.get(DATA):
-        raise ValueError(f"{DATA} must name the folder of the benchmarks' files, with a folder {task} in it")
+        raise InputError(f"{DATA} must name the folder of the benchmarks' files, with a folder {task} in it")
     root = Path(os.environ[DATA])
     return root / task if (root / task).is_dir() else root
 
@@ -141,7 +142,7 @@ def answer_of(doc: Mapping[str, Any], reply: str) -> Answer:
         said = json.loads(reply)
         return Answer(question, score=float(said["score"]), tokens=int(said["tokens"]))
     except (ValueError, TypeError, KeyError):
-        raise ValueError(
+        raise InputError(
             f"cd_{doc['benchmark']} compares log-probabilities, which only --model cdistill gives; got {reply!r:.60}"
         ) from None
 

@@ -11,20 +11,14 @@ from cdistill.train.recipes.files import (
     shipped_recipes,
     with_overrides,
 )
-from cdistill.train.recipes.keys import (
-    DataConfig,
-    LoRAConfig,
-    Recipe,
-    StageConfig,
-    StudentConfig,
-    TeacherMemory,
-    VATOptions,
-)
+from cdistill.train.recipes.keys import DataConfig, Recipe, StageConfig, VATOptions
+from cdistill.train.recipes.models import LoRAConfig, PruningConfig, StudentConfig, TeacherMemory
 
 __all__ = [
     "DataConfig",
     "KDConfig",
     "LoRAConfig",
+    "PruningConfig",
     "Recipe",
     "StageConfig",
     "StudentConfig",

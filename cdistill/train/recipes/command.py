@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from cdistill.errors import InputError
 from cdistill.menu import recipe_argument
 
 ACTIONS = {
@@ -55,7 +56,7 @@ def _as_it_is(options: argparse.Namespace) -> str:
     from cdistill.train.recipes.files import recipe_files
 
     if options.overrides:
-        raise ValueError(f"{options.overrides[0]!r} changes a resolved recipe: add --resolved")
+        raise InputError(f"{options.overrides[0]!r} changes a resolved recipe: add --resolved")
     first, *others = recipe_files(options.recipe)
     text = first.text if first.text.endswith("\n") else f"{first.text}\n"
     chain = ", which extends ".join(str(file.path) for file in others)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from cdistill._plugins import import_plugins
 from cdistill.data import strict_yaml
+from cdistill.errors import InputError
 from cdistill.train.recipes.keys import Recipe
 from cdistill.train.recipes.mistakes import build
 from cdistill.train.recipes.values import override
@@ -60,7 +61,7 @@ def recipe_files(name_or_path: str | os.PathLike[str]) -> list[RecipeFile]:
     while following is not None:
         file = _read(_beside(files[-1].path, following) if files else following)
         if any(file.path.resolve() == other.path.resolve() for other in files):
-            raise ValueError(f"recipe {file.path} extends itself")
+            raise InputError(f"recipe {file.path} extends itself")
         files.append(file)
         following = file.extends
     return files
@@ -75,7 +76,7 @@ def _beside(path: Path, extended: str | os.PathLike[str]) -> str | os.PathLike[s
     if (RECIPES / f"{extended}.yaml").is_file() or not near.is_file():
         return extended
     if Path(extended).is_file() and not near.samefile(extended):
-        raise ValueError(
+        raise InputError(
             f"recipe {path}: extends {extended} may be {near} or {Path(extended).resolve()}: write the whole path"
         )
     return near
@@ -87,19 +88,19 @@ def _read(name_or_path: str | os.PathLike[str]) -> RecipeFile:
         path = Path(name_or_path)
     if not path.is_file():
         near = strict_yaml.nearest(str(name_or_path), shipped_recipes())
-        raise ValueError(
+        raise InputError(
             f"recipe {str(name_or_path)!r} is neither a file nor shipped: `cdistill recipes` lists those that are{near}"
         )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"recipe {path} is not UTF-8 text: {error}") from None
+        raise InputError(f"recipe {path} is not UTF-8 text: {error}") from None
     content = strict_yaml.load(text, f"recipe {path}")
     if not isinstance(content, dict):
-        raise ValueError(f"recipe {path} must be a mapping of keys to values")
+        raise InputError(f"recipe {path} must be a mapping of keys to values")
     extended = content.pop("extends", None)
     if not isinstance(extended, str | None):
-        raise ValueError(f"recipe {path}: extends must be the name of a recipe or a path, got {extended!r:.60}")
+        raise InputError(f"recipe {path}: extends must be the name of a recipe or a path, got {extended!r:.60}")
     return RecipeFile(path, text, content, extended)
 
 

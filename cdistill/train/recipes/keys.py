@@ -8,49 +8,22 @@ Importing this module imports neither torch nor transformers, so that listing re
 import re
 from collections.abc import Iterator
 from dataclasses import field, fields
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Le
-from pydantic import BeforeValidator, ConfigDict, StringConstraints, WithJsonSchema
+from pydantic import StringConstraints, WithJsonSchema
 from pydantic.dataclasses import dataclass
-from pydantic_core import PydanticKnownError
 
 from cdistill.builtin.task import BuiltinTask
 from cdistill.choices import BelowOne, KDConfig, NotNegative, Positive, Template, VATConfig
 from cdistill.eval import benchmarks
 from cdistill.train.objectives import OBJECTIVES
+from cdistill.train.recipes.models import StudentConfig, TeacherMemory
+from cdistill.train.recipes.section import STRICT, AtLeastOne, Count, Keys, ZeroStage
 
-STRICT = ConfigDict(extra="forbid", strict=True)
 LAST_SEED = 4_294_967_000  # numpy's seeds have 32 bits, and every stage adds its number
-
-AtLeastOne: TypeAlias = Annotated[int, Ge(1)]
-Count: TypeAlias = Annotated[int, Ge(0)]
-
-
-def _off(value: Any) -> Any:
-    """``off`` for what YAML or JSON may make of it; a truth value would count as a number."""
-    if value is True:
-        raise PydanticKnownError("literal_error", {"expected": "no truth value"})
-    return "off" if value is False or value == "no" else value
-
-
 STAGE_NAME = re.compile(r"[A-Za-z0-9_]{1,64}")  # as `cdistill.models.load.STAGE` has it
-ZeroStage: TypeAlias = Annotated[Literal[0, 1, 2, 3, "off"], BeforeValidator(_off)]
-TeacherZero: TypeAlias = Annotated[Literal[3, "off"], BeforeValidator(_off)]
 TemplatePath: TypeAlias = Annotated[str, StringConstraints(pattern=r"\.jinja$")]
-
-
-class Keys:
-    """A section of a recipe. Raises ValueError with one line for each thing that is wrong with several keys at once."""
-
-    def problems(self) -> Iterator[str]:
-        """What is wrong with keys that are right each by itself; a message begins with a key of this section."""
-        yield from ()
-
-    def __post_init__(self) -> None:
-        found = list(self.problems())
-        if found:
-            raise ValueError("\n".join(found))
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -64,75 +37,6 @@ class VATOptions(VATConfig):
     gradient of the alignment becomes as long as that of all other terms together, and the factor then stays."""
     measure_samples: AtLeastOne = 256
     """Samples on which matching adaptive measures the distances between layers, and weight auto the gradients."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class LoRAConfig(Keys):
-    """Low-rank adaptation of every linear layer of the student's language model but its head, by peft.
-
-    The defaults are the authors' (SPEC section 4). A stage's result has it merged.
-    """
-
-    r: AtLeastOne = 128
-    """Rank."""
-    alpha: int = 256
-    """The additions are multiplied by alpha / r."""
-    dropout: BelowOne = 0.05
-    """Share of the additions' inputs that is dropped in training."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class TeacherMemory(Keys):
-    """How a teacher is held that does not fit beside the student."""
-
-    zero: TeacherZero = "off"
-    """3 partitions the teacher over the processes under a DeepSpeed engine of its own; off keeps it whole on each."""
-    offload: bool = False
-    """Keep the partitioned parameters in CPU memory until a layer needs them."""
-    quantization: Literal["8bit", "4bit"] | None = None
-    """Weights of its language model's layers in so many bits, by bitsandbytes."""
-    cache: str | None = None
-    """Folder of what `cdistill cache` has kept of the teacher; training then needs none in memory."""
-    top_k: AtLeastOne = 128
-    """Log-probabilities that the cache keeps for each labelled token, the largest."""
-
-    def problems(self) -> Iterator[str]:
-        if self.offload and self.zero != 3:
-            yield "offload needs zero 3"
-        if self.quantization is not None and self.zero == 3:
-            yield "quantization and zero 3 exclude each other: quantised weights cannot be partitioned"
-
-
-@dataclass(frozen=True, config=STRICT)
-class StudentConfig(Keys):
-    """What the student is made of."""
-
-    base: str | None = None
-    """Folder or built-in asset of a causal language model, or of a multimodal model to go on from; null where text_config
-    describes a fresh language model."""
-    vision: str | None = None
-    """Folder of a LLaVA whose vision encoder is taken, or of an encoder such as SigLIP or CLIP; null where vision_config
-    describes a fresh one, where the teacher's is taken, or where the student has none."""
-    text_config: dict[str, Any] | None = None
-    """transformers configuration of a fresh language model, model_type included."""
-    vision_config: dict[str, Any] | None = None
-    """transformers configuration of a fresh vision encoder, model_type included."""
-    taf: bool = False
-    """Teacher adapter fetch (paper section 4.2); false gives the student an adapter of its own."""
-    taf_activation: Literal["linear", "gelu"] = "linear"
-    """Of the light map before the teacher's adapter: linear is a linear layer (the authors' code), gelu one after a GELU."""
-    lora: LoRAConfig | None = None
-    """Train low-rank additions to the language model instead of all of it; null trains all."""
-
-    def problems(self) -> Iterator[str]:
-        if (self.base is None) == (self.text_config is None):
-            yield "base or text_config must be given, and not both"
-        if self.vision is not None and self.vision_config is not None:
-            yield "vision and vision_config exclude each other"
-        for name in ("text_config", "vision_config"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value.get("model_type"), str):
-                yield f"{name}.model_type must name a model type of transformers, such as qwen2"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -269,6 +173,9 @@ class StageConfig(Keys):
         float, Gt(0), WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "infinite": True})
     ] = 1.0
     """Gradients are scaled down to this norm; .inf leaves them as they are."""
+    quantization: Literal["q8_0", "q4_0"] | None = None
+    """Train with the weights of the language model's layers rounded to what GGUF's Q8_0 or Q4_0 can hold: 8 or 4 bits, and a
+    scale for each 32. The stage's result holds rounded weights. null rounds nothing."""
     data: DataConfig = field(default_factory=DataConfig)
     validation: ValidationConfig | None = None
     """Measure the stage's losses on a held-out part of its data; null measures nothing."""
@@ -403,6 +310,7 @@ class Recipe(Keys):
         for name in self.stages:
             if self.stage[name].keep_best == "validation.vat" and not self.vat.enabled:
                 yield f"stage.{name}.keep_best must not be validation.vat without vat.enabled: nothing is aligned"
+        yield from self._problems_of_rounding()
         if self.gradient_checkpointing == "reentrant" and any(map(self.aligns, objectives)):
             yield "gradient_checkpointing must not be reentrant with vat.enabled: it would drop the gradient"
         if self.gradient_checkpointing == "reentrant" and "relation" in objectives:
@@ -432,6 +340,17 @@ class Recipe(Keys):
                 )
             if self.vat.target == "recomputed":
                 yield "vat.target must be stored with teacher_memory.cache, which keeps slices and no queries and keys"
+
+    def _problems_of_rounding(self) -> Iterator[str]:
+        grid = None
+        for name in self.stages:
+            before, grid = grid, self.stage[name].quantization
+            if grid is not None and "language" not in OBJECTIVES[self.stage[name].objective].trained:
+                yield f"stage.{name}.quantization must be null: {self.stage[name].objective} leaves the language model as it is"
+            if grid is not None and self.student.lora is not None:
+                yield f"stage.{name}.quantization must be null with student.lora, whose sums are rounded by nobody"
+            if before is not None and grid != before:
+                yield f"stage.{name}.quantization must be {before}, as in the stage before: its result would lose it"
 
     def _problems_of_packing(self) -> Iterator[str]:
         builtin = [name for name in self.stages if self.stage[name].data.path is None]

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from cdistill.choices import range_in_words
 from cdistill.data import strict_yaml
+from cdistill.errors import InputError
 from cdistill.runtime.errors import Mistakes
 
 T = TypeVar("T")
@@ -35,7 +36,7 @@ def build(cls: type[T], content: Any) -> T:
         values = _switched(content, root, root)
         text = json.dumps(values)
     except TypeError as error:
-        raise ValueError(f"a recipe holds plain values, as YAML does: {error}") from None
+        raise InputError(f"a recipe holds plain values, as YAML does: {error}") from None
     try:
         return _adapter(of).validate_json(text)
     except ValidationError as error:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cdistill.data import strict_yaml
+from cdistill.errors import InputError
 
 MISSING: Any = object()  # the value of a key that only the other mapping has
 
@@ -15,7 +16,7 @@ def override(content: dict[str, Any], overrides: Sequence[str]) -> None:
     for text in overrides:
         key, equals, written = text.partition("=")
         if not equals or not key:
-            raise ValueError(f"override {text!r} must have the form key=value")
+            raise InputError(f"override {text!r} must have the form key=value")
         names, value = key.split("."), strict_yaml.load(written, f"override {text!r}", under=key)
         _put(content, names, copy.deepcopy(value), text)
         for earlier, path, wanted in applied:
@@ -23,7 +24,7 @@ def override(content: dict[str, Any], overrides: Sequence[str]) -> None:
             for name in path:
                 found = found.get(name) if isinstance(found, dict) else None
             if not _holds(found, wanted):
-                raise ValueError(f"override {text!r} undoes {earlier!r}: leave one of them out")
+                raise InputError(f"override {text!r} undoes {earlier!r}: leave one of them out")
         applied.append((text, names, value))
 
 
@@ -42,7 +43,7 @@ def _put(content: dict[str, Any], names: Sequence[str], value: Any, text: str) -
             node[name] = {}
         node = node[name]
         if not isinstance(node, dict):
-            raise ValueError(f"override {text!r}: {'.'.join(parents[: depth + 1])} has no keys below it")
+            raise InputError(f"override {text!r}: {'.'.join(parents[: depth + 1])} has no keys below it")
     node[last] = value
 
 

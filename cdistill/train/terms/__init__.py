@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from inspect import Parameter, signature
 from math import isfinite
 
+from cdistill.errors import InputError
 from cdistill.train.terms.alignment import Alignment
 from cdistill.train.terms.answers import Answers
 from cdistill.train.terms.base import LABELS, PER, SIGNALS, Memory, Settings, Sizes, Term
@@ -43,17 +44,17 @@ def register_term(term: type[Term]) -> type[Term]:
         ValueError: it is no complete `Term`, or one of its keys is taken.
     """
     if not (isinstance(term, type) and issubclass(term, Term)):
-        raise ValueError(f"a term must be a subclass of cdistill.Term, got {term!r}")
+        raise InputError(f"a term must be a subclass of cdistill.Term, got {term!r}")
     _check(term)
     made_by_run = term.configured.__func__ is not Term.configured.__func__  # type: ignore[attr-defined]
     if not made_by_run and any(_must_be_given(p) for p in signature(term).parameters.values()):
-        raise ValueError(
+        raise InputError(
             f"term {term.name!r}: configured must make it, or its __init__ have defaults for all arguments"
         )
     taken = {key: other for other in TERMS.values() for key in (other.name, *other.details)}
     for key in (term.name, *term.details):
         if key in taken:
-            raise ValueError(f"term {term.name!r}: the key {key!r} is taken by {taken[key].__name__}: choose another")
+            raise InputError(f"term {term.name!r}: the key {key!r} is taken by {taken[key].__name__}: choose another")
     TERMS[term.name] = term
     return term
 
@@ -61,7 +62,7 @@ def register_term(term: type[Term]) -> type[Term]:
 def term_named(name: str) -> type[Term]:
     """The class of a term. Raises ValueError for a name that no term has."""
     if name not in TERMS:
-        raise ValueError(
+        raise InputError(
             f"terms must be of {', '.join(TERMS)}, got {name!r}: one from outside is registered by cdistill.register_term"
         )
     return TERMS[name]
@@ -81,14 +82,14 @@ def check_terms(terms: Iterable[Term | type[Term]]) -> None:
         _check(term)
         for key in (term.name, *term.details):
             if key in seen:
-                raise ValueError(f"two terms of a loss have the key {key!r}: leave one of them out")
+                raise InputError(f"two terms of a loss have the key {key!r}: leave one of them out")
             seen.add(key)
     if len({term.labels for term in terms}) > 1:
         kinds = ", ".join(f"{term.name} has those of {term.labels}" for term in terms)
-        raise ValueError(f"terms of one loss must have labels of one kind: {kinds}")
+        raise InputError(f"terms of one loss must have labels of one kind: {kinds}")
     looking = [term.name for term in terms if term.attention]
     if len(looking) > 1:
-        raise ValueError(
+        raise InputError(
             f"one term of a loss may see the student's attention, got {' and '.join(looking)}: leave one out"
         )
 
@@ -105,20 +106,20 @@ def _check(term: Term | type[Term]) -> None:
     kind = term if isinstance(term, type) else type(term)
     if not (isinstance(term.name, str) and term.name.isidentifier()) or term.name in RESERVED:
         wanted = f"an identifier, and none of {', '.join(RESERVED)}"
-        raise ValueError(f"term {kind.__name__}: name must be {wanted}, got {term.name!r}")
+        raise InputError(f"term {kind.__name__}: name must be {wanted}, got {term.name!r}")
     if not term.title:
-        raise ValueError(f"term {term.name!r}: title must say what a stage's first line calls it")
+        raise InputError(f"term {term.name!r}: title must say what a stage's first line calls it")
     if kind.forward is Term.forward:
-        raise ValueError(f"term {term.name!r}: forward must give its sum over a batch")
+        raise InputError(f"term {term.name!r}: forward must give its sum over a batch")
     for attribute, allowed in (("per", PER), ("labels", LABELS)):
         if getattr(term, attribute) not in allowed:
             got = getattr(term, attribute)
-            raise ValueError(f"term {term.name!r}: {attribute} must be one of {', '.join(allowed)}, got {got!r}")
+            raise InputError(f"term {term.name!r}: {attribute} must be one of {', '.join(allowed)}, got {got!r}")
     for attribute in ("inputs", "teacher", "details"):
         if isinstance(getattr(term, attribute), str):
-            raise ValueError(f"term {term.name!r}: {attribute} must be a tuple of names, got a string")
+            raise InputError(f"term {term.name!r}: {attribute} must be a tuple of names, got a string")
     unknown = [what for what in term.teacher if what not in SIGNALS]
     if unknown:
-        raise ValueError(f"term {term.name!r}: teacher must be of {', '.join(SIGNALS)}, got {unknown[0]!r}")
+        raise InputError(f"term {term.name!r}: teacher must be of {', '.join(SIGNALS)}, got {unknown[0]!r}")
     if not (isinstance(term.weight, int | float) and term.weight >= 0 and isfinite(term.weight)):
-        raise ValueError(f"term {term.name!r}: weight must be at least 0 and finite, got {term.weight!r}")
+        raise InputError(f"term {term.name!r}: weight must be at least 0 and finite, got {term.weight!r}")

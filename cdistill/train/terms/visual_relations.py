@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cdistill.errors import InputError
 from cdistill.train.terms.base import Memory, Sizes, Term
 from cdistill.train.terms.multimodal import visual_states
 
@@ -36,7 +37,7 @@ class RelationDistillation(Term):
         require_plain_heads(student, teacher)
         for side, after in zip(("student", "teacher"), after_heads(student, teacher), strict=True):
             if after.softcap is not None:
-                raise ValueError(
+                raise InputError(
                     f"the {side} caps its logits ({after.softcap:g}), and rdist takes products of logits from the head's "
                     "weight: leave rdist out"
                 )
