@@ -171,17 +171,3 @@ def compare_predictions(model: Any, tokenizer: Any, gguf_file: Path) -> dict[str
     if found["mean_difference"] > 0.5:
         raise ValueError(f"{gguf_file}: its model predicts other tokens than llama.cpp's: {found}")
     return found
-
-
-def shortened(source: Path, folder: Path, layers: list[int]) -> int:
-    """Write the language model of a folder with some of its layers alone; returns its number of parameters."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    kept = torch.nn.ModuleList(model.model.layers[i] for i in layers)
-    for place, layer in enumerate(kept):
-        layer.self_attn.layer_idx = place
-    model.model.layers, model.config.num_hidden_layers = kept, len(kept)
-    if getattr(model.config, "layer_types", None) is not None:
-        model.config.layer_types = [model.config.layer_types[i] for i in layers]
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    return sum(p.numel() for p in model.parameters())

