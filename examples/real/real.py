@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -106,9 +106,23 @@ class Steps:
         """A command of cdistill in the folder. Raises SystemExit with its status if it fails."""
         arguments = [str(word) for word in words]
         print("cdistill", shlex.join(arguments), flush=True)
-        done = subprocess.run([sys.executable, "-m", "cdistill", *arguments], cwd=self.folder, env=dict(os.environ))
-        if done.returncode:
-            raise SystemExit(done.returncode)
+        done = wait_for([sys.executable, "-m", "cdistill", *arguments], self.folder)
+        if done:
+            raise SystemExit(done)
+
+
+def wait_for(command: Sequence[str], folder: Path) -> int:
+    """The exit status of a command; one that Ctrl-C or SIGTERM stops is waited for, because a training run saves first."""
+    process = subprocess.Popen(command, cwd=folder)
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # the terminal has told the command, too
+                continue
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def real_parts(wheels: Path) -> Callable[[Path], None]:
