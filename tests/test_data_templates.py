@@ -14,6 +14,7 @@ from cdistill.builtin.dataset import CHAT_TEMPLATE, build_tokenizer
 from cdistill.data.conversations import Encoder
 from cdistill.data.samples import BadSampleError, Mark, Message
 from cdistill.data.templates import TEMPLATES, Template
+from cdistill.models.chat_template import taking_parts
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -54,6 +55,36 @@ QWEN_TEMPLATE = (
 )
 # The real tokenizer beside the one trained here, where this names its tokenizer.json.
 TOKENIZERS = ["trained", *(["qwen1.5"] if "CDISTILL_QWEN_TOKENIZER" in os.environ else [])]
+
+
+def test_a_template_of_words_alone_learns_to_take_images_and_writes_the_same():
+    tokenizer = byte_level_tokenizer(image_token="<image>")
+    tokenizer.chat_template = QWEN_TEMPLATE
+    written = Template(tokenizer)(ASKED)
+    assert "<image>\nWhat is in the picture?" in written.text
+    with pytest.raises(TypeError, match="can only concatenate"):
+        chat(tokenizer)
+    tokenizer.chat_template = taking_parts(tokenizer, "<image>")
+    assert Template(tokenizer)(ASKED) == written
+    assert chat(tokenizer) == written.text[: written.answers[0][0]]
+    words = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "How many?"}]
+    assert tokenizer.apply_chat_template(words, tokenize=False) == (
+        "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nHow many?<|im_end|>\n"
+    )
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, "of nobody", "{{ messages[0].content | nothing }}", None])
+def test_another_template_stays_as_it_is(template):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = template
+    assert taking_parts(tokenizer, "<image>") == template
+
+
+def chat(tokenizer):
+    content = [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
 
 
 def processor_of(kind, template=None):

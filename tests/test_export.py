@@ -385,6 +385,19 @@ def test_an_adapter_brings_its_own_tokenizer_and_the_code_of_an_earlier_export_d
     )
 
 
+def test_an_older_result_whose_template_takes_words_alone_is_exported_with_one_for_images(models, tmp_path):
+    folder = shutil.copytree(models / "teacher", tmp_path / "teacher")
+    build_processor(llava().config, build_tokenizer(), "teacher").save_pretrained(folder)
+    words = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(words)
+    remarks = export(folder, tmp_path / "out").remarks
+    assert any("takes words alone" in line for line in remarks)
+    content = [{"type": "image"}, {"type": "text", "text": "is there a ring ?"}]
+    text = AutoProcessor.from_pretrained(tmp_path / "out").apply_chat_template([{"role": "user", "content": content}])
+    assert text == f"user: {IMAGE_TOKEN}\nis there a ring ?\n"
+    assert not any("takes words alone" in line for line in export(tmp_path / "out", tmp_path / "again").remarks)
+
+
 def test_processors_of_vision_encoders(tmp_path):
     config = llava().config
     config.vision_config = CLIPVisionConfig(**{k: v for k, v in VISION.items() if k != "vision_use_head"})

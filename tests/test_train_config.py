@@ -153,6 +153,21 @@ def test_recipes_that_begin_from_others(tmp_path):
         load_recipe(tmp_path / "none.yaml")
 
 
+def test_a_recipe_begins_from_one_in_its_own_folder_wherever_it_is_run(tmp_path, monkeypatch):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "below.yaml").write_text(f"extends: {MAIN}\nseed: 7\n")
+    (tmp_path / "recipes" / "mine.yaml").write_text("extends: below.yaml\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("recipes/mine.yaml").seed == 7
+    (tmp_path / "below.yaml").write_text(f"extends: {MAIN}\nseed: 8\n")
+    with pytest.raises(
+        ValueError, match=r"mine\.yaml: extends below\.yaml may be recipes/below\.yaml or .*/below\.yaml: write"
+    ):
+        load_recipe("recipes/mine.yaml")
+    monkeypatch.chdir("recipes")
+    assert load_recipe("mine.yaml").seed == 7
+
+
 def test_overrides_reach_every_level_and_are_yaml(path):
     recipe = load_recipe(
         path,

@@ -1,7 +1,8 @@
-"""Questions about held-out scenes in the files of published benchmarks, with PNG images.
+"""Questions about held-out scenes in the files of published benchmarks, and training samples in LLaVA's, with PNG images.
 
 So that readers, the runner and harnesses can be tried without a network. Names of images are relative to the folder that is
-written. ``prompt.txt`` beside the files has the question in the words that the built-in models know.
+written. ``prompt.txt`` beside the files has the question in the words that the built-in models know, or those that
+`cdistill.builtin.english` trains other models in.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ import io
 import json
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cdistill.builtin import questions, render, scenes
+from cdistill.builtin import english, questions, render, scenes
+from cdistill.builtin.dataset import BuiltinDataset
 from cdistill.builtin.scenes import COLOURS, GRID, RELATIONS, SHAPES, Scene, Thing
+from cdistill.builtin.task import BuiltinTask
+from cdistill.data.samples import IMAGE_TOKEN
 from cdistill.errors import InputError
 from cdistill.files import building
 
@@ -25,14 +30,32 @@ LISTS, PEOPLE = 5, 10  # R-Bench's lists of question ids, and the people who ans
 _ANSWER_TYPES = {"colour": "other", "location": "other", "existence": "yes/no", "count": "number"}
 
 
-def write(task: str, folder: Path, *, n: int = 100, seed: int = 0) -> int:
+@dataclass(frozen=True)
+class _Words:
+    """How texts of the built-in task are written: as they are, or in plain English."""
+
+    english: bool
+
+    def question(self, text: str) -> str:
+        return english.question(text) if self.english else text
+
+    def answer(self, text: str) -> str:
+        return english.answer(text) if self.english else text
+
+    def captions(self, right: str, wrong: str) -> tuple[str, str]:
+        return (english.caption(right), english.caption(wrong)) if self.english else (right, wrong)
+
+
+def write(task: str, folder: Path, *, n: int = 100, seed: int = 0, plain_english: bool = False) -> int:
     """Write the files of a task into a folder, which appears when it is whole.
 
     Args:
-        task: ``sugarcrepe``, ``winoground``, ``bivlc``, ``rbench`` or ``vqa`` (VQAv2's two files).
+        task: ``sugarcrepe``, ``winoground``, ``bivlc``, ``rbench``, ``vqa`` (VQAv2's two files), or one of training samples in
+            LLaVA's form, ``samples.json``: ``captions`` or ``conversations``.
         folder: where to, new or empty.
-        n: entries per sub-type.
+        n: entries per sub-type, or samples.
         seed: of scenes, questions and pixel noise.
+        plain_english: write English sentences, not the words of the built-in models.
 
     Returns:
         How many entries the files hold.
@@ -48,7 +71,7 @@ def write(task: str, folder: Path, *, n: int = 100, seed: int = 0) -> int:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with building(folder) as part:
             (part / "images").mkdir()
-            entries = _WRITERS[task](part, random.Random(f"{task}/{seed}"), n)
+            entries = _WRITERS[task](part, random.Random(f"{task}/{seed}"), n, _Words(plain_english))
             if not any((part / "images").iterdir()):
                 (part / "images").rmdir()
     except OSError as error:
@@ -56,26 +79,28 @@ def write(task: str, folder: Path, *, n: int = 100, seed: int = 0) -> int:
     return entries
 
 
-def _sugarcrepe(folder: Path, rng: random.Random, n: int) -> int:
+def _sugarcrepe(folder: Path, rng: random.Random, n: int, words: _Words) -> int:
     for subtype in questions.COMPOSITIONAL:
         entries = {}
         for i in range(n):
-            scene, right, wrong = _captions(subtype, rng)
+            scene, *captions = _captions(subtype, rng)
+            right, wrong = words.captions(*captions)
             entries[str(i)] = {
                 "filename": _picture(folder, f"{subtype}_{i}", scene, rng),
                 "caption": right,
                 "negative_caption": wrong,
             }
         _write_json(folder / f"{subtype}.json", entries)
-    _write_prompt(folder, "which caption fits ? A {} B {}")
+    _write_prompt(folder, english.CHOICE if words.english else "which caption fits ? A {} B {}")
     return n * len(questions.COMPOSITIONAL)
 
 
-def _winoground(folder: Path, rng: random.Random, n: int) -> int:
+def _winoground(folder: Path, rng: random.Random, n: int, words: _Words) -> int:
     lines: list[dict[str, Any]] = []
     for subtype, tag in (("swap_obj", "Object"), ("swap_att", "Relation")):
         for _ in range(n):
             first, second, captions = _two_scenes(subtype, rng)
+            captions = words.captions(*captions)
             entry: dict[str, Any] = {"id": len(lines)}
             for k, scene in enumerate((first, second)):
                 entry[f"caption_{k}"] = captions[k]
@@ -83,11 +108,12 @@ def _winoground(folder: Path, rng: random.Random, n: int) -> int:
             lines.append(entry | {"tag": subtype, "secondary_tag": "", "num_main_preds": 1, "collapsed_tag": tag})
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "examples.jsonl").write_text(text, encoding="utf-8")
-    _write_prompt(folder, "is there a {} ?")
+    if not words.english:  # else the benchmark's own words are as good
+        _write_prompt(folder, "is there a {} ?")
     return len(lines)
 
 
-def _bivlc(folder: Path, rng: random.Random, n: int) -> int:
+def _bivlc(folder: Path, rng: random.Random, n: int, words: _Words) -> int:
     import pyarrow
     from pyarrow import parquet
 
@@ -95,20 +121,24 @@ def _bivlc(folder: Path, rng: random.Random, n: int) -> int:
     for subtype in questions.COMPOSITIONAL:
         for _ in range(n):
             first, second, captions = _two_scenes(subtype, rng)
+            captions = words.captions(*captions)
             row: dict[str, Any] = {"image": _embedded(first, rng), "caption": captions[0]}
             row |= {"negative_caption": captions[1], "negative_image": _embedded(second, rng)}
             rows.append(row | dict(zip(("type", "subtype"), subtype.split("_"), strict=True)))
     parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "test-00000-of-00001.parquet")
-    _write_prompt(folder, "is there a {} ?")
+    if not words.english:  # else the benchmark's own words are as good
+        _write_prompt(folder, "is there a {} ?")
     return len(rows)
 
 
-def _rbench(folder: Path, rng: random.Random, n: int) -> int:
+def _rbench(folder: Path, rng: random.Random, n: int, words: _Words) -> int:
     entries = []
     for i in range(n):
         scene, question = _question("existence", rng)
         image = _picture(folder, str(i), scene, rng)
-        entries.append({"question_id": i, "image": image, "text": question.text, "label": question.answer})
+        entries.append(
+            {"question_id": i, "image": image, "text": words.question(question.text), "label": question.answer}
+        )
     _write_json(folder / "image-level_filterd.json", entries)
     for number in range(1, LISTS + 1):
         ids = rng.sample(range(n), max(1, n // 2))
@@ -116,7 +146,7 @@ def _rbench(folder: Path, rng: random.Random, n: int) -> int:
     return n
 
 
-def _vqa(folder: Path, rng: random.Random, n: int) -> int:
+def _vqa(folder: Path, rng: random.Random, n: int, words: _Words) -> int:
     asked: list[dict[str, Any]] = []
     answered: list[dict[str, Any]] = []
     for subtype, kind in _ANSWER_TYPES.items():
@@ -124,11 +154,10 @@ def _vqa(folder: Path, rng: random.Random, n: int) -> int:
             i = len(asked)
             scene, question = _question(subtype, rng)
             image = _picture(folder, str(i), scene, rng)
-            asked.append({"image_id": i, "image": image, "question": question.text, "question_id": i})
-            said = [
-                {"answer": question.answer, "answer_confidence": "yes", "answer_id": k} for k in range(1, PEOPLE + 1)
-            ]
-            entry = {"question_type": subtype, "multiple_choice_answer": question.answer, "answers": said}
+            text, answer = words.question(question.text), words.answer(question.answer)
+            asked.append({"image_id": i, "image": image, "question": text, "question_id": i})
+            said = [{"answer": answer, "answer_confidence": "yes", "answer_id": k} for k in range(1, PEOPLE + 1)]
+            entry = {"question_type": subtype, "multiple_choice_answer": answer, "answers": said}
             answered.append({**entry, "image_id": i, "answer_type": kind, "question_id": i})
     _write_json(folder / "v2_OpenEnded_mscoco_val2014_questions.json", {"questions": asked})
     _write_json(folder / "v2_mscoco_val2014_annotations.json", {"annotations": answered})
@@ -136,12 +165,32 @@ def _vqa(folder: Path, rng: random.Random, n: int) -> int:
     return len(asked)
 
 
-_WRITERS: dict[str, Callable[[Path, random.Random, int], int]] = {
+def _samples(task: BuiltinTask, folder: Path, rng: random.Random, n: int, words: _Words) -> int:
+    """Samples of the training split, an image and what is said about it."""
+    data, records = BuiltinDataset(task, size=n, seed=rng.getrandbits(32)), []
+    for i in range(n):
+        messages = data.messages(i)
+        image = messages[0]["content"].pop(0)["image"]
+        image.save(folder / "images" / f"{i}.png")
+        turns = []
+        for message in messages:
+            (part,), asked = message["content"], message["role"] == "user"
+            text = words.question(part["text"]) if asked else words.answer(part["text"])
+            turns.append({"from": "human" if asked else "gpt", "value": text})
+        turns[0]["value"] = f"{IMAGE_TOKEN}\n{turns[0]['value']}"
+        records.append({"id": str(i), "image": f"images/{i}.png", "conversations": turns})
+    _write_json(folder / "samples.json", records)
+    return n
+
+
+_WRITERS: dict[str, Callable[[Path, random.Random, int, _Words], int]] = {
     "sugarcrepe": _sugarcrepe,
     "winoground": _winoground,
     "bivlc": _bivlc,
     "rbench": _rbench,
     "vqa": _vqa,
+    "captions": partial(_samples, BuiltinTask(caption=1.0, sentences=2, turns=0)),
+    "conversations": partial(_samples, BuiltinTask()),
 }
 
 

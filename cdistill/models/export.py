@@ -21,6 +21,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from cdistill.errors import InputError
 from cdistill.files import building, disk_full
 from cdistill.models import taf
+from cdistill.models.chat_template import taking_parts
 from cdistill.models.export_check import check_folder_replies
 from cdistill.models.folder import one_line
 from cdistill.models.load import DTYPES, Model, load_config, load_model, load_tokenizer, resolve_folder
@@ -213,6 +214,12 @@ def _check(folders: list[Path]) -> tuple[Processor, list[str]]:
             raise InputError(f"model: {folder / 'processor_config.json'} is missing")
         result = build_processor(config, tokenizer, "model")
         remarks.append(f"no image processor in {folder}: its vision encoder's usual one was taken")
+    if config.model_type in COMPOSITIONS and Path("chat_template.json") not in files.files:
+        image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
+        template = taking_parts(tokenizer, image_token)
+        if template != tokenizer.chat_template:  # of a folder that this package has not made, or an older one has
+            files.chat_template = template
+            remarks.append(f"the chat template in {folder} takes words alone: messages may have images now")
     if tokenizer.chat_template is None and not any(name.name.startswith("chat_template") for name in files.files):
         remarks.append(f"no chat template in {folder}: apply_chat_template will need one")
     return result, remarks

@@ -14,6 +14,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from cdistill.errors import InputError
+from cdistill.models.chat_template import taking_parts
 from cdistill.models.folder import NO_CODE, read_json, reading
 from cdistill.models.llava import encoder_positions, image_size
 from cdistill.models.taf import TAFLlavaConfig
@@ -47,10 +48,13 @@ class ProcessorFiles:
     """The processor and tokenizer files of some folders, a later folder's in place of an earlier one's.
 
     They are copied: loading may need packages that are not here (torchvision for video), and saving is not always exact.
+    ``chat_template``, if it is set, takes the place of theirs.
 
     Raises:
         ValueError: a JSON file among them is corrupt.
     """
+
+    chat_template: str | None = None
 
     def __init__(self, folders: Sequence[Path], key: str) -> None:
         self.files = {
@@ -65,6 +69,8 @@ class ProcessorFiles:
             target = Path(save_directory) / name
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
+        if self.chat_template is not None:
+            save_chat_template(Path(save_directory), self.chat_template)
 
 
 def save_chat_template(folder: Path, source: str) -> None:
@@ -96,7 +102,7 @@ def has_image_processor(folder: Path) -> bool:
 def build_processor(
     config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, key: str, *, source: Path | None = None
 ) -> LlavaProcessor:
-    """The processor of a LLaVA composition, with the tokenizer's chat template.
+    """The processor of a LLaVA composition, with the tokenizer's chat template, which learns to take images if it does not.
 
     Args:
         config: configuration of the model; it decides how many image tokens an image becomes.
@@ -116,13 +122,15 @@ def build_processor(
     size = image_pixels(images, vision)
     positions = encoder_positions(vision, size)
     assert positions is not None, "images of any size have processors of their own"
+    image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)  # type: ignore[attr-defined]
+    tokenizer.chat_template = taking_parts(tokenizer, image_token)
     processor = LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,  # type: ignore[attr-defined]
         num_additional_image_tokens=positions[0] - positions[1],  # class token, registers
-        image_token=tokenizer.convert_ids_to_tokens(config.image_token_id),  # type: ignore[attr-defined]
+        image_token=image_token,
         chat_template=tokenizer.chat_template,
     )
     ids = processor(text=processor.image_token, images=_blank(vision), add_special_tokens=False)["input_ids"][0]

@@ -260,14 +260,14 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
 
 def _check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
     """Raise ValueError unless every token of the student has the same id for the teacher, who may know more of them."""
-    theirs = teacher.get_vocab()
-    for token, index in sorted(student.get_vocab().items(), key=lambda item: item[1]):
+    ours, theirs = student.get_vocab(), teacher.get_vocab()  # each call makes a table of all tokens anew
+    for token, index in sorted(ours.items(), key=lambda item: item[1]):
         if theirs.get(token) != index:
             other = f"{theirs[token]}" if token in theirs else "none"
             raise InputError(
                 f"vocabularies differ: token {token!r} is {index} for the student, {other} for the teacher"
             )
-    extra = [token for token, index in theirs.items() if token not in student.get_vocab()]
+    extra = [token for token in theirs if token not in ours]
     added = teacher.get_added_vocab()
     if any(token not in added for token in extra):
         raise InputError(f"vocabularies differ: {len(extra)} tokens of the teacher are unknown to the student")

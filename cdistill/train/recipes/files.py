@@ -59,12 +59,27 @@ def recipe_files(name_or_path: str | os.PathLike[str]) -> list[RecipeFile]:
     files: list[RecipeFile] = []
     following: str | os.PathLike[str] | None = name_or_path
     while following is not None:
-        file = _read(following)
+        file = _read(_beside(files[-1].path, following) if files else following)
         if any(file.path.resolve() == other.path.resolve() for other in files):
             raise InputError(f"recipe {file.path} extends itself")
         files.append(file)
         following = file.extends
     return files
+
+
+def _beside(path: Path, extended: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """What a file extends: a shipped recipe, a path from where cdistill is run, or one from the file's own folder.
+
+    Raises ValueError if the last two are different files.
+    """
+    near = path.parent / extended
+    if (RECIPES / f"{extended}.yaml").is_file() or not near.is_file():
+        return extended
+    if Path(extended).is_file() and not near.samefile(extended):
+        raise InputError(
+            f"recipe {path}: extends {extended} may be {near} or {Path(extended).resolve()}: write the whole path"
+        )
+    return near
 
 
 def _read(name_or_path: str | os.PathLike[str]) -> RecipeFile:
