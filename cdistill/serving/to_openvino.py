@@ -64,7 +64,10 @@ def _pack(folder: str, bits: int) -> None:
     """Keep the matrices of the models in a folder in so many bits. Raises RuntimeError if they take as much room as before."""
     from optimum.intel import OVModelForVisualCausalLM, OVWeightQuantizationConfig
 
-    whole = OVModelForVisualCausalLM.from_pretrained(folder, quantization_config=OVWeightQuantizationConfig(bits=bits))
+    how = OVWeightQuantizationConfig(
+        bits=bits, **({"group_size_fallback": "adjust"} if bits == 4 else {})
+    )  # narrow matrices
+    whole = OVModelForVisualCausalLM.from_pretrained(folder, quantization_config=how)
     before = sum(path.stat().st_size for path in Path(folder).glob("*.bin"))
     with tempfile.TemporaryDirectory() as name:
         whole.save_pretrained(name)
