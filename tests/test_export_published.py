@@ -91,7 +91,7 @@ def test_names_fields_and_files_are_those_of_published_checkpoints(name, tmp_pat
     for part in (config, text, config["vision_config"]):
         assert not part.keys() & {"dtype", "rope_parameters"}
     words = json.loads((out / "tokenizer_config.json").read_text())
-    assert words["tokenizer_class"] == "PreTrainedTokenizerFast" and words["chat_template"] == TEMPLATE
+    assert words["tokenizer_class"] == "PreTrainedTokenizerFast" and words["chat_template"].endswith(TEMPLATE)
     assert words["model_input_names"] == ["input_ids", "attention_mask"]  # 4 adds token_type_ids, which no LLaVA takes
     assert not isinstance(words.get("extra_special_tokens", {}), list)
     assert "image_processor" not in json.loads((out / "processor_config.json").read_text())

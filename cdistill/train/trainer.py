@@ -262,7 +262,8 @@ def in_one_line() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        _, found, message = str(error).rpartition("\nValueError: ")
+        name = f"\n{InputError.__module__}.{InputError.__qualname__}: "
+        _, found, message = str(error).replace("\nValueError: ", name).rpartition(name)
         if not found:
             raise
         raise InputError(message.strip()) from None
