@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: demo test pytest test-asan bench lint docs setup eval-env readers-env vllm-env dist clean
+.PHONY: demo test pytest test-asan bench lint docs setup eval-env readers-env vllm-env openvino-env dist clean
 
 demo: setup
 	$(BIN)/cdistill demo
@@ -93,17 +93,28 @@ $(READERS)/.ready: constraints-readers.txt | setup
 	    $(BIN)/python -m pip install --quiet --no-compile --no-deps --target $(READERS)/$${first#*==} $$first $$rest || exit 1; done
 	touch $@
 
-# vLLM in an environment of its own (3 GB), for `python -m benchmarks.serve_vllm`. torchvision is served for CUDA alone: its operators
-# are declared, so that it can be imported.
-VLLM := .venv-vllm
+# torchvision is served for CUDA alone: its operators are declared, so that it can be imported beside a torch for CPUs.
 DECLARED := import torch; _operators = torch.library.Library("torchvision", "DEF"); [_operators.define(x + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor") for x in ("nms", "qnms")]
+DECLARE = printf '%s\n' '$(DECLARED)' | cat - "$$site/torchvision/__init__.py" > "$$site/declared" && mv "$$site/declared" "$$site/torchvision/__init__.py"
+
+# vLLM in an environment of its own (3 GB), for `python -m benchmarks.serve_vllm`.
+VLLM := .venv-vllm
 vllm-env: $(VLLM)/.ready
 $(VLLM)/.ready: constraints-vllm.txt | setup
 	rm -rf $(VLLM) && $(BIN)/python -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --no-compile -c constraints.txt torch
 	$(VLLM)/bin/python -m pip install --quiet --no-compile --no-deps -r constraints-vllm.txt
-	site="$$($(VLLM)/bin/python $(SITE_OF))" && echo "$(CURDIR)" > "$$site/cdistill_here.pth" && \
-	    printf '%s\n' '$(DECLARED)' | cat - "$$site/torchvision/__init__.py" > "$$site/tv" && mv "$$site/tv" "$$site/torchvision/__init__.py"
+	site="$$($(VLLM)/bin/python $(SITE_OF))" && echo "$(CURDIR)" > "$$site/cdistill_here.pth" && $(DECLARE)
+	touch $@
+
+# OpenVINO and optimum-intel over the project's torch, for `cdistill export --format openvino --python .venv-openvino/bin/python`.
+OPENVINO := .venv-openvino
+openvino-env: $(OPENVINO)/.ready
+$(OPENVINO)/.ready: constraints-openvino.txt | setup
+	rm -rf $(OPENVINO) && $(BIN)/python -m venv $(OPENVINO)
+	$(OPENVINO)/bin/python -m pip install --quiet --no-compile --no-deps -r constraints-openvino.txt
+	site="$$($(OPENVINO)/bin/python $(SITE_OF))" && $(DECLARE)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE_OF))')" > "$$($(OPENVINO)/bin/python $(SITE_OF))/over_cdistill.pth"
 	touch $@
 
 # A source distribution, and of it a wheel that runs wherever glibc is not older than here: libgomp travels inside.
@@ -116,4 +127,4 @@ dist: setup
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
 
 clean:
-	rm -rf build dist *.egg-info cdistill/*.so $(VENV) $(EVAL) $(DOCS) $(READERS) $(VLLM)
+	rm -rf build dist *.egg-info cdistill/*.so $(VENV) $(EVAL) $(DOCS) $(READERS) $(VLLM) $(OPENVINO)

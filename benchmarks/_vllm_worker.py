@@ -38,7 +38,7 @@ def main() -> None:
             model.chat(request["conversations"][:1], timed)
             seconds.append(time.perf_counter() - start)
         rates.append(request["timed"] / (seconds[1] - seconds[0]))
-    answer = {"vllm": __version__, "replies": replies, "tokens_per_second": max(rates)}
+    answer = {"version": __version__, "replies": replies, "tokens_per_second": max(rates)}
     Path(sys.argv[2]).write_text(json.dumps(answer))
 
 

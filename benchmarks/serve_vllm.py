@@ -7,11 +7,8 @@ are served with heads of 32, half of whose channels are zero, and as Llamas, who
 function (`wider`), and transformers answers by it, too. The command ends with 1 where a reply differs.
 """
 
-import base64
-import io
 import json
 import math
-import subprocess
 import sys
 import tempfile
 from datetime import UTC, datetime
@@ -19,21 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import nn
 from transformers import LlamaConfig
 
 import cdistill
 from benchmarks._results import ROOT, cpu_environment, results_folder
-from benchmarks._serving import questions, right
+from benchmarks._serving import ASKED, PAIRS, ask_elsewhere, by_transformers, conversations, right
 from cdistill.models.export import export
 from cdistill.models.load import Model, load_model, resolve_folder
 from cdistill.models.processor import load_processor
 
 PYTHON = ROOT / ".venv-vllm/bin/python"
 WORKER = Path(__file__).with_name("_vllm_worker.py")
-ASKED, PAIRS, PLAIN = 350, 25, 25  # conversations with an image, with two, and with words alone
-MOST_TOKENS, LONG, TRIES = 12, 128, 5  # of a reply; of one that is timed, and how often
 THREADS = 2
 KEPT = (
     *(
@@ -97,63 +91,6 @@ def load_rotary(model: Model) -> Model:
         return load_model(name).eval()
 
 
-def conversations() -> tuple[list[list[dict[str, Any]]], list[str]]:
-    """Questions about an image with their answers, then about two images and about none."""
-    asked = list(questions())[:ASKED]
-    images = [message["content"][0] for (message,), _ in asked]
-    words = [message["content"][1] for (message,), _ in asked]
-    more = [[{"role": "user", "content": [images[i], images[-1 - i], words[i]]}] for i in range(PAIRS)]
-    more += [[{"role": "user", "content": [words[i]]}] for i in range(PLAIN)]
-    return [messages for messages, _ in asked] + more, [answer for _, answer in asked]
-
-
-def as_request(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A conversation as servers take it: images as data URLs."""
-
-    def part(value: dict[str, Any]) -> dict[str, Any]:
-        if value["type"] != "image":
-            return value
-        file = io.BytesIO()
-        image: Image.Image = value["image"]
-        image.save(file, format="PNG")
-        return {
-            "type": "image_url",
-            "image_url": {"url": f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"},
-        }
-
-    return [{**message, "content": [part(value) for value in message["content"]]} for message in messages]
-
-
-@torch.no_grad()
-def by_transformers(model: Model, processor: Any, asked: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Greedy replies, one conversation at a time."""
-    found = []
-    for messages in asked:
-        given = processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
-        ids = model.generate(**given, max_new_tokens=MOST_TOKENS, do_sample=False)[0]
-        prompt = given["input_ids"].shape[1]
-        found.append({"prompt": prompt, "ids": ids[prompt:].tolist()})
-    return found
-
-
-def by_vllm(folder: Path, asked: list[list[dict[str, Any]]], scratch: Path) -> dict[str, Any]:
-    """What a process with vLLM answers to all of them at once."""
-    request = {
-        "folder": str(folder),
-        "length": 512,
-        "tokens": MOST_TOKENS,
-        "timed": LONG,
-        "tries": TRIES,
-        "conversations": [as_request(messages) for messages in asked],
-    }
-    (scratch / "request.json").write_text(json.dumps(request))
-    subprocess.run([PYTHON, WORKER, scratch / "request.json", scratch / "answer.json"], check=True, cwd=scratch)
-    answer: dict[str, Any] = json.loads((scratch / "answer.json").read_text())
-    return answer
-
-
 def serve(reference: str, *, merge_taf: bool, scratch: Path) -> dict[str, Any]:
     """One row: a model in vLLM beside transformers."""
     plain = export(reference, scratch / "plain", merge_taf=merge_taf).folder
@@ -163,14 +100,14 @@ def serve(reference: str, *, merge_taf: bool, scratch: Path) -> dict[str, Any]:
     folder = export(scratch / "wide", scratch / "served", merge_taf=merge_taf).folder
     asked, answers = conversations()
     expected = by_transformers(model, processor, asked)
-    answer = by_vllm(folder, asked, scratch)
+    answer = ask_elsewhere(PYTHON, WORKER, folder, asked, scratch)
     same = [a == b for a, b in zip(answer["replies"], expected, strict=True)]
     replies = [processor.decode(x["ids"], skip_special_tokens=True).strip() for x in answer["replies"]]
     hits = sum(map(right, replies, answers))
     return {
         "model": reference,
         "class": type(model).__name__,
-        "engine": f"vLLM {answer['vllm']}",
+        "engine": f"vLLM {answer['version']}",
         "format": "safetensors, fp32",
         "same_replies_of_50": sum(same[:50]),
         "same_replies": sum(same),

@@ -17,6 +17,8 @@ from cdistill.errors import InputError
 from cdistill.eval import benchmarks
 from cdistill.eval import command as evaluation
 from cdistill.files import disk_full
+from cdistill.formats import command as importing
+from cdistill.formats import export_command as exporting
 from cdistill.init import command as starting
 from cdistill.menu import Command
 from cdistill.plan import command as planning
@@ -72,42 +74,9 @@ def _data(options: argparse.Namespace) -> int:
     return data.main(options, load)
 
 
-def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", help="folder of a model, a run (its last finished stage) or a peft adapter, or builtin:NAME"
-    )
-    parser.add_argument("output", help="folder to write, new or empty")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="number format (default: the model's)")
-    parser.add_argument(
-        "--keep-taf", action="store_true", help="do not merge the map of TAF into the teacher's adapter"
-    )
-    parser.add_argument("--code", action="store_true", help="add a TAF student's code, for use without cdistill")
-    parser.add_argument("--max-shard-size", metavar="SIZE", help="bytes of a file of weights, or such as 5GB")
-    parser.add_argument(
-        "--check", action="store_true", help="read the folder back in a fresh process and compare its replies"
-    )
-
-
 def _export(options: argparse.Namespace) -> int:
-    from cdistill.models.export import export
-
     with environment(distributed=False):  # saving makes transformers import DeepSpeed, which else remarks on the device
-        result = export(
-            options.model,
-            options.output,
-            dtype=options.dtype,
-            merge_taf=not options.keep_taf,
-            code=options.code,
-            max_shard_size=options.max_shard_size,
-            check=options.check,
-        )
-    for remark in result.remarks:
-        print(remark)
-    if result.checked:
-        print(result.checked)
-    merged = f", {' and '.join(result.merged)} merged" if result.merged else ""
-    print(f"{result.model_class} in {result.dtype}{merged} -> {result.folder}")
-    return 0
+        return exporting.main(options)
 
 
 def _completion_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,6 +94,7 @@ GROUPS = {
     "begin": {
         "doctor": Command("tell what this machine has and lacks", doctor.add_arguments, doctor.main),
         "init": Command("write a recipe for your own models and data", starting.add_arguments, starting.main),
+        "import": Command("read a checkpoint of another project", importing.add_arguments, importing.main),
         "demo": Command("distil the built-in student and compare it", demo.add_arguments, demo.main),
     },
     "train": {
@@ -142,7 +112,7 @@ GROUPS = {
         **{f"eval {word}": Command(line, do.add_arguments, do.main) for word, (line, do) in evaluation.WORDS.items()},
         **{f"analyze {word}": Command(*of) for word, of in analyzing.WORDS.items()},
         "report": Command("show what runs have logged in one page", report.add_arguments, report.main),
-        "export": Command("write a model that plain transformers loads", _export_arguments, _export),
+        "export": Command("write a model for transformers or another engine", exporting.add_arguments, _export),
         "push": Command("publish a result on the hub, with a model card", push.add_arguments, push.main),
     },
     "more": {

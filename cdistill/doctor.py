@@ -28,6 +28,7 @@ EXTRAS = {
     "peft": ("lora", "student.lora"),
     "bitsandbytes": ("quantization", "teacher_memory.quantization"),
     "vl-convert-python": ("report", "`cdistill report`"),
+    "gguf": ("gguf", "`cdistill export --format gguf`"),
 }
 LEAST_DISK = 10**9
 

@@ -21,7 +21,6 @@ from ._primitives import (
     load_keys,
     load_lse,
     load_rows,
-    load_vectors,
     sample_pointer,
     scores,
     visible,
@@ -29,6 +28,21 @@ from ._primitives import (
 
 # Window buffers one launch can add to: the bits of a signed 64-bit argument.
 WINDOWS_PER_LAUNCH = 62
+
+
+@triton.jit
+def load_unmasked(
+    p_x,  # (T, D) of one sample and head
+    b_pos,  # (BP,)
+    stride_t,  # in units of UNIT elements
+    UNIT: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """As `load_vectors`, but -1 gives the first vector instead of zeros: masks take registers and instructions in loops."""
+    o_d = tl.arange(0, BD)
+    p_tile = p_x + (tl.maximum(b_pos, 0).to(tl.int64) * stride_t * UNIT)[:, None] + o_d[None, :]
+    return tl.load(p_tile) if D == BD else tl.load(p_tile, mask=(o_d < D)[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=[*BATCH_DEPENDENT, "windows"])
@@ -70,7 +84,7 @@ def slice_forward_kernel(
     Heads are innermost, so the tile is written once and no head's probabilities leave the program. With NEST a kv head's
     keys are loaded once for its group of query heads. With EACH a program has one query head and no mean is taken. SPLIT > 1
     programs share the heads of a tile where tiles alone would not fill the GPU: p_out then holds their partial sums.
-    A tile without a visible entry skips the heads. Hidden entries are cut off at the end: only there can exp overflow.
+    A tile without a visible entry skips the heads. Hidden entries, which may be anything, are cut off at the end.
     """
     i_n, i_m, i_z = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     if EACH:
@@ -102,15 +116,15 @@ def slice_forward_kernel(
     b_acc = tl.zeros((BM, BN), tl.float32)
     if not NEST:
         for i_h in tl.range(i_first, i_first + n_loop):
-            b_q = load_vectors(p_q + tl.cast(i_h, tl.int64) * stride_qh * UNIT, b_row, stride_qt, UNIT, D, BD)
-            b_k = load_vectors(p_k + tl.cast(i_h // GROUP, tl.int64) * stride_kh * UNIT, b_col, stride_kt, UNIT, D, BD)
+            b_q = load_unmasked(p_q + tl.cast(i_h, tl.int64) * stride_qh * UNIT, b_row, stride_qt, UNIT, D, BD)
+            b_k = load_unmasked(p_k + tl.cast(i_h // GROUP, tl.int64) * stride_kh * UNIT, b_col, stride_kt, UNIT, D, BD)
             b_lse, b_share = load_lse(p_lse, p_share, (i_b * Hq + i_h) * T, b_row)
             b_acc += exponentials(scores(b_q, b_k), scale, b_lse[:, None]) * b_share[:, None]
     else:
         for i_kv in tl.range(i_first // GROUP, i_first // GROUP + n_loop):
-            b_k = load_vectors(p_k + tl.cast(i_kv, tl.int64) * stride_kh * UNIT, b_col, stride_kt, UNIT, D, BD)
+            b_k = load_unmasked(p_k + tl.cast(i_kv, tl.int64) * stride_kh * UNIT, b_col, stride_kt, UNIT, D, BD)
             for i_h in tl.range(i_kv * GROUP, i_kv * GROUP + GROUP):
-                b_q = load_vectors(p_q + tl.cast(i_h, tl.int64) * stride_qh * UNIT, b_row, stride_qt, UNIT, D, BD)
+                b_q = load_unmasked(p_q + tl.cast(i_h, tl.int64) * stride_qh * UNIT, b_row, stride_qt, UNIT, D, BD)
                 b_lse, b_share = load_lse(p_lse, p_share, (i_b * Hq + i_h) * T, b_row)
                 b_acc += exponentials(scores(b_q, b_k), scale, b_lse[:, None]) * b_share[:, None]
     b_row = load_rows(p_rows + i_b * R, o_m, R, AGAIN=True)

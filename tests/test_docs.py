@@ -49,6 +49,7 @@ COMMANDS = {
     "eval presets": "test_eval_benchmarks.py",
     "eval score": "test_eval_scorers.py",
     "gradients": "test_train_gradients.py",
+    "import": "test_import_use.py",
     "push": "test_hub.py",
     "reproduce": "test_reproduce.py",
 }

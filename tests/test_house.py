@@ -41,6 +41,7 @@ ALLOWED = {
     "data": {"choices", "_plugins", "files"},
     "builtin": {"data"},
     "runtime": {"data", "manifest"},
+    "formats": {"models", "data", "serving"},
     "train": {"models", "builtin", "runtime", "eval", "menu"},
     "plan": {"train"},
     "init": {"plan"},
@@ -50,7 +51,7 @@ ALLOWED = {
     "demo": {"attention", "reproduce"},
     "reproduce": {"train", "analysis", "eval"},
     "report": {"train", "analysis"},
-    "cli": {"demo", "init", "attention", "reproduce", "report", "doctor"},
+    "cli": {"demo", "init", "attention", "reproduce", "report", "doctor", "formats"},
     "__main__": {"cli"},
 }
 

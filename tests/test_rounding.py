@@ -7,11 +7,14 @@ import pytest
 import torch
 from builtin_models import make_recipe
 from family_models import build, draw
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize, quantize
 from parity_cases import MICRO, Case, train
 from safetensors.torch import load_file
 from test_train_stages import Crash
 from torch.nn.functional import linear
 
+from cdistill.models.gguf import export_gguf
 from cdistill.models.load import load_model
 from cdistill.models.parts import language_model
 from cdistill.plan.blueprint import student_of
@@ -41,6 +44,9 @@ def test_grids_by_their_definition(grid):
         [np.concatenate([by_definition(block, grid) for block in row.reshape(3, 32)]) for row in weight.numpy()]
     )
     # x * (1 / scale) and x / scale may fall to either side of a half
+    kind = GGMLQuantizationType[grid.upper()]
+    held = dequantize(quantize(found.numpy(), kind), kind)
+    assert np.array_equal(held, found.numpy()), "a file of the format holds them exactly"
     same = np.isclose(found.numpy(), wanted, rtol=1e-6, atol=0)
     assert same.mean() > 0.999
     assert torch.equal(on_grid(found, grid), found), "what is rounded stays as it is"
@@ -94,6 +100,13 @@ def test_a_run_ends_with_weights_on_the_grid_and_resumes_to_the_bit(models, tmp_
     }
     assert len(weights) == 14 and all(torch.equal(on_grid(w, "q4_0"), w) for w in weights.values())
     assert not torch.equal(on_grid(model.lm_head.weight, "q4_0"), model.lm_head.weight)
+    written = export_gguf(tmp_path / "whole", tmp_path / "gguf", quantize="q4_0", check=True).folder
+    tensors = {t.name: dequantize(t.data, t.tensor_type) for t in GGUFReader(written / "model-q4_0.gguf").tensors}
+    for theirs, ours in (("ffn_down", "mlp.down_proj"), ("attn_q", "self_attn.q_proj")):
+        for layer in (0, 1):
+            assert np.array_equal(
+                tensors[f"blk.{layer}.{theirs}.weight"], weights[f"{layer}.{ours}.weight"].detach().numpy()
+            )
     logged = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
     assert all(entry["vat"] > 0 for entry in logged if entry["stage"] == "dft")
 

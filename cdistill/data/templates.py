@@ -48,7 +48,7 @@ _PLAIN = """\
     {%- endif -%}
 {%- endfor -%}
 """
-_TURNS = """\
+TURNS = """\
 {{- (said(messages[0]) if messages[0].role == "system" else system) ~ " " -}}
 {%- for message in messages -%}
     {%- if message.role == "user" -%}
@@ -84,8 +84,8 @@ class _Named(NamedTuple):
 
 _NAMED = {
     "plain": _Named(_PLAIN, "\n"),
-    "qwen2_base": _Named(_TURNS, "<|endoftext|>", tokens=("<|endoftext|>",)),
-    "vicuna_v1": _Named(_TURNS, "</s>", tokens=("</s>",)),
+    "qwen2_base": _Named(TURNS, "<|endoftext|>", tokens=("<|endoftext|>",)),
+    "vicuna_v1": _Named(TURNS, "</s>", tokens=("</s>",)),
     "chatml": _Named(_CHATML, "<|im_end|>", "You are a helpful assistant.", ("<|im_start|>", "<|im_end|>")),
 }
 
@@ -369,6 +369,18 @@ def _named_template(named: _Named, image: str, *, bos: bool) -> str:
     values = {"image": image, "end": named.end, "system": named.system}
     head = "".join(f"{{%- set {k} = {json.dumps(v)} -%}}\n" for k, v in values.items())
     return head + _SAID + ("{{- bos_token -}}\n" if bos else "") + named.body
+
+
+def template_source(body: str, end: str, system: str = SYSTEM, image: str = IMAGE_TOKEN) -> str:
+    """A chat template in Jinja for a processor, which puts a BOS before texts itself.
+
+    Args:
+        body: writes ``messages``, each by ``said(message)``, and a prompt where ``add_generation_prompt`` is true.
+        end: what closes an answer, ``end`` in the body.
+        system: ``system`` in the body.
+        image: mark of an image.
+    """
+    return _named_template(_Named(body, end, system), image, bos=False)
 
 
 def _common_prefix(one: str, other: str) -> int:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,28 +79,48 @@ def export(
     """
     output = Path(os.path.abspath(output))
     _check_options(output, dtype, max_shard_size)
+    folders, processor, remarks = find_parts(model)  # before the weights, which may take long
+    loaded, merged, left = load_merged(folders, None if dtype is None else DTYPES[dtype], merge_taf=merge_taf)
+    remarks += left
+    if code and not isinstance(loaded, TAFLlavaForConditionalGeneration):
+        remarks.append(f"--code: {type(loaded).__name__} is part of transformers and needs none")
+        code = False
+    checked, more = _write(loaded, processor, output, code=code, max_shard_size=max_shard_size, check=check)
+    name = next(name for name, value in DTYPES.items() if value == loaded.dtype)
+    return Exported(output, type(loaded).__name__, name, tuple(merged), (*remarks, *more), checked)
+
+
+def find_parts(model: str | Path) -> tuple[list[Path], Processor, list[str]]:
+    """Folders of a model, of an adapter with its base first; what goes beside the weights, and remarks on it.
+
+    Raises ValueError as `export`.
+    """
     folder = resolve_folder(str(model), "model")
-    adapted = (folder / ADAPTER_CONFIG).is_file()
-    folders = [base_of(folder), folder] if adapted else [folder]
-    processor, remarks = _check(folders)  # before the weights, which may take long
-    loaded = _load(folders[0])
-    target = loaded.dtype if dtype is None else DTYPES[dtype]
-    merged = ["LoRA"] if adapted else []
-    if adapted:
-        loaded = merge_adapter(loaded.float(), folder)  # sums in a narrower format would lose what was learnt
+    folders = [base_of(folder), folder] if (folder / ADAPTER_CONFIG).is_file() else [folder]
+    return folders, *_check(folders)
+
+
+def load_merged(
+    folders: Sequence[Path], dtype: torch.dtype | None, *, merge_taf: bool = True
+) -> tuple[Model, list[str], list[str]]:
+    """The model in folders that `find_parts` found, what was merged into it, and remarks on that.
+
+    ``dtype`` None is that of the files. Raises ValueError as `export`.
+    """
+    loaded, merged, remarks = _load(folders[0]), [], []
+    target = loaded.dtype if dtype is None else dtype
+    if len(folders) > 1:
+        loaded, merged = (
+            merge_adapter(loaded.float(), folders[1]),
+            ["LoRA"],
+        )  # a narrower format would lose what was learnt
     is_taf = isinstance(loaded, TAFLlavaForConditionalGeneration)
     if merge_taf and is_taf and loaded.config.taf_activation == "linear":
         if can_merge_taf(loaded):
             loaded, merged = merge_taf_map(loaded, target), [*merged, "TAF"]
         else:
             remarks.append("TAF was left as trained: the teacher's adapter has more activations than a LLaVA's")
-    loaded = loaded.to(target)
-    if code and not isinstance(loaded, TAFLlavaForConditionalGeneration):
-        remarks.append(f"--code: {type(loaded).__name__} is part of transformers and needs none")
-        code = False
-    checked, more = _write(loaded, processor, output, code=code, max_shard_size=max_shard_size, check=check)
-    name = next(name for name, value in DTYPES.items() if value == target)
-    return Exported(output, type(loaded).__name__, name, tuple(merged), (*remarks, *more), checked)
+    return loaded.to(target), merged, remarks
 
 
 def _check_options(output: Path, dtype: str | None, max_shard_size: int | str | None) -> None:
@@ -107,6 +128,11 @@ def _check_options(output: Path, dtype: str | None, max_shard_size: int | str | 
         raise InputError(f"max_shard_size must be a number of bytes or such as 5GB, got {max_shard_size!r}")
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_output(output)
+
+
+def check_output(output: Path) -> None:
+    """Raise ValueError if something is in the way of a folder to be written."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"output: {output} exists and is no empty folder")
 
