@@ -8,6 +8,7 @@ import torch
 from family_models import build, draw_with_layout, processor
 from family_table import FAMILIES
 from PIL import Image
+from transformers import Dinov2Config, LlavaConfig
 
 from cdistill.attention.layout import FRAME, TILES, Shown, layout
 from cdistill.vat import visual_token_ids
@@ -100,6 +101,16 @@ def test_frames_of_videos_are_pictures_of_their_own(family):
     places = np.concatenate([piece.places.ravel() for piece in pieces])
     assert len(set(places)) == len(places) and (places >= 0).all()
     assert len(places) == int(visual[3].sum()) - (family == "llava_onevision")  # whose newline lies nowhere
+
+
+@pytest.mark.parametrize(("height", "width"), [(84, 84), (56, 84)])
+def test_patches_of_an_encoder_that_interpolates_its_positions_are_those_of_the_pixels(height, width):
+    """DINOv2's configuration speaks of 518 pixels, whatever its image processor makes."""
+    config = LlavaConfig(vision_config=Dinov2Config(image_size=518, patch_size=14))
+    count = height * width // 14**2
+    tensors = {"pixel_values": torch.empty(1, 3, height, width)}
+    (piece,) = layout(Shown(config, processor("llava_qwen2"), [0] * count, np.ones(count, bool), tensors, [(48, 48)]))
+    assert piece.places.tolist() == np.arange(count).reshape(height // 14, width // 14).tolist()
 
 
 def test_what_a_layout_does_not_explain_is_refused():

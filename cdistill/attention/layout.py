@@ -107,14 +107,15 @@ def _seen(processor: Any, size: tuple[int, int]) -> Box:
 
 
 def _llava(shown: Shown) -> tuple[list[Piece], int]:
-    side, count = _side(shown.config), int(shown.visual.sum())
+    patch, count = int(shown.config.vision_config.patch_size), int(shown.visual.sum())
+    rows, columns = (pixels // patch for pixels in shown.tensors["pixel_values"].shape[-2:])  # encoders may interpolate
     each = count // max(1, len(shown.sizes))
-    dropped = side * side - each
+    dropped = rows * columns - each
     if dropped not in (0, 1):  # a class token is none of the grid; of an encoder without one the first patch goes
         return [], -1
     pieces = []
     for i, size in enumerate(shown.sizes):
-        places = _grid(i * each - dropped, side, side)
+        places = _grid(i * each - dropped, rows, columns)
         places[0, 0] = -1 if dropped else places[0, 0]
         pieces.append(Piece(i, WHOLE, _seen(shown.processor, size), places))
     return pieces, each * len(shown.sizes)
