@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_replies_are_transformers_and_files_are_scored_again(data, whole, tmp_pa
     assert {name: result[name] for name in ("metrics", "counts", "cut", "unparsed")} == {
         name: again[name] for name in ("metrics", "counts", "cut", "unparsed")
     }
-    assert result["run"]["name"] == "builtin:teacher" and result["versions"]["torch"] == torch.__version__
+    assert result["run"]["name"] == "builtin:teacher" and result["versions"]["torch"] == version("torch")
 
 
 @pytest.mark.parametrize("batch_size", ["1", "32", "auto"])

@@ -114,7 +114,7 @@ def test_keys_are_strings_as_written():
         ("a: &a {b: 1}\nc: {<<: *a, <<: *a}", "f, line 2: c.<< is given twice (first in line 2)"),
         ("a: 1\n---\nb: 2", "f is not valid YAML: expected a single document"),
         ("a: {b: [1\nc: 2}", "f is not valid YAML: while parsing a flow sequence"),
-        ("[" * 500, "f is not valid YAML: it nests too deeply"),
+        ("[" * 5000, "f is not valid YAML: it nests too deeply"),
         ("a: \x00", "f is not valid YAML: unacceptable character"),
         (
             "".join(f"k{i}: &k{i} [{', '.join([f'*k{i - 1}' if i else '1'] * 12)}]\n" for i in range(9)),
