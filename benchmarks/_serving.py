@@ -5,17 +5,21 @@ import io
 import json
 import subprocess
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+import cdistill
+from benchmarks._results import cpu_environment, results_folder
 from cdistill.builtin.scorer import held_out_questions
 from cdistill.builtin.task import SUBTYPES
 from cdistill.models.load import Model
 
 EACH = 50  # questions of a kind
+THREADS = 2
 ASKED, PAIRS, PLAIN = 350, 25, 25  # conversations with an image, with two, and with words alone
 MOST_TOKENS, LONG, TRIES = 12, 128, 5  # of a reply; of one that is timed, and how often
 
@@ -91,3 +95,28 @@ def ask_elsewhere(
     subprocess.run([python, worker, scratch / "request.json", scratch / "answer.json"], check=True, cwd=scratch)
     answer: dict[str, Any] = json.loads((scratch / "answer.json").read_text())
     return answer
+
+
+def compared(
+    answer: dict[str, Any], expected: list[dict[str, Any]], answers: list[str], processor: Any
+) -> dict[str, Any]:
+    """How often `ask_elsewhere` got transformers' replies to the `conversations`, and right ones; and tokens a second."""
+    same = [a == b for a, b in zip(answer["replies"], expected, strict=True)]
+    replies = [processor.decode(x["ids"], skip_special_tokens=True).strip() for x in answer["replies"][: len(answers)]]
+    return {
+        "same_replies_of_50": sum(same[:50]),
+        "same_replies": sum(same),
+        "conversations": len(same),
+        "two_images": sum(same[ASKED : ASKED + PAIRS]),
+        "words_alone": sum(same[ASKED + PAIRS :]),
+        "accuracy": sum(map(right, replies, answers)) / len(answers),
+        "tokens_per_second": round(answer["tokens_per_second"]),
+    }
+
+
+def write_rows(name: str, rows: list[dict[str, Any]], **facts: Any) -> None:
+    """Keep a table in benchmarks/results/serve, with what it was measured on."""
+    known = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **cpu_environment(), "threads": THREADS}
+    path = results_folder() / "serve" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(known | {"cdistill": cdistill.__version__} | facts | {"rows": rows}, indent=1) + "\n")

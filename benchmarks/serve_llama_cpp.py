@@ -6,20 +6,17 @@ xllamacpp) and to transformers in fp32, both greedy, and writes benchmarks/resul
 f16 does not give transformers' reply to every one of 50 questions, or q8_0 is more than a point less accurate.
 """
 
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import cdistill
-from benchmarks._results import cpu_environment, results_folder, version
-from benchmarks._serving import EACH, questions, right
+from benchmarks._results import version
+from benchmarks._serving import EACH, THREADS, questions, right, write_rows
 from cdistill.builtin.task import SUBTYPES
 from cdistill.models.export import export
 from cdistill.models.gguf import QUANTIZE, export_gguf
@@ -29,7 +26,6 @@ from cdistill.models.processor import load_processor
 
 COMPARED = 50  # questions whose replies are compared, of all kinds in turn
 MOST_TOKENS = 12  # of a reply
-THREADS = 2
 LONG, TRIES = 128, 3  # tokens of a reply that is timed, and how often
 Ask = Callable[[list[dict[str, Any]]], str]
 
@@ -151,17 +147,8 @@ def main() -> int:
                 own = next(other["accuracy"] for other in found if other["model"] == model)
                 good &= "f16" not in row["format"] or row["same_replies_of_50"] == COMPARED
                 good &= "q8_0" not in row["format"] or row["accuracy"] >= own - 0.01
-    data = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **cpu_environment(),
-        "threads": THREADS,
-        "cdistill": cdistill.__version__,
-        "questions": f"{EACH} held-out ones of each of {len(SUBTYPES)} kinds, greedy; speeds: {LONG} tokens, best of {TRIES}",
-        "rows": found,
-    }
-    path = results_folder() / "serve" / "llama_cpp.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    asked = f"{EACH} held-out ones of each of {len(SUBTYPES)} kinds, greedy; speeds: {LONG} tokens, best of {TRIES}"
+    write_rows("llama_cpp.json", found, questions=asked)
     print(table(found))
     return int(not good)
 

@@ -5,18 +5,15 @@
 one, greedily, and writes benchmarks/results/serve/openvino.json. It ends with 1 where fp32 does not give every reply.
 """
 
-import json
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import cdistill
-from benchmarks._results import ROOT, cpu_environment, results_folder
-from benchmarks._serving import ASKED, PAIRS, ask_elsewhere, by_transformers, conversations, right
+from benchmarks._results import ROOT
+from benchmarks._serving import THREADS, ask_elsewhere, by_transformers, compared, conversations, write_rows
 from cdistill.models.export import export
 from cdistill.models.load import load_model
 from cdistill.models.processor import load_processor
@@ -24,7 +21,6 @@ from cdistill.serving.openvino import WEIGHTS, export_openvino
 
 PYTHON = ROOT / ".venv-openvino/bin/python"
 WORKER = Path(__file__).with_name("_openvino_worker.py")
-THREADS = 2
 
 
 def rows(reference: str, scratch: Path) -> list[dict[str, Any]]:
@@ -37,19 +33,11 @@ def rows(reference: str, scratch: Path) -> list[dict[str, Any]]:
     for weights in WEIGHTS:
         folder = export_openvino(reference, scratch / weights, python=PYTHON, weights=weights).folder
         answer = ask_elsewhere(PYTHON, WORKER, folder, asked, scratch)
-        same = [a == b for a, b in zip(answer["replies"], expected, strict=True)]
-        replies = [processor.decode(x["ids"], skip_special_tokens=True).strip() for x in answer["replies"]]
         row = {
             "model": reference,
             "engine": f"OpenVINO {answer['version']}",
             "format": f"openvino, {weights}",
-            "same_replies_of_50": sum(same[:50]),
-            "same_replies": sum(same),
-            "conversations": len(same),
-            "two_images": sum(same[ASKED : ASKED + PAIRS]),
-            "words_alone": sum(same[ASKED + PAIRS :]),
-            "accuracy": sum(map(right, replies, answers)) / len(answers),
-            "tokens_per_second": round(answer["tokens_per_second"]),
+            **compared(answer, expected, answers, processor),
             "bytes": sum(path.stat().st_size for path in folder.glob("*.bin")),
         }
         print(row, flush=True)
@@ -67,16 +55,7 @@ def main() -> int:
     for reference in sys.argv[1:] or ["builtin:teacher"]:
         with tempfile.TemporaryDirectory() as name:
             found += rows(reference, Path(name))
-    data = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **cpu_environment(),
-        "threads": THREADS,
-        "cdistill": cdistill.__version__,
-        "rows": found,
-    }
-    path = results_folder() / "serve" / "openvino.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    write_rows("openvino.json", found)
     return int(any(row["same_replies"] < row["conversations"] for row in found if row["format"].endswith("fp32")))
 
 

@@ -7,11 +7,9 @@ are served with heads of 32, half of whose channels are zero, and as Llamas, who
 function (`wider`), and transformers answers by it, too. The command ends with 1 where a reply differs.
 """
 
-import json
 import math
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +17,14 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
-import cdistill
-from benchmarks._results import ROOT, cpu_environment, results_folder
-from benchmarks._serving import ASKED, PAIRS, ask_elsewhere, by_transformers, conversations, right
+from benchmarks._results import ROOT
+from benchmarks._serving import THREADS, ask_elsewhere, by_transformers, compared, conversations, write_rows
 from cdistill.models.export import export
 from cdistill.models.load import Model, load_model, resolve_folder
 from cdistill.models.processor import load_processor
 
 PYTHON = ROOT / ".venv-vllm/bin/python"
 WORKER = Path(__file__).with_name("_vllm_worker.py")
-THREADS = 2
 KEPT = (
     *(
         "vocab_size",
@@ -101,21 +97,12 @@ def serve(reference: str, *, merge_taf: bool, scratch: Path) -> dict[str, Any]:
     asked, answers = conversations()
     expected = by_transformers(model, processor, asked)
     answer = ask_elsewhere(PYTHON, WORKER, folder, asked, scratch)
-    same = [a == b for a, b in zip(answer["replies"], expected, strict=True)]
-    replies = [processor.decode(x["ids"], skip_special_tokens=True).strip() for x in answer["replies"]]
-    hits = sum(map(right, replies, answers))
     return {
         "model": reference,
         "class": type(model).__name__,
         "engine": f"vLLM {answer['version']}",
         "format": "safetensors, fp32",
-        "same_replies_of_50": sum(same[:50]),
-        "same_replies": sum(same),
-        "conversations": len(same),
-        "two_images": sum(same[ASKED : ASKED + PAIRS]),
-        "words_alone": sum(same[ASKED + PAIRS :]),
-        "accuracy": hits / len(answers),
-        "tokens_per_second": round(answer["tokens_per_second"]),
+        **compared(answer, expected, answers, processor),
         "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
     }
 
@@ -133,16 +120,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as name:
             rows.append(serve(reference, merge_taf=merged, scratch=Path(name)))
         print(rows[-1], flush=True)
-    data = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **cpu_environment(),
-        "threads": THREADS,
-        "cdistill": cdistill.__version__,
-        "rows": rows,
-    }
-    path = results_folder() / "serve" / "vllm.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    write_rows("vllm.json", rows)
     return int(any(row["same_replies"] < row["conversations"] for row in rows))
 
 

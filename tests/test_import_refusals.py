@@ -3,13 +3,13 @@
 import json
 import pickle
 import shutil
-from importlib.util import find_spec
 
 import layouts
 import pytest
 import torch
 
 from cdistill.cli import main
+from cdistill.formats import importing
 
 SIGLIP = {"language": "qwen2", "encoder": "siglip"}
 TILES = {"newline": True, "image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
@@ -299,6 +299,6 @@ def test_fields_that_are_not_used_are_named(made, tmp_path, capsys):
     assert "not used of config.json: image_crop_resolution, image_size_bonus\n" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="sentencepiece is here")
-def test_a_tokenizer_whose_package_is_missing(refused):
+def test_a_tokenizer_whose_package_is_missing(refused, monkeypatch):
+    monkeypatch.setattr(importing, "find_spec", lambda name: None)
     assert "pip install sentencepiece" in refused("llava", lambda folder: layouts.sentencepiece(folder))

@@ -18,6 +18,7 @@ from cdistill.models.gguf import export_gguf
 from cdistill.models.load import load_model
 from cdistill.models.parts import language_model
 from cdistill.plan.blueprint import student_of
+from cdistill.plan.memory import plan
 from cdistill.train import run
 from cdistill.train.recipes import load_recipe
 from cdistill.train.rounding import GRIDS, RoundedLinear, on_grid, round_weights
@@ -137,6 +138,23 @@ def test_rows_that_no_group_fits_are_refused():
         round_weights(model, "q8_0", "stage.sft.quantization")
     with pytest.raises(ValueError, match=r"is the weight of no linear layer$"):
         round_weights(build("llava_lfm2", 0), "q8_0", "stage.sft.quantization")
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_weights_of_16_bits_are_refused_where_they_could_not_hold_the_result(grid, models, tmp_path):
+    """DeepSpeed keeps bf16 and fp16 weights; autocast keeps them in fp32."""
+    changes = {"stages": ["sft"], "stage__sft__quantization": grid, "precision": "bf16"}
+    recipe = make_recipe(tmp_path / "run", models, deepspeed=2, **changes)
+    for attempt in (lambda: run(recipe), lambda: plan(recipe, gpus=1)):
+        with pytest.raises(
+            ValueError, match=r"^stage\.sft\.quantization must be null with deepspeed in bf16, whose weights cannot"
+        ):
+            attempt()
+    assert not (tmp_path / "run").exists()
+    model = load_model(run(make_recipe(tmp_path / "run", models, **changes)))
+    weight = model.model.language_model.layers[0].mlp.up_proj.weight
+    assert weight.dtype == torch.float32 and torch.equal(on_grid(weight, grid), weight)
+    assert not torch.equal(on_grid(weight.bfloat16(), grid).float(), weight), "bf16 would not hold it"
 
 
 @pytest.mark.parametrize(

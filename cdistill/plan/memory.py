@@ -18,7 +18,7 @@ from cdistill.plan.phases import phases_of
 from cdistill.plan.setting import Bytes, Setting
 from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.recipes import Recipe, StageConfig
-from cdistill.train.resolve import check_batches
+from cdistill.train.resolve import check_batches, check_rounding
 from cdistill.train.terms import Sizes
 
 PAPER_LENGTH = 2048
@@ -93,6 +93,7 @@ def plan(
     precision = precision or ("bf16" if recipe.precision == "auto" else recipe.precision)
     if precision not in DTYPES:
         raise InputError(f"precision must be one of {', '.join(DTYPES)}, got {precision!r}")
+    check_rounding(recipe, precision)
     stages = []
     remarks = []
     for index, name in enumerate(recipe.stages):

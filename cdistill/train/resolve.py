@@ -95,10 +95,13 @@ class Run:
 def resolve(recipe: Recipe, world: int | None = None) -> Run:
     """The run of a recipe by ``world`` processes, by default its own number.
 
-    Raises ValueError for fp16 without a GPU, and for global batches that the processes cannot share.
+    Raises ValueError for fp16 without a GPU, for global batches that the processes cannot share, and for rounded weights that
+    the run's number format cannot hold.
     """
     world, output = world or recipe.processes, Path(recipe.output)
     check_batches(recipe, world)
+    precision = precision_of(recipe)
+    check_rounding(recipe, precision)
     stages = []
     for index, (name, folder) in enumerate(zip(recipe.stages, stage_folders(recipe, output), strict=True)):
         config = recipe.stage[name]
@@ -119,7 +122,7 @@ def resolve(recipe: Recipe, world: int | None = None) -> Run:
             )
         )
     zero = None if recipe.deepspeed == "off" else recipe.deepspeed
-    return Run(recipe, output, world, precision_of(recipe), zero, tuple(stages))
+    return Run(recipe, output, world, precision, zero, tuple(stages))
 
 
 def precision_of(recipe: Recipe) -> str:
@@ -131,6 +134,18 @@ def precision_of(recipe: Recipe) -> str:
     if not torch.cuda.is_available():
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def check_rounding(recipe: Recipe, precision: str) -> None:
+    """Raise ValueError for a stage that rounds weights which DeepSpeed keeps in 16 bits: too few for the rounded numbers."""
+    if recipe.deepspeed == "off" or precision == "fp32":
+        return
+    for name in recipe.stages:
+        if recipe.stage[name].quantization is not None:
+            raise InputError(
+                f"stage.{name}.quantization must be null with deepspeed in {precision}, whose weights cannot hold rounded numbers: "
+                "take deepspeed off (weights stay fp32) or precision fp32"
+            )
 
 
 def check_batches(recipe: Recipe, world: int) -> None:

@@ -175,7 +175,7 @@ class StageConfig(Keys):
     """Gradients are scaled down to this norm; .inf leaves them as they are."""
     quantization: Literal["q8_0", "q4_0"] | None = None
     """Train with the weights of the language model's layers rounded to what GGUF's Q8_0 or Q4_0 can hold: 8 or 4 bits, and a
-    scale for each 32. The stage's result holds rounded weights. null rounds nothing."""
+    scale for each 32. The stage's result holds rounded weights, in fp32. null rounds nothing."""
     data: DataConfig = field(default_factory=DataConfig)
     validation: ValidationConfig | None = None
     """Measure the stage's losses on a held-out part of its data; null measures nothing."""
