@@ -143,7 +143,7 @@ def check_rounding(recipe: Recipe, precision: str) -> None:
     for name in recipe.stages:
         if recipe.stage[name].quantization is not None:
             raise InputError(
-                f"stage.{name}.quantization must be null with deepspeed in {precision}, whose weights cannot hold such numbers: "
+                f"stage.{name}.quantization must be null with deepspeed in {precision}, whose weights cannot hold them: "
                 "take deepspeed off (weights stay fp32) or precision fp32"
             )
 
