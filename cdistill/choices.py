@@ -177,6 +177,14 @@ class VATConfig:
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
 
+    def sequence_parallel_problems(self) -> Iterator[str]:
+        """What needs all heads of a layer in one process."""
+        for key, value, needed in (("engine", self.engine, "sdpa"), ("target", self.target, "stored")):
+            if value != needed:
+                yield f"vat.{key} must be {needed} with sequence_parallel, got {value}"
+        if self.heads == "match":
+            yield "vat.heads must be mean or each with sequence_parallel, which spreads them over processes, got match"
+
     @property
     def assigns_heads(self) -> bool:
         """Whether heads are matched by distances that must be measured."""

@@ -90,7 +90,7 @@ def test_recomputed_targets_keep_no_slice_and_need_every_layer():
     assert len(kept) == 2 * len(targets.layers) and all(x.shape[2] == tokens and x.is_inference() for x in kept)
     targets._recorded[min(targets.layers)] = (*targets._recorded[min(targets.layers)][:2], 0.123)
     with pytest.raises(ValueError, match=r"scale their scores differently .* use vat.target stored"):
-        list(targets.windows(vat.matches[0].teachers, masked=False))
+        list(targets.windows(vat.matches[0], masked=False))
 
 
 @pytest.mark.parametrize("engine", ["torch_flash", "triton"])

@@ -43,8 +43,8 @@ def images(student: Blueprint, s: Setting) -> Bytes:
 
 
 def attention_slice(recipe: Recipe, student: Blueprint, rows: int, s: Setting) -> int:
-    """Bytes of one layer's slice of attention, fp32, (B, R, V) or (B, Hq, R, V)."""
-    heads = 1 if recipe.vat.heads == "mean" else student.model.config.get_text_config().num_attention_heads
+    """Bytes of one layer's slice of attention, fp32, (B, R, V) or (B, Hq, R, V) of the heads that a process has."""
+    heads = 1 if recipe.vat.heads == "mean" else student.model.config.get_text_config().num_attention_heads // s.sharers
     return 4 * s.batch * heads * rows * (s.visual or s.length)
 
 
@@ -84,9 +84,23 @@ def teacher_hidden(recipe: Recipe, teacher: Blueprint | None, s: Setting) -> int
 def teacher_pass(recipe: Recipe, terms: Memory, teacher: Blueprint, s: Setting) -> int:
     """Embeddings, one layer's working memory, hidden states, and a slice on its way into the targets."""
     width = teacher.model.config.get_text_config().hidden_size
-    layer = _decoder(teacher, 1, s.batch, s.length, s.half, None, None)
+    layer = _decoder(teacher, 1, s.batch, s.tokens, s.half, None, None)
     on_its_way = 0 if terms.recomputes else attention_slice(recipe, teacher, terms.rows, s)
-    return 2 * s.batch * s.length * width * item_size(s.half) + layer.forward + on_its_way
+    embeddings = s.batch * (s.length + s.tokens) * width * item_size(s.half)
+    return embeddings + layer.forward + on_its_way + _exchange(teacher, s.half, s)
+
+
+def _exchange(blueprint: Blueprint, dtype: torch.dtype, s: Setting) -> int:
+    """What one exchange of tokens for heads holds beside a layer's own queries, keys and values: two copies of these.
+
+    Key heads of which there are fewer than processes are repeated.
+    """
+    if s.sharers == 1:
+        return 0
+    config = blueprint.model.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    vectors = config.num_attention_heads + 2 * max(config.num_key_value_heads, s.sharers)
+    return 2 * s.batch * s.tokens * vectors * width * item_size(dtype)
 
 
 def activations(recipe: Recipe, terms: Memory, student: Blueprint, s: Setting) -> Bytes:
@@ -94,7 +108,7 @@ def activations(recipe: Recipe, terms: Memory, student: Blueprint, s: Setting) -
 
     The layers are alike: of two footprints of one and two of them the difference is what each further one keeps.
     """
-    common = (s.batch, s.length, s.student, s.autocast)
+    common = (s.batch, s.tokens, s.student, s.autocast)
     one, two = _decoder(student, 1, *common, None), _decoder(student, 2, *common, None)
     layers, aligned, rows = len(language_model(student.model).layers), terms.layers, terms.rows
     compared, slices = one, 0
@@ -108,16 +122,21 @@ def activations(recipe: Recipe, terms: Memory, student: Blueprint, s: Setting) -
     item = item_size(s.student)
     embeds = s.batch * s.length * width * item + _adapter(student, s)
 
+    parts = 1 if recipe.vat.heads == "mean" else s.sharers  # of what a slice of each head takes
+    exchange = _exchange(student, s.half, s)
+
     def after(which: str, count: int) -> int:
         first, second, with_slice = (getattr(x, which) for x in (one, two, compared))
-        return embeds + first + (count - 1) * (second - first) + aligned * (with_slice - first)
+        return embeds + first + (count - 1) * (second - first) + aligned * (with_slice - first) // parts
 
-    working = max(one.backward - one.kept, compared.backward - compared.kept + slices)
-    incoming = 2 * s.batch * s.length * width * item  # gradients of the hidden states, before rows were picked
+    working = max(one.backward - one.kept, compared.backward - compared.kept + slices) + exchange
+    incoming = 2 * s.batch * s.tokens * width * item  # gradients of the hidden states, before rows were picked
     rows_picked = s.labelled * width * item
     first = embeds + (one.kept if aligned < layers else compared.kept)
     return {
-        "forward": after("cached", layers) + max(one.forward - one.cached, compared.forward - compared.cached + slices),
+        "forward": after("cached", layers)
+        + max(one.forward - one.cached, compared.forward - compared.cached + slices)
+        + exchange,
         "cached": after("cached", layers) + rows_picked,
         "kept": after("kept", layers) + rows_picked,
         "begin": after("kept", layers) + working + incoming,

@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="memory of one GPU, as in 24GB or 80GiB (default: of the GPU here or, without one, for a run on this CPU)",
     )
     parser.add_argument("--gpus", type=int, help="number of GPUs (default: the recipe's processes)")
+    parser.add_argument(
+        "--sequence-parallel", type=int, metavar="N", help="GPUs that share every sequence (default: the recipe's)"
+    )
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default: the recipe's, bf16 for auto")
     parser.add_argument("--length", type=int, help="tokens of a sample (default: 2048, or what the student can take)")
     parser.add_argument("--visual", type=int, help="visual tokens of a sample (default: those of one image)")
@@ -49,9 +52,11 @@ def main(options: argparse.Namespace) -> int:
     from cdistill.plan.suggestions import suggestions
     from cdistill.train.recipes import load_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)
+    shared = options.sequence_parallel
+    more = [] if shared is None else [f"sequence_parallel={shared}"]
+    recipe = load_recipe(options.recipe, [*options.overrides, *more])
     sizes = {name: getattr(options, name) for name in ("precision", "length", "visual", "answers")}
-    sizes["gpus"] = options.gpus or recipe.processes
+    sizes["gpus"] = options.gpus or max(recipe.processes, shared or 1)
     sizes["device"], limit = ("cuda", limit) if limit is not None else here(sizes["gpus"])
     if sizes["device"] == "cpu" and recipe.precision == "auto":
         sizes["precision"] = sizes["precision"] or "fp32"

@@ -75,7 +75,7 @@ def plan(
     """What a recipe needs on each GPU, from the configurations of its models; no weights are read.
 
     Args:
-        gpus: data-parallel processes, one per GPU.
+        gpus: processes, one per GPU, those that share sequences included.
         precision: fp32, bf16 or fp16; by default the recipe's, bf16 for ``auto``.
         device: ``cuda``, or ``cpu`` for what its processes need there (chunks of logits are smaller).
         length: tokens of a sample, visual tokens included; by default 2048 as in the paper, or what the student can take.
@@ -88,7 +88,7 @@ def plan(
     if gpus < 1:
         raise InputError(f"gpus must be at least 1, got {gpus}")
     recipe = replace(recipe, processes=gpus)
-    check_batches(recipe, gpus)
+    ways = check_batches(recipe, gpus)
     check_models(recipe)
     precision = precision or ("bf16" if recipe.precision == "auto" else recipe.precision)
     if precision not in DTYPES:
@@ -99,14 +99,15 @@ def plan(
     for index, name in enumerate(recipe.stages):
         stage = recipe.stage[name]
         student = student_of(recipe, stage)
-        micro = stage.micro_batch_size or stage.global_batch_size // gpus
+        micro = stage.micro_batch_size or stage.global_batch_size // ways
         setting = Setting(
             precision=precision,
             zero=recipe.deepspeed,
             gpus=gpus,
             device=device,
             batch=micro,
-            accumulates=stage.global_batch_size > micro * gpus,
+            accumulates=stage.global_batch_size > micro * ways,
+            sharers=recipe.sequence_parallel,
             **_tokens(student, stage, length, visual, answers),
         )
         stages.append(StagePlan(name, setting, phases_of(recipe, index, student, setting)))

@@ -24,6 +24,7 @@ class Setting:
         zero: ZeRO stage, or ``off``: plain torch, with autocast for half precision.
         batch: samples of a micro-batch; ``length``, ``visual`` and ``answers`` tokens are of one sample.
         accumulates: gradients are added up over several micro-batches.
+        sharers: processes that share a sequence.
     """
 
     precision: str
@@ -35,6 +36,12 @@ class Setting:
     length: int
     visual: int
     answers: int
+    sharers: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a sample that one process has."""
+        return -(-self.length // self.sharers)
 
     @property
     def half(self) -> torch.dtype:
@@ -58,8 +65,8 @@ class Setting:
 
     @property
     def labelled(self) -> int:
-        """Labelled tokens of a micro-batch."""
-        return self.batch * self.answers
+        """Labelled tokens of a micro-batch that one process has: all, where they are neighbours."""
+        return self.batch * min(self.answers, self.tokens)
 
 
 def memory_of_terms(recipe: Recipe, objective: Objective, student: Any, s: Setting) -> Memory:

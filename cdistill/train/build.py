@@ -41,6 +41,7 @@ from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.recipes import Recipe, StudentConfig, VATOptions
 from cdistill.train.resolve import precision_of
 from cdistill.train.rounding import layers_to_round
+from cdistill.train.sharded import NO_COMMON_VISION, check_shardable
 from cdistill.train.student import Vocabulary, folders_of, make_student, set_visual_tokens
 from cdistill.vat import VAT, attention_layers, head_counts
 
@@ -89,6 +90,8 @@ def build_models(recipe: Recipe) -> Models:
     models = Models(student, teacher, tokenizer, *processor_of(recipe, student, tokenizer))
     models.shares_vision = teacher is not None and shares_encoder(student, teacher)
     if isinstance(student, Llava) and isinstance(teacher, Llava) and not models.shares_vision:
+        if recipe.sequence_parallel > 1:
+            raise InputError(NO_COMMON_VISION)
         print("student and teacher have vision encoders of their own: each looks at the images itself", flush=True)
     if teacher is not None and recipe.teacher_memory.cache is not None:
         teacher.to("meta")  # what is left to ask of it stands in its configuration
@@ -185,6 +188,8 @@ def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> N
             raise InputError("student.lora needs peft: pip install cdistill[lora]")
         if stage.quantization is not None:
             layers_to_round(student, f"stage.{name}.quantization")
+        if recipe.sequence_parallel > 1:
+            check_shardable(student, teacher, recipe.sequence_parallel)
         if recipe.aligns(stage.objective):
             assert teacher is not None
             config = recipe.vat

@@ -15,11 +15,12 @@ from cdistill.models.load import Model
 from cdistill.models.parts import has_vision
 from cdistill.train.blank import idle_adapter, needs_blank
 from cdistill.train.left_out import refuse_left_out
+from cdistill.train.sharded import NO_COMMON_VISION, SHARDED_TERMS, check_shardable
 from cdistill.train.step import Step
 from cdistill.train.teacher import Teacher, hidden_states
 from cdistill.train.teacher_source import TeacherSource, source_of
 from cdistill.train.terms import Term, check_terms
-from cdistill.vat import Recorder, install, visual_token_ids
+from cdistill.vat import Recorder, SequenceShards, install, visual_token_ids
 
 
 class DistillationModel(nn.Module):
@@ -36,6 +37,8 @@ class DistillationModel(nn.Module):
         visual_tokens: ids of both models' visual tokens, by default those that the student's configuration names.
         pads_right: batches are padded on the right, so causality alone hides the padding from every real token and neither
             model is given a padding mask.
+        shards: the processes that have a part of every sequence, and are given the same batches; losses are then this one's
+            share, so that their sum over processes is what a single one computes.
 
     Raises:
         ValueError: terms that do not go together, or that need what the teacher does not give; models that a term is wrong
@@ -51,10 +54,11 @@ class DistillationModel(nn.Module):
         teacher: Model | TeacherSource | None = None,
         visual_tokens: Iterable[int] | None = None,
         pads_right: bool = True,
+        shards: SequenceShards | None = None,
     ) -> None:
         super().__init__()
         self.student: Model = student
-        self.terms, self.pads_right = tuple(terms), pads_right
+        self.terms, self.pads_right, self.shards = tuple(terms), pads_right, shards
         check_terms(self.terms)
         distils = any(term.teacher for term in self.terms)
         self.source = source_of(teacher, student) if distils and teacher is not None else None
@@ -82,6 +86,22 @@ class DistillationModel(nn.Module):
             if self._attention_term.teacher and self.teacher is not None:
                 install(self.teacher.model)
             install(student)
+        if shards is not None:
+            self._shard(shards)
+
+    def _shard(self, shards: SequenceShards) -> None:
+        """Let the tokens of both models lie on several processes. Raises ValueError for what needs them in one place."""
+        others = [term.name for term in self.terms if term.name not in SHARDED_TERMS]
+        if others:
+            raise InputError(f"sequence_parallel knows the terms {', '.join(SHARDED_TERMS)}, got {', '.join(others)}")
+        if not self.pads_right:
+            raise InputError("sequence_parallel needs batches that are padded on the right (pads_right)")
+        teacher = None if self.teacher is None else self.teacher.model
+        if not self._composed:
+            raise InputError(NO_COMMON_VISION)
+        check_shardable(self.student, teacher, shards.size)
+        for model in (self.student, *(() if teacher is None else (teacher,))):
+            install(model)
 
     def _check_models(self) -> None:
         """Before every batch, too: what a caller holds may change."""
@@ -142,7 +162,8 @@ class DistillationModel(nn.Module):
         mask = None if self.pads_right else rest.get("attention_mask")
         visual = self._visual_ids, self._needs_visual
         counted = batch.get("counted")
-        return Step(self.student, labels, rest, self.modules_of_terms, *visual, self._attention_term, mask, counted)
+        how = *visual, self._attention_term, mask, counted, self.shards
+        return Step(self.student, labels, rest, self.modules_of_terms, *how)
 
     def count_samples(self, labels: Tensor, **batch: Tensor) -> Tensor:
         """How many samples a batch holds, as terms over samples are divided by them."""
@@ -170,11 +191,11 @@ class DistillationModel(nn.Module):
             step.visual = hidden[step.visual_places.places]
 
     def student_hidden(self, inputs: dict[str, Any], shared: SharedVision | None, recorder: Recorder | None) -> Tensor:
-        """(B, T, d_S) the student's last hidden states."""
+        """(B, T, d_S) the student's last hidden states; with shards those of this process's tokens."""
         if self._composed:
             inputs = dict(inputs)
             inputs["inputs_embeds"] = student_embeddings(self.student, inputs.pop("input_ids"), shared)
-        return hidden_states(self.student, inputs, recorder)
+        return hidden_states(self.student, inputs, recorder, self.shards)
 
     @property
     def _composed(self) -> bool:

@@ -99,13 +99,13 @@ def resolve(recipe: Recipe, world: int | None = None) -> Run:
     the run's number format cannot hold.
     """
     world, output = world or recipe.processes, Path(recipe.output)
-    check_batches(recipe, world)
+    ways = check_batches(recipe, world)
     precision = precision_of(recipe)
     check_rounding(recipe, precision)
     stages = []
     for index, (name, folder) in enumerate(zip(recipe.stages, stage_folders(recipe, output), strict=True)):
         config = recipe.stage[name]
-        micro = config.micro_batch_size or config.global_batch_size // world
+        micro = config.micro_batch_size or config.global_batch_size // ways
         stages.append(
             Stage(
                 recipe=recipe,
@@ -118,7 +118,7 @@ def resolve(recipe: Recipe, world: int | None = None) -> Run:
                 seed=recipe.seed + index,
                 data_seed=recipe.seed * 1000 + index if config.data.seed is None else config.data.seed,
                 micro_batch_size=micro,
-                accumulation=config.global_batch_size // (world * micro),
+                accumulation=config.global_batch_size // (ways * micro),
             )
         )
     zero = None if recipe.deepspeed == "off" else recipe.deepspeed
@@ -148,12 +148,19 @@ def check_rounding(recipe: Recipe, precision: str) -> None:
             )
 
 
-def check_batches(recipe: Recipe, world: int) -> None:
-    """Raise ValueError unless the global batches can be split among ``world`` processes."""
+def check_batches(recipe: Recipe, world: int) -> int:
+    """Among how many the samples of a global batch are split, of ``world`` processes. Raises ValueError if they cannot be."""
+    if world % recipe.sequence_parallel:
+        raise InputError(
+            f"sequence_parallel must divide the number of processes, {world}, got {recipe.sequence_parallel}"
+        )
+    ways = world // recipe.sequence_parallel
     for name in dict.fromkeys(recipe.stages):
         stage = recipe.stage[name]
-        if stage.global_batch_size % (world * (stage.micro_batch_size or 1)):
+        if stage.global_batch_size % (ways * (stage.micro_batch_size or 1)):
+            shared = "" if ways == world else f" / sequence_parallel {recipe.sequence_parallel}"
             raise InputError(
-                f"stage.{name}.global_batch_size must be a multiple of {world} processes x micro_batch_size "
+                f"stage.{name}.global_batch_size must be a multiple of {world} processes{shared} x micro_batch_size "
                 f"{stage.micro_batch_size or 1}, got {stage.global_batch_size}"
             )
+    return ways

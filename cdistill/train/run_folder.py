@@ -21,7 +21,17 @@ from cdistill.train.recipes.values import MISSING, differences
 CHECKPOINTS = "checkpoints"
 # Keys that change nothing of what is trained; checkpoints hold the number of processes that wrote them and refuse others.
 FREE = (
-    *("name", "output", "processes", "workers", "save_steps", "logging_steps", "log_layers", "report_to"),
+    *(
+        "name",
+        "output",
+        "processes",
+        "sequence_parallel",
+        "workers",
+        "save_steps",
+        "logging_steps",
+        "log_layers",
+        "report_to",
+    ),
     *("max_bad_samples", "max_nonfinite_steps", "max_stuck_seconds"),
 )
 NAMED = 4  # differences in a message

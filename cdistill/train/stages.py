@@ -23,6 +23,7 @@ from cdistill.runtime.bad_samples import BadSamples
 from cdistill.runtime.collectives import first_process, naming_lost_peers, on_first_process
 from cdistill.runtime.errors import Stopped
 from cdistill.runtime.finite import FiniteSteps
+from cdistill.runtime.sequence_group import sequence_group
 from cdistill.runtime.signals import StopRequest, stop_on_signals
 from cdistill.runtime.stop import StopCallback
 from cdistill.runtime.zero import deepspeed_config, released, unpickling_data_alone
@@ -52,6 +53,7 @@ from cdistill.train.teacher_source import Cached, place_teacher
 from cdistill.train.terms.alignment import Alignment
 from cdistill.train.trainer import DistillTrainer, training_arguments
 from cdistill.train.validation import Validation
+from cdistill.vat import SequenceShards
 
 METRICS_BYTES = 1_000_000
 
@@ -255,7 +257,9 @@ def losses_of(
             measured[term.name] = key
         else:
             term.weight = weight
-    model = DistillationModel(student, terms, teacher=teacher)
+    ways = run.recipe.sequence_parallel
+    shards = SequenceShards(sequence_group(ways)) if ways > 1 else None
+    model = DistillationModel(student, terms, teacher=teacher, shards=shards)
     if measured:
         _balance(run, stage, model.to(device), data, measured)
     return model, data

@@ -17,6 +17,7 @@ from cdistill.models.load import Model
 from cdistill.vat import (
     PackedRegions,
     PackedSample,
+    SequenceShards,
     SliceRecorder,
     TeacherLayers,
     TeacherRelations,
@@ -77,6 +78,7 @@ class Step:
         attention_term: the term that compares attention, if one does.
         key_mask: (B, T) the padding mask that the models are given, None where they need none.
         counted: (B,) bool, the samples that count; None: all.
+        shards: the processes that have a part of every sequence; what follows is then of this one's tokens.
         teacher: what the teacher gives, None without one.
         recorder: what has seen the student's attention, made by the same term.
         hidden: (N, d_S) the student's last hidden states at `places`, with gradient.
@@ -94,6 +96,7 @@ class Step:
     attention_term: Any = None
     key_mask: Tensor | None = None
     counted: Tensor | None = None
+    shards: SequenceShards | None = None
     teacher: Signal | None = None
     recorder: Any = None
     hidden: Any = None
@@ -103,14 +106,20 @@ class Step:
     shared: dict[str, Any] = field(default_factory=dict)  # what terms make together
 
     @cached_property
+    def _labelled(self) -> tuple[Tensor, Tensor]:
+        """Places whose next token is labelled, in the batch and among the tokens that are here."""
+        places = F.pad(self.labels[:, 1:] != IGNORE_INDEX, (0, 1)).flatten().nonzero().squeeze(1)
+        return (places, places) if self.shards is None else self.shards.places(places, self.labels.shape[1])
+
+    @property
     def places(self) -> Tensor:
-        """(N,) int64 places, in the batch's B * T tokens, of those whose next token is labelled."""
-        return F.pad(self.labels[:, 1:] != IGNORE_INDEX, (0, 1)).flatten().nonzero().squeeze(1)
+        """(N,) int64 places, in the batch's B * T tokens, or those that are here, of those whose next token is labelled."""
+        return self._labelled[1]
 
     @property
     def targets(self) -> Tensor:
         """(N,) the labels that these places predict."""
-        return self.labels.flatten()[self.places + 1]
+        return self.labels.flatten()[self._labelled[0] + 1]
 
     @cached_property
     def visual_places(self) -> VisualPlaces:

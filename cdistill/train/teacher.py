@@ -16,14 +16,24 @@ from cdistill.models.parts import head_of, language_model
 from cdistill.models.taf import TAFAdapter
 from cdistill.runtime.zero import is_partitioned, teacher_config
 from cdistill.train.blank import with_blanks
+from cdistill.vat import SequenceShards
 from cdistill.vat.hook import KEYWORD
+from cdistill.vat.ulysses import ShardedPass
 
 # Inputs of a batch that show a model no image or video.
 TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids")
 
 
-def hidden_states(model: Model, inputs: dict[str, Any], recorder: Any) -> Tensor:
-    """(B, T, d) last hidden states of a language model or, with its own vision encoder, of a multimodal model."""
+def hidden_states(model: Model, inputs: dict[str, Any], recorder: Any, shards: SequenceShards | None = None) -> Tensor:
+    """(B, T, d) last hidden states of a language model or, with its own vision encoder, of a multimodal model.
+
+    With ``shards`` those of the tokens that are this process's, from embeddings of all.
+    """
+    if shards is not None:
+        embeds = inputs["inputs_embeds"]
+        recorder = ShardedPass(recorder, shards.attention(model))
+        positions = shards.positions(embeds.shape[0], embeds.shape[1], embeds.device)
+        inputs = {**inputs, "inputs_embeds": shards.part(embeds), "position_ids": positions}
     extra = {} if recorder is None else {KEYWORD: recorder}
     if "inputs_embeds" in inputs:
         return language_model(model)(**inputs, use_cache=False, **extra).last_hidden_state
@@ -60,13 +70,23 @@ class Teacher(nn.Module):
             self.model.model.multi_modal_projector = None
 
     @torch.no_grad()
-    def forward(self, places: Tensor, recorder: Any, shared: SharedVision | None = None, **inputs: Any) -> Tensor:
-        """(N, d_T) hidden states at the places (N,) of the batch's B * T tokens; ``recorder`` sees the attention."""
+    def forward(
+        self,
+        places: Tensor,
+        recorder: Any,
+        shared: SharedVision | None = None,
+        shards: SequenceShards | None = None,
+        **inputs: Any,
+    ) -> Tensor:
+        """(N, d_T) hidden states at the places (N,) of the batch's B * T tokens; ``recorder`` sees the attention.
+
+        With ``shards`` the places are among the tokens that are this process's.
+        """
         self._require_unsharded_root()
         self.eval()  # the student's train() reaches modules that the two have in common
         if self.shares_vision:
             inputs["inputs_embeds"] = teacher_embeddings(self.model, inputs.pop("input_ids"), shared)
-        hidden = hidden_states(self.model, inputs, recorder)
+        hidden = hidden_states(self.model, inputs, recorder, shards)
         return hidden.to(places.device).flatten(0, 1)[places]  # a device map may end on another device
 
     def _require_unsharded_root(self) -> None:

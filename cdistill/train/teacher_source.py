@@ -75,7 +75,7 @@ class InMemory(TeacherSource):
     ) -> Signal:
         """By a pass of the teacher, without gradient."""
         places = torch.cat((step.places, step.visual_places.places)) if step.needs_visual else step.places
-        hidden = self._run(places, recorder, shared, **inputs)
+        hidden = self._run(places, recorder, shared, step.shards, **inputs)
         attention: Any = recorder
         hidden, visual = hidden.tensor_split([len(step.places)])
         return Signal(hidden, visual if step.needs_visual else None, self.teacher.head, attention=attention)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from cdistill.data.samples import IGNORE_INDEX
@@ -72,8 +72,15 @@ class DistillTrainer(Trainer):
         self._logged_step = 0
         self.tokens: Any = 0  # of all processes since the last log, padding left out
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
+    @property
+    def _sharers(self) -> int:
+        """Processes that are given the same samples."""
+        return 1 if self.distillation.shards is None else self.distillation.shards.size
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self._sharers > 1:
+            return _Repeated(len(dataset), self.args.per_device_train_batch_size, self._sharers)
         return SequentialSampler(dataset)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -109,7 +116,7 @@ class DistillTrainer(Trainer):
         counts = [torch.stack([(batch["labels"] != IGNORE_INDEX).sum(), _tokens(batch)]) for batch in batches]
         count = torch.stack(counts).sum(0).to(device)
         if self.args.world_size > 1:
-            count = self.accelerator.reduce(count, "sum")
+            count = self.accelerator.reduce(count, "sum") // self._sharers
         self.tokens = self.tokens + count[1]
         return batches, count[0]
 
@@ -240,6 +247,21 @@ class DistillTrainer(Trainer):
         wrapper = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
         if wrapper is not None:
             wrapper.engine.destroy()
+
+
+class _Repeated(Sampler[int]):
+    """Samples in order, every micro-batch as often as processes share it: these are neighbours, and take one each."""
+
+    def __init__(self, samples: int, batch: int, times: int) -> None:
+        self.samples, self.batch, self.times = samples, batch, times
+
+    def __len__(self) -> int:
+        return self.samples * self.times
+
+    def __iter__(self) -> Iterator[int]:
+        for start in range(0, self.samples, self.batch):
+            for _ in range(self.times):
+                yield from range(start, min(start + self.batch, self.samples))
 
 
 def _tokens(batch: dict[str, Tensor]) -> Tensor:

@@ -21,6 +21,7 @@ from cdistill.vat.regions import (
     token_regions,
 )
 from cdistill.vat.relations import StudentRelations, TeacherRelations
+from cdistill.vat.ulysses import SequenceShards
 
 __all__ = [
     "VAT",
@@ -34,6 +35,7 @@ __all__ = [
     "PackedSample",
     "Recorder",
     "Regions",
+    "SequenceShards",
     "SliceRecorder",
     "StudentAlignment",
     "StudentRelations",

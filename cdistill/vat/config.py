@@ -7,11 +7,13 @@ from torch import Tensor
 
 from cdistill.choices import VATConfig
 from cdistill.errors import InputError
+from cdistill.ops import attention_alignment
 from cdistill.vat.distances import HeadDistances, LayerDistances
 from cdistill.vat.heads import HeadCounts, HeadMixture, with_groups
 from cdistill.vat.matching import LayerMatch, Layers, layer_range, match_layers
 from cdistill.vat.recorders import AnyRegions, SliceRecorder, StudentAlignment, TeacherLayers, TeacherTargets
 from cdistill.vat.regions import PackedRegions, Regions, packed_regions, token_regions
+from cdistill.vat.ulysses import SequenceShards, ShardedTargets
 
 
 class VAT:
@@ -132,17 +134,24 @@ class VAT:
             mm_token_type_ids=mm_token_type_ids,
         )
 
-    def teacher(self, regions: AnyRegions, key_mask: Tensor | None) -> TeacherTargets | TeacherLayers | SliceRecorder:
+    def teacher(
+        self, regions: AnyRegions, key_mask: Tensor | None, *, shards: SequenceShards | None = None
+    ) -> TeacherTargets | TeacherLayers | SliceRecorder:
         """Recorder for the teacher's forward pass over one batch, by ``config.target``.
 
-        For a mixture it holds the slices of all heads of the windows' layers, of which `HeadMixture` makes the targets.
+        For a mixture it holds the slices of all heads of the windows' layers, of which `HeadMixture` makes the targets. With
+        ``shards`` it is shown a part of the heads, as in `student`.
         """
+        if shards is not None:
+            _require_shardable(self.config)
         how: dict[str, Any] = {"heads": "mean" if self.config.heads == "mean" else "each", "impl": self._impl}
         if self.config.target == "recomputed":
             return TeacherLayers(self.matches, regions, key_mask=key_mask)
         if self.config.learns_mixture:
             layers = {layer for match in self.matches for layer in match.teachers}
             return SliceRecorder(layers, regions, key_mask=key_mask, **how)
+        if shards is not None:
+            return ShardedTargets(self.matches, regions, key_mask=key_mask, shards=shards, **how)
         return TeacherTargets(self.matches, regions, key_mask=key_mask, **how)
 
     def student(
@@ -150,11 +159,15 @@ class VAT:
         regions: AnyRegions,
         targets: TeacherTargets | TeacherLayers | Sequence[Tensor],
         key_mask: Tensor | None,
+        *,
+        shards: SequenceShards | None = None,
     ) -> StudentAlignment:
         """Recorder for the student's forward pass over the same batch; ``targets`` is the teacher's, or what it gave.
 
-        For a mixture what `HeadMixture` has made of that.
+        For a mixture what `HeadMixture` has made of that. With ``shards`` its losses are this process's share.
         """
+        if shards is not None:
+            _require_shardable(self.config)
         config = self.config
         return StudentAlignment(
             self.matches,
@@ -168,7 +181,14 @@ class VAT:
             layer_sum=config.layer_sum,
             impl=self._impl,
             engine=config.engine,
+            compare=attention_alignment if shards is None else shards.alignment,
         )
+
+
+def _require_shardable(config: VATConfig) -> None:
+    """Raise ValueError for what needs all heads of a layer in one place."""
+    for problem in config.sequence_parallel_problems():
+        raise InputError(problem)
 
 
 def _with_heads(config: VATConfig, matches: tuple[LayerMatch, ...], heads: HeadCounts | None) -> tuple[LayerMatch, ...]:

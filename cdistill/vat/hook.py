@@ -15,7 +15,7 @@ on the model puts it into what tells the layers of one pass from those of the ne
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, ref
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 IMPLEMENTATION = "sdpa"
 KEYWORD = "cdistill_vat"
+
+_INSIDE = "_cdistill_inside"  # of an exchange of tokens for heads: the attention that it is made around
 
 # On a module of an installed text model, whose queries and keys recorders may see: keywords that its family refuses.
 _MARK = "_cdistill_vat"
@@ -52,7 +54,7 @@ class _Pass:
     """
 
     def __init__(self, recorder: Any) -> None:
-        self.recorder = recorder
+        self.recorder, self.exchange = recorder, getattr(recorder, "exchange", None)
         self._seen: dict[int, list[tuple[ReferenceType[Tensor], int]]] = {}
 
     def enter(self, layer: int, query: Tensor, key: Tensor) -> None:
@@ -221,6 +223,11 @@ def _attention(sdpa: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         recorder = kwargs.pop(KEYWORD, None)
+        exchange = getattr(recorder, "exchange", None)
+        if exchange is not None and hasattr(module, _MARK) and not kwargs.pop(_INSIDE, False):
+            _require_shardable(module, key.shape[2] * exchange.size, attention_mask, kwargs)
+            attend = partial(attention, **{KEYWORD: recorder, _INSIDE: True})
+            return exchange(attend, module, query, key, value, **kwargs)  # type: ignore[no-any-return]
         made = None if recorder is None else _record(recorder, module, query, key, value, attention_mask, kwargs)
         if isinstance(made, Tensor):
             return made.transpose(1, 2).contiguous(), None
@@ -360,6 +367,22 @@ def _require_plain_causal(
             "a mask other than causality and padding (bidirectional images, sparse attention, a 4-D mask, or packed samples "
             "without cdistill.vat.packed_regions)"
         )
+
+
+def _require_shardable(module: Any, tokens: int, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError unless a layer's attention is causal alone, so that it is the same without its mask for all tokens."""
+    window, is_causal = kwargs.get("sliding_window"), kwargs.get("is_causal")
+    found = [what for name, what in getattr(module, _MARK).items() if kwargs.get(name) is not None]
+    if window is not None and window < tokens:
+        found.append(f"a sliding window of {window} of {tokens} tokens")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        found.append("bidirectional attention")
+    if attention_mask is not None and not _is_causality_and_padding(attention_mask):
+        found.append("a mask other than causality")
+    if getattr(attention_mask, _PADDING, (None, None))[0] is not None:
+        found.append("a padding mask")
+    if found:
+        raise InputError(f"layer {module.layer_idx} uses {found[0]}, which sequence_parallel does not support")
 
 
 def _require_same_padding(key_mask: Tensor | None, padding: Tensor | None) -> None:

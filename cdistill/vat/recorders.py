@@ -5,7 +5,7 @@ no attention matrix exists at any time. Of samples packed into rows each is a ca
 its own keys only.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -258,7 +258,7 @@ class StudentAlignment:
     as in `cdistill.ops.attention_alignment`. ``layer_sum`` sums over layers (the authors' code) where the paper takes
     the mean. ``engine`` "sdpa" leaves the layers' attention to SDPA, bit for bit; "auto", or an engine of
     `cdistill.ops.attention_with_alignment` by name, makes both in one forward and one backward pass, of packed samples one
-    by one.
+    by one. ``compare`` stands in the place of `attention_alignment` (with sdpa).
 
     Safe under non-reentrant gradient checkpointing: the recomputation runs the same ops and the first recording stays.
     A recorder made while gradients are enabled refuses to record without them, which is what reentrant checkpointing
@@ -282,6 +282,7 @@ class StudentAlignment:
         layer_sum: bool = False,
         impl: str | None = None,
         engine: str = "sdpa",
+        compare: Callable[..., Tensor] = attention_alignment,
     ):
         if isinstance(targets, TeacherTargets | TeacherLayers) and targets.regions is not regions:
             require_same_counts(targets.regions, regions)
@@ -299,7 +300,7 @@ class StudentAlignment:
         self._regions = regions
         self._loss, self._reduction, self._sink_filter = loss, reduction, sink_filter
         self._heads, self._layer_sum, self._impl, self._engine = heads, layer_sum, impl, engine
-        self._needs_grad = torch.is_grad_enabled()
+        self._compare, self._needs_grad = compare, torch.is_grad_enabled()
         self._losses: dict[int, Tensor] = {}
 
     def record(
@@ -332,7 +333,7 @@ class StudentAlignment:
             ]
         elif self._engine == "sdpa":
             target = self._targets[layer]
-            compare = alignment_with_trained_target if target.requires_grad else attention_alignment
+            compare = alignment_with_trained_target if target.requires_grad else self._compare
             found = [
                 compare(part_q, part_k, target[part], rows[part], cols[part], **options)
                 for part_q, part_k, part in parts

@@ -249,6 +249,9 @@ class Recipe(Keys):
     """Decides fresh weights, the order of samples and dropout: equal seeds give equal bits on the same machine."""
     processes: AtLeastOne = 1
     """Data-parallel processes started on this machine; torchrun and the deepspeed launcher start them themselves."""
+    sequence_parallel: AtLeastOne = 1
+    """Processes that share every sequence, by DeepSpeed's Ulysses: each has a part of the tokens, and in attention all tokens
+    and a part of the heads. They are given the same micro-batches. For LLaVAs whose heads it divides; needs `deepspeed`."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format; auto is fp32 on a CPU, bf16 on a GPU that has it, else fp16."""
     deepspeed: ZeroStage = 2
@@ -303,6 +306,8 @@ class Recipe(Keys):
         yield from self._problems_of_the_teacher(objectives)
         if self.packing:
             yield from self._problems_of_packing()
+        if self.sequence_parallel > 1:
+            yield from self._problems_of_sequences()
         if self.student.taf:
             if self.student.vision_config is not None or self.student.vision not in (None, self.teacher):
                 yield "student.vision must be null or the teacher with student.taf, whose encoder is shared"
@@ -361,6 +366,26 @@ class Recipe(Keys):
             yield f"packing needs data.path in every stage; stage.{builtin[0]} has none"
         if self.teacher_memory.cache is not None:
             yield "packing must be false with teacher_memory.cache, which keeps samples one by one"
+
+    def _problems_of_sequences(self) -> Iterator[str]:
+        for name in self.stages:
+            others = [loss for loss in OBJECTIVES[self.stage[name].objective].losses if loss not in ("ar", "kd", "vat")]
+            if others:
+                yield f"stage.{name}.objective must have no losses but ar, kd and vat with sequence_parallel, got {others[0]}"
+            if self.stage[name].validation is not None:
+                yield f"stage.{name}.validation must be null with sequence_parallel, which measures no losses beside training"
+        if any(map(self.aligns, (self.stage[name].objective for name in self.stages))):
+            yield from self.vat.sequence_parallel_problems()
+            if self.vat.weight == "auto":
+                yield "vat.weight must be a number with sequence_parallel: auto measures gradients in one process"
+        for key, value, needed in (
+            ("deepspeed", self.deepspeed == "off", "0 to 3"),
+            ("packing", self.packing, "false"),
+            ("compile", self.compile, "false"),
+            ("teacher_memory.cache", self.teacher_memory.cache is not None, "null"),
+        ):
+            if value:
+                yield f"{key} must be {needed} with sequence_parallel"
 
     def aligns(self, objective: str) -> bool:
         """Whether visual attention is aligned under an objective of this recipe."""

@@ -60,7 +60,7 @@ class Alignment(Term):
         """None where there is nothing to align."""
         if not (step.regions.cols.shape[1] and step.regions.rows.shape[1]):
             return None
-        return self.vat.teacher(step.regions, step.key_mask)
+        return self.vat.teacher(step.regions, step.key_mask, shards=step.shards)
 
     def recorder(self, step: Step) -> StudentAlignment | None:
         """Compares with what the teacher gave, if it gave anything."""
@@ -70,7 +70,7 @@ class Alignment(Term):
         ):  # without targets, too, and at this place: ZeRO-3 gathers weights in one order on all processes
             step.shared[MODULE] = step.modules[MODULE](None if targets is None else targets.slices)
             targets = None if targets is None else step.shared[MODULE]
-        return None if targets is None else self.vat.student(step.regions, targets, step.key_mask)
+        return None if targets is None else self.vat.student(step.regions, targets, step.key_mask, shards=step.shards)
 
     def forward(self, step: Step) -> Tensor:
         """Sum over samples; ``vat_layers`` (L,) are those of every matched student layer."""

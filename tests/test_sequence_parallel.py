@@ -1,0 +1,197 @@
+"""Sequences that lie on two processes: losses, gradients and weights are those of one process."""
+
+from itertools import product
+
+import pytest
+import torch
+import torch.distributed as dist
+from builtin_models import TOKENIZER, llava, make_recipe
+from test_train_deepspeed import Crash, losses
+from test_train_stages import assert_near, weights
+
+from cdistill.builtin.dataset import BuiltinDataset, Collator
+from cdistill.builtin.task import BuiltinTask
+from cdistill.choices import ALIGNMENT_LOSSES
+from cdistill.runtime.sequence_group import sequence_group
+from cdistill.train import run
+from cdistill.train.build import checkpoint_activations
+from cdistill.train.model import DistillationModel
+from cdistill.train.objectives import OBJECTIVES
+from cdistill.vat import VAT, HeadCounts, SequenceShards, VATConfig
+
+# Heads and key heads of student and teacher, what is aligned and how, and whether activations are recomputed.
+CASES = {
+    "unequal heads, key heads repeated": ((2, 1), (4, 2), {}, False),
+    "checkpointed, visual rows": ((4, 4), (6, 2), {"rows": "visual"}, True),
+    "authors' filter": ((4, 2), (4, 4), {"rows": "visual", "reduction": "column", "sink_filter": True}, False),
+    **{f"each, {loss}": ((4, 2), (4, 1), {"heads": "each", "loss": loss}, False) for loss in ("cosine", "kl")},
+    **{
+        f"mean, {loss}, {reduction}": ((2, 2), (4, 2), {"loss": loss, "reduction": reduction}, False)
+        for loss, reduction in product(ALIGNMENT_LOSSES, ("row", "matrix"))
+    },
+}
+
+
+def model_of(case, shards=None):
+    """Losses of a student that fetches its teacher's adapter."""
+    (heads, keys), (teacher_heads, teacher_keys), choices, recomputes = CASES[case]
+    torch.manual_seed(0)
+    shape = {"num_attention_heads": teacher_heads, "num_key_value_heads": teacher_keys, "num_hidden_layers": 3}
+    teacher = llava(hidden_size=16 * teacher_heads, **shape)
+    shape = {"num_attention_heads": heads, "num_key_value_heads": keys}
+    student = llava(teacher=teacher, hidden_size=16 * heads, **shape).train()
+    if recomputes:
+        checkpoint_activations(student, reentrant=False)
+    vat = VAT(VATConfig(layers="all", **choices), 2, 3)
+    return DistillationModel(student, OBJECTIVES["dft"].terms(vat=vat), teacher=teacher, shards=shards)
+
+
+def batch_of(text=False):
+    """Three samples of unequal length, an odd number of tokens."""
+    task = BuiltinTask(modality="text", turns=2) if text else BuiltinTask(caption=0.5, turns=2)
+    data = BuiltinDataset(task, size=3, seed=4, tokenizer=TOKENIZER)
+    batch = Collator(TOKENIZER.pad_token_id)([data[i] for i in range(3)])
+    if batch["labels"].shape[1] % 2 == 0:
+        fill = {"input_ids": TOKENIZER.pad_token_id, "labels": -100, "attention_mask": 0}
+        batch |= {name: torch.nn.functional.pad(batch[name], (0, 1), value=value) for name, value in fill.items()}
+    return batch
+
+
+def computed(model, batch):
+    """Losses and gradients."""
+    found = model(**batch)
+    ((found["ar"] + found["kd"]) / 20 + 10 * found["vat"]).backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: found[name].detach() for name in ("ar", "kd", "vat", "vat_layers")}, grads
+
+
+def on_a_rank(cases):
+    """The sums over processes, of every case."""
+    torch.set_num_threads(1)
+    shards, found = SequenceShards(sequence_group(dist.get_world_size())), []
+    for case, text in cases:
+        values, grads = computed(model_of(case, shards), batch_of(text))
+        for tensor in (*values.values(), *grads.values()):
+            dist.all_reduce(tensor)
+        found.append((values, grads))
+    return found
+
+
+def test_losses_and_gradients_of_two_processes_add_up_to_those_of_one(ranks):
+    cases = [(case, False) for case in CASES] + [("unequal heads, key heads repeated", True)]
+    on_ranks = ranks.call(on_a_rank, cases)
+    for (case, text), *found in zip(cases, *on_ranks, strict=True):
+        values, grads = computed(model_of(case), batch_of(text))
+        assert text or values["vat"] > 1e-5, case
+        for ours, our_grads in found:
+            for name, value in values.items():
+                torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-7, msg=f"{case}, {name}")
+            assert our_grads.keys() == grads.keys()
+            for name, grad in grads.items():
+                scale = grads[name.replace("k_proj.bias", "k_proj.weight")].abs().max()
+                assert (our_grads[name] - grad).abs().max() <= 1e-4 * scale + 1e-7, (case, name)
+
+
+@pytest.mark.parametrize(
+    ("length", "parts"), [(6, ([0, 1, 2], [3, 4, 5])), (5, ([0, 1, 2], [3, 4, 0])), (1, ([0], [0]))]
+)
+def test_tokens_are_dealt_to_neighbours_and_filled_up_with_zeros(length, parts):
+    for rank, part in enumerate(parts):
+        shards = object.__new__(SequenceShards)
+        shards.rank, shards.size = rank, 2
+        x = torch.arange(length)[None, :, None]
+        assert shards.part(x)[0, :, 0].tolist() == part
+        places, inside = shards.places(torch.arange(2 * length), length)
+        assert (
+            x.expand(2, -1, -1).flatten()[places].tolist() == shards.part(x.repeat(2, 1, 1)).flatten()[inside].tolist()
+        )
+
+
+def refusals_on_a_rank():
+    shards, said = SequenceShards(sequence_group(dist.get_world_size())), []
+
+    def note(make):
+        try:
+            make()
+        except ValueError as error:
+            said.append(str(error))
+
+    for heads, keys in ((3, 1), (6, 3)):
+        model = llava(num_attention_heads=heads, num_key_value_heads=keys, hidden_size=16 * heads)
+        note(lambda model=model: DistillationModel(model, OBJECTIVES["sft"].terms(), shards=shards))
+    terms, student = OBJECTIVES["sft"].terms(), llava()
+    note(lambda: DistillationModel(student, terms, pads_right=False, shards=shards))
+    note(lambda: DistillationModel(student, OBJECTIVES["ground"].terms(), shards=shards))
+    for values in ({"engine": "triton"}, {"target": "recomputed"}, {"heads": "match"}):
+        vat = VAT(VATConfig(**values), 2, 3, heads=HeadCounts(2, 2))
+        note(lambda vat=vat: vat.teacher(None, None, shards=shards))
+    windowed = llava(use_sliding_window=True, sliding_window=4, max_window_layers=0)
+    model = DistillationModel(windowed, terms, shards=shards)
+    note(lambda: model(**batch_of()))
+    return said
+
+
+def test_what_cannot_be_spread_is_refused_in_one_line(ranks):
+    for said in ranks.call(refusals_on_a_rank):
+        wanted = [
+            "sequence_parallel must divide the student's 3 heads, got 2",
+            "sequence_parallel must divide the student's 3 key heads, or be a multiple of them, got 2",
+            "sequence_parallel needs batches that are padded on the right (pads_right)",
+            "sequence_parallel knows the terms ar, kd, vat, got ground",
+            "vat.engine must be sdpa with sequence_parallel, got triton",
+            "vat.target must be stored with sequence_parallel, got recomputed",
+            "vat.heads must be mean or each with sequence_parallel, which spreads them over processes, got match",
+        ]
+        assert said[:7] == wanted
+        assert said[7].startswith("layer 0 uses a sliding window of 4 of") and len(said) == 8
+
+
+def recipe_of(output, models, **changes):
+    """Three stages, two micro-batches a step."""
+    stages = {f"stage__{name}__micro_batch_size": 2 for name in ("dpt", "dft", "sft")}
+    return make_recipe(output, models, **({"deepspeed": 2} | stages | changes))
+
+
+def interrupted(recipe):
+    """A run that is stopped in its second stage, and goes on."""
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, callbacks=[Crash()])
+    run(recipe, resume=True)
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_a_run_of_three_stages_is_that_of_one_process(models, ranks, tmp_path, zero):
+    run(recipe_of(tmp_path / "one", models))
+    memory = {"teacher_memory__zero": 3} if zero == 3 else {}
+    more = {"deepspeed": zero, "sequence_parallel": 2, "gradient_checkpointing": zero == 3}
+    ranks.call(interrupted if zero == 2 else run, recipe_of(tmp_path / "two", models, save_steps=2, **more, **memory))
+    for ours, theirs in zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True):
+        assert ours[:2] == theirs[:2] and ours[2:] == pytest.approx(theirs[2:], rel=2e-4)
+    for stage in ("1-dpt", "2-dft", "3-sft"):
+        assert_near(weights(tmp_path / "two" / stage), weights(tmp_path / "one" / stage))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"^sequence_parallel must divide the number of processes, 1, got 2$"),
+        ({"deepspeed": "off", "processes": 2}, r"^deepspeed must be 0 to 3 with sequence_parallel$"),
+        ({"processes": 2, "vat__weight": "auto"}, r"^vat\.weight must be a number with sequence_parallel"),
+        ({"processes": 2, "vat__engine": "auto"}, r"^vat\.engine must be sdpa with sequence_parallel, got auto$"),
+        ({"processes": 2, "vat__heads": "match"}, r"^vat\.heads must be mean or each with sequence_parallel"),
+        ({"processes": 2, "compile": True}, r"^compile must be false with sequence_parallel$"),
+        (
+            {"processes": 2, "teacher_memory__cache": "x"},
+            r"^teacher_memory\.cache must be null with sequence_parallel$",
+        ),
+        (
+            {"processes": 2, "stages": ["vision"], "student__taf": False},
+            r"^stage\.vision\.objective must have no losses but",
+        ),
+        ({"processes": 4, "sequence_parallel": 4}, r"^sequence_parallel must divide the student's 2 heads, got 4$"),
+    ],
+)
+def test_recipes_that_cannot_run_are_refused_before_anything_is_written(models, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        run(recipe_of(tmp_path / "run", models, **({"sequence_parallel": 2} | changes)))
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
