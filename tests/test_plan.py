@@ -212,6 +212,15 @@ def test_the_command_when_it_does_not_and_then_with_what_it_suggests(there, caps
         ([PAPER, "--gpu", "24GB", "--length", "1"], "length must be at least 2, got 1"),
         ([PAPER, "--gpu", "24GB", "--length", "700"], "visual must be at least 0 and below length 700, got 729"),
         ([PAPER, "--gpu", "24GB", "--answers", "2000"], "answers must be from 1 to 1319, got 2000"),
+        (
+            [PAPER, "--gpu", "24GB", "--sequence-parallel", "8"],
+            "sequence_parallel must divide the teacher's 20 heads, got 8",
+        ),
+        ([PAPER, "--gpu", "24GB", "--sequence-parallel", "0"], "sequence_parallel must be at least 1, got 0"),
+        (
+            [PAPER, "--gpu", "24GB", "--sequence-parallel", "4", "--gpus", "2"],
+            "must divide the number of processes, 2, got 4",
+        ),
         ([PAPER, "--gpu", "24GB", "depspeed=3"], "depspeed is not a known key"),
     ],
 )
@@ -219,6 +228,20 @@ def test_bad_input_is_told_in_one_line(there, capsys, arguments, message):
     assert main(["plan", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_sequences_that_are_shared_need_less_of_what_grows_with_them(there, capsys):
+    options = {"gpus": 4, "length": 65536, "answers": 64}
+    alone, shared = (plan(load_recipe(PAPER, [f"sequence_parallel={n}", "vat.rows=answer"]), **options) for n in (1, 4))
+    for before, after in zip(alone.stages, shared.stages, strict=True):
+        assert after.components["student weights"] == before.components["student weights"]
+        assert (
+            before.components["activations"] / 4
+            < after.components["activations"]
+            < before.components["activations"] / 2
+        )
+    assert main(["plan", PAPER, "--gpu", "80GB", "--sequence-parallel", "2", "vat.rows=answer"]) == 0
+    assert "2 GPUs" in capsys.readouterr().out
 
 
 def test_sizes_of_gpus():

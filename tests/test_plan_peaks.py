@@ -81,6 +81,20 @@ def test_the_predicted_peak_of_two_processes(sized, ranks, tmp_path):
         assert peaks["dft"] == pytest.approx(planned.total, rel=0.04)
 
 
+def test_the_predicted_peak_of_two_processes_that_share_sequences(sized, ranks, tmp_path):
+    """Whose tensors are fewer than those of two that do not."""
+    options = {"stages": ["dpt", "dft"], "deepspeed": 2, "precision": "bf16"}
+    options |= {"stage__dpt__micro_batch_size": 1, "stage__dft__micro_batch_size": 1}
+    sizes = {"gpus": 2, "device": "cpu", "length": 1024, "visual": VISUAL, "answers": 128}
+    alone = plan(recipe_of(tmp_path / "run", sized, **options), **sizes)
+    recipe = recipe_of(tmp_path / "run", sized, **options, sequence_parallel=2)
+    planned = plan(recipe, **sizes)
+    measured = ranks.call(peaks_of_a_rank, recipe, Batches(1024, 128))
+    for before, stage in zip(alone.stages, planned.stages, strict=True):
+        peak = max(peaks[stage.name] for peaks in measured)
+        assert peak == pytest.approx(stage.total, rel=0.05) and peak < before.total
+
+
 def test_gradients_of_tied_embeddings_and_of_zero_3(tied, tmp_path):
     options = {"gpus": 1, "device": "cpu", "precision": "fp32", "length": 640, "visual": VISUAL, "answers": 200}
 
