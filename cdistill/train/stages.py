@@ -34,7 +34,7 @@ from cdistill.train.build import (
     compile_layers,
     count_parameters,
 )
-from cdistill.train.cache import CachedCollator, CachedDataset, StageCache, fingerprint, stage_cache
+from cdistill.train.cache import CachedCollator, CachedDataset, open_cache
 from cdistill.train.data import open_validation, unread
 from cdistill.train.evaluation import Evaluation, open_tasks, questioner
 from cdistill.train.gradients import balanced_weight
@@ -242,7 +242,7 @@ def losses_of(
             batches = DataLoader(data.dataset, stage.micro_batch_size, collate_fn=data.collator)
             vat = make_vat(run.recipe.vat, layers, student.to(device), teacher, batches)
         if memory.cache is not None:
-            kept = StageCache(stage_cache(stage), fingerprint(stage, models, vat))
+            kept = open_cache(stage, models, vat)
             teacher = Cached(kept.vocabulary)
             data = Data(CachedDataset(data.dataset, kept), CachedCollator(data.collator), data.encoder)
     elif models.teacher_source is not None:
