@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,10 @@ from cdistill.builtin.task import BuiltinTask
 from cdistill.choices import KDConfig, OnPolicyConfig
 from cdistill.data.batches import joined_images
 from cdistill.models.load import load_model
+from cdistill.plan.memory import plan
+from cdistill.reproduce.runs import QUESTIONS, load_pair, read_records, tuned_rates
+from cdistill.reproduce.runs import plan as plan_runs
+from cdistill.reproduce.tables import load_table
 from cdistill.train import run
 from cdistill.train.build import build_models
 from cdistill.train.model import DistillationModel
@@ -120,6 +125,33 @@ def test_a_token_is_drawn_where_its_share_of_the_probability_ends():
         .tolist()
         == [allowed[int(scores[0, allowed].argmax())]] * count
     )
+
+
+def test_no_answer_before_an_image_is_generated(models):
+    """What would follow it is left out, and images stay."""
+    model, tokenizer = load_model(models / "teacher"), build_tokenizer()
+    first, second = "USER: is it ? ASSISTANT: yes </s> ", "USER: <image> is it ? ASSISTANT: no </s>"
+    texts = (
+        first + second.replace("<image>", "<image> " * 36),
+        second.replace("<image> ", "<image> " * 36) + " " + first,
+    )
+    rows = [[tokenizer.get_vocab().get(word, 5) for word in text.split()] for text in texts]
+    ids = torch.tensor(rows)
+    labels = ids.clone()
+    ends = [[i for i, token in enumerate(row) if token == STOP] for row in rows]
+    for row, stops in enumerate(ends):
+        kept = [i for stop in stops for i in (stop - 1, stop)]
+        labels[row, [i for i in range(len(rows[row])) if i not in kept]] = -100
+    pixels = torch.randn(2, *BuiltinDataset(BuiltinTask(), size=1, seed=0)[0]["pixel_values"].shape)
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    rollouts = Rollouts(model, tokenizer, GREEDY, seed=0)
+    taken = set()
+    for number in range(12):
+        rollouts(batch | {COUNTS: {"pixel_values": [1, 1]}}, 2 * number)
+        before, after = (len(reply.prompt) for reply in rollouts.replies)
+        assert before == ends[0][1] - 1, "the answer before the image is never taken"
+        taken.add(after)
+    assert taken == {stop - 1 for stop in ends[1]}, "the two answers after it are"
 
 
 @pytest.mark.parametrize("share", [0.6, 1.0])
@@ -273,3 +305,28 @@ def test_what_cannot_be_is_refused_by_its_key(models, tmp_path, changes, said):
     with pytest.raises(ValueError) as refused:
         make_recipe(tmp_path / "run", models, **changes)
     assert any(said in line for line in str(refused.value).splitlines()), refused.value
+
+
+def test_a_plan_counts_the_cache(models, tmp_path):
+    recipe = own(tmp_path / "run", models, generation={"on_policy": 0.5})
+    phases = plan(recipe, gpus=1, precision="fp32", device="cpu", length=60).stages[0].phases
+    student = build_models(recipe).student
+    ids = torch.full((4, 59), 7)
+    made = student.generate(ids, max_new_tokens=2, min_new_tokens=2, return_dict_in_generate=True).past_key_values
+    held = sum(4 * (layer.keys.numel() + layer.values.numel()) for layer in made.layers)
+    layers = len(made.layers)
+    assert phases["generation"]["cache of replies"] == held * (layers + 1) // layers
+    given = plan(
+        make_recipe(tmp_path / "dft", models, stages=["dft"]), gpus=1, precision="fp32", device="cpu", length=60
+    )
+    assert "generation" not in given.stages[0].phases
+
+
+def test_records_that_are_kept_keep_their_names():
+    """A stage without replies is told from others as it was before there were any; one with them is another."""
+    kept = Path(__file__).parent.parent / "benchmarks/results/reproduce"
+    table, pair = load_table("onpolicy"), load_pair("demo-compodistill")
+    rates = tuned_rates(pair, QUESTIONS, read_records(kept))
+    runs = plan_runs("onpolicy", table, pair, seeds=1, n=QUESTIONS, rates=rates)
+    assert len({one.hash for one in runs}) == len(table.rows)
+    assert (kept / f"{runs[0].hash}.json").is_file()

@@ -260,7 +260,7 @@ class Rollouts:
         config = GenerationConfig(
             max_new_tokens=limit,
             do_sample=False,
-            eos_token_id=self.stops,
+            eos_token_id=self.stops or None,
             pad_token_id=self.pad,
             use_cache=True,
             **options,
