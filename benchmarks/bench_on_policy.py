@@ -53,9 +53,10 @@ class Pair:
         labels = ids.clone()
         labels[:, :PROMPT] = -100
         self.batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+        self.no_answers = {"sampled": torch.ones(SAMPLES, dtype=torch.bool)}  # as in GKD: no cross-entropy
         kd = KDConfig(divergence="jsd", beta=0.5)
         self.losses = DistillationModel(
-            self.student, configured(("kd",), Settings(kd)), teacher=copy.deepcopy(self.teacher)
+            self.student, configured(("ar", "kd"), Settings(kd)), teacher=copy.deepcopy(self.teacher)
         )
         self.losses.train()
         self.rollouts = {
@@ -96,7 +97,7 @@ class Pair:
 
     def mean(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Our loss on a batch."""
-        return self.losses(**batch)["kd"] / (batch["labels"] != -100).sum()
+        return self.losses(**batch | self.no_answers)["kd"] / (batch["labels"] != -100).sum()
 
     def step(self, way: str, number: int) -> None:
         """Replies, losses, gradients."""
@@ -105,7 +106,7 @@ class Pair:
             self.trainer.training_step(self.trainer.model, self.prompts())
             return
         batch = self.batch if way == GIVEN else self.rollouts[1.0](self.batch, number * SAMPLES)
-        self.mean({name: value for name, value in batch.items() if name != "sampled"}).backward()
+        self.mean(batch).backward()
 
 
 def check(pair: Pair) -> None:
@@ -116,7 +117,6 @@ def check(pair: Pair) -> None:
     pair.student.eval()
     ids, mask, labels = pair.trainer.generate_on_policy_outputs(pair.student, pair.prompts(), config)
     assert torch.equal(made["input_ids"], ids) and torch.equal(made["labels"], labels)
-    made.pop("sampled")
     with torch.no_grad():
         theirs = pair.trainer.compute_loss(pair.student, {"input_ids": ids, "attention_mask": mask, "labels": labels})
         torch.testing.assert_close(pair.mean(made), theirs, rtol=1e-4, atol=1e-6)

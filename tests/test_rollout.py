@@ -9,6 +9,7 @@ import pytest
 import torch
 from builtin_models import make_recipe, recipe_values
 from family_models import QUIET, build, build_pair, collate, draw_samples, processor
+from test_train_files import files, recipe_of  # noqa: F401
 from test_train_losses import batch_of_three, eager, oracle
 from test_train_stages import Crash, metrics, same, weights
 
@@ -16,6 +17,8 @@ import cdistill
 from cdistill.builtin.dataset import BuiltinDataset, Collator, build_tokenizer
 from cdistill.builtin.task import BuiltinTask
 from cdistill.choices import KDConfig, OnPolicyConfig
+from cdistill.cli import main
+from cdistill.data import strict_yaml
 from cdistill.data.batches import joined_images
 from cdistill.models.load import load_model
 from cdistill.plan.memory import plan
@@ -26,7 +29,7 @@ from cdistill.train import run
 from cdistill.train.build import build_models
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES
-from cdistill.train.recipes import recipe_from_dict
+from cdistill.train.recipes import recipe_from_dict, recipe_to_dict
 from cdistill.train.rollout import COUNTS, CountingCollator, Drawing, Rollouts
 from cdistill.vat import VAT, VATConfig
 
@@ -98,6 +101,17 @@ def test_greedy_replies_are_those_of_generate_one_by_one(models, name):
         rollouts.pads = False  # prompts of one length together
         again = rollouts(batch, 40)
         assert all(torch.equal(again[key], made[key]) for key in made)
+
+
+def test_prompts_are_not_padded_where_that_changes_replies(models):
+    model, tokenizer, (batch, _) = load_model(models / "teacher"), build_tokenizer(), scenes()
+    right = Rollouts(model, tokenizer, GREEDY, seed=5)
+    wanted, generate = right(batch, 40), model.generate
+    model.generate = lambda **given: generate(**given | {"attention_mask": torch.ones_like(given["input_ids"])})
+    rollouts = Rollouts(model, tokenizer, GREEDY, seed=5)
+    made = rollouts(batch, 40)
+    assert (right.pads, rollouts.pads) == (True, False)
+    assert all(torch.equal(made[key], wanted[key]) for key in wanted)
 
 
 def test_a_token_is_drawn_where_its_share_of_the_probability_ends():
@@ -330,3 +344,31 @@ def test_records_that_are_kept_keep_their_names():
     runs = plan_runs("onpolicy", table, pair, seeds=1, n=QUESTIONS, rates=rates)
     assert len({one.hash for one in runs}) == len(table.rows)
     assert (kept / f"{runs[0].hash}.json").is_file()
+
+
+def test_the_command_trains_on_replies_to_questions_from_files(models, files, tmp_path, capsys):  # noqa: F811
+    """LoRA, held-out losses, lengths that are grouped; a template that ends no answer is refused before anything is made."""
+    changes = {
+        "stage__dft__generation": {"max_new_tokens": 5},
+        "student__lora": {"r": 2, "alpha": 4},
+        "group_by": "length",
+    }
+    recipe = recipe_of(tmp_path / "run", models, files, stage__dft__validation={"samples": 4, "every": 3}, **changes)
+    (tmp_path / "mine.yaml").write_text(strict_yaml.dump(recipe_to_dict(recipe)))
+    assert main(["train", str(tmp_path / "mine.yaml")]) == 0
+    assert {line["step"] for line in replies(tmp_path / "run")} == {line["step"] for line in metrics(tmp_path / "run")}
+    capsys.readouterr()
+    other = ["stage.dft.data.template=plain", f"output={tmp_path / 'other'}"]
+    assert main(["train", str(tmp_path / "mine.yaml"), *other]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "stage.dft.data.template must end answers by a token, where replies are generated" in line
+    assert not (tmp_path / "other").exists()
+
+
+def test_partitioned_weights_are_refused(models):
+    model = load_model(models / "teacher")
+    next(model.parameters()).ds_id = 0  # as ZeRO-3 marks them
+    with pytest.raises(
+        ValueError, match=r"on_policy must be 0 for a student whose weights are partitioned \(ZeRO-3, FSDP\)"
+    ):
+        Rollouts(model, build_tokenizer(), GREEDY, seed=0)(scenes()[0], 0)
