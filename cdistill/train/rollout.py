@@ -134,8 +134,12 @@ class Rollouts:
             first: number of its first sample in the training.
 
         Raises:
-            ValueError: a batch that does not tell whose images are whose, or a student with partitioned weights.
+            ValueError: a packed batch, one that does not tell whose images are whose, or a student with partitioned weights.
         """
+        if "attention_mask" not in batch and "position_ids" in batch:
+            raise InputError(
+                "on_policy needs padded batches, and this one is packed: it has position_ids and no attention_mask"
+            )
         rest = {name: value for name, value in batch.items() if name not in (*OF_TOKENS, COUNTS)}
         rows = [self._taken(row) for row in _rows(batch, first)]
         self.replies = []
@@ -298,9 +302,11 @@ class Drawing(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(B, V) logits -> 0 for the token that is drawn, -inf for the others."""
+        if self.step == 0:
+            self.draws, self.allowed = self.draws.to(scores.device), self.allowed.to(scores.device)
+            self.allowed = self.allowed[self.allowed < scores.shape[1]]
         nothing = torch.full_like(scores, -torch.inf, dtype=torch.float64)
-        allowed = self.allowed[self.allowed < scores.shape[1]].to(scores.device)
-        logits = nothing.index_copy(1, allowed, scores[:, allowed].double())
+        logits = nothing.index_copy(1, self.allowed, scores[:, self.allowed].double())
         if self.config.temperature == 0:
             token = logits.argmax(-1, keepdim=True)
         else:
@@ -308,7 +314,7 @@ class Drawing(LogitsProcessor):
             if self.config.top_p < 1:
                 logits = TopPLogitsWarper(self.config.top_p)(input_ids, logits)
             below = logits.softmax(-1).cumsum(-1)
-            drawn = self.draws[:, self.step, None].to(scores.device) * below[:, -1:]
+            drawn = self.draws[:, self.step, None] * below[:, -1:]
             token = torch.searchsorted(below, drawn, right=True).clamp(max=scores.shape[1] - 1)
         self.step += 1
         return nothing.to(scores.dtype).scatter(1, token, 0.0)
