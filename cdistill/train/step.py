@@ -77,6 +77,7 @@ class Step:
         attention_term: the term that compares attention, if one does.
         key_mask: (B, T) the padding mask that the models are given, None where they need none.
         counted: (B,) bool, the samples that count; None: all.
+        sampled: (B,) bool, the samples whose answer the student has generated; None: none.
         teacher: what the teacher gives, None without one.
         recorder: what has seen the student's attention, made by the same term.
         hidden: (N, d_S) the student's last hidden states at `places`, with gradient.
@@ -94,6 +95,7 @@ class Step:
     attention_term: Any = None
     key_mask: Tensor | None = None
     counted: Tensor | None = None
+    sampled: Tensor | None = None
     teacher: Signal | None = None
     recorder: Any = None
     hidden: Any = None
@@ -111,6 +113,11 @@ class Step:
     def targets(self) -> Tensor:
         """(N,) the labels that these places predict."""
         return self.labels.flatten()[self.places + 1]
+
+    @cached_property
+    def reference(self) -> Tensor | None:
+        """(N,) bool: which labels are of given answers, and not of the student's own replies; None: all."""
+        return None if self.sampled is None else ~self.sampled[self.places // self.labels.shape[1]]
 
     @cached_property
     def visual_places(self) -> VisualPlaces:
