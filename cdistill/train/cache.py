@@ -102,7 +102,7 @@ def fingerprint(stage: Stage, models: Models, vat: VAT | None) -> dict[str, Any]
         "precision": precision_of(recipe),
         "vocabulary": common_vocabulary(models.student, models.teacher),
         "kd": {"temperature": recipe.kd.temperature},
-        "vat": None if vat is None else {key: whole["vat"][key] for key in ("rows", "heads")},
+        "vat": None if vat is None else {key: whole["vat"][key] for key in ("rows", "heads")} | _matched_heads(vat),
         "windows": [] if vat is None else [[match.student, *match.teachers] for match in vat.matches],
         "samples": stage.samples,
         "seed": stage.data_seed,
@@ -132,6 +132,11 @@ def teacher_files(recipe: Recipe) -> dict[str, int]:
     patterns = ("*.safetensors", "config.json", *FILES)
     files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     return {str(path.relative_to(folder)): _checksum(path) for path in files}
+
+
+def _matched_heads(vat: VAT) -> dict[str, Any]:
+    """What decides the heads of targets, if anything does."""
+    return {"head_counts": list(vat.heads or ())} if vat.config.heads == "match" else {}
 
 
 def _checksum(path: Path) -> int:

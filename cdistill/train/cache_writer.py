@@ -175,6 +175,8 @@ class CacheWriter:
         heads = []
         if self.vat.config.heads == "each":
             heads = [teacher.config.get_text_config().num_attention_heads]
+        elif self.vat.heads is not None and self.vat.config.heads == "match":
+            heads = [self.vat.heads.student]
         rows, cols = ((x >= 0).sum(1).tolist() for x in (step.regions.rows, step.regions.cols))
         recorder: Any = None if step.teacher is None else step.teacher.attention
         targets = [] if recorder is None else recorder.targets
