@@ -61,6 +61,8 @@ Positive: TypeAlias = Annotated[float, Gt(0), Lt(math.inf)]
 NotNegative: TypeAlias = Annotated[float, Ge(0), Lt(math.inf)]
 BelowOne: TypeAlias = Annotated[float, Ge(0), Lt(1)]
 BetweenZeroAndOne: TypeAlias = Annotated[float, Gt(0), Lt(1)]
+FromZeroToOne: TypeAlias = Annotated[float, Ge(0), Le(1)]
+AboveZeroToOne: TypeAlias = Annotated[float, Gt(0), Le(1)]
 
 _LIMITS = {Ge: ("minimum", "ge"), Gt: ("exclusiveMinimum", "gt"), Le: ("maximum", "le"), Lt: ("exclusiveMaximum", "lt")}
 
@@ -221,3 +223,28 @@ class KDConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, "kd")
+
+
+@dataclass(frozen=True)
+class OnPolicyConfig:
+    """Distillation on answers that the student itself has generated (GKD: Agarwal et al., 2024, arXiv:2306.13649).
+
+    Raises ValueError naming the field and what it allows.
+    """
+
+    __pydantic_config__ = _OF_RECIPES
+
+    on_policy: FromZeroToOne = 0.5
+    """Share of samples in which the student's own reply takes the place of an answer (GKD's lambda); the others are
+    trained on as they are."""
+    temperature: NotNegative = 1.0
+    """Divides the student's logits before a token is drawn; 0 takes the most likely one."""
+    top_p: AboveZeroToOne = 1.0
+    """Tokens are drawn from the smallest set that has this share of the probability."""
+    max_new_tokens: Annotated[int, Ge(1)] = 128
+    """Tokens at which a reply is cut; `max_length` of the data cuts it, too."""
+
+    def __post_init__(self) -> None:
+        check_choices(self, "generation")
+        if isinstance(self.max_new_tokens, float):
+            raise InputError(f"generation.max_new_tokens must be a whole number, got {self.max_new_tokens}")

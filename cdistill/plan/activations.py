@@ -74,6 +74,19 @@ def targets(recipe: Recipe, terms: Memory, student: Blueprint, teacher: Blueprin
     return len(layers) * s.batch * s.length * vectors * width * item_size(s.half)
 
 
+def generation(student: Blueprint, s: Setting) -> Bytes:
+    """What the student needs to answer: keys and values of all layers at every token (of one layer twice, as its cache grows),
+    one layer's working memory, and the logits of a token with what it is drawn by in fp64."""
+    config = student.model.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    layers = len(language_model(student.model).layers)
+    layer = _decoder(student, 1, s.batch, s.length, s.student, s.autocast, None)
+    drawn = s.batch * head_of(student.model).out_features * (4 + 3 * 8)
+    cache = (layers + 1) * 2 * s.batch * s.length * heads * width * item_size(s.half)
+    return {"cache of replies": cache, "activations": layer.forward, "logits": drawn}
+
+
 def teacher_hidden(recipe: Recipe, teacher: Blueprint | None, s: Setting) -> int:
     """What the losses over the vocabulary need of the teacher: hidden states of labelled tokens, or stored top-k."""
     if teacher is None:

@@ -111,6 +111,9 @@ def plan(
             **_tokens(student, stage, length, visual, answers),
         )
         stages.append(StagePlan(name, setting, phases_of(recipe, index, student, setting)))
+        if "generation" in stages[-1].phases:
+            cache = stages[-1].phases["generation"]["cache of replies"]
+            remarks.append(f"stage {name} generates with a key-value cache of {cache / 1e9:.2f} GB, which is counted")
         if has_vision(student.model) and not is_llava(student.model):
             remarks.append(f"the working memory of {student.model.config.model_type}'s vision encoder is not counted")
         sizes = Sizes(setting.batch, setting.length, setting.visual, setting.answers)

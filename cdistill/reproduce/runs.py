@@ -272,8 +272,9 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     if recipe.student.pruning is None:  # a key that kept records did not have, as the next
         del content["student"]["pruning"]
     for section in content["stages"]:
-        if section["quantization"] is None:
-            del section["quantization"]
+        for key in ("quantization", "generation"):
+            if section[key] is None:
+                del section[key]
     for place, key in ((content, "teacher"), (content["student"], "base"), (content["student"], "vision")):
         if place.get(key) is not None:
             place[key] = fingerprint([resolve_folder(place[key], key)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import reduce
 from pathlib import Path
@@ -20,6 +21,7 @@ from cdistill.models.processor import add_stop_tokens, save_chat_template
 from cdistill.train.compodistill_config import COMPILED, CompoDistillConfig, made
 from cdistill.train.conversation_collator import ConversationCollator
 from cdistill.train.distillation import distill
+from cdistill.train.rollout import COUNTS, CountingCollator, Rollouts, rolled_out
 from cdistill.train.terms import Term
 
 __all__ = ["CompoDistillConfig", "CompoDistillTrainer", "ConversationCollator"]
@@ -91,6 +93,9 @@ class CompoDistillTrainer(Trainer):
             data_collator = ConversationCollator(processing_class, args.template, args.max_length)
         if data_collator is None:
             raise InputError("data_collator or processing_class must be given, to make batches of the rows")
+        self.rollouts: Rollouts | None = None
+        if args.on_policy:
+            data_collator = self._generating(args, data_collator, processing_class)
         self._template: Template | None = None
         if isinstance(data_collator, ConversationCollator):  # what is learned is what the saved student generates
             self._template = data_collator.encoder.template
@@ -117,6 +122,36 @@ class CompoDistillTrainer(Trainer):
         self._logged_step = 0
         if hasattr(student, "add_model_tags"):
             student.add_model_tags(self._tag_names)
+
+    def _generating(self, args: CompoDistillConfig, collator: Any, processor: Any) -> Any:
+        """Make ready what lets the student answer, and have the collator say whose images are whose."""
+        if isinstance(collator, ConversationCollator):
+            encoder, collator = collator.encoder, copy.copy(collator)
+            collator.collate = CountingCollator(collator.collate)
+            tokenizer, stops, length = encoder.tokenizer, encoder.contract.end_ids, encoder.max_length
+            if not stops:
+                raise InputError(f"template must end answers by a token with on_policy, and {args.template} does not")
+        elif processor is None:
+            raise InputError(
+                "processing_class must be given with on_policy, whose tokenizer says what the student may write"
+            )
+        else:
+            tokenizer, stops, length = getattr(processor, "tokenizer", processor), (), args.max_length
+        student, config = self.distillation.losses.student, args.generation
+        self.rollouts = Rollouts(
+            student, tokenizer, config, seed=args.seed, stops=stops, max_length=length, key="processing_class"
+        )
+        return collator
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """As of Trainer; a share of the samples ends with replies of the student, before their labels are counted."""
+        if self.rollouts is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        return super().get_batch_samples(iter(rolled_out(self, self.rollouts, batches)), num_batches, device)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return super()._prepare_inputs({name: value for name, value in inputs.items() if name != COUNTS})
 
     def _refuse_ways(self) -> None:
         if self.accelerator.state.dynamo_plugin.backend.value != "NO":  # of accelerate launch

@@ -29,7 +29,7 @@ class ConversationCollator:
 
     def __init__(self, processor: Any, template: str = "auto", max_length: int | None = None) -> None:
         self.encoder = Encoder(processor, template, max_length)
-        self.collate = PaddingCollator(self.encoder.pad_token_id)
+        self.collate: Any = PaddingCollator(self.encoder.pad_token_id)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         encoded = []

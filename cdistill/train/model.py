@@ -22,6 +22,8 @@ from cdistill.train.teacher_source import TeacherSource, source_of
 from cdistill.train.terms import Term, check_terms
 from cdistill.vat import Recorder, SequenceShards, install, visual_token_ids
 
+OF_SAMPLES = ("counted", "sampled")  # keys of a batch that say something of its samples, (B,) bool
+
 
 class DistillationModel(nn.Module):
     """The losses of one stage, as sums: asks for the teacher's signal, runs the student, then every term.
@@ -130,8 +132,9 @@ class DistillationModel(nn.Module):
         only ``pixel_values`` and ``labels`` (I, V, 3). Terms and the teacher's source may have keys of their own.
         Samples packed into rows come with the ``position_ids`` that tell them apart, and without ``attention_mask``.
         ``samples`` is how many a batch holds, where a term counts them: of padded ones those ``counted``, (B,) bool, where it
-        is given. ``idle`` is a zero that keeps an adapter without work in the graph; with several processes a micro-batch
-        without images runs the vision path on a blank instead (`cdistill.train.blank`): all ranks reduce the same gradients.
+        is given. ``sampled``, (B,) bool, are those that end with a reply of the student's own, whose labels `Answers` leaves
+        out. ``idle`` is a zero that keeps an adapter without work in the graph; with several processes a micro-batch without
+        images runs the vision path on a blank instead (`cdistill.train.blank`): all ranks reduce the same gradients.
         """
         step = self.step(labels, batch)
         self._check_models()
@@ -158,11 +161,11 @@ class DistillationModel(nn.Module):
 
     def step(self, labels: Tensor, batch: dict[str, Tensor]) -> Step:
         """A batch as its terms see it, before any model has run."""
-        rest = {name: value for name, value in batch.items() if name != "counted" and value is not None}
+        rest = {name: value for name, value in batch.items() if name not in OF_SAMPLES and value is not None}
         mask = None if self.pads_right else rest.get("attention_mask")
         visual = self._visual_ids, self._needs_visual
-        counted = batch.get("counted")
-        how = *visual, self._attention_term, mask, counted, self.shards
+        counted, sampled = (batch.get(name) for name in OF_SAMPLES)
+        how = *visual, self._attention_term, mask, counted, sampled, self.shards
         return Step(self.student, labels, rest, self.modules_of_terms, *how)
 
     def count_samples(self, labels: Tensor, **batch: Tensor) -> Tensor:

@@ -78,6 +78,7 @@ class Step:
         attention_term: the term that compares attention, if one does.
         key_mask: (B, T) the padding mask that the models are given, None where they need none.
         counted: (B,) bool, the samples that count; None: all.
+        sampled: (B,) bool, the samples whose answer the student has generated; None: none.
         shards: the processes that have a part of every sequence; what follows is then of this one's tokens.
         teacher: what the teacher gives, None without one.
         recorder: what has seen the student's attention, made by the same term.
@@ -96,6 +97,7 @@ class Step:
     attention_term: Any = None
     key_mask: Tensor | None = None
     counted: Tensor | None = None
+    sampled: Tensor | None = None
     shards: SequenceShards | None = None
     teacher: Signal | None = None
     recorder: Any = None
@@ -120,6 +122,11 @@ class Step:
     def targets(self) -> Tensor:
         """(N,) the labels that these places predict."""
         return self.labels.flatten()[self._labelled[0] + 1]
+
+    @cached_property
+    def reference(self) -> Tensor | None:
+        """(N,) bool: which labels are of given answers, and not of the student's own replies; None: all."""
+        return None if self.sampled is None else ~self.sampled[self._labelled[0] // self.labels.shape[1]]
 
     @cached_property
     def visual_places(self) -> VisualPlaces:
