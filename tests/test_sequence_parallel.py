@@ -192,6 +192,10 @@ def test_a_run_of_three_stages_is_that_of_one_process(models, ranks, tmp_path, z
             {"processes": 2, "stages": ["vision"], "student__taf": False},
             r"^stage\.vision\.objective must have no losses but",
         ),
+        (
+            {"processes": 2, "stage__dft__generation": {}},
+            r"^stage\.dft must not generate replies \(opd, generation\) with",
+        ),
         ({"processes": 4, "sequence_parallel": 4}, r"^sequence_parallel must divide the student's 2 heads, got 4$"),
     ],
 )
