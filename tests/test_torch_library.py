@@ -110,6 +110,11 @@ def test_opcheck(impl):
     for how in (("kl", "matrix", False), ("cosine", "column", True)):
         options = (*teacher, x["key_mask"], 0.4, None, x["rows"], x["cols"], 1, *how, impl)
         torch.library.opcheck(ops.attention_relation, (*problem, *options))
+    a = attention_slice(x["q"], x["k"], x["rows"], x["cols"], impl=impl).detach().requires_grad_()
+    valid = x["rows"] >= 0, x["cols"] >= 0
+    for target in (x["target"], x["target"].clone().requires_grad_()):
+        of_slices = (a, target, *valid, "kl", "row", False, target.requires_grad, impl)
+        torch.library.opcheck(ops.slice_alignment, of_slices)
     whole = problem._replace(v=x["v"])
     torch.library.opcheck(ops.attention_with_alignment, (*whole, *loss, impl, ENGINES[impl]))
     flash = (x["q"], x["k"], x["v"], None, True, 0.3, None, None if impl == "cpp" else impl, None)
