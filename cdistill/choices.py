@@ -25,6 +25,8 @@ Divergence: TypeAlias = Literal["forward_kl", "reverse_kl", "jsd"]
 # Visual attention alignment.
 Rows: TypeAlias = Literal["answer", "predicting", "text", "visual", "all"]
 Matching: TypeAlias = Literal["group", "simple", "adaptive"]
+AlignedHeads: TypeAlias = Literal["mean", "each", "match"]
+HeadMatching: TypeAlias = Literal["group", "assignment", "mixture"]
 Target: TypeAlias = Literal["stored", "recomputed"]
 NamedSpan: TypeAlias = Literal["early", "intermediate", "later", "all", "official"]
 
@@ -40,6 +42,8 @@ VAT_ENGINES = ("sdpa", "auto", *ENGINES)  # transformers' own attention, or an e
 DIVERGENCES: tuple[str, ...] = get_args(Divergence)
 ROWS: tuple[str, ...] = get_args(Rows)
 MATCHINGS: tuple[str, ...] = get_args(Matching)
+ALIGNED_HEADS: tuple[str, ...] = get_args(AlignedHeads)  # what is aligned; the ops know no match
+HEAD_MATCHINGS: tuple[str, ...] = get_args(HeadMatching)
 TARGETS: tuple[str, ...] = get_args(Target)
 NAMED_SPANS: tuple[str, ...] = get_args(NamedSpan)
 
@@ -128,8 +132,13 @@ class VATConfig:
     """The teacher's layers, likewise."""
     rows: Rows = "text"  # the best in benchmarks/results/demo_rows.json; the paper speaks of answer tokens
     """Tokens whose attention to the visual tokens is compared (`cdistill.vat.token_regions`)."""
-    heads: Heads = "mean"
-    """The mean over heads, or each head by itself: models with equal numbers of heads, or with target recomputed a multiple."""
+    heads: AlignedHeads = "mean"
+    """The mean over heads; each head by itself, of models with equal numbers of heads, or with target recomputed a multiple;
+    or match: every head of the student with heads of the teacher, of which there may be more or fewer, by `head_matching`."""
+    head_matching: HeadMatching = "group"
+    """With heads match, what a head of the student is compared with, in each layer of its window: the mean of a contiguous
+    group of the teacher's heads; the one of them that the best assignment gives it, by distances measured where a stage begins;
+    or a mixture of all heads of the window, whose weights are trained in the stage and thrown away after it."""
     engine: str = "sdpa"
     """What computes the aligned layers' attention: "sdpa", transformers' own beside the alignment; "auto" or an engine of
     `cdistill.ops.attention_with_alignment` ("triton", "torch_flash", "torch_cudnn", "flash_attn_2", "flash_attn_3",
@@ -150,6 +159,14 @@ class VATConfig:
             yield f"vat.engine must be one of {', '.join(engines)}, got {self.engine!r}"
         elif self.target == "recomputed" and self.engine != "sdpa":
             yield f"vat.target recomputed needs vat.engine sdpa, got {self.engine!r}: engines compare with stored slices"
+        if self.learns_mixture:
+            for key, value, needed in (
+                ("engine", self.engine, "sdpa"),
+                ("target", self.target, "stored"),
+                ("sink_filter", self.sink_filter, False),
+            ):
+                if value != needed:
+                    yield f"vat.{key} must be {str(needed).lower()} with vat.head_matching mixture, got {str(value).lower()}"
         if self.sink_filter and self.reduction != "column":
             yield f"vat.sink_filter needs vat.reduction column, got {self.reduction!r}"
 
@@ -161,6 +178,16 @@ class VATConfig:
         for name in ("student_layers", "teacher_layers"):
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
+
+    @property
+    def assigns_heads(self) -> bool:
+        """Whether heads are matched by distances that must be measured."""
+        return self.heads == "match" and self.head_matching == "assignment"
+
+    @property
+    def learns_mixture(self) -> bool:
+        """Whether the targets depend on weights that are trained."""
+        return self.heads == "match" and self.head_matching == "mixture"
 
     @classmethod
     def official(cls) -> "VATConfig":

@@ -259,6 +259,8 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     content["stages"] = [sections[name] for name in content["stages"]]
     for stage, section in zip(run.stages, content["stages"], strict=True):
         section["data"]["seed"], section["micro_batch_size"] = stage.data_seed, stage.micro_batch_size
+    if content["vat"]["heads"] != "match":
+        del content["vat"]["head_matching"]
     if not any(stage.aligns for stage in run.stages):
         del content["vat"]
     if not any(term.baseline for stage in run.stages for term in stage.objective.kinds):

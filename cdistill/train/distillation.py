@@ -24,7 +24,7 @@ from cdistill.train.teacher import Teacher
 from cdistill.train.teacher_source import InMemory
 from cdistill.train.terms import Settings, Term, configured
 from cdistill.train.terms.alignment import Alignment
-from cdistill.vat import VAT, VATConfig, attention_layers
+from cdistill.vat import VAT, VATConfig, attention_layers, head_counts
 
 
 class Distillation(nn.Module):
@@ -326,7 +326,7 @@ def distill(
     Args:
         teacher, student: multimodal models of transformers with one tokenizer and one image processor, in whatever dtypes;
             either may be a peft model.
-        vat: visual attention alignment (paper section 4.1), by default `VATConfig()`; a `VAT` for adaptive matching.
+        vat: visual attention alignment (paper section 4.1), by default `VATConfig()`; a `VAT` where something must be measured.
         kd: divergence over the vocabulary and its weight, by default `KDConfig()`; with weight 0 it is left out.
         vat_weight: weight of the alignment; with 0 it is left out.
         terms: further terms of the loss: instances of `cdistill.Term`, or names given to `cdistill.register_term`.
@@ -340,9 +340,7 @@ def distill(
             the teacher's, too; or terms that are not complete, do not go together, or have parameters to train, which no
             optimizer of the student's would.
     """
-    for name, value in (("vat_weight", vat_weight), ("kd.weight", (kd or KDConfig()).weight)):
-        if not 0 <= value < float("inf"):
-            raise InputError(f"{name} must be at least 0 and finite, got {value}")
+    _require_weights(vat_weight, kd)
     given = student
     student, teacher = _unwrapped(student, "student"), _unwrapped(teacher, "teacher")
     check_pair(student, teacher)
@@ -351,7 +349,8 @@ def distill(
     common = common_parameters(student, teacher, frozen=encoder)
     shares_images = CommonEncoder(student, teacher)
     if vat_weight and not isinstance(vat, VAT):
-        vat = VAT(vat or VATConfig(), attention_layers(student), attention_layers(teacher))
+        layers = attention_layers(student), attention_layers(teacher)
+        vat = VAT(vat or VATConfig(), *layers, heads=head_counts(student, teacher))
     aligned = vat if vat_weight and isinstance(vat, VAT) else None
     ids = (visual_token_ids,) if isinstance(visual_token_ids, int) else visual_token_ids
     settings = Settings(kd or KDConfig(), aligned, vat_weight)
@@ -362,6 +361,12 @@ def distill(
     for parameter in encoder:
         parameter.requires_grad_(False)
     return Distillation(model, given, common=common, shares_images=shares_images)
+
+
+def _require_weights(vat_weight: float, kd: KDConfig | None) -> None:
+    for name, value in (("vat_weight", vat_weight), ("kd.weight", (kd or KDConfig()).weight)):
+        if not 0 <= value < float("inf"):
+            raise InputError(f"{name} must be at least 0 and finite, got {value}")
 
 
 def _unwrapped(model: Model, side: str) -> Model:

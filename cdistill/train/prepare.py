@@ -18,7 +18,7 @@ from cdistill.runtime.collectives import on_first_process
 from cdistill.runtime.machines import on_other_machines, require_common_folder, several_machines
 from cdistill.train.alignment import vat_of
 from cdistill.train.build import Models, build_models
-from cdistill.train.cache import StageCache, fingerprint, stage_cache, teacher_files
+from cdistill.train.cache import open_cache, teacher_files
 from cdistill.train.data import encoder_of, open_stage, open_validation
 from cdistill.train.evaluation import check_questions, open_tasks, questioner
 from cdistill.train.recipes import Recipe, recipe_to_dict
@@ -132,7 +132,7 @@ def _check_data(run: Run, models: Models) -> None:
         if stage.config.eval is not None:
             _check_evaluation(stage, models, data)
         if run.recipe.teacher_memory.cache is not None and stage.objective.distils:
-            StageCache(stage_cache(stage), fingerprint(stage, models, vat_of(stage, models)))
+            open_cache(stage, models, vat_of(stage, models), patient=False)
 
 
 def rollouts_of(stage: Stage, models: Models, data: Data) -> Rollouts | None:

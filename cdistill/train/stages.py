@@ -34,7 +34,7 @@ from cdistill.train.build import (
     compile_layers,
     count_parameters,
 )
-from cdistill.train.cache import CachedCollator, CachedDataset, StageCache, fingerprint, stage_cache
+from cdistill.train.cache import CachedCollator, CachedDataset, open_cache
 from cdistill.train.data import open_validation, unread
 from cdistill.train.evaluation import Evaluation, open_tasks, questioner
 from cdistill.train.gradients import balanced_weight
@@ -53,7 +53,6 @@ from cdistill.train.teacher_source import Cached, place_teacher
 from cdistill.train.terms.alignment import Alignment
 from cdistill.train.trainer import DistillTrainer, training_arguments
 from cdistill.train.validation import Validation
-from cdistill.vat import attention_layers
 
 METRICS_BYTES = 1_000_000
 
@@ -234,7 +233,6 @@ def losses_of(
     teacher = vat = None
     if stage.objective.distils:
         assert models.teacher is not None
-        layers = attention_layers(student), attention_layers(models.teacher)
         if memory.cache is None:
             models.teacher_source = models.teacher_source or place_teacher(
                 memory, models.teacher, student, run.precision, device, shares_vision=models.shares_vision
@@ -243,9 +241,10 @@ def losses_of(
             teacher.move(device)
         if stage.aligns:
             batches = DataLoader(data.dataset, stage.micro_batch_size, collate_fn=data.collator)
-            vat = make_vat(run.recipe.vat, layers, student.to(device), teacher, batches)
+            student.to(device)
+            vat = make_vat(stage, models, teacher, batches)
         if memory.cache is not None:
-            kept = StageCache(stage_cache(stage), fingerprint(stage, models, vat))
+            kept = open_cache(stage, models, vat)
             teacher = Cached(kept.vocabulary)
             data = Data(CachedDataset(data.dataset, kept), CachedCollator(data.collator), data.encoder)
     elif models.teacher_source is not None:

@@ -11,6 +11,9 @@ from cdistill.errors import InputError
 Role: TypeAlias = Literal["student", "teacher"]
 Span: TypeAlias = str | Sequence[int]
 Layers: TypeAlias = int | Sequence[int]  # of a model: how many, or the indices of those that have attention
+HeadGroups: TypeAlias = tuple[
+    tuple[int, ...], ...
+]  # for each head of the student the teacher's heads it is compared with
 
 ROLES: tuple[str, ...] = get_args(Role)
 
@@ -27,6 +30,12 @@ class LayerMatch(NamedTuple):
 
     student: int
     teachers: tuple[int, ...]
+    heads: tuple[HeadGroups, ...] | None = None  # of every teacher layer; None: their mean, or each with its own number
+
+    def groups_of(self, teacher: int) -> HeadGroups:
+        """The matched heads of one of the teacher layers."""
+        assert self.heads is not None
+        return self.heads[self.teachers.index(teacher)]
 
 
 def layer_range(num_layers: Layers, span: Span, *, role: Role = "student") -> tuple[int, ...]:

@@ -36,7 +36,8 @@ class VATOptions(VATConfig):
     """Factor of the term in the loss. auto measures it at the start of a stage, on its first `measure_samples` samples: the
     gradient of the alignment becomes as long as that of all other terms together, and the factor then stays."""
     measure_samples: AtLeastOne = 256
-    """Samples on which matching adaptive measures the distances between layers, and weight auto the gradients."""
+    """Samples on which matching adaptive measures the distances between layers, head_matching assignment those between heads,
+    and weight auto the gradients."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -358,6 +359,8 @@ class Recipe(Keys):
                 yield (
                     "vat.matching must not be adaptive with teacher_memory.cache: it measures the student where a stage begins"
                 )
+            if self.vat.assigns_heads or self.vat.learns_mixture:
+                yield f"vat.head_matching must be group with teacher_memory.cache, got {self.vat.head_matching}"
             if self.vat.target == "recomputed":
                 yield "vat.target must be stored with teacher_memory.cache, which keeps slices and no queries and keys"
 

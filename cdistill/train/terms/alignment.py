@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any
 from cdistill.train.terms.base import Memory, Settings, Sizes, Term
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
+    from cdistill.models.load import Model
     from cdistill.train.step import Step
-    from cdistill.vat import VAT, StudentAlignment, TeacherLayers, TeacherTargets
+    from cdistill.vat import VAT, Recorder, StudentAlignment
     from cdistill.vat.recorders import AnyRegions
+
+
+MODULE = "head_mixture"
 
 
 class Alignment(Term):
@@ -35,6 +39,10 @@ class Alignment(Term):
         """By ``vat``, None without it."""
         return None if settings.vat is None else cls(settings.vat, settings.vat_weight)
 
+    def modules(self, student: Model, teacher: Model | None) -> dict[str, nn.Module]:
+        """The weights of ``vat.head_matching`` mixture, if it is chosen."""
+        return {MODULE: self.vat.mixture()} if self.vat.config.learns_mixture else {}
+
     def regions(self, step: Step) -> AnyRegions:
         """Rows and columns of a batch; none are rows in samples that do not count."""
         inputs, ids = step.batch, step.visual_ids
@@ -48,7 +56,7 @@ class Alignment(Term):
             return regions
         return regions._replace(rows=regions.rows.masked_fill(~step.counted[:, None], -1))
 
-    def teacher_recorder(self, step: Step) -> TeacherTargets | TeacherLayers | None:
+    def teacher_recorder(self, step: Step) -> Recorder | None:
         """None where there is nothing to align."""
         if not (step.regions.cols.shape[1] and step.regions.rows.shape[1]):
             return None
@@ -57,6 +65,11 @@ class Alignment(Term):
     def recorder(self, step: Step) -> StudentAlignment | None:
         """Compares with what the teacher gave, if it gave anything."""
         targets: Any = None if step.teacher is None else step.teacher.attention
+        if (
+            MODULE in step.modules
+        ):  # without targets, too, and at this place: ZeRO-3 gathers weights in one order on all processes
+            step.shared[MODULE] = step.modules[MODULE](None if targets is None else targets.slices)
+            targets = None if targets is None else step.shared[MODULE]
         return None if targets is None else self.vat.student(step.regions, targets, step.key_mask)
 
     def forward(self, step: Step) -> Tensor:
@@ -67,7 +80,7 @@ class Alignment(Term):
             step.recorder is None
         ):  # no sample has an image; ZeRO-3 wants equally many differentiable losses on all processes
             step.details["vat_layers"] = torch.zeros(len(self.vat.matches), device=step.labels.device)
-            return step.zero()
+            return sum(step.shared.get(MODULE, ()), step.zero())
         per_layer = torch.stack(list(step.recorder.losses().values())).sum(1)
         step.details["vat_layers"] = per_layer.detach()
         return per_layer.sum() if self.vat.config.layer_sum else per_layer.mean()
