@@ -218,6 +218,10 @@ def replies(output):
     return [json.loads(line) for line in (output / "replies.jsonl").read_text().splitlines() if line.endswith("}")]
 
 
+def lengths(output):
+    return [(line["reply_tokens"], line["replies_ended"]) for line in metrics(output)]
+
+
 def test_a_share_of_nothing_is_dft_bit_for_bit(models, tmp_path):
     nothing = run(own(tmp_path / "opd", models, generation={"on_policy": 0.0}))
     plain = run(make_recipe(tmp_path / "dft", models, stages=["dft"]))
@@ -246,6 +250,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole, models, tmp_path):
     torch.manual_seed(99)
     assert same(weights(run(cut, resume=True)), weights(final))
     assert replies(tmp_path / "cut") == replies(output)
+    assert lengths(tmp_path / "cut") == lengths(output)
+    shown = [[line[key] for line in replies(output) if line["step"] == 1] for key in ("tokens", "ended")]
+    assert lengths(output)[0] == tuple(sum(values) / len(values) for values in shown)
 
 
 def test_processes_and_accumulation_draw_the_same_replies(whole, models, ranks, tmp_path):
