@@ -86,8 +86,10 @@ class Encoder:
         self._check()
         self.max_length = max_length
 
-    def __call__(self, messages: Sequence[Message], images: Sequence[Image.Image]) -> Encoded:
-        """Tokens of a conversation about ``images``, in the order of their marks.
+    def __call__(
+        self, messages: Sequence[Message], images: Sequence[Image.Image], *, labels: int | None = None
+    ) -> Encoded:
+        """Tokens of a conversation about ``images``, in the order of their marks, with so many ``labels`` at most.
 
         Raises:
             BadSampleError: no token of an answer within ``max_length``, a text that holds a mark of an image itself, more
@@ -98,7 +100,8 @@ class Encoder:
             raise BadSampleError("image count", f"{len(images)} images for a model that takes none")
         ids, labelled = self.contract(messages)
         self._require_marks(ids, len(images))
-        return self._fit(ids, labelled, [image if image.mode == "RGB" else image.convert("RGB") for image in images])
+        images = [image if image.mode == "RGB" else image.convert("RGB") for image in images]
+        return self._fit(ids, labelled, images, labels)
 
     def prompt(self, messages: Sequence[Message], visual: ImageParts) -> tuple[list[int], dict[str, list[int]]]:
         """Tokens that ask for an answer to messages of which the last is the user's, and their types.
@@ -132,7 +135,7 @@ class Encoder:
         """Tokens of texts that a template has written, as the processor makes them of words alone."""
         return [self.contract.text_ids(text) for text in texts]
 
-    def _fit(self, ids: list[int], labelled: np.ndarray, images: list[Image.Image]) -> Encoded:
+    def _fit(self, ids: list[int], labelled: np.ndarray, images: list[Image.Image], labels: int | None) -> Encoded:
         """Put tokens in place of the marks, and shorten the sample until it fits."""
         while True:
             visual = self.image_parts(images)
@@ -140,6 +143,8 @@ class Encoder:
             answers = labelled[origins]
             answers[:1] = False  # no token precedes it that could predict it
             limit = len(tokens) if self.max_length is None else min(self.max_length, len(tokens))
+            if labels is not None and answers.sum() > labels:
+                limit = min(limit, int(np.flatnonzero(answers)[labels - 1]) + 1)
             if not answers[:limit].any():
                 reason = "too long" if limit < len(tokens) else "empty answer"
                 raise BadSampleError(reason, f"{len(tokens)} tokens, none of an answer among the first {limit}")
@@ -151,9 +156,9 @@ class Encoder:
                 break
             images = images[:kept]  # again: what an image becomes may depend on how many there are
         input_ids = torch.tensor(tokens[:limit])
-        labels = input_ids.where(torch.from_numpy(answers[:limit]), IGNORE_INDEX)
+        learned = input_ids.where(torch.from_numpy(answers[:limit]), IGNORE_INDEX)
         return Encoded(
-            input_ids, labels, {name: torch.tensor(of[:limit]) for name, of in types.items()}, visual.tensors
+            input_ids, learned, {name: torch.tensor(of[:limit]) for name, of in types.items()}, visual.tensors
         )
 
     def image_parts(self, images: list[Image.Image]) -> ImageParts:
