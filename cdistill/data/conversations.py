@@ -92,8 +92,10 @@ class Encoder:
         self._check()
         self.max_length = max_length
 
-    def __call__(self, messages: Sequence[Message], images: Sequence[Image.Image]) -> Encoded:
-        """Tokens of a conversation about ``images``, in the order of their marks.
+    def __call__(
+        self, messages: Sequence[Message], images: Sequence[Image.Image], *, labels: int | None = None
+    ) -> Encoded:
+        """Tokens of a conversation about ``images``, in the order of their marks, with so many ``labels`` at most.
 
         Raises:
             BadSampleError: no token of an answer within ``max_length``, a text that holds a mark of an image itself, more
@@ -105,8 +107,8 @@ class Encoder:
         tokens, labelled = self.contract.written(messages)
         self._require_marks(tokens.ids, len(images))
         found = places(said(self.template, messages), tokens.offsets, labelled) if self._places else None
-        rgb = [image if image.mode == "RGB" else image.convert("RGB") for image in images]
-        return self._fit(tokens.ids, labelled, rgb, found)
+        images = [image if image.mode == "RGB" else image.convert("RGB") for image in images]
+        return self._fit(tokens.ids, labelled, images, labels, found)
 
     def prompt(self, messages: Sequence[Message], visual: ImageParts) -> tuple[list[int], dict[str, list[int]]]:
         """Tokens that ask for an answer to messages of which the last is the user's, and their types.
@@ -140,7 +142,14 @@ class Encoder:
         """Tokens of texts that a template has written, as the processor makes them of words alone."""
         return [self.contract.text_ids(text) for text in texts]
 
-    def _fit(self, ids: list[int], labelled: np.ndarray, images: list[Image.Image], found: Places | None) -> Encoded:
+    def _fit(
+        self,
+        ids: list[int],
+        labelled: np.ndarray,
+        images: list[Image.Image],
+        labels: int | None,
+        found: Places | None,
+    ) -> Encoded:
         """Put tokens in place of the marks, and shorten the sample until it fits."""
         while True:
             visual = self.image_parts(images)
@@ -148,6 +157,8 @@ class Encoder:
             answers = labelled[origins]
             answers[:1] = False  # no token precedes it that could predict it
             limit = len(tokens) if self.max_length is None else min(self.max_length, len(tokens))
+            if labels is not None and answers.sum() > labels:
+                limit = min(limit, int(np.flatnonzero(answers)[labels - 1]) + 1)
             if not answers[:limit].any():
                 reason = "too long" if limit < len(tokens) else "empty answer"
                 raise BadSampleError(reason, f"{len(tokens)} tokens, none of an answer among the first {limit}")
@@ -159,10 +170,10 @@ class Encoder:
                 break
             images = images[:kept]  # again: what an image becomes may depend on how many there are
         input_ids = torch.tensor(tokens[:limit])
-        labels = input_ids.where(torch.from_numpy(answers[:limit]), IGNORE_INDEX)
+        learned = input_ids.where(torch.from_numpy(answers[:limit]), IGNORE_INDEX)
         types_of = {name: torch.tensor(of[:limit]) for name, of in types.items()}
         said_by = None if found is None else found.taken(origins[:limit])
-        return Encoded(input_ids, labels, types_of, visual.tensors, said_by)
+        return Encoded(input_ids, learned, types_of, visual.tensors, said_by)
 
     def image_parts(self, images: list[Image.Image]) -> ImageParts:
         """What the processor makes of the images of one sample."""

@@ -80,9 +80,42 @@ def check_pair(student: Model, teacher: Model) -> None:
 
 def check_configurations(student: Model, teacher: Model) -> None:
     """What of `check_pair` needs no weights: vocabularies, and visual tokens."""
+    difference = visual_difference(student, teacher)
+    if difference is not None:
+        raise InputError(difference)
+
+
+def check_apart(student: Model, teacher: Model) -> None:
+    """Raise ValueError unless two models can be distilled that each have an encoding of the samples of their own.
+
+    They need one vocabulary. A student with TAF sees what its teacher sees, so it cannot have other visual tokens.
+    """
+    _check_common(student, teacher)
+    if isinstance(getattr(student.model, "multi_modal_projector", None), TAFAdapter):
+        why = visual_difference(student, teacher) or "their image processors differ"
+        raise InputError(f"student.taf must be false for a student with other visual tokens than its teacher: {why}")
+
+
+def visual_difference(student: Model, teacher: Model) -> str | None:
+    """Why two models cannot read the same encoding of a sample, by their configurations; None if they can.
+
+    Raises ValueError for vocabularies that differ, or only one model with a vision encoder.
+    """
+    _check_common(student, teacher)
+    try:
+        _check_visual(student, teacher)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _check_common(student: Model, teacher: Model) -> None:
     if has_vision(student) != has_vision(teacher):
         raise InputError(f"only the {'student' if has_vision(student) else 'teacher'} has a vision encoder")
     _check_vocabulary(student.config.get_text_config(), teacher.config.get_text_config())
+
+
+def _check_visual(student: Model, teacher: Model) -> None:
     if isinstance(student, Llava) and isinstance(teacher, Llava):
         _check_equal("image_token_id", student.config, teacher.config)
         _check_visual_tokens(student, teacher)

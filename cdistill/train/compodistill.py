@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Trainer, TrainerCallback
 
 from cdistill.choices import KDConfig, VATConfig
+from cdistill.data.pairs import PREFIX, split_sides
 from cdistill.data.samples import IGNORE_INDEX
 from cdistill.data.templates import Template
 from cdistill.errors import InputError
@@ -216,7 +217,8 @@ class CompoDistillTrainer(Trainer):
             if prediction_loss_only:
                 return loss, None, None
             own = self.distillation.losses.own_inputs | {"labels"}
-            logits = model(**{name: value for name, value in inputs.items() if name not in own}).logits
+            ours, _ = split_sides(inputs) if self.distillation.losses.reads_apart else (inputs, None)
+            logits = model(**{name: value for name, value in ours.items() if name not in own}).logits
         return loss, logits.detach(), labels
 
     def _without_repeated(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -232,7 +234,9 @@ class CompoDistillTrainer(Trainer):
             return inputs
         places = torch.arange(len(labels), device=labels.device) + self.args.process_index * len(labels)
         counted = places < state.remainder
-        return inputs | {"labels": labels.masked_fill(~counted[:, None], IGNORE_INDEX), "counted": counted}
+        labelled = [name for name in ("labels", f"{PREFIX}labels") if name in inputs]
+        masked = {name: inputs[name].masked_fill(~counted[:, None], IGNORE_INDEX) for name in labelled}
+        return inputs | masked | {"counted": counted}
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As of Trainer; loss and terms are means over all labels and samples of the set, and not of its batches."""

@@ -21,6 +21,7 @@ from cdistill.data.conversations import Encoded, Encoder
 from cdistill.data.dataset import BadSampleCollator, SampleDataset
 from cdistill.data.grouping import length_grouped, modality_grouped
 from cdistill.data.mix import HeldOut, Order, open_source
+from cdistill.data.pairs import PairCollator, PairEncoder
 from cdistill.data.samples import IMAGE_TOKEN, Source
 from cdistill.errors import InputError
 from cdistill.models.load import Model
@@ -69,8 +70,9 @@ def open_validation(stage: Stage, models: Models) -> tuple[Dataset, Any]:
 
 
 def encoder_of(dataset: Dataset) -> Encoder | None:
-    """What makes tokens of the samples of a stage; None where the built-in task does that itself."""
-    return getattr(dataset.dataset if isinstance(dataset, Subset) else dataset, "encoder", None)
+    """What makes the student's tokens of the samples of a stage; None where the built-in task does that itself."""
+    encoder = getattr(dataset.dataset if isinstance(dataset, Subset) else dataset, "encoder", None)
+    return encoder.student if isinstance(encoder, PairEncoder) else encoder
 
 
 def _builtin_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
@@ -91,9 +93,9 @@ def _builtin_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
     )
     data: Dataset = source
     collate: Any = Collator(tokenizer.pad_token_id)
-    if models.reader is not None:
-        encoder = Encoder(models.reader)
-        data, collate = ConversationDataset(source, encoder), PaddingCollator(encoder.pad_token_id)
+    if models.reader is not None or models.reads_apart:
+        encoder, collate = _encoding(stage, models)
+        data = ConversationDataset(source, encoder)
     return (
         data,
         collate,
@@ -112,15 +114,15 @@ def _file_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
         raise InputError(f"{error}{'' if validation is None else '; lower validation.samples'}") from None
     if held_out:
         order = cast(Order, order).held_out
-    encoder = _encoder(options, models)
+    encoder, collate = _encoding(stage, models)
     about = _resized_to(models)
     data = SampleDataset(source, order, encoder, size=size, seed=seed, about=about, exif=options.exif)
-    collate: Any = PaddingCollator(encoder.pad_token_id)
     if stage.recipe.packing:
         for model in (models.student, models.teacher):
             if model is not None:
                 check_packable(model)
-        collate = PackedCollator(PackingCollator(encoder.pad_token_id, options.max_length), models.student)
+        packed = PackingCollator(collate.pad_token_id, options.max_length)
+        collate = PackedCollator(packed, models.student)
     visual = getattr(models.student.config, "image_seq_length", USUAL_VISUAL_TOKENS)
 
     def sizes() -> tuple[np.ndarray, np.ndarray]:
@@ -176,16 +178,27 @@ def _open(models: Models, data: DataConfig, size: int) -> Source:
     return models.sources[key]
 
 
-def _encoder(data: DataConfig, models: Models) -> Encoder:
-    """What makes tokens of a stage's samples. Raises ValueError if student and template do not go together."""
-    processor: Any = models.reader or models.processor
-    return Encoder(processor, data.template, data.max_length)
+def _encoding(stage: Stage, models: Models) -> tuple[Any, Any]:
+    """What makes tokens of a stage's samples, and batches of them: for student and teacher where each needs its own.
+
+    Raises ValueError if student and template do not go together.
+    """
+    options = stage.config.data
+    template: dict[str, Any] = {}
+    if options.path is not None:
+        template = {"template": options.template, "max_length": options.max_length}
+    encoder = Encoder(models.reader or models.processor, **template)
+    collate = PaddingCollator(encoder.pad_token_id)
+    if not (models.reads_apart and stage.objective.distils):
+        return encoder, collate
+    theirs = Encoder(models.teacher_reader, **template)
+    return PairEncoder(encoder, theirs), PairCollator(collate, PaddingCollator(theirs.pad_token_id))
 
 
 def _resized_to(models: Models) -> int | None:
     """The side in pixels that all images are resized to, where it is one for all."""
     processor: Any = models.processor
-    if models.reader is not None or not hasattr(processor, "image_processor"):
+    if models.reader is not None or models.reads_apart or not hasattr(processor, "image_processor"):
         return None
     size = dict(processor.image_processor.size)
     return max(size.get(name) or 0 for name in ("height", "width", "shortest_edge")) or None

@@ -234,7 +234,13 @@ def losses_of(
         layers = attention_layers(student), attention_layers(models.teacher)
         if memory.cache is None:
             models.teacher_source = models.teacher_source or place_teacher(
-                memory, models.teacher, student, run.precision, device, shares_vision=models.shares_vision
+                memory,
+                models.teacher,
+                student,
+                run.precision,
+                device,
+                shares_vision=models.shares_vision,
+                reads_apart=models.reads_apart,
             )
             teacher = models.teacher_source
             teacher.move(device)

@@ -50,9 +50,10 @@ class Alignment(Term):
 
     def teacher_recorder(self, step: Step) -> TeacherTargets | TeacherLayers | None:
         """None where there is nothing to align."""
-        if not (step.regions.cols.shape[1] and step.regions.rows.shape[1]):
+        view = step.teacher_view
+        if not (view.regions.cols.shape[1] and view.regions.rows.shape[1]):
             return None
-        return self.vat.teacher(step.regions, step.key_mask)
+        return self.vat.teacher(view.regions, view.key_mask)
 
     def recorder(self, step: Step) -> StudentAlignment | None:
         """Compares with what the teacher gave, if it gave anything."""
