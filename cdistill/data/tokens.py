@@ -35,21 +35,29 @@ class Vocabularies:
     student_spaces: Tensor
     teacher_spaces: Tensor
 
+    def to(self, device: torch.device) -> Vocabularies:
+        """With its tensors on a device."""
+        if self.student_spaces.device == device:
+            return self
+        moved = {context: pairs.to(device) for context, pairs in self.matches.items()}
+        spaces = self.student_spaces.to(device), self.teacher_spaces.to(device)
+        return Vocabularies(self.student, self.teacher, moved, *spaces)
+
 
 def vocabularies(student: Any, teacher: Any, ends: tuple[Sequence[int], Sequence[int]] = ((), ())) -> Vocabularies:
     """The vocabularies of two fast tokenizers; ``ends`` are the tokens that close an answer, which stand for each other.
 
     Raises ValueError for a tokenizer that is slow.
     """
-    texts = [token_texts(tokenizer) for tokenizer in (student, teacher)]
+    ours, theirs = token_texts(student), token_texts(teacher)
     matches = {}
     for context in (0, 1, -1):
-        found = _matched(*texts, context)
+        found = _matched(ours, theirs, context)
         for one, other in zip(*ends, strict=False):
             found = [pair for pair in found if one != pair[0] and other != pair[1]] + [(one, other)]
         matches[context] = torch.tensor(sorted(found), dtype=torch.int64).reshape(-1, 2).T.contiguous()
-    spaces = [torch.tensor([kind == "text" and text[:1] == " " for kind, text in of]) for of in texts]
-    return Vocabularies(len(texts[0]), len(texts[1]), matches, *spaces)
+    spaces = [torch.tensor([kind == "text" and text[:1] == " " for kind, text in of]) for of in (ours, theirs)]
+    return Vocabularies(len(ours), len(theirs), matches, spaces[0], spaces[1])
 
 
 def _matched(student: list[Text], teacher: list[Text], context: int) -> list[tuple[int, int]]:

@@ -267,6 +267,8 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         del content["kd"], content["teacher_memory"]
     if not recipe.needs_teacher:
         del content["teacher"]
+    if recipe.kd.alignment == "token" and "kd" in content:
+        del content["kd"]["alignment"]
     if recipe.student.pruning is None:  # a key that kept records did not have, as the next
         del content["student"]["pruning"]
     for section in content["stages"]:

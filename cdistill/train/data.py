@@ -23,6 +23,8 @@ from cdistill.data.grouping import length_grouped, modality_grouped
 from cdistill.data.mix import HeldOut, Order, open_source
 from cdistill.data.pairs import PairCollator, PairEncoder
 from cdistill.data.samples import IMAGE_TOKEN, Source
+from cdistill.data.span_pairs import SpanEncoder
+from cdistill.data.tokens import Vocabularies
 from cdistill.errors import InputError
 from cdistill.models.load import Model
 from cdistill.train.build import Models
@@ -75,10 +77,16 @@ def encoder_of(dataset: Dataset) -> Encoder | None:
     return encoder.student if isinstance(encoder, PairEncoder) else encoder
 
 
+def vocabularies_of(dataset: Dataset) -> Vocabularies | None:
+    """Which tokens of student and teacher say the same, where the samples of a stage are encoded for different tokenizers."""
+    encoder = getattr(dataset.dataset if isinstance(dataset, Subset) else dataset, "encoder", None)
+    return encoder.vocabularies() if isinstance(encoder, SpanEncoder) else None
+
+
 def _builtin_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
     """Dataset, collator, and what tells lengths and numbers of images of all samples; or of so many that are ``held_out``."""
     size, options = held_out or stage.samples, stage.config.data
-    tokenizer: Any = models.tokenizer
+    tokenizer: Any = build_tokenizer() if models.spans else models.tokenizer
     vocabulary = tokenizer.get_vocab()
     for word in build_tokenizer().get_vocab():
         if word not in vocabulary and word != IMAGE_TOKEN:
@@ -187,12 +195,15 @@ def _encoding(stage: Stage, models: Models) -> tuple[Any, Any]:
     template: dict[str, Any] = {}
     if options.path is not None:
         template = {"template": options.template, "max_length": options.max_length}
-    encoder = Encoder(models.reader or models.processor, **template)
+    apart = models.reads_apart and stage.objective.distils
+    spans = apart and models.spans
+    encoder = Encoder(models.reader or models.processor, **template, places=spans)
     collate = PaddingCollator(encoder.pad_token_id)
-    if not (models.reads_apart and stage.objective.distils):
+    if not apart:
         return encoder, collate
-    theirs = Encoder(models.teacher_reader, **template)
-    return PairEncoder(encoder, theirs), PairCollator(collate, PaddingCollator(theirs.pad_token_id))
+    theirs = Encoder(models.teacher_reader, **template, places=spans)
+    together = PairCollator(collate, PaddingCollator(theirs.pad_token_id))
+    return (SpanEncoder if spans else PairEncoder)(encoder, theirs), together
 
 
 def _resized_to(models: Models) -> int | None:

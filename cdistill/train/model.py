@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cdistill.data.pairs import TEACHER_IDS, split_sides
+from cdistill.data.span_pairs import SPANS, SPANS_OF_TEACHER
 from cdistill.errors import InputError
 from cdistill.families import family_of
 from cdistill.models.llava import Llava, SharedVision, share_vision, student_embeddings
@@ -210,7 +211,7 @@ class DistillationModel(nn.Module):
     @property
     def own_inputs(self) -> set[str]:
         """Keys of a batch that are no input of the models."""
-        found = {key for term in self.terms for key in term.inputs}
+        found = {key for term in self.terms for key in term.inputs} | {SPANS, SPANS_OF_TEACHER}
         return found if self.source is None else found | set(self.source.inputs)
 
     def inputs(self, step: Step) -> tuple[SharedVision | None, dict[str, Any]]:

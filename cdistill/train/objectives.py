@@ -12,6 +12,7 @@ from cdistill.errors import InputError
 from cdistill.train.terms import Settings, Term, check_terms, configured, term_named
 
 if TYPE_CHECKING:
+    from cdistill.data.tokens import Vocabularies
     from cdistill.vat import VAT
 
 PARTS = ("vision", "language", "adapter")
@@ -60,9 +61,16 @@ class Objective:
         """Whether only the built-in task has what its terms read of a batch."""
         return self.trains_on_patches or bool(self.inputs)
 
-    def terms(self, *, kd: KDConfig | None = None, vat: VAT | None = None, vat_weight: float = 1.0) -> tuple[Term, ...]:
+    def terms(
+        self,
+        *,
+        kd: KDConfig | None = None,
+        vat: VAT | None = None,
+        vat_weight: float = 1.0,
+        vocabularies: Vocabularies | None = None,
+    ) -> tuple[Term, ...]:
         """Its terms as a run configures them, without those that it leaves out (alignment without a ``vat``)."""
-        return configured(self.losses, Settings(kd or KDConfig(), vat, vat_weight))
+        return configured(self.losses, Settings(kd or KDConfig(), vat, vat_weight, vocabularies))
 
 
 # `adapter` is the light map alone where the teacher's adapter is fetched (TAF), the whole adapter elsewhere.

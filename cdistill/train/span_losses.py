@@ -163,26 +163,20 @@ def _computed(
     for ours, theirs in _chunks(problem):
         with torch.enable_grad():
             part = hidden[ours].detach().requires_grad_(wanted[0])
-            inputs = [
-                part,
-                *(
-                    None if x is None else x.detach().requires_grad_(w)
-                    for x, w in zip(leaves[1:], wanted[1:], strict=True)
-                ),
-            ]
-            losses = _of_chunk(problem, part, head._replace(weight=inputs[1], bias=inputs[2]), ours, theirs)
+            weight = head.weight.detach().requires_grad_(wanted[1])
+            bias = None if head.bias is None else head.bias.detach().requires_grad_(wanted[2])
+            losses = _of_chunk(problem, part, head._replace(weight=weight, bias=bias), ours, theirs)
             total = weights[0] * losses.ce + weights[1] * losses.kd
-        asked = [x for x, want in zip(inputs, wanted, strict=True) if want and x is not None]
-        found = iter(torch.autograd.grad(total, asked) if asked and total.requires_grad else ())
-        for i, target in enumerate(made):
-            if target is None:
-                continue
-            gradient = next(found)
-            if i == 0:
-                target[ours] += gradient
-            else:
-                target += gradient
         sums += torch.stack((losses.ce.detach(), losses.kd.detach()))
+        asked = [
+            x for x, target in zip((part, weight, bias), made, strict=True) if target is not None and x is not None
+        ]
+        if not asked:
+            continue
+        targets = [None if made[0] is None else made[0][ours], *made[1:]]
+        found = torch.autograd.grad(total, asked)
+        for target, gradient in zip([x for x in targets if x is not None], found, strict=True):
+            target += gradient
     return Losses(*sums.unbind()), made
 
 
@@ -264,7 +258,7 @@ def _merged(student: _Predictions, teacher: _Predictions, vocabularies: Vocabula
     total = student.whole.new_zeros(())
     for context in contexts.unique().tolist():
         rows = contexts == context
-        total = total + _in_context(*(_taken(x, rows) for x in (student, teacher)), vocabularies.matches[context], kd)
+        total = total + _in_context(_taken(student, rows), _taken(teacher, rows), vocabularies.matches[context], kd)
     return total
 
 
@@ -294,7 +288,7 @@ def _in_context(student: _Predictions, teacher: _Predictions, matches: Tensor, k
         logs = torch.cat((common.masked_fill(taken, 0.0), side.whole[:, None], tail.clamp(min=LEAST).log()[:, None]), 1)
         p = torch.cat((common.exp().masked_fill(taken, 0.0), side.whole.exp()[:, None], tail[:, None]), 1)
         outcomes.append((logs, p))
-    return _divergence(*outcomes, kd) + _l1_of_sorted(*rests)
+    return _divergence(outcomes[0], outcomes[1], kd) + _l1_of_sorted(rests[0], rests[1])
 
 
 def _divergence(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], kd: KDConfig) -> Tensor:

@@ -10,6 +10,7 @@ from cdistill.vat.distances import LayerDistances
 from cdistill.vat.matching import Layers, layer_range, match_layers
 from cdistill.vat.recorders import AnyRegions, StudentAlignment, TeacherLayers, TeacherTargets
 from cdistill.vat.regions import PackedRegions, Regions, packed_regions, token_regions
+from cdistill.vat.spans import SpanAlignment, numbers_of_rows, span_rows
 
 
 class VAT:
@@ -128,3 +129,15 @@ class VAT:
             impl=self._impl,
             engine=config.engine,
         )
+
+    def student_of_spans(
+        self, regions: Regions, targets: TeacherTargets, spans: tuple[Tensor, Tensor], key_mask: Tensor | None
+    ) -> SpanAlignment:
+        """As `student`, for different tokenizers: ``spans`` (B, T) and (B, T') are the spans that the tokens of student and
+        teacher belong to, 0 for none, within which rows are averaged."""
+        numbers = [
+            numbers_of_rows(side.rows, of.to(side.rows.device), self.config.rows)
+            for side, of in zip((regions, targets.regions), spans, strict=True)
+        ]
+        rows = span_rows(numbers[0], numbers[1].to(numbers[0].device))
+        return SpanAlignment(self.matches, regions, targets, rows, self.config, key_mask=key_mask, impl=self._impl)

@@ -304,12 +304,7 @@ class StudentAlignment:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, causal: bool
     ) -> Tensor | None:
         """Compute one student layer's alignment loss, (B,), and with an engine its attention."""
-        if self._needs_grad and not torch.is_grad_enabled():
-            raise InputError(
-                f"the alignment loss of layer {layer} would lose its gradient: the layer runs without gradients, as "
-                "under reentrant gradient checkpointing; set gradient_checkpointing_kwargs={'use_reentrant': False} "
-                "(to evaluate only, make the recorder inside torch.no_grad())"
-            )
+        self._require_gradient(layer)
         rows, cols = self._regions.rows, self._regions.cols
         options: dict[str, Any] = {
             "loss": self._loss,
@@ -340,6 +335,15 @@ class StudentAlignment:
         losses = torch.cat(found) if len(found) != 1 else found[0]
         self._losses.setdefault(layer, losses)
         return out
+
+    def _require_gradient(self, layer: int) -> None:
+        """Raise ValueError where a layer runs without the gradient that this was made for."""
+        if self._needs_grad and not torch.is_grad_enabled():
+            raise InputError(
+                f"the alignment loss of layer {layer} would lose its gradient: the layer runs without gradients, as "
+                "under reentrant gradient checkpointing; set gradient_checkpointing_kwargs={'use_reentrant': False} "
+                "(to evaluate only, make the recorder inside torch.no_grad())"
+            )
 
     def _with_attention(
         self, target: Tensor, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]

@@ -302,6 +302,8 @@ class Recipe(Keys):
         yield from self._problems_of_the_teacher(objectives)
         if self.packing:
             yield from self._problems_of_packing()
+        if self.kd.alignment != "token":
+            yield from self._problems_of_spans(objectives)
         if self.student.taf:
             if self.student.vision_config is not None or self.student.vision not in (None, self.teacher):
                 yield "student.vision must be null or the teacher with student.taf, whose encoder is shared"
@@ -351,6 +353,22 @@ class Recipe(Keys):
                 yield f"stage.{name}.quantization must be null with student.lora, whose sums are rounded by nobody"
             if before is not None and grid != before:
                 yield f"stage.{name}.quantization must be {before}, as in the stage before: its result would lose it"
+
+    def _problems_of_spans(self, objectives: list[str]) -> Iterator[str]:
+        """What cannot be done between different tokenizers."""
+        why = f"with kd.alignment {self.kd.alignment}"
+        if self.packing:
+            yield f"packing must be false {why}: samples are encoded for both models and padded"
+        if self.teacher_memory.cache is not None:
+            yield f"teacher_memory.cache must be null {why}: it keeps what one tokenizer has"
+        if not any(map(self.aligns, objectives)):
+            return
+        wrong = {"rows": ("all",), "matching": ("adaptive",), "target": ("recomputed",)}
+        for name, values in wrong.items():
+            if getattr(self.vat, name) in values:
+                yield f"vat.{name} must not be {getattr(self.vat, name)} {why}: its rows are compared one by one, not by spans"
+        if self.vat.engine != "sdpa":
+            yield f"vat.engine must be sdpa {why}, got {self.vat.engine!r}"
 
     def _problems_of_packing(self) -> Iterator[str]:
         builtin = [name for name in self.stages if self.stage[name].data.path is None]

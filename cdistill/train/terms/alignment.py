@@ -26,6 +26,7 @@ class Alignment(Term):
     attention = True
     details = ("vat_layers",)
     is_column = True
+    compares_spans = True
 
     def __init__(self, vat: VAT, weight: float = 1.0) -> None:
         self.vat, self.weight = vat, weight
@@ -58,7 +59,11 @@ class Alignment(Term):
     def recorder(self, step: Step) -> StudentAlignment | None:
         """Compares with what the teacher gave, if it gave anything."""
         targets: Any = None if step.teacher is None else step.teacher.attention
-        return None if targets is None else self.vat.student(step.regions, targets, step.key_mask)
+        if targets is None:
+            return None
+        if step.spans is None or self.vat.config.rows == "visual":
+            return self.vat.student(step.regions, targets, step.key_mask)
+        return self.vat.student_of_spans(step.regions, targets, step.spans, step.key_mask)
 
     def forward(self, step: Step) -> Tensor:
         """Sum over samples; ``vat_layers`` (L,) are those of every matched student layer."""

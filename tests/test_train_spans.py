@@ -1,0 +1,147 @@
+"""Training between different tokenizers: whole runs, what a batch relates, and what is refused before anything is written."""
+
+import json
+
+import pytest
+import torch
+from builtin_models import make_recipe, recipe_values, save_base, save_teacher
+
+import cdistill
+from cdistill.builtin.subwords import build_subword_tokenizer
+from cdistill.choices import KDConfig
+from cdistill.cli import main
+from cdistill.data import strict_yaml
+from cdistill.data.samples import BadSampleError, Message
+from cdistill.data.span_pairs import SPANS, SPANS_OF_TEACHER, numbers_of
+from cdistill.models.load import load_model, load_tokenizer
+from cdistill.reproduce.runs import identity
+from cdistill.train import run
+from cdistill.train.build import build_models
+from cdistill.train.data import stage_dataset
+from cdistill.train.objectives import set_trained
+from cdistill.train.prepare import open_data
+from cdistill.train.recipes import recipe_from_dict
+from cdistill.train.resolve import resolve
+from cdistill.train.stages import losses_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_teacher(folder / "teacher")
+    save_base(folder / "same")
+    pieces = build_subword_tokenizer()
+    ids = {"eos_token_id": pieces.eos_token_id, "pad_token_id": pieces.pad_token_id}
+    save_base(folder / "base", tokenizer=pieces, vocab_size=len(pieces), **ids)
+    return folder
+
+
+def metrics(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("alignment", ["merged", "uld"])
+def test_a_run_distils_into_a_student_of_another_tokenizer(folder, tmp_path, capsys, alignment):
+    """With the teacher's adapter, and VAT over all text; the student is saved with its own tokenizer and template."""
+    changes = {"kd__alignment": alignment, "vat__rows": "text", "report_to": []}
+    values = recipe_values(tmp_path / "run", folder, **changes)
+    (tmp_path / "recipe.yaml").write_text(strict_yaml.dump(values))
+    assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
+    assert (
+        f"each sample is encoded for student and teacher, because kd.alignment is {alignment}"
+        in capsys.readouterr().out
+    )
+    logged = metrics(tmp_path / "run")
+    assert all(line["kd"] > 0 for line in logged if line["stage"] != "sft")
+    assert all(line["vat"] > 0 for line in logged if line["stage"] == "dft")
+    result = tmp_path / "run" / "3-sft"
+    assert load_tokenizer(result, "student").get_vocab() == build_subword_tokenizer().get_vocab()
+    assert load_model(result).config.image_token_id == build_subword_tokenizer().convert_tokens_to_ids("<image>")
+
+
+@pytest.mark.parametrize("rows", ["answer", "predicting", "visual"])
+def test_one_tokenizer_by_spans_gives_what_it_gives_by_tokens(folder, tmp_path, rows):
+    found, batch = [], {}
+    for alignment in ("merged", "token"):
+        changes = {"student__base": str(folder / "same"), "kd__alignment": alignment, "vat__rows": rows}
+        recipe = make_recipe(tmp_path / alignment, folder, stages=["dft"], report_to=[], **changes)
+        models, resolved = build_models(recipe), resolve(recipe, 1)
+        stage = resolved.stages[0]
+        model, data = losses_of(resolved, stage, models, open_data(stage, models), torch.device("cpu"))
+        given = data.collator([data.dataset[i] for i in range(3)])
+        batch = batch or given  # whose pixels a processor has read, from 8 bits
+        assert torch.equal(batch["input_ids"], given["input_ids"]) and torch.equal(batch["labels"], given["labels"])
+        set_trained(models.student, stage.objective)
+        weights = [p for p in models.student.parameters() if p.requires_grad]
+        losses = model(**{name: batch[name] for name in given})
+        total = losses["ar"] + 0.5 * losses["kd"] + losses["vat"]
+        found.append(([losses[name] for name in ("ar", "kd", "vat")], torch.autograd.grad(total, weights)))
+    torch.testing.assert_close(*(losses for losses, _ in found))
+    torch.testing.assert_close(*(gradients for _, gradients in found), rtol=1e-3, atol=1e-4)
+
+
+def test_spans_of_samples_are_told_apart():
+    batch = {
+        SPANS: torch.tensor([[0, 1, 1, 2], [1, 2, 3, -1]]),
+        SPANS_OF_TEACHER: torch.tensor([[1, 2, -1], [1, 2, 3]]),
+    }
+    ours, theirs = numbers_of(batch)
+    assert ours.tolist() == [[0, 1, 1, 2], [4, 5, 6, 0]]
+    assert theirs.tolist() == [[1, 2, 0], [4, 5, 6]]
+    assert numbers_of({}) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"^vocabularies differ: token .* set kd.alignment to merged \(or uld\)"),
+        ({"kd__alignment": "pieces"}, "^kd.alignment must be one of token, merged, uld"),
+        ({"kd__alignment": "merged", "packing": True}, "packing must be false with kd.alignment merged"),
+        (
+            {"kd__alignment": "merged", "teacher_memory__cache": "x"},
+            "^teacher_memory.cache must be null with kd.alignment",
+        ),
+        ({"kd__alignment": "merged", "vat__rows": "all"}, "^vat.rows must not be all with kd.alignment merged"),
+        ({"kd__alignment": "merged", "vat__matching": "adaptive"}, "^vat.matching must not be adaptive with"),
+        ({"kd__alignment": "merged", "vat__target": "recomputed"}, "^vat.target must not be recomputed with"),
+        (
+            {"kd__alignment": "merged", "vat__engine": "torch_flash"},
+            "^vat.engine must be sdpa with kd.alignment merged",
+        ),
+        (
+            {"kd__alignment": "uld", "kd__divergence": "jsd"},
+            "kd.divergence must be left out with kd.alignment uld, got 'jsd'",
+        ),
+        (
+            {"kd__alignment": "merged", "stage__dft__objective": "hidden"},
+            r"^stage\.dft\.objective: term 'hidden' compares",
+        ),
+    ],
+)
+def test_what_different_tokenizers_cannot_do_is_refused_in_one_line(folder, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        run(make_recipe(tmp_path / "run", folder, report_to=[], **changes))
+    assert "\n" not in str(error.value) or changes.get("packing")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loop_of_ones_own_is_sent_to_recipes(folder):
+    student, teacher = (load_model(folder / name) for name in ("teacher", "teacher"))
+    with pytest.raises(ValueError, match=r"^kd\.alignment must be token here, got 'merged'"):
+        cdistill.distill(teacher, student, kd=KDConfig(alignment="merged"))
+
+
+def test_answers_with_words_that_a_tokenizer_does_not_know_are_bad_samples(folder, tmp_path):
+    recipe = make_recipe(tmp_path / "run", folder, stages=["dft"], kd__alignment="merged")
+    data, _ = stage_dataset(recipe, 0, build_models(recipe))
+    with pytest.raises(
+        BadSampleError, match="alignment: the teacher's tokenizer has no tokens for a part of 'a zebra'"
+    ):
+        data.encoder([Message("user", ("which",)), Message("assistant", ("a zebra",))], [])
+
+
+def test_the_key_leaves_hashes_of_kept_runs_as_they_are(folder, tmp_path):
+    recipe = make_recipe(tmp_path / "run", folder, student__base=str(folder / "same"))
+    assert "alignment" not in identity(recipe)["kd"]
+    values = recipe_values(tmp_path / "run", folder, kd__alignment="merged")
+    assert identity(recipe_from_dict(values))["kd"]["alignment"] == "merged"
