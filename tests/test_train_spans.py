@@ -4,16 +4,25 @@ import json
 
 import pytest
 import torch
-from builtin_models import make_recipe, recipe_values, save_base, save_teacher
+from builtin_models import make_recipe, recipe_values, save_base, save_teacher, shape
 
 import cdistill
+from cdistill.builtin import scenes
+from cdistill.builtin.questions import WORDS
+from cdistill.builtin.scenes import COLOURS
 from cdistill.builtin.subwords import build_subword_tokenizer
 from cdistill.choices import KDConfig
 from cdistill.cli import main
 from cdistill.data import strict_yaml
 from cdistill.data.samples import BadSampleError, Message
 from cdistill.data.span_pairs import SPANS, SPANS_OF_TEACHER, numbers_of
-from cdistill.models.load import load_model, load_tokenizer
+from cdistill.eval import builtin_words
+from cdistill.eval.builtin_task import Exam
+from cdistill.eval.builtin_words import in_own_words
+from cdistill.eval.inference import Inference
+from cdistill.eval.loading import load_questioner
+from cdistill.eval.prompts import Prompts
+from cdistill.models.load import ASSETS, load_model, load_tokenizer
 from cdistill.reproduce.runs import identity
 from cdistill.train import run
 from cdistill.train.build import build_models
@@ -145,3 +154,50 @@ def test_the_key_leaves_hashes_of_kept_runs_as_they_are(folder, tmp_path):
     assert "alignment" not in identity(recipe)["kd"]
     values = recipe_values(tmp_path / "run", folder, kd__alignment="merged")
     assert identity(recipe_from_dict(values))["kd"]["alignment"] == "merged"
+
+
+def test_the_shipped_tokenizer_is_made_of_the_tasks_words():
+    made, shipped = build_subword_tokenizer(), load_tokenizer(ASSETS / "subwords", "tokenizer")
+    assert shipped.backend_tokenizer.to_str() == made.backend_tokenizer.to_str()
+    assert shipped.chat_template == made.chat_template
+    words = " ".join(["describe the scene", *WORDS, *scenes.words()])
+    assert made.decode(made(words)["input_ids"]) == words
+    pieces = [len(made.tokenize(f" {word}")) for word in WORDS]
+    assert min(pieces) == 1 and max(pieces) > 1
+
+
+def test_a_fresh_student_reads_with_a_tokenizer_of_its_own(folder, tmp_path):
+    """On the built-in task, whose words it has in pieces; it is examined by them, as the task's own models are."""
+    text = shape(2, 32) | {"model_type": "llama", "max_position_embeddings": 512, "tie_word_embeddings": True}
+    changes = {"student__base": None, "student__taf": True, "student__text_config": text, "kd__alignment": "merged"}
+    recipe = make_recipe(
+        tmp_path / "run", folder, stages=["dft"], report_to=[], student__tokenizer="builtin:subwords", **changes
+    )
+    assert run(recipe).name == "1-dft"
+    model = load_model(tmp_path / "run" / "1-dft").eval()
+    processor = load_questioner([tmp_path / "run" / "1-dft"], model.config, usual=True)
+    exam = Exam(n=2)
+    found = in_own_words(exam, model, processor, "test")
+    assert set(found) == {"greedy", "choice"} and 0 <= found["choice"]["compositional"]["avg"] <= 1
+    # the likelihood of an answer of several tokens is that of transformers' own pass over the words
+    asked, _ = exam.messages("colour", 0)
+    images = [part["image"] for part in asked["content"] if part["type"] == "image"]
+    scores = []
+    for colour in COLOURS:
+        prompt = processor.apply_chat_template([asked], add_generation_prompt=True, tokenize=False)
+        inputs = processor(text=[prompt + colour], images=[images], return_tensors="pt")
+        begin = processor(text=[prompt], images=[images], return_tensors="pt")["input_ids"].shape[1]
+        with torch.no_grad():
+            log_p = model(**inputs).logits.log_softmax(-1)[0]
+        said = inputs["input_ids"][0, begin:]
+        scores.append(float(log_p[begin - 1 : -1].gather(1, said[:, None]).sum()))
+    best = COLOURS[scores.index(max(scores))]
+    assert chosen_for(exam, model, processor, "colour", 0) == best
+
+
+def chosen_for(exam, model, processor, subtype, index):
+    """The choice that `in_own_words` counts, told by which answer would have been right."""
+    prompts = Prompts(processor)
+    asked, _ = builtin_words._prompts(exam, prompts, subtype, index)
+    scores = Inference(model, prompts, "padded").log_likelihoods(asked)
+    return COLOURS[scores.index(max(scores))]

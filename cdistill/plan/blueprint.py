@@ -12,7 +12,7 @@ import torch
 from cdistill.builtin.dataset import build_tokenizer
 from cdistill.errors import InputError
 from cdistill.models.llava import INHERITED, Llava, visual_tokens
-from cdistill.models.load import Model, load_structure, resolve_folder
+from cdistill.models.load import Model, load_structure, load_tokenizer, resolve_folder
 from cdistill.models.parts import has_vision
 from cdistill.models.processor import has_image_processor
 from cdistill.plan.footprint import prepare
@@ -95,6 +95,9 @@ def _student(student: str, teacher_reference: str | None) -> Model:
     config = build(StudentConfig, json.loads(student))
     teacher = _teacher(teacher_reference).model if teacher_reference is not None else None
     known = teacher.config.get_text_config().vocab_size if teacher is not None else len(build_tokenizer())
+    if config.tokenizer is not None:
+        folder = resolve_folder(config.tokenizer, "student.tokenizer", weights=False)
+        known = len(load_tokenizer(folder, "student.tokenizer"))
     model = make_student(config, teacher, Vocabulary(known, image_token_id=0), meta=True)
     if is_llava(model):
         folders = folders_of(config, teacher_reference).values()

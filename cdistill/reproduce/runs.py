@@ -271,10 +271,17 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         del content["kd"]["alignment"]
     if recipe.student.pruning is None:  # a key that kept records did not have, as the next
         del content["student"]["pruning"]
+    if recipe.student.tokenizer is None:
+        del content["student"]["tokenizer"]
     for section in content["stages"]:
         if section["quantization"] is None:
             del section["quantization"]
-    for place, key in ((content, "teacher"), (content["student"], "base"), (content["student"], "vision")):
+    for place, key in (
+        (content, "teacher"),
+        (content["student"], "base"),
+        (content["student"], "vision"),
+        (content["student"], "tokenizer"),
+    ):
         if place.get(key) is not None:
             place[key] = fingerprint([resolve_folder(place[key], key)])
     return content | {"precision": run.precision}

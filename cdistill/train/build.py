@@ -320,7 +320,12 @@ def tokenizer_of(
     Raises ValueError for vocabularies that differ.
     """
     tokenizer = teachers or build_tokenizer()
-    whole = False
+    whole, read = False, config.tokenizer
+    if read is not None:
+        tokenizer = load_tokenizer(resolve_folder(read, "student.tokenizer", weights=False), "student.tokenizer")
+        if teachers is not None and not own:
+            _check_vocabularies(tokenizer, teachers)
+            tokenizer = teachers
     if config.base is not None:
         folder = resolve_folder(config.base, "student.base", weights=False)
         tokenizer = load_tokenizer(folder, "student.base")

@@ -86,11 +86,12 @@ def vocabularies_of(dataset: Dataset) -> Vocabularies | None:
 def _builtin_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
     """Dataset, collator, and what tells lengths and numbers of images of all samples; or of so many that are ``held_out``."""
     size, options = held_out or stage.samples, stage.config.data
-    tokenizer: Any = build_tokenizer() if models.spans else models.tokenizer
+    tokenizer: Any = models.tokenizer
     vocabulary = tokenizer.get_vocab()
-    for word in build_tokenizer().get_vocab():
-        if word not in vocabulary and word != IMAGE_TOKEN:
-            raise InputError(f"path must be given, or the tokenizer be the built-in one: there is no token {word!r}")
+    unknown = [word for word in build_tokenizer().get_vocab() if word not in vocabulary and word != IMAGE_TOKEN]
+    if unknown and (tokenizer.chat_template is None or stage.objective.has_builtin_labels):
+        raise InputError(f"path must be given, or the tokenizer be the built-in one: there is no token {unknown[0]!r}")
+    tokenizer = build_tokenizer() if unknown else tokenizer
     source = BuiltinDataset(
         options.builtin,
         size=size,
@@ -101,7 +102,7 @@ def _builtin_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
     )
     data: Dataset = source
     collate: Any = Collator(tokenizer.pad_token_id)
-    if models.reader is not None or models.reads_apart:
+    if unknown or models.reader is not None or models.reads_apart:
         encoder, collate = _encoding(stage, models)
         data = ConversationDataset(source, encoder)
     return (

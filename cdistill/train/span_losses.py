@@ -30,7 +30,7 @@ from cdistill.choices import KDConfig
 from cdistill.data.tokens import Vocabularies
 from cdistill.models.logits import AfterHead
 
-CHUNK_NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 26}  # logits of both models at a time
+CHUNK_NUMBERS = {"cpu": 1 << 21, "cuda": 1 << 23}  # logits of both models at a time, of which some ten copies exist
 SAME_RATIO = 1e-6
 LEAST = 2.0**-126  # whose logarithm stands for that of no probability
 
