@@ -261,13 +261,15 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         section["data"]["seed"], section["micro_batch_size"] = stage.data_seed, stage.micro_batch_size
     if not any(stage.aligns for stage in run.stages):
         del content["vat"]
+    elif content["vat"]["visual"] == "equal":  # a key that kept records did not have, as two below
+        del content["vat"]["visual"]
     if not any(term.baseline for stage in run.stages for term in stage.objective.kinds):
         del content["baseline_weight"]
     if not run.distils_from(0):
         del content["kd"], content["teacher_memory"]
     if not recipe.needs_teacher:
         del content["teacher"]
-    if recipe.student.pruning is None:  # a key that kept records did not have, as the next
+    if recipe.student.pruning is None:
         del content["student"]["pruning"]
     for section in content["stages"]:
         if section["quantization"] is None:

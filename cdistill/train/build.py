@@ -122,8 +122,8 @@ def difference(recipe: Recipe, student: Model, teacher: Model) -> str | None:
             why = str(error)
     if why is None:
         return None
-    if any(recipe.aligns(recipe.stage[name].objective) for name in recipe.stages):
-        raise InputError(why)
+    if any(recipe.aligns(recipe.stage[name].objective) for name in recipe.stages) and recipe.vat.visual == "equal":
+        raise InputError(f"{why}; vat.visual resample aligns attention to other visual tokens")
     check_apart(student, teacher)
     for key, given in (("packing", recipe.packing), ("teacher_memory.cache", recipe.teacher_memory.cache is not None)):
         if given:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from cdistill.builtin.dataset import (
+    NUM_VISUAL_TOKENS,
     BuiltinDataset,
     Collator,
     ConversationDataset,
@@ -27,6 +28,7 @@ from cdistill.errors import InputError
 from cdistill.models.load import Model
 from cdistill.train.build import Models
 from cdistill.train.recipes import DataConfig, Recipe
+from cdistill.train.resampling import ResamplingEncoder
 from cdistill.train.resolve import Stage, resolve
 from cdistill.vat import check_packable, packed_position_ids
 
@@ -47,7 +49,11 @@ def open_stage(stage: Stage, models: Models) -> tuple[Dataset, Any]:
     """
     seed, group_by = stage.data_seed, stage.recipe.group_by
     if stage.objective.trains_on_patches:
-        return PatchDataset(size=stage.samples, seed=seed), collate_patches
+        try:
+            patches = PatchDataset(size=stage.samples, seed=seed, visual_tokens=_visual_tokens(models))
+        except ValueError as error:
+            raise InputError(f"stage.{stage.name}.objective: {error}") from None
+        return patches, collate_patches
     make = _builtin_dataset if stage.config.data.path is None else _file_dataset
     try:
         data, collate, sizes = make(stage, models)
@@ -90,6 +96,7 @@ def _builtin_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
         tokenizer=tokenizer,
         held_out=held_out > 0,
         grounding="grounding" in stage.objective.inputs,
+        visual_tokens=_visual_tokens(models),
     )
     data: Dataset = source
     collate: Any = Collator(tokenizer.pad_token_id)
@@ -101,6 +108,11 @@ def _builtin_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
         collate,
         lambda: tuple(zip(*((source.length(i), int(source.has_image(i))) for i in range(size)), strict=True)),
     )
+
+
+def _visual_tokens(models: Models, unknown: int = NUM_VISUAL_TOKENS) -> int:
+    """What an image becomes for the student, where its configuration says it."""
+    return int(getattr(models.student.config, "image_seq_length", unknown))
 
 
 def _file_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
@@ -123,7 +135,7 @@ def _file_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
                 check_packable(model)
         packed = PackingCollator(collate.pad_token_id, options.max_length)
         collate = PackedCollator(packed, models.student)
-    visual = getattr(models.student.config, "image_seq_length", USUAL_VISUAL_TOKENS)
+    visual = _visual_tokens(models, USUAL_VISUAL_TOKENS)
 
     def sizes() -> tuple[np.ndarray, np.ndarray]:
         known = source.sizes()
@@ -192,7 +204,12 @@ def _encoding(stage: Stage, models: Models) -> tuple[Any, Any]:
     if not (models.reads_apart and stage.objective.distils):
         return encoder, collate
     theirs = Encoder(models.teacher_reader, **template)
-    return PairEncoder(encoder, theirs), PairCollator(collate, PaddingCollator(theirs.pad_token_id))
+    pair = PairEncoder(encoder, theirs)
+    if stage.aligns:
+        assert models.teacher is not None
+        configs = models.student.config, models.teacher.config
+        pair = ResamplingEncoder(encoder, theirs, configs=configs, rows=stage.recipe.vat.rows)
+    return pair, PairCollator(collate, PaddingCollator(theirs.pad_token_id))
 
 
 def _resized_to(models: Models) -> int | None:

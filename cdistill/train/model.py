@@ -168,7 +168,8 @@ class DistillationModel(nn.Module):
     ) -> Step:
         mask = None if self.pads_right else batch.get("attention_mask")
         visual = visual_ids, self._needs_visual
-        return Step(self.student, labels, batch, self.modules_of_terms, *visual, self._attention_term, mask, counted)
+        made = self.student, labels, batch, self.modules_of_terms, *visual, self._attention_term, mask, counted
+        return Step(*made, own=self.own_inputs)
 
     def count_samples(self, labels: Tensor, **batch: Tensor) -> Tensor:
         """How many samples a batch holds, as terms over samples are divided by them."""
@@ -215,7 +216,7 @@ class DistillationModel(nn.Module):
 
     def inputs(self, step: Step) -> tuple[SharedVision | None, dict[str, Any]]:
         """What the models share of the images, and what each of them takes."""
-        inputs = step.inputs(self.own_inputs)
+        inputs = step.inputs
         if not self._composed:
             return None, inputs
         pixels, sizes = inputs.pop("pixel_values", None), inputs.pop("image_sizes", None)

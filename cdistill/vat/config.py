@@ -6,10 +6,12 @@ from typing import Any
 from torch import Tensor
 
 from cdistill.choices import VATConfig
+from cdistill.errors import InputError
 from cdistill.vat.distances import LayerDistances
 from cdistill.vat.matching import Layers, layer_range, match_layers
 from cdistill.vat.recorders import AnyRegions, StudentAlignment, TeacherLayers, TeacherTargets
 from cdistill.vat.regions import PackedRegions, Regions, packed_regions, token_regions
+from cdistill.vat.resample import Resampling
 
 
 class VAT:
@@ -112,8 +114,16 @@ class VAT:
         regions: AnyRegions,
         targets: TeacherTargets | TeacherLayers | Sequence[Tensor],
         key_mask: Tensor | None,
+        resampling: Resampling | None = None,
     ) -> StudentAlignment:
-        """Recorder for the student's forward pass over the same batch; ``targets`` is the teacher's, or what it gave."""
+        """Recorder for the student's forward pass over the same batch; ``targets`` is the teacher's, or what it gave.
+
+        With ``visual`` resample, ``resampling`` makes slices of the student's visual tokens of it. Raises ValueError without.
+        """
+        if (resampling is not None) != (self.config.visual == "resample"):
+            raise InputError(
+                f"vat.visual {self.config.visual} {'needs a' if resampling is None else 'takes no'} resampling"
+            )
         config = self.config
         return StudentAlignment(
             self.matches,
@@ -127,4 +137,5 @@ class VAT:
             layer_sum=config.layer_sum,
             impl=self._impl,
             engine=config.engine,
+            resampling=resampling,
         )
