@@ -27,6 +27,7 @@ TokenAlignment: TypeAlias = Literal["token", "merged", "uld"]
 Rows: TypeAlias = Literal["answer", "predicting", "text", "visual", "all"]
 Matching: TypeAlias = Literal["group", "simple", "adaptive"]
 Target: TypeAlias = Literal["stored", "recomputed"]
+VisualTokens: TypeAlias = Literal["equal", "resample"]
 NamedSpan: TypeAlias = Literal["early", "intermediate", "later", "all", "official"]
 
 ALIGNMENT_LOSSES: tuple[str, ...] = get_args(AlignmentLoss)
@@ -43,6 +44,7 @@ TOKEN_ALIGNMENTS: tuple[str, ...] = get_args(TokenAlignment)
 ROWS: tuple[str, ...] = get_args(Rows)
 MATCHINGS: tuple[str, ...] = get_args(Matching)
 TARGETS: tuple[str, ...] = get_args(Target)
+VISUAL_TOKENS: tuple[str, ...] = get_args(VisualTokens)
 NAMED_SPANS: tuple[str, ...] = get_args(NamedSpan)
 
 # Conversations as text (`cdistill.data.templates`).
@@ -142,6 +144,10 @@ class VATConfig:
     """What is kept of the teacher's pass: the slice of every window, (rows, visual tokens) of each sample; or the queries and
     keys of its aligned layers, from which the slices are recomputed beside the student's (`cdistill.ops.attention_relation`):
     both in blocks of 288 rows (512 on a GPU), of which the last waits for the backward pass. Needs engine sdpa."""
+    visual: VisualTokens = "equal"
+    """What teacher and student see images through: equal visual tokens; or, with resample, also others in number or size. Each
+    then reads an encoding of its own, and the teacher's attention is resampled to the student's visual tokens by the area of
+    the image that they share. Needs target stored, and rows answer, predicting or text."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong with fields that have the right types, a line for each."""
@@ -150,6 +156,10 @@ class VATConfig:
             yield f"vat.engine must be one of {', '.join(engines)}, got {self.engine!r}"
         elif self.target == "recomputed" and self.engine != "sdpa":
             yield f"vat.target recomputed needs vat.engine sdpa, got {self.engine!r}: engines compare with stored slices"
+        if self.visual == "resample" and self.target == "recomputed":
+            yield "vat.visual resample needs vat.target stored, got 'recomputed': what is recomputed is never a slice"
+        if self.visual == "resample" and self.rows in ("visual", "all"):
+            yield f"vat.visual resample needs vat.rows answer, predicting or text, got {self.rows!r}: visual rows differ, too"
         if self.sink_filter and self.reduction != "column":
             yield f"vat.sink_filter needs vat.reduction column, got {self.reduction!r}"
 

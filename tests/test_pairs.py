@@ -1,6 +1,7 @@
 """Teacher and student that encode samples differently: what each reads, and losses beside plain passes of both in float64."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -162,6 +163,17 @@ def test_batches_that_lack_a_side_or_disagree(models, pair):
         cdistill.distill(teacher, student)
 
 
+def test_a_student_that_fetches_the_adapter_has_its_teachers_tokens(models):
+    text = text_config(num_hidden_layers=2)
+    token = models[1].config.image_token_id
+    student = compose(models[1].config.vision_config, text, image_token_id=token, teacher=models[1])
+    student.config.vision_config = models[0].config.vision_config
+    with pytest.raises(
+        ValueError, match=r"^student\.taf must be false for a student with other visual tokens.*patch_size"
+    ):
+        cdistill.distill(models[1], student, vat_weight=0)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
@@ -171,15 +183,17 @@ def folder(tmp_path_factory):
 
 
 def recipe_of(output, folder, **changes):
+    """Nothing is aligned, but where changes say so."""
     fixed = {
         "student__taf": False,
         "student__vision_config": VISION | {"patch_size": 16, "model_type": "siglip_vision_model"},
     }
-    return make_recipe(output, folder, **(fixed | {"vat__enabled": False} | changes))
+    return make_recipe(output, folder, **(fixed | {"vat": {"enabled": False}} | changes))
 
 
 def test_a_run_distils_across_visual_tokens(folder, tmp_path, capsys):
-    recipe = recipe_of(tmp_path / "run", folder, stages=["dft", "sft"], report_to=[])
+    vat = {"visual": "resample", "rows": "text", "layers": "all", "matching": "adaptive", "weight": "auto"}
+    recipe = recipe_of(tmp_path / "run", folder, stages=["dft", "sft"], report_to=[], vat=vat | {"measure_samples": 4})
     built = build_models(recipe)
     data, collate = stage_dataset(recipe, 0, built)
     batch = collate([data[0], data[1]])
@@ -189,6 +203,8 @@ def test_a_run_distils_across_visual_tokens(folder, tmp_path, capsys):
     alone, collate = stage_dataset(recipe, 1, built)
     assert "teacher_input_ids" not in collate([alone[0]])
     assert run(recipe).name == "2-sft"
+    losses = [json.loads(line)["vat"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < loss < 1 for loss in losses[:3]) and losses[3:] == [None] * 3
     assert (
         "each sample is encoded for student and teacher, because vision_config.patch_size differs"
         in capsys.readouterr().out
@@ -198,7 +214,11 @@ def test_a_run_distils_across_visual_tokens(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vat__enabled": True}, "patch_size differs: student 16, teacher 8"),
+        ({"vat": {}}, r"patch_size differs: student 16, teacher 8; vat\.visual resample aligns"),
+        (
+            {"packing": True, "stage__dft__data": {"path": "x"}, "stages": ["dft"]},
+            "^packing must be left out where each sample",
+        ),
         ({"stage__dft__objective": "rdist"}, r"^stage\.dft\.objective: term 'rdist' compares .*patch_size differs"),
         ({"teacher_memory__cache": "kept"}, r"^teacher_memory\.cache must be left out where each sample"),
     ],

@@ -27,13 +27,15 @@ class Encoded:
 
     The first token is never a label, because nothing before it could predict it: samples may be packed.
     ``types`` are (T,) int64 by the processor's name for them, ``images`` what it makes of the sample's images (empty
-    without), as for a batch of this sample alone. ``places`` are those of its words, where they are asked for.
+    without), as for a batch of this sample alone; ``spans`` say where the tokens of each image,
+    marks around it included, begin and stop. ``places`` are those of its words, where they are asked for.
     """
 
     input_ids: Tensor
     labels: Tensor
     types: dict[str, Tensor]
     images: dict[str, Tensor]
+    spans: tuple[tuple[int, int], ...] = ()
     places: Places | None = None
 
 
@@ -123,7 +125,7 @@ class Encoder:
         with blamed_on_sample("chat template"):
             ids = self.contract.prompt_ids(messages)
         self._require_marks(ids, len(visual.tokens))
-        _, tokens, types = self._expand(ids, visual)
+        _, tokens, types, _ = self._expand(ids, visual)
         return tokens, types
 
     def _refuse_marks(self, messages: Sequence[Message]) -> None:
@@ -153,7 +155,7 @@ class Encoder:
         """Put tokens in place of the marks, and shorten the sample until it fits."""
         while True:
             visual = self.image_parts(images)
-            origins, tokens, types = self._expand(ids, visual)
+            origins, tokens, types, spans = self._expand(ids, visual)
             answers = labelled[origins]
             answers[:1] = False  # no token precedes it that could predict it
             limit = len(tokens) if self.max_length is None else min(self.max_length, len(tokens))
@@ -171,9 +173,9 @@ class Encoder:
             images = images[:kept]  # again: what an image becomes may depend on how many there are
         input_ids = torch.tensor(tokens[:limit])
         learned = input_ids.where(torch.from_numpy(answers[:limit]), IGNORE_INDEX)
-        types_of = {name: torch.tensor(of[:limit]) for name, of in types.items()}
+        kinds = {name: torch.tensor(of[:limit]) for name, of in types.items()}
         said_by = None if found is None else found.taken(origins[:limit])
-        return Encoded(input_ids, learned, types_of, visual.tensors, said_by)
+        return Encoded(input_ids, learned, kinds, visual.tensors, tuple(spans), said_by)
 
     def image_parts(self, images: list[Image.Image]) -> ImageParts:
         """What the processor makes of the images of one sample."""
@@ -193,9 +195,13 @@ class Encoder:
         parts = {name: [of[a + 1 : b] for a, b in pairwise(cuts)] for name, of in {"ids": ids, **types}.items()}
         return ImageParts(parts.pop("ids"), parts, {name: torch.as_tensor(value) for name, value in made.items()})
 
-    def _expand(self, ids: list[int], visual: ImageParts) -> tuple[list[int], list[int], dict[str, list[int]]]:
-        """Tokens with images in place of their marks: the index in ``ids`` that each comes from, their ids and types."""
+    def _expand(
+        self, ids: list[int], visual: ImageParts
+    ) -> tuple[list[int], list[int], dict[str, list[int]], list[tuple[int, int]]]:
+        """Tokens with images in place of their marks: the index in ``ids`` that each comes from, their ids and types, and
+        where each image begins and stops."""
         origins: list[int] = []
+        spans: list[tuple[int, int]] = []
         tokens: list[int] = []
         types: dict[str, list[int]] = {name: [] for name in visual.types}
         images = iter(range(len(visual.tokens)))
@@ -204,8 +210,10 @@ class Encoder:
             tokens += [token] if image is None else visual.tokens[image]
             for name, of in types.items():
                 of += [0] if image is None else visual.types[name][image]
+            if image is not None:
+                spans.append((len(origins), len(tokens)))
             origins += [i] * (len(tokens) - len(origins))
-        return origins, tokens, types
+        return origins, tokens, types, spans
 
     def _check(self) -> None:
         """Encode a made-up conversation, and see that the processor makes the same tokens of its generation prompt."""

@@ -1,7 +1,7 @@
 """Samples that teacher and student encode differently: each is encoded twice, and both encodings learn the same tokens.
 
 The student's encoding makes a batch as ever. The teacher's stands beside it in the same batch, its keys with a prefix
-(``teacher_input_ids``, ``teacher_labels``, ``teacher_pixel_values``, ...).
+(``teacher_input_ids``, ``teacher_labels``, ``teacher_pixel_values``, ...), and what relates the two behind another (``pair_``).
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from cdistill.data.samples import IGNORE_INDEX, BadSampleError, Mark, Message
 from cdistill.errors import InputError
 
 PREFIX = "teacher_"
+RELATION = "pair_"
 TEACHER_IDS = f"{PREFIX}input_ids"
+ADVICE = "; they must have one tokenizer and one template"
 
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """One sample as student and teacher read it, and what relates the two, tensors by the key that a batch gives them."""
+    """One sample as student and teacher read it, and what relates the two, tensors by names."""
 
     student: Encoded
     teacher: Encoded
@@ -60,7 +62,7 @@ class PairEncoder:
         elif len(least) > len(most):
             theirs = self.teacher(messages, images, labels=len(most))
         if not torch.equal(_labelled(ours), _labelled(theirs)):
-            raise BadSampleError("labels", "the student and the teacher make different tokens of its answers")
+            raise BadSampleError("labels", f"the student and the teacher make different tokens of its answers{ADVICE}")
         return EncodedPair(ours, theirs, self.relate(ours, theirs, images))
 
     def relate(self, student: Encoded, teacher: Encoded, images: Sequence[Image.Image]) -> dict[str, Tensor]:
@@ -76,14 +78,13 @@ class PairEncoder:
             self(made_up, pictures)
         except BadSampleError as error:
             raise InputError(
-                f"teacher and student cannot read one sample each in its own way: {error.detail}; they must have one tokenizer "
-                "and one template"
+                f"teacher and student cannot read one sample, each in its own way: {error.detail}"
             ) from None
 
 
 @dataclass(frozen=True)
 class PairCollator:
-    """Batches of `EncodedPair`: the student's keys, the teacher's behind `PREFIX`, and those of the relation.
+    """Batches of `EncodedPair`: the student's keys, the teacher's behind `PREFIX`, and those of the relation behind `RELATION`.
 
     Tensors of a relation are put one behind the other along a new first dimension (B, ...), padded behind to a common shape:
     integers with -1, others with 0.
@@ -96,14 +97,15 @@ class PairCollator:
         batch = self.student([sample.student for sample in samples])
         theirs = self.teacher([sample.teacher for sample in samples])
         names = dict.fromkeys(name for sample in samples for name in sample.relation)
-        related = {name: _stacked([sample.relation[name] for sample in samples]) for name in names}
+        related = {f"{RELATION}{name}": _stacked([sample.relation[name] for sample in samples]) for name in names}
         return batch | {f"{PREFIX}{name}": value for name, value in theirs.items()} | related
 
 
 def split_sides(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The student's keys of a batch and what relates the two, and the teacher's encoding by the names of a model's inputs."""
+    """The student's keys of a batch and the teacher's, by the names of a model's inputs, each with what relates the two."""
     ours = {name: value for name, value in batch.items() if not name.startswith(PREFIX)}
-    return ours, {name.removeprefix(PREFIX): value for name, value in batch.items() if name.startswith(PREFIX)}
+    theirs = {name.removeprefix(PREFIX): value for name, value in batch.items() if name.startswith((PREFIX, RELATION))}
+    return ours, theirs
 
 
 def _labelled(encoded: Encoded) -> Tensor:

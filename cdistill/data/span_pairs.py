@@ -10,12 +10,13 @@ from PIL import Image
 from torch import Tensor
 
 from cdistill.data.conversations import Encoded, Encoder
-from cdistill.data.pairs import EncodedPair, PairEncoder
+from cdistill.data.pairs import RELATION, EncodedPair, PairEncoder
 from cdistill.data.samples import IGNORE_INDEX, BadSampleError, Message
 from cdistill.data.spans import aligned
 from cdistill.data.tokens import Vocabularies, vocabularies
 
-SPANS, SPANS_OF_TEACHER = "spans", "spans_of_teacher"  # keys of a batch: (B, T) each, below 1 outside of spans
+_NAMES = ("spans", "spans_of_teacher")
+SPANS, SPANS_OF_TEACHER = (f"{RELATION}{name}" for name in _NAMES)  # keys of a batch: (B, T), below 1 outside of spans
 
 
 class SpanEncoder(PairEncoder):
@@ -23,7 +24,15 @@ class SpanEncoder(PairEncoder):
 
     Both encoders must find ``places``. Each side ends where its own ``max_length`` is reached; words that one of them has cut
     off are in no span.
+
+    Args:
+        student, teacher: of the two models.
+        visual: says what relates their visual tokens, where these are not the same.
     """
+
+    def __init__(self, student: Encoder, teacher: Encoder, visual: PairEncoder | None = None) -> None:
+        super().__init__(student, teacher)
+        self._visual = visual
 
     def __call__(self, messages: Sequence[Message], images: Sequence[Image.Image]) -> EncodedPair:
         """Both encodings of a conversation about ``images``, with the number of the span that each token belongs to.
@@ -41,7 +50,11 @@ class SpanEncoder(PairEncoder):
         learned = [set(number[side.labels != IGNORE_INDEX].tolist()) - {0} for side, number, *_ in sides]
         if not learned[0] & learned[1]:
             raise BadSampleError("alignment", "no words of an answer are within max_length for student and teacher")
-        return EncodedPair(ours, theirs, dict(zip((SPANS, SPANS_OF_TEACHER), numbers, strict=True)))
+        return EncodedPair(ours, theirs, dict(zip(_NAMES, numbers, strict=True)) | self.relate(ours, theirs, images))
+
+    def relate(self, student: Encoded, teacher: Encoded, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """What ``visual`` says of the two."""
+        return {} if self._visual is None else self._visual.relate(student, teacher, images)
 
     def vocabularies(self) -> Vocabularies:
         """Which tokens of the two say the same."""

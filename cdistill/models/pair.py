@@ -90,19 +90,26 @@ def check_apart(student: Model, teacher: Model) -> None:
 
     They need one vocabulary. A student with TAF sees what its teacher sees, so it cannot have other visual tokens.
     """
-    _check_common(student, teacher)
+    _refuse_fetched(student, visual_difference(student, teacher) or "their image processors differ")
+
+
+def _refuse_fetched(student: Model, why: str) -> None:
     if isinstance(getattr(student.model, "multi_modal_projector", None), TAFAdapter):
-        why = visual_difference(student, teacher) or "their image processors differ"
         raise InputError(f"student.taf must be false for a student with other visual tokens than its teacher: {why}")
 
 
-def check_spans(student: Model, teacher: Model) -> None:
-    """`check_pair` for two models of different tokenizers."""
+def check_spans(student: Model, teacher: Model, *, resampled: bool) -> str | None:
+    """`check_pair` for two models of different tokenizers; with ``resampled`` their visual tokens may be others, too: the
+    difference is returned."""
     difference = visual_difference(student, teacher, one_tokenizer=False)
-    if difference is not None:
-        raise InputError(difference)
-    if isinstance(student, Llava) and isinstance(teacher, Llava):
-        _check_fetched(student, teacher)
+    if difference is None:
+        if isinstance(student, Llava) and isinstance(teacher, Llava):
+            _check_fetched(student, teacher)
+        return None
+    if not resampled:
+        raise InputError(f"{difference}; vat.visual resample aligns attention to other visual tokens")
+    _refuse_fetched(student, difference)
+    return difference
 
 
 def visual_difference(student: Model, teacher: Model, *, one_tokenizer: bool = True) -> str | None:

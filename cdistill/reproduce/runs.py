@@ -261,6 +261,8 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         section["data"]["seed"], section["micro_batch_size"] = stage.data_seed, stage.micro_batch_size
     if not any(stage.aligns for stage in run.stages):
         del content["vat"]
+    elif content["vat"]["visual"] == "equal":  # a key that kept records did not have, as two below
+        del content["vat"]["visual"]
     if not any(term.baseline for stage in run.stages for term in stage.objective.kinds):
         del content["baseline_weight"]
     if not run.distils_from(0):
@@ -269,7 +271,7 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         del content["teacher"]
     if recipe.kd.alignment == "token" and "kd" in content:
         del content["kd"]["alignment"]
-    if recipe.student.pruning is None:  # a key that kept records did not have, as the next
+    if recipe.student.pruning is None:
         del content["student"]["pruning"]
     if recipe.student.tokenizer is None:
         del content["student"]["tokenizer"]

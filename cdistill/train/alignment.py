@@ -38,20 +38,23 @@ def make_vat(
     measured = VAT.measure(config, *layers)
     wanted = math.ceil(config.measure_samples / (batches.batch_size or 1))
     probe = VAT(replace(config, matching="group"), *layers)
-    model = DistillationModel(student, [Alignment(probe)], teacher=teacher)
+    term = Alignment(probe)
+    model = DistillationModel(student, [term], teacher=teacher)
     for _, batch in zip(range(wanted), batches, strict=False):
         batch.pop(BAD, None)
-        _measure(measured, model, {name: value.to(student.device) for name, value in batch.items()})
+        _measure(measured, model, term, {name: value.to(student.device) for name, value in batch.items()})
     return VAT(config, *layers, distances=measured.matrix())
 
 
 @torch.no_grad()
-def _measure(distances: LayerDistances, model: DistillationModel, batch: dict[str, Any]) -> None:
+def _measure(distances: LayerDistances, model: DistillationModel, term: Alignment, batch: dict[str, Any]) -> None:
     """Add a batch to the distances between layers."""
     step = model.step(batch.pop("labels"), batch)
-    student, teacher = (side(step.regions, step.key_mask) for side in (distances.student, distances.teacher))
+    view = step.teacher_view
+    student = distances.student(step.regions, step.key_mask)
+    teacher = distances.teacher(view.regions, view.key_mask)
     shared, inputs = model.inputs(step)
     assert model.source is not None
     model.source.ask(step, teacher, shared, inputs)
     model.student_hidden(inputs, shared, student)
-    distances.update(student, teacher)
+    distances.update(student, teacher, term.resampling(step))

@@ -94,16 +94,19 @@ def build_models(recipe: Recipe) -> Models:
     if not launch.launched():
         given = (model.config for model in (student, teacher) if model is not None)
         require_known_everywhere(given, recipe.processes)
-    apart = None
+    apart = visual = None
     if teacher is not None:
-        apart = _different_tokenizers(recipe, student, teacher) if spans else difference(recipe, student, teacher)
-        if apart is None:
+        apart = visual = (_different_tokenizers if spans else difference)(recipe, student, teacher)
+        if spans:
+            apart = (
+                f"kd.alignment is {recipe.kd.alignment}, for different tokenizers{f', and {visual}' if visual else ''}"
+            )
+        elif visual is None:
             check_pair(student, teacher)
         if isinstance(teacher, Llava):
             _set_visual_tokens(teacher, "teacher", folder)
     check_objectives(recipe, student, teacher)
-    visually = apart is not None and not spans
-    processor, reader = processor_of(recipe, student, tokenizer, apart=visually, needed=spans)
+    processor, reader = processor_of(recipe, student, tokenizer, apart=visual is not None, needed=spans)
     models = Models(student, teacher, tokenizer, processor, reader, spans=spans)
     if apart is not None:
         models.teacher_reader = _reader_of(teacher, folder)
@@ -130,8 +133,8 @@ def difference(recipe: Recipe, student: Model, teacher: Model) -> str | None:
             why = str(error)
     if why is None:
         return None
-    if any(recipe.aligns(recipe.stage[name].objective) for name in recipe.stages):
-        raise InputError(why)
+    if any(recipe.aligns(recipe.stage[name].objective) for name in recipe.stages) and recipe.vat.visual == "equal":
+        raise InputError(f"{why}; vat.visual resample aligns attention to other visual tokens")
     check_apart(student, teacher)
     for key, given in (("packing", recipe.packing), ("teacher_memory.cache", recipe.teacher_memory.cache is not None)):
         if given:
@@ -144,9 +147,10 @@ def difference(recipe: Recipe, student: Model, teacher: Model) -> str | None:
     return why
 
 
-def _different_tokenizers(recipe: Recipe, student: Model, teacher: Model) -> str:
-    """Why each sample is encoded for both models of a recipe that compares spans. Raises ValueError where it cannot be."""
-    check_spans(student, teacher)
+def _different_tokenizers(recipe: Recipe, student: Model, teacher: Model) -> str | None:
+    """How the visual tokens of models that are compared by spans differ; None if they do not. Raises ValueError for others."""
+    aligned = any(recipe.aligns(recipe.stage[name].objective) for name in recipe.stages)
+    visual = check_spans(student, teacher, resampled=not aligned or recipe.vat.visual == "resample")
     for name in recipe.stages:
         for term in OBJECTIVES[recipe.stage[name].objective].kinds:
             if term.teacher and not term.compares_spans:
@@ -154,7 +158,7 @@ def _different_tokenizers(recipe: Recipe, student: Model, teacher: Model) -> str
                     f"stage.{name}.objective: term {term.name!r} compares teacher and student token by token, and kd.alignment "
                     f"{recipe.kd.alignment} is for different tokenizers: take dpt, dft or sft"
                 )
-    return f"kd.alignment is {recipe.kd.alignment}, for different tokenizers"
+    return visual
 
 
 def _reader_of(teacher: Model, folder: Path) -> Any:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Trainer, TrainerCallback
 
 from cdistill.choices import KDConfig, VATConfig
-from cdistill.data.pairs import PREFIX, split_sides
+from cdistill.data.pairs import PREFIX, RELATION
 from cdistill.data.samples import IGNORE_INDEX
 from cdistill.data.templates import Template
 from cdistill.errors import InputError
@@ -217,8 +217,9 @@ class CompoDistillTrainer(Trainer):
             if prediction_loss_only:
                 return loss, None, None
             own = self.distillation.losses.own_inputs | {"labels"}
-            ours, _ = split_sides(inputs) if self.distillation.losses.reads_apart else (inputs, None)
-            logits = model(**{name: value for name, value in ours.items() if name not in own}).logits
+            others = (PREFIX, RELATION) if self.distillation.losses.reads_apart else ()
+            ours = {name: value for name, value in inputs.items() if name not in own and not name.startswith(others)}
+            logits = model(**ours).logits
         return loss, logits.detach(), labels
 
     def _without_repeated(self, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from cdistill.builtin.dataset import (
+    NUM_VISUAL_TOKENS,
     BuiltinDataset,
     Collator,
     ConversationDataset,
@@ -29,6 +30,7 @@ from cdistill.errors import InputError
 from cdistill.models.load import Model
 from cdistill.train.build import Models
 from cdistill.train.recipes import DataConfig, Recipe
+from cdistill.train.resampling import ResamplingEncoder
 from cdistill.train.resolve import Stage, resolve
 from cdistill.vat import check_packable, packed_position_ids
 
@@ -49,7 +51,11 @@ def open_stage(stage: Stage, models: Models) -> tuple[Dataset, Any]:
     """
     seed, group_by = stage.data_seed, stage.recipe.group_by
     if stage.objective.trains_on_patches:
-        return PatchDataset(size=stage.samples, seed=seed), collate_patches
+        try:
+            patches = PatchDataset(size=stage.samples, seed=seed, visual_tokens=_visual_tokens(models))
+        except ValueError as error:
+            raise InputError(f"stage.{stage.name}.objective: {error}") from None
+        return patches, collate_patches
     make = _builtin_dataset if stage.config.data.path is None else _file_dataset
     try:
         data, collate, sizes = make(stage, models)
@@ -99,6 +105,7 @@ def _builtin_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
         tokenizer=tokenizer,
         held_out=held_out > 0,
         grounding="grounding" in stage.objective.inputs,
+        visual_tokens=_visual_tokens(models),
     )
     data: Dataset = source
     collate: Any = Collator(tokenizer.pad_token_id)
@@ -110,6 +117,11 @@ def _builtin_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
         collate,
         lambda: tuple(zip(*((source.length(i), int(source.has_image(i))) for i in range(size)), strict=True)),
     )
+
+
+def _visual_tokens(models: Models, unknown: int = NUM_VISUAL_TOKENS) -> int:
+    """What an image becomes for the student, where its configuration says it."""
+    return int(getattr(models.student.config, "image_seq_length", unknown))
 
 
 def _file_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
@@ -132,7 +144,7 @@ def _file_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
                 check_packable(model)
         packed = PackingCollator(collate.pad_token_id, options.max_length)
         collate = PackedCollator(packed, models.student)
-    visual = getattr(models.student.config, "image_seq_length", USUAL_VISUAL_TOKENS)
+    visual = _visual_tokens(models, USUAL_VISUAL_TOKENS)
 
     def sizes() -> tuple[np.ndarray, np.ndarray]:
         known = source.sizes()
@@ -203,8 +215,13 @@ def _encoding(stage: Stage, models: Models) -> tuple[Any, Any]:
     if not apart:
         return encoder, collate
     theirs = Encoder(models.teacher_reader, **template, places=spans)
-    together = PairCollator(collate, PaddingCollator(theirs.pad_token_id))
-    return (SpanEncoder if spans else PairEncoder)(encoder, theirs), together
+    pair = SpanEncoder(encoder, theirs) if spans else PairEncoder(encoder, theirs)
+    if stage.aligns and stage.recipe.vat.visual == "resample":
+        assert models.teacher is not None
+        configs = models.student.config, models.teacher.config
+        resampling = ResamplingEncoder(encoder, theirs, configs=configs, rows=stage.recipe.vat.rows, spans=spans)
+        pair = SpanEncoder(encoder, theirs, resampling) if spans else resampling
+    return pair, PairCollator(collate, PaddingCollator(theirs.pad_token_id))
 
 
 def _resized_to(models: Models) -> int | None:

@@ -335,7 +335,8 @@ def distill(
 
     Args:
         teacher, student: multimodal models of transformers with one tokenizer, in whatever dtypes; either may be a peft model.
-            With ``vat_weight`` 0 they may see images by different visual tokens, each by its own encoding of a batch.
+            With ``vat.visual`` resample, or ``vat_weight`` 0, they may see images by different visual tokens, each by its own
+            encoding of a batch (`cdistill.train.resampling` makes both).
         vat: visual attention alignment (paper section 4.1), by default `VATConfig()`; a `VAT` for adaptive matching.
         kd: divergence over the vocabulary and its weight, by default `KDConfig()`; with weight 0 it is left out.
         vat_weight: weight of the alignment; with 0 it is left out.
@@ -353,14 +354,14 @@ def distill(
     _check_weights(vat_weight=vat_weight, **{"kd.weight": (kd or KDConfig()).weight})
     given = student
     student, teacher = _unwrapped(student, "student"), _unwrapped(teacher, "teacher")
-    apart = visual_difference(student, teacher) is not None
-    (check_apart if apart and not vat_weight else check_pair)(student, teacher)
+    config = vat.config if isinstance(vat, VAT) else vat or VATConfig()
+    apart = _reads_apart(student, teacher, allowed=not vat_weight or config.visual == "resample")
     freezes = not train_vision and not hasattr(given, "peft_config")
     encoder = parameters_of(student, "vision") if freezes else []
     common = common_parameters(student, teacher, frozen=encoder)
     shares_images = CommonEncoder(student, teacher)
     if vat_weight and not isinstance(vat, VAT):
-        vat = VAT(vat or VATConfig(), attention_layers(student), attention_layers(teacher))
+        vat = VAT(config, attention_layers(student), attention_layers(teacher))
     aligned = vat if vat_weight and isinstance(vat, VAT) else None
     ids = (visual_token_ids,) if isinstance(visual_token_ids, int) else visual_token_ids
     settings = Settings(kd or KDConfig(), aligned, vat_weight)
@@ -371,6 +372,13 @@ def distill(
     for parameter in encoder:
         parameter.requires_grad_(False)
     return Distillation(model, given, common=common, shares_images=shares_images)
+
+
+def _reads_apart(student: Model, teacher: Model, *, allowed: bool) -> bool:
+    """Whether each model needs an encoding of its own. Raises ValueError for a pair that cannot be distilled, or not so."""
+    apart = visual_difference(student, teacher) is not None
+    (check_apart if apart and allowed else check_pair)(student, teacher)
+    return apart
 
 
 def _check_weights(**weights: float) -> None:

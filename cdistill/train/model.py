@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from cdistill.data.pairs import TEACHER_IDS, split_sides
-from cdistill.data.span_pairs import SPANS, SPANS_OF_TEACHER
 from cdistill.errors import InputError
 from cdistill.families import family_of
 from cdistill.models.llava import Llava, SharedVision, share_vision, student_embeddings
@@ -169,7 +168,8 @@ class DistillationModel(nn.Module):
     ) -> Step:
         mask = None if self.pads_right else batch.get("attention_mask")
         visual = visual_ids, self._needs_visual
-        return Step(self.student, labels, batch, self.modules_of_terms, *visual, self._attention_term, mask, counted)
+        made = self.student, labels, batch, self.modules_of_terms, *visual, self._attention_term, mask, counted
+        return Step(*made, own=self.own_inputs)
 
     def count_samples(self, labels: Tensor, **batch: Tensor) -> Tensor:
         """How many samples a batch holds, as terms over samples are divided by them."""
@@ -211,12 +211,12 @@ class DistillationModel(nn.Module):
     @property
     def own_inputs(self) -> set[str]:
         """Keys of a batch that are no input of the models."""
-        found = {key for term in self.terms for key in term.inputs} | {SPANS, SPANS_OF_TEACHER}
+        found = {key for term in self.terms for key in term.inputs}
         return found if self.source is None else found | set(self.source.inputs)
 
     def inputs(self, step: Step) -> tuple[SharedVision | None, dict[str, Any]]:
         """What the models share of the images, and what each of them takes."""
-        inputs = step.inputs(self.own_inputs)
+        inputs = step.inputs
         if not self._composed:
             return None, inputs
         pixels, sizes = inputs.pop("pixel_values", None), inputs.pop("image_sizes", None)

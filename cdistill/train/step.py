@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cdistill.data.pairs import RELATION
 from cdistill.data.samples import IGNORE_INDEX
 from cdistill.data.span_pairs import numbers_of
 from cdistill.errors import InputError
@@ -80,6 +81,7 @@ class Step:
         attention_term: the term that compares attention, if one does.
         key_mask: (B, T) the padding mask that the models are given, None where they need none.
         counted: (B,) bool, the samples that count; None: all.
+        own: keys of the batch that are of terms or the source, and no input of a model.
         theirs: the same samples as the teacher reads them, where it has an encoding of its own; see `teacher_view`.
         teacher: what the teacher gives, None without one.
         recorder: what has seen the student's attention, made by the same term.
@@ -98,6 +100,7 @@ class Step:
     attention_term: Any = None
     key_mask: Tensor | None = None
     counted: Tensor | None = None
+    own: Collection[str] = ()
     theirs: Step | None = None
     teacher: Signal | None = None
     recorder: Any = None
@@ -115,10 +118,12 @@ class Step:
         """
         return self if self.theirs is None else self.theirs
 
-    def inputs(self, own: Collection[str] = ()) -> dict[str, Any]:
-        """What a model takes of the batch: all but ``own``, keys of terms and source, and a padding mask if it needs one."""
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What a model takes of the batch: all but `own` and what relates two encodings, and a padding mask if it needs one."""
+        own = {*self.own, "attention_mask"}
         inputs: dict[str, Any] = {
-            name: value for name, value in self.batch.items() if name not in own and name != "attention_mask"
+            name: value for name, value in self.batch.items() if name not in own and not name.startswith(RELATION)
         }
         return inputs if self.key_mask is None else inputs | {"attention_mask": self.key_mask}
 

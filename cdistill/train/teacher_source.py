@@ -83,7 +83,7 @@ class InMemory(TeacherSource):
             if step.spans is None:
                 step.require_same_labels()
             step, shared = step.theirs, None
-            inputs = step.inputs()
+            inputs = step.inputs
         places = torch.cat((step.places, step.visual_places.places)) if step.needs_visual else step.places
         hidden = self._run(places, recorder, shared, **inputs)
         attention: Any = recorder

@@ -6,10 +6,12 @@ from typing import Any
 from torch import Tensor
 
 from cdistill.choices import VATConfig
+from cdistill.errors import InputError
 from cdistill.vat.distances import LayerDistances
 from cdistill.vat.matching import Layers, layer_range, match_layers
 from cdistill.vat.recorders import AnyRegions, StudentAlignment, TeacherLayers, TeacherTargets
 from cdistill.vat.regions import PackedRegions, Regions, packed_regions, token_regions
+from cdistill.vat.resample import Resampling
 from cdistill.vat.spans import SpanAlignment, numbers_of_rows, span_rows
 
 
@@ -113,8 +115,16 @@ class VAT:
         regions: AnyRegions,
         targets: TeacherTargets | TeacherLayers | Sequence[Tensor],
         key_mask: Tensor | None,
+        resampling: Resampling | None = None,
     ) -> StudentAlignment:
-        """Recorder for the student's forward pass over the same batch; ``targets`` is the teacher's, or what it gave."""
+        """Recorder for the student's forward pass over the same batch; ``targets`` is the teacher's, or what it gave.
+
+        With ``visual`` resample, ``resampling`` makes slices of the student's visual tokens of it. Raises ValueError without.
+        """
+        if (resampling is not None) != (self.config.visual == "resample"):
+            raise InputError(
+                f"vat.visual {self.config.visual} {'needs a' if resampling is None else 'takes no'} resampling"
+            )
         config = self.config
         return StudentAlignment(
             self.matches,
@@ -128,10 +138,16 @@ class VAT:
             layer_sum=config.layer_sum,
             impl=self._impl,
             engine=config.engine,
+            resampling=resampling,
         )
 
     def student_of_spans(
-        self, regions: Regions, targets: TeacherTargets, spans: tuple[Tensor, Tensor], key_mask: Tensor | None
+        self,
+        regions: Regions,
+        targets: TeacherTargets,
+        spans: tuple[Tensor, Tensor],
+        key_mask: Tensor | None,
+        resampling: Resampling | None = None,
     ) -> SpanAlignment:
         """As `student`, for different tokenizers: ``spans`` (B, T) and (B, T') are the spans that the tokens of student and
         teacher belong to, 0 for none, within which rows are averaged."""
@@ -140,4 +156,5 @@ class VAT:
             for side, of in zip((regions, targets.regions), spans, strict=True)
         ]
         rows = span_rows(numbers[0], numbers[1].to(numbers[0].device))
-        return SpanAlignment(self.matches, regions, targets, rows, self.config, key_mask=key_mask, impl=self._impl)
+        options: dict[str, Any] = {"key_mask": key_mask, "impl": self._impl, "resampling": resampling}
+        return SpanAlignment(self.matches, regions, targets, rows, self.config, **options)

@@ -8,6 +8,7 @@ from torch import Tensor
 from cdistill.errors import InputError
 from cdistill.ops._contract import LEAST_SHARE
 from cdistill.vat.recorders import AnyRegions, SliceRecorder
+from cdistill.vat.resample import Resampling
 
 
 class LayerDistances:
@@ -31,9 +32,10 @@ class LayerDistances:
         """Recorder for the teacher's forward pass over the same batch."""
         return SliceRecorder(self.teacher_layers, regions, key_mask=key_mask, impl=self._impl)
 
-    def update(self, student: SliceRecorder, teacher: SliceRecorder) -> None:
-        """Add one batch. One device synchronisation, where the sums come to the CPU."""
-        total, rows = torch.stack(_distance_sums(_in_order(student.slices), _in_order(teacher.slices))).cpu()
+    def update(self, student: SliceRecorder, teacher: SliceRecorder, resampling: Resampling | None = None) -> None:
+        """Add one batch, the teacher's slices resampled if need be. One device synchronisation, where sums come to the CPU."""
+        theirs = [x if resampling is None else resampling(x) for x in _in_order(teacher.slices)]
+        total, rows = torch.stack(_distance_sums(_in_order(student.slices), theirs)).cpu()
         self._sum += total
         self._rows += rows
 

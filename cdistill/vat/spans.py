@@ -13,6 +13,7 @@ from cdistill.ops.slice_alignment import slice_alignment
 from cdistill.vat.matching import LayerMatch
 from cdistill.vat.recorders import StudentAlignment, TeacherLayers, TeacherTargets
 from cdistill.vat.regions import Regions, require_on_device
+from cdistill.vat.resample import Resampling
 
 
 class SpanRows(NamedTuple):
@@ -56,6 +57,7 @@ class SpanAlignment(StudentAlignment):
         targets: the teacher's recorder after its pass.
         rows: of student and teacher.
         config: loss, reduction, heads and layer_sum; target must be stored and engine sdpa.
+        resampling: makes slices of the student's visual tokens of the teacher's, where these are others.
 
     Raises:
         ValueError: packed samples, a recorder of layers, or visual tokens that are not as many as the teacher's.
@@ -71,14 +73,13 @@ class SpanAlignment(StudentAlignment):
         *,
         key_mask: Tensor | None,
         impl: str | None = None,
+        resampling: Resampling | None = None,
     ):
         if not isinstance(regions, Regions) or isinstance(targets, TeacherLayers):
             raise InputError("models of different tokenizers are compared in padded batches, with vat.target stored")
-        theirs, ours = targets.regions.cols, regions.cols
-        message = "teacher and student must have equally many visual tokens in every sample"
-        if theirs.shape != ours.shape:
-            raise InputError(f"{message}; they have {tuple(theirs.shape)} and {tuple(ours.shape)}")
-        require_on_device(((theirs >= 0) == (ours >= 0).to(theirs.device)).all(), message)
+        if resampling is None:
+            _require_same_columns(targets.regions.cols, regions.cols)
+        self._resampling = resampling
         self.layers = frozenset(match.student for match in matches)
         self.key_mask, self.sequence = None if key_mask is None else key_mask.bool(), None
         self._regions, self._rows, self._config, self._impl = regions, rows, config, impl
@@ -98,7 +99,7 @@ class SpanAlignment(StudentAlignment):
         config, rows, cols = self._config, self._regions.rows, self._regions.cols
         options: dict[str, Any] = {"causal": causal, "scale": scale, "key_mask": self.key_mask, "heads": config.heads}
         slices = averaged(self._rows.student, attention_slice(q, k, rows, cols, **options, impl=self._impl))
-        target, valid, real = self._averaged[layer].to(slices.device), self._rows.valid, cols >= 0
+        target, valid, real = self._target(self._averaged[layer]), self._rows.valid, cols >= 0
         if slices.ndim == 4:
             heads = slices.shape[1]
             slices, target = slices.flatten(0, 1), target.flatten(0, 1)
@@ -107,6 +108,13 @@ class SpanAlignment(StudentAlignment):
         losses = slice_alignment(slices, target, valid, real, **how)
         self._losses.setdefault(layer, losses.view(len(rows), -1).mean(1))
         return None
+
+
+def _require_same_columns(theirs: Tensor, ours: Tensor) -> None:
+    message = "teacher and student must have equally many visual tokens in every sample"
+    if theirs.shape != ours.shape:
+        raise InputError(f"{message}; they have {tuple(theirs.shape)} and {tuple(ours.shape)}")
+    require_on_device(((theirs >= 0) == (ours >= 0).to(theirs.device)).all(), message)
 
 
 def averaged(means: Tensor, slices: Tensor) -> Tensor:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cdistill.errors import InputError
 from cdistill.train.terms.base import Memory, Settings, Sizes, Term
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from cdistill.train.step import Step
-    from cdistill.vat import VAT, StudentAlignment, TeacherLayers, TeacherTargets
+    from cdistill.vat import VAT, Regions, Resampling, StudentAlignment, TeacherLayers, TeacherTargets
     from cdistill.vat.recorders import AnyRegions
 
 
+SPANS = "pair_spans"  # of batches for different tokenizers (`cdistill.data.span_pairs`)
+
+
 class Alignment(Term):
-    """Distance between slices of attention, mean (``vat.layer_sum``: sum) over the matched layers."""
+    """Distance between slices of attention, mean (``vat.layer_sum``: sum) over the matched layers.
+
+    Where teacher and student encode samples differently, batches have what `cdistill.train.resampling` makes.
+    """
 
     name = "vat"
     title = "VAT"
@@ -37,7 +44,7 @@ class Alignment(Term):
         return None if settings.vat is None else cls(settings.vat, settings.vat_weight)
 
     def regions(self, step: Step) -> AnyRegions:
-        """Rows and columns of a batch; none are rows in samples that do not count."""
+        """Rows and columns of a batch: no rows in samples that do not count, no columns where the teacher sees nothing."""
         inputs, ids = step.batch, step.visual_ids
         if step.is_packed:
             return self.vat.packed_regions(
@@ -45,9 +52,40 @@ class Alignment(Term):
             )
         mask = inputs.get("attention_mask")
         regions = self.vat.regions(inputs["input_ids"], step.labels, mask, visual_token_ids=ids)
+        if step.theirs is not None or "pair_teacher_rows" in inputs:
+            regions = self._regions_apart(step, regions)
         if step.counted is None:
             return regions
         return regions._replace(rows=regions.rows.masked_fill(~step.counted[:, None], -1))
+
+    def _regions_apart(self, step: Step, regions: Regions) -> Regions:
+        """Of a batch that teacher and student read differently: rows text are given, and columns in pairs alone compared."""
+        if self.vat.config.rows == "text" and SPANS not in step.batch:
+            name = "pair_teacher_rows" if step.theirs is None else "pair_rows"
+            regions = regions._replace(rows=self._given(step, name).int())
+        resampling = self.resampling(step)
+        if resampling is None:  # the teacher's side
+            return regions
+        wanted, found = tuple(regions.cols.shape), tuple(resampling.places.shape[:2])
+        if found != wanted:
+            raise InputError(f"pair_places must be of (samples, visual tokens) {wanted}, got {found}")
+        return regions._replace(cols=regions.cols.masked_fill(~resampling.compared, -1))
+
+    def resampling(self, step: Step) -> Resampling | None:
+        """What makes slices of the student's visual tokens of the teacher's; None where both are the same."""
+        if step.theirs is None or (SPANS in step.batch and self.vat.config.visual == "equal"):
+            return None
+        from cdistill.vat import Resampling
+
+        return Resampling(self._given(step, "pair_places"), self._given(step, "pair_shares"))
+
+    def _given(self, step: Step, name: str) -> Tensor:
+        if name not in step.batch:
+            raise InputError(
+                f"{name} must be in the batch, as cdistill.train.resampling makes it: teacher and student see images through "
+                "different visual tokens"
+            )
+        return step.batch[name]
 
     def teacher_recorder(self, step: Step) -> TeacherTargets | TeacherLayers | None:
         """None where there is nothing to align."""
@@ -61,9 +99,11 @@ class Alignment(Term):
         targets: Any = None if step.teacher is None else step.teacher.attention
         if targets is None:
             return None
-        if step.spans is None or self.vat.config.rows == "visual":
-            return self.vat.student(step.regions, targets, step.key_mask)
-        return self.vat.student_of_spans(step.regions, targets, step.spans, step.key_mask)
+        if step.spans is not None and self.vat.config.rows != "visual":
+            return self.vat.student_of_spans(step.regions, targets, step.spans, step.key_mask, self.resampling(step))
+        if step.theirs is not None and self.vat.config.rows == "text":
+            _require_same_text(step)
+        return self.vat.student(step.regions, targets, step.key_mask, self.resampling(step))
 
     def forward(self, step: Step) -> Tensor:
         """Sum over samples; ``vat_layers`` (L,) are those of every matched student layer."""
@@ -90,3 +130,17 @@ class Alignment(Term):
         # each label has one row, its own or the one before
         of_rows, recomputes = rows.get(recipe.vat.rows, sizes.answers), recipe.vat.target == "recomputed"
         return Memory(len(layers), of_rows, targets=0 if recomputes else len(layers), recomputes=recomputes)
+
+
+def _require_same_text(step: Step) -> None:
+    """Raise ValueError unless rows of student and teacher are the same tokens; on CUDA a device-side assertion."""
+    from cdistill.vat.regions import require_on_device
+
+    tokens = []
+    for side in (step, step.teacher_view):
+        rows = side.batch["pair_rows" if side is step else "pair_teacher_rows"]
+        tokens.append(side.batch["input_ids"].gather(1, rows.clamp(min=0)).masked_fill(rows < 0, -1))
+    message = "pair_rows and pair_teacher_rows must be of the same tokens, in every sample"
+    if tokens[0].shape != tokens[1].shape:
+        raise InputError(message)
+    require_on_device((tokens[0] == tokens[1]).all(), message)
