@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from builtin_models import make_recipe, recipe_values, save_base, save_teacher, shape
+from builtin_models import VISION, make_recipe, recipe_values, save_base, save_teacher, shape
 
 import cdistill
 from cdistill.builtin import scenes
@@ -201,3 +201,16 @@ def chosen_for(exam, model, processor, subtype, index):
     asked, _ = builtin_words._prompts(exam, prompts, subtype, index)
     scores = Inference(model, prompts, "padded").log_likelihoods(asked)
     return COLOURS[scores.index(max(scores))]
+
+
+@pytest.mark.parametrize("rows", ["text", "predicting"])
+def test_other_visual_tokens_beside_another_tokenizer(folder, tmp_path, rows):
+    """9 visual tokens from the teacher's 36: its rows are averaged within spans, then resampled by area."""
+    vision = VISION | {"patch_size": 16, "model_type": "siglip_vision_model"}
+    changes = {"student__taf": False, "student__vision_config": vision, "kd__alignment": "merged", "vat__rows": rows}
+    recipe = make_recipe(tmp_path / "run", folder, stages=["dft"], report_to=[], vat__visual="resample", **changes)
+    assert run(recipe).name == "1-dft"
+    assert all(line["vat"] > 0 for line in metrics(tmp_path / "run"))
+    plain = make_recipe(tmp_path / "other", folder, stages=["dft"], report_to=[], **changes)
+    with pytest.raises(ValueError, match=r"patch_size differs: student 16, teacher 8; vat\.visual resample aligns"):
+        run(plain)

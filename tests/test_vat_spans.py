@@ -10,6 +10,7 @@ from cdistill.vat import TeacherTargets
 from cdistill.vat.matching import LayerMatch
 from cdistill.vat.recorders import StudentAlignment
 from cdistill.vat.regions import Regions
+from cdistill.vat.resample import Resampling
 from cdistill.vat.spans import SpanAlignment, numbers_of_rows, span_rows
 
 MATCHES = [LayerMatch(0, (0, 1))]
@@ -109,3 +110,31 @@ def test_other_numbers_of_visual_tokens_are_refused():
         slice_alignment(
             torch.rand(1, 2, 3), torch.rand(1, 2, 3), torch.ones(1, 3, dtype=torch.bool), torch.ones(1, 3) > 0
         )
+
+
+def test_targets_are_averaged_and_resampled():
+    """Three columns of the student's from the teacher's four: the middle one has half of two."""
+    teacher = TeacherTargets(MATCHES[:1], Regions(THEIR_ROWS, torch.tensor([[0, 1, 2, 3]] * 2)), key_mask=None)
+    for layer in (0, 1):
+        q, k = drawn((4, 2), layer)
+        teacher.record(layer, q, k, k, scale=None, causal=True)
+    w = torch.tensor([[1.0, 0, 0, 0], [0, 0.5, 0.5, 0], [0, 0, 0, 1.0]])
+    places = torch.tensor([[[0, -1], [1, 2], [3, -1]]] * 2)
+    shares = torch.tensor([[[1.0, 0], [0.5, 0.5], [1.0, 0]]] * 2)
+    cols = torch.tensor([[1, 2, 3], [0, 1, 2]])
+    rows = span_rows(NUMBERS, THEIR_NUMBERS)
+    config, options = VATConfig(loss="mse"), {"key_mask": None, "resampling": Resampling(places, shares)}
+    student = SpanAlignment(MATCHES, Regions(ROWS, cols), teacher, rows, config, **options)
+    q, k = drawn((4, 2), 3)
+    student.record(0, q, k, k, scale=None, causal=True)
+    a = reference.attention_slice(q.double(), k.double(), ROWS, cols)
+    expected = [
+        reference.slice_distance(
+            spans_of(a[b], NUMBERS[b], SPANS[b]),
+            spans_of(teacher.targets[0][b].double(), THEIR_NUMBERS[b], SPANS[b]) @ w.double().T,
+            "mse",
+            "row",
+        )
+        for b in range(2)
+    ]
+    torch.testing.assert_close(student.losses()[0].double(), torch.stack(expected), rtol=1e-4, atol=1e-7)
