@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conversation_cases import byte_level_tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from cdistill.choices import KDConfig
@@ -276,3 +276,14 @@ def test_tokens_match_by_what_they_say_where_they_stand():
     assert (found.student, found.teacher) == (len(ours), len(theirs))
     same = vocabularies(ours, ours).matches[0]
     assert (same[0] == same[1]).all() and len(same[0]) == len(ours)
+
+
+def test_a_token_stands_for_one_other():
+    """Bytes that are characters, too, say the same twice: the first is matched."""
+    vocab = {part: i for i, part in enumerate(("<unk>", "</s>", "▁is", "A", "<0x41>", "B"))}
+    tokenizer = Tokenizer(models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    ours = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    pairs = vocabularies(ours, byte_level_tokenizer()).matches[0].T.tolist()
+    assert [a for a, b in pairs if byte_level_tokenizer().decode([b]) == "A"] == [3]
+    assert len({b for _, b in pairs}) == len(pairs)

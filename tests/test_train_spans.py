@@ -14,8 +14,9 @@ from cdistill.builtin.subwords import build_subword_tokenizer
 from cdistill.choices import KDConfig
 from cdistill.cli import main
 from cdistill.data import strict_yaml
+from cdistill.data.conversations import Encoder
 from cdistill.data.samples import BadSampleError, Message
-from cdistill.data.span_pairs import SPANS, SPANS_OF_TEACHER, numbers_of
+from cdistill.data.span_pairs import SPANS, SPANS_OF_TEACHER, SpanEncoder, numbers_of
 from cdistill.eval import builtin_words
 from cdistill.eval.builtin_task import Exam
 from cdistill.eval.builtin_words import in_own_words
@@ -214,3 +215,28 @@ def test_other_visual_tokens_beside_another_tokenizer(folder, tmp_path, rows):
     plain = make_recipe(tmp_path / "other", folder, stages=["dft"], report_to=[], **changes)
     with pytest.raises(ValueError, match=r"patch_size differs: student 16, teacher 8; vat\.visual resample aligns"):
         run(plain)
+
+
+def test_samples_that_cannot_be_aligned_give_way_to_others(folder, tmp_path):
+    turns = [("is there a ring ?", "yes"), ("which", "a zebra"), ("which", "a red ring")]
+    records = [{"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]} for q, a in turns]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    data = recipe_values(tmp_path / "run", folder, stages=["dft"], kd__alignment="merged", stage__dft__samples=4)
+    data["stage"]["dft"]["data"] = {"path": str(tmp_path / "data.json")}
+    recipe = recipe_from_dict(data)
+    found, collate = stage_dataset(recipe, 0, build_models(recipe))
+    left_out = [bad for i in range(4) for bad in found[i][1]]
+    assert {(bad.reason, bad.place.rpartition("[")[2].partition("]")[0]) for bad in left_out} == {("alignment", "1")}
+    assert (numbers_of(collate([found[0], found[1]]))[0] > 0).any()
+
+
+def test_a_span_whose_first_token_nothing_predicts_is_left_out():
+    """As where an answer begins a sample: the student's would be compared from its second token on."""
+    pieces, whole = build_subword_tokenizer(), build_subword_tokenizer()
+    whole.add_tokens(["zebra"])
+    encode = SpanEncoder(*(Encoder(tokenizer, "plain", places=True) for tokenizer in (pieces, whole)))
+    made = encode([Message("user", ("which",)), Message("assistant", ("zebra ring",))], [])
+    spans = made.relation["spans"]
+    assert (spans[made.student.labels == -100] == 0).all() and len(pieces.tokenize("zebra")) > 1
+    words = [pieces.decode(made.student.input_ids[spans == n]) for n in sorted({*spans.tolist()} - {0})]
+    assert "".join(words).strip() == "ring"

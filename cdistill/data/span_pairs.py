@@ -47,6 +47,8 @@ class SpanEncoder(PairEncoder):
         sides = list(zip((ours, theirs), numbers, (self.student, self.teacher), ("student", "teacher"), strict=True))
         for side, number, encoder, name in sides:
             _require_known(side, number, encoder, name)
+        for side, number, *_ in sides:
+            _leave_out_begun(side, number, numbers)
         learned = [set(number[side.labels != IGNORE_INDEX].tolist()) - {0} for side, number, *_ in sides]
         if not learned[0] & learned[1]:
             raise BadSampleError("alignment", "no words of an answer are within max_length for student and teacher")
@@ -63,6 +65,14 @@ class SpanEncoder(PairEncoder):
 
     def _check(self) -> None:
         """The encoders have looked at made-up conversations themselves."""
+
+
+def _leave_out_begun(side: Encoded, number: Tensor, numbers: Sequence[Tensor]) -> None:
+    """Take spans apart that are learned in part, as where a sample begins with an answer: nothing predicts its first token."""
+    labelled = side.labels != IGNORE_INDEX
+    begun = set(number[labelled].tolist()) & set(number[~labelled].tolist()) - {0}
+    for of in numbers if begun else ():
+        of[torch.isin(of, torch.tensor(sorted(begun)))] = 0
 
 
 def _require_known(side: Encoded, number: Tensor, encoder: Encoder, name: str) -> None:
