@@ -155,7 +155,7 @@ def aligned(ours: Places, theirs: Places) -> tuple[np.ndarray, np.ndarray]:
     sides have it.
 
     Raises:
-        BadSampleError: characters of an answer that one of the tokenizers makes no token of.
+        BadSampleError: characters that one of the tokenizers makes no token of, other than white space and marks.
     """
     numbers = np.zeros(len(ours.parts), np.int64), np.zeros(len(theirs.parts), np.int64)
     count = 0
