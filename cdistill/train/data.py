@@ -28,7 +28,7 @@ from cdistill.errors import InputError
 from cdistill.models.load import Model
 from cdistill.train.build import Models
 from cdistill.train.recipes import DataConfig, Recipe
-from cdistill.train.resampling import ResamplingEncoder
+from cdistill.train.resampling import pair_encoder
 from cdistill.train.resolve import Stage, resolve
 from cdistill.vat import check_packable, packed_position_ids
 
@@ -204,11 +204,9 @@ def _encoding(stage: Stage, models: Models) -> tuple[Any, Any]:
     if not (models.reads_apart and stage.objective.distils):
         return encoder, collate
     theirs = Encoder(models.teacher_reader, **template)
-    pair = PairEncoder(encoder, theirs)
-    if stage.aligns:
-        assert models.teacher is not None
-        configs = models.student.config, models.teacher.config
-        pair = ResamplingEncoder(encoder, theirs, configs=configs, rows=stage.recipe.vat.rows)
+    assert models.teacher is not None
+    configs = models.student.config, models.teacher.config
+    pair = pair_encoder(encoder, theirs, configs=configs, vat=stage.recipe.vat if stage.aligns else None)
     return pair, PairCollator(collate, PaddingCollator(theirs.pad_token_id))
 
 
