@@ -18,6 +18,7 @@ from cdistill.data.pairs import PairCollator, PairEncoder, split_sides
 from cdistill.data.samples import IMAGE_TOKEN, BadSampleError, Mark, Message
 from cdistill.models.llava import compose
 from cdistill.models.processor import build_processor
+from cdistill.plan.memory import plan
 from cdistill.train import run
 from cdistill.train.build import build_models
 from cdistill.train.data import stage_dataset
@@ -163,6 +164,33 @@ def test_batches_that_lack_a_side_or_disagree(models, pair):
         cdistill.distill(teacher, student)
 
 
+def test_the_trainer_takes_both_processors(models, tmp_path):
+    student, teacher = map(copy.deepcopy, models)
+    sides = [build_processor(of.config, build_tokenizer(), "test") for of in models]
+    vat = {"visual": "resample", "layers": "all"}
+    options = {"max_steps": 1, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "save_strategy": "no"}
+    args = cdistill.CompoDistillConfig(
+        str(tmp_path), vat=vat, use_cpu=True, report_to="none", disable_tqdm=True, **options
+    )
+    said = [{"role": m.role, "content": "".join(p for p in m.parts if isinstance(p, str))} for m in LONG]
+    rows = [{"messages": said, "image": PICTURE}, {"messages": said[:2], "image": PICTURE}, {"messages": said[:2]}]
+    given = {"args": args, "train_dataset": rows, "eval_dataset": rows, "compute_metrics": lambda found: {}}
+    with pytest.raises(ValueError, match="teacher_processing_class must be given"):
+        cdistill.CompoDistillTrainer(student, teacher, processing_class=sides[0], **given)
+    with pytest.raises(ValueError, match="teacher_processing_class must be None"):
+        same = copy.deepcopy(student)
+        cdistill.CompoDistillTrainer(
+            student, same, processing_class=sides[0], teacher_processing_class=sides[0], **given
+        )
+    trainer = cdistill.CompoDistillTrainer(
+        student, teacher, processing_class=sides[0], teacher_processing_class=sides[1], **given
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    assert 0 < before["eval_vat"] < 1
+    assert trainer.evaluate()["eval_loss"] != before["eval_loss"]
+
+
 def test_a_student_that_fetches_the_adapter_has_its_teachers_tokens(models):
     text = text_config(num_hidden_layers=2)
     token = models[1].config.image_token_id
@@ -228,3 +256,17 @@ def test_what_needs_one_encoding_is_refused(folder, tmp_path, changes, message):
         run(recipe_of(tmp_path / "run", folder, **changes))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_counts_the_teachers_own_tokens(folder, tmp_path):
+    recipe = recipe_of(
+        tmp_path / "run", folder, stages=["dft"], vat={"visual": "resample", "layers": "all", "rows": "answer"}
+    )
+    planned = plan(recipe, gpus=1, device="cpu", length=100, answers=20)
+    (stage,) = planned.stages
+    assert (stage.setting.visual, stage.setting.of_teacher.visual, stage.setting.of_teacher.length) == (9, 36, 127)
+    layers, samples, rows = 2, 4, 20
+    assert stage.phases["forward"]["targets"] == layers * 4 * samples * rows * (9 + 36)
+    assert planned.remarks == ("the teacher's own look at the images is not counted",)
+    with pytest.raises(ValueError, match="patch_size differs: student 16, teacher 8; vat"):
+        plan(recipe_of(tmp_path / "run", folder, stages=["dft"], vat={}), gpus=1, device="cpu")

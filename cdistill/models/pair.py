@@ -75,7 +75,7 @@ def check_pair(student: Model, teacher: Model) -> None:
     """
     check_configurations(student, teacher)
     if isinstance(student, Llava) and isinstance(teacher, Llava):
-        _check_fetched(student, teacher)
+        check_fetched(student, teacher)
 
 
 def check_configurations(student: Model, teacher: Model) -> None:
@@ -99,12 +99,10 @@ def _refuse_fetched(student: Model, why: str) -> None:
 
 
 def check_spans(student: Model, teacher: Model, *, resampled: bool) -> str | None:
-    """`check_pair` for two models of different tokenizers; with ``resampled`` their visual tokens may be others, too: the
-    difference is returned."""
+    """What of `check_pair` needs no weights, for two models of different tokenizers; with ``resampled`` their visual tokens may
+    be others, too: the difference is returned."""
     difference = visual_difference(student, teacher, one_tokenizer=False)
     if difference is None:
-        if isinstance(student, Llava) and isinstance(teacher, Llava):
-            _check_fetched(student, teacher)
         return None
     if not resampled:
         raise InputError(f"{difference}; vat.visual resample aligns attention to other visual tokens")
@@ -177,7 +175,8 @@ def _described(tokens: VisualTokens | None, model: Llava) -> str:
     return f"{tokens.total} ({how}{more}{', without the first patch' if tokens.dropped else ''})"
 
 
-def _check_fetched(student: Llava, teacher: Llava) -> None:
+def check_fetched(student: Llava, teacher: Llava) -> None:
+    """Raise ValueError unless the adapter that a student with TAF has fetched is this teacher's."""
     adapter = student.model.multi_modal_projector
     if not isinstance(adapter, TAFAdapter):
         return

@@ -59,10 +59,11 @@ def _recomputed(rows: int, s: Setting) -> tuple[int, int]:
 def targets(recipe: Recipe, terms: Memory, student: Blueprint, teacher: Blueprint | None, s: Setting) -> int:
     """The teacher's window means, one slice per aligned student layer; a single one for grounded words.
 
-    With ``vat.target`` recomputed the queries and keys of its aligned layers.
+    With ``vat.target`` recomputed the queries and keys of its aligned layers. What is resampled is there twice.
     """
     if not terms.recomputes or teacher is None:
-        return terms.targets * attention_slice(recipe, student, terms.rows, s)
+        resampled = attention_slice(recipe, student, terms.rows, s) if s.of_teacher is not s else 0
+        return terms.targets * (resampled + attention_slice(recipe, student, terms.rows, s.of_teacher))
     _, layers = VAT.spans(recipe.vat, attention_layers(student.model), attention_layers(teacher.model))
     config = teacher.model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -79,7 +80,7 @@ def teacher_hidden(recipe: Recipe, teacher: Blueprint | None, s: Setting) -> int
 
 def teacher_pass(recipe: Recipe, terms: Memory, teacher: Blueprint, s: Setting) -> int:
     """Embeddings, one layer's working memory, hidden states, and a slice on its way into the targets."""
-    width = teacher.model.config.get_text_config().hidden_size
+    s, width = s.of_teacher, teacher.model.config.get_text_config().hidden_size
     layer = _decoder(teacher, 1, s.batch, s.length, s.half, None, None)
     on_its_way = 0 if terms.recomputes else attention_slice(recipe, teacher, terms.rows, s)
     return 2 * s.batch * s.length * width * item_size(s.half) + layer.forward + on_its_way

@@ -7,13 +7,14 @@ phase.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from cdistill.errors import InputError
 from cdistill.models.llava import Llava
 from cdistill.models.load import DTYPES
 from cdistill.models.parts import has_vision
-from cdistill.plan.blueprint import Blueprint, check_models, is_llava, student_of
+from cdistill.plan.blueprint import Blueprint, check_models, is_llava, student_of, teacher_of
 from cdistill.plan.phases import phases_of
 from cdistill.plan.setting import Bytes, Setting
 from cdistill.train.objectives import OBJECTIVES
@@ -89,7 +90,7 @@ def plan(
         raise InputError(f"gpus must be at least 1, got {gpus}")
     recipe = replace(recipe, processes=gpus)
     check_batches(recipe, gpus)
-    check_models(recipe)
+    apart = check_models(recipe)
     precision = precision or ("bf16" if recipe.precision == "auto" else recipe.precision)
     if precision not in DTYPES:
         raise InputError(f"precision must be one of {', '.join(DTYPES)}, got {precision!r}")
@@ -109,6 +110,10 @@ def plan(
             accumulates=stage.global_batch_size > micro * gpus,
             **_tokens(student, stage, length, visual, answers),
         )
+        if apart and setting.visual and OBJECTIVES[stage.objective].distils:
+            setting = replace(setting, teacher_visual=_visual_of_teacher(recipe, student, setting))
+            remarks.append("the teacher's own look at the images is not counted")
+
         stages.append(StagePlan(name, setting, phases_of(recipe, index, student, setting)))
         if has_vision(student.model) and not is_llava(student.model):
             remarks.append(f"the working memory of {student.model.config.model_type}'s vision encoder is not counted")
@@ -117,6 +122,18 @@ def plan(
             if term.memory(recipe, student.model, sizes) is None:
                 remarks.append(f"what term {term.name} keeps is not counted")
     return Plan(recipe, tuple(stages), tuple(dict.fromkeys(remarks)))
+
+
+def _visual_of_teacher(recipe: Recipe, student: Blueprint, setting: Setting) -> int:
+    """Visual tokens that a teacher with an encoding of its own makes of the images of a sample, where both models tell."""
+    teacher = teacher_of(recipe)
+    assert teacher is not None
+    if not (is_llava(teacher.model) and is_llava(student.model)):
+        raise InputError(
+            "plan cannot tell how many visual tokens the teacher makes: it needs two LLaVAs of fixed numbers"
+        )
+    images = setting.visual / student.model.config.image_seq_length
+    return math.ceil(images) * int(teacher.model.config.image_seq_length)
 
 
 def _tokens(

@@ -23,7 +23,7 @@ from cdistill.models.load import (
     load_tokenizer,
     resolve_folder,
 )
-from cdistill.models.pair import check_apart, check_pair, check_spans, shares_encoder, visual_difference
+from cdistill.models.pair import check_apart, check_fetched, check_pair, check_spans, shares_encoder, visual_difference
 from cdistill.models.parts import has_vision, language_model
 from cdistill.models.processor import (
     COMPOSITIONS,
@@ -96,11 +96,12 @@ def build_models(recipe: Recipe) -> Models:
         require_known_everywhere(given, recipe.processes)
     apart = visual = None
     if teacher is not None:
-        apart = visual = (_different_tokenizers if spans else difference)(recipe, student, teacher)
+        apart = visual = (different_tokenizers if spans else difference)(recipe, student, teacher)
         if spans:
-            apart = (
-                f"kd.alignment is {recipe.kd.alignment}, for different tokenizers{f', and {visual}' if visual else ''}"
-            )
+            too = "" if visual is None else f", and {visual}"
+            apart = f"kd.alignment is {recipe.kd.alignment}, for different tokenizers{too}"
+            if visual is None and isinstance(student, Llava) and isinstance(teacher, Llava):
+                check_fetched(student, teacher)
         elif visual is None:
             check_pair(student, teacher)
         if isinstance(teacher, Llava):
@@ -147,7 +148,7 @@ def difference(recipe: Recipe, student: Model, teacher: Model) -> str | None:
     return why
 
 
-def _different_tokenizers(recipe: Recipe, student: Model, teacher: Model) -> str | None:
+def different_tokenizers(recipe: Recipe, student: Model, teacher: Model) -> str | None:
     """How the visual tokens of models that are compared by spans differ; None if they do not. Raises ValueError for others."""
     aligned = any(recipe.aligns(recipe.stage[name].objective) for name in recipe.stages)
     visual = check_spans(student, teacher, resampled=not aligned or recipe.vat.visual == "resample")

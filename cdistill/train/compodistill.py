@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from cdistill.models.processor import add_stop_tokens, save_chat_template
 from cdistill.train.compodistill_config import COMPILED, CompoDistillConfig, made
 from cdistill.train.conversation_collator import ConversationCollator
 from cdistill.train.distillation import distill
+from cdistill.train.resampling import pair_encoder
 from cdistill.train.terms import Term
+from cdistill.train.terms.alignment import Alignment
 
 __all__ = ["CompoDistillConfig", "CompoDistillTrainer", "ConversationCollator"]
 
@@ -50,6 +52,8 @@ class CompoDistillTrainer(Trainer):
         peft_config: of the adapters that the student is to get, by ``peft.get_peft_model``.
         vat: a `cdistill.vat.VAT` in place of ``args.vat``, for adaptive matching.
         terms: further terms of the loss, as for `cdistill.distill`; each is logged and evaluated under its name.
+        teacher_processing_class: the teacher's processor, where it sees images through other visual tokens than the student
+            (``args.vat`` with visual resample).
         options: Trainer's own: train_dataset, eval_dataset, compute_metrics, callbacks, optimizers,
             preprocess_logits_for_metrics, ...
 
@@ -74,6 +78,7 @@ class CompoDistillTrainer(Trainer):
         peft_config: Any = None,
         vat: Any = None,
         terms: Sequence[Term | str] = (),
+        teacher_processing_class: Any = None,
         **options: Any,
     ) -> None:
         args = CompoDistillConfig("compodistill") if args is None else args
@@ -89,7 +94,7 @@ class CompoDistillTrainer(Trainer):
             train_vision=args.train_vision,
         )
         if data_collator is None and processing_class is not None:
-            data_collator = ConversationCollator(processing_class, args.template, args.max_length)
+            data_collator = self._collator(processing_class, teacher_processing_class, args)
         if data_collator is None:
             raise InputError("data_collator or processing_class must be given, to make batches of the rows")
         self._template: Template | None = None
@@ -118,6 +123,20 @@ class CompoDistillTrainer(Trainer):
         self._logged_step = 0
         if hasattr(student, "add_model_tags"):
             student.add_model_tags(self._tag_names)
+
+    def _collator(self, ours: Any, theirs: Any, args: CompoDistillConfig) -> ConversationCollator:
+        """Makes batches of conversations, with the teacher's own encoding where it needs one."""
+        losses = self.distillation.losses
+        if losses.reads_apart is (theirs is None):
+            wanted, others = ("be given", "other") if theirs is None else ("be None", "the same")
+            raise InputError(
+                f"teacher_processing_class must {wanted}: student and teacher see images through {others} visual tokens"
+            )
+        if theirs is None:
+            return ConversationCollator(ours, args.template, args.max_length)
+        aligned = next((term.vat.config for term in losses.terms if isinstance(term, Alignment)), None)
+        pair = partial(pair_encoder, configs=(losses.student.config, self.teacher_model.config), vat=aligned)
+        return ConversationCollator(ours, args.template, args.max_length, teacher_processor=theirs, pair=pair)
 
     def _refuse_ways(self) -> None:
         if self.accelerator.state.dynamo_plugin.backend.value != "NO":  # of accelerate launch

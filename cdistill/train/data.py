@@ -30,7 +30,7 @@ from cdistill.errors import InputError
 from cdistill.models.load import Model
 from cdistill.train.build import Models
 from cdistill.train.recipes import DataConfig, Recipe
-from cdistill.train.resampling import ResamplingEncoder
+from cdistill.train.resampling import ResamplingEncoder, pair_encoder
 from cdistill.train.resolve import Stage, resolve
 from cdistill.vat import check_packable, packed_position_ids
 
@@ -215,12 +215,17 @@ def _encoding(stage: Stage, models: Models) -> tuple[Any, Any]:
     if not apart:
         return encoder, collate
     theirs = Encoder(models.teacher_reader, **template, places=spans)
-    pair = SpanEncoder(encoder, theirs) if spans else PairEncoder(encoder, theirs)
-    if stage.aligns and stage.recipe.vat.visual == "resample":
-        assert models.teacher is not None
-        configs = models.student.config, models.teacher.config
-        resampling = ResamplingEncoder(encoder, theirs, configs=configs, rows=stage.recipe.vat.rows, spans=spans)
-        pair = SpanEncoder(encoder, theirs, resampling) if spans else resampling
+    assert models.teacher is not None
+    vat, configs = stage.recipe.vat if stage.aligns else None, (models.student.config, models.teacher.config)
+    pair: PairEncoder
+    if not spans:
+        pair = pair_encoder(encoder, theirs, configs=configs, vat=vat)
+    elif vat is None or vat.visual == "equal":
+        pair = SpanEncoder(encoder, theirs)
+    else:
+        pair = SpanEncoder(
+            encoder, theirs, ResamplingEncoder(encoder, theirs, configs=configs, rows=vat.rows, spans=True)
+        )
     return pair, PairCollator(collate, PaddingCollator(theirs.pad_token_id))
 
 

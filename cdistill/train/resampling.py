@@ -10,13 +10,29 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cdistill.choices import Rows
+from cdistill.choices import Rows, VATConfig
 from cdistill.data.conversations import Encoded, Encoder
 from cdistill.data.pairs import PairEncoder
 from cdistill.data.samples import IGNORE_INDEX, BadSampleError
 from cdistill.errors import InputError
 from cdistill.vat import resampling, visual_token_ids
 from cdistill.vat.layout import Piece, Shown, layout, require_known_layout
+
+
+def pair_encoder(student: Encoder, teacher: Encoder, *, configs: tuple[Any, Any], vat: VATConfig | None) -> PairEncoder:
+    """What encodes samples for a student and a teacher that see images through other visual tokens.
+
+    Args:
+        student, teacher: encoders of one template, each with its own processor.
+        configs: of the student's and the teacher's model.
+        vat: the alignment of their attention, None where it is not compared.
+
+    Raises:
+        ValueError: as `PairEncoder` and `ResamplingEncoder`.
+    """
+    if vat is None:
+        return PairEncoder(student, teacher)
+    return ResamplingEncoder(student, teacher, configs=configs, rows=vat.rows)
 
 
 class ResamplingEncoder(PairEncoder):
