@@ -4,6 +4,7 @@
     Distillation          what it returns: call it with a batch, get the losses
     CompoDistillTrainer   transformers' Trainer that distils
     CompoDistillConfig    its arguments
+    Rollouts, OnPolicyConfig, CountingCollator   answers of the student's own, for on-policy distillation
     load_recipe           a recipe by name or from a file, keys changed by name=value
     run                   the stages of a recipe, as `cdistill train` runs them
     ops                   the fused ops: attention slices, their alignment, distillation through the vocabulary
@@ -28,6 +29,7 @@ from cdistill import _moved, _register
 if TYPE_CHECKING:
     from cdistill import nn as nn
     from cdistill import ops as ops
+    from cdistill.choices import OnPolicyConfig as OnPolicyConfig
     from cdistill.errors import CdistillError as CdistillError
     from cdistill.errors import InputError as InputError
     from cdistill.families import Family as Family
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from cdistill.train.distillation import Distillation as Distillation
     from cdistill.train.distillation import distill as distill
     from cdistill.train.objectives import register_objective as register_objective
+    from cdistill.train.rollout import CountingCollator as CountingCollator
+    from cdistill.train.rollout import Rollouts as Rollouts
     from cdistill.train.terms import Term as Term
     from cdistill.train.terms import register_term as register_term
 
@@ -71,6 +75,9 @@ _LAZY = {
     "InputError": "cdistill.errors",
     "CompoDistillTrainer": "cdistill.train.compodistill",
     "CompoDistillConfig": "cdistill.train.compodistill",
+    "CountingCollator": "cdistill.train.rollout",
+    "OnPolicyConfig": "cdistill.choices",
+    "Rollouts": "cdistill.train.rollout",
     "load_recipe": "cdistill.train",
     "run": "cdistill.train",
     "Family": "cdistill.families",
@@ -87,9 +94,12 @@ __all__ = [
     "CdistillError",
     "CompoDistillConfig",
     "CompoDistillTrainer",
+    "CountingCollator",
     "Distillation",
     "Family",
     "InputError",
+    "OnPolicyConfig",
+    "Rollouts",
     "Term",
     "distill",
     "load_recipe",

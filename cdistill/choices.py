@@ -26,6 +26,8 @@ TokenAlignment: TypeAlias = Literal["token", "merged", "uld"]
 # Visual attention alignment.
 Rows: TypeAlias = Literal["answer", "predicting", "text", "visual", "all"]
 Matching: TypeAlias = Literal["group", "simple", "adaptive"]
+AlignedHeads: TypeAlias = Literal["mean", "each", "match"]
+HeadMatching: TypeAlias = Literal["group", "assignment", "mixture"]
 Target: TypeAlias = Literal["stored", "recomputed"]
 VisualTokens: TypeAlias = Literal["equal", "resample"]
 NamedSpan: TypeAlias = Literal["early", "intermediate", "later", "all", "official"]
@@ -43,6 +45,8 @@ DIVERGENCES: tuple[str, ...] = get_args(Divergence)
 TOKEN_ALIGNMENTS: tuple[str, ...] = get_args(TokenAlignment)
 ROWS: tuple[str, ...] = get_args(Rows)
 MATCHINGS: tuple[str, ...] = get_args(Matching)
+ALIGNED_HEADS: tuple[str, ...] = get_args(AlignedHeads)  # what is aligned; the ops know no match
+HEAD_MATCHINGS: tuple[str, ...] = get_args(HeadMatching)
 TARGETS: tuple[str, ...] = get_args(Target)
 VISUAL_TOKENS: tuple[str, ...] = get_args(VisualTokens)
 NAMED_SPANS: tuple[str, ...] = get_args(NamedSpan)
@@ -61,6 +65,8 @@ Positive: TypeAlias = Annotated[float, Gt(0), Lt(math.inf)]
 NotNegative: TypeAlias = Annotated[float, Ge(0), Lt(math.inf)]
 BelowOne: TypeAlias = Annotated[float, Ge(0), Lt(1)]
 BetweenZeroAndOne: TypeAlias = Annotated[float, Gt(0), Lt(1)]
+FromZeroToOne: TypeAlias = Annotated[float, Ge(0), Le(1)]
+AboveZeroToOne: TypeAlias = Annotated[float, Gt(0), Le(1)]
 
 _LIMITS = {Ge: ("minimum", "ge"), Gt: ("exclusiveMinimum", "gt"), Le: ("maximum", "le"), Lt: ("exclusiveMaximum", "lt")}
 
@@ -130,8 +136,13 @@ class VATConfig:
     """The teacher's layers, likewise."""
     rows: Rows = "text"  # the best in benchmarks/results/demo_rows.json; the paper speaks of answer tokens
     """Tokens whose attention to the visual tokens is compared (`cdistill.vat.token_regions`)."""
-    heads: Heads = "mean"
-    """The mean over heads, or each head by itself: models with equal numbers of heads, or with target recomputed a multiple."""
+    heads: AlignedHeads = "mean"
+    """The mean over heads; each head by itself, of models with equal numbers of heads, or with target recomputed a multiple;
+    or match: every head of the student with heads of the teacher, of which there may be more or fewer, by `head_matching`."""
+    head_matching: HeadMatching = "group"
+    """With heads match, what a head of the student is compared with, in each layer of its window: the mean of a contiguous
+    group of the teacher's heads; the one of them that the best assignment gives it, by distances measured where a stage begins;
+    or a mixture of all heads of the window, whose weights are trained in the stage and thrown away after it."""
     engine: str = "sdpa"
     """What computes the aligned layers' attention: "sdpa", transformers' own beside the alignment; "auto" or an engine of
     `cdistill.ops.attention_with_alignment` ("triton", "torch_flash", "torch_cudnn", "flash_attn_2", "flash_attn_3",
@@ -160,6 +171,14 @@ class VATConfig:
             yield "vat.visual resample needs vat.target stored, got 'recomputed': what is recomputed is never a slice"
         if self.visual == "resample" and self.rows in ("visual", "all"):
             yield f"vat.visual resample needs vat.rows answer, predicting or text, got {self.rows!r}: visual rows differ, too"
+        if self.learns_mixture:
+            for key, value, needed in (
+                ("engine", self.engine, "sdpa"),
+                ("target", self.target, "stored"),
+                ("sink_filter", self.sink_filter, False),
+            ):
+                if value != needed:
+                    yield f"vat.{key} must be {str(needed).lower()} with vat.head_matching mixture, got {str(value).lower()}"
         if self.sink_filter and self.reduction != "column":
             yield f"vat.sink_filter needs vat.reduction column, got {self.reduction!r}"
 
@@ -171,6 +190,16 @@ class VATConfig:
         for name in ("student_layers", "teacher_layers"):
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
+
+    @property
+    def assigns_heads(self) -> bool:
+        """Whether heads are matched by distances that must be measured."""
+        return self.heads == "match" and self.head_matching == "assignment"
+
+    @property
+    def learns_mixture(self) -> bool:
+        """Whether the targets depend on weights that are trained."""
+        return self.heads == "match" and self.head_matching == "mixture"
 
     @classmethod
     def official(cls) -> "VATConfig":
@@ -206,3 +235,28 @@ class KDConfig:
         check_choices(self, "kd")
         if self.alignment == "uld" and self.divergence != "forward_kl":
             raise InputError(f"kd.divergence must be left out with kd.alignment uld, got {self.divergence!r}")
+
+
+@dataclass(frozen=True)
+class OnPolicyConfig:
+    """Distillation on answers that the student itself has generated (GKD: Agarwal et al., 2024, arXiv:2306.13649).
+
+    Raises ValueError naming the field and what it allows.
+    """
+
+    __pydantic_config__ = _OF_RECIPES
+
+    on_policy: FromZeroToOne = 0.5
+    """Share of samples in which the student's own reply takes the place of an answer (GKD's lambda); the others are
+    trained on as they are."""
+    temperature: NotNegative = 1.0
+    """Divides the student's logits before a token is drawn; 0 takes the most likely one."""
+    top_p: AboveZeroToOne = 1.0
+    """Tokens are drawn from the smallest set that has this share of the probability."""
+    max_new_tokens: Annotated[int, Ge(1)] = 128
+    """Tokens at which a reply is cut; `max_length` of the data cuts it, too."""
+
+    def __post_init__(self) -> None:
+        check_choices(self, "generation")
+        if isinstance(self.max_new_tokens, float):
+            raise InputError(f"generation.max_new_tokens must be a whole number, got {self.max_new_tokens}")

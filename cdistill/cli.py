@@ -46,13 +46,23 @@ def _train(options: argparse.Namespace) -> int:
 
 def _cache_arguments(parser: argparse.ArgumentParser) -> None:
     menu.recipe_argument(parser, "change a key, as in teacher_memory.cache=FOLDER, which must be named")
+    parser.add_argument(
+        "--serve", metavar="HOST:PORT", help="make it as runs on other machines ask for it, and send it"
+    )
+    parser.add_argument("--window", type=int, metavar="N", help="with --serve, keep N shards ahead and behind, not all")
 
 
 def _cache(options: argparse.Namespace) -> int:
     from cdistill.train import load_recipe
-    from cdistill.train.cache_writer import write_cache
+    from cdistill.train.cache_writer import serve_cache, write_cache
 
-    folder = write_cache(load_recipe(options.recipe, options.overrides))
+    if options.window is not None and options.serve is None:
+        raise InputError("--window needs --serve: a cache that is read later is kept whole")
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.serve is not None:
+        serve_cache(recipe, options.serve, options.window)
+        return 0
+    folder = write_cache(recipe)
     if os.environ.get("RANK", "0") == "0":
         print(f"written: {folder}")
     return 0

@@ -147,7 +147,9 @@ def calls(draw, dtypes=(torch.float32,)):
 def check(call, impl):
     """Losses and gradients against float64: |ours - exact| <= 2 * |eager - exact| + 1e-5 * |exact| + 1e-6.
 
-    Eager fp16 has no number for the least share: there, fp32 and the rounding of fp16 take its place.
+    Where terms cancel, one eager result may be nearer to the exact one than its arithmetic is: then eager's error is the
+    largest of a few calls within 1e-6 of this one. Eager fp16 has no number for the least share: there, fp32 and the rounding
+    of fp16 take its place.
     """
     leaves = call.leaves()
     grad = torch.arange(1.0, len(call.rows) + 1)
@@ -161,14 +163,25 @@ def check(call, impl):
         there = [x.to(device_of(impl)) for x in leaves]
         ours = with_gradients(lambda *x: call.run(attention_relation, x, impl=impl), there, grad)
     coarse = leaves[0].dtype == torch.float16 and call.options["loss"] in choices.SHARES
-    eager = with_gradients(oracle, [x.float() for x in leaves] if coarse else leaves, grad)
     exact = with_gradients(oracle, [x.double() for x in leaves], grad)
     assert ours[0].dtype == torch.float32
-    relative = 1e-5 + 2.0**-9 * coarse
-    for index, (x, y, z) in enumerate(zip(ours, eager, exact, strict=True)):
-        error, allowed = (x.cpu() - z).abs().max(), 2 * (y - z).abs().max() + relative * z.abs().max() + 1e-6
-        assert error <= allowed, f"result {index}: error {error:.3e}, allowed {allowed:.3e}"
-    return ours
+    relative, generator = 1e-5 + 2.0**-9 * coarse, torch.Generator().manual_seed(0)
+    eager = [0.0] * len(exact)
+    for neighbour in range(5):
+        near = [x if neighbour == 0 else _beside(x, generator) for x in leaves]
+        rough = with_gradients(oracle, [x.float() for x in near] if coarse else near, grad)
+        there = with_gradients(oracle, [x.double() for x in near], grad) if neighbour else exact
+        eager = [max(e, float((y - z).abs().max())) for e, y, z in zip(eager, rough, there, strict=True)]
+        errors = [float((x.cpu() - z).abs().max()) for x, z in zip(ours, exact, strict=True)]
+        allowed = [2 * e + relative * float(z.abs().max()) + 1e-6 for e, z in zip(eager, exact, strict=True)]
+        if all(error <= most for error, most in zip(errors, allowed, strict=True)):
+            return ours
+    raise AssertionError(f"errors of losses and gradients {errors}, allowed {allowed}")
+
+
+def _beside(x, generator):
+    """x with every number up to 2^-20 of itself off."""
+    return (x * (1 + 2.0**-20 * (2 * torch.rand(x.shape, generator=generator) - 1))).to(x.dtype)
 
 
 def drawn(numbers=(2, 4), layers=1, seed=0, tokens=(23, 31), dtype=torch.float32, **options):

@@ -98,6 +98,12 @@ def batches():
     }
 
 
+def counted_batches():
+    data = BuiltinDataset(BuiltinTask(turns=2), size=2, seed=0)
+    tokenizer = build_tokenizer()
+    return {"loader": [cdistill.CountingCollator(Collator(tokenizer.pad_token_id))(list(data))], "tokenizer": tokenizer}
+
+
 def rows():
     data = BuiltinDataset(BuiltinTask(caption=1.0, sentences=0, turns=0), size=2, seed=0)
     processor = AutoProcessor.from_pretrained(Path(cdistill.__file__).parent / "assets/teacher")
@@ -141,6 +147,7 @@ GIVEN = {
     "add-a-term.md": lambda: pair() | rows() | {"args": cdistill.CompoDistillConfig("out", use_cpu=True)},
     "one-op.md": tensors,
     "coming-from.md": tensors,
+    "on-policy.md": lambda: pair() | rows() | counted_batches(),
     "qwen-vl.md": qwen,
     "export.md": exported,
 }

@@ -219,8 +219,15 @@ def recipe_of(output, folder, **changes):
     return make_recipe(output, folder, **(fixed | {"vat": {"enabled": False}} | changes))
 
 
-def test_a_run_distils_across_visual_tokens(folder, tmp_path, capsys):
-    vat = {"visual": "resample", "rows": "text", "layers": "all", "matching": "adaptive", "weight": "auto"}
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"matching": "adaptive", "weight": "auto", "heads": "match", "head_matching": "assignment"},
+        {"heads": "match", "head_matching": "mixture"},
+    ],
+)
+def test_a_run_distils_across_visual_tokens(folder, tmp_path, capsys, options):
+    vat = {"visual": "resample", "rows": "text", "layers": "all", **options}
     recipe = recipe_of(tmp_path / "run", folder, stages=["dft", "sft"], report_to=[], vat=vat | {"measure_samples": 4})
     built = build_models(recipe)
     data, collate = stage_dataset(recipe, 0, built)
@@ -247,6 +254,7 @@ def test_a_run_distils_across_visual_tokens(folder, tmp_path, capsys):
             {"packing": True, "stage__dft__data": {"path": "x"}, "stages": ["dft"]},
             "^packing must be left out where each sample",
         ),
+        ({"stage__dft__generation": {}}, r"^stage\.dft\.generation must be null: replies are encoded once"),
         ({"stage__dft__objective": "rdist"}, r"^stage\.dft\.objective: term 'rdist' compares .*patch_size differs"),
         ({"teacher_memory__cache": "kept"}, r"^teacher_memory\.cache must be left out where each sample"),
     ],

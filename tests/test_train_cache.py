@@ -128,7 +128,7 @@ def two(models, kept, ranks, tmp_path_factory):
 def read_stage(recipe, folder):
     models = build_models(recipe)
     stage = resolve(recipe).stages[-1]
-    return cache.StageCache(folder, cache.fingerprint(stage, models, vat_of(stage, models)))
+    return cache.StageCache(cache.Folder(folder), cache.fingerprint(stage, models, vat_of(stage, models)))
 
 
 @pytest.mark.parametrize("name", ["plain", "zero3"])

@@ -18,7 +18,7 @@ from cdistill.data.pairs import PairCollator, split_sides
 from cdistill.data.samples import BadSampleError, Mark, Message
 from cdistill.ops.reference import slice_distance
 from cdistill.train.resampling import ResamplingEncoder
-from cdistill.vat import Resampling, attention_layers, match_layers, resampling, visual_token_ids
+from cdistill.vat import Resampling, attention_layers, head_counts, match_layers, resampling, visual_token_ids
 from cdistill.vat.config import VAT
 from cdistill.vat.layout import TILES, WHOLE, Piece, Shown, layout
 
@@ -204,7 +204,8 @@ def expected_alignment(config, models, batch):
         for name in [name for name in side if name.startswith("pair_")]:
             del side[name]
     (student, ours), (_, theirs) = (eager(of, side) for of, side in zip(models, sides, strict=True))
-    matches = VAT(config, attention_layers(models[0]), attention_layers(models[1])).matches
+    heads = head_counts(*models) if config.heads == "match" else None
+    matches = VAT(config, attention_layers(models[0]), attention_layers(models[1]), heads=heads).matches
     cols = [
         torch.isin(side["input_ids"], torch.tensor(visual_token_ids(of)))
         for of, side in zip(models, sides, strict=True)
@@ -224,6 +225,8 @@ def expected_alignment(config, models, batch):
                 @ shares.T
             )
             seen = shares.sum(1) > 0
+            if config.heads == "match":  # two of the teacher's four heads for each of two
+                t = t.unflatten(0, (2, 2)).mean(1)
             if config.heads == "mean":
                 a, t = a.mean(0, keepdim=True), t.mean(0, keepdim=True)
             options = config.loss, config.reduction, config.sink_filter
@@ -240,6 +243,7 @@ def expected_alignment(config, models, batch):
         (("llava_qwen2", "llava_next"), {"loss": "kl", "heads": "each"}),
         (("llava_next", "internvl"), {"loss": "mse", "reduction": "matrix", "rows": "predicting"}),
         (("qwen2_vl", "llava_qwen2"), {"loss": "jsd", "engine": "auto"}),
+        (("llava_qwen2", "llava_onevision"), {"heads": "match"}),
         (("llava_qwen2", "qwen2_vl"), {"reduction": "column", "sink_filter": True, "matching": "simple"}),
     ],
 )

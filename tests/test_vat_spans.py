@@ -5,7 +5,6 @@ import torch
 
 from cdistill.choices import VATConfig
 from cdistill.ops import reference
-from cdistill.ops.slice_alignment import slice_alignment
 from cdistill.vat import TeacherTargets
 from cdistill.vat.matching import LayerMatch
 from cdistill.vat.recorders import StudentAlignment
@@ -86,12 +85,19 @@ def test_spans_of_one_row_give_plain_vat():
 
 
 def test_a_sample_without_common_spans_counts_zero():
-    rows = span_rows(torch.tensor([[1, 2], [0, 0]]), torch.tensor([[3, 0], [0, 0]]))
-    assert not rows.valid.any()
-    a = torch.rand(2, rows.valid.shape[1], 3, requires_grad=True)
-    losses = slice_alignment(a, torch.rand_like(a), rows.valid, torch.ones(2, 3, dtype=torch.bool))
-    losses.sum().backward()
-    assert not losses.any() and not a.grad.any()
+    numbers, others = torch.tensor([[1, 2], [0, 0]]), torch.tensor([[3, 0], [0, 0]])
+    rows, cols = torch.tensor([[4, 5], [-1, -1]]), torch.tensor([[1, 2], [1, 2]])
+    made = span_rows(numbers, others)
+    assert not made.valid.any() and (made.places(rows) == -1).all()
+    teacher = TeacherTargets(MATCHES, Regions(rows, cols), key_mask=None)
+    q, k = drawn((4, 2), 1)
+    for layer in (0, 1):
+        teacher.record(layer, q, k, k, scale=None, causal=True)
+    q.requires_grad_()
+    student = SpanAlignment(MATCHES, Regions(rows, cols), teacher, made, VATConfig(), key_mask=None)
+    student.record(0, q, k, k, scale=None, causal=True)
+    student.loss().backward()
+    assert not student.loss() and not q.grad.any()
 
 
 def test_predicting_rows_belong_to_the_span_of_the_token_behind():
@@ -106,10 +112,6 @@ def test_other_numbers_of_visual_tokens_are_refused():
     rows = span_rows(NUMBERS, NUMBERS)
     with pytest.raises(ValueError, match="equally many visual tokens in every sample"):
         SpanAlignment(MATCHES, Regions(ROWS, COLS), teacher, rows, VATConfig(), key_mask=None)
-    with pytest.raises(ValueError, match="row_valid must be"):
-        slice_alignment(
-            torch.rand(1, 2, 3), torch.rand(1, 2, 3), torch.ones(1, 3, dtype=torch.bool), torch.ones(1, 3) > 0
-        )
 
 
 def test_targets_are_averaged_and_resampled():

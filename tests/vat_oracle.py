@@ -55,7 +55,11 @@ def eager_losses(student_maps, teacher_maps, vat, places):
         losses = []
         for b, r, c in places:
             a = student_maps[match.student][b][:, r[:, None], c]
-            t = torch.stack([teacher_maps[j][b][:, r[:, None], c] for j in match.teachers]).mean(0)
+            window = [teacher_maps[j][b][:, r[:, None], c] for j in match.teachers]
+            if match.heads is not None:
+                matched = zip(window, match.heads, strict=True)
+                window = [torch.stack([x[list(group)].mean(0) for group in groups]) for x, groups in matched]
+            t = torch.stack(window).mean(0)
             pairs = [(a.mean(0), t.mean(0))] if vat.config.heads == "mean" else list(zip(a, t, strict=True))
             losses.append(torch.stack([sample_loss(x, y, vat.config) for x, y in pairs]).mean())
         layers.append(torch.stack(losses))

@@ -129,8 +129,6 @@ class Inference:
                 f"model: {type(self.model).__name__} gives no numbers in {self.model.dtype}; take --dtype fp32 or bf16, or see "
                 "whether its weights are whole"
             )
-        rounding = ROUNDINGS * torch.finfo(self.model.dtype).eps * (1.0 + float(expected.abs().max()))
-        allowed = NOISES * float((again - expected).abs().max()) + min(rounding, MOST_ROUNDING)
         self._worth = 1.0  # it is to be tried
         for way in ways[:-1]:
             self.way = way
@@ -138,7 +136,7 @@ class Inference:
                 found = self._measure(asked)
             except FAILURES:  # of a family that does not take a past, positions or padding
                 continue
-            if self.way == way and (found - expected).abs().max() <= allowed:
+            if self.way == way and same_but_for_rounding(found, expected, again, self.model.dtype):
                 break
         else:
             self.way = ways[-1]
@@ -284,11 +282,11 @@ class Inference:
 
     def inputs(self, prompts: list[Prompt], rows: list[list[int]], *, left: bool = False) -> dict[str, Tensor]:
         """Token rows that show the prompts' images, padded, as the model takes them."""
-        ids, mask = _padded(rows, [self._filler(prompt) for prompt in prompts], left=left)
+        ids, mask = padded(rows, [self._filler(prompt) for prompt in prompts], left=left)
         inputs = {"input_ids": ids, "attention_mask": mask}
         for name in prompts[0].types:
             types = [(p.types[name] + [0] * len(row))[: len(row)] for p, row in zip(prompts, rows, strict=True)]
-            inputs[name] = _padded(types, [0] * len(rows), left=left)[0]
+            inputs[name] = padded(types, [0] * len(rows), left=left)[0]
         inputs |= joined_images([prompt.images for prompt in prompts])
         moved = {name: value.to(self.device) for name, value in inputs.items()}
         return {n: value.to(self.model.dtype) if value.is_floating_point() else value for n, value in moved.items()}
@@ -296,7 +294,7 @@ class Inference:
     def _continued(self, prompts: list[Prompt], begun: Begun, *, left: bool = False) -> dict[str, Any]:
         """What is left of prompts behind their past."""
         ids, mask = (
-            x.to(self.device) for x in _padded(begun.left, [self._filler(prompt) for prompt in prompts], left=left)
+            x.to(self.device) for x in padded(begun.left, [self._filler(prompt) for prompt in prompts], left=left)
         )
         positions = begun.positions[:, None] + (mask.cumsum(1) - 1).clamp(min=0)
         if hasattr(getattr(self.model, "model", None), "rope_deltas"):
@@ -307,6 +305,13 @@ class Inference:
     def _filler(self, prompt: Prompt) -> int:
         """A token of the prompt itself for its padding, which is masked: penalties for repetition then see nothing new."""
         return next((token for token in prompt.ids if token not in self.prompts.visual), prompt.ids[0])
+
+
+def same_but_for_rounding(found: Tensor, expected: Tensor, again: Tensor, dtype: torch.dtype) -> bool:
+    """Whether log-probabilities of a model in ``dtype`` are those ``expected``, which ``again`` were another time."""
+    rounding = ROUNDINGS * torch.finfo(dtype).eps * (1.0 + float(expected.abs().max()))
+    allowed = NOISES * float((again - expected).abs().max()) + min(rounding, MOST_ROUNDING)
+    return bool((found - expected).abs().max() <= allowed)
 
 
 def common_beginning(prompts: Sequence[Prompt]) -> int:
@@ -325,7 +330,7 @@ def _equal(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _padded(rows: Sequence[Sequence[int]], fill: Sequence[int], *, left: bool) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[Sequence[int]], fill: Sequence[int], *, left: bool) -> tuple[Tensor, Tensor]:
     """Rows of tokens as (B, T) int64, and a mask that is 1 at real ones."""
     longest = max(map(len, rows))
     ids = torch.tensor(list(fill))[:, None].repeat(1, longest)

@@ -12,6 +12,7 @@ from cdistill.ops.attention_slice import attention_slice, attention_slice_accumu
 from cdistill.ops.attention_with_alignment import attention_with_alignment
 from cdistill.ops.flash_attention import flash_attention
 from cdistill.ops.linear_distillation import LinearDistillation, TokenLosses, linear_distillation, linear_token_losses
+from cdistill.ops.slice_alignment import slice_alignment
 
 __all__ = [
     "AttentionEngine",
@@ -27,4 +28,5 @@ __all__ = [
     "linear_distillation",
     "linear_token_losses",
     "register_attention_engine",
+    "slice_alignment",
 ]

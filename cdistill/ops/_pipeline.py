@@ -110,7 +110,7 @@ def _row_weight(problem: AttentionProblem, compared: Comparison) -> Tensor:
     return (problem.q.shape[1] * compared.row_valid.sum(1).clamp(min=1)).float().reciprocal()
 
 
-def _one_by_one(a: Tensor, compared: Comparison) -> tuple[Tensor, Comparison]:
+def one_by_one(a: Tensor, compared: Comparison) -> tuple[Tensor, Comparison]:
     """Slices (N,R,V) and what they are compared with, one per sample, or per sample and head."""
     target = compared.target.to(torch.float32).contiguous().flatten(0, -3)
     row_valid, col_valid = compared.row_valid, compared.col_valid
@@ -136,7 +136,7 @@ def losses_forward(impl: Backend, problem: AttentionProblem, compared: Compariso
         losses = torch.where(compared.row_valid[:, None], losses, 0.0).sum((1, 2)) * _row_weight(problem, compared)
         return losses, kept, no_lse(q)
     a, own_lse = slice_forward(impl, problem)
-    return impl.alignment_loss(*_one_by_one(a, compared)).view(batch, -1).mean(1), a, own_lse
+    return impl.alignment_loss(*one_by_one(a, compared)).view(batch, -1).mean(1), a, own_lse
 
 
 def losses_backward(
@@ -155,7 +155,7 @@ def losses_backward(
         return impl.head_cosine_backward(problem, kept, compared.target, grad.expand(-1, heads, -1), base)
     slices = heads if problem.each else 1
     grad = (grad / slices).repeat_interleave(slices)
-    da = impl.alignment_grad(*_one_by_one(kept, compared), grad, dtype).unflatten(0, kept.shape[:-2])
+    da = impl.alignment_grad(*one_by_one(kept, compared), grad, dtype).unflatten(0, kept.shape[:-2])
     bound = None
     if compared.loss in SHARES and dtype == torch.float16:  # whose range a gradient as large as 1/a would use up
         bound = (heads // slices) * (da * kept).abs().flatten(1).amax(1)

@@ -20,16 +20,21 @@ def regions(problem: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
     for positions, lowest in ((rows, problem.offset), (cols, 0)):
         in_range = (positions == -1) | ((positions >= lowest) & (positions < tokens))
         allowed = allowed & in_range.all() & ~has_repeats(positions)
+    return *seen(rows, cols, causal=problem.causal, key_mask=key_mask), allowed
+
+
+def seen(rows: Tensor, cols: Tensor, *, causal: bool, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows (B,R) that see one of their columns, and columns (B,V) that are not padding."""
     col_valid = cols >= 0
     if cols.shape[1] == 0:
-        return torch.zeros_like(rows, dtype=torch.bool), col_valid, allowed
+        return torch.zeros_like(rows, dtype=torch.bool), col_valid
     usable = col_valid
     if key_mask is not None:
-        usable = col_valid & key_mask.gather(1, cols.clamp(min=0, max=tokens - 1).long())
+        usable = col_valid & key_mask.gather(1, cols.clamp(min=0, max=key_mask.shape[1] - 1).long())
     nothing = torch.iinfo(cols.dtype).max
     first = torch.where(usable, cols, nothing).amin(1, keepdim=True)
-    sees_column = first <= rows if problem.causal else (first < nothing).expand_as(rows)
-    return (rows >= 0) & sees_column, col_valid, allowed
+    sees_column = first <= rows if causal else (first < nothing).expand_as(rows)
+    return (rows >= 0) & sees_column, col_valid
 
 
 def at_rows(x: Tensor, rows: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def images(student: Blueprint, s: Setting) -> Bytes:
 
 def attention_slice(recipe: Recipe, student: Blueprint, rows: int, s: Setting) -> int:
     """Bytes of one layer's slice of attention, fp32, (B, R, V) or (B, Hq, R, V)."""
-    heads = student.model.config.get_text_config().num_attention_heads if recipe.vat.heads == "each" else 1
+    heads = 1 if recipe.vat.heads == "mean" else student.model.config.get_text_config().num_attention_heads
     return 4 * s.batch * heads * rows * (s.visual or s.length)
 
 
@@ -59,16 +59,34 @@ def _recomputed(rows: int, s: Setting) -> tuple[int, int]:
 def targets(recipe: Recipe, terms: Memory, student: Blueprint, teacher: Blueprint | None, s: Setting) -> int:
     """The teacher's window means, one slice per aligned student layer; a single one for grounded words.
 
-    With ``vat.target`` recomputed the queries and keys of its aligned layers. What is resampled is there twice.
+    With ``vat.target`` recomputed the queries and keys of its aligned layers; with ``vat.head_matching`` mixture a slice of
+    every head of these beside the means. What is resampled is there twice.
     """
-    if not terms.recomputes or teacher is None:
-        resampled = attention_slice(recipe, student, terms.rows, s) if s.of_teacher is not s else 0
-        return terms.targets * (resampled + attention_slice(recipe, student, terms.rows, s.of_teacher))
+    resampled = attention_slice(recipe, student, terms.rows, s) if s.of_teacher is not s else 0
+    each = resampled + attention_slice(recipe, student, terms.rows, s.of_teacher)
+    means = 0 if terms.recomputes else terms.targets * each
+    if teacher is None or not (terms.recomputes or recipe.vat.learns_mixture):
+        return means
     _, layers = VAT.spans(recipe.vat, attention_layers(student.model), attention_layers(teacher.model))
+    if not terms.recomputes:
+        return means + len(layers) * attention_slice(recipe, teacher, terms.rows, s.of_teacher)
     config = teacher.model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     vectors = config.num_attention_heads + config.num_key_value_heads
     return len(layers) * s.batch * s.length * vectors * width * item_size(s.half)
+
+
+def generation(student: Blueprint, s: Setting) -> Bytes:
+    """What the student needs to answer: keys and values of all layers at every token (of one layer twice, as its cache grows),
+    one layer's working memory, and the logits of a token with what it is drawn by in fp64."""
+    config = student.model.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    layers = len(language_model(student.model).layers)
+    layer = _decoder(student, 1, s.batch, s.length, s.student, s.autocast, None)
+    drawn = s.batch * head_of(student.model).out_features * (4 + 3 * 8)
+    cache = (layers + 1) * 2 * s.batch * s.length * heads * width * item_size(s.half)
+    return {"cache of replies": cache, "activations": layer.forward, "logits": drawn}
 
 
 def teacher_hidden(recipe: Recipe, teacher: Blueprint | None, s: Setting) -> int:
@@ -96,7 +114,8 @@ def activations(recipe: Recipe, terms: Memory, student: Blueprint, s: Setting) -
     layers, aligned, rows = len(language_model(student.model).layers), terms.layers, terms.rows
     compared, slices = one, 0
     if aligned:
-        options = (recipe.vat.loss, recipe.vat.reduction, recipe.vat.sink_filter, recipe.vat.heads, terms.recomputes)
+        vat = recipe.vat
+        options = (vat.loss, vat.reduction, vat.sink_filter, vat.heads, vat.learns_mixture, terms.recomputes)
         compared = _decoder(student, 1, *common, (options, rows, s.visual or s.length))
         at_a_time, number = _recomputed(rows, s) if terms.recomputes else (rows, 1)
         slices = number * attention_slice(recipe, student, at_a_time, s)
@@ -169,12 +188,14 @@ def _decoder(
 ) -> Footprint:
     recorder = None
     if alignment is not None:
-        (loss, reduction, sink_filter, heads, recomputes), rows, cols = alignment
-        count = blueprint.model.config.get_text_config().num_attention_heads if heads == "each" else 0
-        options = {"loss": loss, "reduction": reduction, "sink_filter": sink_filter, "heads": heads}
+        (loss, reduction, sink_filter, heads, trained_target, recomputes), rows, cols = alignment
+        count = 0 if heads == "mean" else blueprint.model.config.get_text_config().num_attention_heads
+        options = {"loss": loss, "reduction": reduction, "sink_filter": sink_filter}
+        options["heads"] = "each" if count else "mean"
 
         def recorder() -> Any:
-            return alignment_recorder(options, batch, rows, cols, count, recomputes=recomputes)
+            size = batch, rows, cols
+            return alignment_recorder(options, *size, count, recomputes=recomputes, trained_target=trained_target)
 
     trains = blueprint.trained > 0
     return decoder_footprint(

@@ -150,7 +150,7 @@ def decoder_footprint(
 
 
 def alignment_recorder(
-    options: dict[str, Any], batch: int, rows: int, cols: int, heads: int, *, recomputes: bool
+    options: dict[str, Any], batch: int, rows: int, cols: int, heads: int, *, recomputes: bool, trained_target: bool
 ) -> StudentAlignment:
     """A recorder of layer 0 for a batch of fake tensors; ``heads`` 0 for their mean."""
     match, regions = (
@@ -162,7 +162,7 @@ def alignment_recorder(
         q = torch.empty(batch, max(heads, 1), max(rows, cols), 16)
         layers.record(0, q, q, q, scale=None, causal=True)
         return StudentAlignment([match], regions, layers, key_mask=None, **options)
-    target = torch.empty(batch, *([heads] if heads else []), rows, cols)
+    target = torch.empty(batch, *([heads] if heads else []), rows, cols, requires_grad=trained_target)
     return StudentAlignment([match], regions, [target], key_mask=None, **options)
 
 

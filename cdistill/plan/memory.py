@@ -110,11 +110,12 @@ def plan(
             accumulates=stage.global_batch_size > micro * gpus,
             **_tokens(student, stage, length, visual, answers),
         )
-        if apart and setting.visual and OBJECTIVES[stage.objective].distils:
-            setting = replace(setting, teacher_visual=_visual_of_teacher(recipe, student, setting))
-            remarks.append("the teacher's own look at the images is not counted")
+        setting = _with_teacher(recipe, stage, student, setting, remarks) if apart else setting
 
         stages.append(StagePlan(name, setting, phases_of(recipe, index, student, setting)))
+        if "generation" in stages[-1].phases:
+            cache = stages[-1].phases["generation"]["cache of replies"]
+            remarks.append(f"stage {name} generates with a key-value cache of {cache / 1e9:.2f} GB, which is counted")
         if has_vision(student.model) and not is_llava(student.model):
             remarks.append(f"the working memory of {student.model.config.model_type}'s vision encoder is not counted")
         sizes = Sizes(setting.batch, setting.length, setting.visual, setting.answers)
@@ -124,16 +125,20 @@ def plan(
     return Plan(recipe, tuple(stages), tuple(dict.fromkeys(remarks)))
 
 
-def _visual_of_teacher(recipe: Recipe, student: Blueprint, setting: Setting) -> int:
-    """Visual tokens that a teacher with an encoding of its own makes of the images of a sample, where both models tell."""
+def _with_teacher(
+    recipe: Recipe, stage: StageConfig, student: Blueprint, setting: Setting, remarks: list[str]
+) -> Setting:
+    """The setting of a stage whose teacher has an encoding of its own, with as many visual tokens as that has."""
     teacher = teacher_of(recipe)
-    assert teacher is not None
+    if teacher is None or not setting.visual or not OBJECTIVES[stage.objective].distils:
+        return setting
     if not (is_llava(teacher.model) and is_llava(student.model)):
         raise InputError(
             "plan cannot tell how many visual tokens the teacher makes: it needs two LLaVAs of fixed numbers"
         )
-    images = setting.visual / student.model.config.image_seq_length
-    return math.ceil(images) * int(teacher.model.config.image_seq_length)
+    remarks.append("the teacher's own look at the images is not counted")
+    images = math.ceil(setting.visual / student.model.config.image_seq_length)
+    return replace(setting, teacher_visual=images * int(teacher.model.config.image_seq_length))
 
 
 def _tokens(

@@ -35,6 +35,8 @@ def phases_of(recipe: Recipe, index: int, student: Blueprint, s: Setting) -> dic
     waiting = resident | {"gradients": gradients["between"]}
     inputs = {"images": images["kept"], "targets": targets}
     phases = {"images": waiting | {"images": images["peak"]}}
+    if recipe.stage[recipe.stages[index]].replies is not None:
+        phases["generation"] = waiting | {"images": images["peak"]} | activations.generation(student, s)
     if teacher is not None:
         taken = activations.teacher_pass(recipe, terms, teacher, s) + gathered["pass"]
         phases["teacher"] = waiting | inputs | {"teacher's pass": taken}

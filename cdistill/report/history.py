@@ -16,9 +16,11 @@ from cdistill.models.load import METRICS, RECIPE
 from cdistill.runtime.bad_samples import FILE as BAD_SAMPLES
 from cdistill.runtime.json_lines import read_lines, say_damaged
 from cdistill.train.recipes import Recipe, recipe_to_dict
+from cdistill.train.replies import FILE as REPLIES
 from cdistill.train.run_folder import read_recipe, stage_folders
 
 PLACE = ("stage", "step", "samples")  # keys of every entry
+REPLY = ("prompt", "reply", "reference")
 MEASURED = ("validation", "eval")  # keys of entries that hold several values
 UNKNOWN, WAITING, RUNNING, STOPPED, DONE = "unknown", "not begun", "running", "stopped", "done"
 
@@ -73,11 +75,13 @@ class RunHistory:
         folder: of the run.
         recipe: of the run, resolved.
         stages: in order.
+        replies: of the student, those of the last step of each stage that shows some.
     """
 
     folder: Path
     recipe: Recipe
     stages: Sequence[StageHistory]
+    replies: Sequence[dict[str, Any]] = ()
 
     @property
     def state(self) -> str:
@@ -176,7 +180,14 @@ def read_run(folder: Path) -> RunHistory:
             )
         )
         before += stages[-1].samples
-    return RunHistory(folder, recipe, stages)
+    return RunHistory(folder, recipe, stages, _last_replies(folder, recipe))
+
+
+def _last_replies(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
+    found, damaged = read_lines(folder / REPLIES, "stage", "step", *REPLY)
+    say_damaged(folder / REPLIES, damaged)
+    last = {entry["stage"]: entry["step"] for entry in found}
+    return [e for name in recipe.stages for e in found if e["stage"] == name and e["step"] == last[name]]
 
 
 def _processes(stage: StageHistory, recipe: Recipe) -> int:

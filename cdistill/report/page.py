@@ -91,6 +91,7 @@ def _about(run: RunHistory) -> dict[str, Any]:
         "cards": cards,
         "stages": [_row(stage) for stage in run.stages],
         "bad": [(stage.label, reason, count) for stage in run.stages for reason, count in stage.bad.most_common()],
+        "replies": run.replies,
         "recipe": run.text,
     }
 

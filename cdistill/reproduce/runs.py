@@ -259,6 +259,8 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     content["stages"] = [sections[name] for name in content["stages"]]
     for stage, section in zip(run.stages, content["stages"], strict=True):
         section["data"]["seed"], section["micro_batch_size"] = stage.data_seed, stage.micro_batch_size
+    if content["vat"]["heads"] != "match":
+        del content["vat"]["head_matching"]
     if not any(stage.aligns for stage in run.stages):
         del content["vat"]
     elif content["vat"]["visual"] == "equal":  # a key that kept records did not have, as two below
@@ -276,8 +278,9 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     if recipe.student.tokenizer is None:
         del content["student"]["tokenizer"]
     for section in content["stages"]:
-        if section["quantization"] is None:
-            del section["quantization"]
+        for key in ("quantization", "generation"):
+            if section[key] is None:
+                del section[key]
     for place, key in (
         (content, "teacher"),
         (content["student"], "base"),

@@ -56,11 +56,11 @@ class Pulse:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Work of any length: saving, measuring, the end of a stage."""
-        self._counts = False
+        counted, self._counts = self._counts, False
         try:
             yield
         finally:
-            self._changed, self._counts = time.monotonic(), True
+            self._changed, self._counts = time.monotonic(), counted
 
     def end(self) -> None:
         """No further step is waited for."""

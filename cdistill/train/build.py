@@ -38,12 +38,12 @@ from cdistill.models.quantized import quantized
 from cdistill.ops import flash_attention
 from cdistill.runtime import launch
 from cdistill.train.objectives import OBJECTIVES
-from cdistill.train.recipes import Recipe, StudentConfig
+from cdistill.train.recipes import Recipe, StudentConfig, VATOptions
 from cdistill.train.resolve import precision_of
 from cdistill.train.rounding import layers_to_round
 from cdistill.train.student import Vocabulary, folders_of, make_student, set_visual_tokens
 from cdistill.train.terms import check_terms
-from cdistill.vat import VAT, attention_layers
+from cdistill.vat import VAT, attention_layers, head_counts
 
 _DIFFERENT = "set kd.alignment to merged (or uld) to distil between different tokenizers"
 
@@ -141,6 +141,8 @@ def difference(recipe: Recipe, student: Model, teacher: Model) -> str | None:
         if given:
             raise InputError(f"{key} must be left out where each sample is encoded for student and teacher: {why}")
     for name in recipe.stages:
+        if recipe.stage[name].replies is not None:
+            raise InputError(f"stage.{name}.generation must be null: replies are encoded once, and {why}")
         try:
             check_terms(OBJECTIVES[recipe.stage[name].objective].kinds, reads_apart=True)
         except ValueError as error:
@@ -274,18 +276,22 @@ def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> N
             assert teacher is not None
             config = recipe.vat
             _check_engine(recipe, student)
-            layers = attention_layers(student), attention_layers(teacher)
-            if config.matching == "adaptive":
-                VAT.measure(config, *layers)
-            else:
-                VAT(config, *layers)
-            heads = [model.config.get_text_config().num_attention_heads for model in (student, teacher)]
-            fits = max(heads) % min(heads) == 0 if config.target == "recomputed" else heads[0] == heads[1]
-            if config.heads == "each" and not fits:
-                more = ", or a multiple" if config.target == "recomputed" else ""
-                raise InputError(
-                    f"vat.heads each needs equal head counts{more}, got {heads[0]} and {heads[1]} for the teacher"
-                )
+            _check_matching(config, student, teacher)
+
+
+def _check_matching(config: VATOptions, student: Model, teacher: Llava) -> None:
+    """Raise ValueError unless layers and heads can be matched."""
+    layers, heads = (attention_layers(student), attention_layers(teacher)), head_counts(student, teacher)
+    if config.matching == "adaptive" or config.assigns_heads:
+        VAT.measure(config, *layers)
+    else:
+        VAT(config, *layers, heads=heads)
+    fits = max(heads) % min(heads) == 0 if config.target == "recomputed" else heads.student == heads.teacher
+    if config.heads == "each" and not fits:
+        more = ", or a multiple" if config.target == "recomputed" else ""
+        raise InputError(
+            f"vat.heads each needs equal head counts{more}, got {heads.student} and {heads.teacher} for the teacher: use match"
+        )
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 A stage's folder holds index.json, which says what the cache is made of and whether it is finished, safetensors shards in the
 order of the samples, and one JSON file beside each shard with its size and CRC-32. Per labelled token: the largest
 log-probabilities and their ids; per sample: the window means that VAT aligns the student with (paper section 4.1, equation 2).
+Where ``teacher_memory.cache`` is a URL, another machine makes the shards and sends them (`cdistill.train.cache_server`).
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import zlib
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -26,6 +27,7 @@ from cdistill.manifest import checksum
 from cdistill.models.load import Model, resolve_folder
 from cdistill.models.processor import FILES, IMAGE_PROCESSORS, has_image_processor
 from cdistill.train.build import Models
+from cdistill.train.cache_client import Served, is_served
 from cdistill.train.recipes import Recipe, StageConfig, recipe_to_dict
 from cdistill.train.recipes.values import first_difference
 from cdistill.train.resolve import Stage, precision_of
@@ -45,10 +47,36 @@ class StoredSignal(NamedTuple):
     tokens: int  # CRC-32 of its input_ids
 
 
+class MissingShards(NamedTuple):
+    """What is left to do of a stage's cache."""
+
+    samples: int
+    per_shard: int
+    missing: list[int]  # shards
+
+    def batches(self, shard: int, size: int) -> list[range]:
+        """A shard's samples in batches."""
+        stop = min((shard + 1) * self.per_shard, self.samples)
+        return [range(i, min(i + size, stop)) for i in range(shard * self.per_shard, stop, size)]
+
+
 def stage_cache(stage: Stage) -> Path:
     """Folder of a stage in the cache that its recipe names."""
     assert stage.recipe.teacher_memory.cache is not None
     return Path(stage.recipe.teacher_memory.cache) / stage.label
+
+
+def open_cache(stage: Stage, models: Models, vat: VAT | None, *, patient: bool = True) -> StageCache:
+    """What is kept of a stage in the folder that its recipe names, or is made for it by a server.
+
+    A server is waited for ``max_stuck_seconds``, or only for a moment unless ``patient``. Raises ValueError as `StageCache`.
+    """
+    recipe, facts = stage.recipe, fingerprint(stage, models, vat)
+    cache = recipe.teacher_memory.cache
+    assert cache is not None
+    if is_served(cache):
+        return StageCache(FromServer(Served(cache, stage.label, recipe.max_stuck_seconds, patient=patient)), facts)
+    return StageCache(Folder(stage_cache(stage)), facts)
 
 
 def fingerprint(stage: Stage, models: Models, vat: VAT | None) -> dict[str, Any]:
@@ -74,7 +102,7 @@ def fingerprint(stage: Stage, models: Models, vat: VAT | None) -> dict[str, Any]
         "precision": precision_of(recipe),
         "vocabulary": common_vocabulary(models.student, models.teacher),
         "kd": {"temperature": recipe.kd.temperature},
-        "vat": None if vat is None else {key: whole["vat"][key] for key in ("rows", "heads")},
+        "vat": None if vat is None else {key: whole["vat"][key] for key in ("rows", "heads")} | _matched_heads(vat),
         "windows": [] if vat is None else [[match.student, *match.teachers] for match in vat.matches],
         "samples": stage.samples,
         "seed": stage.data_seed,
@@ -106,6 +134,11 @@ def teacher_files(recipe: Recipe) -> dict[str, int]:
     return {str(path.relative_to(folder)): _checksum(path) for path in files}
 
 
+def _matched_heads(vat: VAT) -> dict[str, Any]:
+    """What decides the heads of targets, if anything does."""
+    return {"head_counts": list(vat.heads or ())} if vat.config.heads == "match" else {}
+
+
 def _checksum(path: Path) -> int:
     status = path.stat()
     return _checksum_of(path, status.st_mtime_ns, status.st_size)
@@ -117,41 +150,102 @@ def _checksum_of(path: Path, changed: int, size: int) -> int:
     return checksum(path)
 
 
+class Place(Protocol):
+    """Where a stage's index and shards come from."""
+
+    def index(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """The index. Raises ValueError if there is none, or for one of a cache that is made of other things."""
+
+    def check(self, shards: int) -> None:
+        """Raise ValueError for shards that are known to be missing or cut."""
+
+    def tensors(self, shard: int) -> tuple[str, dict[str, Tensor]]:
+        """The name of a shard and what it holds. Raises ValueError or RunError if it cannot be had as it was made."""
+
+
+class Folder:
+    """A stage's folder on this machine."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def index(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Of a finished cache."""
+        index = read_index(self.path, facts) if (self.path / INDEX).is_file() else None
+        if index is None or not index["finished"]:
+            state = "is not finished" if self.path.is_dir() and any(self.path.iterdir()) else "does not exist"
+            raise InputError(f"teacher_memory.cache: {self.path} {state}; run `cdistill cache` with this recipe")
+        return index
+
+    def check(self, shards: int) -> None:
+        """By their sizes."""
+        for shard in range(shards):
+            self._require_whole(shard, contents=False)
+
+    def _require_whole(self, shard: int, *, contents: bool) -> None:
+        fault = shard_fault(shard_path(self.path, shard), contents=contents)
+        if fault is not None:
+            raise InputError(f"teacher_memory.cache: {fault}; run `cdistill cache` with this recipe again")
+
+    def tensors(self, shard: int) -> tuple[str, dict[str, Tensor]]:
+        """After its checksum."""
+        path = shard_path(self.path, shard)
+        self._require_whole(shard, contents=True)
+        try:
+            return str(path), load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"teacher_memory.cache: {path} cannot be read ({error})") from None
+
+
+class FromServer:
+    """What a server sends of a stage."""
+
+    def __init__(self, served: Served) -> None:
+        self.served = served
+
+    def index(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Finished or not: what is missing will be made."""
+        text, url = self.served.index().decode("utf-8", "replace"), self.served.url
+        return parse_index(text, facts, url, "start the server again", "serve this recipe")
+
+    def check(self, shards: int) -> None:
+        """Nothing: they are made as they are asked for."""
+        self.served.shards = shards
+
+    def tensors(self, shard: int) -> tuple[str, dict[str, Tensor]]:
+        """As it was signed."""
+        name = f"{self.served.url}/{shard_name(shard)}"
+        try:
+            return name, load(self.served.shard(shard))
+        except SafetensorError as error:
+            raise InputError(f"teacher_memory.cache: {name} cannot be read ({error})") from None
+
+
 class StageCache:
     """Reads what `CacheWriter` has kept for one stage; ``vocabulary`` is how many tokens both models know.
 
     Raises:
         ValueError: the cache is missing, unfinished or of another run (naming the key that differs), or a shard is missing,
-            cut or, when it is first read, changed.
+            cut or, when it is first read, changed, or holds what no teacher gives.
     """
 
-    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
-        index = read_index(folder, facts) if (folder / INDEX).is_file() else None
-        if index is None or not index["finished"]:
-            state = "is not finished" if folder.is_dir() and any(folder.iterdir()) else "does not exist"
-            raise InputError(f"teacher_memory.cache: {folder} {state}; run `cdistill cache` with this recipe")
-        self.folder, self.samples, self.per_shard = folder, facts["samples"], index["per_shard"]
+    def __init__(self, place: Place, facts: dict[str, Any]) -> None:
+        index = place.index(facts)
+        self.place, self.samples, self.per_shard = place, facts["samples"], index["per_shard"]
         self.vocabulary: int = facts["vocabulary"]
-        for shard in range(-(-self.samples // self.per_shard)):
-            self._require_whole(shard, contents=False)
+        place.check(-(-self.samples // self.per_shard))
         self._read = lru_cache(SHARDS_IN_MEMORY)(self._load)
 
     def __getitem__(self, sample: int) -> StoredSignal:
         shard, place = divmod(sample, self.per_shard)
         return self._read(shard)[place]
 
-    def _require_whole(self, shard: int, *, contents: bool) -> None:
-        fault = shard_fault(shard_path(self.folder, shard), contents=contents)
-        if fault is not None:
-            raise InputError(f"teacher_memory.cache: {fault}; run `cdistill cache` with this recipe again")
-
     def _load(self, shard: int) -> list[StoredSignal]:
-        path = shard_path(self.folder, shard)
-        self._require_whole(shard, contents=True)
-        try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"teacher_memory.cache: {path} cannot be read ({error})") from None
+        name, tensors = self.place.tensors(shard)
+        samples = min(self.per_shard, self.samples - shard * self.per_shard)
+        fault = fault_of(tensors, samples, self.vocabulary)
+        if fault is not None:
+            raise InputError(f"teacher_memory.cache: {name} holds what no teacher gives ({fault}); have it made again")
         counts = tensors["answers"].tolist()
         shapes = [torch.Size(n for n in shape if n >= 0) for shape in tensors["shapes"].tolist()]
         return [
@@ -167,21 +261,56 @@ class StageCache:
         ]
 
 
+def fault_of(tensors: dict[str, Tensor], samples: int, vocabulary: int) -> str | None:
+    """What is wrong with the tensors of a shard of so many samples, or None: their shapes, and numbers that cannot be
+    log-probabilities, tokens or shares of attention."""
+    try:
+        values, indices, targets = (tensors[name] for name in ("values", "indices", "targets"))
+        answers, shapes, tokens = (tensors[name] for name in ("answers", "shapes", "tokens"))
+    except KeyError as error:
+        return f"no {error.args[0]}"
+    integral = (indices, answers, shapes, tokens)
+    if any(x.is_floating_point() or x.is_complex() for x in integral) or not targets.is_floating_point():
+        return "a dtype"
+    if values.dim() != 2 or values.shape != indices.shape or not values.is_floating_point():
+        return "shapes of values and indices"
+    if shapes.dim() != 2 or any(x.shape[:1] != (samples,) for x in (answers, shapes, tokens)):
+        return f"other than {samples} samples"
+    if (answers < 0).any() or int(answers.sum()) != len(values):
+        return "numbers of labelled tokens"
+    if int(shapes.clamp(min=1).masked_fill(shapes == 0, 0).prod(1).sum()) != targets.numel():
+        return "shapes of slices"
+    if not (values <= 1e-3).all() or (values.diff(dim=1) > 0).any():  # NaN is not below; fp16 rounds
+        return "log-probabilities"
+    if not ((indices >= 0) & (indices < vocabulary)).all() or (indices.sort(1).values.diff(dim=1) == 0).any():
+        return "ids of tokens"
+    return None if ((targets >= 0) & (targets <= 1.01)).all() else "shares of attention"
+
+
 def read_index(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """The index of a cache. Raises ValueError if it is corrupt or of a cache that is made of other things."""
     path = folder / INDEX
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise InputError(f"teacher_memory.cache: {path} is corrupt ({error}); delete {folder}") from None
+    return parse_index(text, facts, str(folder), f"delete {folder}", "choose another folder")
+
+
+def parse_index(text: str, facts: dict[str, Any], place: str, if_corrupt: str, if_other: str) -> dict[str, Any]:
+    """The index in a text from a folder or a URL, and what to do about one that is wrong. Raises ValueError as `read_index`."""
+    try:
+        index = json.loads(text)
         theirs, per_shard, finished = (index[key] for key in ("made_of", "per_shard", "finished"))
         if not isinstance(per_shard, int) or isinstance(per_shard, bool) or per_shard < 1:
             raise InputError(f"per_shard is {per_shard!r:.40}")
         if index.get("crc", index_crc(theirs, per_shard, finished)) != index_crc(theirs, per_shard, finished):
             raise InputError("it has changed")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"teacher_memory.cache: {path} is corrupt ({error}); delete {folder}") from None
+        raise InputError(f"teacher_memory.cache: {place}/{INDEX} is corrupt ({error}); {if_corrupt}") from None
     key = first_difference(json.loads(json.dumps(facts)), theirs)
     if key is not None:
-        raise InputError(f"teacher_memory.cache: {folder} was made with another {key}; choose another folder")
+        raise InputError(f"teacher_memory.cache: {place} was made with another {key}; {if_other}")
     return index
 
 
@@ -254,4 +383,8 @@ def tokens_of(ids: Tensor) -> int:
 
 
 def shard_path(folder: Path, shard: int) -> Path:
-    return folder / f"shard-{shard:05d}.safetensors"
+    return folder / shard_name(shard)
+
+
+def shard_name(shard: int) -> str:
+    return f"shard-{shard:05d}.safetensors"

@@ -4,13 +4,14 @@ stays on a disk."""
 from __future__ import annotations
 
 import json
+import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,10 +33,13 @@ from cdistill.runtime import checkpoints, launch
 from cdistill.runtime.collectives import naming_lost_peers, on_first_process
 from cdistill.runtime.errors import Stopped
 from cdistill.runtime.machines import require_common_folder
+from cdistill.runtime.signals import stop_on_signals
+from cdistill.train import cache_server
 from cdistill.train.alignment import vat_of
 from cdistill.train.build import Models, build_models
 from cdistill.train.cache import (
     INDEX,
+    MissingShards,
     StoredSignal,
     common_vocabulary,
     fingerprint,
@@ -46,6 +50,8 @@ from cdistill.train.cache import (
     stage_cache,
     tokens_of,
 )
+from cdistill.train.cache_client import is_served
+from cdistill.train.cache_wire import KEY, key_of_environment
 from cdistill.train.data import open_stage
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import require_known_everywhere
@@ -59,19 +65,6 @@ from cdistill.vat import VAT
 PER_SHARD = 256  # samples
 ROWS_OF_LOGITS = 256
 ADVICE = "run `cdistill cache` again when there is room: it goes on"
-
-
-class MissingShards(NamedTuple):
-    """What is left to do of a stage's cache."""
-
-    samples: int
-    per_shard: int
-    missing: list[int]  # shards
-
-    def batches(self, shard: int, size: int) -> list[range]:
-        """A shard's samples in batches."""
-        stop = min((shard + 1) * self.per_shard, self.samples)
-        return [range(i, min(i + size, stop)) for i in range(shard * self.per_shard, stop, size)]
 
 
 class CacheWriter:
@@ -182,6 +175,8 @@ class CacheWriter:
         heads = []
         if self.vat.config.heads == "each":
             heads = [teacher.config.get_text_config().num_attention_heads]
+        elif self.vat.heads is not None and self.vat.config.heads == "match":
+            heads = [self.vat.heads.student]
         rows, cols = ((x >= 0).sum(1).tolist() for x in (step.regions.rows, step.regions.cols))
         recorder: Any = None if step.teacher is None else step.teacher.attention
         targets = [] if recorder is None else recorder.targets
@@ -237,11 +232,7 @@ def write_cache(recipe: Recipe) -> Path:
             folder holds another cache.
         RunError: the disk is full, a process failed or a signal stopped it.
     """
-    if recipe.teacher_memory.cache is None:
-        raise InputError("teacher_memory.cache must name the folder to write")
-    wanted = [stage for stage in resolve(recipe, world=1).stages if stage.objective.distils]
-    if not wanted:
-        raise InputError(f"stages {', '.join(recipe.stages)} need no teacher: there is nothing to cache")
+    cache, wanted = _wanted(recipe)
     whole = replace(recipe, teacher_memory=replace(recipe.teacher_memory, cache=None))
     if recipe.processes > 1 and not launch.launched():
         require_known_everywhere((recipe.stage[name].objective for name in recipe.stages), recipe.processes)
@@ -253,7 +244,7 @@ def write_cache(recipe: Recipe) -> Path:
                     _begin(stage, models)
         del models  # the processes load their own
         _start_processes(recipe)
-        return Path(recipe.teacher_memory.cache)
+        return cache
     engine = recipe.teacher_memory.zero == 3
     with naming_lost_peers(), launch.environment(distributed=engine), launch.quiet():
         if engine:
@@ -267,7 +258,54 @@ def write_cache(recipe: Recipe) -> Path:
                 on_first_process(partial(at_end.enter_context, _owned(stage)))
                 require_common_folder(stage_cache(stage), "teacher_memory.cache")
                 _write_stage(stage, models)
-    return Path(recipe.teacher_memory.cache)
+    return cache
+
+
+def serve_cache(recipe: Recipe, where: str, window: int | None = None) -> None:
+    """Make shards of ``teacher_memory.cache`` as runs on other machines ask for them, until a signal ends it.
+
+    ``where`` is HOST:PORT. With ``window`` the folder holds no more than so many shards of a stage before and behind the one
+    that was asked for last. Raises ValueError as `write_cache`, and for what `cdistill.train.cache_server` cannot serve.
+    """
+    _, wanted = _wanted(recipe)
+    host, port = cache_server.address(where)
+    cache_server.check_served(recipe.processes, recipe.teacher_memory.zero, window)
+    key = key_of_environment()
+    if key is None:
+        key = secrets.token_hex(16).encode()
+        print(f"{KEY}={key.decode()}  (set this where students are trained)", flush=True)
+    with stop_on_signals() as request, launch.environment(distributed=False), launch.quiet(), ExitStack() as at_end:
+        models = build_models(replace(recipe, teacher_memory=replace(recipe.teacher_memory, cache=None)))
+        _check_top_k(recipe.teacher_memory.top_k, models)
+        for stage in wanted:
+            at_end.enter_context(_owned(stage))
+        server = cache_server.CacheServer([], key, window)
+        server.stages |= {stage.label: _served(stage, models, server.count) for stage in wanted}
+        port = cache_server.listen(server, (host, port), at_end)
+        print(f"cache: serves {', '.join(server.stages)} at http://{host}:{port}; Ctrl-C ends it", flush=True)
+        server.work(request)
+
+
+def _served(stage: Stage, models: Models, progress: Callable[[int], Any]) -> cache_server.ServedStage:
+    dataset, collate = open_stage(stage, models)
+    writer, facts, work = _begin(stage, models)
+    model, device = _ready(stage, models, writer.vat)
+    batch = stage.config.micro_batch_size or stage.config.global_batch_size
+    how: dict[str, Any] = {"batch_size": batch, "device": device, "rank": 0, "world": 1, "progress": progress}
+    make = partial(writer.write, model, dataset, collate, **how)
+    return cache_server.ServedStage(stage.label, writer.folder, work, make, lambda: writer.finish(facts, work))
+
+
+def _wanted(recipe: Recipe) -> tuple[Path, list[Stage]]:
+    """The folder to write, and the stages that distil."""
+    if recipe.teacher_memory.cache is None:
+        raise InputError("teacher_memory.cache must name the folder to write")
+    if is_served(recipe.teacher_memory.cache):
+        raise InputError(f"teacher_memory.cache must name a folder to write, got {recipe.teacher_memory.cache}")
+    wanted = [stage for stage in resolve(recipe, world=1).stages if stage.objective.distils]
+    if not wanted:
+        raise InputError(f"stages {', '.join(recipe.stages)} need no teacher: there is nothing to cache")
+    return Path(recipe.teacher_memory.cache), wanted
 
 
 def _check_top_k(top_k: int, models: Models) -> None:
@@ -320,25 +358,12 @@ def _begin(stage: Stage, models: Models) -> tuple[CacheWriter, dict[str, Any], M
 
 
 def _write_stage(stage: Stage, models: Models) -> None:
-    recipe, folder = stage.recipe, stage_cache(stage)
+    folder = stage_cache(stage)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     dataset, collate = open_stage(stage, models)
     writer, facts, work = _begin(stage, models)
     if work.missing:
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        if models.teacher_source is None:
-            models.teacher_source = place_teacher(
-                recipe.teacher_memory,
-                models.teacher,
-                models.student,
-                precision_of(recipe),
-                device,
-                shares_vision=models.shares_vision,
-            )
-        if models.teacher_source.shares_vision:
-            _send_shared_vision(models.student, device)
-        terms = stage.objective.terms(kd=recipe.kd, vat=writer.vat)
-        model = DistillationModel(models.student, terms, teacher=models.teacher_source)
+        model, device = _ready(stage, models, writer.vat)
         batch = stage.config.micro_batch_size or stage.config.global_batch_size
         left = sum(len(samples) for shard in work.missing for samples in work.batches(shard, batch))
         with tqdm(total=left, desc=folder.name, unit="sample", disable=rank > 0, mininterval=1.0) as bar:
@@ -360,6 +385,25 @@ def _write_stage(stage: Stage, models: Models) -> None:
         stored = sum(path.stat().st_size for path in entries(folder))
         state = "" if work.missing else ", finished already"
         print(f"{folder}: {work.samples:,} samples, {stored / 2**20:,.1f} MiB{state}", flush=True)
+
+
+def _ready(stage: Stage, models: Models, vat: VAT | None) -> tuple[DistillationModel, torch.device]:
+    """What runs the teacher for a stage, and where; the teacher is placed once for all stages."""
+    recipe = stage.recipe
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if models.teacher_source is None:
+        models.teacher_source = place_teacher(
+            recipe.teacher_memory,
+            models.teacher,
+            models.student,
+            precision_of(recipe),
+            device,
+            shares_vision=models.shares_vision,
+        )
+    if models.teacher_source.shares_vision:
+        _send_shared_vision(models.student, device)
+    terms = stage.objective.terms(kd=recipe.kd, vat=vat)
+    return DistillationModel(models.student, terms, teacher=models.teacher_source), device
 
 
 def _send_shared_vision(student: Model, device: torch.device) -> None:

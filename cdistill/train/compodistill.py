@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from pathlib import Path
@@ -22,6 +23,7 @@ from cdistill.train.compodistill_config import COMPILED, CompoDistillConfig, mad
 from cdistill.train.conversation_collator import ConversationCollator
 from cdistill.train.distillation import distill
 from cdistill.train.resampling import pair_encoder
+from cdistill.train.rollout import COUNTS, CountingCollator, Rollouts, rolled_out
 from cdistill.train.terms import Term
 from cdistill.train.terms.alignment import Alignment
 
@@ -93,10 +95,11 @@ class CompoDistillTrainer(Trainer):
             terms=terms,
             train_vision=args.train_vision,
         )
-        if data_collator is None and processing_class is not None:
-            data_collator = self._collator(processing_class, teacher_processing_class, args)
         if data_collator is None:
-            raise InputError("data_collator or processing_class must be given, to make batches of the rows")
+            data_collator = self._collator(processing_class, teacher_processing_class, args)
+        self.rollouts: Rollouts | None = None
+        if args.on_policy:
+            data_collator = self._generating(args, data_collator, processing_class)
         self._template: Template | None = None
         if isinstance(data_collator, ConversationCollator):  # what is learned is what the saved student generates
             self._template = data_collator.encoder.template
@@ -126,6 +129,8 @@ class CompoDistillTrainer(Trainer):
 
     def _collator(self, ours: Any, theirs: Any, args: CompoDistillConfig) -> ConversationCollator:
         """Makes batches of conversations, with the teacher's own encoding where it needs one."""
+        if ours is None:
+            raise InputError("data_collator or processing_class must be given, to make batches of the rows")
         losses = self.distillation.losses
         if losses.reads_apart is (theirs is None):
             wanted, others = ("be given", "other") if theirs is None else ("be None", "the same")
@@ -137,6 +142,40 @@ class CompoDistillTrainer(Trainer):
         aligned = next((term.vat.config for term in losses.terms if isinstance(term, Alignment)), None)
         pair = partial(pair_encoder, configs=(losses.student.config, self.teacher_model.config), vat=aligned)
         return ConversationCollator(ours, args.template, args.max_length, teacher_processor=theirs, pair=pair)
+
+    def _generating(self, args: CompoDistillConfig, collator: Any, processor: Any) -> Any:
+        """Make ready what lets the student answer, and have the collator say whose images are whose."""
+        if self.distillation.losses.reads_apart:
+            raise InputError(
+                "on_policy must be 0 for teacher and student with other visual tokens: replies are encoded once"
+            )
+        if isinstance(collator, ConversationCollator):
+            encoder, collator = collator.encoder, copy.copy(collator)
+            collator.collate = CountingCollator(collator.collate)
+            tokenizer, stops, length = encoder.tokenizer, encoder.contract.end_ids, encoder.max_length
+            if not stops:
+                raise InputError(f"template must end answers by a token with on_policy, and {args.template} does not")
+        elif processor is None:
+            raise InputError(
+                "processing_class must be given with on_policy, whose tokenizer says what the student may write"
+            )
+        else:
+            tokenizer, stops, length = getattr(processor, "tokenizer", processor), (), args.max_length
+        student, config = self.distillation.losses.student, args.generation
+        self.rollouts = Rollouts(
+            student, tokenizer, config, seed=args.seed, stops=stops, max_length=length, key="processing_class"
+        )
+        return collator
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """As of Trainer; a share of the samples ends with replies of the student, before their labels are counted."""
+        if self.rollouts is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        return super().get_batch_samples(iter(rolled_out(self, self.rollouts, batches)), num_batches, device)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return super()._prepare_inputs({name: value for name, value in inputs.items() if name != COUNTS})
 
     def _refuse_ways(self) -> None:
         if self.accelerator.state.dynamo_plugin.backend.value != "NO":  # of accelerate launch

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from transformers import TrainingArguments
 
-from cdistill.choices import KDConfig, VATConfig
+from cdistill.choices import KDConfig, OnPolicyConfig, VATConfig
 from cdistill.errors import InputError
 
 COMPILED = (
@@ -25,6 +25,8 @@ class CompoDistillConfig(TrainingArguments):
         vat: fields of `cdistill.vat.VATConfig` that are not at their defaults.
         kd: fields of the divergence over the vocabulary: divergence, temperature, beta, weight.
         vat_weight: weight of the alignment; 0 leaves it out, as ``kd={"weight": 0}`` does with the divergence.
+        on_policy: share of samples in which a reply that the student generates takes the place of an answer (TRL's ``lmbda``).
+        temperature, top_p, max_new_tokens: how it generates (`cdistill.OnPolicyConfig`); that of the loss is ``kd``'s.
         train_vision: train the student's vision encoder, too.
         template: for rows that the trainer encodes: how a conversation becomes text (`cdistill.data.templates.Template`).
         max_length: their tokens at most, visual ones included; a longer sample is cut, never within an image.
@@ -55,6 +57,10 @@ class CompoDistillConfig(TrainingArguments):
         default=None, metadata={"help": "Fields of the divergence over the vocabulary, such as {'weight': 0.5}."}
     )
     vat_weight: float = field(default=1.0, metadata={"help": "Weight of the visual attention alignment."})
+    on_policy: float = field(default=0.0, metadata={"help": "Share of samples with replies of the student's own."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the student's replies."})
+    top_p: float = field(default=1.0, metadata={"help": "Share of the probability that they are drawn from."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Tokens of a reply at most."})
     train_vision: bool = field(default=False, metadata={"help": "Train the student's vision encoder, too."})
     template: str = field(default="auto", metadata={"help": "How a conversation becomes text."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens of a sample at most."})
@@ -75,6 +81,7 @@ class CompoDistillConfig(TrainingArguments):
         super().__post_init__()
         made(VATConfig, "vat", self.vat)
         made(KDConfig, "kd", self.kd)
+        _ = self.generation
         if not 0 <= self.vat_weight < float("inf"):
             raise InputError(f"vat_weight must be at least 0 and finite, got {self.vat_weight}")
         given: Any = self.gradient_checkpointing_kwargs
@@ -93,6 +100,15 @@ class CompoDistillConfig(TrainingArguments):
                 "turn, as if they held samples"
             )
         batches.dispatch_batches = False  # by default a stream's batches are
+
+    @property
+    def generation(self) -> OnPolicyConfig:
+        """How the student generates. Raises ValueError for a field that cannot be."""
+        values = {f.name: getattr(self, f.name) for f in fields(OnPolicyConfig)}
+        try:
+            return OnPolicyConfig(**values)
+        except ValueError as error:
+            raise InputError(str(error).removeprefix("generation.")) from None
 
 
 def made(kind: Callable[..., Any], name: str, values: Any) -> Any:

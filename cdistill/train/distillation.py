@@ -32,7 +32,7 @@ from cdistill.train.teacher import Teacher
 from cdistill.train.teacher_source import InMemory
 from cdistill.train.terms import Settings, Term, configured
 from cdistill.train.terms.alignment import Alignment
-from cdistill.vat import VAT, VATConfig, attention_layers
+from cdistill.vat import VAT, VATConfig, attention_layers, head_counts
 
 
 class Distillation(nn.Module):
@@ -335,9 +335,8 @@ def distill(
 
     Args:
         teacher, student: multimodal models of transformers with one tokenizer, in whatever dtypes; either may be a peft model.
-            With ``vat.visual`` resample, or ``vat_weight`` 0, they may see images by different visual tokens, each by its own
-            encoding of a batch (`cdistill.train.resampling` makes both).
-        vat: visual attention alignment (paper section 4.1), by default `VATConfig()`; a `VAT` for adaptive matching.
+            With ``vat.visual`` resample, or ``vat_weight`` 0, their visual tokens may differ (`cdistill.train.resampling`).
+        vat: visual attention alignment (paper section 4.1), by default `VATConfig()`; a `VAT` where something must be measured.
         kd: divergence over the vocabulary and its weight, by default `KDConfig()`; with weight 0 it is left out.
         vat_weight: weight of the alignment; with 0 it is left out.
         terms: further terms of the loss: instances of `cdistill.Term`, or names given to `cdistill.register_term`.
@@ -351,7 +350,7 @@ def distill(
             the teacher's, too; or terms that are not complete, do not go together, or have parameters to train, which no
             optimizer of the student's would.
     """
-    _check_weights(vat_weight=vat_weight, **{"kd.weight": (kd or KDConfig()).weight})
+    _require_weights(vat_weight, kd)
     given = student
     student, teacher = _unwrapped(student, "student"), _unwrapped(teacher, "teacher")
     config = vat.config if isinstance(vat, VAT) else vat or VATConfig()
@@ -361,7 +360,8 @@ def distill(
     common = common_parameters(student, teacher, frozen=encoder)
     shares_images = CommonEncoder(student, teacher)
     if vat_weight and not isinstance(vat, VAT):
-        vat = VAT(config, attention_layers(student), attention_layers(teacher))
+        layers = attention_layers(student), attention_layers(teacher)
+        vat = VAT(config, *layers, heads=head_counts(student, teacher))
     aligned = vat if vat_weight and isinstance(vat, VAT) else None
     ids = (visual_token_ids,) if isinstance(visual_token_ids, int) else visual_token_ids
     settings = Settings(kd or KDConfig(), aligned, vat_weight)
@@ -381,8 +381,8 @@ def _reads_apart(student: Model, teacher: Model, *, allowed: bool) -> bool:
     return apart
 
 
-def _check_weights(**weights: float) -> None:
-    for name, value in weights.items():
+def _require_weights(vat_weight: float, kd: KDConfig | None) -> None:
+    for name, value in (("vat_weight", vat_weight), ("kd.weight", (kd or KDConfig()).weight)):
         if not 0 <= value < float("inf"):
             raise InputError(f"{name} must be at least 0 and finite, got {value}")
 

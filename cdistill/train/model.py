@@ -22,6 +22,8 @@ from cdistill.train.teacher_source import TeacherSource, source_of
 from cdistill.train.terms import Term, check_terms
 from cdistill.vat import Recorder, install, visual_token_ids
 
+OF_SAMPLES = ("counted", "sampled")  # keys of a batch that say something of its samples, (B,) bool
+
 
 class DistillationModel(nn.Module):
     """The losses of one stage, as sums: asks for the teacher's signal, runs the student, then every term.
@@ -122,8 +124,9 @@ class DistillationModel(nn.Module):
         only ``pixel_values`` and ``labels`` (I, V, 3). Terms and the teacher's source may have keys of their own.
         Samples packed into rows come with the ``position_ids`` that tell them apart, and without ``attention_mask``.
         ``samples`` is how many a batch holds, where a term counts them: of padded ones those ``counted``, (B,) bool, where it
-        is given. ``idle`` is a zero that keeps an adapter without work in the graph; with several processes a micro-batch
-        without images runs the vision path on a blank instead (`cdistill.train.blank`): all ranks reduce the same gradients.
+        is given. ``sampled``, (B,) bool, are those that end with a reply of the student's own, whose labels `Answers` leaves
+        out. ``idle`` is a zero that keeps an adapter without work in the graph; with several processes a micro-batch without
+        images runs the vision path on a blank instead (`cdistill.train.blank`): all ranks reduce the same gradients.
         """
         step = self.step(labels, batch)
         self._check_models()
@@ -150,26 +153,27 @@ class DistillationModel(nn.Module):
 
     def step(self, labels: Tensor, batch: dict[str, Tensor]) -> Step:
         """A batch as its terms see it, before any model has run."""
-        rest = {name: value for name, value in batch.items() if name != "counted" and value is not None}
-        counted = batch.get("counted")
+        rest = {name: value for name, value in batch.items() if name not in OF_SAMPLES and value is not None}
+        of_samples = tuple(batch.get(name) for name in OF_SAMPLES)
         if self.reads_apart is not (TEACHER_IDS in rest):
             raise InputError(_APART if self.reads_apart else _TOGETHER)
         if not self.reads_apart:
-            return self._step(labels, rest, self._visual_ids, counted)
+            return self._step(labels, rest, self._visual_ids, of_samples)
         ours, theirs = split_sides(rest)
         if "labels" not in theirs or "position_ids" in theirs:
             raise InputError(_APART)
-        step = self._step(labels, ours, self._visual_ids, counted)
-        step.theirs = self._step(theirs.pop("labels"), theirs, self._teacher_visual_ids, counted)
+        step = self._step(labels, ours, self._visual_ids, of_samples)
+        step.theirs = self._step(theirs.pop("labels"), theirs, self._teacher_visual_ids, of_samples)
         return step
 
-    def _step(
-        self, labels: Tensor, batch: dict[str, Tensor], visual_ids: tuple[int, ...], counted: Tensor | None
-    ) -> Step:
+    def _step(self, labels: Tensor, batch: dict[str, Tensor], visual_ids: tuple[int, ...], of_samples: Any) -> Step:
         mask = None if self.pads_right else batch.get("attention_mask")
         visual = visual_ids, self._needs_visual
-        made = self.student, labels, batch, self.modules_of_terms, *visual, self._attention_term, mask, counted
-        return Step(*made, own=self.own_inputs)
+        step = Step(
+            self.student, labels, batch, self.modules_of_terms, *visual, self._attention_term, mask, *of_samples
+        )
+        step.own = self.own_inputs
+        return step
 
     def count_samples(self, labels: Tensor, **batch: Tensor) -> Tensor:
         """How many samples a batch holds, as terms over samples are divided by them."""

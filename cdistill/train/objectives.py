@@ -61,6 +61,11 @@ class Objective:
         """Whether only the built-in task has what its terms read of a batch."""
         return self.trains_on_patches or bool(self.inputs)
 
+    @property
+    def takes_replies(self) -> bool:
+        """Whether answers may be the student's own: a teacher judges them, and no key of a batch is of the given ones."""
+        return self.distils and not self.has_builtin_labels
+
     def terms(
         self,
         *,
@@ -81,6 +86,7 @@ OBJECTIVES = {
     "pt": Objective(("ar",), ("adapter",)),
     "dpt": Objective(("ar", "kd"), ("adapter",)),
     "dft": Objective(("ar", "kd", "vat"), ("language", "adapter")),
+    "opd": Objective(("ar", "kd", "vat"), ("language", "adapter")),  # dft on the student's own replies, too
     "sft": Objective(("ar",), ("language", "adapter")),
     # Baselines in the place of dft (docs/reproduce.md).
     "hidden": Objective(("ar", "kd", "hidden"), ("language", "adapter")),

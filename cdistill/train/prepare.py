@@ -18,12 +18,14 @@ from cdistill.runtime.collectives import on_first_process
 from cdistill.runtime.machines import on_other_machines, require_common_folder, several_machines
 from cdistill.train.alignment import vat_of
 from cdistill.train.build import Models, build_models
-from cdistill.train.cache import StageCache, fingerprint, stage_cache, teacher_files
+from cdistill.train.cache import open_cache, teacher_files
 from cdistill.train.data import encoder_of, open_stage, open_validation
 from cdistill.train.evaluation import check_questions, open_tasks, questioner
 from cdistill.train.recipes import Recipe, recipe_to_dict
 from cdistill.train.recipes.values import differences
+from cdistill.train.replies import ReplyLog
 from cdistill.train.resolve import Run, Stage, resolve
+from cdistill.train.rollout import Rollouts
 from cdistill.train.run_folder import check_output, check_stages, print_changes, read_recipe
 from cdistill.train.run_log import check_trackers
 
@@ -124,12 +126,43 @@ def _check_data(run: Run, models: Models) -> None:
     """Raise ValueError unless everything that the stages read is there."""
     for stage in run.stages:
         data = open_data(stage, models)
+        rollouts_of(stage, models, data)
         if stage.config.validation is not None:
             open_validation(stage, models)
         if stage.config.eval is not None:
             _check_evaluation(stage, models, data)
         if run.recipe.teacher_memory.cache is not None and stage.objective.distils:
-            StageCache(stage_cache(stage), fingerprint(stage, models, vat_of(stage, models)))
+            open_cache(stage, models, vat_of(stage, models), patient=False)
+
+
+def rollouts_of(stage: Stage, models: Models, data: Data) -> Rollouts | None:
+    """What lets the student answer in a stage that distils on its own replies, else None.
+
+    Raises ValueError where nothing ends a reply.
+    """
+    config, recipe = stage.config.replies, stage.recipe
+    if config is None:
+        return None
+    tokenizer: Any = models.tokenizer
+    ends: tuple[int, ...] = ()
+    if data.encoder is not None:
+        tokenizer, ends = data.encoder.tokenizer, data.encoder.contract.end_ids
+        if not ends:
+            raise InputError(
+                f"stage.{stage.name}.data.template must end answers by a token, where replies are generated, and plain does "
+                "not: take another"
+            )
+    log = ReplyLog(stage.folder.parent, stage.name, tokenizer, every=recipe.logging_steps, steps=stage.config.steps)
+    return Rollouts(
+        models.student,
+        tokenizer,
+        config,
+        seed=stage.seed,
+        stops=ends,
+        max_length=stage.config.data.max_length,
+        key=f"stage.{stage.name}.generation",
+        log=log,
+    )
 
 
 def _check_evaluation(stage: Stage, models: Models, data: Data) -> None:

@@ -34,7 +34,7 @@ from cdistill.train.build import (
     compile_layers,
     count_parameters,
 )
-from cdistill.train.cache import CachedCollator, CachedDataset, StageCache, fingerprint, stage_cache
+from cdistill.train.cache import CachedCollator, CachedDataset, open_cache
 from cdistill.train.data import open_validation, unread, vocabularies_of
 from cdistill.train.evaluation import Evaluation, open_tasks, questioner
 from cdistill.train.gradients import balanced_weight
@@ -42,9 +42,10 @@ from cdistill.train.lora import add_lora
 from cdistill.train.measuring import METRIC, VALUE, Measure, Measuring, is_best
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import require_known_everywhere, set_trained
-from cdistill.train.prepare import Data, open_data, pin_models, prepare, prepare_together, save_processor
+from cdistill.train.prepare import Data, open_data, pin_models, prepare, prepare_together, rollouts_of, save_processor
 from cdistill.train.recipes import Recipe
 from cdistill.train.resolve import Run, Stage, resolve
+from cdistill.train.rollout import CountingCollator
 from cdistill.train.rounding import round_weights
 from cdistill.train.run_folder import CHECKPOINTS, METRICS, remove_leftovers, stage_folders
 from cdistill.train.run_log import TENSORBOARD, RunLog
@@ -52,7 +53,6 @@ from cdistill.train.teacher_source import Cached, place_teacher
 from cdistill.train.terms.alignment import Alignment
 from cdistill.train.trainer import DistillTrainer, training_arguments
 from cdistill.train.validation import Validation
-from cdistill.vat import attention_layers
 
 METRICS_BYTES = 1_000_000
 
@@ -146,13 +146,15 @@ def _run_stage(
         add_stop_tokens(models.student, data.encoder.contract.end_ids)
     model, data = losses_of(run, stage, models, data, arguments.device)
     stop = StopCallback(request)
-    trainer, log = _trainer(run, stage, model, arguments, data, callbacks, stop)
+    trainer, log = _trainer(run, stage, models, model, arguments, data, callbacks, stop)
     _measure(run, stage, models, trainer, log, data)
     at_end.callback(trainer.destroy_engine)
     checkpoint = on_first_process(lambda: checkpoints.choose(stage.checkpoints, processes=run.world))
     start = 0 if checkpoint is None else checkpoints.checkpoint_step(checkpoint)
     if first_process():
         log.rewind(start)
+        if trainer.rollouts is not None and trainer.rollouts.log is not None:
+            trainer.rollouts.log.rewind(start)
         _announce(stage, models, model, data, counted, start)
     began = time.perf_counter()
     with checkpoints.saving(run.output / METRICS, METRICS_BYTES):  # checkpoints speak for themselves
@@ -231,7 +233,6 @@ def losses_of(
     teacher = vat = None
     if stage.objective.distils:
         assert models.teacher is not None
-        layers = attention_layers(student), attention_layers(models.teacher)
         if memory.cache is None:
             models.teacher_source = models.teacher_source or place_teacher(
                 memory,
@@ -246,9 +247,10 @@ def losses_of(
             teacher.move(device)
         if stage.aligns:
             batches = DataLoader(data.dataset, stage.micro_batch_size, collate_fn=data.collator)
-            vat = make_vat(run.recipe.vat, layers, student.to(device), teacher, batches)
+            student.to(device)
+            vat = make_vat(stage, models, teacher, batches)
         if memory.cache is not None:
-            kept = StageCache(stage_cache(stage), fingerprint(stage, models, vat))
+            kept = open_cache(stage, models, vat)
             teacher = Cached(kept.vocabulary)
             data = Data(CachedDataset(data.dataset, kept), CachedCollator(data.collator), data.encoder)
     elif models.teacher_source is not None:
@@ -290,6 +292,7 @@ def _balance(run: Run, stage: Stage, model: DistillationModel, data: Data, keys:
 def _trainer(
     run: Run,
     stage: Stage,
+    models: Models,
     model: DistillationModel,
     arguments: TrainingArguments,
     data: Data,
@@ -297,6 +300,7 @@ def _trainer(
     stop: StopCallback,
 ) -> tuple[DistillTrainer, RunLog]:
     recipe, config = run.recipe, stage.config
+    rollouts = rollouts_of(stage, models, data)
     log = RunLog(
         run.output,
         stage.label,
@@ -313,8 +317,9 @@ def _trainer(
         log_layers=recipe.log_layers,
         finite=FiniteSteps(recipe.max_nonfinite_steps, stage.label),
         bad=BadSamples(recipe.max_bad_samples, run.output, stage.label),
+        rollouts=rollouts,
         train_dataset=data.dataset,
-        data_collator=data.collator,
+        data_collator=data.collator if rollouts is None else CountingCollator(data.collator),
         callbacks=[log, *callbacks, stop],
     )
     return trainer, log

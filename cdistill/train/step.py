@@ -81,6 +81,7 @@ class Step:
         attention_term: the term that compares attention, if one does.
         key_mask: (B, T) the padding mask that the models are given, None where they need none.
         counted: (B,) bool, the samples that count; None: all.
+        sampled: (B,) bool, the samples whose answer the student has generated; None: none.
         own: keys of the batch that are of terms or the source, and no input of a model.
         theirs: the same samples as the teacher reads them, where it has an encoding of its own; see `teacher_view`.
         teacher: what the teacher gives, None without one.
@@ -100,6 +101,7 @@ class Step:
     attention_term: Any = None
     key_mask: Tensor | None = None
     counted: Tensor | None = None
+    sampled: Tensor | None = None
     own: Collection[str] = ()
     theirs: Step | None = None
     teacher: Signal | None = None
@@ -150,6 +152,11 @@ class Step:
     def targets(self) -> Tensor:
         """(N,) the labels that these places predict."""
         return self.labels.flatten()[self.places + 1]
+
+    @cached_property
+    def reference(self) -> Tensor | None:
+        """(N,) bool: which labels are of given answers, and not of the student's own replies; None: all."""
+        return None if self.sampled is None else ~self.sampled[self.places // self.labels.shape[1]]
 
     @cached_property
     def visual_places(self) -> VisualPlaces:

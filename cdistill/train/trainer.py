@@ -25,6 +25,7 @@ from cdistill.runtime.launch import launched
 from cdistill.train.lora import merged_state
 from cdistill.train.model import DistillationModel
 from cdistill.train.recipes import LoRAConfig, StageConfig
+from cdistill.train.rollout import Rollouts, rolled_out
 from cdistill.train.rounding import rounded_state
 from cdistill.train.run_log import TENSORBOARD
 
@@ -50,6 +51,7 @@ class DistillTrainer(Trainer):
         log_layers: bool = False,
         finite: FiniteSteps,
         bad: BadSamples,
+        rollouts: Rollouts | None = None,
         train_dataset: Dataset,
         data_collator: Any,
         callbacks: list[TrainerCallback],
@@ -63,7 +65,7 @@ class DistillTrainer(Trainer):
         # Both say that compute_loss has already divided by the whole global batch (the second since transformers 5.20).
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self.finite, self.bad = finite, bad
+        self.finite, self.bad, self.rollouts = finite, bad, rollouts
         finite.watch(self)
         if stage.data.path is not None:  # the built-in task has no bad samples to tell each other of
             self.add_callback(bad)
@@ -105,6 +107,8 @@ class DistillTrainer(Trainer):
         batches = [self.bad.take(batch) for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not batches:
             return batches, None
+        if self.rollouts is not None:
+            batches = rolled_out(self, self.rollouts, batches)
         # Position 0 predicts nothing and is never labelled; the patches of objective vision are all labelled.
         counts = [torch.stack([(batch["labels"] != IGNORE_INDEX).sum(), _tokens(batch)]) for batch in batches]
         count = torch.stack(counts).sum(0).to(device)
@@ -193,6 +197,8 @@ class DistillTrainer(Trainer):
         parent, rank = Path(str(self.args.output_dir)), self.args.process_index
         folder = parent / f"{checkpoints.PREFIX}{self.state.global_step}"
         progress = {**self.finite.state_dict(), "bad": self.bad.state_dict(), "logged_step": self._logged_step}
+        if self.rollouts is not None:
+            progress["rollouts"] = self.rollouts.state_dict()
         with checkpoints.saving(folder, self.bytes_to_save(optimizer=True)), pulse.paused():
             if self.args.should_save:
                 checkpoints.remove(folder)
@@ -218,6 +224,8 @@ class DistillTrainer(Trainer):
             self._logged_step = progress["logged_step"]
             self.finite.load_state_dict(progress)
             self.bad.load_state_dict(progress["bad"])
+            if self.rollouts is not None:
+                self.rollouts.load_state_dict(progress["rollouts"])
         with in_one_line():  # a signal reports the death of a process that reads samples, at any time
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 

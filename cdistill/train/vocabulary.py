@@ -3,6 +3,7 @@ where there is a divergence."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,10 +56,12 @@ class VocabularyLosses(nn.Module):
         topk: tuple[Tensor, Tensor] | None = None,
         vocabulary: int | None = None,
         shares: Tensor | None = None,
+        reference: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Sums of L_ar and L_kd over labels (N,), of hidden (N,Hs) and teacher_hidden (N,Ht), or the teacher's ``topk``.
 
         ``shares`` (N,) are factors of the rows in both sums, without gradient, 1 by default.
+        ``reference`` (N,) bool are the rows of which L_ar is taken, by default all.
         The student's head counts as far as ``vocabulary``, beyond which it is padding for a teacher that is not here.
         """
         device = hidden.device.type
@@ -70,12 +73,12 @@ class VocabularyLosses(nn.Module):
         bias: Tensor | None = head.bias
         if vocabulary is not None and vocabulary < len(weight):
             weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
-        result = linear_distillation(
-            hidden,
+        heads = (
             weight.to(hidden.dtype),
-            teacher_hidden,
             None if teacher_hidden is None or teacher_head is None else teacher_head.weight.to(teacher_hidden),
-            labels,
+        )
+        losses = partial(
+            linear_distillation,
             divergence=self.kd.divergence,
             temperature=self.kd.temperature,
             beta=self.kd.beta,
@@ -83,15 +86,26 @@ class VocabularyLosses(nn.Module):
             teacher_bias=None
             if teacher_head is None or teacher_head.bias is None
             else teacher_head.bias.to(hidden.device),
-            teacher_topk=topk,
-            loss_weights=self.loss_weights,
-            weights=shares,
             student_logit_scale=self.student.factor,
             student_logit_softcap=self.student.softcap,
             teacher_logit_scale=self.teacher.factor,
             teacher_logit_softcap=self.teacher.softcap,
         )
-        return result.ce, result.kd
+        if reference is None:
+            signal: dict[str, Any] = {"teacher_topk": topk, "loss_weights": self.loss_weights, "weights": shares}
+            result = losses(hidden, heads[0], teacher_hidden, heads[1], labels, **signal)
+            return result.ce, result.kd
+        assert teacher_hidden is not None  # of a reply nothing is cached
+        ce = kd = hidden.new_zeros((), dtype=torch.float32)
+        for rows, answers in ((reference, True), (~reference, False)):
+            rows = rows.nonzero().squeeze(1)
+            if len(rows):
+                weights = self.loss_weights if answers else (0.0, 1.0)
+                part = losses(
+                    hidden[rows], heads[0], teacher_hidden[rows], heads[1], labels[rows], loss_weights=weights
+                )
+                ce, kd = part.ce if answers else ce, kd + part.kd
+        return ce, kd
 
 
 class SpanLosses(nn.Module):
@@ -125,8 +139,11 @@ def cross_entropy(step: Step) -> Tensor:
     """Sum of the cross-entropy over the labels of a batch, made with the divergence where a term asks for that."""
     if MODULE in step.modules:
         return _both(step)[0]
-    logits = after_head(step.student)(head_of(step.student)(step.hidden))
-    return F.cross_entropy(logits.float(), step.targets, reduction="sum")
+    hidden, targets = step.hidden, step.targets
+    if step.reference is not None:
+        hidden, targets = hidden[step.reference], targets[step.reference]
+    logits = after_head(step.student)(head_of(step.student)(hidden))
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def divergence(step: Step) -> Tensor:
@@ -156,7 +173,8 @@ def _both(step: Step) -> tuple[Tensor, Tensor]:
     else:
         assert teacher.head is not None
         with teacher.head() as theirs:
-            made = head(step.hidden, **instead_of_forward(lambda x: losses(x, head, teacher.hidden, theirs, targets)))
+            given = partial(losses, reference=step.reference)
+            made = head(step.hidden, **instead_of_forward(lambda x: given(x, head, teacher.hidden, theirs, targets)))
     step.shared[MODULE] = made
     return made
 

@@ -4,9 +4,10 @@ Importing this package imports torch; transformers is imported when the hook is 
 """
 
 from cdistill.vat.config import VAT, VATConfig
-from cdistill.vat.distances import LayerDistances, layer_distances
+from cdistill.vat.distances import HeadDistances, LayerDistances, layer_distances
 from cdistill.vat.families import attention_layers, check_packable, packed_position_ids, visual_token_ids
 from cdistill.vat.generation import GenerationRecorder
+from cdistill.vat.heads import HeadCounts, HeadMixture, head_counts
 from cdistill.vat.hook import install, installed, uninstall
 from cdistill.vat.matching import LayerMatch, layer_range, match_layers
 from cdistill.vat.recorders import Recorder, SliceRecorder, StudentAlignment, TeacherLayers, TeacherTargets
@@ -25,6 +26,9 @@ from cdistill.vat.resample import Resampling, resampling
 __all__ = [
     "VAT",
     "GenerationRecorder",
+    "HeadCounts",
+    "HeadDistances",
+    "HeadMixture",
     "LayerDistances",
     "LayerMatch",
     "PackedRegions",
@@ -43,6 +47,7 @@ __all__ = [
     "check_packable",
     "check_same_visual_tokens",
     "grounded_regions",
+    "head_counts",
     "install",
     "installed",
     "layer_distances",

@@ -1,12 +1,15 @@
-"""KL distances between the attention of student and teacher layers, for adaptive matching (paper appendix F)."""
+"""KL distances between the attention of student and teacher layers, for adaptive matching (paper appendix F), and of heads."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cdistill.errors import InputError
 from cdistill.ops._contract import LEAST_SHARE
+from cdistill.vat.heads import assign_heads
+from cdistill.vat.matching import LayerMatch
 from cdistill.vat.recorders import AnyRegions, SliceRecorder
 from cdistill.vat.resample import Resampling
 
@@ -90,3 +93,68 @@ def _distance_sums(student_slices: Sequence[Tensor], teacher_slices: Sequence[Te
 def _distribution(a: Tensor) -> tuple[Tensor, Tensor]:
     mass = a.sum(-1, keepdim=True)
     return a / torch.where(mass > 0, mass, 1), mass.squeeze(-1) > 0
+
+
+class HeadDistances:
+    """KL(teacher || student) between the heads of matched layers, accumulated over a few batches, as `LayerDistances`.
+
+    ``matches`` are those of layers. For every batch run both models with the recorders that `student` and `teacher` give,
+    which hold the slices of all heads of these layers, then `update`; `assigned` are the matches with their heads.
+    """
+
+    def __init__(self, matches: Sequence[LayerMatch], *, impl: str | None = None):
+        self.matches, self._impl = tuple(matches), impl
+        self._sums: dict[tuple[int, int], Tensor] = {}  # (2, student's heads, teacher's heads): distances, rows
+
+    def student(self, regions: AnyRegions, key_mask: Tensor | None) -> SliceRecorder:
+        """Recorder for the student's forward pass over one batch."""
+        return self._recorder({match.student for match in self.matches}, regions, key_mask)
+
+    def teacher(self, regions: AnyRegions, key_mask: Tensor | None) -> SliceRecorder:
+        """Recorder for the teacher's forward pass over the same batch."""
+        return self._recorder({layer for match in self.matches for layer in match.teachers}, regions, key_mask)
+
+    def _recorder(self, layers: set[int], regions: AnyRegions, key_mask: Tensor | None) -> SliceRecorder:
+        return SliceRecorder(layers, regions, key_mask=key_mask, heads="each", impl=self._impl)
+
+    def update(self, student: SliceRecorder, teacher: SliceRecorder, resampling: Resampling | None = None) -> None:
+        """Add one batch, the teacher's slices resampled if need be."""
+        for match in self.matches:
+            for layer in match.teachers:
+                theirs = teacher.slices[layer]
+                theirs = theirs if resampling is None else resampling(theirs)
+                found = _head_sums(student.slices[match.student], theirs).cpu()
+                pair = match.student, layer
+                self._sums[pair] = found + self._sums.get(pair, 0.0)
+
+    def matrix(self, student: int, teacher: int) -> Tensor:
+        """Mean KL distance per row of a pair of layers, (student's heads, teacher's heads) float64 on the CPU.
+
+        Raises ValueError where no row has been seen.
+        """
+        total, rows = self._sums.get((student, teacher), torch.zeros(2, 1, 1, dtype=torch.float64))
+        if not bool((rows > 0).all()):
+            raise InputError("distances between heads need at least one row that sees visual tokens, in every layer")
+        return total / rows
+
+    def assigned(self) -> tuple[LayerMatch, ...]:
+        """The matches with the best assignment of heads for every pair of layers."""
+        return tuple(
+            match._replace(heads=tuple(assign_heads(self.matrix(match.student, layer)) for layer in match.teachers))
+            for match in self.matches
+        )
+
+
+def _head_sums(student: Tensor, teacher: Tensor) -> Tensor:
+    """(2,Hs,Ht) float64: sums over rows of KL(teacher || student) of slices (B,H,R,V), and rows that both heads have."""
+    total: Any = 0.0
+    for ours, theirs in zip(student.double(), teacher.double(), strict=True):
+        (s, s_valid), (t, t_valid) = (
+            (x / x.sum(-1, keepdim=True).clamp(min=LEAST_SHARE), x.any(-1)) for x in (ours, theirs)
+        )
+        own = torch.xlogy(t, t).sum(-1)  # (Ht,R)
+        log_s = s.clamp(min=LEAST_SHARE).log().masked_fill(~s_valid[..., None], 0.0)
+        cross = torch.einsum("srv,trv->st", log_s, t)
+        both, rows = (torch.einsum("sr,tr->st", s_valid.double(), x) for x in (own, t_valid.double()))
+        total = total + torch.stack([both - cross, rows])
+    return total  # type: ignore[no-any-return]

@@ -19,7 +19,8 @@ from cdistill.ops import (
     attention_slice_accumulate,
     attention_with_alignment,
 )
-from cdistill.vat.matching import LayerMatch
+from cdistill.vat.heads import alignment_with_trained_target, heads_of_layers, mean_of_groups
+from cdistill.vat.matching import LayerMatch, by_layer
 from cdistill.vat.regions import PackedRegions, Regions, require_same_counts
 from cdistill.vat.resample import Resampling
 
@@ -108,31 +109,13 @@ def require_all(layers: Collection[int], recorded: Collection[int]) -> None:
         )
 
 
-def _by_layer(
-    matches: Sequence[LayerMatch], targets: Sequence[Tensor], regions: AnyRegions, resampling: Resampling | None
-) -> dict[int, Tensor]:
-    """The targets of the student's layers; raises ValueError unless each has the samples, rows and columns of the regions."""
-    if len(targets) != len(matches):
-        raise InputError(f"targets must hold one tensor for each of the {len(matches)} matches, got {len(targets)}")
-    wanted = (len(regions.rows), regions.rows.shape[1], regions.cols.shape[1])
-    for target in targets:
-        found = (target.shape[0], *target.shape[-2:])
-        if resampling is not None:  # of whatever columns: these become the student's
-            found = (*found[:2], resampling.places.shape[1])
-        if found != wanted:
-            raise InputError(
-                f"targets must be (samples, rows, visual tokens) = {wanted} like the student's regions, got {found}: teacher "
-                "and student must see every image through equally many visual tokens, or resampling make these of the teacher's"
-            )
-    return {match.student: target for match, target in zip(matches, targets, strict=True)}
-
-
 class TeacherTargets:
     """Teacher side of the alignment: the mean slice of every student layer's window (paper section 4.1, equation 2).
 
     Each teacher layer's slice is computed once, without gradient, and added into the buffers of the windows it belongs
     to (by ``triton`` in one launch that never stores the slice itself), so that memory grows with the number of student
-    layers, not with the teacher's depth. A layer recorded twice counts once.
+    layers, not with the teacher's depth; with matched heads there is a slice of every head of one layer beside them. A layer
+    recorded twice counts once.
 
     ``matches`` come from `match_layers`; ``regions`` are the teacher's rows and columns; ``key_mask`` (B,T), non-zero =
     real key, is the padding mask given to the model (None = no padding, or packed samples); ``heads`` and ``impl`` as in
@@ -166,24 +149,21 @@ class TeacherTargets:
         parts = list(_parts(self.regions, q, k))
         if self._sums is None:
             together = len(rows) // max(1, len(parts))
-            heads = (q.shape[1],) if self._heads == "each" else ()
+            groups = self.matches[0].heads
+            heads = (q.shape[1] if groups is None else len(groups[0]),) if self._heads == "each" else ()
             shape = (len(parts), len(self.matches), together, *heads, rows.shape[1], cols.shape[1])
             self._sums = torch.zeros(shape, dtype=torch.float32, device=q.device)
         windows = [i for i, match in enumerate(self.matches) if layer in match.teachers]
+        how: dict[str, Any] = {"causal": causal, "scale": scale, "key_mask": self.key_mask}
+        how |= {"heads": self._heads, "impl": self._impl}
         for sums, (part_q, part_k, samples) in zip(self._sums, parts, strict=True):
-            attention_slice_accumulate(
-                part_q,
-                part_k,
-                rows[samples],
-                cols[samples],
-                sums,
-                windows,
-                causal=causal,
-                scale=scale,
-                key_mask=self.key_mask,
-                heads=self._heads,
-                impl=self._impl,
-            )
+            where = part_q, part_k, rows[samples], cols[samples]
+            if self.matches[0].heads is None:
+                attention_slice_accumulate(*where, sums, windows, **how)
+                continue
+            slices = attention_slice(*where, **how)
+            for i in windows:
+                sums[i] += mean_of_groups(slices, self.matches[i].groups_of(layer))
         self._recorded.add(layer)
 
     @property
@@ -223,18 +203,21 @@ class TeacherLayers:
         """Raise ValueError naming the layers that no forward pass has recorded."""
         require_all(self.layers, self._recorded)
 
-    def windows(self, layers: Sequence[int], *, masked: bool) -> Iterator[dict[str, Any]]:
+    def windows(self, match: LayerMatch, *, masked: bool) -> Iterator[dict[str, Any]]:
         """What `attention_relation` is to compare with, by its arguments: for all samples, or of each packed one.
+
+        Of matched heads those that a student head is compared with, in its place, as further layers if it has several.
 
         ``masked``: whether the student has a key mask, which the op would take for the teacher's if that has none.
 
         Raises ValueError for layers of a window that scale their scores differently.
         """
-        of = [self._recorded[layer] for layer in layers]
+        layers = list(match.teachers)
+        of = heads_of_layers(match, [self._recorded[layer] for layer in layers])
         scales = {scale for _, _, scale in of}
         if len(scales) > 1:
             raise InputError(
-                f"layers {list(layers)} scale their scores differently ({', '.join(map(str, scales))}), which vat.target "
+                f"layers {layers} scale their scores differently ({', '.join(map(str, scales))}), which vat.target "
                 "recomputed cannot average; use vat.target stored"
             )
         for parts in zip(*(_parts(self.regions, q, k) for q, k, _ in of), strict=True):
@@ -298,10 +281,14 @@ class StudentAlignment:
             self._targets: TeacherLayers | dict[int, Tensor] = targets
         else:
             found = targets.targets if isinstance(targets, TeacherTargets) else targets
-            self._targets = _by_layer(matches, found, regions, resampling)
-        self._resampling, self.layers = resampling, frozenset(match.student for match in matches)
-        self._windows = {match.student: match.teachers for match in matches}
-        self.key_mask, self.sequence, self._regions = _key_mask(key_mask, regions), _sequence(regions), regions
+            wanted = (len(regions.rows), regions.rows.shape[1], regions.cols.shape[1])
+            made = None if resampling is None else resampling.places.shape[1]
+            self._targets = by_layer(matches, found, wanted, resampled=made)
+        self._resampling = resampling
+        self.layers = frozenset(match.student for match in matches)
+        self._matches = {match.student: match for match in matches}
+        self.key_mask, self.sequence = _key_mask(key_mask, regions), _sequence(regions)
+        self._regions = regions
         self._loss, self._reduction, self._sink_filter = loss, reduction, sink_filter
         self._heads, self._layer_sum, self._impl, self._engine = heads, layer_sum, impl, engine
         self._needs_grad = torch.is_grad_enabled()
@@ -325,15 +312,16 @@ class StudentAlignment:
         }
         out, parts = None, _parts(self._regions, q, k)
         if isinstance(self._targets, TeacherLayers):
-            windows = self._targets.windows(self._windows[layer], masked=self.key_mask is not None)
+            windows = self._targets.windows(self._matches[layer], masked=self.key_mask is not None)
             found = [
                 attention_relation(part_q, part_k, rows=rows[part], cols=cols[part], **window, **options)
                 for (part_q, part_k, part), window in zip(parts, windows, strict=True)
             ]
         elif self._engine == "sdpa":
             target = self._target(self._targets[layer])
+            compare = alignment_with_trained_target if target.requires_grad else attention_alignment
             found = [
-                attention_alignment(part_q, part_k, target[part], rows[part], cols[part], **options)
+                compare(part_q, part_k, target[part], rows[part], cols[part], **options)
                 for part_q, part_k, part in parts
             ]
         else:
@@ -418,6 +406,7 @@ class SliceRecorder:
         self._regions, self._heads, self._impl = regions, heads, impl
         self._slices: dict[int, Tensor] = {}
 
+    @torch.inference_mode(False)  # a graph may hold the result
     @torch.no_grad()
     def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, causal: bool) -> None:
         """Keep one layer's slice."""

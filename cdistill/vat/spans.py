@@ -8,8 +8,7 @@ from torch import Tensor
 
 from cdistill.choices import VATConfig
 from cdistill.errors import InputError
-from cdistill.ops import attention_slice
-from cdistill.ops.slice_alignment import slice_alignment
+from cdistill.ops import attention_slice, slice_alignment
 from cdistill.vat.matching import LayerMatch
 from cdistill.vat.recorders import StudentAlignment, TeacherLayers, TeacherTargets
 from cdistill.vat.regions import Regions, require_on_device
@@ -17,11 +16,19 @@ from cdistill.vat.resample import Resampling
 
 
 class SpanRows(NamedTuple):
-    """How rows become spans: means of the rows of each, for both models, and which spans both have rows of."""
+    """How rows become spans: means of the rows of each, for both models, and which spans both have rows of.
+
+    A span stands where the last of the student's rows of it does.
+    """
 
     student: Tensor  # (B, S, R) fp32
     teacher: Tensor  # (B, S, R') fp32
     valid: Tensor  # (B, S) bool
+
+    def places(self, rows: Tensor) -> Tensor:
+        """(B, S) of the student's ``rows`` (B, R), -1 for spans that do not count."""
+        last = torch.where(self.student > 0, rows[:, None], -1).amax(2) if rows.shape[1] else self.valid.long()
+        return torch.where(self.valid, last, -1)
 
 
 def span_rows(student: Tensor, teacher: Tensor) -> SpanRows:
@@ -97,16 +104,14 @@ class SpanAlignment(StudentAlignment):
         """Compute one student layer's alignment loss, (B,)."""
         self._require_gradient(layer)
         config, rows, cols = self._config, self._regions.rows, self._regions.cols
-        options: dict[str, Any] = {"causal": causal, "scale": scale, "key_mask": self.key_mask, "heads": config.heads}
-        slices = averaged(self._rows.student, attention_slice(q, k, rows, cols, **options, impl=self._impl))
-        target, valid, real = self._target(self._averaged[layer]), self._rows.valid, cols >= 0
-        if slices.ndim == 4:
-            heads = slices.shape[1]
-            slices, target = slices.flatten(0, 1), target.flatten(0, 1)
-            valid, real = (x.repeat_interleave(heads, 0) for x in (valid, real))
+        seen: dict[str, Any] = {"causal": causal, "key_mask": self.key_mask, "impl": self._impl}
         how: dict[str, Any] = {"loss": config.loss, "reduction": config.reduction, "sink_filter": config.sink_filter}
-        losses = slice_alignment(slices, target, valid, real, **how)
-        self._losses.setdefault(layer, losses.view(len(rows), -1).mean(1))
+        heads = "mean" if config.heads == "mean" else "each"
+        slices = averaged(self._rows.student, attention_slice(q, k, rows, cols, scale=scale, heads=heads, **seen))
+        losses = slice_alignment(
+            slices, self._target(self._averaged[layer]), self._rows.places(rows), cols, **how, **seen
+        )
+        self._losses.setdefault(layer, losses)
         return None
 
 

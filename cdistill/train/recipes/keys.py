@@ -15,7 +15,7 @@ from pydantic import StringConstraints, WithJsonSchema
 from pydantic.dataclasses import dataclass
 
 from cdistill.builtin.task import BuiltinTask
-from cdistill.choices import BelowOne, KDConfig, NotNegative, Positive, Template, VATConfig
+from cdistill.choices import BelowOne, KDConfig, NotNegative, OnPolicyConfig, Positive, Template, VATConfig
 from cdistill.eval import benchmarks
 from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.recipes.models import StudentConfig, TeacherMemory
@@ -36,7 +36,8 @@ class VATOptions(VATConfig):
     """Factor of the term in the loss. auto measures it at the start of a stage, on its first `measure_samples` samples: the
     gradient of the alignment becomes as long as that of all other terms together, and the factor then stays."""
     measure_samples: AtLeastOne = 256
-    """Samples on which matching adaptive measures the distances between layers, and weight auto the gradients."""
+    """Samples on which matching adaptive measures the distances between layers, head_matching assignment those between heads,
+    and weight auto the gradients."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -151,8 +152,8 @@ class StageConfig(Keys):
     """One stage."""
 
     objective: str
-    """What is trained and by which losses: vision, text, ground, pt, dpt, dft, sft, or a baseline (hidden, mdist, rdist,
-    llava_kd, llava_kd_dpt, relation, iva); by default the section's name."""
+    """What is trained and by which losses: vision, text, ground, pt, dpt, dft, opd, sft, or a baseline (hidden, mdist, rdist,
+    llava_kd, llava_kd_dpt, relation, iva); by default the section's name. opd is dft with `generation`."""
     samples: int
     """Samples of the stage, rounded down to whole global batches."""
     learning_rate: Positive
@@ -176,6 +177,9 @@ class StageConfig(Keys):
     quantization: Literal["q8_0", "q4_0"] | None = None
     """Train with the weights of the language model's layers rounded to what GGUF's Q8_0 or Q4_0 can hold: 8 or 4 bits, and a
     scale for each 32. The stage's result holds rounded weights, in fp32. null rounds nothing."""
+    generation: OnPolicyConfig | None = None
+    """Distil on answers that the student generates, too; null generates none, except in stages with objective opd, which then
+    have its defaults."""
     data: DataConfig = field(default_factory=DataConfig)
     validation: ValidationConfig | None = None
     """Measure the stage's losses on a held-out part of its data; null measures nothing."""
@@ -192,6 +196,17 @@ class StageConfig(Keys):
         if micro is not None and (micro < 1 or whole % micro):
             yield f"micro_batch_size must divide global_batch_size ({whole}), got {micro}"
         yield from self._problems_of_measuring()
+        if (
+            self.generation is not None
+            and self.objective in OBJECTIVES
+            and not OBJECTIVES[self.objective].takes_replies
+        ):
+            why = (
+                "whose labels only the built-in task has"
+                if OBJECTIVES[self.objective].distils
+                else "where nothing distils"
+            )
+            yield f"generation must be null for objective {self.objective}, {why}"
         if self.objective not in OBJECTIVES:
             yield f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}"
         elif self.data.path is not None:
@@ -217,6 +232,11 @@ class StageConfig(Keys):
             known = [*self.measured, *(f"eval.{task}.METRIC" for task in tasks)]
             names = ", ".join(known) or "none, as validation and eval are null"
             yield f"keep_best must be a metric of this stage ({names}), got {metric!r}"
+
+    @property
+    def replies(self) -> OnPolicyConfig | None:
+        """How the student generates answers, if it does."""
+        return OnPolicyConfig() if self.generation is None and self.objective == "opd" else self.generation
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -313,6 +333,7 @@ class Recipe(Keys):
             if self.stage[name].keep_best == "validation.vat" and not self.vat.enabled:
                 yield f"stage.{name}.keep_best must not be validation.vat without vat.enabled: nothing is aligned"
         yield from self._problems_of_rounding()
+        yield from self._problems_of_generation()
         if self.gradient_checkpointing == "reentrant" and any(map(self.aligns, objectives)):
             yield "gradient_checkpointing must not be reentrant with vat.enabled: it would drop the gradient"
         if self.gradient_checkpointing == "reentrant" and "relation" in objectives:
@@ -340,6 +361,8 @@ class Recipe(Keys):
                 yield (
                     "vat.matching must not be adaptive with teacher_memory.cache: it measures the student where a stage begins"
                 )
+            if self.vat.assigns_heads or self.vat.learns_mixture:
+                yield f"vat.head_matching must be group with teacher_memory.cache, got {self.vat.head_matching}"
             if self.vat.target == "recomputed":
                 yield "vat.target must be stored with teacher_memory.cache, which keeps slices and no queries and keys"
 
@@ -361,6 +384,9 @@ class Recipe(Keys):
             yield f"packing must be false {why}: samples are encoded for both models and padded"
         if self.teacher_memory.cache is not None:
             yield f"teacher_memory.cache must be null {why}: it keeps what one tokenizer has"
+        for name in self.stages:
+            if self.stage[name].replies is not None:
+                yield f"stage.{name}.generation must be null {why}: replies are tokens of the student's alone"
         if not any(map(self.aligns, objectives)):
             return
         wrong = {"rows": ("all",), "matching": ("adaptive",), "target": ("recomputed",)}
@@ -369,6 +395,19 @@ class Recipe(Keys):
                 yield f"vat.{name} must not be {getattr(self.vat, name)} {why}: its rows are compared one by one, not by spans"
         if self.vat.engine != "sdpa":
             yield f"vat.engine must be sdpa {why}, got {self.vat.engine!r}"
+        if self.vat.heads == "match" and self.vat.head_matching != "group":
+            yield f"vat.head_matching must be group {why}, got {self.vat.head_matching!r}: heads are compared row by row"
+
+    def _problems_of_generation(self) -> Iterator[str]:
+        name = next((name for name in self.stages if self.stage[name].replies is not None), None)
+        if name is None:
+            return
+        if self.packing:
+            yield f"packing must be false for stage {name!r}, whose replies have no length before they are generated"
+        if self.teacher_memory.cache is not None:
+            yield f"teacher_memory.cache must be null for stage {name!r}: no teacher would be there to judge replies"
+        if self.deepspeed == 3:
+            yield f"deepspeed must not be 3 for stage {name!r}, whose student generates with whole weights: take 2"
 
     def _problems_of_packing(self) -> Iterator[str]:
         builtin = [name for name in self.stages if self.stage[name].data.path is None]

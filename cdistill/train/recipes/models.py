@@ -35,7 +35,8 @@ class TeacherMemory(Keys):
     quantization: Literal["8bit", "4bit"] | None = None
     """Weights of its language model's layers in so many bits, by bitsandbytes."""
     cache: str | None = None
-    """Folder of what `cdistill cache` has kept of the teacher; training then needs none in memory."""
+    """Folder of what `cdistill cache` has kept of the teacher, or http://HOST:PORT of a machine where `cdistill cache --serve`
+    makes it; training then needs no teacher in memory."""
     top_k: AtLeastOne = 128
     """Log-probabilities that the cache keeps for each labelled token, the largest."""
 

@@ -8,13 +8,15 @@ from cdistill.errors import InputError
 from cdistill.train.terms.base import Memory, Settings, Sizes, Term
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
+    from cdistill.models.load import Model
     from cdistill.train.step import Step
-    from cdistill.vat import VAT, Regions, Resampling, StudentAlignment, TeacherLayers, TeacherTargets
+    from cdistill.vat import VAT, Recorder, Regions, Resampling, StudentAlignment
     from cdistill.vat.recorders import AnyRegions
 
 
+MODULE = "head_mixture"
 SPANS = "pair_spans"  # of batches for different tokenizers (`cdistill.data.span_pairs`)
 
 
@@ -42,6 +44,10 @@ class Alignment(Term):
     def configured(cls, settings: Settings) -> Alignment | None:
         """By ``vat``, None without it."""
         return None if settings.vat is None else cls(settings.vat, settings.vat_weight)
+
+    def modules(self, student: Model, teacher: Model | None) -> dict[str, nn.Module]:
+        """The weights of ``vat.head_matching`` mixture, if it is chosen."""
+        return {MODULE: self.vat.mixture()} if self.vat.config.learns_mixture else {}
 
     def regions(self, step: Step) -> AnyRegions:
         """Rows and columns of a batch: no rows in samples that do not count, no columns where the teacher sees nothing."""
@@ -87,7 +93,7 @@ class Alignment(Term):
             )
         return step.batch[name]
 
-    def teacher_recorder(self, step: Step) -> TeacherTargets | TeacherLayers | None:
+    def teacher_recorder(self, step: Step) -> Recorder | None:
         """None where there is nothing to align."""
         view = step.teacher_view
         if not (view.regions.cols.shape[1] and view.regions.rows.shape[1]):
@@ -97,13 +103,22 @@ class Alignment(Term):
     def recorder(self, step: Step) -> StudentAlignment | None:
         """Compares with what the teacher gave, if it gave anything."""
         targets: Any = None if step.teacher is None else step.teacher.attention
-        if targets is None:
-            return None
-        if step.spans is not None and self.vat.config.rows != "visual":
-            return self.vat.student_of_spans(step.regions, targets, step.spans, step.key_mask, self.resampling(step))
-        if step.theirs is not None and self.vat.config.rows == "text":
+        resampling, spans = self.resampling(step), None if self.vat.config.rows == "visual" else step.spans
+        if targets is not None and spans is not None:
+            return self.vat.student_of_spans(step.regions, targets, spans, step.key_mask, resampling)
+        if targets is not None and resampling is not None and self.vat.config.rows == "text":
             _require_same_text(step)
-        return self.vat.student(step.regions, targets, step.key_mask, self.resampling(step))
+        if (
+            MODULE in step.modules
+        ):  # without targets, too, and at this place: ZeRO-3 gathers weights in one order on all processes
+            slices = None if targets is None else targets.slices
+            if (
+                slices is not None and resampling is not None
+            ):  # before they are mixed: what is learned needs their gradient
+                slices, resampling = {layer: resampling(x) for layer, x in slices.items()}, None
+            step.shared[MODULE] = step.modules[MODULE](slices)
+            targets = None if targets is None else step.shared[MODULE]
+        return None if targets is None else self.vat.student(step.regions, targets, step.key_mask, resampling)
 
     def forward(self, step: Step) -> Tensor:
         """Sum over samples; ``vat_layers`` (L,) are those of every matched student layer."""
@@ -113,7 +128,7 @@ class Alignment(Term):
             step.recorder is None
         ):  # no sample has an image; ZeRO-3 wants equally many differentiable losses on all processes
             step.details["vat_layers"] = torch.zeros(len(self.vat.matches), device=step.labels.device)
-            return step.zero()
+            return sum(step.shared.get(MODULE, ()), step.zero())
         per_layer = torch.stack(list(step.recorder.losses().values())).sum(1)
         step.details["vat_layers"] = per_layer.detach()
         return per_layer.sum() if self.vat.config.layer_sum else per_layer.mean()
