@@ -96,7 +96,7 @@ def plan(
         raise InputError(f"precision must be one of {', '.join(DTYPES)}, got {precision!r}")
     check_rounding(recipe, precision)
     stages = []
-    remarks = []
+    remarks: list[str] = []
     for index, name in enumerate(recipe.stages):
         stage = recipe.stage[name]
         student = student_of(recipe, stage)
