@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class Setting:
         zero: ZeRO stage, or ``off``: plain torch, with autocast for half precision.
         batch: samples of a micro-batch; ``length``, ``visual`` and ``answers`` tokens are of one sample.
         accumulates: gradients are added up over several micro-batches.
+        teacher_visual: visual tokens of a sample for a teacher that has an encoding of its own; None where one is for both.
     """
 
     precision: str
@@ -35,6 +36,15 @@ class Setting:
     length: int
     visual: int
     answers: int
+    teacher_visual: int | None = None
+
+    @property
+    def of_teacher(self) -> Setting:
+        """The same samples as the teacher reads them."""
+        if self.teacher_visual is None:
+            return self
+        length = self.length - self.visual + self.teacher_visual
+        return replace(self, length=length, visual=self.teacher_visual, teacher_visual=None)
 
     @property
     def half(self) -> torch.dtype:

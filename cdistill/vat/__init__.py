@@ -21,6 +21,7 @@ from cdistill.vat.regions import (
     token_regions,
 )
 from cdistill.vat.relations import StudentRelations, TeacherRelations
+from cdistill.vat.resample import Resampling, resampling
 
 __all__ = [
     "VAT",
@@ -34,6 +35,7 @@ __all__ = [
     "PackedSample",
     "Recorder",
     "Regions",
+    "Resampling",
     "SliceRecorder",
     "StudentAlignment",
     "StudentRelations",
@@ -53,6 +55,7 @@ __all__ = [
     "match_layers",
     "packed_position_ids",
     "packed_regions",
+    "resampling",
     "token_regions",
     "uninstall",
     "visual_token_ids",
