@@ -22,12 +22,14 @@ Impl: TypeAlias = Literal["torch", "cpp", "triton"]
 Engine: TypeAlias = Literal["triton", "torch_flash", "torch_cudnn", "flash_attn_2", "flash_attn_3", "flash_attn_4"]
 # Losses over the vocabulary.
 Divergence: TypeAlias = Literal["forward_kl", "reverse_kl", "jsd"]
+TokenAlignment: TypeAlias = Literal["token", "merged", "uld"]
 # Visual attention alignment.
 Rows: TypeAlias = Literal["answer", "predicting", "text", "visual", "all"]
 Matching: TypeAlias = Literal["group", "simple", "adaptive"]
 AlignedHeads: TypeAlias = Literal["mean", "each", "match"]
 HeadMatching: TypeAlias = Literal["group", "assignment", "mixture"]
 Target: TypeAlias = Literal["stored", "recomputed"]
+VisualTokens: TypeAlias = Literal["equal", "resample"]
 NamedSpan: TypeAlias = Literal["early", "intermediate", "later", "all", "official"]
 
 ALIGNMENT_LOSSES: tuple[str, ...] = get_args(AlignmentLoss)
@@ -40,11 +42,13 @@ ENGINES: tuple[str, ...] = get_args(Engine)
 REGISTERED_ENGINES: list[str] = []  # those of other packages: `cdistill.ops.register_attention_engine`
 VAT_ENGINES = ("sdpa", "auto", *ENGINES)  # transformers' own attention, or an engine that makes the slice beside it
 DIVERGENCES: tuple[str, ...] = get_args(Divergence)
+TOKEN_ALIGNMENTS: tuple[str, ...] = get_args(TokenAlignment)
 ROWS: tuple[str, ...] = get_args(Rows)
 MATCHINGS: tuple[str, ...] = get_args(Matching)
 ALIGNED_HEADS: tuple[str, ...] = get_args(AlignedHeads)  # what is aligned; the ops know no match
 HEAD_MATCHINGS: tuple[str, ...] = get_args(HeadMatching)
 TARGETS: tuple[str, ...] = get_args(Target)
+VISUAL_TOKENS: tuple[str, ...] = get_args(VisualTokens)
 NAMED_SPANS: tuple[str, ...] = get_args(NamedSpan)
 
 # Conversations as text (`cdistill.data.templates`).
@@ -151,6 +155,10 @@ class VATConfig:
     """What is kept of the teacher's pass: the slice of every window, (rows, visual tokens) of each sample; or the queries and
     keys of its aligned layers, from which the slices are recomputed beside the student's (`cdistill.ops.attention_relation`):
     both in blocks of 288 rows (512 on a GPU), of which the last waits for the backward pass. Needs engine sdpa."""
+    visual: VisualTokens = "equal"
+    """What teacher and student see images through: equal visual tokens; or, with resample, also others in number or size. Each
+    then reads an encoding of its own, and the teacher's attention is resampled to the student's visual tokens by the area of
+    the image that they share. Needs target stored, and rows answer, predicting or text."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong with fields that have the right types, a line for each."""
@@ -159,6 +167,10 @@ class VATConfig:
             yield f"vat.engine must be one of {', '.join(engines)}, got {self.engine!r}"
         elif self.target == "recomputed" and self.engine != "sdpa":
             yield f"vat.target recomputed needs vat.engine sdpa, got {self.engine!r}: engines compare with stored slices"
+        if self.visual == "resample" and self.target == "recomputed":
+            yield "vat.visual resample needs vat.target stored, got 'recomputed': what is recomputed is never a slice"
+        if self.visual == "resample" and self.rows in ("visual", "all"):
+            yield f"vat.visual resample needs vat.rows answer, predicting or text, got {self.rows!r}: visual rows differ, too"
         if self.learns_mixture:
             for key, value, needed in (
                 ("engine", self.engine, "sdpa"),
@@ -181,9 +193,9 @@ class VATConfig:
 
     def sequence_parallel_problems(self) -> Iterator[str]:
         """What needs all heads of a layer in one process."""
-        for key, value, needed in (("engine", self.engine, "sdpa"), ("target", self.target, "stored")):
-            if value != needed:
-                yield f"vat.{key} must be {needed} with sequence_parallel, got {value}"
+        for key, needed in (("engine", "sdpa"), ("target", "stored"), ("visual", "equal")):
+            if getattr(self, key) != needed:
+                yield f"vat.{key} must be {needed} with sequence_parallel, got {getattr(self, key)}"
         if self.heads == "match":
             yield "vat.heads must be mean or each with sequence_parallel, which spreads them over processes, got match"
 
@@ -220,9 +232,17 @@ class KDConfig:
     """Share of the teacher in the mixture of divergence jsd, and weight of its part."""
     weight: NotNegative = 1.0
     """Factor of the term in the loss."""
+    alignment: TokenAlignment = "token"
+    """What of both models' predictions is compared. token: those of each token, of one tokenizer. The others are for
+    different tokenizers and chat templates, and compare each span of an answer in which tokens of both begin and end
+    together. merged: the probabilities of the span, of the tokens that both vocabularies have, and of all else, by
+    `divergence` (after GOLD), and of tokens that only one has sorted probabilities by their L1 distance. uld: sorted
+    probabilities of all tokens, by their L1 distance (ULD, arXiv:2402.12030)."""
 
     def __post_init__(self) -> None:
         check_choices(self, "kd")
+        if self.alignment == "uld" and self.divergence != "forward_kl":
+            raise InputError(f"kd.divergence must be left out with kd.alignment uld, got {self.divergence!r}")
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from family_table import FAMILIES
 from PIL import Image
 from transformers import Dinov2Config, LlavaConfig
 
-from cdistill.attention.layout import FRAME, TILES, Shown, layout
 from cdistill.vat import visual_token_ids
+from cdistill.vat.layout import FRAME, TILES, Shown, layout
 
 MIXING = ("out_proj", "o_proj", "proj", "projection_layer", "fc2", "down_proj", "linear_fc2")
 

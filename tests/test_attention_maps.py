@@ -11,12 +11,12 @@ from PIL import Image
 
 from cdistill.attention.confidence import bins, rank_correlation
 from cdistill.attention.data import right_text
-from cdistill.attention.layout import TILES, WHOLE, Piece
 from cdistill.attention.maps import Case, draw, maps, places_of
 from cdistill.attention.models import by_depth, matches_of
 from cdistill.builtin.dataset import build_tokenizer
 from cdistill.eval.contract import Question
 from cdistill.eval.statistics import bootstrapped_means
+from cdistill.vat.layout import TILES, WHOLE, Piece
 
 
 @pytest.mark.parametrize(("family", "words"), [("llava_next", None), ("internvl", "w3 w4"), ("qwen2_5_vl", None)])

@@ -13,7 +13,6 @@ from PIL import Image
 
 from cdistill.attention.data import Set
 from cdistill.attention.exchange import AsStudent, columns
-from cdistill.attention.layout import Piece, Shown, layout
 from cdistill.attention.models import Models, Reading
 from cdistill.data.images import open_image
 from cdistill.data.samples import BadSampleError, ImageFile
@@ -22,6 +21,7 @@ from cdistill.eval.contract import Question
 from cdistill.eval.inference import Inference
 from cdistill.vat import Regions, SliceRecorder, attention_layers, installed, layer_range
 from cdistill.vat.hook import KEYWORD
+from cdistill.vat.layout import Piece, Shown, layout
 
 SPANS = ("early", "intermediate", "later")
 LONGEST = 448  # pixels of a picture
@@ -150,7 +150,11 @@ def _pieces(models: Models, reading: Reading, case: Case) -> list[Piece]:
     teacher = models.loaded[0]
     visual = np.isin(reading.tokens, models.visual_ids.numpy())
     sizes = [image.size for image in case.images]
-    return layout(Shown(teacher.model.config, teacher.processor, reading.tokens, visual, reading.images, sizes))
+    shown = Shown(teacher.model.config, teacher.processor, reading.tokens, visual, reading.images, sizes)
+    try:
+        return layout(shown)
+    except ValueError as error:
+        raise InputError(f"maps: {error}; nothing can be drawn") from None
 
 
 def _rows(models: Models, reading: Reading, words: str | None) -> list[int]:

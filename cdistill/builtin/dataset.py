@@ -66,7 +66,8 @@ class BuiltinDataset(Dataset):
     Each item is a dict of ``input_ids`` and ``labels`` (T,) int64 tensors, labels not shifted and -100 outside the answers,
     and ``pixel_values`` (3, IMAGE_SIZE, IMAGE_SIZE) fp32 for image samples. With ``grounding`` also ``grounding`` (T, V)
     fp32, which of V places every word speaks of (`render.grounding`), and their positions ``places`` (V,) int64: the
-    image's tokens or, for text samples, the last words of the objects that the scene is written out as.
+    image's tokens or, for text samples, the last words of the objects that the scene is written out as. An image becomes
+    ``visual_tokens`` tokens; of more than a cell has one, its tokens share what words speak of it (`render.cells`).
     """
 
     def __init__(
@@ -78,9 +79,11 @@ class BuiltinDataset(Dataset):
         tokenizer: PreTrainedTokenizerFast | None = None,
         held_out: bool = False,
         grounding: bool = False,
+        visual_tokens: int = NUM_VISUAL_TOKENS,
     ) -> None:
         self.task, self.size, self.seed, self.held_out = task, size, seed, held_out
-        self.grounding = grounding
+        self.grounding, self.visual_tokens = grounding, visual_tokens
+        self._cells = render.cells(visual_tokens) if grounding else None
         self.tokenizer = tokenizer or build_tokenizer()
         self._vocabulary = self.tokenizer.get_vocab()
         self._words = {i: word for word, i in self._vocabulary.items()}
@@ -93,7 +96,7 @@ class BuiltinDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         rng, written, scene, turns = self._draw(index)
-        item = self._conversation(_prefix(scene, written), turns)
+        item = self._conversation(self._prefix(scene, written), turns)
         if not written:
             pixels = render.render(scene, np.random.default_rng(rng.getrandbits(64)))
             item["pixel_values"] = torch.from_numpy(pixels)
@@ -102,7 +105,7 @@ class BuiltinDataset(Dataset):
     def length(self, index: int) -> int:
         """Tokens of an item, whose image is not drawn for it."""
         _, written, scene, turns = self._draw(index)
-        return len(self._conversation(_prefix(scene, written), turns)["input_ids"])
+        return len(self._conversation(self._prefix(scene, written), turns)["input_ids"])
 
     def has_image(self, index: int) -> bool:
         """Whether an item shows its scene as pixels."""
@@ -137,11 +140,15 @@ class BuiltinDataset(Dataset):
         cells = torch.from_numpy(render.grounding(scene, words))
         if not written:
             places = [i for i, word in enumerate(words) if word == IMAGE_TOKEN]
-            return {"grounding": cells, "places": torch.tensor(places)}
+            shares = cells[:, self._cells] * (NUM_VISUAL_TOKENS / self.visual_tokens)
+            return {"grounding": shares, "places": torch.tensor(places)}
         each = len(scenes.describe(scene[:1]).split())
         places = [1 + i * (each + 1) + each - 1 for i in range(len(scene))]  # after USER:, with ; between the objects
         cells[: places[-1] + 1] = 0.0  # the scene itself
         return {"grounding": cells[:, [t.row * scenes.GRID + t.column for t in scene]], "places": torch.tensor(places)}
+
+    def _prefix(self, scene: scenes.Scene, written: bool) -> str:
+        return scenes.describe(scene) if written else " ".join([IMAGE_TOKEN] * self.visual_tokens)
 
     def _scene_and_turns(
         self, rng: random.Random, subtypes: tuple[str, ...]
@@ -168,10 +175,6 @@ class BuiltinDataset(Dataset):
             ids += prompt + reply
             labels += [IGNORE_INDEX] * len(prompt) + reply
         return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
-
-
-def _prefix(scene: scenes.Scene, written: bool) -> str:
-    return scenes.describe(scene) if written else " ".join([IMAGE_TOKEN] * NUM_VISUAL_TOKENS)
 
 
 class ConversationDataset(Dataset):
@@ -228,8 +231,9 @@ class Collator:
 class PatchDataset(Dataset):
     """``size`` images with the labels of every patch: ``pixel_values`` (3, H, W) fp32 and ``labels`` (V, 3) int64."""
 
-    def __init__(self, *, size: int, seed: int) -> None:
+    def __init__(self, *, size: int, seed: int, visual_tokens: int = NUM_VISUAL_TOKENS) -> None:
         self.size, self.seed = size, seed
+        self._cells = render.cells(visual_tokens)
 
     def __len__(self) -> int:
         return self.size
@@ -240,7 +244,10 @@ class PatchDataset(Dataset):
         rng = random.Random(f"{self.seed}/{index}/patch")
         scene = scenes.sample_scene(rng)
         pixels = render.render(scene, np.random.default_rng(rng.getrandbits(64)))
-        return {"pixel_values": torch.from_numpy(pixels), "labels": torch.from_numpy(render.patch_labels(scene))}
+        return {
+            "pixel_values": torch.from_numpy(pixels),
+            "labels": torch.from_numpy(render.patch_labels(scene)[self._cells]),
+        }
 
 
 def collate_patches(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -9,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from cdistill.builtin.scenes import COLOURS, GRID, IMAGE_SIZE, PATCH, SHAPES, Scene
+from cdistill.errors import InputError
 
 PATCH_CLASSES = (1 + len(COLOURS) * len(SHAPES), GRID, GRID)
 
@@ -58,8 +60,22 @@ def to_image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(((pixels.transpose(1, 2, 0) + 1.0) * 127.5).round().clip(0, 255).astype(np.uint8))
 
 
+def cells(visual_tokens: int) -> np.ndarray:
+    """(visual_tokens,) which cell of the scene each patch of a square grid lies in: cells are patches, or 2 x 2 of them, ...
+
+    Raises:
+        ValueError: patches that are not whole parts of cells.
+    """
+    side = math.isqrt(visual_tokens)
+    if side * side != visual_tokens or side % GRID or not side:
+        sizes = ", ".join(str((GRID * n) ** 2) for n in (1, 2, 3))
+        raise InputError(f"the built-in task has labels of patches for {sizes} ... visual tokens, got {visual_tokens}")
+    places = np.arange(side) * GRID // side
+    return (places[:, None] * GRID + places).ravel()
+
+
 def patch_labels(scene: Scene) -> np.ndarray:
-    """(GRID * GRID, 3) int64 labels of every patch, with `PATCH_CLASSES` classes: what it shows, its row, its column.
+    """(GRID * GRID, 3) int64 labels of every cell, with `PATCH_CLASSES` classes: what it shows, its row, its column.
 
     What it shows is 0 for background, else 1 + colour * len(SHAPES) + shape.
     """

@@ -15,6 +15,7 @@ from torch import Tensor
 from cdistill.data.contract import LabelContract
 from cdistill.data.images import check_resizing
 from cdistill.data.samples import IGNORE_INDEX, BadSampleError, Mark, Message, blamed_on_sample
+from cdistill.data.spans import Places, places, said
 from cdistill.errors import InputError
 
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # what processors may say of every token
@@ -26,13 +27,16 @@ class Encoded:
 
     The first token is never a label, because nothing before it could predict it: samples may be packed.
     ``types`` are (T,) int64 by the processor's name for them, ``images`` what it makes of the sample's images (empty
-    without), as for a batch of this sample alone.
+    without), as for a batch of this sample alone; ``spans`` say where the tokens of each image,
+    marks around it included, begin and stop. ``places`` are those of its words, where they are asked for.
     """
 
     input_ids: Tensor
     labels: Tensor
     types: dict[str, Tensor]
     images: dict[str, Tensor]
+    spans: tuple[tuple[int, int], ...] = ()
+    places: Places | None = None
 
 
 class ImageParts(NamedTuple):
@@ -56,13 +60,16 @@ class Encoder:
         processor: of a multimodal model, or a tokenizer, for text alone; the tokenizer must be a fast one.
         template: as for `cdistill.data.templates.Template`.
         max_length: tokens of a sample at most, those of its images included; None for any number.
+        places: find which words each token says, too.
 
     Raises:
         ValueError: a template that does not fit (`Template`), a tokenizer that is slow or without padding, or a processor
             that does not expand marks in place.
     """
 
-    def __init__(self, processor: Any, template: str = "auto", max_length: int | None = None) -> None:
+    def __init__(
+        self, processor: Any, template: str = "auto", max_length: int | None = None, *, places: bool = False
+    ) -> None:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.max_length: int | None = None
@@ -73,7 +80,8 @@ class Encoder:
                 f"{type(self.tokenizer).__name__} has no pad_token, which batches need; set one in "
                 "tokenizer_config.json (eos_token will do)"
             )
-        self.contract = LabelContract(processor, template)
+        self._places = places
+        self.contract = LabelContract(processor, template, offsets=places)
         self.template = self.contract.template
         self.pad_token_id: int = self.tokenizer.pad_token_id
         self._types: tuple[str, ...] = ()
@@ -86,8 +94,10 @@ class Encoder:
         self._check()
         self.max_length = max_length
 
-    def __call__(self, messages: Sequence[Message], images: Sequence[Image.Image]) -> Encoded:
-        """Tokens of a conversation about ``images``, in the order of their marks.
+    def __call__(
+        self, messages: Sequence[Message], images: Sequence[Image.Image], *, labels: int | None = None
+    ) -> Encoded:
+        """Tokens of a conversation about ``images``, in the order of their marks, with so many ``labels`` at most.
 
         Raises:
             BadSampleError: no token of an answer within ``max_length``, a text that holds a mark of an image itself, more
@@ -96,9 +106,11 @@ class Encoder:
         self._refuse_marks(messages)
         if images and self._image_id is None:
             raise BadSampleError("image count", f"{len(images)} images for a model that takes none")
-        ids, labelled = self.contract(messages)
-        self._require_marks(ids, len(images))
-        return self._fit(ids, labelled, [image if image.mode == "RGB" else image.convert("RGB") for image in images])
+        tokens, labelled = self.contract.written(messages)
+        self._require_marks(tokens.ids, len(images))
+        found = places(said(self.template, messages), tokens.offsets, labelled) if self._places else None
+        images = [image if image.mode == "RGB" else image.convert("RGB") for image in images]
+        return self._fit(tokens.ids, labelled, images, labels, found)
 
     def prompt(self, messages: Sequence[Message], visual: ImageParts) -> tuple[list[int], dict[str, list[int]]]:
         """Tokens that ask for an answer to messages of which the last is the user's, and their types.
@@ -113,7 +125,7 @@ class Encoder:
         with blamed_on_sample("chat template"):
             ids = self.contract.prompt_ids(messages)
         self._require_marks(ids, len(visual.tokens))
-        _, tokens, types = self._expand(ids, visual)
+        _, tokens, types, _ = self._expand(ids, visual)
         return tokens, types
 
     def _refuse_marks(self, messages: Sequence[Message]) -> None:
@@ -132,14 +144,23 @@ class Encoder:
         """Tokens of texts that a template has written, as the processor makes them of words alone."""
         return [self.contract.text_ids(text) for text in texts]
 
-    def _fit(self, ids: list[int], labelled: np.ndarray, images: list[Image.Image]) -> Encoded:
+    def _fit(
+        self,
+        ids: list[int],
+        labelled: np.ndarray,
+        images: list[Image.Image],
+        labels: int | None,
+        found: Places | None,
+    ) -> Encoded:
         """Put tokens in place of the marks, and shorten the sample until it fits."""
         while True:
             visual = self.image_parts(images)
-            origins, tokens, types = self._expand(ids, visual)
+            origins, tokens, types, spans = self._expand(ids, visual)
             answers = labelled[origins]
             answers[:1] = False  # no token precedes it that could predict it
             limit = len(tokens) if self.max_length is None else min(self.max_length, len(tokens))
+            if labels is not None and answers.sum() > labels:
+                limit = min(limit, int(np.flatnonzero(answers)[labels - 1]) + 1)
             if not answers[:limit].any():
                 reason = "too long" if limit < len(tokens) else "empty answer"
                 raise BadSampleError(reason, f"{len(tokens)} tokens, none of an answer among the first {limit}")
@@ -151,10 +172,10 @@ class Encoder:
                 break
             images = images[:kept]  # again: what an image becomes may depend on how many there are
         input_ids = torch.tensor(tokens[:limit])
-        labels = input_ids.where(torch.from_numpy(answers[:limit]), IGNORE_INDEX)
-        return Encoded(
-            input_ids, labels, {name: torch.tensor(of[:limit]) for name, of in types.items()}, visual.tensors
-        )
+        learned = input_ids.where(torch.from_numpy(answers[:limit]), IGNORE_INDEX)
+        kinds = {name: torch.tensor(of[:limit]) for name, of in types.items()}
+        said_by = None if found is None else found.taken(origins[:limit])
+        return Encoded(input_ids, learned, kinds, visual.tensors, tuple(spans), said_by)
 
     def image_parts(self, images: list[Image.Image]) -> ImageParts:
         """What the processor makes of the images of one sample."""
@@ -174,9 +195,13 @@ class Encoder:
         parts = {name: [of[a + 1 : b] for a, b in pairwise(cuts)] for name, of in {"ids": ids, **types}.items()}
         return ImageParts(parts.pop("ids"), parts, {name: torch.as_tensor(value) for name, value in made.items()})
 
-    def _expand(self, ids: list[int], visual: ImageParts) -> tuple[list[int], list[int], dict[str, list[int]]]:
-        """Tokens with images in place of their marks: the index in ``ids`` that each comes from, their ids and types."""
+    def _expand(
+        self, ids: list[int], visual: ImageParts
+    ) -> tuple[list[int], list[int], dict[str, list[int]], list[tuple[int, int]]]:
+        """Tokens with images in place of their marks: the index in ``ids`` that each comes from, their ids and types, and
+        where each image begins and stops."""
         origins: list[int] = []
+        spans: list[tuple[int, int]] = []
         tokens: list[int] = []
         types: dict[str, list[int]] = {name: [] for name in visual.types}
         images = iter(range(len(visual.tokens)))
@@ -185,8 +210,10 @@ class Encoder:
             tokens += [token] if image is None else visual.tokens[image]
             for name, of in types.items():
                 of += [0] if image is None else visual.types[name][image]
+            if image is not None:
+                spans.append((len(origins), len(tokens)))
             origins += [i] * (len(tokens) - len(origins))
-        return origins, tokens, types
+        return origins, tokens, types, spans
 
     def _check(self) -> None:
         """Encode a made-up conversation, and see that the processor makes the same tokens of its generation prompt."""

@@ -60,14 +60,16 @@ def targets(recipe: Recipe, terms: Memory, student: Blueprint, teacher: Blueprin
     """The teacher's window means, one slice per aligned student layer; a single one for grounded words.
 
     With ``vat.target`` recomputed the queries and keys of its aligned layers; with ``vat.head_matching`` mixture a slice of
-    every head of these beside the means.
+    every head of these beside the means. What is resampled is there twice.
     """
-    means = 0 if terms.recomputes else terms.targets * attention_slice(recipe, student, terms.rows, s)
+    resampled = attention_slice(recipe, student, terms.rows, s) if s.of_teacher is not s else 0
+    each = resampled + attention_slice(recipe, student, terms.rows, s.of_teacher)
+    means = 0 if terms.recomputes else terms.targets * each
     if teacher is None or not (terms.recomputes or recipe.vat.learns_mixture):
         return means
     _, layers = VAT.spans(recipe.vat, attention_layers(student.model), attention_layers(teacher.model))
     if not terms.recomputes:
-        return means + len(layers) * attention_slice(recipe, teacher, terms.rows, s)
+        return means + len(layers) * attention_slice(recipe, teacher, terms.rows, s.of_teacher)
     config = teacher.model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     vectors = config.num_attention_heads + config.num_key_value_heads
@@ -96,7 +98,7 @@ def teacher_hidden(recipe: Recipe, teacher: Blueprint | None, s: Setting) -> int
 
 def teacher_pass(recipe: Recipe, terms: Memory, teacher: Blueprint, s: Setting) -> int:
     """Embeddings, one layer's working memory, hidden states, and a slice on its way into the targets."""
-    width = teacher.model.config.get_text_config().hidden_size
+    s, width = s.of_teacher, teacher.model.config.get_text_config().hidden_size
     layer = _decoder(teacher, 1, s.batch, s.tokens, s.half, None, None)
     on_its_way = 0 if terms.recomputes else attention_slice(recipe, teacher, terms.rows, s)
     embeddings = s.batch * (s.length + s.tokens) * width * item_size(s.half)

@@ -12,11 +12,11 @@ import torch
 from cdistill.builtin.dataset import build_tokenizer
 from cdistill.errors import InputError
 from cdistill.models.llava import INHERITED, Llava, visual_tokens
-from cdistill.models.load import Model, load_structure, resolve_folder
+from cdistill.models.load import Model, load_structure, load_tokenizer, resolve_folder
 from cdistill.models.parts import has_vision
 from cdistill.models.processor import has_image_processor
 from cdistill.plan.footprint import prepare
-from cdistill.train.build import check_objectives, checkpoint_activations
+from cdistill.train.build import check_objectives, checkpoint_activations, difference, different_tokenizers
 from cdistill.train.lora import add_lora
 from cdistill.train.objectives import OBJECTIVES, set_trained
 from cdistill.train.recipes import LoRAConfig, Recipe, StageConfig, StudentConfig
@@ -34,9 +34,17 @@ class Blueprint:
     total: int
 
 
-def check_models(recipe: Recipe) -> None:
-    """Raise ValueError unless the recipe's folders hold models that can be trained in every stage."""
-    check_objectives(recipe, _student(*_key(recipe)), _teacher_model(recipe))
+def check_models(recipe: Recipe) -> bool:
+    """Whether student and teacher need an encoding of each sample of their own.
+
+    Raises ValueError unless the recipe's folders hold models that can be trained in every stage.
+    """
+    student, teacher = _student(*_key(recipe)), _teacher_model(recipe)
+    check_objectives(recipe, student, teacher)
+    if teacher is not None and recipe.kd.alignment != "token":
+        different_tokenizers(recipe, student, teacher)
+        return True
+    return teacher is not None and difference(recipe, student, teacher) is not None
 
 
 def teacher_of(recipe: Recipe) -> Blueprint | None:
@@ -95,7 +103,11 @@ def _student(student: str, teacher_reference: str | None) -> Model:
     config = build(StudentConfig, json.loads(student))
     teacher = _teacher(teacher_reference).model if teacher_reference is not None else None
     known = teacher.config.get_text_config().vocab_size if teacher is not None else len(build_tokenizer())
-    model = make_student(config, teacher, Vocabulary(known, image_token_id=0), meta=True)
+    if config.tokenizer is not None:
+        folder = resolve_folder(config.tokenizer, "student.tokenizer", weights=False)
+        known = len(load_tokenizer(folder, "student.tokenizer"))
+    token = 0 if teacher is None else getattr(teacher.config, "image_token_id", 0)
+    model = make_student(config, teacher, Vocabulary(known, image_token_id=token), meta=True)
     if is_llava(model):
         folders = folders_of(config, teacher_reference).values()
         set_visual_tokens(model.config, "student", next((f for f in folders if has_image_processor(f)), None))

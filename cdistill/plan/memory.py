@@ -7,13 +7,14 @@ phase.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from cdistill.errors import InputError
 from cdistill.models.llava import Llava
 from cdistill.models.load import DTYPES
 from cdistill.models.parts import has_vision
-from cdistill.plan.blueprint import Blueprint, check_models, is_llava, student_of
+from cdistill.plan.blueprint import Blueprint, check_models, is_llava, student_of, teacher_of
 from cdistill.plan.phases import phases_of
 from cdistill.plan.setting import Bytes, Setting
 from cdistill.train.objectives import OBJECTIVES
@@ -89,13 +90,13 @@ def plan(
         raise InputError(f"gpus must be at least 1, got {gpus}")
     recipe = replace(recipe, processes=gpus)
     ways = check_batches(recipe, gpus)
-    check_models(recipe)
+    apart = check_models(recipe)
     precision = precision or ("bf16" if recipe.precision == "auto" else recipe.precision)
     if precision not in DTYPES:
         raise InputError(f"precision must be one of {', '.join(DTYPES)}, got {precision!r}")
     check_rounding(recipe, precision)
     stages = []
-    remarks = []
+    remarks: list[str] = []
     for index, name in enumerate(recipe.stages):
         stage = recipe.stage[name]
         student = student_of(recipe, stage)
@@ -110,6 +111,8 @@ def plan(
             sharers=recipe.sequence_parallel,
             **_tokens(student, stage, length, visual, answers),
         )
+        setting = _with_teacher(recipe, stage, student, setting, remarks) if apart else setting
+
         stages.append(StagePlan(name, setting, phases_of(recipe, index, student, setting)))
         if "generation" in stages[-1].phases:
             cache = stages[-1].phases["generation"]["cache of replies"]
@@ -121,6 +124,22 @@ def plan(
             if term.memory(recipe, student.model, sizes) is None:
                 remarks.append(f"what term {term.name} keeps is not counted")
     return Plan(recipe, tuple(stages), tuple(dict.fromkeys(remarks)))
+
+
+def _with_teacher(
+    recipe: Recipe, stage: StageConfig, student: Blueprint, setting: Setting, remarks: list[str]
+) -> Setting:
+    """The setting of a stage whose teacher has an encoding of its own, with as many visual tokens as that has."""
+    teacher = teacher_of(recipe)
+    if teacher is None or not setting.visual or not OBJECTIVES[stage.objective].distils:
+        return setting
+    if not (is_llava(teacher.model) and is_llava(student.model)):
+        raise InputError(
+            "plan cannot tell how many visual tokens the teacher makes: it needs two LLaVAs of fixed numbers"
+        )
+    remarks.append("the teacher's own look at the images is not counted")
+    images = math.ceil(setting.visual / student.model.config.image_seq_length)
+    return replace(setting, teacher_visual=images * int(teacher.model.config.image_seq_length))
 
 
 def _tokens(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class Setting:
         batch: samples of a micro-batch; ``length``, ``visual`` and ``answers`` tokens are of one sample.
         accumulates: gradients are added up over several micro-batches.
         sharers: processes that share a sequence.
+        teacher_visual: visual tokens of a sample for a teacher that has an encoding of its own; None where one is for both.
     """
 
     precision: str
@@ -37,11 +38,20 @@ class Setting:
     visual: int
     answers: int
     sharers: int = 1
+    teacher_visual: int | None = None
 
     @property
     def tokens(self) -> int:
         """Tokens of a sample that one process has."""
         return -(-self.length // self.sharers)
+
+    @property
+    def of_teacher(self) -> Setting:
+        """The same samples as the teacher reads them."""
+        if self.teacher_visual is None:
+            return self
+        length = self.length - self.visual + self.teacher_visual
+        return replace(self, length=length, visual=self.teacher_visual, teacher_visual=None)
 
     @property
     def half(self) -> torch.dtype:

@@ -263,19 +263,30 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         del content["vat"]["head_matching"]
     if not any(stage.aligns for stage in run.stages):
         del content["vat"]
+    elif content["vat"]["visual"] == "equal":  # a key that kept records did not have, as two below
+        del content["vat"]["visual"]
     if not any(term.baseline for stage in run.stages for term in stage.objective.kinds):
         del content["baseline_weight"]
     if not run.distils_from(0):
         del content["kd"], content["teacher_memory"]
     if not recipe.needs_teacher:
         del content["teacher"]
-    if recipe.student.pruning is None:  # a key that kept records did not have, as the next
+    if recipe.kd.alignment == "token" and "kd" in content:
+        del content["kd"]["alignment"]
+    if recipe.student.pruning is None:
         del content["student"]["pruning"]
+    if recipe.student.tokenizer is None:
+        del content["student"]["tokenizer"]
     for section in content["stages"]:
         for key in ("quantization", "generation"):
             if section[key] is None:
                 del section[key]
-    for place, key in ((content, "teacher"), (content["student"], "base"), (content["student"], "vision")):
+    for place, key in (
+        (content, "teacher"),
+        (content["student"], "base"),
+        (content["student"], "vision"),
+        (content["student"], "tokenizer"),
+    ):
         if place.get(key) is not None:
             place[key] = fingerprint([resolve_folder(place[key], key)])
     return content | {"precision": run.precision}

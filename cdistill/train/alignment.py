@@ -83,12 +83,15 @@ def _measure(
         batch.pop(BAD, None)
         inputs = {name: value.to(model.student.device) for name, value in batch.items()}
         step = model.step(inputs.pop("labels"), inputs)
-        student, teacher = (side(step.regions, step.key_mask) for side in (distances.student, distances.teacher))
+        view, (term,) = step.teacher_view, model.terms
+        assert isinstance(term, Alignment)
+        student = distances.student(step.regions, step.key_mask)
+        teacher = distances.teacher(view.regions, view.key_mask)
         shared, inputs = model.inputs(step)
         assert model.source is not None
         model.source.ask(step, teacher, shared, inputs)
         model.student_hidden(inputs, shared, student)
-        distances.update(student, teacher)
+        distances.update(student, teacher, term.resampling(step))
 
 
 def _read(stage: Stage) -> tuple[LayerMatch, ...] | None:

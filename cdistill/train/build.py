@@ -23,7 +23,7 @@ from cdistill.models.load import (
     load_tokenizer,
     resolve_folder,
 )
-from cdistill.models.pair import check_pair, shares_encoder
+from cdistill.models.pair import check_apart, check_fetched, check_pair, check_spans, shares_encoder, visual_difference
 from cdistill.models.parts import has_vision, language_model
 from cdistill.models.processor import (
     COMPOSITIONS,
@@ -43,7 +43,10 @@ from cdistill.train.resolve import precision_of
 from cdistill.train.rounding import layers_to_round
 from cdistill.train.sharded import NO_COMMON_VISION, check_shardable
 from cdistill.train.student import Vocabulary, folders_of, make_student, set_visual_tokens
+from cdistill.train.terms import check_terms
 from cdistill.vat import VAT, attention_layers, head_counts
+
+_DIFFERENT = "set kd.alignment to merged (or uld) to distil between different tokenizers"
 
 
 @dataclass
@@ -53,7 +56,9 @@ class Models:
     ``processor`` is saved beside the weights of a result, the tokenizer alone where there are no images. ``reader`` makes
     batches of conversations; it is None where every image becomes the same tokens. ``teacher_source`` gives stages the
     teacher's signal, once one has needed it. ``sources`` are the data sets that stages have opened. With ``shares_vision``
-    both models look at an image once, through the encoder they have in common.
+    both models look at an image once, through the encoder they have in common. ``teacher_reader`` is the teacher's processor
+    where the two encode samples differently, so that each sample is encoded for both; else None. With ``spans`` they do so
+    because their tokenizers differ, and are compared by the spans of words.
     """
 
     student: Model
@@ -64,6 +69,13 @@ class Models:
     teacher_source: Any = None
     sources: dict[str, Source] = field(default_factory=dict)
     shares_vision: bool = False
+    teacher_reader: Any = None
+    spans: bool = False
+
+    @property
+    def reads_apart(self) -> bool:
+        """Whether each sample is encoded for both models."""
+        return self.teacher_reader is not None
 
 
 def build_models(recipe: Recipe) -> Models:
@@ -76,26 +88,90 @@ def build_models(recipe: Recipe) -> Models:
         assert recipe.teacher is not None
         folder = resolve_folder(recipe.teacher, "teacher")
         teacher, teacher_tokenizer = _load_teacher(recipe, folder), load_tokenizer(folder, "teacher")
-    tokenizer = tokenizer_of(recipe.student, teacher_tokenizer)
-    student = make_student(recipe.student, teacher, vocabulary_of(tokenizer, teacher), seed=recipe.seed)
+    spans = teacher is not None and recipe.kd.alignment != "token"
+    tokenizer = tokenizer_of(recipe.student, teacher_tokenizer, own=spans)
+    vocabulary = vocabulary_of(tokenizer, None if spans else teacher)
+    student = make_student(recipe.student, teacher, vocabulary, seed=recipe.seed)
     if not launch.launched():
         given = (model.config for model in (student, teacher) if model is not None)
         require_known_everywhere(given, recipe.processes)
+    apart = visual = None
     if teacher is not None:
-        check_pair(student, teacher)
-        check_image_processors({"teacher": folder, **folders_of(recipe.student)})
+        apart = visual = (different_tokenizers if spans else difference)(recipe, student, teacher)
+        if spans:
+            too = "" if visual is None else f", and {visual}"
+            apart = f"kd.alignment is {recipe.kd.alignment}, for different tokenizers{too}"
+            if visual is None and isinstance(student, Llava) and isinstance(teacher, Llava):
+                check_fetched(student, teacher)
+        elif visual is None:
+            check_pair(student, teacher)
         if isinstance(teacher, Llava):
             _set_visual_tokens(teacher, "teacher", folder)
     check_objectives(recipe, student, teacher)
-    models = Models(student, teacher, tokenizer, *processor_of(recipe, student, tokenizer))
-    models.shares_vision = teacher is not None and shares_encoder(student, teacher)
-    if isinstance(student, Llava) and isinstance(teacher, Llava) and not models.shares_vision:
-        if recipe.sequence_parallel > 1:
-            raise InputError(NO_COMMON_VISION)
+    processor, reader = processor_of(recipe, student, tokenizer, apart=visual is not None, needed=spans)
+    models = Models(student, teacher, tokenizer, processor, reader, spans=spans)
+    if apart is not None:
+        models.teacher_reader = _reader_of(teacher, folder)
+        print(f"each sample is encoded for student and teacher, because {apart}", flush=True)
+    models.shares_vision = apart is None and teacher is not None and shares_encoder(student, teacher)
+    if recipe.sequence_parallel > 1 and teacher is not None and not models.shares_vision:
+        raise InputError(NO_COMMON_VISION)
+    if apart is None and isinstance(student, Llava) and isinstance(teacher, Llava) and not models.shares_vision:
         print("student and teacher have vision encoders of their own: each looks at the images itself", flush=True)
     if teacher is not None and recipe.teacher_memory.cache is not None:
         teacher.to("meta")  # what is left to ask of it stands in its configuration
     return models
+
+
+def difference(recipe: Recipe, student: Model, teacher: Model) -> str | None:
+    """Why student and teacher need an encoding of each sample of their own; None where one is for both.
+
+    Raises ValueError where the recipe has something that needs one for both.
+    """
+    why = visual_difference(student, teacher)
+    if why is None:
+        try:
+            teacher_folder = resolve_folder(str(recipe.teacher), "teacher", weights=False)
+            check_image_processors({"teacher": teacher_folder, **folders_of(recipe.student)})
+        except InputError as error:
+            why = str(error)
+    if why is None:
+        return None
+    if any(recipe.aligns(recipe.stage[name].objective) for name in recipe.stages) and recipe.vat.visual == "equal":
+        raise InputError(f"{why}; vat.visual resample aligns attention to other visual tokens")
+    check_apart(student, teacher)
+    for key, given in (("packing", recipe.packing), ("teacher_memory.cache", recipe.teacher_memory.cache is not None)):
+        if given:
+            raise InputError(f"{key} must be left out where each sample is encoded for student and teacher: {why}")
+    for name in recipe.stages:
+        if recipe.stage[name].replies is not None:
+            raise InputError(f"stage.{name}.generation must be null: replies are encoded once, and {why}")
+        try:
+            check_terms(OBJECTIVES[recipe.stage[name].objective].kinds, reads_apart=True)
+        except ValueError as error:
+            raise InputError(f"stage.{name}.objective: {error} ({why})") from None
+    return why
+
+
+def different_tokenizers(recipe: Recipe, student: Model, teacher: Model) -> str | None:
+    """How the visual tokens of models that are compared by spans differ; None if they do not. Raises ValueError for others."""
+    aligned = any(recipe.aligns(recipe.stage[name].objective) for name in recipe.stages)
+    visual = check_spans(student, teacher, resampled=not aligned or recipe.vat.visual == "resample")
+    for name in recipe.stages:
+        for term in OBJECTIVES[recipe.stage[name].objective].kinds:
+            if term.teacher and not term.compares_spans:
+                raise InputError(
+                    f"stage.{name}.objective: term {term.name!r} compares teacher and student token by token, and kd.alignment "
+                    f"{recipe.kd.alignment} is for different tokenizers: take dpt, dft or sft"
+                )
+    return visual
+
+
+def _reader_of(teacher: Model, folder: Path) -> Any:
+    """What makes batches for a teacher with an encoding of its own."""
+    if isinstance(teacher, Llava) and visual_tokens(teacher.config) is not None:
+        return build_processor(teacher.config, load_tokenizer(folder, "teacher"), "teacher", source=folder)
+    return load_processor(folder, "teacher")
 
 
 def _load_teacher(recipe: Recipe, folder: Path) -> Model:
@@ -115,14 +191,23 @@ def _load_teacher(recipe: Recipe, folder: Path) -> Model:
     return load_multimodal(folder, "teacher", dtype=dtype, **options)
 
 
-def processor_of(recipe: Recipe, student: Model, tokenizer: PreTrainedTokenizerBase) -> tuple[Processor, Any]:
+def processor_of(
+    recipe: Recipe,
+    student: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    apart: bool = False,
+    needed: bool = False,
+) -> tuple[Processor, Any]:
     """What goes beside a student's weights, and what makes batches where images become any number of tokens (else None).
 
-    The student may be without weights. Raises ValueError if they cannot be made although a stage reads images from files.
+    The student may be without weights. With ``apart`` it sees images by a processor of its own, never by its teacher's.
+
+    Raises ValueError if they cannot be made although they are ``needed``, or a stage reads images from files.
     """
-    processor = _processor(recipe, student, tokenizer)
+    source = _processor_folder(recipe, apart=apart)
+    processor = _processor(recipe, student, tokenizer, source, needed=apart or needed)
     if isinstance(student, Llava):
-        source = _processor_folder(recipe)
         if visual_tokens(student.config) is None and source is not None:
             return processor, load_processor(source, "student")
     elif has_vision(student):
@@ -132,14 +217,15 @@ def processor_of(recipe: Recipe, student: Model, tokenizer: PreTrainedTokenizerB
     return processor, None
 
 
-def _processor(recipe: Recipe, student: Model, tokenizer: PreTrainedTokenizerBase) -> Processor:
-    """What goes beside the weights. Raises ValueError if it cannot be made although a stage reads images from files."""
+def _processor(
+    recipe: Recipe, student: Model, tokenizer: PreTrainedTokenizerBase, source: Path | None, *, needed: bool
+) -> Processor:
+    """What goes beside the weights. Raises ValueError if it cannot be made although it is ``needed`` (images of files)."""
     if not has_vision(student):
         return tokenizer
     if student.config.model_type not in COMPOSITIONS:
         return ProcessorFiles(list(folders_of(recipe.student).values())[:1], "student.base")
     try:
-        source = _processor_folder(recipe)
         _set_visual_tokens(student, "student", source)
         if visual_tokens(student.config) is None:
             if source is None:
@@ -149,7 +235,7 @@ def _processor(recipe: Recipe, student: Model, tokenizer: PreTrainedTokenizerBas
             return ProcessorFiles([source], "student")
         return build_processor(student.config, tokenizer, "student", source=source)
     except ValueError as error:
-        if any(recipe.stage[name].data.path is not None for name in recipe.stages):
+        if needed or any(recipe.stage[name].data.path is not None for name in recipe.stages):
             raise
         print(f"the student is saved without a processor: {error}", flush=True)
         return tokenizer
@@ -160,8 +246,9 @@ def _folders(recipe: Recipe) -> dict[str, Path]:
     return folders_of(recipe.student, recipe.teacher if recipe.needs_teacher else None)
 
 
-def _processor_folder(recipe: Recipe) -> Path | None:
-    return next((folder for folder in _folders(recipe).values() if has_image_processor(folder)), None)
+def _processor_folder(recipe: Recipe, *, apart: bool) -> Path | None:
+    folders = folders_of(recipe.student) if apart else _folders(recipe)
+    return next((folder for folder in folders.values() if has_image_processor(folder)), None)
 
 
 def _set_visual_tokens(model: Llava, key: str, folder: Path | None) -> None:
@@ -239,19 +326,32 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, teacher: Model | None) -> 
     return Vocabulary(len(tokenizer), _image_token(tokenizer, teacher), _special(tokenizer))
 
 
-def tokenizer_of(config: StudentConfig, teachers: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+def tokenizer_of(
+    config: StudentConfig, teachers: PreTrainedTokenizerBase | None, *, own: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer of both models. It knows the image token if the student sees images through an encoder of its own.
+
+    With ``own`` that of the student, whatever its teacher's is, with the image token where its model has no vision encoder yet.
 
     Raises ValueError for vocabularies that differ.
     """
     tokenizer = teachers or build_tokenizer()
+    whole, read = False, config.tokenizer
+    if read is not None:
+        tokenizer = load_tokenizer(resolve_folder(read, "student.tokenizer", weights=False), "student.tokenizer")
+        if teachers is not None and not own:
+            _check_vocabularies(tokenizer, teachers)
+            tokenizer = teachers
     if config.base is not None:
-        tokenizer = load_tokenizer(resolve_folder(config.base, "student.base", weights=False), "student.base")
-        if teachers is not None:
+        folder = resolve_folder(config.base, "student.base", weights=False)
+        tokenizer = load_tokenizer(folder, "student.base")
+        whole = hasattr(load_config(folder, "student.base"), "vision_config")
+        if teachers is not None and not own:
             _check_vocabularies(tokenizer, teachers)
             tokenizer = teachers  # the same, and it knows the image token
     sees = config.vision is not None or config.vision_config is not None
-    if teachers is None and sees and IMAGE_TOKEN not in tokenizer.get_vocab():
+    needed = not whole if own else teachers is None and sees
+    if needed and IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]})
     return tokenizer
 
@@ -274,12 +374,14 @@ def _check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedTok
         if theirs.get(token) != index:
             other = f"{theirs[token]}" if token in theirs else "none"
             raise InputError(
-                f"vocabularies differ: token {token!r} is {index} for the student, {other} for the teacher"
+                f"vocabularies differ: token {token!r} is {index} for the student, {other} for the teacher; {_DIFFERENT}"
             )
     extra = [token for token in theirs if token not in ours]
     added = teacher.get_added_vocab()
     if any(token not in added for token in extra):
-        raise InputError(f"vocabularies differ: {len(extra)} tokens of the teacher are unknown to the student")
+        raise InputError(
+            f"vocabularies differ: {len(extra)} tokens of the teacher are unknown to the student; {_DIFFERENT}"
+        )
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Trainer, TrainerCallback
 
 from cdistill.choices import KDConfig, VATConfig
+from cdistill.data.pairs import PREFIX, RELATION
 from cdistill.data.samples import IGNORE_INDEX
 from cdistill.data.templates import Template
 from cdistill.errors import InputError
@@ -21,8 +22,10 @@ from cdistill.models.processor import add_stop_tokens, save_chat_template
 from cdistill.train.compodistill_config import COMPILED, CompoDistillConfig, made
 from cdistill.train.conversation_collator import ConversationCollator
 from cdistill.train.distillation import distill
+from cdistill.train.resampling import pair_encoder
 from cdistill.train.rollout import COUNTS, CountingCollator, Rollouts, rolled_out
 from cdistill.train.terms import Term
+from cdistill.train.terms.alignment import Alignment
 
 __all__ = ["CompoDistillConfig", "CompoDistillTrainer", "ConversationCollator"]
 
@@ -51,6 +54,8 @@ class CompoDistillTrainer(Trainer):
         peft_config: of the adapters that the student is to get, by ``peft.get_peft_model``.
         vat: a `cdistill.vat.VAT` in place of ``args.vat``, for adaptive matching.
         terms: further terms of the loss, as for `cdistill.distill`; each is logged and evaluated under its name.
+        teacher_processing_class: the teacher's processor, where it sees images through other visual tokens than the student
+            (``args.vat`` with visual resample).
         options: Trainer's own: train_dataset, eval_dataset, compute_metrics, callbacks, optimizers,
             preprocess_logits_for_metrics, ...
 
@@ -75,6 +80,7 @@ class CompoDistillTrainer(Trainer):
         peft_config: Any = None,
         vat: Any = None,
         terms: Sequence[Term | str] = (),
+        teacher_processing_class: Any = None,
         **options: Any,
     ) -> None:
         args = CompoDistillConfig("compodistill") if args is None else args
@@ -89,10 +95,8 @@ class CompoDistillTrainer(Trainer):
             terms=terms,
             train_vision=args.train_vision,
         )
-        if data_collator is None and processing_class is not None:
-            data_collator = ConversationCollator(processing_class, args.template, args.max_length)
         if data_collator is None:
-            raise InputError("data_collator or processing_class must be given, to make batches of the rows")
+            data_collator = self._collator(processing_class, teacher_processing_class, args)
         self.rollouts: Rollouts | None = None
         if args.on_policy:
             data_collator = self._generating(args, data_collator, processing_class)
@@ -123,8 +127,28 @@ class CompoDistillTrainer(Trainer):
         if hasattr(student, "add_model_tags"):
             student.add_model_tags(self._tag_names)
 
+    def _collator(self, ours: Any, theirs: Any, args: CompoDistillConfig) -> ConversationCollator:
+        """Makes batches of conversations, with the teacher's own encoding where it needs one."""
+        if ours is None:
+            raise InputError("data_collator or processing_class must be given, to make batches of the rows")
+        losses = self.distillation.losses
+        if losses.reads_apart is (theirs is None):
+            wanted, others = ("be given", "other") if theirs is None else ("be None", "the same")
+            raise InputError(
+                f"teacher_processing_class must {wanted}: student and teacher see images through {others} visual tokens"
+            )
+        if theirs is None:
+            return ConversationCollator(ours, args.template, args.max_length)
+        aligned = next((term.vat.config for term in losses.terms if isinstance(term, Alignment)), None)
+        pair = partial(pair_encoder, configs=(losses.student.config, self.teacher_model.config), vat=aligned)
+        return ConversationCollator(ours, args.template, args.max_length, teacher_processor=theirs, pair=pair)
+
     def _generating(self, args: CompoDistillConfig, collator: Any, processor: Any) -> Any:
         """Make ready what lets the student answer, and have the collator say whose images are whose."""
+        if self.distillation.losses.reads_apart:
+            raise InputError(
+                "on_policy must be 0 for teacher and student with other visual tokens: replies are encoded once"
+            )
         if isinstance(collator, ConversationCollator):
             encoder, collator = collator.encoder, copy.copy(collator)
             collator.collate = CountingCollator(collator.collate)
@@ -251,7 +275,9 @@ class CompoDistillTrainer(Trainer):
             if prediction_loss_only:
                 return loss, None, None
             own = self.distillation.losses.own_inputs | {"labels"}
-            logits = model(**{name: value for name, value in inputs.items() if name not in own}).logits
+            others = (PREFIX, RELATION) if self.distillation.losses.reads_apart else ()
+            ours = {name: value for name, value in inputs.items() if name not in own and not name.startswith(others)}
+            logits = model(**ours).logits
         return loss, logits.detach(), labels
 
     def _without_repeated(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -267,7 +293,9 @@ class CompoDistillTrainer(Trainer):
             return inputs
         places = torch.arange(len(labels), device=labels.device) + self.args.process_index * len(labels)
         counted = places < state.remainder
-        return inputs | {"labels": labels.masked_fill(~counted[:, None], IGNORE_INDEX), "counted": counted}
+        labelled = [name for name in ("labels", f"{PREFIX}labels") if name in inputs]
+        masked = {name: inputs[name].masked_fill(~counted[:, None], IGNORE_INDEX) for name in labelled}
+        return inputs | masked | {"counted": counted}
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As of Trainer; loss and terms are means over all labels and samples of the set, and not of its batches."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from cdistill.data.batches import PaddingCollator
 from cdistill.data.conversations import Encoder
 from cdistill.data.images import find_image, open_image
+from cdistill.data.pairs import PairCollator, PairEncoder
 from cdistill.data.records import read_record
 from cdistill.data.samples import ImageBytes
 
@@ -25,11 +26,28 @@ class ConversationCollator:
     Args:
         processor: of the student, or a tokenizer for text alone.
         template, max_length: as in `CompoDistillConfig`.
+        teacher_processor: of a teacher that sees images through other visual tokens, and has an encoding of its own.
+        pair: makes one encoder of the two.
     """
 
-    def __init__(self, processor: Any, template: str = "auto", max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        template: str = "auto",
+        max_length: int | None = None,
+        *,
+        teacher_processor: Any = None,
+        pair: Callable[[Encoder, Encoder], PairEncoder] = PairEncoder,
+    ) -> None:
         self.encoder = Encoder(processor, template, max_length)
-        self.collate: Any = PaddingCollator(self.encoder.pad_token_id)
+        self._encode: Callable[..., Any] = self.encoder
+        self.collate: Callable[..., dict[str, Tensor]] = PaddingCollator(self.encoder.pad_token_id)
+        if teacher_processor is not None:
+            teacher = Encoder(teacher_processor, template, max_length)
+            self._encode = pair(self.encoder, teacher)
+            self.collate = PairCollator(
+                PaddingCollator(self.encoder.pad_token_id), PaddingCollator(teacher.pad_token_id)
+            )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         encoded = []
@@ -39,7 +57,7 @@ class ConversationCollator:
                 row["messages"] = [*row.pop("prompt"), *row.pop("completion")]
             sample = read_record(row, _Found, id=str(number), place=f"row {number} of a batch")  # type: ignore[arg-type]
             images: Any = sample.images
-            encoded.append(self.encoder(sample.messages, [_opened(image.value) for image in images]))
+            encoded.append(self._encode(sample.messages, [_opened(image.value) for image in images]))
         return self.collate(encoded)
 
 

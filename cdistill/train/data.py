@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from cdistill.builtin.dataset import (
+    NUM_VISUAL_TOKENS,
     BuiltinDataset,
     Collator,
     ConversationDataset,
@@ -21,11 +22,15 @@ from cdistill.data.conversations import Encoded, Encoder
 from cdistill.data.dataset import BadSampleCollator, SampleDataset
 from cdistill.data.grouping import length_grouped, modality_grouped
 from cdistill.data.mix import HeldOut, Order, open_source
+from cdistill.data.pairs import PairCollator, PairEncoder
 from cdistill.data.samples import IMAGE_TOKEN, Source
+from cdistill.data.span_pairs import SpanEncoder
+from cdistill.data.tokens import Vocabularies
 from cdistill.errors import InputError
 from cdistill.models.load import Model
 from cdistill.train.build import Models
 from cdistill.train.recipes import DataConfig, Recipe
+from cdistill.train.resampling import ResamplingEncoder, pair_encoder
 from cdistill.train.resolve import Stage, resolve
 from cdistill.vat import check_packable, packed_position_ids
 
@@ -46,7 +51,11 @@ def open_stage(stage: Stage, models: Models) -> tuple[Dataset, Any]:
     """
     seed, group_by = stage.data_seed, stage.recipe.group_by
     if stage.objective.trains_on_patches:
-        return PatchDataset(size=stage.samples, seed=seed), collate_patches
+        try:
+            patches = PatchDataset(size=stage.samples, seed=seed, visual_tokens=_visual_tokens(models))
+        except ValueError as error:
+            raise InputError(f"stage.{stage.name}.objective: {error}") from None
+        return patches, collate_patches
     make = _builtin_dataset if stage.config.data.path is None else _file_dataset
     try:
         data, collate, sizes = make(stage, models)
@@ -69,8 +78,15 @@ def open_validation(stage: Stage, models: Models) -> tuple[Dataset, Any]:
 
 
 def encoder_of(dataset: Dataset) -> Encoder | None:
-    """What makes tokens of the samples of a stage; None where the built-in task does that itself."""
-    return getattr(dataset.dataset if isinstance(dataset, Subset) else dataset, "encoder", None)
+    """What makes the student's tokens of the samples of a stage; None where the built-in task does that itself."""
+    encoder = getattr(dataset.dataset if isinstance(dataset, Subset) else dataset, "encoder", None)
+    return encoder.student if isinstance(encoder, PairEncoder) else encoder
+
+
+def vocabularies_of(dataset: Dataset) -> Vocabularies | None:
+    """Which tokens of student and teacher say the same, where the samples of a stage are encoded for different tokenizers."""
+    encoder = getattr(dataset.dataset if isinstance(dataset, Subset) else dataset, "encoder", None)
+    return encoder.vocabularies() if isinstance(encoder, SpanEncoder) else None
 
 
 def _builtin_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
@@ -78,9 +94,10 @@ def _builtin_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
     size, options = held_out or stage.samples, stage.config.data
     tokenizer: Any = models.tokenizer
     vocabulary = tokenizer.get_vocab()
-    for word in build_tokenizer().get_vocab():
-        if word not in vocabulary and word != IMAGE_TOKEN:
-            raise InputError(f"path must be given, or the tokenizer be the built-in one: there is no token {word!r}")
+    unknown = [word for word in build_tokenizer().get_vocab() if word not in vocabulary and word != IMAGE_TOKEN]
+    if unknown and (tokenizer.chat_template is None or stage.objective.has_builtin_labels):
+        raise InputError(f"path must be given, or the tokenizer be the built-in one: there is no token {unknown[0]!r}")
+    tokenizer = build_tokenizer() if unknown else tokenizer
     source = BuiltinDataset(
         options.builtin,
         size=size,
@@ -88,17 +105,23 @@ def _builtin_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
         tokenizer=tokenizer,
         held_out=held_out > 0,
         grounding="grounding" in stage.objective.inputs,
+        visual_tokens=_visual_tokens(models),
     )
     data: Dataset = source
     collate: Any = Collator(tokenizer.pad_token_id)
-    if models.reader is not None:
-        encoder = Encoder(models.reader)
-        data, collate = ConversationDataset(source, encoder), PaddingCollator(encoder.pad_token_id)
+    if unknown or models.reader is not None or models.reads_apart:
+        encoder, collate = _encoding(stage, models)
+        data = ConversationDataset(source, encoder)
     return (
         data,
         collate,
         lambda: tuple(zip(*((source.length(i), int(source.has_image(i))) for i in range(size)), strict=True)),
     )
+
+
+def _visual_tokens(models: Models, unknown: int = NUM_VISUAL_TOKENS) -> int:
+    """What an image becomes for the student, where its configuration says it."""
+    return int(getattr(models.student.config, "image_seq_length", unknown))
 
 
 def _file_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
@@ -112,16 +135,16 @@ def _file_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
         raise InputError(f"{error}{'' if validation is None else '; lower validation.samples'}") from None
     if held_out:
         order = cast(Order, order).held_out
-    encoder = _encoder(options, models)
+    encoder, collate = _encoding(stage, models)
     about = _resized_to(models)
     data = SampleDataset(source, order, encoder, size=size, seed=seed, about=about, exif=options.exif)
-    collate: Any = PaddingCollator(encoder.pad_token_id)
     if stage.recipe.packing:
         for model in (models.student, models.teacher):
             if model is not None:
                 check_packable(model)
-        collate = PackedCollator(PackingCollator(encoder.pad_token_id, options.max_length), models.student)
-    visual = getattr(models.student.config, "image_seq_length", USUAL_VISUAL_TOKENS)
+        packed = PackingCollator(collate.pad_token_id, options.max_length)
+        collate = PackedCollator(packed, models.student)
+    visual = _visual_tokens(models, USUAL_VISUAL_TOKENS)
 
     def sizes() -> tuple[np.ndarray, np.ndarray]:
         known = source.sizes()
@@ -176,16 +199,40 @@ def _open(models: Models, data: DataConfig, size: int) -> Source:
     return models.sources[key]
 
 
-def _encoder(data: DataConfig, models: Models) -> Encoder:
-    """What makes tokens of a stage's samples. Raises ValueError if student and template do not go together."""
-    processor: Any = models.reader or models.processor
-    return Encoder(processor, data.template, data.max_length)
+def _encoding(stage: Stage, models: Models) -> tuple[Any, Any]:
+    """What makes tokens of a stage's samples, and batches of them: for student and teacher where each needs its own.
+
+    Raises ValueError if student and template do not go together.
+    """
+    options = stage.config.data
+    template: dict[str, Any] = {}
+    if options.path is not None:
+        template = {"template": options.template, "max_length": options.max_length}
+    apart = models.reads_apart and stage.objective.distils
+    spans = apart and models.spans
+    encoder = Encoder(models.reader or models.processor, **template, places=spans)
+    collate = PaddingCollator(encoder.pad_token_id)
+    if not apart:
+        return encoder, collate
+    theirs = Encoder(models.teacher_reader, **template, places=spans)
+    assert models.teacher is not None
+    vat, configs = stage.recipe.vat if stage.aligns else None, (models.student.config, models.teacher.config)
+    pair: PairEncoder
+    if not spans:
+        pair = pair_encoder(encoder, theirs, configs=configs, vat=vat)
+    elif vat is None or vat.visual == "equal":
+        pair = SpanEncoder(encoder, theirs)
+    else:
+        pair = SpanEncoder(
+            encoder, theirs, ResamplingEncoder(encoder, theirs, configs=configs, rows=vat.rows, spans=True)
+        )
+    return pair, PairCollator(collate, PaddingCollator(theirs.pad_token_id))
 
 
 def _resized_to(models: Models) -> int | None:
     """The side in pixels that all images are resized to, where it is one for all."""
     processor: Any = models.processor
-    if models.reader is not None or not hasattr(processor, "image_processor"):
+    if models.reader is not None or models.reads_apart or not hasattr(processor, "image_processor"):
         return None
     size = dict(processor.image_processor.size)
     return max(size.get(name) or 0 for name in ("height", "width", "shortest_edge")) or None

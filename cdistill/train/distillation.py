@@ -13,7 +13,15 @@ from cdistill.choices import KDConfig
 from cdistill.data.samples import IGNORE_INDEX
 from cdistill.errors import InputError
 from cdistill.models.load import Model
-from cdistill.models.pair import CommonEncoder, check_frozen, check_pair, common_parameters, unwrapped
+from cdistill.models.pair import (
+    CommonEncoder,
+    check_apart,
+    check_frozen,
+    check_pair,
+    common_parameters,
+    unwrapped,
+    visual_difference,
+)
 from cdistill.models.parts import parameters_of, require_known_parts
 from cdistill.train.callers import Window, WrapperCheck, folder_of_trainer, items_of_trainer, window_of_trainer
 from cdistill.train.inside import instead_of_forward, make_replaceable
@@ -141,7 +149,9 @@ class Distillation(nn.Module):
             batch: what the models' processor made, for both models: ``input_ids`` and ``attention_mask`` (B, T), padded on
                 either side, pixel values and whatever else the family takes; and ``labels`` (B, T), not shifted, -100 outside
                 the answers. Samples packed into rows come without ``attention_mask`` but with the ``position_ids`` that tell
-                them apart (`cdistill.vat.packed_regions`), and with labels -100 at their first tokens.
+                them apart (`cdistill.vat.packed_regions`), and with labels -100 at their first tokens. Where teacher and
+                student see images by different visual tokens, the teacher's own encoding of the same samples is there, too:
+                ``teacher_input_ids``, ``teacher_labels``, ``teacher_attention_mask``, ``teacher_pixel_values`` and so on.
             num_items_in_batch: labels (from each row's second token on) of the whole batch where this is a part of it, as
                 with accumulated gradients: ``ar`` and ``kd`` are divided by it. By default the labels given or, in a
                 ``transformers.Trainer`` that has counted them, its number.
@@ -288,7 +298,7 @@ class Distillation(nn.Module):
         common, shares_images = self._sharing
         check_frozen(common)
         if self.losses.teacher is not None:
-            self.losses.teacher.shares_vision = shares_images()
+            self.losses.teacher.shares_vision = shares_images() and not self.losses.reads_apart
 
     def _move_to(self, device: torch.device) -> None:
         """Bring the teacher and what terms have of their own to the batch: an accelerator moves the student alone."""
@@ -324,8 +334,8 @@ def distill(
     once while their vision encoders are equal and frozen; other models each look for themselves.
 
     Args:
-        teacher, student: multimodal models of transformers with one tokenizer and one image processor, in whatever dtypes;
-            either may be a peft model.
+        teacher, student: multimodal models of transformers with one tokenizer, in whatever dtypes; either may be a peft model.
+            With ``vat.visual`` resample, or ``vat_weight`` 0, their visual tokens may differ (`cdistill.train.resampling`).
         vat: visual attention alignment (paper section 4.1), by default `VATConfig()`; a `VAT` where something must be measured.
         kd: divergence over the vocabulary and its weight, by default `KDConfig()`; with weight 0 it is left out.
         vat_weight: weight of the alignment; with 0 it is left out.
@@ -343,24 +353,32 @@ def distill(
     _require_weights(vat_weight, kd)
     given = student
     student, teacher = _unwrapped(student, "student"), _unwrapped(teacher, "teacher")
-    check_pair(student, teacher)
+    config = vat.config if isinstance(vat, VAT) else vat or VATConfig()
+    apart = _reads_apart(student, teacher, allowed=not vat_weight or config.visual == "resample")
     freezes = not train_vision and not hasattr(given, "peft_config")
     encoder = parameters_of(student, "vision") if freezes else []
     common = common_parameters(student, teacher, frozen=encoder)
     shares_images = CommonEncoder(student, teacher)
     if vat_weight and not isinstance(vat, VAT):
         layers = attention_layers(student), attention_layers(teacher)
-        vat = VAT(vat or VATConfig(), *layers, heads=head_counts(student, teacher))
+        vat = VAT(config, *layers, heads=head_counts(student, teacher))
     aligned = vat if vat_weight and isinstance(vat, VAT) else None
     ids = (visual_token_ids,) if isinstance(visual_token_ids, int) else visual_token_ids
     settings = Settings(kd or KDConfig(), aligned, vat_weight)
-    source = InMemory(Teacher(teacher, shares_vision=shares_images()))
+    source = InMemory(Teacher(teacher, shares_vision=shares_images(), reads_apart=apart))
     model = DistillationModel(student, _terms(terms, settings), teacher=source, visual_tokens=ids, pads_right=False)
     require_known_parts(student)
     _refuse_trained(model)
     for parameter in encoder:
         parameter.requires_grad_(False)
     return Distillation(model, given, common=common, shares_images=shares_images)
+
+
+def _reads_apart(student: Model, teacher: Model, *, allowed: bool) -> bool:
+    """Whether each model needs an encoding of its own. Raises ValueError for a pair that cannot be distilled, or not so."""
+    apart = visual_difference(student, teacher) is not None
+    (check_apart if apart and allowed else check_pair)(student, teacher)
+    return apart
 
 
 def _require_weights(vat_weight: float, kd: KDConfig | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cdistill.data.pairs import TEACHER_IDS, split_sides
 from cdistill.errors import InputError
 from cdistill.families import family_of
 from cdistill.models.llava import Llava, SharedVision, share_vision, student_embeddings
@@ -29,7 +30,8 @@ class DistillationModel(nn.Module):
     """The losses of one stage, as sums: asks for the teacher's signal, runs the student, then every term.
 
     Two LLaVAs look at the images once, through the vision encoder they share (`cdistill.models.share_vision`); models of
-    other families each look for themselves.
+    other families each look for themselves. A teacher with an encoding of its own (`cdistill.data.pairs`) reads that of the
+    batch, ``teacher_input_ids`` and so on.
 
     Args:
         student: a multimodal or a causal language model; the only thing registered as a submodule (beside what terms have of
@@ -79,6 +81,11 @@ class DistillationModel(nn.Module):
         self._check_models()
         looks = self._needs_visual or any(term.visual for term in self.terms)
         self._visual_ids = tuple(visual_token_ids(student) if visual_tokens is None else visual_tokens) if looks else ()
+        self._teacher_visual_ids = self._visual_ids
+        if self.reads_apart and self.teacher is not None:
+            check_terms(self.terms, reads_apart=True)
+            if looks and visual_tokens is None:
+                self._teacher_visual_ids = visual_token_ids(self.teacher.model)
         for term in self.terms:
             for name, module in term.modules(student, None if self.teacher is None else self.teacher.model).items():
                 if hasattr(self, name):
@@ -99,7 +106,7 @@ class DistillationModel(nn.Module):
         if not self.pads_right:
             raise InputError("sequence_parallel needs batches that are padded on the right (pads_right)")
         teacher = None if self.teacher is None else self.teacher.model
-        if not self._composed:
+        if not self._composed or self.reads_apart:
             raise InputError(NO_COMMON_VISION)
         check_shardable(self.student, teacher, shards.size)
         for model in (self.student, *(() if teacher is None else (teacher,))):
@@ -123,6 +130,11 @@ class DistillationModel(nn.Module):
     def teacher(self) -> Teacher | None:
         """The teacher, if it is here."""
         return None if self.source is None else self.source.teacher
+
+    @property
+    def reads_apart(self) -> bool:
+        """Whether batches hold an encoding of their samples for the teacher, too."""
+        return self.source is not None and self.source.reads_apart
 
     def forward(self, labels: Tensor, **batch: Tensor) -> dict[str, Tensor]:
         """Losses of a batch by the names of the terms, each summed over labels or samples as the term says.
@@ -162,11 +174,26 @@ class DistillationModel(nn.Module):
     def step(self, labels: Tensor, batch: dict[str, Tensor]) -> Step:
         """A batch as its terms see it, before any model has run."""
         rest = {name: value for name, value in batch.items() if name not in OF_SAMPLES and value is not None}
-        mask = None if self.pads_right else rest.get("attention_mask")
-        visual = self._visual_ids, self._needs_visual
-        counted, sampled = (batch.get(name) for name in OF_SAMPLES)
-        how = *visual, self._attention_term, mask, counted, sampled, self.shards
-        return Step(self.student, labels, rest, self.modules_of_terms, *how)
+        of_samples = tuple(batch.get(name) for name in OF_SAMPLES)
+        if self.reads_apart is not (TEACHER_IDS in rest):
+            raise InputError(_APART if self.reads_apart else _TOGETHER)
+        if not self.reads_apart:
+            return self._step(labels, rest, self._visual_ids, of_samples)
+        ours, theirs = split_sides(rest)
+        if "labels" not in theirs or "position_ids" in theirs:
+            raise InputError(_APART)
+        step = self._step(labels, ours, self._visual_ids, of_samples)
+        step.theirs = self._step(theirs.pop("labels"), theirs, self._teacher_visual_ids, of_samples)
+        return step
+
+    def _step(self, labels: Tensor, batch: dict[str, Tensor], visual_ids: tuple[int, ...], of_samples: Any) -> Step:
+        mask = None if self.pads_right else batch.get("attention_mask")
+        visual = visual_ids, self._needs_visual
+        step = Step(
+            self.student, labels, batch, self.modules_of_terms, *visual, self._attention_term, mask, *of_samples
+        )
+        step.own, step.shards = self.own_inputs, self.shards
+        return step
 
     def count_samples(self, labels: Tensor, **batch: Tensor) -> Tensor:
         """How many samples a batch holds, as terms over samples are divided by them."""
@@ -213,10 +240,7 @@ class DistillationModel(nn.Module):
 
     def inputs(self, step: Step) -> tuple[SharedVision | None, dict[str, Any]]:
         """What the models share of the images, and what each of them takes."""
-        own = self.own_inputs | {"attention_mask"}
-        inputs: dict[str, Any] = {key: value for key, value in step.batch.items() if key not in own}
-        if step.key_mask is not None:
-            inputs["attention_mask"] = step.key_mask
+        inputs = step.inputs
         if not self._composed:
             return None, inputs
         pixels, sizes = inputs.pop("pixel_values", None), inputs.pop("image_sizes", None)
@@ -227,6 +251,13 @@ class DistillationModel(nn.Module):
         """Whether a blank image stands in where a batch has none."""
         together = self._composed and self.source is not None and self.source.is_partitioned
         return needs_blank(self.student) or together
+
+
+_APART = (
+    "teacher_input_ids, teacher_labels, teacher_attention_mask and the teacher's images must be in the batch, padded and not "
+    "packed: teacher and student encode samples differently (cdistill.data.pairs)"
+)
+_TOGETHER = "teacher_input_ids must not be in the batch: teacher and student of one encoding read the same tokens"
 
 
 def _scalar(term: Term, found: Any) -> Tensor:

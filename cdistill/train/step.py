@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cdistill.data.pairs import RELATION
 from cdistill.data.samples import IGNORE_INDEX
+from cdistill.data.span_pairs import numbers_of
+from cdistill.errors import InputError
 from cdistill.models.load import Model
 from cdistill.vat import (
     PackedRegions,
@@ -25,6 +28,7 @@ from cdistill.vat import (
     packed_regions,
     token_regions,
 )
+from cdistill.vat.regions import require_on_device
 
 ALL_ROWS: Any = {"rows": "all", "visual_token_ids": -1}  # where only the boundaries of samples matter
 
@@ -80,6 +84,8 @@ class Step:
         counted: (B,) bool, the samples that count; None: all.
         sampled: (B,) bool, the samples whose answer the student has generated; None: none.
         shards: the processes that have a part of every sequence; what follows is then of this one's tokens.
+        own: keys of the batch that are of terms or the source, and no input of a model.
+        theirs: the same samples as the teacher reads them, where it has an encoding of its own; see `teacher_view`.
         teacher: what the teacher gives, None without one.
         recorder: what has seen the student's attention, made by the same term.
         hidden: (N, d_S) the student's last hidden states at `places`, with gradient.
@@ -99,6 +105,8 @@ class Step:
     counted: Tensor | None = None
     sampled: Tensor | None = None
     shards: SequenceShards | None = None
+    own: Collection[str] = ()
+    theirs: Step | None = None
     teacher: Signal | None = None
     recorder: Any = None
     hidden: Any = None
@@ -106,6 +114,37 @@ class Step:
     losses: dict[str, Tensor] = field(default_factory=dict)
     details: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)  # what terms make together
+
+    @property
+    def teacher_view(self) -> Step:
+        """The batch as the teacher reads it: its ``labels``, ``batch``, `places`, `visual_places`, `regions` and ``key_mask``.
+
+        This step itself, unless teacher and student encode samples differently (`cdistill.data.pairs`).
+        """
+        return self if self.theirs is None else self.theirs
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What a model takes of the batch: all but `own` and what relates two encodings, and a padding mask if it needs one."""
+        own = {*self.own, "attention_mask"}
+        inputs: dict[str, Any] = {
+            name: value for name, value in self.batch.items() if name not in own and not name.startswith(RELATION)
+        }
+        return inputs if self.key_mask is None else inputs | {"attention_mask": self.key_mask}
+
+    @cached_property
+    def spans(self) -> tuple[Tensor, Tensor] | None:
+        """(B, T) and (B, T') the span that each token of student and teacher belongs to, from 1 on, 0 for none; None where both
+        have one tokenizer."""
+        return numbers_of(self.batch)
+
+    def require_same_labels(self) -> None:
+        """Raise ValueError unless the teacher's labels are the student's, one by one; on CUDA a device-side assertion."""
+        theirs, message = self.teacher_view, "teacher_labels must be the same tokens as labels, in every sample"
+        if len(theirs.places) != len(self.places) or len(theirs.labels) != len(self.labels):
+            raise InputError(f"{message}: there are {len(theirs.places)} of them, and {len(self.places)} labels")
+        counts = [(step.labels[:, 1:] != IGNORE_INDEX).sum(1) for step in (self, theirs)]
+        require_on_device((counts[0] == counts[1]).all() & (self.targets == theirs.targets).all(), message)
 
     @cached_property
     def _labelled(self) -> tuple[Tensor, Tensor]:

@@ -54,12 +54,13 @@ class Teacher(nn.Module):
     Args:
         model: LLaVA, any multimodal model of transformers, or a causal language model.
         shares_vision: the images come as `SharedVision`, and the model's own vision encoder is never used.
+        reads_apart: it has an encoding of the samples of its own (`cdistill.data.pairs`), and shares nothing.
     """
 
-    def __init__(self, model: Model, *, shares_vision: bool) -> None:
+    def __init__(self, model: Model, *, shares_vision: bool, reads_apart: bool = False) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
-        self.shares_vision = shares_vision
+        self.shares_vision, self.reads_apart = shares_vision and not reads_apart, reads_apart
 
     def drop_shared_parts(self, student: Model) -> None:
         """Drop the shared vision encoder and, with TAF, the adapter: the student has both, and nothing here uses them."""

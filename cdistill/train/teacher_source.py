@@ -40,6 +40,11 @@ class TeacherSource:
         return self.teacher is None or self.teacher.shares_vision
 
     @property
+    def reads_apart(self) -> bool:
+        """Whether the teacher has an encoding of the samples of its own."""
+        return self.teacher is not None and self.teacher.reads_apart
+
+    @property
     def is_partitioned(self) -> bool:
         """Whether all processes have to run it together."""
         return self.teacher is not None and is_partitioned(self.teacher)
@@ -73,7 +78,12 @@ class InMemory(TeacherSource):
     def ask(
         self, step: Step, recorder: Recorder | None, shared: SharedVision | None, inputs: Mapping[str, Any]
     ) -> Signal:
-        """By a pass of the teacher, without gradient."""
+        """By a pass of the teacher, without gradient; over its own encoding of the samples, where it has one."""
+        if step.theirs is not None:
+            if step.spans is None:
+                step.require_same_labels()
+            step, shared = step.theirs, None
+            inputs = step.inputs
         places = torch.cat((step.places, step.visual_places.places)) if step.needs_visual else step.places
         hidden = self._run(places, recorder, shared, step.shards, **inputs)
         attention: Any = recorder
@@ -134,10 +144,17 @@ def source_of(teacher: Model | TeacherSource, student: Model) -> TeacherSource:
 
 
 def place_teacher(
-    memory: TeacherMemory, model: Model, student: Model, precision: str, device: torch.device, *, shares_vision: bool
+    memory: TeacherMemory,
+    model: Model,
+    student: Model,
+    precision: str,
+    device: torch.device,
+    *,
+    shares_vision: bool,
+    reads_apart: bool = False,
 ) -> TeacherSource:
     """The source of a recipe's teacher: in memory, partitioned or quantised, without the parts that the student has, too."""
-    teacher = Teacher(model, shares_vision=shares_vision)
+    teacher = Teacher(model, shares_vision=shares_vision, reads_apart=reads_apart)
     teacher.drop_shared_parts(student)
     if memory.zero == 3:
         whole = teacher.to(dtype=DTYPES[precision])

@@ -21,6 +21,7 @@ from cdistill.vat.regions import (
     token_regions,
 )
 from cdistill.vat.relations import StudentRelations, TeacherRelations
+from cdistill.vat.resample import Resampling, resampling
 from cdistill.vat.ulysses import SequenceShards
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "PackedSample",
     "Recorder",
     "Regions",
+    "Resampling",
     "SequenceShards",
     "SliceRecorder",
     "StudentAlignment",
@@ -55,6 +57,7 @@ __all__ = [
     "match_layers",
     "packed_position_ids",
     "packed_regions",
+    "resampling",
     "token_regions",
     "uninstall",
     "visual_token_ids",

@@ -13,6 +13,8 @@ from cdistill.vat.heads import HeadCounts, HeadMixture, with_groups
 from cdistill.vat.matching import LayerMatch, Layers, layer_range, match_layers
 from cdistill.vat.recorders import AnyRegions, SliceRecorder, StudentAlignment, TeacherLayers, TeacherTargets
 from cdistill.vat.regions import PackedRegions, Regions, packed_regions, token_regions
+from cdistill.vat.resample import Resampling
+from cdistill.vat.spans import SpanAlignment, numbers_of_rows, span_rows
 from cdistill.vat.ulysses import SequenceShards, ShardedTargets
 
 
@@ -159,15 +161,20 @@ class VAT:
         regions: AnyRegions,
         targets: TeacherTargets | TeacherLayers | Sequence[Tensor],
         key_mask: Tensor | None,
+        resampling: Resampling | None = None,
         *,
         shards: SequenceShards | None = None,
     ) -> StudentAlignment:
         """Recorder for the student's forward pass over the same batch; ``targets`` is the teacher's, or what it gave.
 
-        For a mixture what `HeadMixture` has made of that. With ``shards`` its losses are this process's share.
+        For a mixture what `HeadMixture` has made of that. ``resampling`` makes slices of the student's visual tokens of the
+        teacher's, where these are others; it needs ``visual`` resample (ValueError). With ``shards`` its losses are this
+        process's share.
         """
         if shards is not None:
             _require_shardable(self.config)
+        if resampling is not None and self.config.visual != "resample":
+            raise InputError(f"vat.visual must be resample for other visual tokens, got {self.config.visual!r}")
         config = self.config
         return StudentAlignment(
             self.matches,
@@ -182,7 +189,26 @@ class VAT:
             impl=self._impl,
             engine=config.engine,
             compare=attention_alignment if shards is None else shards.alignment,
+            resampling=resampling,
         )
+
+    def student_of_spans(
+        self,
+        regions: Regions,
+        targets: TeacherTargets,
+        spans: tuple[Tensor, Tensor],
+        key_mask: Tensor | None,
+        resampling: Resampling | None = None,
+    ) -> SpanAlignment:
+        """As `student`, for different tokenizers: ``spans`` (B, T) and (B, T') are the spans that the tokens of student and
+        teacher belong to, 0 for none, within which rows are averaged."""
+        numbers = [
+            numbers_of_rows(side.rows, of.to(side.rows.device), self.config.rows)
+            for side, of in zip((regions, targets.regions), spans, strict=True)
+        ]
+        rows = span_rows(numbers[0], numbers[1].to(numbers[0].device))
+        options: dict[str, Any] = {"key_mask": key_mask, "impl": self._impl, "resampling": resampling}
+        return SpanAlignment(self.matches, regions, targets, rows, self.config, **options)
 
 
 def _require_shardable(config: VATConfig) -> None:

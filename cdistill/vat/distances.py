@@ -11,6 +11,7 @@ from cdistill.ops._contract import LEAST_SHARE
 from cdistill.vat.heads import assign_heads
 from cdistill.vat.matching import LayerMatch
 from cdistill.vat.recorders import AnyRegions, SliceRecorder
+from cdistill.vat.resample import Resampling
 
 
 class LayerDistances:
@@ -34,9 +35,10 @@ class LayerDistances:
         """Recorder for the teacher's forward pass over the same batch."""
         return SliceRecorder(self.teacher_layers, regions, key_mask=key_mask, impl=self._impl)
 
-    def update(self, student: SliceRecorder, teacher: SliceRecorder) -> None:
-        """Add one batch. One device synchronisation, where the sums come to the CPU."""
-        total, rows = torch.stack(_distance_sums(_in_order(student.slices), _in_order(teacher.slices))).cpu()
+    def update(self, student: SliceRecorder, teacher: SliceRecorder, resampling: Resampling | None = None) -> None:
+        """Add one batch, the teacher's slices resampled if need be. One device synchronisation, where sums come to the CPU."""
+        theirs = [x if resampling is None else resampling(x) for x in _in_order(teacher.slices)]
+        total, rows = torch.stack(_distance_sums(_in_order(student.slices), theirs)).cpu()
         self._sum += total
         self._rows += rows
 
@@ -115,11 +117,13 @@ class HeadDistances:
     def _recorder(self, layers: set[int], regions: AnyRegions, key_mask: Tensor | None) -> SliceRecorder:
         return SliceRecorder(layers, regions, key_mask=key_mask, heads="each", impl=self._impl)
 
-    def update(self, student: SliceRecorder, teacher: SliceRecorder) -> None:
-        """Add one batch."""
+    def update(self, student: SliceRecorder, teacher: SliceRecorder, resampling: Resampling | None = None) -> None:
+        """Add one batch, the teacher's slices resampled if need be."""
         for match in self.matches:
             for layer in match.teachers:
-                found = _head_sums(student.slices[match.student], teacher.slices[layer]).cpu()
+                theirs = teacher.slices[layer]
+                theirs = theirs if resampling is None else resampling(theirs)
+                found = _head_sums(student.slices[match.student], theirs).cpu()
                 pair = match.student, layer
                 self._sums[pair] = found + self._sums.get(pair, 0.0)
 

@@ -5,6 +5,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
+from torch import Tensor
+
 from cdistill.choices import MATCHINGS, NAMED_SPANS, Matching
 from cdistill.errors import InputError
 
@@ -182,3 +184,27 @@ def _greedy(distances: list[list[float]]) -> list[int]:
         allowed = range(picks[-1] + 1 if picks else 0, m - (n - 1 - i))
         picks.append(min(allowed, key=row.__getitem__))
     return picks
+
+
+def by_layer(
+    matches: Sequence[LayerMatch],
+    targets: Sequence[Tensor],
+    wanted: tuple[int, int, int],
+    *,
+    resampled: int | None = None,
+) -> dict[int, Tensor]:
+    """The targets of the student's layers; ``resampled`` is how many columns are made of theirs, if they are resampled.
+
+    Raises ValueError unless each is of (samples, rows, visual tokens) ``wanted``.
+    """
+    if len(targets) != len(matches):
+        raise InputError(f"targets must hold one tensor for each of the {len(matches)} matches, got {len(targets)}")
+    for target in targets:
+        columns = target.shape[-1] if resampled is None else resampled
+        if (target.shape[0], target.shape[-2], columns) != wanted:
+            raise InputError(
+                f"targets must be (samples, rows, visual tokens) = {wanted} like the student's regions, got "
+                f"{tuple(target.shape)}: teacher and student must see every image through equally many visual tokens, or "
+                "resampling make these of the teacher's"
+            )
+    return {match.student: target for match, target in zip(matches, targets, strict=True)}

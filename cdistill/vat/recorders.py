@@ -20,8 +20,9 @@ from cdistill.ops import (
     attention_with_alignment,
 )
 from cdistill.vat.heads import alignment_with_trained_target, heads_of_layers, mean_of_groups
-from cdistill.vat.matching import LayerMatch
+from cdistill.vat.matching import LayerMatch, by_layer
 from cdistill.vat.regions import PackedRegions, Regions, require_same_counts
+from cdistill.vat.resample import Resampling
 
 AnyRegions: TypeAlias = Regions | PackedRegions
 
@@ -106,21 +107,6 @@ def require_all(layers: Collection[int], recorded: Collection[int]) -> None:
             "as model(..., cdistill_vat=recorder); if it was, its layers pass no keyword arguments on to their "
             "attention (as stablelm's and nemotron's) and cannot be aligned"
         )
-
-
-def _by_layer(
-    matches: Sequence[LayerMatch], targets: Sequence[Tensor], wanted: tuple[int, int, int]
-) -> dict[int, Tensor]:
-    """The targets of the student's layers; raises ValueError unless each is of (samples, rows, visual tokens) ``wanted``."""
-    if len(targets) != len(matches):
-        raise InputError(f"targets must hold one tensor for each of the {len(matches)} matches, got {len(targets)}")
-    for target in targets:
-        if (target.shape[0], *target.shape[-2:]) != wanted:
-            raise InputError(
-                f"targets must be (samples, rows, visual tokens) = {wanted} like the student's regions, got "
-                f"{tuple(target.shape)}: teacher and student must see every image through equally many visual tokens"
-            )
-    return {match.student: target for match, target in zip(matches, targets, strict=True)}
 
 
 class TeacherTargets:
@@ -254,11 +240,12 @@ class StudentAlignment:
 
     ``targets`` is the teacher's recorder after its forward pass, of either kind, or one tensor for each match, as
     `TeacherTargets.targets` gives them; ``regions`` are the student's rows and columns, as many as the teacher's in
-    every sample; ``key_mask`` as for `TeacherTargets`; ``loss``, ``reduction``, ``sink_filter``, ``heads`` and ``impl``
-    as in `cdistill.ops.attention_alignment`. ``layer_sum`` sums over layers (the authors' code) where the paper takes
-    the mean. ``engine`` "sdpa" leaves the layers' attention to SDPA, bit for bit; "auto", or an engine of
-    `cdistill.ops.attention_with_alignment` by name, makes both in one forward and one backward pass, of packed samples one
-    by one. ``compare`` stands in the place of `attention_alignment` (with sdpa).
+    every sample unless ``resampling`` makes slices of the student's visual tokens of the teacher's; ``key_mask`` as for
+    `TeacherTargets`; ``loss``, ``reduction``, ``sink_filter``, ``heads`` and ``impl`` as in `cdistill.ops.attention_alignment`.
+    ``layer_sum`` sums over layers (the authors' code) where the paper takes the mean. ``engine`` "sdpa" leaves the layers'
+    attention to SDPA, bit for bit; "auto", or an engine of `cdistill.ops.attention_with_alignment` by name, makes both in one
+    forward and one backward pass, of packed samples one by one. ``compare`` stands in the place of
+    `attention_alignment` (with sdpa).
 
     Safe under non-reentrant gradient checkpointing: the recomputation runs the same ops and the first recording stays.
     A recorder made while gradients are enabled refuses to record without them, which is what reentrant checkpointing
@@ -283,17 +270,23 @@ class StudentAlignment:
         impl: str | None = None,
         engine: str = "sdpa",
         compare: Callable[..., Tensor] = attention_alignment,
+        resampling: Resampling | None = None,
     ):
         if isinstance(targets, TeacherTargets | TeacherLayers) and targets.regions is not regions:
-            require_same_counts(targets.regions, regions)
+            require_same_counts(targets.regions, regions, columns=resampling is None)
         if isinstance(targets, TeacherLayers):
             targets.require_all()
             if engine != "sdpa":
                 raise InputError(f"vat.target recomputed needs vat.engine sdpa, got {engine!r}")
+            if resampling is not None:
+                raise InputError("vat.target recomputed makes no slices to resample; use vat.target stored")
             self._targets: TeacherLayers | dict[int, Tensor] = targets
         else:
             found = targets.targets if isinstance(targets, TeacherTargets) else targets
-            self._targets = _by_layer(matches, found, (len(regions.rows), regions.rows.shape[1], regions.cols.shape[1]))
+            wanted = (len(regions.rows), regions.rows.shape[1], regions.cols.shape[1])
+            made = None if resampling is None else resampling.places.shape[1]
+            self._targets = by_layer(matches, found, wanted, resampled=made)
+        self._resampling = resampling
         self.layers = frozenset(match.student for match in matches)
         self._matches = {match.student: match for match in matches}
         self.key_mask, self.sequence = _key_mask(key_mask, regions), _sequence(regions)
@@ -307,12 +300,7 @@ class StudentAlignment:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, causal: bool
     ) -> Tensor | None:
         """Compute one student layer's alignment loss, (B,), and with an engine its attention."""
-        if self._needs_grad and not torch.is_grad_enabled():
-            raise InputError(
-                f"the alignment loss of layer {layer} would lose its gradient: the layer runs without gradients, as "
-                "under reentrant gradient checkpointing; set gradient_checkpointing_kwargs={'use_reentrant': False} "
-                "(to evaluate only, make the recorder inside torch.no_grad())"
-            )
+        self._require_gradient(layer)
         rows, cols = self._regions.rows, self._regions.cols
         options: dict[str, Any] = {
             "loss": self._loss,
@@ -332,7 +320,7 @@ class StudentAlignment:
                 for (part_q, part_k, part), window in zip(parts, windows, strict=True)
             ]
         elif self._engine == "sdpa":
-            target = self._targets[layer]
+            target = self._target(self._targets[layer])
             compare = alignment_with_trained_target if target.requires_grad else self._compare
             found = [
                 compare(part_q, part_k, target[part], rows[part], cols[part], **options)
@@ -340,10 +328,25 @@ class StudentAlignment:
             ]
         else:
             # under autocast, rotary embeddings leave q and k in fp32
-            out, found = self._with_attention(self._targets[layer], q.to(v.dtype), k.to(v.dtype), v, options)
+            target = self._target(self._targets[layer])
+            out, found = self._with_attention(target, q.to(v.dtype), k.to(v.dtype), v, options)
         losses = torch.cat(found) if len(found) != 1 else found[0]
         self._losses.setdefault(layer, losses)
         return out
+
+    def _require_gradient(self, layer: int) -> None:
+        """Raise ValueError where a layer runs without the gradient that this was made for."""
+        if self._needs_grad and not torch.is_grad_enabled():
+            raise InputError(
+                f"the alignment loss of layer {layer} would lose its gradient: the layer runs without gradients, as "
+                "under reentrant gradient checkpointing; set gradient_checkpointing_kwargs={'use_reentrant': False} "
+                "(to evaluate only, make the recorder inside torch.no_grad())"
+            )
+
+    def _target(self, target: Tensor) -> Tensor:
+        """What the teacher gave, as a slice of the student's visual tokens: made when its layer is compared, not before."""
+        with torch.no_grad():
+            return target if self._resampling is None else self._resampling(target)
 
     def _with_attention(
         self, target: Tensor, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]

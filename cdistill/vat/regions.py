@@ -218,9 +218,13 @@ def check_same_visual_tokens(teacher_cols: Tensor, student_cols: Tensor) -> None
             )
 
 
-def require_same_counts(teacher: Regions | PackedRegions, student: Regions | PackedRegions) -> None:
-    """Raise ValueError unless every sample has as many rows and as many columns for both; on CUDA a device-side assertion."""
-    for name, theirs, ours in (("rows", teacher.rows, student.rows), ("visual tokens", teacher.cols, student.cols)):
+def require_same_counts(
+    teacher: Regions | PackedRegions, student: Regions | PackedRegions, *, columns: bool = True
+) -> None:
+    """Raise ValueError unless every sample has as many rows and, with ``columns``, as many columns for both; on CUDA a
+    device-side assertion."""
+    pairs = (("rows", teacher.rows, student.rows), ("visual tokens", teacher.cols, student.cols))
+    for name, theirs, ours in pairs if columns else pairs[:1]:
         message = f"teacher and student must have equally many {name} in every sample"
         if theirs.shape != ours.shape:
             raise InputError(f"{message}; they have (samples, {name}) {tuple(theirs.shape)} and {tuple(ours.shape)}")

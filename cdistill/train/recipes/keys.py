@@ -20,6 +20,7 @@ from cdistill.eval import benchmarks
 from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.recipes.models import StudentConfig, TeacherMemory
 from cdistill.train.recipes.section import STRICT, AtLeastOne, Count, Keys, ZeroStage
+from cdistill.train.recipes.sequences import sequence_problems
 
 LAST_SEED = 4_294_967_000  # numpy's seeds have 32 bits, and every stage adds its number
 STAGE_NAME = re.compile(r"[A-Za-z0-9_]{1,64}")  # as `cdistill.models.load.STAGE` has it
@@ -326,7 +327,9 @@ class Recipe(Keys):
         if self.packing:
             yield from self._problems_of_packing()
         if self.sequence_parallel > 1:
-            yield from self._problems_of_sequences()
+            yield from sequence_problems(self)
+        if self.kd.alignment != "token":
+            yield from self._problems_of_spans(objectives)
         if self.student.taf:
             if self.student.vision_config is not None or self.student.vision not in (None, self.teacher):
                 yield "student.vision must be null or the teacher with student.taf, whose encoder is shared"
@@ -380,6 +383,27 @@ class Recipe(Keys):
             if before is not None and grid != before:
                 yield f"stage.{name}.quantization must be {before}, as in the stage before: its result would lose it"
 
+    def _problems_of_spans(self, objectives: list[str]) -> Iterator[str]:
+        """What cannot be done between different tokenizers."""
+        why = f"with kd.alignment {self.kd.alignment}"
+        if self.packing:
+            yield f"packing must be false {why}: samples are encoded for both models and padded"
+        if self.teacher_memory.cache is not None:
+            yield f"teacher_memory.cache must be null {why}: it keeps what one tokenizer has"
+        for name in self.stages:
+            if self.stage[name].replies is not None:
+                yield f"stage.{name}.generation must be null {why}: replies are tokens of the student's alone"
+        if not any(map(self.aligns, objectives)):
+            return
+        wrong = {"rows": ("all",), "matching": ("adaptive",), "target": ("recomputed",)}
+        for name, values in wrong.items():
+            if getattr(self.vat, name) in values:
+                yield f"vat.{name} must not be {getattr(self.vat, name)} {why}: its rows are compared one by one, not by spans"
+        if self.vat.engine != "sdpa":
+            yield f"vat.engine must be sdpa {why}, got {self.vat.engine!r}"
+        if self.vat.heads == "match" and self.vat.head_matching != "group":
+            yield f"vat.head_matching must be group {why}, got {self.vat.head_matching!r}: heads are compared row by row"
+
     def _problems_of_generation(self) -> Iterator[str]:
         name = next((name for name in self.stages if self.stage[name].replies is not None), None)
         if name is None:
@@ -397,28 +421,6 @@ class Recipe(Keys):
             yield f"packing needs data.path in every stage; stage.{builtin[0]} has none"
         if self.teacher_memory.cache is not None:
             yield "packing must be false with teacher_memory.cache, which keeps samples one by one"
-
-    def _problems_of_sequences(self) -> Iterator[str]:
-        for name in self.stages:
-            others = [loss for loss in OBJECTIVES[self.stage[name].objective].losses if loss not in ("ar", "kd", "vat")]
-            if others:
-                yield f"stage.{name}.objective must have no losses but ar, kd and vat with sequence_parallel, got {others[0]}"
-            if self.stage[name].replies is not None:
-                yield f"stage.{name} must not generate replies (opd, generation) with sequence_parallel"
-            if self.stage[name].validation is not None:
-                yield f"stage.{name}.validation must be null with sequence_parallel, which measures no losses beside training"
-        if any(map(self.aligns, (self.stage[name].objective for name in self.stages))):
-            yield from self.vat.sequence_parallel_problems()
-            if self.vat.weight == "auto":
-                yield "vat.weight must be a number with sequence_parallel: auto measures gradients in one process"
-        for key, value, needed in (
-            ("deepspeed", self.deepspeed == "off", "0 to 3"),
-            ("packing", self.packing, "false"),
-            ("compile", self.compile, "false"),
-            ("teacher_memory.cache", self.teacher_memory.cache is not None, "null"),
-        ):
-            if value:
-                yield f"{key} must be {needed} with sequence_parallel"
 
     def aligns(self, objective: str) -> bool:
         """Whether visual attention is aligned under an objective of this recipe."""

@@ -74,8 +74,11 @@ def configured(names: Iterable[str], settings: Settings) -> tuple[Term, ...]:
     return tuple(term for term in found if term is not None)
 
 
-def check_terms(terms: Iterable[Term | type[Term]]) -> None:
-    """Raise ValueError unless terms can make one loss: complete, different, of labels of one kind, one that sees attention."""
+def check_terms(terms: Iterable[Term | type[Term]], *, reads_apart: bool = False) -> None:
+    """Raise ValueError unless terms can make one loss: complete, different, of labels of one kind, one that sees attention.
+
+    With ``reads_apart`` teacher and student have encodings of their own, and no term may compare the two token by token.
+    """
     terms = tuple(terms)
     seen: set[str] = set()
     for term in terms:
@@ -84,6 +87,12 @@ def check_terms(terms: Iterable[Term | type[Term]]) -> None:
             if key in seen:
                 raise InputError(f"two terms of a loss have the key {key!r}: leave one of them out")
             seen.add(key)
+    alike = [term.name for term in terms if reads_apart and {"visual", "relations"} & set(term.teacher)]
+    if alike:
+        raise InputError(
+            f"term {alike[0]!r} compares teacher and student at the same tokens, and these two encode samples differently: "
+            "leave it out, or take a pair with equal visual tokens"
+        )
     if len({term.labels for term in terms}) > 1:
         kinds = ", ".join(f"{term.name} has those of {term.labels}" for term in terms)
         raise InputError(f"terms of one loss must have labels of one kind: {kinds}")

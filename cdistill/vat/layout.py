@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,12 +27,14 @@ class Piece:
         level: ``whole`` (the image at once), ``tiles`` (a part of it at more pixels, or all parts together), ``frame``.
         box: what the grid covers; beyond 0..1 where the processor pads.
         places: (rows, columns) of each token among the sample's visual tokens, -1 where the model drops one.
+        ends: visual tokens that end the grid's rows, or several rows together, from top to bottom: image newlines.
     """
 
     picture: int
     level: str
     box: Box
     places: np.ndarray
+    ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,24 +59,28 @@ class Shown:
 
 
 def layout(shown: Shown) -> list[Piece]:
-    """The pieces of a sample, in the order of its tokens; image newlines belong to none.
+    """The pieces of a sample, in the order of its tokens.
 
     Raises:
         ValueError: a family whose layout is not known, or tokens that it does not explain.
     """
+    require_known_layout(shown.config)
     kind = shown.config.model_type
-    if kind not in LAYOUTS:
-        raise InputError(
-            f"maps: where the visual tokens of {kind} lie is not known; nothing can be drawn (known: {', '.join(LAYOUTS)})"
-        )
     pieces, used = LAYOUTS[kind](shown)
     count = int(shown.visual.sum())
     if used != count:
         explained = "does not explain them" if used < 0 else f"explains {used}"
-        raise InputError(
-            f"maps: {kind} has {count} visual tokens here, and its layout {explained}; nothing can be drawn"
-        )
+        raise InputError(f"{kind} has {count} visual tokens here, and its layout {explained}")
     return pieces
+
+
+def require_known_layout(config: Any) -> None:
+    """Raise ValueError for a model, by its configuration, of which it is not known where its visual tokens lie."""
+    if config.model_type not in LAYOUTS:
+        raise InputError(
+            f"where the visual tokens of {config.model_type} lie is not known, if they lie on an image at all (known: "
+            f"{', '.join(LAYOUTS)})"
+        )
 
 
 def _grid(start: int, rows: int, columns: int, newline: int = 0) -> np.ndarray:
@@ -140,12 +146,13 @@ def _llava_onevision(shown: Shown) -> tuple[list[Piece], int]:
             for _ in range(len(frames)):
                 pieces.append(Piece(picture, FRAME, WHOLE_PICTURE, _grid(start, pooled, pooled)))
                 start, picture = start + pooled * pooled, picture + 1
-            start += 1  # a newline ends a video
+            pieces[-1] = replace(pieces[-1], ends=(start,))  # a newline ends a video
+            start += 1
         return pieces, start
     most = int(str(shown.config.vision_aspect_ratio).removeprefix("anyres_max_"))
     for i in range(len(shown.sizes)):
         if len(shown.sizes) > 1:  # among others, an image is not cut into tiles
-            pieces.append(Piece(i, WHOLE, WHOLE_PICTURE, _grid(start, side, side)))
+            pieces.append(Piece(i, WHOLE, WHOLE_PICTURE, _grid(start, side, side), (start + side * side,)))
             start += side * side + 1
         else:
             found, start = _any_resolution(shown, i, start, most)
@@ -168,7 +175,8 @@ def _any_resolution(shown: Shown, image: int, start: int, most: int | None) -> t
     ratio = math.sqrt(rows * columns / (most * side**2)) if most else 0.0
     if ratio > 1.1:
         rows, columns = int(rows // ratio), int(columns // ratio)
-    pieces.append(Piece(image, TILES, WHOLE_PICTURE, _grid(start, rows, columns, newline=1)))
+    ends = tuple(start + (row + 1) * (columns + 1) - 1 for row in range(rows))
+    pieces.append(Piece(image, TILES, WHOLE_PICTURE, _grid(start, rows, columns, newline=1), ends))
     return pieces, start + rows * (columns + 1)
 
 
