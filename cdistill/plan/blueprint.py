@@ -22,6 +22,7 @@ from cdistill.train.objectives import OBJECTIVES, set_trained
 from cdistill.train.recipes import LoRAConfig, Recipe, StageConfig, StudentConfig
 from cdistill.train.recipes.mistakes import build
 from cdistill.train.rounding import round_weights
+from cdistill.train.sharded import NO_COMMON_VISION
 from cdistill.train.student import Vocabulary, folders_of, make_student, set_visual_tokens
 
 
@@ -44,7 +45,10 @@ def check_models(recipe: Recipe) -> bool:
     if teacher is not None and recipe.kd.alignment != "token":
         different_tokenizers(recipe, student, teacher)
         return True
-    return teacher is not None and difference(recipe, student, teacher) is not None
+    apart = teacher is not None and difference(recipe, student, teacher) is not None
+    if apart and recipe.sequence_parallel > 1:
+        raise InputError(NO_COMMON_VISION)
+    return apart
 
 
 def teacher_of(recipe: Recipe) -> Blueprint | None:

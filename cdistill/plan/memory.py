@@ -112,7 +112,6 @@ def plan(
             **_tokens(student, stage, length, visual, answers),
         )
         setting = _with_teacher(recipe, stage, student, setting, remarks) if apart else setting
-
         stages.append(StagePlan(name, setting, phases_of(recipe, index, student, setting)))
         if "generation" in stages[-1].phases:
             cache = stages[-1].phases["generation"]["cache of replies"]
