@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from builtin_models import VISION, make_recipe, save_base, save_teacher, text_config
+from data_files import turns
 from PIL import Image
 from transformers import SiglipVisionConfig
 
@@ -244,6 +245,23 @@ def test_a_run_distils_across_visual_tokens(folder, tmp_path, capsys, options):
         "each sample is encoded for student and teacher, because vision_config.patch_size differs"
         in capsys.readouterr().out
     )
+
+
+def test_samples_of_files_that_do_not_fit_both_are_bad(folder, tmp_path):
+    PICTURE.save(tmp_path / "one.png")
+    said = ["<image>\nred ring", "red ring r1 c1"], ["<image>\n" + "red ring " * 10, "blue"], ["<image>\nblue", "above"]
+    records = [{"id": i, "image": "one.png", "conversations": turns(*texts)} for i, texts in enumerate(said)]
+    (tmp_path / "set.json").write_text(json.dumps(records))
+    data = {"path": str(tmp_path / "set.json"), "max_length": 50}
+    vat = {"visual": "resample", "layers": "all"}
+    recipe = recipe_of(tmp_path / "run", folder, stages=["dft"], report_to=[], vat=vat, stage__dft__data=data)
+    samples, collate = stage_dataset(recipe, 0, build_models(recipe))
+    batch = collate([samples[i] for i in range(3)])
+    (bad,) = batch["bad_samples"]
+    assert "[1]" in bad.place and bad.reason == "too long"  # of the teacher's tokens, which has 27 more
+    assert batch["pair_shares"].shape[:2] == (3, 9)
+    ours, theirs = split_sides({name: value for name, value in batch.items() if name != "bad_samples"})
+    assert ours["labels"][ours["labels"] != -100].tolist() == theirs["labels"][theirs["labels"] != -100].tolist()
 
 
 @pytest.mark.parametrize(
