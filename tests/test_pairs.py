@@ -294,5 +294,14 @@ def test_a_plan_counts_the_teachers_own_tokens(folder, tmp_path):
     layers, samples, rows = 2, 4, 20
     assert stage.phases["forward"]["targets"] == layers * 4 * samples * rows * (9 + 36)
     assert planned.remarks == ("the teacher's own look at the images is not counted",)
+    same = {
+        "student__vision_config": VISION | {"model_type": "siglip_vision_model"},
+        "vat": {"layers": "all", "rows": "answer"},
+    }
+    equal = plan(
+        recipe_of(tmp_path / "run", folder, stages=["dft"], **same), gpus=1, device="cpu", length=127, answers=20
+    )
+    looks = [of.phases["teacher"]["teacher's pass"] for of in (stage, equal.stages[0])]
+    assert looks[0] == looks[1]
     with pytest.raises(ValueError, match="patch_size differs: student 16, teacher 8; vat"):
         plan(recipe_of(tmp_path / "run", folder, stages=["dft"], vat={}), gpus=1, device="cpu")
