@@ -22,6 +22,7 @@ Impl: TypeAlias = Literal["torch", "cpp", "triton"]
 Engine: TypeAlias = Literal["triton", "torch_flash", "torch_cudnn", "flash_attn_2", "flash_attn_3", "flash_attn_4"]
 # Losses over the vocabulary.
 Divergence: TypeAlias = Literal["forward_kl", "reverse_kl", "jsd"]
+TokenAlignment: TypeAlias = Literal["token", "merged", "uld"]
 # Visual attention alignment.
 Rows: TypeAlias = Literal["answer", "predicting", "text", "visual", "all"]
 Matching: TypeAlias = Literal["group", "simple", "adaptive"]
@@ -41,6 +42,7 @@ ENGINES: tuple[str, ...] = get_args(Engine)
 REGISTERED_ENGINES: list[str] = []  # those of other packages: `cdistill.ops.register_attention_engine`
 VAT_ENGINES = ("sdpa", "auto", *ENGINES)  # transformers' own attention, or an engine that makes the slice beside it
 DIVERGENCES: tuple[str, ...] = get_args(Divergence)
+TOKEN_ALIGNMENTS: tuple[str, ...] = get_args(TokenAlignment)
 ROWS: tuple[str, ...] = get_args(Rows)
 MATCHINGS: tuple[str, ...] = get_args(Matching)
 ALIGNED_HEADS: tuple[str, ...] = get_args(AlignedHeads)  # what is aligned; the ops know no match
@@ -222,9 +224,17 @@ class KDConfig:
     """Share of the teacher in the mixture of divergence jsd, and weight of its part."""
     weight: NotNegative = 1.0
     """Factor of the term in the loss."""
+    alignment: TokenAlignment = "token"
+    """What of both models' predictions is compared. token: those of each token, of one tokenizer. The others are for
+    different tokenizers and chat templates, and compare each span of an answer in which tokens of both begin and end
+    together. merged: the probabilities of the span, of the tokens that both vocabularies have, and of all else, by
+    `divergence` (after GOLD), and of tokens that only one has sorted probabilities by their L1 distance. uld: sorted
+    probabilities of all tokens, by their L1 distance (ULD, arXiv:2402.12030)."""
 
     def __post_init__(self) -> None:
         check_choices(self, "kd")
+        if self.alignment == "uld" and self.divergence != "forward_kl":
+            raise InputError(f"kd.divergence must be left out with kd.alignment uld, got {self.divergence!r}")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,28 @@ from cdistill.errors import InputError
 
 _FORMS: tuple[Literal["NFC", "NFKC"], ...] = ("NFC", "NFKC")  # what tokenizers may do to a text
 _GLUE = ("", "\ue000", "\u3001", "a")
+
+
+class Tokens(NamedTuple):
+    """Tokens of a text, and the [start, stop) characters of it that each stands for; none where nobody asks for them."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+    def after(self, count: int) -> Tokens:
+        """Without the first ones."""
+        return Tokens(self.ids[count:], self.offsets[count:])
+
+    def then(self, others: Tokens) -> Tokens:
+        """With others behind."""
+        return Tokens(self.ids + others.ids, self.offsets + others.offsets)
+
+
+class Written(NamedTuple):
+    """A conversation in tokens, and which of them are labels, (T,) bool."""
+
+    tokens: Tokens
+    labels: np.ndarray
 
 
 class LabelContract:
@@ -31,6 +53,7 @@ class LabelContract:
     Args:
         processor: of a multimodal model, or a tokenizer; the tokenizer must be a fast one with a pad token.
         template: as for `cdistill.data.templates.Template`.
+        offsets: find the characters of every token, too.
 
     Attributes:
         template: the `Template`.
@@ -41,8 +64,9 @@ class LabelContract:
             an answer begins.
     """
 
-    def __init__(self, processor: Any, template: str = "auto") -> None:
+    def __init__(self, processor: Any, template: str = "auto", *, offsets: bool = False) -> None:
         self.tokenizer = getattr(processor, "tokenizer", processor)
+        self._offsets = offsets
         self.template = Template(processor, template)
         end = self.template.end
         self.end_ids: tuple[int, ...] = () if end is None else (self.tokenizer.convert_tokens_to_ids(end),)
@@ -57,38 +81,44 @@ class LabelContract:
         Raises:
             BadSampleError: the template refuses the messages, or no tokens of an answer fit the prompt.
         """
+        written = self.written(messages)
+        return written.tokens.ids, written.labels
+
+    def written(self, messages: Sequence[Message]) -> Written:
+        """As a call, with the characters of the template's text that the tokens stand for, where they are asked for."""
         with blamed_on_sample("chat template"):
             (text, answers), cuts = self.template.rendered(messages)
         joined = _joined(answers)
         learned = set(learned_ranges(messages, joined))
-        ids = self._beginning(text)
-        labels = [False] * len(ids)
+        tokens = self._beginning(text)
+        labels = [False] * len(tokens.ids)
         place = 0
         for start, stop in joined:
-            prompt = self._ids(text, place, start, cuts)
-            both = self._ids(text, place, stop, cuts)
-            if both[: len(prompt)] != prompt:
-                both = self._ids(text, place, stop, sorted({*cuts, start}))
-            self._check_end(both[len(prompt) :], text[start:stop])
-            ids += both
-            labels += [False] * len(prompt) + [(start, stop) in learned] * (len(both) - len(prompt))
+            before = self._tokens(text, place, start, cuts).ids
+            both, prompt = self._tokens(text, place, stop, cuts), len(before)
+            if both.ids[:prompt] != before:
+                both = self._tokens(text, place, stop, sorted({*cuts, start}))
+            self._check_end(both.ids[prompt:], text[start:stop])
+            tokens = tokens.then(both)
+            labels += [False] * prompt + [(start, stop) in learned] * (len(both.ids) - prompt)
             place = stop
-        rest = self._ids(text, place, len(text), cuts)
-        return ids + rest, np.array(labels + [False] * len(rest), bool)
+        rest = self._tokens(text, place, len(text), cuts)
+        return Written(tokens.then(rest), np.array(labels + [False] * len(rest.ids), bool))
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Tokens that ask for an answer to messages of which the last is the user's: those of transformers'
         ``apply_chat_template(messages, add_generation_prompt=True)`` for ``template.source``, one mark for an image."""
         text, cuts = self.template.prompt(messages)
-        return self._beginning(text) + self._ids(text, 0, len(text), cuts)
+        return self._beginning(text).ids + self._tokens(text, 0, len(text), cuts).ids
 
     def text_ids(self, text: str) -> list[int]:
         """Tokens of a text that a template has written, as transformers makes them."""
-        return self._beginning(text) + self._tokenize(text)
+        return self._beginning(text).ids + self._tokenize(text).ids
 
-    def _beginning(self, text: str) -> list[int]:
+    def _beginning(self, text: str) -> Tokens:
         bos = self.tokenizer.bos_token
-        return [] if bos is not None and text.startswith(bos) else list(self._before)
+        ids = [] if bos is not None and text.startswith(bos) else list(self._before)
+        return Tokens(ids, [(0, 0)] * len(ids) if self._offsets else [])
 
     def _added_before(self) -> list[int]:
         """Special tokens that the tokenizer puts before every text."""
@@ -102,31 +132,36 @@ class LabelContract:
             )
         return whole[:count]
 
-    def _tokenize(self, text: str) -> list[int]:
+    def _tokenize(self, text: str, at: int = 0) -> Tokens:
+        """Tokens of a text that begins at a character of another, by whose characters they are told."""
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
         with blamed_on_sample("tokenizer"):
-            return backend.encode(text, add_special_tokens=False).ids
+            made = backend.encode(text, add_special_tokens=False)
+            return Tokens(made.ids, [(at + a, at + b) for a, b in made.offsets] if self._offsets else [])
 
-    def _ids(self, text: str, start: int, stop: int, cuts: Sequence[int]) -> list[int]:
+    def _tokens(self, text: str, start: int, stop: int, cuts: Sequence[int]) -> Tokens:
         """Tokens of a stretch of a text whose beginning is the text's or follows a special token, cut where it has to be."""
         inside = [start, *cuts[bisect_right(cuts, start) : bisect_left(cuts, stop)], stop]
         first = text[start : inside[1]]
-        ids = self._tokenize(self._anchor + first)[1:] if start else self._tokenize(first)
+        anchor = self._anchor
+        tokens = self._tokenize(anchor + first, start - len(anchor)).after(1) if start else self._tokenize(first)
         for a, b in pairwise(inside[1:]):
-            ids = ids + self._continued(ids, text[a:b])
-        return ids
+            tokens = tokens.then(self._continued(tokens.ids, text[a:b], a))
+        return tokens
 
-    def _continued(self, ids: list[int], text: str) -> list[int]:
+    def _continued(self, ids: list[int], text: str, at: int) -> Tokens:
         """Tokens of a text that goes on where others have ended: as behind something that it shares no token with, where
         that reads as the text does."""
         before = self._decode(ids)
         wanted = {before + text, *(before + unicodedata.normalize(form, text) for form in _FORMS)}
         for glue in _GLUE:
-            head, whole = self._tokenize(self._anchor + glue), self._tokenize(self._anchor + glue + text)
-            if whole[: len(head)] == head and self._decode(ids + whole[len(head) :]) in wanted:
-                return whole[len(head) :]
+            head = self._tokenize(self._anchor + glue).ids
+            whole = self._tokenize(self._anchor + glue + text, at - len(self._anchor + glue))
+            new = whole.after(len(head))
+            if whole.ids[: len(head)] == head and self._decode(ids + new.ids) in wanted:
+                return new
         raise BadSampleError("labels", f"the tokenizer has no tokens for {text[:40]!r} after {before[-20:]!r}")
 
     def _decode(self, ids: list[int]) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from cdistill.data.contract import LabelContract
 from cdistill.data.images import check_resizing
 from cdistill.data.samples import IGNORE_INDEX, BadSampleError, Mark, Message, blamed_on_sample
+from cdistill.data.spans import Places, places, said
 from cdistill.errors import InputError
 
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # what processors may say of every token
@@ -27,7 +28,7 @@ class Encoded:
     The first token is never a label, because nothing before it could predict it: samples may be packed.
     ``types`` are (T,) int64 by the processor's name for them, ``images`` what it makes of the sample's images (empty
     without), as for a batch of this sample alone; ``spans`` say where the tokens of each image,
-    marks around it included, begin and stop.
+    marks around it included, begin and stop. ``places`` are those of its words, where they are asked for.
     """
 
     input_ids: Tensor
@@ -35,6 +36,7 @@ class Encoded:
     types: dict[str, Tensor]
     images: dict[str, Tensor]
     spans: tuple[tuple[int, int], ...] = ()
+    places: Places | None = None
 
 
 class ImageParts(NamedTuple):
@@ -58,13 +60,16 @@ class Encoder:
         processor: of a multimodal model, or a tokenizer, for text alone; the tokenizer must be a fast one.
         template: as for `cdistill.data.templates.Template`.
         max_length: tokens of a sample at most, those of its images included; None for any number.
+        places: find which words each token says, too.
 
     Raises:
         ValueError: a template that does not fit (`Template`), a tokenizer that is slow or without padding, or a processor
             that does not expand marks in place.
     """
 
-    def __init__(self, processor: Any, template: str = "auto", max_length: int | None = None) -> None:
+    def __init__(
+        self, processor: Any, template: str = "auto", max_length: int | None = None, *, places: bool = False
+    ) -> None:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.max_length: int | None = None
@@ -75,7 +80,8 @@ class Encoder:
                 f"{type(self.tokenizer).__name__} has no pad_token, which batches need; set one in "
                 "tokenizer_config.json (eos_token will do)"
             )
-        self.contract = LabelContract(processor, template)
+        self._places = places
+        self.contract = LabelContract(processor, template, offsets=places)
         self.template = self.contract.template
         self.pad_token_id: int = self.tokenizer.pad_token_id
         self._types: tuple[str, ...] = ()
@@ -100,10 +106,11 @@ class Encoder:
         self._refuse_marks(messages)
         if images and self._image_id is None:
             raise BadSampleError("image count", f"{len(images)} images for a model that takes none")
-        ids, labelled = self.contract(messages)
-        self._require_marks(ids, len(images))
+        tokens, labelled = self.contract.written(messages)
+        self._require_marks(tokens.ids, len(images))
+        found = places(said(self.template, messages), tokens.offsets, labelled) if self._places else None
         images = [image if image.mode == "RGB" else image.convert("RGB") for image in images]
-        return self._fit(ids, labelled, images, labels)
+        return self._fit(tokens.ids, labelled, images, labels, found)
 
     def prompt(self, messages: Sequence[Message], visual: ImageParts) -> tuple[list[int], dict[str, list[int]]]:
         """Tokens that ask for an answer to messages of which the last is the user's, and their types.
@@ -137,7 +144,14 @@ class Encoder:
         """Tokens of texts that a template has written, as the processor makes them of words alone."""
         return [self.contract.text_ids(text) for text in texts]
 
-    def _fit(self, ids: list[int], labelled: np.ndarray, images: list[Image.Image], labels: int | None) -> Encoded:
+    def _fit(
+        self,
+        ids: list[int],
+        labelled: np.ndarray,
+        images: list[Image.Image],
+        labels: int | None,
+        found: Places | None,
+    ) -> Encoded:
         """Put tokens in place of the marks, and shorten the sample until it fits."""
         while True:
             visual = self.image_parts(images)
@@ -160,7 +174,8 @@ class Encoder:
         input_ids = torch.tensor(tokens[:limit])
         learned = input_ids.where(torch.from_numpy(answers[:limit]), IGNORE_INDEX)
         kinds = {name: torch.tensor(of[:limit]) for name, of in types.items()}
-        return Encoded(input_ids, learned, kinds, visual.tensors, tuple(spans))
+        said_by = None if found is None else found.taken(origins[:limit])
+        return Encoded(input_ids, learned, kinds, visual.tensors, tuple(spans), said_by)
 
     def image_parts(self, images: list[Image.Image]) -> ImageParts:
         """What the processor makes of the images of one sample."""

@@ -84,6 +84,10 @@ class Exam:
         right = {name: self._text(prompt.continuation) for name, prompt in self._drawn.items()}
         return {"greedy": self.result(said, right), "choice": self.result(chosen, right)}
 
+    def messages(self, subtype: str, index: int) -> list[dict[str, Any]]:
+        """A question and its answer as messages for a chat template (`BuiltinDataset.messages`)."""
+        return self._data[subtype].messages(index)
+
     def _text(self, ids: Sequence[int]) -> str:
         return " ".join(self.tokenizer.convert_ids_to_tokens(list(ids)))
 

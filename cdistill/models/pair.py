@@ -75,7 +75,7 @@ def check_pair(student: Model, teacher: Model) -> None:
     """
     check_configurations(student, teacher)
     if isinstance(student, Llava) and isinstance(teacher, Llava):
-        _check_fetched(student, teacher)
+        check_fetched(student, teacher)
 
 
 def check_configurations(student: Model, teacher: Model) -> None:
@@ -90,39 +90,58 @@ def check_apart(student: Model, teacher: Model) -> None:
 
     They need one vocabulary. A student with TAF sees what its teacher sees, so it cannot have other visual tokens.
     """
-    _check_common(student, teacher)
+    _refuse_fetched(student, visual_difference(student, teacher) or "their image processors differ")
+
+
+def _refuse_fetched(student: Model, why: str) -> None:
     if isinstance(getattr(student.model, "multi_modal_projector", None), TAFAdapter):
-        why = visual_difference(student, teacher) or "their image processors differ"
         raise InputError(f"student.taf must be false for a student with other visual tokens than its teacher: {why}")
 
 
-def visual_difference(student: Model, teacher: Model) -> str | None:
+def check_spans(student: Model, teacher: Model, *, resampled: bool) -> str | None:
+    """What of `check_pair` needs no weights, for two models of different tokenizers; with ``resampled`` their visual tokens may
+    be others, too: the difference is returned."""
+    difference = visual_difference(student, teacher, one_tokenizer=False)
+    if difference is None:
+        return None
+    if not resampled:
+        raise InputError(f"{difference}; vat.visual resample aligns attention to other visual tokens")
+    _refuse_fetched(student, difference)
+    return difference
+
+
+def visual_difference(student: Model, teacher: Model, *, one_tokenizer: bool = True) -> str | None:
     """Why two models cannot read the same encoding of a sample, by their configurations; None if they can.
+
+    Without ``one_tokenizer``, why they do not see the same tokens of an image, whatever their ids.
 
     Raises ValueError for vocabularies that differ, or only one model with a vision encoder.
     """
-    _check_common(student, teacher)
+    _check_common(student, teacher, one_tokenizer=one_tokenizer)
     try:
-        _check_visual(student, teacher)
+        _check_visual(student, teacher, one_tokenizer=one_tokenizer)
     except InputError as error:
         return str(error)
     return None
 
 
-def _check_common(student: Model, teacher: Model) -> None:
+def _check_common(student: Model, teacher: Model, *, one_tokenizer: bool = True) -> None:
     if has_vision(student) != has_vision(teacher):
         raise InputError(f"only the {'student' if has_vision(student) else 'teacher'} has a vision encoder")
-    _check_vocabulary(student.config.get_text_config(), teacher.config.get_text_config())
+    if one_tokenizer:
+        _check_vocabulary(student.config.get_text_config(), teacher.config.get_text_config())
 
 
-def _check_visual(student: Model, teacher: Model) -> None:
+def _check_visual(student: Model, teacher: Model, *, one_tokenizer: bool) -> None:
     if isinstance(student, Llava) and isinstance(teacher, Llava):
-        _check_equal("image_token_id", student.config, teacher.config)
+        if one_tokenizer:
+            _check_equal("image_token_id", student.config, teacher.config)
         _check_visual_tokens(student, teacher)
         return
     ours, theirs = family_of(student), family_of(teacher)
     for name in dict.fromkeys(ours.visual_fields + theirs.visual_fields):
-        _check_equal(name, student.config, teacher.config)
+        if one_tokenizer or not name.endswith("_token_id"):
+            _check_equal(name, student.config, teacher.config)
     if has_vision(student):
         for name in dict.fromkeys(ours.encoder_fields + theirs.encoder_fields):
             _check_equal(name, student.config.vision_config, teacher.config.vision_config, "vision_config.")
@@ -156,7 +175,8 @@ def _described(tokens: VisualTokens | None, model: Llava) -> str:
     return f"{tokens.total} ({how}{more}{', without the first patch' if tokens.dropped else ''})"
 
 
-def _check_fetched(student: Llava, teacher: Llava) -> None:
+def check_fetched(student: Llava, teacher: Llava) -> None:
+    """Raise ValueError unless the adapter that a student with TAF has fetched is this teacher's."""
     adapter = student.model.multi_modal_projector
     if not isinstance(adapter, TAFAdapter):
         return
@@ -252,7 +272,10 @@ def _check_vocabulary(student: Any, teacher: Any) -> None:
     """One tokenizer's embeddings may be padded to different sizes, and their special tokens have the same ids."""
     ours, theirs = student.vocab_size, teacher.vocab_size
     if abs(ours - theirs) > max(MOST_PADDING, max(ours, theirs) // 100):
-        raise InputError(f"vocab_size differs: student {ours}, teacher {theirs}; both must have one tokenizer")
+        raise InputError(
+            f"vocab_size differs: student {ours}, teacher {theirs}; both must have one tokenizer, unless kd.alignment "
+            "of a recipe is merged or uld"
+        )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(student, name, None) is not None and getattr(teacher, name, None) is not None:
             _check_equal(name, student, teacher)

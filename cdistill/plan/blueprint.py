@@ -12,11 +12,11 @@ import torch
 from cdistill.builtin.dataset import build_tokenizer
 from cdistill.errors import InputError
 from cdistill.models.llava import INHERITED, Llava, visual_tokens
-from cdistill.models.load import Model, load_structure, resolve_folder
+from cdistill.models.load import Model, load_structure, load_tokenizer, resolve_folder
 from cdistill.models.parts import has_vision
 from cdistill.models.processor import has_image_processor
 from cdistill.plan.footprint import prepare
-from cdistill.train.build import check_objectives, checkpoint_activations, difference
+from cdistill.train.build import check_objectives, checkpoint_activations, difference, different_tokenizers
 from cdistill.train.lora import add_lora
 from cdistill.train.objectives import OBJECTIVES, set_trained
 from cdistill.train.recipes import LoRAConfig, Recipe, StageConfig, StudentConfig
@@ -41,6 +41,9 @@ def check_models(recipe: Recipe) -> bool:
     """
     student, teacher = _student(*_key(recipe)), _teacher_model(recipe)
     check_objectives(recipe, student, teacher)
+    if teacher is not None and recipe.kd.alignment != "token":
+        different_tokenizers(recipe, student, teacher)
+        return True
     return teacher is not None and difference(recipe, student, teacher) is not None
 
 
@@ -100,6 +103,9 @@ def _student(student: str, teacher_reference: str | None) -> Model:
     config = build(StudentConfig, json.loads(student))
     teacher = _teacher(teacher_reference).model if teacher_reference is not None else None
     known = teacher.config.get_text_config().vocab_size if teacher is not None else len(build_tokenizer())
+    if config.tokenizer is not None:
+        folder = resolve_folder(config.tokenizer, "student.tokenizer", weights=False)
+        known = len(load_tokenizer(folder, "student.tokenizer"))
     token = 0 if teacher is None else getattr(teacher.config, "image_token_id", 0)
     model = make_student(config, teacher, Vocabulary(known, image_token_id=token), meta=True)
     if is_llava(model):

@@ -271,13 +271,22 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         del content["kd"], content["teacher_memory"]
     if not recipe.needs_teacher:
         del content["teacher"]
+    if recipe.kd.alignment == "token" and "kd" in content:
+        del content["kd"]["alignment"]
     if recipe.student.pruning is None:
         del content["student"]["pruning"]
+    if recipe.student.tokenizer is None:
+        del content["student"]["tokenizer"]
     for section in content["stages"]:
         for key in ("quantization", "generation"):
             if section[key] is None:
                 del section[key]
-    for place, key in ((content, "teacher"), (content["student"], "base"), (content["student"], "vision")):
+    for place, key in (
+        (content, "teacher"),
+        (content["student"], "base"),
+        (content["student"], "vision"),
+        (content["student"], "tokenizer"),
+    ):
         if place.get(key) is not None:
             place[key] = fingerprint([resolve_folder(place[key], key)])
     return content | {"precision": run.precision}

@@ -20,15 +20,22 @@ def perform(folder: Path) -> dict[str, Any]:
 
     A part is not examined, a model that is there already not trained.
     """
-    from cdistill.eval.builtin_task import Exam
-    from cdistill.models.load import load_for_evaluation
+    from cdistill.eval.builtin_task import Exam, knows_the_task
+    from cdistill.eval.builtin_words import in_own_words
+    from cdistill.eval.loading import load_questioner
+    from cdistill.models.load import load_for_evaluation, resolve_folder
 
     recipe, job = read_recipe(folder), json.loads((folder / JOB).read_text(encoding="utf-8"))
     final = job["model"] or run(recipe, resume=(folder / WEIGHTS / "recipe.yaml").is_file())
     accuracy = None
     if job["exam"] is not None:
         student = load_for_evaluation(str(final), "student")
-        accuracy = rounded(Exam(**job["exam"]).evaluate_both(student, job["title"]))
+        exam, folder = Exam(**job["exam"]), resolve_folder(str(final), "student")
+        processor = load_questioner([folder], student.config, usual=True)
+        knows = knows_the_task(student, getattr(processor, "tokenizer", processor))
+        accuracy = rounded(
+            exam.evaluate_both(student, job["title"]) if knows else in_own_words(exam, student, processor, job["title"])
+        )
     return {"accuracy": accuracy, "cpu_seconds": round(time.process_time(), 1)}
 
 

@@ -23,7 +23,7 @@ from cdistill.models.load import (
     load_tokenizer,
     resolve_folder,
 )
-from cdistill.models.pair import check_apart, check_pair, shares_encoder, visual_difference
+from cdistill.models.pair import check_apart, check_fetched, check_pair, check_spans, shares_encoder, visual_difference
 from cdistill.models.parts import has_vision, language_model
 from cdistill.models.processor import (
     COMPOSITIONS,
@@ -45,6 +45,8 @@ from cdistill.train.student import Vocabulary, folders_of, make_student, set_vis
 from cdistill.train.terms import check_terms
 from cdistill.vat import VAT, attention_layers, head_counts
 
+_DIFFERENT = "set kd.alignment to merged (or uld) to distil between different tokenizers"
+
 
 @dataclass
 class Models:
@@ -54,7 +56,8 @@ class Models:
     batches of conversations; it is None where every image becomes the same tokens. ``teacher_source`` gives stages the
     teacher's signal, once one has needed it. ``sources`` are the data sets that stages have opened. With ``shares_vision``
     both models look at an image once, through the encoder they have in common. ``teacher_reader`` is the teacher's processor
-    where the two encode samples differently, so that each sample is encoded for both; else None.
+    where the two encode samples differently, so that each sample is encoded for both; else None. With ``spans`` they do so
+    because their tokenizers differ, and are compared by the spans of words.
     """
 
     student: Model
@@ -66,6 +69,7 @@ class Models:
     sources: dict[str, Source] = field(default_factory=dict)
     shares_vision: bool = False
     teacher_reader: Any = None
+    spans: bool = False
 
     @property
     def reads_apart(self) -> bool:
@@ -83,25 +87,33 @@ def build_models(recipe: Recipe) -> Models:
         assert recipe.teacher is not None
         folder = resolve_folder(recipe.teacher, "teacher")
         teacher, teacher_tokenizer = _load_teacher(recipe, folder), load_tokenizer(folder, "teacher")
-    tokenizer = tokenizer_of(recipe.student, teacher_tokenizer)
-    student = make_student(recipe.student, teacher, vocabulary_of(tokenizer, teacher), seed=recipe.seed)
+    spans = teacher is not None and recipe.kd.alignment != "token"
+    tokenizer = tokenizer_of(recipe.student, teacher_tokenizer, own=spans)
+    vocabulary = vocabulary_of(tokenizer, None if spans else teacher)
+    student = make_student(recipe.student, teacher, vocabulary, seed=recipe.seed)
     if not launch.launched():
         given = (model.config for model in (student, teacher) if model is not None)
         require_known_everywhere(given, recipe.processes)
-    apart = None
+    apart = visual = None
     if teacher is not None:
-        apart = difference(recipe, student, teacher)
-        if apart is None:
+        apart = visual = (different_tokenizers if spans else difference)(recipe, student, teacher)
+        if spans:
+            too = "" if visual is None else f", and {visual}"
+            apart = f"kd.alignment is {recipe.kd.alignment}, for different tokenizers{too}"
+            if visual is None and isinstance(student, Llava) and isinstance(teacher, Llava):
+                check_fetched(student, teacher)
+        elif visual is None:
             check_pair(student, teacher)
         if isinstance(teacher, Llava):
             _set_visual_tokens(teacher, "teacher", folder)
     check_objectives(recipe, student, teacher)
-    models = Models(student, teacher, tokenizer, *processor_of(recipe, student, tokenizer, apart=apart is not None))
+    processor, reader = processor_of(recipe, student, tokenizer, apart=visual is not None, needed=spans)
+    models = Models(student, teacher, tokenizer, processor, reader, spans=spans)
     if apart is not None:
         models.teacher_reader = _reader_of(teacher, folder)
         print(f"each sample is encoded for student and teacher, because {apart}", flush=True)
     models.shares_vision = apart is None and teacher is not None and shares_encoder(student, teacher)
-    if isinstance(student, Llava) and isinstance(teacher, Llava) and not models.shares_vision:
+    if apart is None and isinstance(student, Llava) and isinstance(teacher, Llava) and not models.shares_vision:
         print("student and teacher have vision encoders of their own: each looks at the images itself", flush=True)
     if teacher is not None and recipe.teacher_memory.cache is not None:
         teacher.to("meta")  # what is left to ask of it stands in its configuration
@@ -135,6 +147,20 @@ def difference(recipe: Recipe, student: Model, teacher: Model) -> str | None:
     return why
 
 
+def different_tokenizers(recipe: Recipe, student: Model, teacher: Model) -> str | None:
+    """How the visual tokens of models that are compared by spans differ; None if they do not. Raises ValueError for others."""
+    aligned = any(recipe.aligns(recipe.stage[name].objective) for name in recipe.stages)
+    visual = check_spans(student, teacher, resampled=not aligned or recipe.vat.visual == "resample")
+    for name in recipe.stages:
+        for term in OBJECTIVES[recipe.stage[name].objective].kinds:
+            if term.teacher and not term.compares_spans:
+                raise InputError(
+                    f"stage.{name}.objective: term {term.name!r} compares teacher and student token by token, and kd.alignment "
+                    f"{recipe.kd.alignment} is for different tokenizers: take dpt, dft or sft"
+                )
+    return visual
+
+
 def _reader_of(teacher: Model, folder: Path) -> Any:
     """What makes batches for a teacher with an encoding of its own."""
     if isinstance(teacher, Llava) and visual_tokens(teacher.config) is not None:
@@ -160,16 +186,21 @@ def _load_teacher(recipe: Recipe, folder: Path) -> Model:
 
 
 def processor_of(
-    recipe: Recipe, student: Model, tokenizer: PreTrainedTokenizerBase, *, apart: bool = False
+    recipe: Recipe,
+    student: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    apart: bool = False,
+    needed: bool = False,
 ) -> tuple[Processor, Any]:
     """What goes beside a student's weights, and what makes batches where images become any number of tokens (else None).
 
     The student may be without weights. With ``apart`` it sees images by a processor of its own, never by its teacher's.
 
-    Raises ValueError if they cannot be made although a stage reads images from files.
+    Raises ValueError if they cannot be made although they are ``needed``, or a stage reads images from files.
     """
     source = _processor_folder(recipe, apart=apart)
-    processor = _processor(recipe, student, tokenizer, source, needed=apart)
+    processor = _processor(recipe, student, tokenizer, source, needed=apart or needed)
     if isinstance(student, Llava):
         if visual_tokens(student.config) is None and source is not None:
             return processor, load_processor(source, "student")
@@ -287,19 +318,32 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, teacher: Model | None) -> 
     return Vocabulary(len(tokenizer), _image_token(tokenizer, teacher), _special(tokenizer))
 
 
-def tokenizer_of(config: StudentConfig, teachers: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+def tokenizer_of(
+    config: StudentConfig, teachers: PreTrainedTokenizerBase | None, *, own: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer of both models. It knows the image token if the student sees images through an encoder of its own.
+
+    With ``own`` that of the student, whatever its teacher's is, with the image token where its model has no vision encoder yet.
 
     Raises ValueError for vocabularies that differ.
     """
     tokenizer = teachers or build_tokenizer()
+    whole, read = False, config.tokenizer
+    if read is not None:
+        tokenizer = load_tokenizer(resolve_folder(read, "student.tokenizer", weights=False), "student.tokenizer")
+        if teachers is not None and not own:
+            _check_vocabularies(tokenizer, teachers)
+            tokenizer = teachers
     if config.base is not None:
-        tokenizer = load_tokenizer(resolve_folder(config.base, "student.base", weights=False), "student.base")
-        if teachers is not None:
+        folder = resolve_folder(config.base, "student.base", weights=False)
+        tokenizer = load_tokenizer(folder, "student.base")
+        whole = hasattr(load_config(folder, "student.base"), "vision_config")
+        if teachers is not None and not own:
             _check_vocabularies(tokenizer, teachers)
             tokenizer = teachers  # the same, and it knows the image token
     sees = config.vision is not None or config.vision_config is not None
-    if teachers is None and sees and IMAGE_TOKEN not in tokenizer.get_vocab():
+    needed = not whole if own else teachers is None and sees
+    if needed and IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]})
     return tokenizer
 
@@ -322,12 +366,14 @@ def _check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedTok
         if theirs.get(token) != index:
             other = f"{theirs[token]}" if token in theirs else "none"
             raise InputError(
-                f"vocabularies differ: token {token!r} is {index} for the student, {other} for the teacher"
+                f"vocabularies differ: token {token!r} is {index} for the student, {other} for the teacher; {_DIFFERENT}"
             )
     extra = [token for token in theirs if token not in ours]
     added = teacher.get_added_vocab()
     if any(token not in added for token in extra):
-        raise InputError(f"vocabularies differ: {len(extra)} tokens of the teacher are unknown to the student")
+        raise InputError(
+            f"vocabularies differ: {len(extra)} tokens of the teacher are unknown to the student; {_DIFFERENT}"
+        )
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -24,11 +24,13 @@ from cdistill.data.grouping import length_grouped, modality_grouped
 from cdistill.data.mix import HeldOut, Order, open_source
 from cdistill.data.pairs import PairCollator, PairEncoder
 from cdistill.data.samples import IMAGE_TOKEN, Source
+from cdistill.data.span_pairs import SpanEncoder
+from cdistill.data.tokens import Vocabularies
 from cdistill.errors import InputError
 from cdistill.models.load import Model
 from cdistill.train.build import Models
 from cdistill.train.recipes import DataConfig, Recipe
-from cdistill.train.resampling import pair_encoder
+from cdistill.train.resampling import ResamplingEncoder, pair_encoder
 from cdistill.train.resolve import Stage, resolve
 from cdistill.vat import check_packable, packed_position_ids
 
@@ -81,14 +83,21 @@ def encoder_of(dataset: Dataset) -> Encoder | None:
     return encoder.student if isinstance(encoder, PairEncoder) else encoder
 
 
+def vocabularies_of(dataset: Dataset) -> Vocabularies | None:
+    """Which tokens of student and teacher say the same, where the samples of a stage are encoded for different tokenizers."""
+    encoder = getattr(dataset.dataset if isinstance(dataset, Subset) else dataset, "encoder", None)
+    return encoder.vocabularies() if isinstance(encoder, SpanEncoder) else None
+
+
 def _builtin_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
     """Dataset, collator, and what tells lengths and numbers of images of all samples; or of so many that are ``held_out``."""
     size, options = held_out or stage.samples, stage.config.data
     tokenizer: Any = models.tokenizer
     vocabulary = tokenizer.get_vocab()
-    for word in build_tokenizer().get_vocab():
-        if word not in vocabulary and word != IMAGE_TOKEN:
-            raise InputError(f"path must be given, or the tokenizer be the built-in one: there is no token {word!r}")
+    unknown = [word for word in build_tokenizer().get_vocab() if word not in vocabulary and word != IMAGE_TOKEN]
+    if unknown and (tokenizer.chat_template is None or stage.objective.has_builtin_labels):
+        raise InputError(f"path must be given, or the tokenizer be the built-in one: there is no token {unknown[0]!r}")
+    tokenizer = build_tokenizer() if unknown else tokenizer
     source = BuiltinDataset(
         options.builtin,
         size=size,
@@ -100,7 +109,7 @@ def _builtin_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
     )
     data: Dataset = source
     collate: Any = Collator(tokenizer.pad_token_id)
-    if models.reader is not None or models.reads_apart:
+    if unknown or models.reader is not None or models.reads_apart:
         encoder, collate = _encoding(stage, models)
         data = ConversationDataset(source, encoder)
     return (
@@ -199,14 +208,24 @@ def _encoding(stage: Stage, models: Models) -> tuple[Any, Any]:
     template: dict[str, Any] = {}
     if options.path is not None:
         template = {"template": options.template, "max_length": options.max_length}
-    encoder = Encoder(models.reader or models.processor, **template)
+    apart = models.reads_apart and stage.objective.distils
+    spans = apart and models.spans
+    encoder = Encoder(models.reader or models.processor, **template, places=spans)
     collate = PaddingCollator(encoder.pad_token_id)
-    if not (models.reads_apart and stage.objective.distils):
+    if not apart:
         return encoder, collate
-    theirs = Encoder(models.teacher_reader, **template)
+    theirs = Encoder(models.teacher_reader, **template, places=spans)
     assert models.teacher is not None
-    configs = models.student.config, models.teacher.config
-    pair = pair_encoder(encoder, theirs, configs=configs, vat=stage.recipe.vat if stage.aligns else None)
+    vat, configs = stage.recipe.vat if stage.aligns else None, (models.student.config, models.teacher.config)
+    pair: PairEncoder
+    if not spans:
+        pair = pair_encoder(encoder, theirs, configs=configs, vat=vat)
+    elif vat is None or vat.visual == "equal":
+        pair = SpanEncoder(encoder, theirs)
+    else:
+        pair = SpanEncoder(
+            encoder, theirs, ResamplingEncoder(encoder, theirs, configs=configs, rows=vat.rows, spans=True)
+        )
     return pair, PairCollator(collate, PaddingCollator(theirs.pad_token_id))
 
 

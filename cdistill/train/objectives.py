@@ -12,6 +12,7 @@ from cdistill.errors import InputError
 from cdistill.train.terms import Settings, Term, check_terms, configured, term_named
 
 if TYPE_CHECKING:
+    from cdistill.data.tokens import Vocabularies
     from cdistill.vat import VAT
 
 PARTS = ("vision", "language", "adapter")
@@ -65,9 +66,16 @@ class Objective:
         """Whether answers may be the student's own: a teacher judges them, and no key of a batch is of the given ones."""
         return self.distils and not self.has_builtin_labels
 
-    def terms(self, *, kd: KDConfig | None = None, vat: VAT | None = None, vat_weight: float = 1.0) -> tuple[Term, ...]:
+    def terms(
+        self,
+        *,
+        kd: KDConfig | None = None,
+        vat: VAT | None = None,
+        vat_weight: float = 1.0,
+        vocabularies: Vocabularies | None = None,
+    ) -> tuple[Term, ...]:
         """Its terms as a run configures them, without those that it leaves out (alignment without a ``vat``)."""
-        return configured(self.losses, Settings(kd or KDConfig(), vat, vat_weight))
+        return configured(self.losses, Settings(kd or KDConfig(), vat, vat_weight, vocabularies))
 
 
 # `adapter` is the light map alone where the teacher's adapter is fetched (TAF), the whole adapter elsewhere.

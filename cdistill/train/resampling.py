@@ -46,15 +46,18 @@ class ResamplingEncoder(PairEncoder):
         configs: of the student's and the teacher's model.
         rows: whose attention is compared. Of ``text``, marks that processors or templates put around images are none: what a
             processor makes of an image, and special tokens beside it that are not learned.
+        spans: the two have different tokenizers, so that rows are told by spans (`cdistill.data.span_pairs`).
 
     Raises:
         ValueError: a model of which it is not known where its visual tokens lie; as `PairEncoder`.
     """
 
-    def __init__(self, student: Encoder, teacher: Encoder, *, configs: tuple[Any, Any], rows: Rows) -> None:
+    def __init__(
+        self, student: Encoder, teacher: Encoder, *, configs: tuple[Any, Any], rows: Rows, spans: bool = False
+    ) -> None:
         for config in configs:
             require_known_layout(config)
-        self._configs, self._rows = configs, rows
+        self._configs, self._rows, self._spans = configs, rows, spans
         self._ids = [list(visual_token_ids(config)) for config in configs]
         super().__init__(student, teacher)
 
@@ -68,7 +71,12 @@ class ResamplingEncoder(PairEncoder):
         except InputError as error:
             raise BadSampleError("visual tokens", str(error)) from None
         found = {"places": places, "shares": shares}
-        return found | self._text_rows(*sides) if self._rows == "text" else found
+        return found | self._text_rows(*sides) if self._rows == "text" and not self._spans else found
+
+    def _check(self) -> None:
+        """As `PairEncoder`, of one tokenizer."""
+        if not self._spans:
+            super()._check()
 
     def _pieces(self, i: int, encoded: Encoded, visual: np.ndarray, images: Sequence[Image.Image]) -> list[Piece]:
         if not visual.any():

@@ -35,7 +35,7 @@ from cdistill.train.build import (
     count_parameters,
 )
 from cdistill.train.cache import CachedCollator, CachedDataset, open_cache
-from cdistill.train.data import open_validation, unread
+from cdistill.train.data import open_validation, unread, vocabularies_of
 from cdistill.train.evaluation import Evaluation, open_tasks, questioner
 from cdistill.train.gradients import balanced_weight
 from cdistill.train.lora import add_lora
@@ -256,7 +256,8 @@ def losses_of(
     elif models.teacher_source is not None:
         models.teacher_source.move("cpu")  # from the GPU, where an earlier stage has left it
     given = {"vat.weight": run.recipe.vat.weight, "baseline_weight": run.recipe.baseline_weight}
-    terms, measured = stage.objective.terms(kd=run.recipe.kd, vat=vat), dict[str, str]()
+    terms = stage.objective.terms(kd=run.recipe.kd, vat=vat, vocabularies=vocabularies_of(data.dataset))
+    measured = dict[str, str]()
     for term in terms:
         key = "baseline_weight" if term.baseline else "vat.weight"
         weight = given[key] if term.baseline or isinstance(term, Alignment) else term.weight

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cdistill.data.pairs import RELATION
 from cdistill.data.samples import IGNORE_INDEX
+from cdistill.data.span_pairs import numbers_of
 from cdistill.errors import InputError
 from cdistill.models.load import Model
 from cdistill.vat import (
@@ -127,6 +128,12 @@ class Step:
             name: value for name, value in self.batch.items() if name not in own and not name.startswith(RELATION)
         }
         return inputs if self.key_mask is None else inputs | {"attention_mask": self.key_mask}
+
+    @cached_property
+    def spans(self) -> tuple[Tensor, Tensor] | None:
+        """(B, T) and (B, T') the span that each token of student and teacher belongs to, from 1 on, 0 for none; None where both
+        have one tokenizer."""
+        return numbers_of(self.batch)
 
     def require_same_labels(self) -> None:
         """Raise ValueError unless the teacher's labels are the student's, one by one; on CUDA a device-side assertion."""

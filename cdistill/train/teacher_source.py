@@ -80,7 +80,8 @@ class InMemory(TeacherSource):
     ) -> Signal:
         """By a pass of the teacher, without gradient; over its own encoding of the samples, where it has one."""
         if step.theirs is not None:
-            step.require_same_labels()
+            if step.spans is None:
+                step.require_same_labels()
             step, shared = step.theirs, None
             inputs = step.inputs
         places = torch.cat((step.places, step.visual_places.places)) if step.needs_visual else step.places

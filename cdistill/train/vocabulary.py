@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdistill.choices import KDConfig
+from cdistill.data.tokens import Vocabularies
 from cdistill.errors import InputError
 from cdistill.models.load import Model
 from cdistill.models.logits import AfterHead, after_head
@@ -18,6 +19,7 @@ from cdistill.models.parts import head_of
 from cdistill.ops import linear_distillation
 from cdistill.train.inside import KEYWORD, instead_of_forward, make_replaceable
 from cdistill.train.left_out import hook_of_others
+from cdistill.train.span_losses import Head, Side, span_losses
 from cdistill.train.step import Step
 
 MODULE = "vocabulary_losses"  # of a term that makes cross-entropy and divergence together
@@ -106,6 +108,33 @@ class VocabularyLosses(nn.Module):
         return ce, kd
 
 
+class SpanLosses(nn.Module):
+    """Cross-entropy, and what `span_losses` compares of two models with different tokenizers; else as `VocabularyLosses`."""
+
+    def __init__(self, kd: KDConfig, vocabularies: Vocabularies, student: AfterHead, teacher: AfterHead) -> None:
+        super().__init__()
+        self.kd, self.vocabularies, self.student, self.teacher = kd, vocabularies, student, teacher
+
+    def forward(self, head: nn.Linear, teacher_head: nn.Linear, ours: Side, theirs: Side) -> tuple[Tensor, Tensor]:
+        """Sums of L_ar over the student's labels, and of L_kd over spans."""
+        device = ours.hidden.device
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+            ours, theirs = (side._replace(hidden=side.hidden.to(dtype)) for side in (ours, theirs))
+        self.vocabularies = self.vocabularies.to(device)
+        sizes = self.vocabularies.student, self.vocabularies.teacher
+        with torch.autocast(device.type, enabled=False):
+            return span_losses(
+                ours,
+                Head(head.weight, head.bias, self.student, sizes[0]),
+                theirs,
+                Head(teacher_head.weight.to(device), teacher_head.bias, self.teacher, sizes[1]),
+                self.vocabularies,
+                self.kd,
+                (1.0, self.kd.weight),
+            )
+
+
 def cross_entropy(step: Step) -> Tensor:
     """Sum of the cross-entropy over the labels of a batch, made with the divergence where a term asks for that."""
     if MODULE in step.modules:
@@ -130,7 +159,15 @@ def _both(step: Step) -> tuple[Tensor, Tensor]:
     assert teacher is not None
     make_replaceable(head)  # what gathers its weight is a hook on its call
     made: Any
-    if teacher.topk is not None:
+    spans = step.spans
+    if spans is not None:
+        assert teacher.head is not None and teacher.hidden is not None
+        view = step.teacher_view
+        ours = Side(step.hidden, targets, spans[0].flatten()[step.places + 1])
+        other = Side(teacher.hidden, view.targets, spans[1].flatten()[view.places + 1])
+        with teacher.head() as theirs:
+            made = head(step.hidden, **instead_of_forward(lambda _: losses(head, theirs, ours, other)))
+    elif teacher.topk is not None:
         known, topk = teacher.vocabulary, teacher.topk
         made = head(step.hidden, **instead_of_forward(lambda x: losses(x, head, None, None, targets, topk, known)))
     else:

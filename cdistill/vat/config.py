@@ -13,6 +13,7 @@ from cdistill.vat.matching import LayerMatch, Layers, layer_range, match_layers
 from cdistill.vat.recorders import AnyRegions, SliceRecorder, StudentAlignment, TeacherLayers, TeacherTargets
 from cdistill.vat.regions import PackedRegions, Regions, packed_regions, token_regions
 from cdistill.vat.resample import Resampling
+from cdistill.vat.spans import SpanAlignment, numbers_of_rows, span_rows
 
 
 class VAT:
@@ -175,6 +176,24 @@ class VAT:
             engine=config.engine,
             resampling=resampling,
         )
+
+    def student_of_spans(
+        self,
+        regions: Regions,
+        targets: TeacherTargets,
+        spans: tuple[Tensor, Tensor],
+        key_mask: Tensor | None,
+        resampling: Resampling | None = None,
+    ) -> SpanAlignment:
+        """As `student`, for different tokenizers: ``spans`` (B, T) and (B, T') are the spans that the tokens of student and
+        teacher belong to, 0 for none, within which rows are averaged."""
+        numbers = [
+            numbers_of_rows(side.rows, of.to(side.rows.device), self.config.rows)
+            for side, of in zip((regions, targets.regions), spans, strict=True)
+        ]
+        rows = span_rows(numbers[0], numbers[1].to(numbers[0].device))
+        options: dict[str, Any] = {"key_mask": key_mask, "impl": self._impl, "resampling": resampling}
+        return SpanAlignment(self.matches, regions, targets, rows, self.config, **options)
 
 
 def _with_heads(config: VATConfig, matches: tuple[LayerMatch, ...], heads: HeadCounts | None) -> tuple[LayerMatch, ...]:

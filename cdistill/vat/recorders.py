@@ -241,11 +241,10 @@ class StudentAlignment:
     ``targets`` is the teacher's recorder after its forward pass, of either kind, or one tensor for each match, as
     `TeacherTargets.targets` gives them; ``regions`` are the student's rows and columns, as many as the teacher's in
     every sample unless ``resampling`` makes slices of the student's visual tokens of the teacher's; ``key_mask`` as for
-    `TeacherTargets`; ``loss``, ``reduction``, ``sink_filter``, ``heads`` and ``impl``
-    as in `cdistill.ops.attention_alignment`. ``layer_sum`` sums over layers (the authors' code) where the paper takes
-    the mean. ``engine`` "sdpa" leaves the layers' attention to SDPA, bit for bit; "auto", or an engine of
-    `cdistill.ops.attention_with_alignment` by name, makes both in one forward and one backward pass, of packed samples one
-    by one.
+    `TeacherTargets`; ``loss``, ``reduction``, ``sink_filter``, ``heads`` and ``impl`` as in `cdistill.ops.attention_alignment`.
+    ``layer_sum`` sums over layers (the authors' code) where the paper takes the mean. ``engine`` "sdpa" leaves the layers'
+    attention to SDPA, bit for bit; "auto", or an engine of `cdistill.ops.attention_with_alignment` by name, makes both in one
+    forward and one backward pass, of packed samples one by one.
 
     Safe under non-reentrant gradient checkpointing: the recomputation runs the same ops and the first recording stays.
     A recorder made while gradients are enabled refuses to record without them, which is what reentrant checkpointing
@@ -299,12 +298,7 @@ class StudentAlignment:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, causal: bool
     ) -> Tensor | None:
         """Compute one student layer's alignment loss, (B,), and with an engine its attention."""
-        if self._needs_grad and not torch.is_grad_enabled():
-            raise InputError(
-                f"the alignment loss of layer {layer} would lose its gradient: the layer runs without gradients, as "
-                "under reentrant gradient checkpointing; set gradient_checkpointing_kwargs={'use_reentrant': False} "
-                "(to evaluate only, make the recorder inside torch.no_grad())"
-            )
+        self._require_gradient(layer)
         rows, cols = self._regions.rows, self._regions.cols
         options: dict[str, Any] = {
             "loss": self._loss,
@@ -338,12 +332,19 @@ class StudentAlignment:
         self._losses.setdefault(layer, losses)
         return out
 
+    def _require_gradient(self, layer: int) -> None:
+        """Raise ValueError where a layer runs without the gradient that this was made for."""
+        if self._needs_grad and not torch.is_grad_enabled():
+            raise InputError(
+                f"the alignment loss of layer {layer} would lose its gradient: the layer runs without gradients, as "
+                "under reentrant gradient checkpointing; set gradient_checkpointing_kwargs={'use_reentrant': False} "
+                "(to evaluate only, make the recorder inside torch.no_grad())"
+            )
+
     def _target(self, target: Tensor) -> Tensor:
         """What the teacher gave, as a slice of the student's visual tokens: made when its layer is compared, not before."""
-        if self._resampling is None:
-            return target
         with torch.no_grad():
-            return self._resampling(target)
+            return target if self._resampling is None else self._resampling(target)
 
     def _with_attention(
         self, target: Tensor, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]

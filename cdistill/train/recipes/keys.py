@@ -322,6 +322,8 @@ class Recipe(Keys):
         yield from self._problems_of_the_teacher(objectives)
         if self.packing:
             yield from self._problems_of_packing()
+        if self.kd.alignment != "token":
+            yield from self._problems_of_spans(objectives)
         if self.student.taf:
             if self.student.vision_config is not None or self.student.vision not in (None, self.teacher):
                 yield "student.vision must be null or the teacher with student.taf, whose encoder is shared"
@@ -374,6 +376,27 @@ class Recipe(Keys):
                 yield f"stage.{name}.quantization must be null with student.lora, whose sums are rounded by nobody"
             if before is not None and grid != before:
                 yield f"stage.{name}.quantization must be {before}, as in the stage before: its result would lose it"
+
+    def _problems_of_spans(self, objectives: list[str]) -> Iterator[str]:
+        """What cannot be done between different tokenizers."""
+        why = f"with kd.alignment {self.kd.alignment}"
+        if self.packing:
+            yield f"packing must be false {why}: samples are encoded for both models and padded"
+        if self.teacher_memory.cache is not None:
+            yield f"teacher_memory.cache must be null {why}: it keeps what one tokenizer has"
+        for name in self.stages:
+            if self.stage[name].replies is not None:
+                yield f"stage.{name}.generation must be null {why}: replies are tokens of the student's alone"
+        if not any(map(self.aligns, objectives)):
+            return
+        wrong = {"rows": ("all",), "matching": ("adaptive",), "target": ("recomputed",)}
+        for name, values in wrong.items():
+            if getattr(self.vat, name) in values:
+                yield f"vat.{name} must not be {getattr(self.vat, name)} {why}: its rows are compared one by one, not by spans"
+        if self.vat.engine != "sdpa":
+            yield f"vat.engine must be sdpa {why}, got {self.vat.engine!r}"
+        if self.vat.heads == "match" and self.vat.head_matching != "group":
+            yield f"vat.head_matching must be group {why}, got {self.vat.head_matching!r}: heads are compared row by row"
 
     def _problems_of_generation(self) -> Iterator[str]:
         name = next((name for name in self.stages if self.stage[name].replies is not None), None)

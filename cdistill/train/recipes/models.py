@@ -84,6 +84,9 @@ class StudentConfig(Keys):
     describes a fresh one, where the teacher's is taken, or where the student has none."""
     text_config: dict[str, Any] | None = None
     """transformers configuration of a fresh language model, model_type included."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer that a fresh language model reads with, such as builtin:subwords; null: its teacher's, or that of
+    the built-in task. base has its own."""
     vision_config: dict[str, Any] | None = None
     """transformers configuration of a fresh vision encoder, model_type included."""
     taf: bool = False
@@ -98,6 +101,8 @@ class StudentConfig(Keys):
             yield "base or text_config must be given, and not both"
         if self.pruning is not None and self.base is None:
             yield "pruning needs base: a fresh language model has the size that text_config says"
+        if self.tokenizer is not None and self.text_config is None:
+            yield "tokenizer must be null with base, which has its own"
         if self.vision is not None and self.vision_config is not None:
             yield "vision and vision_config exclude each other"
         for name in ("text_config", "vision_config"):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 MODULE = "head_mixture"
+SPANS = "pair_spans"  # of batches for different tokenizers (`cdistill.data.span_pairs`)
 
 
 class Alignment(Term):
@@ -34,6 +35,7 @@ class Alignment(Term):
     attention = True
     details = ("vat_layers",)
     is_column = True
+    compares_spans = True
 
     def __init__(self, vat: VAT, weight: float = 1.0) -> None:
         self.vat, self.weight = vat, weight
@@ -64,7 +66,7 @@ class Alignment(Term):
 
     def _regions_apart(self, step: Step, regions: Regions) -> Regions:
         """Of a batch that teacher and student read differently: rows text are given, and columns in pairs alone compared."""
-        if self.vat.config.rows == "text":
+        if self.vat.config.rows == "text" and SPANS not in step.batch:
             name = "pair_teacher_rows" if step.theirs is None else "pair_rows"
             regions = regions._replace(rows=self._given(step, name).int())
         resampling = self.resampling(step)
@@ -77,7 +79,7 @@ class Alignment(Term):
 
     def resampling(self, step: Step) -> Resampling | None:
         """What makes slices of the student's visual tokens of the teacher's; None where both are the same."""
-        if step.theirs is None:
+        if step.theirs is None or (SPANS in step.batch and self.vat.config.visual == "equal"):
             return None
         from cdistill.vat import Resampling
 
@@ -101,7 +103,9 @@ class Alignment(Term):
     def recorder(self, step: Step) -> StudentAlignment | None:
         """Compares with what the teacher gave, if it gave anything."""
         targets: Any = None if step.teacher is None else step.teacher.attention
-        resampling = self.resampling(step)
+        resampling, spans = self.resampling(step), None if self.vat.config.rows == "visual" else step.spans
+        if targets is not None and spans is not None:
+            return self.vat.student_of_spans(step.regions, targets, spans, step.key_mask, resampling)
         if targets is not None and resampling is not None and self.vat.config.rows == "text":
             _require_same_text(step)
         if (

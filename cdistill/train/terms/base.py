@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from cdistill.data.tokens import Vocabularies
     from cdistill.train.step import Step
     from cdistill.vat import VAT, Recorder
     from cdistill.vat.recorders import AnyRegions
@@ -34,11 +35,13 @@ class Settings:
         kd: the divergence over the vocabulary.
         vat: the alignment of this student and this teacher, None to leave it out.
         vat_weight: its weight in the loss.
+        vocabularies: which tokens of both models say the same, where their tokenizers differ (``kd.alignment``).
     """
 
     kd: KDConfig = field(default_factory=KDConfig)
     vat: VAT | None = None
     vat_weight: float = 1.0
+    vocabularies: Vocabularies | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class Term:
         weight: its factor in the loss; an instance may have its own.
         is_column: every line of metrics.jsonl has its key, null in stages without it.
         is_logged: its mean is logged beside the loss.
+        compares_spans: it can compare models of different tokenizers, by the spans of their words.
     """
 
     name: ClassVar[str] = ""
@@ -119,6 +123,7 @@ class Term:
     details: ClassVar[tuple[str, ...]] = ()
     is_column: ClassVar[bool] = False
     is_logged: ClassVar[bool] = True
+    compares_spans: ClassVar[bool] = False
     weight: float = 1.0
 
     @classmethod

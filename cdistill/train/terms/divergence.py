@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cdistill.errors import InputError
 from cdistill.train.terms.base import Memory, Settings, Sizes, Term
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from cdistill.choices import KDConfig
+    from cdistill.data.tokens import Vocabularies
     from cdistill.models.load import Model
     from cdistill.train.step import Step
 
@@ -22,14 +24,22 @@ class Divergence(Term):
     heading = "KD: KL to the teacher's answers"
     teacher = ("predictions",)
     is_column = True
+    compares_spans = True
 
-    def __init__(self, kd: KDConfig) -> None:
-        self.kd, self.weight = kd, kd.weight
+    def __init__(self, kd: KDConfig, vocabularies: Vocabularies | None = None) -> None:
+        self.kd, self.weight, self.vocabularies = kd, kd.weight, vocabularies
+        if kd.alignment == "token" and vocabularies is not None:
+            raise InputError("kd.alignment must be merged or uld for models of different tokenizers, got 'token'")
+        if kd.alignment != "token" and vocabularies is None:
+            raise InputError(
+                f"kd.alignment must be token here, got {kd.alignment!r}: different tokenizers are distilled by a recipe "
+                "(cdistill.train), which has both tokenizers"
+            )
 
     @classmethod
     def configured(cls, settings: Settings) -> Divergence:
         """By ``kd``."""
-        return cls(settings.kd)
+        return cls(settings.kd, settings.vocabularies)
 
     def check(self, student: Model, teacher: Model | None) -> None:
         """Refuse heads that are more than a linear layer."""
@@ -39,8 +49,10 @@ class Divergence(Term):
 
     def modules(self, student: Model, teacher: Model | None) -> dict[str, nn.Module]:
         """What reads both heads, without parameters of its own."""
-        from cdistill.train.vocabulary import MODULE, VocabularyLosses, after_heads
+        from cdistill.train.vocabulary import MODULE, SpanLosses, VocabularyLosses, after_heads
 
+        if self.vocabularies is not None:
+            return {MODULE: SpanLosses(self.kd, self.vocabularies, *after_heads(student, teacher))}
         return {MODULE: VocabularyLosses(self.kd, *after_heads(student, teacher))}
 
     def forward(self, step: Step) -> Tensor:
