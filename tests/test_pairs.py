@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from builtin_models import VISION, make_recipe, save_base, save_teacher, text_config
+from data_files import turns
 from PIL import Image
 from transformers import SiglipVisionConfig
 
@@ -246,6 +247,23 @@ def test_a_run_distils_across_visual_tokens(folder, tmp_path, capsys, options):
     )
 
 
+def test_samples_of_files_that_do_not_fit_both_are_bad(folder, tmp_path):
+    PICTURE.save(tmp_path / "one.png")
+    said = ["<image>\nred ring", "red ring r1 c1"], ["<image>\n" + "red ring " * 10, "blue"], ["<image>\nblue", "above"]
+    records = [{"id": i, "image": "one.png", "conversations": turns(*texts)} for i, texts in enumerate(said)]
+    (tmp_path / "set.json").write_text(json.dumps(records))
+    data = {"path": str(tmp_path / "set.json"), "max_length": 50}
+    vat = {"visual": "resample", "layers": "all"}
+    recipe = recipe_of(tmp_path / "run", folder, stages=["dft"], report_to=[], vat=vat, stage__dft__data=data)
+    samples, collate = stage_dataset(recipe, 0, build_models(recipe))
+    batch = collate([samples[i] for i in range(3)])
+    (bad,) = batch["bad_samples"]
+    assert "[1]" in bad.place and bad.reason == "too long"  # of the teacher's tokens, which has 27 more
+    assert batch["pair_shares"].shape[:2] == (3, 9)
+    ours, theirs = split_sides({name: value for name, value in batch.items() if name != "bad_samples"})
+    assert ours["labels"][ours["labels"] != -100].tolist() == theirs["labels"][theirs["labels"] != -100].tolist()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -276,5 +294,14 @@ def test_a_plan_counts_the_teachers_own_tokens(folder, tmp_path):
     layers, samples, rows = 2, 4, 20
     assert stage.phases["forward"]["targets"] == layers * 4 * samples * rows * (9 + 36)
     assert planned.remarks == ("the teacher's own look at the images is not counted",)
+    same = {
+        "student__vision_config": VISION | {"model_type": "siglip_vision_model"},
+        "vat": {"layers": "all", "rows": "answer"},
+    }
+    equal = plan(
+        recipe_of(tmp_path / "run", folder, stages=["dft"], **same), gpus=1, device="cpu", length=127, answers=20
+    )
+    looks = [of.phases["teacher"]["teacher's pass"] for of in (stage, equal.stages[0])]
+    assert looks[0] == looks[1]
     with pytest.raises(ValueError, match="patch_size differs: student 16, teacher 8; vat"):
         plan(recipe_of(tmp_path / "run", folder, stages=["dft"], vat={}), gpus=1, device="cpu")

@@ -163,8 +163,8 @@ def test_what_the_teacher_does_not_see_is_not_compared():
 # Whole losses, beside eager attention, dense shares and autograd in float64.
 
 
-def encoder_of(student, teacher, rows, models):
-    sides = [Encoder(processor(name), "vicuna_v1") for name in (student, teacher)]
+def encoder_of(student, teacher, rows, models, length=None):
+    sides = [Encoder(processor(name), "vicuna_v1", length) for name in (student, teacher)]
     return ResamplingEncoder(*sides, configs=tuple(of.config for of in models), rows=rows)
 
 
@@ -233,6 +233,27 @@ def expected_alignment(config, models, batch):
             each = [slice_distance(x[:, seen], y[:, seen], *options) for x, y in zip(a, t, strict=True)]
             total.append(torch.stack(each).mean())
     return student, torch.stack(total).mean()
+
+
+def test_an_image_that_no_longer_fits_is_left_out_of_both():
+    models = build("llava_qwen2", 0), build("internvl", 1)
+    turns = [("user", Mark.IMAGE), ("assistant", "w1 w2"), ("user", Mark.IMAGE), ("assistant", "w3 w4")]
+    said = [Message(role, (part, "w5") if part is Mark.IMAGE else (part,)) for role, part in turns]
+    images = [Image.effect_noise(size, 60).convert("RGB") for size in ((8, 8), (16, 8))]
+    whole = encoder_of("llava_qwen2", "internvl", "text", models)(said, images)
+    cut = encoder_of("llava_qwen2", "internvl", "text", models, len(whole.teacher.input_ids) - 8)(said, images)
+    assert (
+        [len(made.teacher.spans) for made in (whole, cut)]
+        == [len(made.student.spans) for made in (whole, cut)]
+        == [2, 1]
+    )
+    assert [made.relation["places"].shape[0] for made in (whole, cut)] == [8, 4]
+    for made in (whole, cut):
+        rows, others = (made.relation[name] for name in ("rows", "teacher_rows"))
+        assert torch.equal(made.student.input_ids[rows], made.teacher.input_ids[others])
+        assert not torch.isin(made.student.input_ids[rows], torch.tensor(visual_token_ids(models[0]))).any()
+    # of the second image, which both see as a picture of its own
+    assert whole.relation["places"][4:].max() == 15 and whole.relation["places"][:4].max() == 3
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,17 @@ def check_image_processors(folders: Mapping[str, Path]) -> None:
     Raises:
         ValueError: they have not, or one of them cannot be loaded.
     """
+    difference = image_processor_difference(folders)
+    if difference is not None:
+        raise InputError(difference)
+
+
+def image_processor_difference(folders: Mapping[str, Path]) -> str | None:
+    """In what the image processors of folders (by key of the recipe) differ, those that have one; None where they are the same.
+
+    Raises:
+        ValueError: one of them cannot be loaded.
+    """
     known: list[tuple[str, dict[str, Any]]] = []
     for key, folder in folders.items():
         if has_image_processor(folder):
@@ -206,6 +217,5 @@ def check_image_processors(folders: Mapping[str, Path]) -> None:
     for (a, ours), (b, theirs) in pairwise(known):
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
-                raise InputError(
-                    f"image processors differ: {name} is {ours.get(name)} for {a}, {theirs.get(name)} for {b}"
-                )
+                return f"image processors differ: {name} is {ours.get(name)} for {a}, {theirs.get(name)} for {b}"
+    return None

@@ -30,8 +30,8 @@ from cdistill.models.processor import (
     Processor,
     ProcessorFiles,
     build_processor,
-    check_image_processors,
     has_image_processor,
+    image_processor_difference,
     load_processor,
 )
 from cdistill.models.quantized import quantized
@@ -130,11 +130,8 @@ def difference(recipe: Recipe, student: Model, teacher: Model) -> str | None:
     """
     why = visual_difference(student, teacher)
     if why is None:
-        try:
-            teacher_folder = resolve_folder(str(recipe.teacher), "teacher", weights=False)
-            check_image_processors({"teacher": teacher_folder, **folders_of(recipe.student)})
-        except InputError as error:
-            why = str(error)
+        folder = resolve_folder(str(recipe.teacher), "teacher", weights=False)
+        why = image_processor_difference({"teacher": folder, **folders_of(recipe.student)})
     if why is None:
         return None
     if any(recipe.aligns(recipe.stage[name].objective) for name in recipe.stages) and recipe.vat.visual == "equal":
