@@ -287,3 +287,13 @@ def test_a_token_stands_for_one_other():
     pairs = vocabularies(ours, byte_level_tokenizer()).matches[0].T.tolist()
     assert [a for a, b in pairs if byte_level_tokenizer().decode([b]) == "A"] == [3]
     assert len({b for _, b in pairs}) == len(pairs)
+
+
+def test_tokens_that_a_head_does_not_have_are_left_out():
+    """As special ones that were added to a tokenizer alone."""
+    known = matched()
+    cut = known.within(VS - 4, VT + 10)
+    assert (cut.student, cut.teacher, len(cut.student_spaces), len(cut.teacher_spaces)) == (VS - 4, VT, VS - 4, VT)
+    for context, pairs in known.matches.items():
+        assert cut.matches[context].T.tolist() == [[a, b] for a, b in pairs.T.tolist() if a < VS - 4]
+    assert known.within(VS, VT) is known
