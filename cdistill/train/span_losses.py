@@ -52,7 +52,7 @@ class Head(NamedTuple):
     size: int  # tokens, beyond which the weight is padding
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias[: self.size]
+        bias = None if self.bias is None else self.bias[: self.size].to(hidden.dtype)
         logits = self.after(F.linear(hidden, self.weight[: self.size].to(hidden.dtype), bias))
         return logits if logits.dtype == torch.float64 else logits.float()
 
