@@ -22,6 +22,7 @@ from cdistill.cli import main
 from cdistill.data import strict_yaml
 from cdistill.data.batches import joined_images
 from cdistill.models.load import load_model
+from cdistill.nn import generalized_jsd_loss
 from cdistill.plan.memory import plan
 from cdistill.report.history import read_run
 from cdistill.report.page import page
@@ -34,6 +35,7 @@ from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.recipes import recipe_from_dict, recipe_to_dict
 from cdistill.train.rollout import COUNTS, CountingCollator, Drawing, Rollouts
+from cdistill.train.vocabulary import VocabularyLosses
 from cdistill.vat import VAT, VATConfig
 
 GREEDY = OnPolicyConfig(on_policy=1.0, temperature=0.0, max_new_tokens=6)
@@ -198,6 +200,31 @@ def test_losses_on_replies_are_those_of_whole_matrices(models, tmp_path, share):
         assert (found - expected).abs().max() <= 1e-4 * expected.abs().max() > 0
 
 
+@pytest.mark.parametrize(
+    ("beta", "kd"),
+    [
+        (0.0, {"divergence": "forward_kl"}),
+        (0.2, {"divergence": "jsd", "beta": 0.2}),
+        (0.9, {"divergence": "jsd", "beta": 0.9}),
+        (1.0, {"divergence": "reverse_kl"}),
+    ],
+)
+def test_beta_means_what_gkd_and_trl_mean_by_it(beta, kd):
+    """`generalized_jsd_loss` is TRL's, by its definition in tests/test_nn.py."""
+    draw = torch.Generator().manual_seed(1)
+    hidden, head, theirs, their_head = (torch.randn(n, 16, generator=draw) for n in (12, 30, 12, 30))
+    labels = torch.arange(12)
+    wanted = generalized_jsd_loss(hidden @ head.T, theirs @ their_head.T, labels, beta, reduction="sum")
+    found = VocabularyLosses(KDConfig(**kd))(hidden, _linear(head), theirs, _linear(their_head), labels)[1]
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def _linear(weight):
+    layer = torch.nn.Linear(*weight.shape[::-1], bias=False)
+    layer.weight.data = weight
+    return layer
+
+
 def own(output, models, **changes):
     """A run of the stage opd, whose samples and seeds are those of dft."""
     values = recipe_values(output, models, stages=["opd"])
@@ -216,6 +243,10 @@ def whole(models, tmp_path_factory):
 
 def replies(output):
     return [json.loads(line) for line in (output / "replies.jsonl").read_text().splitlines() if line.endswith("}")]
+
+
+def lengths(output):
+    return [(line["reply_tokens"], line["replies_ended"]) for line in metrics(output)]
 
 
 def test_a_share_of_nothing_is_dft_bit_for_bit(models, tmp_path):
@@ -246,6 +277,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole, models, tmp_path):
     torch.manual_seed(99)
     assert same(weights(run(cut, resume=True)), weights(final))
     assert replies(tmp_path / "cut") == replies(output)
+    assert lengths(tmp_path / "cut") == lengths(output)
+    shown = [[line[key] for line in replies(output) if line["step"] == 1] for key in ("tokens", "ended")]
+    assert lengths(output)[0] == tuple(sum(values) / len(values) for values in shown)
 
 
 def test_processes_and_accumulation_draw_the_same_replies(whole, models, ranks, tmp_path):

@@ -51,6 +51,7 @@ def test_objectives_are_those_of_the_paper_three_that_make_the_built_in_models_a
         "pt": (("ar",), ("adapter",)),
         "dpt": (("ar", "kd"), ("adapter",)),
         "dft": (("ar", "kd", "vat"), ("language", "adapter")),
+        "opd": (("ar", "kd", "vat"), ("language", "adapter")),
         "sft": (("ar",), ("language", "adapter")),
         "hidden": (("ar", "kd", "hidden"), ("language", "adapter")),
         "mdist": (("ar", "kd", "mdist"), ("language", "adapter")),

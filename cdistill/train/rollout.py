@@ -86,7 +86,7 @@ class Rollouts:
         log: where replies are shown.
 
     Attributes:
-        replies: those of the last batch.
+        replies: those of the last batch; `lengths` sums up those of several.
         pads: whether prompts of different lengths are generated together; None until it has been tried.
 
     Raises:
@@ -125,6 +125,7 @@ class Rollouts:
         self.allowed = torch.tensor(sorted([*written, *self.stops]))
         self.replies: list[Reply] = []
         self.pads: bool | None = None
+        self._said = [0, 0, 0]  # replies, their tokens, and those that ended, since the last log
 
     def __call__(self, batch: Mapping[str, Any], first: int) -> dict[str, Any]:
         """The batch with replies, right-padded, and ``sampled`` (B,) bool where it has any.
@@ -152,6 +153,7 @@ class Rollouts:
             row = rows[i]
             ended = tokens[-1] in self.stops
             self.replies.append(Reply(row.number, row.ids, row.given or [], tokens, ended))
+            self._said = [n + m for n, m in zip(self._said, (1, len(tokens), int(ended)), strict=True)]
             types = {name: of + [0] * len(tokens) for name, of in row.types.items()}
             rows[i] = _Row(row.ids + tokens, [IGNORE_INDEX] * len(row.ids) + tokens, types, row.number)
         device = batch["input_ids"].device
@@ -160,13 +162,18 @@ class Rollouts:
         sampled = torch.tensor([i in set(chosen) for i in range(len(rows))], device=device)
         return padded_rows | rest | {"sampled": sampled}
 
+    def lengths(self) -> dict[str, float]:
+        """Of the replies of this process since the last call: their mean tokens, and the share that ended by themselves."""
+        (replies, tokens, ended), self._said = self._said, [0, 0, 0]
+        return {"reply_tokens": tokens / replies, "replies_ended": ended / replies} if replies else {}
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs."""
-        return {"pads": self.pads}
+        return {"pads": self.pads, "said": self._said}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
-        self.pads = state["pads"]
+        self.pads, self._said = state["pads"], state["said"]
 
     def _taken(self, row: _Row) -> _Row:
         """The row cut to the prompt of one of its answers, if it is one of those that are generated."""

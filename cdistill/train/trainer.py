@@ -159,6 +159,7 @@ class DistillTrainer(Trainer):
         tokens, self.tokens = int(self.tokens), 0
         means: dict[str, Any] = self.finite.means(steps)
         numbers = {name: value for name, value in means.items() if not isinstance(value, list)}
+        numbers |= {} if self.rollouts is None else self.rollouts.lengths()
         if self.log_layers:
             vectors = {name: value for name, value in means.items() if isinstance(value, list)}
             numbers |= {f"{name}/{i}": each for name, value in vectors.items() for i, each in enumerate(value)}
