@@ -50,10 +50,10 @@ def metrics(output):
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("alignment", ["merged", "uld"])
-def test_a_run_distils_into_a_student_of_another_tokenizer(folder, tmp_path, capsys, alignment):
+@pytest.mark.parametrize(("alignment", "precision"), [("merged", "fp32"), ("uld", "bf16")])
+def test_a_run_distils_into_a_student_of_another_tokenizer(folder, tmp_path, capsys, alignment, precision):
     """With the teacher's adapter, and VAT over all text; the student is saved with its own tokenizer and template."""
-    changes = {"kd__alignment": alignment, "vat__rows": "text", "report_to": []}
+    changes = {"kd__alignment": alignment, "vat__rows": "text", "report_to": [], "precision": precision}
     values = recipe_values(tmp_path / "run", folder, **changes)
     (tmp_path / "recipe.yaml").write_text(strict_yaml.dump(values))
     assert main(["train", str(tmp_path / "recipe.yaml")]) == 0

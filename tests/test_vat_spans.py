@@ -65,7 +65,8 @@ def test_losses_and_gradients_are_those_of_mean_rows(heads, loss, reduction):
     torch.testing.assert_close([x.double() for x in gradients[0]], list(gradients[1]), rtol=1e-3, atol=1e-6)
 
 
-def test_spans_of_one_row_give_plain_vat():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_spans_of_one_row_give_plain_vat(autocast):
     config = VATConfig(rows="answer")
     teacher = TeacherTargets(MATCHES, Regions(ROWS, COLS), key_mask=None)
     for layer in (0, 1):
@@ -77,8 +78,9 @@ def test_spans_of_one_row_give_plain_vat():
         StudentAlignment(MATCHES, Regions(ROWS, COLS), teacher, key_mask=None),
         SpanAlignment(MATCHES, Regions(ROWS, COLS), teacher, span_rows(numbers, numbers), config, key_mask=None),
     )
-    for recorder in both:
-        recorder.record(0, q, k, k, scale=None, causal=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for recorder in both:
+            recorder.record(0, q, k, k, scale=None, causal=True)
     plain, spans = (recorder.loss() for recorder in both)
     torch.testing.assert_close(plain, spans)
     torch.testing.assert_close(*(torch.autograd.grad(x, (q, k)) for x in (plain, spans)))

@@ -35,6 +35,15 @@ class Vocabularies:
     student_spaces: Tensor
     teacher_spaces: Tensor
 
+    def within(self, student: int, teacher: int) -> Vocabularies:
+        """Without tokens that the heads of the models, of so many outputs, do not have."""
+        sizes = min(self.student, student), min(self.teacher, teacher)
+        if sizes == (self.student, self.teacher):
+            return self
+        limits = torch.tensor(sizes)[:, None]
+        known = {context: pairs[:, (pairs < limits).all(0)] for context, pairs in self.matches.items()}
+        return Vocabularies(*sizes, known, self.student_spaces[: sizes[0]], self.teacher_spaces[: sizes[1]])
+
     def to(self, device: torch.device) -> Vocabularies:
         """With its tensors on a device."""
         if self.student_spaces.device == device:

@@ -166,8 +166,11 @@ def evaluate_model(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def knows_the_task(model: Model, tokenizer: Any) -> bool:
     """Whether a model was made for the task's own words and pixels."""
-    if tokenizer.get_vocab() != build_tokenizer().get_vocab():
-        return False
+    return tokenizer.get_vocab() == build_tokenizer().get_vocab() and knows_the_pixels(model)
+
+
+def knows_the_pixels(model: Model) -> bool:
+    """Whether a model that sees was made for the task's own pixels, whatever words it knows."""
     vision = getattr(model.config, "vision_config", None)
     if vision is None:
         return True

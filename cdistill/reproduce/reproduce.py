@@ -147,7 +147,7 @@ class Reproduction:
 
 def check(name: str, planned: Sequence[Run]) -> None:
     """Raise ValueError for a row whose models cannot be built or trained, before anything is."""
-    from cdistill.eval.builtin_task import knows_the_task
+    from cdistill.eval.builtin_task import knows_the_pixels, knows_the_task
     from cdistill.runtime.launch import quiet
     from cdistill.train.build import build_models
 
@@ -161,7 +161,8 @@ def check(name: str, planned: Sequence[Run]) -> None:
                 models = build_models(run.recipe)
         except ValueError as error:
             raise InputError(f"table {name}, row {run.row}: {error}") from None
-        if not knows_the_task(models.student, models.tokenizer):
+        reads = models.tokenizer.chat_template is not None  # the words, in its own way
+        if not (knows_the_task(models.student, models.tokenizer) or (reads and knows_the_pixels(models.student))):
             raise InputError(
                 f"--pair: the student of table {name}, row {run.row} does not know the words and pixels of the built-in "
                 "world, by which `cdistill reproduce` judges"

@@ -52,7 +52,7 @@ class Head(NamedTuple):
     size: int  # tokens, beyond which the weight is padding
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias[: self.size]
+        bias = None if self.bias is None else self.bias[: self.size].to(hidden.dtype)
         logits = self.after(F.linear(hidden, self.weight[: self.size].to(hidden.dtype), bias))
         return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -234,11 +234,10 @@ def _of_chunk(problem: _Problem, part: Tensor, head: Head, ours: slice, theirs: 
 def _predictions(logits: Tensor, labels: Tensor, spans: Tensor, common: Tensor) -> _Predictions:
     log_p = logits.log_softmax(1)
     said = log_p.gather(1, labels[:, None])[:, 0]
-    place = torch.searchsorted(common, spans).clamp(max=len(common) - 1)
-    inside = common[place] == spans
-    whole = said.new_zeros(len(common)).index_add(0, place[inside], said[inside])
     first = torch.searchsorted(spans, common)
     last = torch.searchsorted(spans, common, right=True) - 1
+    at = first[:, None] + torch.arange(int((last - first).max()) + 1, device=said.device)
+    whole = said[at.clamp(max=len(said) - 1)].masked_fill(at > last[:, None], 0.0).sum(1)  # in a fixed order
     return _Predictions(log_p, first, last, labels[first], whole, said[last])
 
 
@@ -278,7 +277,8 @@ def _in_context(student: _Predictions, teacher: _Predictions, matches: Tensor, k
         only = torch.ones_like(side.log_p, dtype=torch.bool)
         only[:, ids] = False
         only.scatter_(1, side.token[:, None], False)
-        alone = side.log_p.exp()[:, only.any(0)] * only[:, only.any(0)]
+        columns = only.any(0).nonzero()[:, 0]
+        alone = side.log_p[:, columns].exp() * only[:, columns]
         # its own token for what the other side begins the span with, where that is not what it begins it with itself
         left = (common.exp() * (other & ~own)).sum(1, keepdim=True)
         rests.append(torch.cat((alone, left), 1))

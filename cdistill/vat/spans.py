@@ -123,5 +123,6 @@ def _require_same_columns(theirs: Tensor, ours: Tensor) -> None:
 
 
 def averaged(means: Tensor, slices: Tensor) -> Tensor:
-    """(B, S, V) or (B, H, S, V) mean rows of slices (B, R, V) or (B, H, R, V)."""
-    return (means if slices.ndim == 3 else means[:, None]) @ slices
+    """(B, S, V) or (B, H, S, V) mean rows of slices (B, R, V) or (B, H, R, V), in fp32 also under autocast."""
+    with torch.autocast(slices.device.type, enabled=False):
+        return (means if slices.ndim == 3 else means[:, None]) @ slices

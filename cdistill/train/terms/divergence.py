@@ -49,10 +49,13 @@ class Divergence(Term):
 
     def modules(self, student: Model, teacher: Model | None) -> dict[str, nn.Module]:
         """What reads both heads, without parameters of its own."""
+        from cdistill.models.parts import head_of
         from cdistill.train.vocabulary import MODULE, SpanLosses, VocabularyLosses, after_heads
 
         if self.vocabularies is not None:
-            return {MODULE: SpanLosses(self.kd, self.vocabularies, *after_heads(student, teacher))}
+            assert teacher is not None
+            known = self.vocabularies.within(head_of(student).out_features, head_of(teacher).out_features)
+            return {MODULE: SpanLosses(self.kd, known, *after_heads(student, teacher))}
         return {MODULE: VocabularyLosses(self.kd, *after_heads(student, teacher))}
 
     def forward(self, step: Step) -> Tensor:
