@@ -33,7 +33,9 @@ from cdistill.train import run
 from cdistill.train.build import build_models
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES
+from cdistill.train.prepare import open_data, rollouts_of
 from cdistill.train.recipes import recipe_from_dict, recipe_to_dict
+from cdistill.train.resolve import resolve
 from cdistill.train.rollout import COUNTS, CountingCollator, Drawing, Rollouts
 from cdistill.train.vocabulary import VocabularyLosses
 from cdistill.vat import VAT, VATConfig
@@ -401,6 +403,22 @@ def test_the_command_trains_on_replies_to_questions_from_files(models, files, tm
     (line,) = capsys.readouterr().err.splitlines()
     assert "stage.dft.data.template must end answers by a token, where replies are generated" in line
     assert not (tmp_path / "other").exists()
+
+
+def test_a_teacher_that_reads_otherwise_is_refused(models, tmp_path):
+    (stage,) = resolve(own(tmp_path / "run", models)).stages
+    built = build_models(stage.recipe)
+    data = open_data(stage, built)
+    assert rollouts_of(stage, built, data) is not None
+    built.teacher_reader = object()
+    with pytest.raises(ValueError, match=r"stage.opd.generation needs a teacher that reads what the student reads"):
+        rollouts_of(stage, built, data)
+    batch = scenes()[0]
+    with pytest.raises(ValueError, match=r"on_policy must be 0 for a teacher with an encoding of its own"):
+        Rollouts(built.student, built.tokenizer, GREEDY, seed=0)(batch | {"teacher_input_ids": batch["input_ids"]}, 0)
+    packed = {name: batch[name] for name in ("input_ids", "labels")} | {"position_ids": batch["input_ids"]}
+    with pytest.raises(ValueError, match=r"on_policy needs padded batches, and this one is packed"):
+        Rollouts(built.student, built.tokenizer, GREEDY, seed=0)(packed, 0)
 
 
 def test_partitioned_weights_are_refused(models):

@@ -138,11 +138,16 @@ def _check_data(run: Run, models: Models) -> None:
 def rollouts_of(stage: Stage, models: Models, data: Data) -> Rollouts | None:
     """What lets the student answer in a stage that distils on its own replies, else None.
 
-    Raises ValueError where nothing ends a reply.
+    Raises ValueError where nothing ends a reply, or where the teacher reads samples otherwise.
     """
     config, recipe = stage.config.replies, stage.recipe
     if config is None:
         return None
+    if models.reads_apart:
+        raise InputError(
+            f"stage.{stage.name}.generation needs a teacher that reads what the student reads, and this one has an encoding of "
+            "its own (other visual tokens, another tokenizer), which no reply has: take objective dft without generation"
+        )
     tokenizer: Any = models.tokenizer
     ends: tuple[int, ...] = ()
     if data.encoder is not None:

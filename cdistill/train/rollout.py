@@ -135,11 +135,16 @@ class Rollouts:
             first: number of its first sample in the training.
 
         Raises:
-            ValueError: a packed batch, one that does not tell whose images are whose, or a student with partitioned weights.
+            ValueError: a packed batch, one that the teacher reads otherwise, one that does not tell whose images are whose, or
+                a student with partitioned weights.
         """
         if "attention_mask" not in batch and "position_ids" in batch:
             raise InputError(
                 "on_policy needs padded batches, and this one is packed: it has position_ids and no attention_mask"
+            )
+        if "teacher_input_ids" in batch:
+            raise InputError(
+                "on_policy must be 0 for a teacher with an encoding of its own (teacher_input_ids), which no reply has"
             )
         rest = {name: value for name, value in batch.items() if name not in (*OF_TOKENS, COUNTS)}
         rows = [self._taken(row) for row in _rows(batch, first)]
