@@ -167,6 +167,16 @@ def test_the_shipped_tokenizer_is_made_of_the_tasks_words():
     assert min(pieces) == 1 and max(pieces) > 1
 
 
+def test_questions_about_written_scenes_are_asked_as_they_are_trained_on():
+    tokenizer, exam = build_subword_tokenizer(), Exam(n=1, modality="text")
+    asked, _ = builtin_words._prompts(exam, Prompts(tokenizer), "colour", 0)
+    messages = [Message(m["role"], tuple(part["text"] for part in m["content"])) for m in exam.messages("colour", 0)]
+    trained = Encoder(tokenizer)(messages, [])
+    first = int((trained.labels != -100).nonzero()[0])
+    assert trained.input_ids[:first].tolist() == asked[0].ids
+    assert " what colour is the " in tokenizer.decode(asked[0].ids)
+
+
 def test_a_fresh_student_reads_with_a_tokenizer_of_its_own(folder, tmp_path):
     """On the built-in task, whose words it has in pieces; it is examined by them, as the task's own models are."""
     text = shape(2, 32) | {"model_type": "llama", "max_position_embeddings": 512, "tie_word_embeddings": True}

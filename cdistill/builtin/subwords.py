@@ -23,7 +23,9 @@ CHAT_TEMPLATE = """\
             {%- for part in parts -%}{{- part.text -}}{%- endfor -%}{{- "<|im_end|>" -}}
         {%- endgeneration -%}
     {%- else -%}
-        {%- for part in parts -%}{{- "<image>\\n" if part.type == "image" else part.text -}}{%- endfor -%}
+        {%- for part in parts -%}
+            {{- "<image>\\n" if part.type == "image" else part.text ~ ("" if loop.last else " ") -}}
+        {%- endfor -%}
         {{- "<|im_end|>" -}}
     {%- endif -%}
     {{- "\\n" -}}
