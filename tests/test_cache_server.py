@@ -1,5 +1,6 @@
 """A teacher on another machine: the same training as from a folder, servers killed, gone, slow, lying or without the key."""
 
+import hashlib
 import http.client
 import os
 import socket
@@ -264,8 +265,6 @@ def reply(body, digest, signed, length=None):
 
 @pytest.mark.parametrize("lie", ["other bytes", "an old answer", "no HTTP", "cut", "huge"])
 def test_a_server_that_lies_is_not_believed(lie):
-    import hashlib
-
     path, key = "/cdistill-cache-1/1-dft/shard-00000.safetensors", SECRET.encode()
 
     def answer(head):

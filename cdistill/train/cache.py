@@ -28,13 +28,13 @@ from cdistill.models.load import Model, resolve_folder
 from cdistill.models.processor import FILES, IMAGE_PROCESSORS, has_image_processor
 from cdistill.train.build import Models
 from cdistill.train.cache_client import Served, is_served
+from cdistill.train.cache_wire import INDEX, shard_name
 from cdistill.train.recipes import Recipe, StageConfig, recipe_to_dict
 from cdistill.train.recipes.values import first_difference
 from cdistill.train.resolve import Stage, precision_of
 from cdistill.train.teacher_source import Cached
 from cdistill.vat import VAT
 
-INDEX = "index.json"
 SHARDS_IN_MEMORY = 2  # of one worker: samples are read in order
 
 
@@ -384,7 +384,3 @@ def tokens_of(ids: Tensor) -> int:
 
 def shard_path(folder: Path, shard: int) -> Path:
     return folder / shard_name(shard)
-
-
-def shard_name(shard: int) -> str:
-    return f"shard-{shard:05d}.safetensors"

@@ -15,6 +15,7 @@ from cdistill.errors import InputError
 from cdistill.runtime.errors import RunError, printable
 from cdistill.train.cache_wire import (
     DIGEST,
+    INDEX,
     KEY,
     NONCE,
     POLL_SECONDS,
@@ -22,6 +23,7 @@ from cdistill.train.cache_wire import (
     SIGNATURE,
     is_signed,
     key_of_environment,
+    shard_name,
     signature,
 )
 
@@ -84,12 +86,12 @@ class Served:
 
     def index(self) -> bytes:
         """The index of the stage."""
-        return self._get("index.json", patient=self.patient)
+        return self._get(INDEX, patient=self.patient)
 
     def shard(self, number: int) -> bytes:
         """A shard; the next one is fetched meanwhile."""
         found = self._fetched(number)
-        body = self._get(_name(number)) if found is None else found
+        body = self._get(shard_name(number)) if found is None else found
         if number + 1 < self.shards:
             self._fetch(number + 1)
         return body
@@ -99,7 +101,7 @@ class Served:
 
         def fetch() -> None:
             try:
-                kept.append(self._get(_name(number)))
+                kept.append(self._get(shard_name(number)))
             except (InputError, RunError):  # who needs it asks again, and tells
                 return
 
@@ -169,10 +171,6 @@ def _open(request: urllib.request.Request) -> Any:
         return urllib.request.urlopen(request, timeout=SOCKET_SECONDS)
     except urllib.error.HTTPError as error:
         return error
-
-
-def _name(number: int) -> str:
-    return f"shard-{number:05d}.safetensors"
 
 
 def _words(text: bytes) -> str:

@@ -24,8 +24,8 @@ from typing import Any
 from cdistill.errors import InputError
 from cdistill.runtime import launch
 from cdistill.runtime.signals import StopRequest
-from cdistill.train.cache import INDEX, MissingShards, shard_path
-from cdistill.train.cache_wire import DIGEST, NAME, NONCE, POLL_SECONDS, SIGNATURE, is_signed, signature
+from cdistill.train.cache import MissingShards, shard_path
+from cdistill.train.cache_wire import DIGEST, INDEX, NAME, NONCE, POLL_SECONDS, SIGNATURE, is_signed, signature
 
 LEAST_WINDOW = 2  # shards: who reads one has the next one fetched
 LOOK_SECONDS = 0.5  # between looks for a signal
@@ -54,7 +54,7 @@ class ServedStage:
         self.label, self.folder, self.work, self._make, self._finish = label, folder, work, make, finish
         self.shards = -(-work.samples // work.per_shard)
         self.there = set(range(self.shards)) - set(work.missing)
-        self.asked, self.when = 0, 0.0
+        self.asked, self.when = min(self.there, default=0), 0.0  # where a server before this one was, with a window
 
     def next(self, window: int | None) -> int | None:
         """The shard to make, counted from what was asked for last; those before it only without a window."""

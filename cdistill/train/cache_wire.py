@@ -17,7 +17,13 @@ LEAST_KEY = 16  # characters
 NONCE, SIGNATURE, DIGEST = "X-Cdistill-Nonce", "X-Cdistill-Signature", "X-Cdistill-Digest"
 PREFIX = "/cdistill-cache-1/"  # of every path; the number is the protocol's
 NAME = re.compile(r"/cdistill-cache-1/([0-9]+-[A-Za-z0-9_]{1,64})/(?:index\.json|shard-([0-9]{5,9})\.safetensors)")
+INDEX = "index.json"
 POLL_SECONDS = 10.0  # that a request waits for a shard which is being made
+
+
+def shard_name(shard: int) -> str:
+    """Of its file, and in a path."""
+    return f"shard-{shard:05d}.safetensors"
 
 
 def key_of_environment() -> bytes | None:

@@ -38,7 +38,6 @@ from cdistill.train import cache_server
 from cdistill.train.alignment import vat_of
 from cdistill.train.build import Models, build_models
 from cdistill.train.cache import (
-    INDEX,
     MissingShards,
     StoredSignal,
     common_vocabulary,
@@ -51,7 +50,7 @@ from cdistill.train.cache import (
     tokens_of,
 )
 from cdistill.train.cache_client import is_served
-from cdistill.train.cache_wire import KEY, key_of_environment
+from cdistill.train.cache_wire import INDEX, KEY, key_of_environment
 from cdistill.train.data import open_stage
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import require_known_everywhere
@@ -273,7 +272,7 @@ def serve_cache(recipe: Recipe, where: str, window: int | None = None) -> None:
     key = key_of_environment()
     if key is None:
         key = secrets.token_hex(16).encode()
-        print(f"{KEY}={key.decode()}  (set this where students are trained)", flush=True)
+        print(f"{KEY}={key.decode()}  (for the machines that train, and for this one when it serves again)", flush=True)
     with stop_on_signals() as request, launch.environment(distributed=False), launch.quiet(), ExitStack() as at_end:
         models = build_models(replace(recipe, teacher_memory=replace(recipe.teacher_memory, cache=None)))
         _check_top_k(recipe.teacher_memory.top_k, models)
