@@ -65,13 +65,22 @@ def computed(model, batch):
     return {name: found[name].detach() for name in ("ar", "kd", "vat", "vat_layers")}, grads
 
 
+def groups_of(model):
+    """How many query heads share a key head in each attention layer, as the modules know it."""
+    known = [m.num_key_value_groups for m in model.modules() if hasattr(m, "num_key_value_groups")]
+    assert known
+    return known
+
+
 def on_a_rank(cases):
     """The sums over processes, of every case."""
     torch.set_num_threads(1)
     shards, found = SequenceShards(sequence_group(dist.get_world_size())), []
     for case, text in cases:
         model, batch = model_of(case, shards), batch_of(text)
+        before = groups_of(model)
         values, grads = computed(model, batch)
+        assert groups_of(model) == before, case
         if text:  # the same student attends to whole sequences as before
             model.shards = None
             values["ar"] = model(**batch)["ar"].detach() / shards.size
