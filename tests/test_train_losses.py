@@ -31,7 +31,7 @@ def batch_of_three(seed):
     return Collator(tokenizer.pad_token_id)([image[0], text[0], image[1]])
 
 
-def oracle(student, teacher, batch, dtype):
+def oracle(student, teacher, batch, dtype, windows=((0, 1, 2), (1, 2, 3))):
     """Sums of the three losses from full logits and full attention matrices, layer by layer and token by token."""
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items() if k != "labels"}
     results = [m(**inputs, output_attentions=True) for m in (student, teacher)]
@@ -39,7 +39,6 @@ def oracle(student, teacher, batch, dtype):
     labels, zero = batch["labels"], torch.zeros((), dtype=dtype)
     ar = F.cross_entropy(ours.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
     kd, vat = zero.clone(), [zero.clone(), zero.clone()]
-    windows = [(0, 1, 2), (1, 2, 3)]
     for b in range(len(labels)):
         for t in range(1, labels.shape[1]):
             if labels[b, t] != -100:

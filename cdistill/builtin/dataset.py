@@ -6,6 +6,7 @@ Nothing is read from disk and nothing is stored: sample ``i`` of a dataset is a 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,8 @@ class BuiltinDataset(Dataset):
     and ``pixel_values`` (3, IMAGE_SIZE, IMAGE_SIZE) fp32 for image samples. With ``grounding`` also ``grounding`` (T, V)
     fp32, which of V places every word speaks of (`render.grounding`), and their positions ``places`` (V,) int64: the
     image's tokens or, for text samples, the last words of the objects that the scene is written out as. An image becomes
-    ``visual_tokens`` tokens; of more than a cell has one, its tokens share what words speak of it (`render.cells`).
+    ``visual_tokens`` tokens; of more than a cell has one, its tokens share what words speak of it (`render.cells`). With
+    ``kinds`` also ``kind``, one of the task's.
     """
 
     def __init__(
@@ -80,8 +82,9 @@ class BuiltinDataset(Dataset):
         held_out: bool = False,
         grounding: bool = False,
         visual_tokens: int = NUM_VISUAL_TOKENS,
+        kinds: bool = False,
     ) -> None:
-        self.task, self.size, self.seed, self.held_out = task, size, seed, held_out
+        self.task, self.size, self.seed, self.held_out, self.kinds = task, size, seed, held_out, kinds
         self.grounding, self.visual_tokens = grounding, visual_tokens
         self._cells = render.cells(visual_tokens) if grounding else None
         self.tokenizer = tokenizer or build_tokenizer()
@@ -94,9 +97,11 @@ class BuiltinDataset(Dataset):
     def _encode(self, text: str) -> list[int]:
         return [self._vocabulary[word] for word in text.split()]
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        rng, written, scene, turns = self._draw(index)
-        item = self._conversation(self._prefix(scene, written), turns)
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng, written, scene, turns, kind = self._draw(index)
+        item: dict[str, Any] = self._conversation(self._prefix(scene, written), turns)
+        if self.kinds:
+            item["kind"] = kind
         if not written:
             pixels = render.render(scene, np.random.default_rng(rng.getrandbits(64)))
             item["pixel_values"] = torch.from_numpy(pixels)
@@ -104,16 +109,20 @@ class BuiltinDataset(Dataset):
 
     def length(self, index: int) -> int:
         """Tokens of an item, whose image is not drawn for it."""
-        _, written, scene, turns = self._draw(index)
+        _, written, scene, turns, _ = self._draw(index)
         return len(self._conversation(self._prefix(scene, written), turns)["input_ids"])
 
     def has_image(self, index: int) -> bool:
         """Whether an item shows its scene as pixels."""
         return not self._draw(index)[1]
 
+    def kind(self, index: int) -> str:
+        """What kind of questions an item asks, one of the task's ``kinds``."""
+        return self._draw(index)[4]
+
     def messages(self, index: int) -> list[dict[str, Any]]:
         """The same conversation as messages for a chat template; an image stands in the first of them as PIL image."""
-        rng, written, scene, turns = self._draw(index)
+        rng, written, scene, turns, _ = self._draw(index)
         result: list[dict[str, Any]] = []
         for question, answer in turns:
             result.append({"role": "user", "content": [{"type": "text", "text": question}]})
@@ -126,8 +135,8 @@ class BuiltinDataset(Dataset):
         result[0]["content"].insert(0, first)
         return result
 
-    def _draw(self, index: int) -> tuple[random.Random, bool, scenes.Scene, list[tuple[str, str]]]:
-        """Where its random numbers go on, whether the scene is written out, the scene, and what is said about it."""
+    def _draw(self, index: int) -> tuple[random.Random, bool, scenes.Scene, list[tuple[str, str]], str]:
+        """Where its random numbers go on, whether the scene is written out, the scene, what is said about it, and its kind."""
         if not 0 <= index < self.size:
             raise IndexError(index)
         task, rng = self.task, random.Random(f"{self.seed}/{index}/{self.held_out}")
@@ -152,9 +161,11 @@ class BuiltinDataset(Dataset):
 
     def _scene_and_turns(
         self, rng: random.Random, subtypes: tuple[str, ...]
-    ) -> tuple[scenes.Scene, list[tuple[str, str]]]:
-        """A scene and what is said about it; scenes that allow none of the wanted questions are passed over."""
+    ) -> tuple[scenes.Scene, list[tuple[str, str]], str]:
+        """A scene, what is said about it, and of which kind; scenes that allow none of the wanted questions are passed over."""
         captioned = rng.random() < self.task.caption
+        if self.task.one_kind:
+            subtypes = (rng.choice(subtypes),)
         while True:
             scene = scenes.sample_scene(rng, held_out=self.held_out)
             asked = [questions.ask_any(scene, subtypes, rng) for _ in range(self.task.turns)]
@@ -163,7 +174,8 @@ class BuiltinDataset(Dataset):
             turns = [(q.text, q.answer) for q in asked if q is not None]
             if captioned:
                 turns.insert(0, ("describe the scene", scenes.caption(scene, rng, sentences=self.task.sentences)))
-            return scene, turns
+            (kind, *others) = self.task.kinds
+            return scene, turns, asked[0].subtype if others and asked[0] is not None else kind
 
     def _conversation(self, prefix: str, turns: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
         """The vicuna_v1 layout: ``USER: prefix question ASSISTANT: answer </s> USER: question ...``, labels on the answers."""
@@ -192,7 +204,8 @@ class ConversationDataset(Dataset):
             images += [part["image"] for part in message["content"] if part["type"] == "image"]
             parts = (Mark.IMAGE if part["type"] == "image" else part["text"] for part in message["content"])
             messages.append(Message(message["role"], tuple(parts)))
-        return self.encoder(messages, images)
+        encoded = self.encoder(messages, images)
+        return replace(encoded, kind=self.data.kind(index)) if self.data.kinds else encoded
 
 
 class Collator:

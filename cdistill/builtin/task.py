@@ -6,6 +6,7 @@ from cdistill.builtin.questions import COMPOSITIONAL, DIRECT
 from cdistill.errors import InputError
 
 SUBTYPES = (*DIRECT, *COMPOSITIONAL)
+CAPTION, MIXED = "caption", "mixed"  # kinds of samples without questions, and with questions of several kinds
 MODALITIES = ("image", "text")
 
 
@@ -19,6 +20,7 @@ class BuiltinTask:
         sentences: sentences of a caption beyond the list of objects.
         turns: questions per sample.
         subtypes: kinds of questions, drawn uniformly.
+        one_kind: the questions of a sample are all of one kind.
         text: of image samples, the share whose scene is written out instead, with questions of every kind.
     """
 
@@ -27,6 +29,7 @@ class BuiltinTask:
     sentences: int = 6
     turns: int = 6
     subtypes: tuple[str, ...] = SUBTYPES
+    one_kind: bool = False
     text: float = 0.0
 
     def __post_init__(self) -> None:
@@ -49,3 +52,11 @@ class BuiltinTask:
             raise InputError(
                 f"subtypes must be some of {', '.join(SUBTYPES)}, got {', '.join(sorted(unknown)) or 'none'}"
             )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What a sample may be of: a sub-type, or all of `CAPTION` without questions, of `MIXED` with those of several."""
+        if not self.turns:
+            return (CAPTION,)
+        asked = tuple(dict.fromkeys((*self.subtypes, *(SUBTYPES if self.text else ()))))
+        return asked if self.turns == 1 or self.one_kind or len(asked) == 1 else (MIXED,)

@@ -28,7 +28,8 @@ class Encoded:
     The first token is never a label, because nothing before it could predict it: samples may be packed.
     ``types`` are (T,) int64 by the processor's name for them, ``images`` what it makes of the sample's images (empty
     without), as for a batch of this sample alone; ``spans`` say where the tokens of each image,
-    marks around it included, begin and stop. ``places`` are those of its words, where they are asked for.
+    marks around it included, begin and stop. ``places`` are those of its words, where they are asked for; ``kind`` is what
+    `cdistill.data.mix.kinds_of` calls a sample, likewise.
     """
 
     input_ids: Tensor
@@ -37,6 +38,7 @@ class Encoded:
     images: dict[str, Tensor]
     spans: tuple[tuple[int, int], ...] = ()
     places: Places | None = None
+    kind: str = ""
 
 
 class ImageParts(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch.utils.data import Dataset
 
 from cdistill.data.conversations import Encoded, Encoder
 from cdistill.data.images import open_image
-from cdistill.data.mix import HeldOut, Order
+from cdistill.data.mix import HeldOut, Order, kind_of
 from cdistill.data.samples import BadSampleError, Sample, Source
 from cdistill.errors import InputError
 
@@ -46,6 +47,7 @@ class SampleDataset(Dataset):
         seed: of the draw of substitutes, which have an image if what they stand in for has one.
         about: the side in pixels that images are resized to, if it is the same for all (`open_image`).
         exif: whether images are turned as their EXIF orientation says.
+        kinds: whether items say of which kind they are, by the source of a mix that a sample, or its substitute, is of.
 
     Raises:
         ValueError: from `__getitem__`, if `ATTEMPTS` samples in a row cannot be used.
@@ -61,7 +63,9 @@ class SampleDataset(Dataset):
         seed: int,
         about: int | None = None,
         exif: bool = True,
+        kinds: bool = False,
     ) -> None:
+        self.kinds = kinds
         self.source, self.order, self.encoder, self.size = source, order, encoder, size
         self.seed, self.about, self.exif = seed, about, exif
         sizes = source.sizes()
@@ -81,7 +85,8 @@ class SampleDataset(Dataset):
             try:
                 sample = self.source[index]
                 place = sample.place
-                return encode(sample, self.encoder, about=self.about, exif=self.exif), tuple(left_out)
+                encoded = encode(sample, self.encoder, about=self.about, exif=self.exif)
+                return replace(encoded, kind=kind_of(self.source, index)) if self.kinds else encoded, tuple(left_out)
             except BadSampleError as error:
                 left_out.append(BadSample(error.place or place, error.reason, error.detail))
             tried.add(index)

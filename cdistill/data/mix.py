@@ -160,6 +160,16 @@ class Mix:
         return Sizes(characters, np.concatenate([sizes.images[kept] for sizes, kept in known]))
 
 
+def kinds_of(source: Source) -> tuple[str, ...]:
+    """Kinds of a source's samples: names of the sources of a mix, each as often as it is there, or its own name."""
+    return tuple(part.source.name for part in source.parts) if isinstance(source, Mix) else (source.name,)
+
+
+def kind_of(source: Source, index: int) -> str:
+    """The kind of a sample, one of `kinds_of`."""
+    return source.parts[source.locate(index)[0]].source.name if isinstance(source, Mix) else source.name
+
+
 def _is_name(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
 

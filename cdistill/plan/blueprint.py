@@ -53,7 +53,7 @@ def check_models(recipe: Recipe) -> bool:
 
 def teacher_of(recipe: Recipe) -> Blueprint | None:
     """The teacher, if the recipe needs one."""
-    return _teacher(recipe.teacher) if recipe.needs_teacher and recipe.teacher is not None else None
+    return _teacher(recipe.lead) if recipe.needs_teacher and recipe.lead is not None else None
 
 
 def student_of(recipe: Recipe, stage: StageConfig) -> Blueprint:
@@ -66,7 +66,7 @@ def student_of(recipe: Recipe, stage: StageConfig) -> Blueprint:
 
 def _key(recipe: Recipe) -> tuple[str, str | None]:
     """What a student without LoRA depends on, hashable."""
-    return json.dumps(asdict(recipe.student) | {"lora": None}), recipe.teacher if recipe.needs_teacher else None
+    return json.dumps(asdict(recipe.student) | {"lora": None}), recipe.lead if recipe.needs_teacher else None
 
 
 def _teacher_model(recipe: Recipe) -> Any:

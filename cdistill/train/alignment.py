@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from cdistill.data.dataset import BAD
 from cdistill.errors import InputError
 from cdistill.files import write_text
+from cdistill.models.load import Model
 from cdistill.runtime import checkpoints
 from cdistill.runtime.collectives import on_first_process
 from cdistill.train.build import Models
@@ -30,12 +31,10 @@ from cdistill.vat import VAT, HeadCounts, HeadDistances, LayerDistances, LayerMa
 MATCHES = "matches.json"  # in a run's folder: what has been measured, by stage
 
 
-def vat_of(stage: Stage, models: Models) -> VAT | None:
-    """The alignment of a stage of which nothing need be measured, if it has one."""
-    if not stage.aligns:
-        return None
-    layers = attention_layers(models.student), attention_layers(models.teacher)
-    return VAT(stage.recipe.vat, *layers, heads=head_counts(models.student, models.teacher))
+def vat_of(stage: Stage, student: Model, teacher: Model) -> VAT:
+    """The alignment of a stage of which nothing need be measured."""
+    layers = attention_layers(student), attention_layers(teacher)
+    return VAT(stage.recipe.vat, *layers, heads=head_counts(student, teacher))
 
 
 def make_vat(stage: Stage, models: Models, teacher: TeacherSource | None, batches: DataLoader) -> VAT:
@@ -43,7 +42,7 @@ def make_vat(stage: Stage, models: Models, teacher: TeacherSource | None, batche
     config, student = stage.recipe.vat, models.student
     layers, heads = (attention_layers(student), attention_layers(models.teacher)), head_counts(student, models.teacher)
     if config.matching != "adaptive" and not config.assigns_heads:
-        return VAT(config, *layers, heads=heads)
+        return vat_of(stage, student, models.teacher)
     matches = on_first_process(lambda: _read(stage))
     if matches is None:
         probe = VAT(replace(config, matching="group", heads="mean"), *layers)

@@ -58,7 +58,8 @@ class Models:
     teacher's signal, once one has needed it. ``sources`` are the data sets that stages have opened. With ``shares_vision``
     both models look at an image once, through the encoder they have in common. ``teacher_reader`` is the teacher's processor
     where the two encode samples differently, so that each sample is encoded for both; else None. With ``spans`` they do so
-    because their tokenizers differ, and are compared by the spans of words.
+    because their tokenizers differ, and are compared by the spans of words. ``teachers`` are several ones by name, ``teacher``
+    then the one that the student takes parts of.
     """
 
     student: Model
@@ -71,6 +72,7 @@ class Models:
     shares_vision: bool = False
     teacher_reader: Any = None
     spans: bool = False
+    teachers: dict[str, Model] = field(default_factory=dict)
 
     @property
     def reads_apart(self) -> bool:
@@ -85,9 +87,9 @@ def build_models(recipe: Recipe) -> Models:
     """
     teacher, teacher_tokenizer = None, None
     if recipe.needs_teacher:
-        assert recipe.teacher is not None
-        folder = resolve_folder(recipe.teacher, "teacher")
-        teacher, teacher_tokenizer = _load_teacher(recipe, folder), load_tokenizer(folder, "teacher")
+        assert recipe.lead is not None
+        folder = resolve_folder(recipe.lead, recipe.lead_key)
+        teacher, teacher_tokenizer = _load_teacher(recipe, folder), load_tokenizer(folder, recipe.lead_key)
     spans = teacher is not None and recipe.kd.alignment != "token"
     tokenizer = tokenizer_of(recipe.student, teacher_tokenizer, own=spans)
     vocabulary = vocabulary_of(tokenizer, None if spans else teacher)
@@ -110,6 +112,10 @@ def build_models(recipe: Recipe) -> Models:
     check_objectives(recipe, student, teacher)
     processor, reader = processor_of(recipe, student, tokenizer, apart=visual is not None, needed=spans)
     models = Models(student, teacher, tokenizer, processor, reader, spans=spans)
+    if recipe.teachers and teacher is not None:
+        if apart is not None:
+            raise InputError(f"teachers must read what the student reads, and {recipe.lead_key} does not: {apart}")
+        models.teachers = _several(recipe, student, teacher, teacher_tokenizer)
     if apart is not None:
         models.teacher_reader = _reader_of(teacher, folder)
         print(f"each sample is encoded for student and teacher, because {apart}", flush=True)
@@ -130,8 +136,8 @@ def difference(recipe: Recipe, student: Model, teacher: Model) -> str | None:
     """
     why = visual_difference(student, teacher)
     if why is None:
-        folder = resolve_folder(str(recipe.teacher), "teacher", weights=False)
-        why = image_processor_difference({"teacher": folder, **folders_of(recipe.student)})
+        folder = resolve_folder(str(recipe.lead), recipe.lead_key, weights=False)
+        why = image_processor_difference({recipe.lead_key: folder, **folders_of(recipe.student)})
     if why is None:
         return None
     if any(recipe.aligns(recipe.stage[name].objective) for name in recipe.stages) and recipe.vat.visual == "equal":
@@ -169,6 +175,37 @@ def _reader_of(teacher: Model, folder: Path) -> Any:
     if isinstance(teacher, Llava) and visual_tokens(teacher.config) is not None:
         return build_processor(teacher.config, load_tokenizer(folder, "teacher"), "teacher", source=folder)
     return load_processor(folder, "teacher")
+
+
+def _several(recipe: Recipe, student: Model, lead: Model, tokenizer: Any) -> dict[str, Model]:
+    """All teachers by name, in the recipe's order. Raises ValueError for one that reads otherwise than the student's own."""
+    found: dict[str, Model] = {}
+    for name, config in recipe.teachers.items():
+        if name == recipe.lead_name:
+            found[name] = lead
+            continue
+        key = f"teachers.{name}.model"
+        folder = resolve_folder(config.model, key)
+        model = found[name] = _load_teacher(recipe, folder)
+        if load_tokenizer(folder, key).get_vocab() != tokenizer.get_vocab():
+            raise InputError(f"{key}: its tokenizer must be that of {recipe.lead_key}, token by token")
+        require_same_reading(recipe, student, model, key)
+        check_objectives(recipe, student, model)
+        if isinstance(model, Llava):
+            _set_visual_tokens(model, key, folder)
+    return found
+
+
+def require_same_reading(recipe: Recipe, student: Model, teacher: Model, key: str) -> None:
+    """Raise ValueError unless one of several teachers reads what the student reads; both may be without weights."""
+    folder = resolve_folder(recipe.every_teacher[key], key, weights=False)
+    try:
+        why = visual_difference(student, teacher)
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None
+    why = why or image_processor_difference({key: folder, **_folders(recipe)})
+    if why is not None:
+        raise InputError(f"teachers must read what the student reads, and {key} does not: {why}")
 
 
 def _load_teacher(recipe: Recipe, folder: Path) -> Model:
@@ -240,7 +277,7 @@ def _processor(
 
 def _folders(recipe: Recipe) -> dict[str, Path]:
     """Folders that an image processor may be taken from, the first that has one first."""
-    return folders_of(recipe.student, recipe.teacher if recipe.needs_teacher else None)
+    return folders_of(recipe.student, recipe.lead if recipe.needs_teacher else None)
 
 
 def _processor_folder(recipe: Recipe, *, apart: bool) -> Path | None:

@@ -29,7 +29,7 @@ from cdistill.models.processor import FILES, IMAGE_PROCESSORS, has_image_process
 from cdistill.train.build import Models
 from cdistill.train.cache_client import Served, is_served
 from cdistill.train.cache_wire import INDEX, shard_name
-from cdistill.train.recipes import Recipe, StageConfig, recipe_to_dict
+from cdistill.train.recipes import StageConfig, recipe_to_dict
 from cdistill.train.recipes.values import first_difference
 from cdistill.train.resolve import Stage, precision_of
 from cdistill.train.teacher_source import Cached
@@ -96,7 +96,7 @@ def fingerprint(stage: Stage, models: Models, vat: VAT | None) -> dict[str, Any]
         reader = [base / name for name in IMAGE_PROCESSORS if (base / name).is_file()]
     data = whole["stage"][stage.name]["data"]
     return {
-        "teacher": teacher_files(recipe),
+        "teacher": teacher_files(recipe.teacher),
         "student.base": {path.name: _checksum(path) for path in reader},
         "teacher_memory": {key: whole["teacher_memory"][key] for key in ("quantization", "top_k")},
         "precision": precision_of(recipe),
@@ -125,10 +125,9 @@ def common_vocabulary(student: Model, teacher: Model) -> int:
     return min(model.config.get_text_config(decoder=True).vocab_size for model in (student, teacher))
 
 
-def teacher_files(recipe: Recipe) -> dict[str, int]:
-    """CRC-32 of each file of a recipe's teacher that decides what it gives, by its name."""
-    assert recipe.teacher is not None
-    folder = resolve_folder(recipe.teacher, "teacher")
+def teacher_files(reference: str, key: str = "teacher") -> dict[str, int]:
+    """CRC-32 of each file of a teacher that decides what it gives, by its name; ``key`` is where a recipe names it."""
+    folder = resolve_folder(reference, key)
     patterns = ("*.safetensors", "config.json", *FILES)
     files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     return {str(path.relative_to(folder)): _checksum(path) for path in files}

@@ -345,7 +345,7 @@ def _begin(stage: Stage, models: Models) -> tuple[CacheWriter, dict[str, Any], M
     """The writer of a stage, what its cache is made of, and what is left to do."""
     recipe, folder, top_k = stage.recipe, stage_cache(stage), stage.recipe.teacher_memory.top_k
     dtype = DTYPES[precision_of(recipe)]
-    vat = vat_of(stage, models)
+    vat = vat_of(stage, models.student, models.teacher) if stage.aligns else None
     writer = CacheWriter(folder, top_k=top_k, temperature=recipe.kd.temperature, vat=vat, dtype=dtype)
 
     def begin() -> tuple[dict[str, Any], MissingShards]:

@@ -21,7 +21,7 @@ from cdistill.data.batches import PackingCollator, PaddingCollator
 from cdistill.data.conversations import Encoded, Encoder
 from cdistill.data.dataset import BadSampleCollator, SampleDataset
 from cdistill.data.grouping import length_grouped, modality_grouped
-from cdistill.data.mix import HeldOut, Order, open_source
+from cdistill.data.mix import HeldOut, Order, kinds_of, open_source
 from cdistill.data.pairs import PairCollator, PairEncoder
 from cdistill.data.samples import IMAGE_TOKEN, Source
 from cdistill.data.span_pairs import SpanEncoder
@@ -29,9 +29,10 @@ from cdistill.data.tokens import Vocabularies
 from cdistill.errors import InputError
 from cdistill.models.load import Model
 from cdistill.train.build import Models
+from cdistill.train.kinds import WeighingCollator, require_known_kinds, weights_of_kinds
 from cdistill.train.recipes import DataConfig, Recipe
 from cdistill.train.resampling import ResamplingEncoder, pair_encoder
-from cdistill.train.resolve import Stage, resolve
+from cdistill.train.resolve import Run, Stage, resolve
 from cdistill.vat import check_packable, packed_position_ids
 
 CHARACTERS_PER_TOKEN, USUAL_VISUAL_TOKENS = 4, 576  # for lengths that are only compared
@@ -59,6 +60,10 @@ def open_stage(stage: Stage, models: Models) -> tuple[Dataset, Any]:
     make = _builtin_dataset if stage.config.data.path is None else _file_dataset
     try:
         data, collate, sizes = make(stage, models)
+    except ValueError as error:
+        raise InputError(f"stage.{stage.name}.data: {error}") from None
+    collate = _weighing(stage, models, collate)
+    try:
         if group_by is None:
             return data, collate
         lengths, images = sizes()
@@ -74,7 +79,34 @@ def open_validation(stage: Stage, models: Models) -> tuple[Dataset, Any]:
     assert stage.config.validation is not None
     make = _builtin_dataset if stage.config.data.path is None else _file_dataset
     data, collate, _ = make(stage, models, held_out=stage.config.validation.samples)
-    return data, collate
+    return data, _weighing(stage, models, collate)
+
+
+def stage_kinds(stage: Stage, models: Models) -> tuple[str, ...]:
+    """Kinds of a stage's samples, as the weights of several teachers name them; none where nothing distils."""
+    options = stage.config.data
+    if not stage.objective.distils:
+        return ()
+    return options.builtin.kinds if options.path is None else kinds_of(_open(models, options, stage.samples))
+
+
+def check_kinds(run: Run, models: Models) -> None:
+    """Raise ValueError for weights of several teachers that name a kind which no sample has."""
+    teachers = run.recipe.weights_by_teacher
+    require_known_kinds(teachers, [kind for stage in run.stages for kind in stage_kinds(stage, models)])
+
+
+def _weighing(stage: Stage, models: Models, collate: Any) -> Any:
+    """The collator of a stage, with what its samples learn of each of several teachers."""
+    teachers = stage.recipe.weights_by_teacher
+    if not _needs_kinds(stage):
+        return collate
+    table = weights_of_kinds(teachers, stage_kinds(stage, models), f"stage.{stage.name}.data")
+    return WeighingCollator(collate, table)
+
+
+def _needs_kinds(stage: Stage) -> bool:
+    return bool(stage.recipe.teachers) and stage.objective.distils
 
 
 def encoder_of(dataset: Dataset) -> Encoder | None:
@@ -106,6 +138,7 @@ def _builtin_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
         held_out=held_out > 0,
         grounding="grounding" in stage.objective.inputs,
         visual_tokens=_visual_tokens(models),
+        kinds=_needs_kinds(stage),
     )
     data: Dataset = source
     collate: Any = Collator(tokenizer.pad_token_id)
@@ -137,7 +170,8 @@ def _file_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
         order = cast(Order, order).held_out
     encoder, collate = _encoding(stage, models)
     about = _resized_to(models)
-    data = SampleDataset(source, order, encoder, size=size, seed=seed, about=about, exif=options.exif)
+    kinds = _needs_kinds(stage)
+    data = SampleDataset(source, order, encoder, size=size, seed=seed, about=about, exif=options.exif, kinds=kinds)
     if stage.recipe.packing:
         for model in (models.student, models.teacher):
             if model is not None:

@@ -76,8 +76,8 @@ class DistillationModel(nn.Module):
             self.source.check(self.terms)
         if self._reads_tokens:
             _require_body(student, "student")
-            if self.teacher is not None:
-                _require_body(self.teacher.model, "teacher")
+            for teacher in self._teachers:
+                _require_body(teacher.model, "teacher")
         self._check_models()
         looks = self._needs_visual or any(term.visual for term in self.terms)
         self._visual_ids = tuple(visual_token_ids(student) if visual_tokens is None else visual_tokens) if looks else ()
@@ -92,8 +92,8 @@ class DistillationModel(nn.Module):
                     raise InputError(f"term {term.name!r}: the name of its module {name!r} is taken: choose another")
                 self.add_module(name, module)
         if self._attention_term is not None:
-            if self._attention_term.teacher and self.teacher is not None:
-                install(self.teacher.model)
+            for teacher in self._teachers if self._attention_term.teacher else ():
+                install(teacher.model)
             install(student)
         if shards is not None:
             self._shard(shards)
@@ -115,20 +115,25 @@ class DistillationModel(nn.Module):
     def _check_models(self) -> None:
         """Before every batch, too: what a caller holds may change."""
         for term in self.terms:
-            term.check(self.student, None if self.teacher is None else self.teacher.model)
+            for model in [teacher.model for teacher in self._teachers] or [None]:
+                term.check(self.student, model)
         if not self._reads_tokens:
             return
         refuse_left_out(self.student, "student", "the whole model", called=True)
         if self._composed:
             refuse_left_out(self.student.model, "student", "its part `model`", called=False)
-        if self.teacher is not None:
-            refuse_left_out(self.teacher.model, "teacher", "the whole model", called=False)
-            if self.teacher.shares_vision:
-                refuse_left_out(self.teacher.model.model, "teacher", "its part `model`", called=False)
+        for teacher in self._teachers:
+            refuse_left_out(teacher.model, "teacher", "the whole model", called=False)
+            if teacher.shares_vision:
+                refuse_left_out(teacher.model.model, "teacher", "its part `model`", called=False)
+
+    @property
+    def _teachers(self) -> tuple[Teacher, ...]:
+        return () if self.source is None else self.source.teachers
 
     @property
     def teacher(self) -> Teacher | None:
-        """The teacher, if it is here."""
+        """The teacher, if it is here; of several the one that the student takes parts of."""
         return None if self.source is None else self.source.teacher
 
     @property

@@ -73,9 +73,12 @@ class Objective:
         vat: VAT | None = None,
         vat_weight: float = 1.0,
         vocabularies: Vocabularies | None = None,
+        vats: tuple[VAT, ...] = (),
+        teachers: tuple[str, ...] = (),
     ) -> tuple[Term, ...]:
         """Its terms as a run configures them, without those that it leaves out (alignment without a ``vat``)."""
-        return configured(self.losses, Settings(kd or KDConfig(), vat, vat_weight, vocabularies))
+        settings = Settings(kd or KDConfig(), vat, vat_weight, vocabularies, vats, teachers)
+        return configured(self.losses, settings)
 
 
 # `adapter` is the light map alone where the teacher's adapter is fetched (TAF), the whole adapter elsewhere.

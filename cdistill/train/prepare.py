@@ -19,7 +19,7 @@ from cdistill.runtime.machines import on_other_machines, require_common_folder, 
 from cdistill.train.alignment import vat_of
 from cdistill.train.build import Models, build_models
 from cdistill.train.cache import open_cache, teacher_files
-from cdistill.train.data import encoder_of, open_stage, open_validation
+from cdistill.train.data import check_kinds, encoder_of, open_stage, open_validation
 from cdistill.train.evaluation import check_questions, open_tasks, questioner
 from cdistill.train.recipes import Recipe, recipe_to_dict
 from cdistill.train.recipes.values import differences
@@ -58,7 +58,12 @@ def pin_models(recipe: Recipe, output: Path) -> Recipe:
     base = pin(student.base, "student.base", None if before is None else before.base)
     vision = pin(student.vision, "student.vision", None if before is None else before.vision)
     teacher = pin(recipe.teacher, "teacher", None if recorded is None else recorded.teacher)
-    return replace(recipe, teacher=teacher, student=replace(student, base=base, vision=vision))
+    teachers = {}
+    for name, of in recipe.teachers.items():
+        known = None if recorded is None else recorded.teachers.get(name)
+        model = pin(of.model, f"teachers.{name}.model", None if known is None else known.model)
+        teachers[name] = replace(of, model=str(model))
+    return replace(recipe, teacher=teacher, teachers=teachers, student=replace(student, base=base, vision=vision))
 
 
 def prepare(recipe: Recipe, output: Path, *, resume: bool, at_end: ExitStack) -> Models:
@@ -124,6 +129,8 @@ def save_processor(folder: Path, models: Models, data: Data) -> None:
 
 def _check_data(run: Run, models: Models) -> None:
     """Raise ValueError unless everything that the stages read is there."""
+    if run.recipe.teachers:
+        check_kinds(run, models)
     for stage in run.stages:
         data = open_data(stage, models)
         rollouts_of(stage, models, data)
@@ -132,7 +139,8 @@ def _check_data(run: Run, models: Models) -> None:
         if stage.config.eval is not None:
             _check_evaluation(stage, models, data)
         if run.recipe.teacher_memory.cache is not None and stage.objective.distils:
-            open_cache(stage, models, vat_of(stage, models), patient=False)
+            vat = vat_of(stage, models.student, models.teacher) if stage.aligns else None
+            open_cache(stage, models, vat, patient=False)
 
 
 def rollouts_of(stage: Stage, models: Models, data: Data) -> Rollouts | None:
@@ -185,7 +193,7 @@ def _facts(run: Run, models: Models) -> dict[str, Any]:
         f"data.path {json.loads(key)['path']}": {"records": len(source)} for key, source in models.sources.items()
     }
     if run.recipe.needs_teacher:
-        facts["teacher"] = teacher_files(run.recipe)
+        facts |= {key: teacher_files(reference, key) for key, reference in run.recipe.every_teacher.items()}
     return facts
 
 

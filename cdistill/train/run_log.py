@@ -19,6 +19,7 @@ from cdistill.train.run_folder import METRICS
 from cdistill.train.terms import TERMS
 
 LENGTHS = ("reply_tokens", "replies_ended")  # of stages whose student answers
+OF_TEACHERS = ("kd/", "vat/")  # of several, by their names
 TENSORBOARD = "tensorboard"  # written by `RunLog`, one folder for each stage
 
 
@@ -117,6 +118,7 @@ class RunLog(TrainerCallback):
         entry |= {term.name: logs.get(term.name) for term in terms if term.is_column}
         others = [term.name for term in terms if term.is_logged and not term.is_column]
         entry |= {name: logs[name] for name in others if name in logs}
+        entry |= {name: value for name, value in logs.items() if name.startswith(OF_TEACHERS)}
         entry |= {name: logs[name] for name in LENGTHS if name in logs}
         for name in (name for term in terms for name in term.details):
             if values := [logs[f"{name}/{i}"] for i in range(len(logs)) if f"{name}/{i}" in logs]:

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 from cdistill.errors import InputError
 from cdistill.files import MARK
 from cdistill.models.load import Model, load_model
+from cdistill.models.pair import shares_encoder
 from cdistill.models.processor import add_stop_tokens
 from cdistill.runtime import checkpoints, launch, pulse
 from cdistill.runtime.bad_samples import BadSamples
@@ -27,7 +28,7 @@ from cdistill.runtime.sequence_group import sequence_group
 from cdistill.runtime.signals import StopRequest, stop_on_signals
 from cdistill.runtime.stop import StopCallback
 from cdistill.runtime.zero import deepspeed_config, released, unpickling_data_alone
-from cdistill.train.alignment import make_vat
+from cdistill.train.alignment import make_vat, vat_of
 from cdistill.train.build import (
     Models,
     build_models,
@@ -50,11 +51,11 @@ from cdistill.train.rollout import CountingCollator
 from cdistill.train.rounding import round_weights
 from cdistill.train.run_folder import CHECKPOINTS, METRICS, remove_leftovers, stage_folders
 from cdistill.train.run_log import TENSORBOARD, RunLog
-from cdistill.train.teacher_source import Cached, place_teacher
+from cdistill.train.teacher_source import Cached, Several, TeacherSource, place_teacher
 from cdistill.train.terms.alignment import Alignment
 from cdistill.train.trainer import DistillTrainer, training_arguments
 from cdistill.train.validation import Validation
-from cdistill.vat import SequenceShards
+from cdistill.vat import VAT, SequenceShards
 
 METRICS_BYTES = 1_000_000
 
@@ -141,6 +142,7 @@ def _run_stage(
     """Make the student ready, build what trains it, train it and publish the result."""
     if not run.distils_from(stage.index):
         models.teacher = models.teacher_source = None
+        models.teachers = {}
     arguments = _ready(run, stage, models.student)
     counted = count_parameters(models.student)
     data = open_data(stage, models)
@@ -227,27 +229,38 @@ def _ready(run: Run, stage: Stage, student: Model) -> TrainingArguments:
     )
 
 
+def _placed(run: Run, models: Models, device: torch.device) -> TeacherSource:
+    """The teacher, or several, held as the recipe wants it."""
+    memory, student, lead = run.recipe.teacher_memory, models.student, run.recipe.lead_name
+    where = student, run.precision, device
+    if not models.teachers:
+        sees = models.shares_vision
+        return place_teacher(memory, models.teacher, *where, shares_vision=sees, reads_apart=models.reads_apart)
+    assert lead is not None
+    shared = {name: shares_encoder(student, model) for name, model in models.teachers.items()}
+    sources = {
+        name: place_teacher(memory, model, *where, shares_vision=shared[name], fetched=name == lead)
+        for name, model in models.teachers.items()
+    }
+    return Several(sources, lead)
+
+
 def losses_of(
     run: Run, stage: Stage, models: Models, data: Data, device: torch.device
 ) -> tuple[DistillationModel, Data]:
     """The losses of the stage, with the teacher held as the recipe wants it, or what a cache has kept of it."""
     memory, student = run.recipe.teacher_memory, models.student
     teacher = vat = None
+    vats: tuple[VAT, ...] = ()
     if stage.objective.distils:
         assert models.teacher is not None
         if memory.cache is None:
-            models.teacher_source = models.teacher_source or place_teacher(
-                memory,
-                models.teacher,
-                student,
-                run.precision,
-                device,
-                shares_vision=models.shares_vision,
-                reads_apart=models.reads_apart,
-            )
+            models.teacher_source = models.teacher_source or _placed(run, models, device)
             teacher = models.teacher_source
             teacher.move(device)
-        if stage.aligns:
+        if stage.aligns and models.teachers:
+            vats = tuple(vat_of(stage, student, model) for model in models.teachers.values())
+        elif stage.aligns:
             batches = DataLoader(data.dataset, stage.micro_batch_size, collate_fn=data.collator)
             student.to(device)
             vat = make_vat(stage, models, teacher, batches)
@@ -258,7 +271,13 @@ def losses_of(
     elif models.teacher_source is not None:
         models.teacher_source.move("cpu")  # from the GPU, where an earlier stage has left it
     given = {"vat.weight": run.recipe.vat.weight, "baseline_weight": run.recipe.baseline_weight}
-    terms = stage.objective.terms(kd=run.recipe.kd, vat=vat, vocabularies=vocabularies_of(data.dataset))
+    terms = stage.objective.terms(
+        kd=run.recipe.kd,
+        vat=vat,
+        vocabularies=vocabularies_of(data.dataset),
+        vats=vats,
+        teachers=tuple(models.teachers),
+    )
     measured = dict[str, str]()
     for term in terms:
         key = "baseline_weight" if term.baseline else "vat.weight"

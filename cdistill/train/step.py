@@ -17,6 +17,8 @@ from cdistill.data.samples import IGNORE_INDEX
 from cdistill.data.span_pairs import numbers_of
 from cdistill.errors import InputError
 from cdistill.models.load import Model
+from cdistill.models.logits import AfterHead
+from cdistill.train.kinds import WEIGHTS
 from cdistill.vat import (
     PackedRegions,
     PackedSample,
@@ -57,6 +59,8 @@ class Signal:
         topk: in place of both, its largest log-probabilities (N, K) and their ids.
         vocabulary: tokens that ``topk`` is made of, beyond which the student's head is padding.
         attention: its recorder after its pass, or targets (L, B, [Hq,] R, V); None where there is nothing to align.
+        parts: in place of all, those of several teachers in order, None for one that no sample of the batch learns of.
+        after_head: of one of several, what it does to its logits.
     """
 
     hidden: Tensor | None = None
@@ -65,6 +69,8 @@ class Signal:
     topk: tuple[Tensor, Tensor] | None = None
     vocabulary: int | None = None
     attention: TeacherTargets | TeacherLayers | TeacherRelations | SliceRecorder | Tensor | None = None
+    parts: tuple[Signal | None, ...] = ()
+    after_head: AfterHead | None = None
 
 
 @dataclass
@@ -190,6 +196,21 @@ class Step:
     def regions(self) -> Any:
         """Rows and columns of the attention that is compared, if any is."""
         return None if self.attention_term is None else self.attention_term.regions(self)
+
+    @cached_property
+    def teacher_weights(self) -> Tensor:
+        """(B, teachers) fp32: how much each sample learns of each of several. Raises ValueError for a batch without."""
+        weights = self.batch.get(WEIGHTS)
+        if weights is None or weights.ndim != 2 or len(weights) != len(self.labels) or self.is_packed:
+            raise InputError(
+                f"{WEIGHTS} (samples, teachers) must be in a padded batch, as cdistill.train.kinds makes it"
+            )
+        return weights
+
+    @property
+    def label_weights(self) -> Tensor:
+        """(N, teachers) `teacher_weights` of the samples that labels are of."""
+        return self.teacher_weights[self._labelled[0] // self.labels.shape[1]]
 
     def zero(self) -> Tensor:
         """A zero in the graph of the first term, for one that has nothing to compare."""

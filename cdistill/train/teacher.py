@@ -62,12 +62,12 @@ class Teacher(nn.Module):
         self.model = model.eval().requires_grad_(False)
         self.shares_vision, self.reads_apart = shares_vision and not reads_apart, reads_apart
 
-    def drop_shared_parts(self, student: Model) -> None:
-        """Drop the shared vision encoder and, with TAF, the adapter: the student has both, and nothing here uses them."""
+    def drop_shared_parts(self, student: Model, *, adapter: bool = True) -> None:
+        """Drop the shared vision encoder and, with TAF, the ``adapter``: the student has both, and nothing here uses them."""
         if not self.shares_vision:
             return
         self.model.model.vision_tower = None
-        if isinstance(student.model.multi_modal_projector, TAFAdapter):
+        if adapter and isinstance(student.model.multi_modal_projector, TAFAdapter):
             self.model.model.multi_modal_projector = None
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -10,8 +11,10 @@ import torch
 from cdistill.errors import InputError
 from cdistill.models.llava import SharedVision
 from cdistill.models.load import DTYPES, Model
+from cdistill.models.logits import after_head
 from cdistill.models.pair import shares_encoder
 from cdistill.runtime.zero import is_partitioned
+from cdistill.train.kinds import WEIGHTS
 from cdistill.train.recipes import TeacherMemory
 from cdistill.train.step import Signal, Step
 from cdistill.train.teacher import Teacher, partitioned
@@ -33,6 +36,11 @@ class TeacherSource:
     gives: ClassVar[tuple[str, ...]] = ("predictions", "hidden", "visual", "attention", "relations")
     inputs: ClassVar[tuple[str, ...]] = ()
     teacher: Teacher | None = None
+
+    @property
+    def teachers(self) -> tuple[Teacher, ...]:
+        """All modules that are run."""
+        return () if self.teacher is None else (self.teacher,)
 
     @property
     def shares_vision(self) -> bool:
@@ -113,6 +121,65 @@ class Quantised(InMemory):
         """Nothing."""
 
 
+class Several(TeacherSource):
+    """Several teachers, of which each sample learns as much as its kind says (`cdistill.train.kinds`).
+
+    One that no sample of a batch learns of is not run, unless all processes have to run it together. Recorders are a list, one
+    for each teacher.
+
+    Args:
+        sources: by name, the first with what the student takes of a teacher.
+    """
+
+    title = "several teachers (teachers)"
+    gives = ("predictions", "attention")
+    inputs = (WEIGHTS,)
+
+    def __init__(self, sources: Mapping[str, InMemory], lead: str) -> None:
+        self.sources, self.lead, self.teacher = dict(sources), lead, sources[lead].teacher
+
+    @property
+    def teachers(self) -> tuple[Teacher, ...]:
+        """All of them, in order."""
+        return tuple(source.teacher for source in self.sources.values())
+
+    @property
+    def shares_vision(self) -> bool:
+        """Whether any of them does."""
+        return any(source.shares_vision for source in self.sources.values())
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether any of them is."""
+        return any(source.is_partitioned for source in self.sources.values())
+
+    def ask(self, step: Step, recorder: Any, shared: SharedVision | None, inputs: Mapping[str, Any]) -> Signal:
+        """Of each teacher its own signal; one device synchronisation."""
+        weights = step.teacher_weights
+        if weights.shape[1] != len(self.sources):
+            raise InputError(f"{WEIGHTS} must be of {len(self.sources)} teachers, got {weights.shape[1]}")
+        wanted = (weights > 0).any(0).tolist()
+        parts: list[Signal | None] = []
+        for i, (name, source) in enumerate(self.sources.items()):
+            if not wanted[i] and not source.is_partitioned:
+                parts.append(None)
+                continue
+            seen = shared
+            if shared is not None and name != self.lead:  # whose adapter a student may have fetched
+                seen = shared._replace(teacher_tokens=None)
+            looks: tuple[SharedVision | None, Mapping[str, Any]] = seen, inputs
+            if not source.shares_vision:
+                looks = None, step.inputs
+            signal = source.ask(step, None if recorder is None else recorder[i], *looks)
+            parts.append(replace(signal, after_head=after_head(source.teacher.model, "teacher")))
+        return Signal(parts=tuple(parts))
+
+    def move(self, device: torch.device | str) -> None:
+        """Each as it can be."""
+        for source in self.sources.values():
+            source.move(device)
+
+
 class Cached(TeacherSource):
     """What a teacher gave earlier, in the batch.
 
@@ -152,10 +219,14 @@ def place_teacher(
     *,
     shares_vision: bool,
     reads_apart: bool = False,
-) -> TeacherSource:
-    """The source of a recipe's teacher: in memory, partitioned or quantised, without the parts that the student has, too."""
+    fetched: bool = True,
+) -> InMemory:
+    """The source of a recipe's teacher: in memory, partitioned or quantised, without the parts that the student has, too.
+
+    Of several teachers a student with TAF has the adapter of the one that is ``fetched``.
+    """
     teacher = Teacher(model, shares_vision=shares_vision, reads_apart=reads_apart)
-    teacher.drop_shared_parts(student)
+    teacher.drop_shared_parts(student, adapter=fetched)
     if memory.zero == 3:
         whole = teacher.to(dtype=DTYPES[precision])
         return Partitioned(partitioned(whole, precision=precision, offload=memory.offload))

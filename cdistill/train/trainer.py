@@ -166,9 +166,13 @@ class DistillTrainer(Trainer):
         tokens, self.tokens = int(self.tokens), 0
         means: dict[str, Any] = self.finite.means(steps)
         numbers = {name: value for name, value in means.items() if not isinstance(value, list)}
+        for term in self.distillation.terms:
+            if term.teachers and isinstance(of := means.get(term.of_teachers), list):
+                numbers |= {f"{term.name}/{name}": each for name, each in zip(term.teachers, of, strict=True)}
         numbers |= {} if self.rollouts is None else self.rollouts.lengths()
         if self.log_layers:
-            vectors = {name: value for name, value in means.items() if isinstance(value, list)}
+            told = {term.of_teachers for term in self.distillation.terms if term.teachers}
+            vectors = {name: value for name, value in means.items() if isinstance(value, list) and name not in told}
             numbers |= {f"{name}/{i}": each for name, value in vectors.items() for i, each in enumerate(value)}
         super().log({**logs, **numbers, "tokens": tokens, "skipped": self.finite.skipped}, start_time)
 

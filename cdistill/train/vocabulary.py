@@ -3,6 +3,8 @@ where there is a divergence."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -20,7 +22,7 @@ from cdistill.ops import linear_distillation
 from cdistill.train.inside import KEYWORD, instead_of_forward, make_replaceable
 from cdistill.train.left_out import hook_of_others
 from cdistill.train.span_losses import Head, Side, span_losses
-from cdistill.train.step import Step
+from cdistill.train.step import Signal, Step
 
 MODULE = "vocabulary_losses"  # of a term that makes cross-entropy and divergence together
 _WHOLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes whose values are the weights
@@ -135,6 +137,67 @@ class SpanLosses(nn.Module):
             )
 
 
+class WeightedLosses(nn.Module):
+    """Cross-entropy, and the divergences from several teachers by the weights of labels; else as `VocabularyLosses`.
+
+    Where a label's first teacher has weight 1, its cross-entropy is made together with that divergence, elsewhere by itself.
+    """
+
+    def __init__(self, kd: KDConfig, student: AfterHead) -> None:
+        super().__init__()
+        self.kd, self.student = kd, student
+
+    def forward(
+        self,
+        hidden: Tensor,
+        head: nn.Linear,
+        teachers: Sequence[tuple[Tensor, nn.Linear, AfterHead] | None],
+        labels: Tensor,
+        weights: Tensor,
+        reference: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums of L_ar and weighted L_kd over labels (N,), and of the latter the part of each teacher (detached).
+
+        ``teachers`` are their hidden states (N, d_T), heads and what they do to logits, None for one without weight;
+        ``weights`` is (N, teachers).
+        """
+        left = torch.ones_like(labels, dtype=torch.bool) if reference is None else reference.clone()
+        ce: Any = 0.0
+        kds: list[Any] = [0.0] * len(teachers)
+
+        def add(i: int | None, which: Tensor, factors: tuple[float, float], shares: Tensor | None) -> Tensor | None:
+            """The cross-entropy of some labels; their divergence from a teacher joins its sum."""
+            rows = which.nonzero().squeeze(1)
+            if not len(rows) and i is not None:
+                return None
+            of = teachers[i] if i is not None else None
+            whole = len(rows) == len(labels)
+            pick = (lambda x: x) if whole else (lambda x: x[rows])
+            theirs = None if of is None else pick(of[0])
+            losses = VocabularyLosses(self.kd, self.student, AfterHead() if of is None else of[2], factors)
+            taken = None if shares is None else pick(shares)
+            made = losses(pick(hidden), head, theirs, None if of is None else of[1], pick(labels), shares=taken)
+            if i is not None:
+                kds[i] = made[1] + kds[i]
+            return made[0]
+
+        for i, teacher in enumerate(teachers):
+            if teacher is None:
+                continue
+            share = weights[:, i]
+            together = left & (share == 1)
+            made = add(i, together, (1.0, self.kd.weight), None)
+            ce = ce if made is None else made + ce
+            add(i, (share > 0) & ~together, (0.0, 1.0), share)
+            left = left & ~together
+        if isinstance(ce, float) or bool(left.any()):
+            ce = add(None, left, (1.0, 0.0), None) + ce
+        zero = ce.detach() * 0
+        parts = torch.stack([zero if isinstance(kd, float) else kd.detach() for kd in kds])
+        made_kds = [kd for kd in kds if not isinstance(kd, float)]
+        return ce, sum(made_kds[1:], made_kds[0]) if made_kds else zero, parts
+
+
 def cross_entropy(step: Step) -> Tensor:
     """Sum of the cross-entropy over the labels of a batch, made with the divergence where a term asks for that."""
     if MODULE in step.modules:
@@ -160,7 +223,9 @@ def _both(step: Step) -> tuple[Tensor, Tensor]:
     make_replaceable(head)  # what gathers its weight is a hook on its call
     made: Any
     spans = step.spans
-    if spans is not None:
+    if teacher.parts:
+        made = _of_several(step, head, losses, teacher.parts)
+    elif spans is not None:
         assert teacher.head is not None and teacher.hidden is not None
         view = step.teacher_view
         ours = Side(step.hidden, targets, spans[0].flatten()[step.places + 1])
@@ -177,6 +242,23 @@ def _both(step: Step) -> tuple[Tensor, Tensor]:
             made = head(step.hidden, **instead_of_forward(lambda x: given(x, head, teacher.hidden, theirs, targets)))
     step.shared[MODULE] = made
     return made
+
+
+def _of_several(
+    step: Step, head: nn.Module, losses: nn.Module, parts: Sequence[Signal | None]
+) -> tuple[Tensor, Tensor]:
+    """Both sums of several teachers, whose own parts are left for the term that tells them."""
+    with ExitStack() as opened:
+        teachers = [
+            None
+            if part is None or part.head is None
+            else (part.hidden, opened.enter_context(part.head()), part.after_head or AfterHead())
+            for part in parts
+        ]
+        given = partial(losses, labels=step.targets, weights=step.label_weights, reference=step.reference)
+        ce, kd, of_teachers = head(step.hidden, **instead_of_forward(lambda x: given(x, head, teachers)))
+    step.shared["kd_teachers"] = of_teachers
+    return ce, kd
 
 
 def after_heads(student: Model, teacher: Model | None) -> tuple[AfterHead, AfterHead]:

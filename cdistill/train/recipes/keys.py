@@ -18,9 +18,10 @@ from cdistill.builtin.task import BuiltinTask
 from cdistill.choices import BelowOne, KDConfig, NotNegative, OnPolicyConfig, Positive, Template, VATConfig
 from cdistill.eval import benchmarks
 from cdistill.train.objectives import OBJECTIVES
-from cdistill.train.recipes.models import StudentConfig, TeacherMemory
+from cdistill.train.recipes.models import StudentConfig, TeacherConfig, TeacherMemory
 from cdistill.train.recipes.section import STRICT, AtLeastOne, Count, Keys, ZeroStage
 from cdistill.train.recipes.sequences import sequence_problems
+from cdistill.train.recipes.teachers import Teachers, teachers_problems
 
 LAST_SEED = 4_294_967_000  # numpy's seeds have 32 bits, and every stage adds its number
 STAGE_NAME = re.compile(r"[A-Za-z0-9_]{1,64}")  # as `cdistill.models.load.STAGE` has it
@@ -55,6 +56,8 @@ class DataConfig(Keys):
     """Built-in task: questions of a sample."""
     subtypes: tuple[str, ...] = BuiltinTask.subtypes
     """Built-in task: kinds of questions, drawn uniformly."""
+    one_kind: bool = BuiltinTask.one_kind
+    """Built-in task: all questions of a sample are of one kind, so that it has this kind for the weights of `teachers`."""
     text: float = BuiltinTask.text
     """Built-in task: share of samples, below 1, without an image: the scene is written out, with questions of every kind."""
     seed: Count | None = None
@@ -253,7 +256,7 @@ class StageConfig(Keys):
 
 
 @dataclass(frozen=True, config=STRICT)
-class Recipe(Keys):
+class Recipe(Teachers, Keys):
     """A whole run: models, losses and stages in order (SPEC section 4)."""
 
     name: str
@@ -302,6 +305,9 @@ class Recipe(Keys):
     """Seconds that a process may make no step while others wait for it; the run then ends, 0 waits for ever."""
     teacher: str | None = None
     """Folder made by save_pretrained, or of a run (its last finished stage), or builtin:NAME; null where no stage distils."""
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
+    """Sections, one for each of several teachers, by names of your own, in the place of teacher: how much each kind of sample
+    learns of whom."""
     teacher_memory: TeacherMemory = field(default_factory=TeacherMemory)
     kd: KDConfig = field(default_factory=KDConfig)
     vat: VATOptions = field(default_factory=VATOptions)
@@ -330,8 +336,9 @@ class Recipe(Keys):
             yield from sequence_problems(self)
         if self.kd.alignment != "token":
             yield from self._problems_of_spans(objectives)
+        yield from teachers_problems(self)
         if self.student.taf:
-            if self.student.vision_config is not None or self.student.vision not in (None, self.teacher):
+            if self.student.vision_config is not None or self.student.vision not in (None, self.lead):
                 yield "student.vision must be null or the teacher with student.taf, whose encoder is shared"
             if "vision" in objectives:
                 yield "stages must not train the vision encoder with student.taf: it is the teacher's"
@@ -347,9 +354,9 @@ class Recipe(Keys):
 
     def _problems_of_the_teacher(self, objectives: list[str]) -> Iterator[str]:
         distilling = [name for name in self.stages if OBJECTIVES[self.stage[name].objective].distils]
-        if self.teacher is None and self.student.taf:
+        if self.lead is None and self.student.taf:
             yield "teacher must be given for student.taf: there is no adapter to fetch"
-        elif self.teacher is None and distilling:
+        elif self.lead is None and distilling:
             name = distilling[0]
             yield f"teacher must be given for stage {name!r}, whose objective {self.stage[name].objective} distils"
         if "vision" in objectives:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from cdistill.choices import BelowOne
+from cdistill.choices import BelowOne, NotNegative
 from cdistill.train.recipes.section import STRICT, AtLeastOne, Count, Keys, TeacherZero
 
 
@@ -45,6 +45,22 @@ class TeacherMemory(Keys):
             yield "offload needs zero 3"
         if self.quantization is not None and self.zero == 3:
             yield "quantization and zero 3 exclude each other: quantised weights cannot be partitioned"
+
+
+@dataclass(frozen=True, config=STRICT)
+class TeacherConfig(Keys):
+    """One of several teachers, and how much samples are to learn of it."""
+
+    model: str
+    """Folder or built-in asset, as `teacher`."""
+    weights: dict[str, NotNegative]
+    """Factor of this teacher's losses (kd and vat) by kind of sample; `default` is that of all other kinds. The kind of a
+    sample is the name of its data set: in a mix that of its source, else of the file; of the built-in task the sub-type of its
+    questions, caption without any, mixed with questions of several."""
+
+    def problems(self) -> Iterator[str]:
+        if not any(self.weights.values()):
+            yield "weights must have one above 0: this teacher would teach nothing"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -91,6 +107,8 @@ class StudentConfig(Keys):
     """transformers configuration of a fresh vision encoder, model_type included."""
     taf: bool = False
     """Teacher adapter fetch (paper section 4.2); false gives the student an adapter of its own."""
+    taf_teacher: str | None = None
+    """Which of several `teachers` the adapter is fetched from; null with one `teacher`."""
     taf_activation: Literal["linear", "gelu"] = "linear"
     """Of the light map before the teacher's adapter: linear is a linear layer (the authors' code), gelu one after a GELU."""
     lora: LoRAConfig | None = None

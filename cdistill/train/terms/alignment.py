@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cdistill.errors import InputError
 from cdistill.train.terms.base import Memory, Settings, Sizes, Term
@@ -33,7 +33,7 @@ class Alignment(Term):
     teacher = ("attention",)
     visual = True
     attention = True
-    details = ("vat_layers",)
+    details: ClassVar[tuple[str, ...]] = ("vat_layers",)
     is_column = True
     compares_spans = True
 
@@ -42,7 +42,11 @@ class Alignment(Term):
 
     @classmethod
     def configured(cls, settings: Settings) -> Alignment | None:
-        """By ``vat``, None without it."""
+        """By ``vat``, or by ``vats`` of several teachers; None without."""
+        if settings.vats:
+            from cdistill.train.terms.several import WeightedAlignment
+
+            return WeightedAlignment(settings.vats, settings.teachers, settings.vat_weight)
         return None if settings.vat is None else cls(settings.vat, settings.vat_weight)
 
     def modules(self, student: Model, teacher: Model | None) -> dict[str, nn.Module]:

@@ -36,12 +36,16 @@ class Settings:
         vat: the alignment of this student and this teacher, None to leave it out.
         vat_weight: its weight in the loss.
         vocabularies: which tokens of both models say the same, where their tokenizers differ (``kd.alignment``).
+        vats: in the place of ``vat``, the alignments of this student and each of several teachers.
+        teachers: names of several teachers; none of one.
     """
 
     kd: KDConfig = field(default_factory=KDConfig)
     vat: VAT | None = None
     vat_weight: float = 1.0
     vocabularies: Vocabularies | None = None
+    vats: tuple[VAT, ...] = ()
+    teachers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,7 @@ class Term:
         baseline: whether it stands in the place of the alignment and its weight is a recipe's ``baseline_weight``.
         details: keys of further results (vectors, detached), which ``log_layers`` logs.
         weight: its factor in the loss; an instance may have its own.
+        teachers: of several, their names: results are logged by these, one by one.
         is_column: every line of metrics.jsonl has its key, null in stages without it.
         is_logged: its mean is logged beside the loss.
         compares_spans: it can compare models of different tokenizers, by the spans of their words.
@@ -124,12 +129,18 @@ class Term:
     is_column: ClassVar[bool] = False
     is_logged: ClassVar[bool] = True
     compares_spans: ClassVar[bool] = False
+    teachers: tuple[str, ...] = ()
     weight: float = 1.0
 
     @classmethod
     def configured(cls, settings: Settings) -> Term | None:
         """The term as a run configures it, None where the run leaves it out."""
         return cls()
+
+    @property
+    def of_teachers(self) -> str:
+        """Key of what each of several teachers adds to it: a vector, detached."""
+        return f"{self.name}_teachers"
 
     def check(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
         """Raise ValueError for models that the term is wrong for; called at first and before every batch."""
