@@ -1,23 +1,19 @@
 """Several teachers with weights per kind of sample: against full matrices in float64, against one teacher, and in runs."""
 
 import copy
-import json
 
 import pytest
 import torch
 from builtin_models import make_recipe, save_teacher
 from test_train_losses import batch_of_three, eager, oracle
-from test_train_stages import refused
 
 from cdistill.choices import KDConfig
 from cdistill.errors import InputError
 from cdistill.models.pair import shares_encoder
-from cdistill.train import run
 from cdistill.train.build import build_models
 from cdistill.train.kinds import WEIGHTS
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES
-from cdistill.train.stages import losses_of
 from cdistill.train.teacher import Teacher
 from cdistill.train.teacher_source import InMemory, Several
 from cdistill.vat import VAT, VATConfig
@@ -50,8 +46,7 @@ def losses_by(student, teachers, **vat):
         terms = OBJECTIVES["dft"].terms(kd=kd, vat=VAT(config, 2, 4))
         return DistillationModel(student, terms, teacher=teachers)
     sources = {
-        name: InMemory(Teacher(model, shares_vision=shares_encoder(student, model)))
-        for name, model in teachers.items()
+        name: InMemory(Teacher(model, shares_vision=shares_encoder(student, model))) for name, model in teachers.items()
     }
     vats = tuple(VAT(config, 2, model.config.text_config.num_hidden_layers) for model in teachers.values())
     terms = OBJECTIVES["dft"].terms(kd=kd, vats=vats, teachers=tuple(sources))

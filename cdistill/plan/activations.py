@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +24,7 @@ from cdistill.plan.footprint import (
     logits_footprint,
 )
 from cdistill.plan.setting import Bytes, Setting, item_size
+from cdistill.train.kinds import products
 from cdistill.train.recipes import Recipe
 from cdistill.train.terms import Memory
 from cdistill.vat import VAT, attention_layers
@@ -133,6 +135,7 @@ def activations(recipe: Recipe, terms: Memory, student: Blueprint, s: Setting) -
         compared = _decoder(student, 1, *common, (options, rows, s.visual or s.length))
         at_a_time, number = _recomputed(rows, s) if terms.recomputes else (rows, 1)
         slices = number * attention_slice(recipe, student, at_a_time, s)
+    times = max(1, len(recipe.teachers))  # that a layer is compared
     width = student.model.config.get_text_config().hidden_size
     item = item_size(s.student)
     embeds = s.batch * s.length * width * item + _adapter(student, s)
@@ -142,12 +145,12 @@ def activations(recipe: Recipe, terms: Memory, student: Blueprint, s: Setting) -
 
     def after(which: str, count: int) -> int:
         first, second, with_slice = (getattr(x, which) for x in (one, two, compared))
-        return embeds + first + (count - 1) * (second - first) + aligned * (with_slice - first) // parts
+        return embeds + first + (count - 1) * (second - first) + aligned * times * (with_slice - first) // parts
 
     working = max(one.backward - one.kept, compared.backward - compared.kept + slices) + exchange
     incoming = 2 * s.batch * s.tokens * width * item  # gradients of the hidden states, before rows were picked
     rows_picked = s.labelled * width * item
-    first = embeds + (one.kept if aligned < layers else compared.kept)
+    first = embeds + one.kept + (times * (compared.kept - one.kept) if aligned == layers else 0)
     return {
         "forward": after("cached", layers)
         + max(one.forward - one.cached, compared.forward - compared.cached + slices)
@@ -167,11 +170,14 @@ def _adapter(student: Blueprint, s: Setting) -> int:
     return s.batch * s.visual * width * item_size(s.half) * 2
 
 
-def vocabulary(recipe: Recipe, terms: Memory, student: Blueprint, teacher: Blueprint | None, s: Setting) -> Footprint:
+def vocabulary(
+    recipe: Recipe, terms: Memory, student: Blueprint, teachers: Sequence[Blueprint], s: Setting
+) -> Footprint:
     """Losses over the vocabulary.
 
     Distillation holds the logits of a chunk, both models', and the fp32 gradient of a trained head; plain cross-entropy holds
-    whole logits. What is compared at visual tokens, too, has a gradient of the head of its own.
+    whole logits. What is compared at visual tokens, too, has a gradient of the head of its own, and of several teachers have
+    the labels that go through the head together (`products`).
     """
     head = head_of(student.model)
     if terms.logits == "none":
@@ -180,13 +186,16 @@ def vocabulary(recipe: Recipe, terms: Memory, student: Blueprint, teacher: Bluep
         return _whole_logits(head, s.labelled, s.student, s.student, s.autocast)
     elements, trained = head.weight.numel(), head.weight.requires_grad
     copied = elements * item_size(s.half) if s.half != s.student else 0
-    gradient = 4 * elements * (1 + terms.visual_logits) if trained else 0
+    times = products(recipe.weights_by_teacher)
+    gradient = 4 * elements * (times + terms.visual_logits) if trained else 0
     most = max(s.labelled, s.batch * s.visual if terms.visual_logits else 0)  # of the two, one after the other
     hidden = s.labelled * head.in_features * (2 if s.half == torch.bfloat16 else 4)
+    if recipe.teachers:  # of labels that are picked, both models' states are copied
+        widths = (teacher.model.config.get_text_config().hidden_size for teacher in teachers)
+        hidden += times * (hidden + s.labelled * max(widths, default=0) * item_size(s.half))
     vocabulary = head.out_features
-    if teacher is not None:
-        vocabulary = min(vocabulary, head_of(teacher.model).out_features)
-    buffers = 1 if teacher is None else 2
+    vocabulary = min([vocabulary, *(head_of(teacher.model).out_features for teacher in teachers)])
+    buffers = 2 if teachers else 1
     width = torch.float32 if s.half == torch.float16 and s.device == "cpu" else s.half
     row = buffers * math.ceil(vocabulary / ROW_UNIT) * ROW_UNIT * item_size(width)
     rows = chunk_rows(most, row, on_cuda=s.device == "cuda", head_gradient=elements if trained else 0)

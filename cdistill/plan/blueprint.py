@@ -16,7 +16,13 @@ from cdistill.models.load import Model, load_structure, load_tokenizer, resolve_
 from cdistill.models.parts import has_vision
 from cdistill.models.processor import has_image_processor
 from cdistill.plan.footprint import prepare
-from cdistill.train.build import check_objectives, checkpoint_activations, difference, different_tokenizers
+from cdistill.train.build import (
+    check_objectives,
+    checkpoint_activations,
+    difference,
+    different_tokenizers,
+    require_same_reading,
+)
 from cdistill.train.lora import add_lora
 from cdistill.train.objectives import OBJECTIVES, set_trained
 from cdistill.train.recipes import LoRAConfig, Recipe, StageConfig, StudentConfig
@@ -42,18 +48,32 @@ def check_models(recipe: Recipe) -> bool:
     """
     student, teacher = _student(*_key(recipe)), _teacher_model(recipe)
     check_objectives(recipe, student, teacher)
+    for key, other in teachers_of(recipe).items():
+        if recipe.teachers and key != recipe.lead_key:
+            require_same_reading(recipe, student, other.model, key)
+            check_objectives(recipe, student, other.model)
     if teacher is not None and recipe.kd.alignment != "token":
         different_tokenizers(recipe, student, teacher)
         return True
-    apart = teacher is not None and difference(recipe, student, teacher) is not None
+    why = None if teacher is None else difference(recipe, student, teacher)
+    apart = why is not None
+    if apart and recipe.teachers:
+        raise InputError(f"teachers must read what the student reads, and {recipe.lead_key} does not: {why}")
     if apart and recipe.sequence_parallel > 1:
         raise InputError(NO_COMMON_VISION)
     return apart
 
 
 def teacher_of(recipe: Recipe) -> Blueprint | None:
-    """The teacher, if the recipe needs one."""
-    return _teacher(recipe.lead) if recipe.needs_teacher and recipe.lead is not None else None
+    """The teacher, if the recipe needs one; of several the one that the student takes parts of."""
+    return teachers_of(recipe).get(recipe.lead_key)
+
+
+def teachers_of(recipe: Recipe) -> dict[str, Blueprint]:
+    """All teachers that the recipe needs, by their keys."""
+    if not recipe.needs_teacher:
+        return {}
+    return {key: _teacher(reference, key) for key, reference in recipe.every_teacher.items()}
 
 
 def student_of(recipe: Recipe, stage: StageConfig) -> Blueprint:
@@ -74,11 +94,11 @@ def _teacher_model(recipe: Recipe) -> Any:
     return None if teacher is None else teacher.model
 
 
-@lru_cache(maxsize=4)
-def _teacher(reference: str) -> Blueprint:
-    model = load_structure(resolve_folder(reference, "teacher", weights=False), "teacher")
+@lru_cache(maxsize=8)
+def _teacher(reference: str, key: str = "teacher") -> Blueprint:
+    model = load_structure(resolve_folder(reference, key, weights=False), key)
     if not has_vision(model):
-        raise InputError(f"teacher: {reference} holds no multimodal model but a {model.config.model_type} model")
+        raise InputError(f"{key}: {reference} holds no multimodal model but a {model.config.model_type} model")
     prepare(model)
     model.requires_grad_(False)
     return Blueprint(model, 0, sum(p.numel() for p in model.parameters()))

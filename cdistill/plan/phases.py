@@ -7,7 +7,7 @@ What layers hold is read off them (`cdistill.plan.footprint`); everything else i
 from __future__ import annotations
 
 from cdistill.plan import activations, weights
-from cdistill.plan.blueprint import Blueprint, teacher_of
+from cdistill.plan.blueprint import Blueprint, teachers_of
 from cdistill.plan.footprint import patch_footprint
 from cdistill.plan.setting import Bytes, Setting, memory_of_terms
 from cdistill.train.objectives import OBJECTIVES
@@ -20,32 +20,35 @@ OVERHEAD = 10**9  # CUDA's context, kernels, workspaces of libraries and NCCL's 
 def phases_of(recipe: Recipe, index: int, student: Blueprint, s: Setting) -> dict[str, Bytes]:
     """The phases of a step of the stage at a place in the recipe's list."""
     objective = OBJECTIVES[recipe.stage[recipe.stages[index]].objective]
-    teacher = teacher_of(recipe)
-    resident = _resident(recipe, index, student, teacher, s)
+    teachers = list(teachers_of(recipe).values())
+    resident = _resident(recipe, index, student, s)
     if not objective.distils or recipe.teacher_memory.cache is not None:
-        teacher = None
+        teachers = []
+    given: list[Blueprint | None] = [*teachers] or [None]  # None: by a cache, or nothing
     gradients, terms = weights.gradients(student, s), memory_of_terms(recipe, objective, student.model, s)
     if terms.classes:
         return _on_patches(resident, gradients, terms, student, s)
     images = activations.images(student, s)
-    targets = activations.targets(recipe, terms, student, teacher, s)
+    targets = sum(activations.targets(recipe, terms, student, teacher, s) for teacher in given)
     acts = activations.activations(recipe, terms, student, s)
-    logits = activations.vocabulary(recipe, terms, student, teacher, s)
-    gathered = {"pass": 0, "losses": 0} if teacher is None else weights.gathered_weights(recipe, teacher, s)
+    logits = activations.vocabulary(recipe, terms, student, teachers, s)
+    gathered = [weights.gathered_weights(recipe, teacher, s) for teacher in teachers]
     waiting = resident | {"gradients": gradients["between"]}
     inputs = {"images": images["kept"], "targets": targets}
     phases = {"images": waiting | {"images": images["peak"]}}
     if recipe.stage[recipe.stages[index]].replies is not None:
         phases["generation"] = waiting | {"images": images["peak"]} | activations.generation(student, s)
-    if teacher is not None:
-        taken = activations.teacher_pass(recipe, terms, teacher, s) + gathered["pass"]
-        phases["teacher"] = waiting | inputs | {"teacher's pass": taken}
+    if teachers:  # one after the other; what the others have given is counted, too
+        passes = (activations.teacher_pass(recipe, terms, teacher, s) for teacher in teachers)
+        taken = max(of + whole["pass"] for of, whole in zip(passes, gathered, strict=True))
+        others = sum(sorted(activations.teacher_hidden(recipe, teacher, s) for teacher in teachers)[1:])
+        phases["teacher"] = waiting | inputs | {"teacher's pass": taken + others}
     if objective.distils:
-        inputs["images"] += activations.teacher_hidden(recipe, teacher, s)
+        inputs["images"] += sum(activations.teacher_hidden(recipe, teacher, s) for teacher in given)
     forward = waiting | inputs
     phases["forward"] = forward | {"activations": acts["forward"]}
     kept = {"terms": terms.kept} if terms.kept else {}
-    computed = {"activations": acts["cached"], "logits": logits.forward + gathered["losses"]}
+    computed = {"activations": acts["cached"], "logits": logits.forward + sum(whole["losses"] for whole in gathered)}
     phases["losses"] = forward | computed | kept
     after = resident | {"images": acts["images"], "targets": targets}
     phases["backward of the losses"] = after | {
@@ -65,7 +68,7 @@ def phases_of(recipe: Recipe, index: int, student: Blueprint, s: Setting) -> dic
     return phases
 
 
-def _resident(recipe: Recipe, index: int, student: Blueprint, teacher: Blueprint | None, s: Setting) -> Bytes:
+def _resident(recipe: Recipe, index: int, student: Blueprint, s: Setting) -> Bytes:
     """What is there in every phase."""
     resident = {
         "CUDA and NCCL": 0 if s.device == "cpu" else OVERHEAD,
@@ -74,8 +77,12 @@ def _resident(recipe: Recipe, index: int, student: Blueprint, teacher: Blueprint
     }
     stages = [OBJECTIVES[recipe.stage[other].objective].distils for other in recipe.stages]
     begun = s.device == "cpu" or any(stages[: index + 1])  # in CPU memory until a stage distils
-    if teacher is not None and begun and any(stages[index:]):
-        resident["teacher weights"] = weights.teacher_weights(recipe, student, teacher, s)
+    teachers = teachers_of(recipe)
+    if teachers and begun and any(stages[index:]):
+        resident["teacher weights"] = sum(
+            weights.teacher_weights(recipe, student, teacher, s, fetched=key == recipe.lead_key)
+            for key, teacher in teachers.items()
+        )
     return resident
 
 

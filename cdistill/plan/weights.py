@@ -64,8 +64,8 @@ def gradients(student: Blueprint, s: Setting) -> Bytes:
     return {"between": between, "begin": between + bucket, "end": own + bucket, "step": step}
 
 
-def teacher_weights(recipe: Recipe, student: Blueprint, teacher: Blueprint, s: Setting) -> int:
-    """In the precision, without what the student has, too: the vision encoder and, with TAF, the adapter.
+def teacher_weights(recipe: Recipe, student: Blueprint, teacher: Blueprint, s: Setting, *, fetched: bool = True) -> int:
+    """In the precision, without what the student has, too: the vision encoder and, with TAF, the adapter that is ``fetched``.
 
     Partitioned, in CPU memory, with quantised layers, or kept by a cache and not here at all.
     """
@@ -75,7 +75,7 @@ def teacher_weights(recipe: Recipe, student: Blueprint, teacher: Blueprint, s: S
     count = teacher.total
     if shares_vision(student.model, teacher.model):
         shared = [teacher.model.model.vision_tower]
-        if isinstance(student.model.model.multi_modal_projector, TAFAdapter):
+        if fetched and isinstance(student.model.model.multi_modal_projector, TAFAdapter):
             shared.append(teacher.model.model.multi_modal_projector)
         count -= sum(p.numel() for part in shared for p in part.parameters())
     if memory.zero == 3:

@@ -28,14 +28,15 @@ def card(run: RunHistory, repository: str, *, license: str | None, needs_cdistil
         picture: whether `PICTURE` lies beside the card.
     """
     recipe = run.recipe
-    references = (recipe.teacher if recipe.needs_teacher else None, recipe.student.base, recipe.student.vision)
+    teachers = tuple(recipe.every_teacher.values()) if recipe.needs_teacher else ()
+    references = (*teachers, recipe.student.base, recipe.student.vision)
     bases = [reference.partition("@")[0] for reference in references if reference is not None and _is_pinned(reference)]
     how = "fine-tuned"
     if recipe.needs_teacher:
-        assert recipe.teacher is not None
         aligned = any(recipe.aligns(stage.objective) for stage in run.stages)
-        how = f"distilled from {_public(recipe.teacher)}" + (
-            ", its visual attention aligned with the teacher's" if aligned else ""
+        whose = "the teacher's" if len(teachers) == 1 else "the teachers'"
+        how = f"distilled from {' and '.join(map(_public, teachers))}" + (
+            f", its visual attention aligned with {whose}" if aligned else ""
         )
     return (
         environment()

@@ -271,6 +271,10 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         del content["kd"], content["teacher_memory"]
     if not recipe.needs_teacher:
         del content["teacher"]
+    lead = content["student"].pop("taf_teacher")
+    teachers = content.pop("teachers")
+    if teachers and recipe.needs_teacher:  # in order: the first gives the student its encoder
+        content["teachers"] = [values | ({"taf": True} if name == lead else {}) for name, values in teachers.items()]
     if recipe.kd.alignment == "token" and "kd" in content:
         del content["kd"]["alignment"]
     if recipe.student.pruning is None:
@@ -281,11 +285,14 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         for key in ("quantization", "generation"):
             if section[key] is None:
                 del section[key]
+        if not section["data"]["one_kind"]:
+            del section["data"]["one_kind"]
     for place, key in (
         (content, "teacher"),
         (content["student"], "base"),
         (content["student"], "vision"),
         (content["student"], "tokenizer"),
+        *((teacher, "model") for teacher in content.get("teachers", ())),
     ):
         if place.get(key) is not None:
             place[key] = fingerprint([resolve_folder(place[key], key)])

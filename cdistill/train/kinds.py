@@ -76,3 +76,15 @@ def require_known_kinds(teachers: Mapping[str, Mapping[str, float]], kinds: Sequ
                     f"teachers.{name}.weights names kind {kind!r}, and samples of stages that distil are of "
                     f"{', '.join(dict.fromkeys(kinds))}"
                 )
+
+
+def products(teachers: Mapping[str, Mapping[str, float]]) -> int:
+    """In how many parts the labels of a batch go through the student's head at most, as `WeightedLosses` divides them."""
+    kinds = dict.fromkeys([DEFAULT, *(kind for weights in teachers.values() for kind in weights)])
+    left, count = set(kinds), 0
+    for weights in teachers.values():
+        of = {kind: weights.get(kind, weights.get(DEFAULT, 0.0)) for kind in kinds}
+        together = {kind for kind in left if of[kind] == 1}
+        count += bool(together) + any(of[kind] > 0 for kind in of.keys() - together)
+        left -= together
+    return count + bool(left) if teachers else 1

@@ -6,9 +6,9 @@ from typing import Any
 
 from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.recipes.models import StudentConfig, TeacherConfig
+from cdistill.train.terms import OF_SEVERAL
 
 NAME = re.compile(r"[A-Za-z0-9_]{1,64}")  # a part of keys that are logged
-TERMS = ("kd", "vat")  # those that weigh several teachers
 
 
 class Teachers:
@@ -66,7 +66,7 @@ def teachers_problems(recipe: Any) -> Iterator[str]:
         yield "student.taf_teacher must be null without student.taf"
     for name in recipe.stages:
         for term in OBJECTIVES[recipe.stage[name].objective].kinds:
-            if term.teacher and term.name not in TERMS:
+            if term.teacher and term.name not in OF_SEVERAL:
                 yield f"stage.{name}.objective must distil by kd and vat alone with teachers: {term.name} knows a single one"
     yield from _alone(recipe)
 

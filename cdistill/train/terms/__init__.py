@@ -21,6 +21,7 @@ from cdistill.train.terms.multimodal import MultimodalDistillation
 from cdistill.train.terms.patches import Patches
 from cdistill.train.terms.relations import SelfRelations
 from cdistill.train.terms.salient import SalientTokens
+from cdistill.train.terms.several import WeightedAlignment, WeightedDivergence
 from cdistill.train.terms.visual_relations import RelationDistillation
 
 __all__ = ["TERMS", "Memory", "Settings", "Sizes", "Term", "check_terms", "configured", "register_term", "term_named"]
@@ -30,6 +31,8 @@ _BASELINES = (HiddenStates, MultimodalDistillation, RelationDistillation, SelfRe
 TERMS: dict[str, type[Term]] = {
     term.name: term for term in (Patches, Answers, Grounding, Divergence, Alignment, *_BASELINES)
 }
+# In their places with several teachers.
+OF_SEVERAL: dict[str, type[Term]] = {term.name: term for term in (WeightedDivergence, WeightedAlignment)}
 # Keys that stand beside those of the terms in results, batches and logged lines.
 RESERVED = (
     *("loss", "idle", "samples", "counted", "labels", "stage", "step", "skipped", "learning_rate", "samples_per_s"),
@@ -70,7 +73,8 @@ def term_named(name: str) -> type[Term]:
 
 def configured(names: Iterable[str], settings: Settings) -> tuple[Term, ...]:
     """Terms by name as a run configures them, without those that it leaves out."""
-    found = (term_named(name).configured(settings) for name in names)
+    several = OF_SEVERAL if settings.teachers else {}
+    found = (several.get(name, term_named(name)).configured(settings) for name in names)
     return tuple(term for term in found if term is not None)
 
 

@@ -42,11 +42,7 @@ class Alignment(Term):
 
     @classmethod
     def configured(cls, settings: Settings) -> Alignment | None:
-        """By ``vat``, or by ``vats`` of several teachers; None without."""
-        if settings.vats:
-            from cdistill.train.terms.several import WeightedAlignment
-
-            return WeightedAlignment(settings.vats, settings.teachers, settings.vat_weight)
+        """By ``vat``, None without it."""
         return None if settings.vat is None else cls(settings.vat, settings.vat_weight)
 
     def modules(self, student: Model, teacher: Model | None) -> dict[str, nn.Module]:

@@ -38,11 +38,7 @@ class Divergence(Term):
 
     @classmethod
     def configured(cls, settings: Settings) -> Divergence:
-        """By ``kd``, of several teachers with their weights."""
-        if settings.teachers:
-            from cdistill.train.terms.several import WeightedDivergence
-
-            return WeightedDivergence(settings.kd, settings.teachers)
+        """By ``kd``."""
         return cls(settings.kd, settings.vocabularies)
 
     def check(self, student: Model, teacher: Model | None) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from cdistill.errors import InputError
 from cdistill.train.terms.alignment import Alignment
+from cdistill.train.terms.base import Settings
 from cdistill.train.terms.divergence import Divergence
 
 if TYPE_CHECKING:
@@ -27,6 +28,11 @@ class WeightedDivergence(Divergence):
     def __init__(self, kd: KDConfig, teachers: Sequence[str]) -> None:
         super().__init__(kd)
         self.teachers = tuple(teachers)
+
+    @classmethod
+    def configured(cls, settings: Settings) -> WeightedDivergence:
+        """By ``kd`` and ``teachers``."""
+        return cls(settings.kd, settings.teachers)
 
     def modules(self, student: Model, teacher: Model | None) -> dict[str, nn.Module]:
         """What reads the student's head and those of all teachers, without parameters of its own."""
@@ -61,6 +67,11 @@ class WeightedAlignment(Alignment):
         config = self.vat.config
         if config.learns_mixture or config.engine != "sdpa":
             raise InputError("several teachers need vat.engine sdpa, and no vat.head_matching mixture")
+
+    @classmethod
+    def configured(cls, settings: Settings) -> WeightedAlignment | None:
+        """By ``vats`` and ``teachers``, None without the first."""
+        return cls(settings.vats, settings.teachers, settings.vat_weight) if settings.vats else None
 
     def teacher_recorder(self, step: Step) -> Any:
         """A list of them, None where there is nothing to align."""
