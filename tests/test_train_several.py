@@ -1,19 +1,26 @@
 """Several teachers with weights per kind of sample: against full matrices in float64, against one teacher, and in runs."""
 
 import copy
+import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from builtin_models import make_recipe, save_teacher
 from test_train_losses import batch_of_three, eager, oracle
+from test_train_stages import Crash, assert_near, metrics, refused, same, weights
 
 from cdistill.choices import KDConfig
 from cdistill.errors import InputError
 from cdistill.models.pair import shares_encoder
+from cdistill.train import run
 from cdistill.train.build import build_models
-from cdistill.train.kinds import WEIGHTS
+from cdistill.train.data import open_stage
+from cdistill.train.kinds import WEIGHTS, products
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES
+from cdistill.train.resolve import resolve
 from cdistill.train.teacher import Teacher
 from cdistill.train.teacher_source import InMemory, Several
 from cdistill.vat import VAT, VATConfig
@@ -30,13 +37,17 @@ def second(tmp_path_factory):
     return save_teacher(folder / "teacher", seed=2, hidden_size=48, num_hidden_layers=3, num_attention_heads=2)
 
 
+def recipe_of(output, models, second, a, b, **changes):
+    """A recipe whose student fetches the adapter of the first of two teachers, of weights ``a`` and ``b``."""
+    teachers = {"a": {"model": str(models / "teacher"), "weights": a}, "b": {"model": str(second), "weights": b}}
+    given = {"teacher": None, "teachers": teachers, "student__taf_teacher": "a", "stages": ["dft"]}
+    return make_recipe(output, models, **(given | changes))
+
+
 @pytest.fixture
 def built(models, second, tmp_path):
-    """A student that fetches the adapter of the first of two teachers."""
-    teachers = {"a": {"model": str(models / "teacher"), "weights": {"default": 1}}}
-    teachers["b"] = {"model": str(second), "weights": {"default": 1}}
-    changes = {"teacher": None, "teachers": teachers, "student__taf_teacher": "a"}
-    return build_models(make_recipe(tmp_path / "run", models, **changes))
+    """A student and two teachers."""
+    return build_models(recipe_of(tmp_path / "run", models, second, {"default": 1}, {"default": 1}))
 
 
 def losses_by(student, teachers, **vat):
@@ -67,8 +78,15 @@ def one_by_one(batch):
         yield alone if image is None else alone | {"pixel_values": batch["pixel_values"][image : image + 1]}
 
 
-def test_losses_and_gradients_are_weighted_sums_of_full_matrices(built):
+@pytest.mark.parametrize("encoder", ["other", "common"])
+def test_losses_and_gradients_are_weighted_sums_of_full_matrices(built, encoder):
+    """The second teacher looks at the images itself, or has the encoder of the first and an adapter of its own."""
     student, batch = built.student, batch_of_three(seed=21)
+    if encoder == "common":
+        built.teachers["b"] = copy.deepcopy(built.teacher)
+        with torch.no_grad():
+            for parameter in built.teachers["b"].model.multi_modal_projector.parameters():
+                parameter.mul_(1.5)
     student.requires_grad_(True).model.vision_tower.requires_grad_(False)
     student.model.multi_modal_projector.teacher.requires_grad_(False)
     found = losses_by(student, built.teachers)(**batch, **{WEIGHTS: torch.tensor(MIXED)})
@@ -134,3 +152,122 @@ def test_a_teacher_that_no_sample_learns_of_is_not_run(built):
         model(**batch, **{WEIGHTS: ones.flip(1)})
     with pytest.raises(InputError, match=f"{WEIGHTS}.*must be"):
         model(**batch)
+
+
+KINDS = {"stage__dft__data": {"turns": 2, "one_kind": True, "subtypes": ["colour", "count"]}, "stage__dft__samples": 24}
+
+
+@pytest.fixture(scope="module")
+def mixed(models, second, tmp_path_factory):
+    """A run of two teachers, each of which half of the samples learn of: its output and result."""
+    recipe = recipe_of(tmp_path_factory.mktemp("mixed") / "run", models, second, *HALVES, **KINDS)
+    return Path(recipe.output), run(recipe)
+
+
+HALVES = {"colour": 1, "count": 0}, {"colour": 0, "default": 0.5}
+
+
+def test_a_run_tells_what_each_teacher_gives_and_goes_on_with_the_same_bits(models, second, mixed, tmp_path):
+    output, final = mixed
+    for entry in metrics(output):
+        for name in ("kd", "vat"):
+            of = [entry[f"{name}/{teacher}"] for teacher in "ab"]
+            assert sum(of) == pytest.approx(entry[name], rel=1e-5) and min(of) >= 0
+    assert all(sum(entry[f"kd/{teacher}"] for entry in metrics(output)) > 0 for teacher in "ab")
+    recipe = recipe_of(tmp_path / "cut", models, second, *HALVES, save_steps=2, **KINDS)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, callbacks=[Crash(3)])
+    assert same(weights(run(recipe, resume=True)), weights(final))
+
+
+def test_replies_are_judged_by_the_teachers_of_their_samples(models, second, tmp_path):
+    generation = {"on_policy": 0.7, "max_new_tokens": 4}
+    recipe = recipe_of(tmp_path / "run", models, second, *HALVES, **KINDS, stage__dft__generation=generation)
+    run(recipe)
+    for entry in metrics(tmp_path / "run"):
+        assert entry["kd/a"] > 0 and entry["kd/a"] + entry["kd/b"] == pytest.approx(entry["kd"], rel=1e-5)
+        assert entry["reply_tokens"] > 0
+
+
+@pytest.mark.parametrize("changes", [{"deepspeed": 3}, {"deepspeed": 2, "teacher_memory__zero": 3}], ids=str)
+def test_two_processes_one_sample_at_a_time_train_the_same_student(models, second, mixed, ranks, tmp_path, changes):
+    """On each process another teacher has nothing to do."""
+    one = {**KINDS, "stage__dft__micro_batch_size": 1}
+    ranks.call(run, recipe_of(tmp_path / "run", models, second, *HALVES, **one, **changes))
+    for ours, theirs in zip(metrics(tmp_path / "run"), metrics(mixed[0]), strict=True):
+        for name in ("loss", "ar", "kd", "vat", "kd/a", "kd/b", "vat/a", "vat/b"):
+            assert ours[name] == pytest.approx(theirs[name], rel=3e-4), name
+    assert_near(weights(tmp_path / "run" / "1-dft"), weights(mixed[1]))
+
+
+def test_samples_of_a_mix_are_weighed_by_their_source_and_substitutes_by_theirs(models, second, tmp_path):
+    def record(i, answer):
+        return {"id": str(i), "conversations": [{"from": "human", "value": "what ?"}, {"from": "gpt", "value": answer}]}
+
+    records = {
+        "ocr": [record(i, "red") for i in range(6)] + [record(7, "")],
+        "vqa": [record(i, "blue") for i in range(7)],
+    }
+    for name, of in records.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(of))
+    (tmp_path / "mix.yaml").write_text("- {path: ocr.json}\n- {path: vqa.json, name: general}\n")
+    data = {"path": str(tmp_path / "mix.yaml")}
+    recipe = recipe_of(
+        tmp_path / "run",
+        models,
+        second,
+        {"ocr": 0.75, "default": 0},
+        {"general": 2, "ocr": 0.25},
+        stage__dft__data=data,
+    )
+    built = build_models(recipe)
+    dataset, collate = open_stage(resolve(recipe).stages[0], built)
+    batch = collate([dataset[i] for i in range(12)])
+    red = built.tokenizer.convert_tokens_to_ids("red")
+    wanted = [[0.75, 0.25] if red in labels else [0.0, 2.0] for labels in batch["labels"].tolist()]
+    assert batch[WEIGHTS].tolist() == wanted and "bad_samples" in batch and len({*map(tuple, wanted)}) == 2
+
+
+ONE = {"default": 1}
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "changes", "message"),
+    [
+        (ONE, {"count": 1}, KINDS, r"teachers\.b\.weights has no weight for kind 'colour' of stage\.dft\.data"),
+        (ONE, {"ocr": 1, "default": 1}, {}, r"teachers\.b\.weights names kind 'ocr', and .* are of mixed"),
+        ({"mixed": 0, "default": 1}, {"mixed": 0, "default": 1}, {}, "none has a weight above 0 for kind 'mixed'"),
+        (ONE, ONE, {"student__taf_teacher": "c"}, r"student\.taf_teacher must say whose .* \(a, b\), got 'c'"),
+        (ONE, ONE, {"student__taf": False}, r"student\.taf_teacher must be null without student\.taf"),
+        (ONE, ONE, {"teacher": "builtin:teacher"}, "teacher must be null with teachers"),
+        (
+            ONE,
+            ONE,
+            {"teachers": {}, "teacher": "builtin:teacher"},
+            r"student\.taf_teacher must be null without teachers",
+        ),
+        (ONE, {"default": -1}, {}, r"teachers\.b\.weights\.default must be at least 0 and finite, got -1"),
+        (ONE, {"default": float("nan")}, {}, r"teachers\.b\.weights\.default must be"),
+        (ONE, {"default": 0}, {}, r"teachers\.b\.weights must have one above 0"),
+        (ONE, {}, {}, r"teachers\.b\.weights must have one above 0"),
+        (ONE, ONE, {"vat__engine": "auto"}, r"vat\.engine must be sdpa with teachers, got 'auto'"),
+        (ONE, ONE, {"vat__matching": "adaptive"}, r"vat\.matching must be group or simple with teachers"),
+        (ONE, ONE, {"vat__visual": "resample"}, r"vat\.visual must be equal with teachers"),
+        (ONE, ONE, {"teacher_memory__cache": "x"}, r"teacher_memory\.cache must be null with teachers"),
+        (ONE, ONE, {"sequence_parallel": 2, "deepspeed": 2}, "sequence_parallel must be 1 with teachers"),
+        (ONE, ONE, {"stage__dft__objective": "hidden"}, r"stage\.dft\.objective must distil by kd and vat alone"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(models, second, tmp_path, a, b, changes, message):
+    try:
+        recipe = recipe_of(tmp_path / "run", models, second, a, b, **changes)
+    except ValueError as error:
+        assert re.search(message, str(error)) and "\n" not in str(error)
+        return
+    refused(recipe, tmp_path / "run", message)
+
+
+def test_the_head_is_counted_as_often_as_labels_go_through_it():
+    assert products({}) == products({"a": ONE}) == 1
+    assert products({"a": {"x": 1, "default": 0}, "b": {"x": 0, "default": 1}}) == 2
+    assert products({"a": {"default": 0.5}, "b": {"default": 0.5}}) == 3

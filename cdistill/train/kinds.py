@@ -68,9 +68,9 @@ def weights_of_kinds(teachers: Mapping[str, Mapping[str, float]], kinds: Sequenc
 
 
 def require_known_kinds(teachers: Mapping[str, Mapping[str, float]], kinds: Sequence[str]) -> None:
-    """Raise ValueError for weights of a kind that no sample of a recipe has."""
+    """Raise ValueError for weights of a kind that no sample of a recipe has; ``kinds`` are empty where no stage distils."""
     for name, weights in teachers.items():
-        for kind in weights:
+        for kind in weights if kinds else ():
             if kind != DEFAULT and kind not in kinds:
                 raise InputError(
                     f"teachers.{name}.weights names kind {kind!r}, and samples of stages that distil are of "

@@ -28,6 +28,7 @@ from cdistill.eval.inference import padded, same_but_for_rounding
 from cdistill.models.load import Model
 from cdistill.runtime import pulse
 from cdistill.runtime.zero import is_partitioned
+from cdistill.train.kinds import WEIGHTS
 from cdistill.train.replies import Reply, ReplyLog
 from cdistill.vat import visual_token_ids
 
@@ -146,7 +147,9 @@ class Rollouts:
             raise InputError(
                 "on_policy must be 0 for a teacher with an encoding of its own (teacher_input_ids), which no reply has"
             )
-        rest = {name: value for name, value in batch.items() if name not in (*OF_TOKENS, COUNTS)}
+        known = (*OF_TOKENS, COUNTS, WEIGHTS)
+        rest = {name: value for name, value in batch.items() if name not in known}
+        of_samples = {WEIGHTS: batch[WEIGHTS]} if WEIGHTS in batch else {}
         rows = [self._taken(row) for row in _rows(batch, first)]
         self.replies = []
         chosen = [i for i, row in enumerate(rows) if row.given is not None]
@@ -165,7 +168,7 @@ class Rollouts:
         encoded = [_encoded(row) for row in rows]
         padded_rows = {name: value.to(device) for name, value in PaddingCollator(self.pad)(encoded).items()}
         sampled = torch.tensor([i in set(chosen) for i in range(len(rows))], device=device)
-        return padded_rows | rest | {"sampled": sampled}
+        return padded_rows | rest | of_samples | {"sampled": sampled}
 
     def lengths(self) -> dict[str, float]:
         """Of the replies of this process since the last call: their mean tokens, and the share that ended by themselves."""
