@@ -17,7 +17,7 @@ from cdistill.models.pair import shares_encoder
 from cdistill.train import run
 from cdistill.train.build import build_models
 from cdistill.train.data import open_stage
-from cdistill.train.kinds import WEIGHTS, products
+from cdistill.train.kinds import WEIGHTS, products, weights_of_kinds
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.resolve import resolve
@@ -236,7 +236,13 @@ ONE = {"default": 1}
     [
         (ONE, {"count": 1}, KINDS, r"teachers\.b\.weights has no weight for kind 'colour' of stage\.dft\.data"),
         (ONE, {"ocr": 1, "default": 1}, {}, r"teachers\.b\.weights names kind 'ocr', and .* are of mixed"),
-        ({"mixed": 0, "default": 1}, {"mixed": 0, "default": 1}, {}, "none has a weight above 0 for kind 'mixed'"),
+        (
+            ONE,
+            {"default": 1, "mixed": 0},
+            {},
+            r"teachers\.b\.weights must be above 0 for a kind of the samples \(mixed\)",
+        ),
+        ({"colour": 1, "count": 0}, {"colour": 1, "count": 0}, KINDS, "none has a weight above 0 for kind 'count'"),
         (ONE, ONE, {"student__taf_teacher": "c"}, r"student\.taf_teacher must say whose .* \(a, b\), got 'c'"),
         (ONE, ONE, {"student__taf": False}, r"student\.taf_teacher must be null without student\.taf"),
         (ONE, ONE, {"teacher": "builtin:teacher"}, "teacher must be null with teachers"),
@@ -265,6 +271,13 @@ def test_what_cannot_be_is_refused_in_one_line(models, second, tmp_path, a, b, c
         assert re.search(message, str(error)) and "\n" not in str(error)
         return
     refused(recipe, tmp_path / "run", message)
+
+
+def test_two_sources_of_one_name_are_no_kind():
+    weights = {"a": {"train": 1, "default": 0.5}}
+    assert weights_of_kinds(weights, ("train", "other"), "data") == {"train": (1.0,), "other": (0.5,)}
+    with pytest.raises(InputError, match=r"a\.weights names 'train', and 2 sources of data are called so"):
+        weights_of_kinds(weights, ("train", "train"), "data")
 
 
 def test_the_head_is_counted_as_often_as_labels_go_through_it():

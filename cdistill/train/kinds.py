@@ -68,7 +68,10 @@ def weights_of_kinds(teachers: Mapping[str, Mapping[str, float]], kinds: Sequenc
 
 
 def require_known_kinds(teachers: Mapping[str, Mapping[str, float]], kinds: Sequence[str]) -> None:
-    """Raise ValueError for weights of a kind that no sample of a recipe has; ``kinds`` are empty where no stage distils."""
+    """Raise ValueError for weights of a kind that no sample of a recipe has, and for a teacher of nobody.
+
+    ``kinds`` are those of the stages that distil, none without such stages.
+    """
     for name, weights in teachers.items():
         for kind in weights if kinds else ():
             if kind != DEFAULT and kind not in kinds:
@@ -76,6 +79,11 @@ def require_known_kinds(teachers: Mapping[str, Mapping[str, float]], kinds: Sequ
                     f"teachers.{name}.weights names kind {kind!r}, and samples of stages that distil are of "
                     f"{', '.join(dict.fromkeys(kinds))}"
                 )
+        if kinds and not any(weights.get(kind, weights.get(DEFAULT, 0.0)) for kind in kinds):
+            raise InputError(
+                f"teachers.{name}.weights must be above 0 for a kind of the samples ({', '.join(dict.fromkeys(kinds))}): this "
+                "teacher would teach nothing"
+            )
 
 
 def products(teachers: Mapping[str, Mapping[str, float]]) -> int:
