@@ -138,6 +138,11 @@ def exported():
     return {}
 
 
+def several():
+    """Two teachers, and the kinds of a batch's samples."""
+    return {"general": pair()["teacher"], "ocr": pair()["teacher"], "kinds": ["ocr", "vqa"]}
+
+
 # What a page takes as given.
 GIVEN = {
     "own-loop.md": lambda: pair() | batches(),
@@ -145,6 +150,7 @@ GIVEN = {
     "accelerate.md": lambda: pair() | batches(),
     "alignment.md": lambda: pair() | batches(),
     "add-a-term.md": lambda: pair() | rows() | {"args": cdistill.CompoDistillConfig("out", use_cpu=True)},
+    "teachers.md": lambda: pair() | batches() | several(),
     "one-op.md": tensors,
     "coming-from.md": tensors,
     "on-policy.md": lambda: pair() | rows() | counted_batches(),

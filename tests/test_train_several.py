@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from builtin_models import make_recipe, save_teacher
+from family_models import build, build_pair, collate, draw, draw_samples
 from test_train_losses import batch_of_three, eager, oracle
 from test_train_stages import Crash, assert_near, metrics, refused, same, weights
 
+import cdistill
 from cdistill.choices import KDConfig
 from cdistill.errors import InputError
 from cdistill.models.pair import shares_encoder
@@ -284,3 +286,63 @@ def test_the_head_is_counted_as_often_as_labels_go_through_it():
     assert products({}) == products({"a": ONE}) == 1
     assert products({"a": {"x": 1, "default": 0}, "b": {"x": 0, "default": 1}}) == 2
     assert products({"a": {"default": 0.5}, "b": {"default": 0.5}}) == 3
+
+
+@pytest.mark.parametrize("name", ["llava_next", "internvl", "qwen2_5_vl", "qwen3_vl"])
+def test_distill_takes_several_teachers_of_any_family(name):
+    """Against one teacher and one sample at a time; padded on the left."""
+    student, teacher = build_pair(name)
+    teachers = {"a": teacher, "b": build(name, 2, 4, 64, 4, 4)}
+    samples, weights = draw_samples(name, 5), torch.tensor([[1.0, 0.5], [0.0, 2.0], [1.0, 0.0], [0.25, 1.0]])
+    batch = collate(name, samples, "left")[0]
+    several = cdistill.distill(teachers, student)
+    found = several(batch | {WEIGHTS: weights})
+    wanted = {"kd": torch.zeros(2), "vat": torch.zeros(2)}
+    for t, one in enumerate(teachers.values()):
+        plain = cdistill.distill(one, student)
+        for sample, share in zip(samples, weights[:, t], strict=True):
+            alone = collate(name, [sample])[0]
+            losses, counts = plain(alone), plain.count(alone)
+            for key, count in zip(wanted, counts, strict=True):
+                wanted[key][t] += share * losses[key].detach() * count
+    for (key, of), count in zip(wanted.items(), several.count(batch), strict=True):
+        torch.testing.assert_close(found[key].detach(), of.sum() / count, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[f"{key}_teachers"], of / count, rtol=1e-4, atol=1e-6)
+    found["loss"].backward()
+    assert any(p.grad is not None and p.grad.any() for p in student.parameters())
+
+
+def test_a_trainer_tells_the_losses_of_its_teachers(tmp_path):
+    student, teacher = build_pair("llava_llama")
+
+    def collated(samples):
+        return collate("llava_llama", samples)[0] | {WEIGHTS: torch.tensor([[1.0, 0.5]] * len(samples))}
+
+    args = cdistill.CompoDistillConfig(
+        str(tmp_path), max_steps=1, logging_steps=1, report_to="none", use_cpu=True, per_device_train_batch_size=2
+    )
+    teachers, samples = {"a": teacher, "b": build("llava_llama", 2, 4)}, draw_samples("llava_llama", 5)
+    given = {"train_dataset": samples, "eval_dataset": samples, "data_collator": collated}
+    trainer = cdistill.CompoDistillTrainer(student, teachers, args, **given)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["kd/a"] + entry["kd/b"] == pytest.approx(entry["kd"], rel=1e-4) and entry["kd/b"] > 0
+    assert trainer.evaluate()["eval_vat"] > 0
+
+
+def test_teachers_that_distill_refuses():
+    student, teacher = build_pair("llava_llama")
+    for given, message in (
+        ({}, "mapping of names"),
+        ({"a b": teacher}, "mapping of names"),
+        ({"a": build("llava_llama", 1, 2)}, "layers"),
+    ):
+        with pytest.raises(InputError, match=message):
+            cdistill.distill(given, student, vat=VATConfig(layers="all"))
+    batch = draw("llava_llama", seed=5)
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match=f"{WEIGHTS} must be at least 0 and finite"):
+            cdistill.distill({"a": teacher}, student)(batch | {WEIGHTS: torch.tensor([[1.0], [1.0], [1.0], [wrong]])})
+    vat = VAT(VATConfig(), 3, 5)
+    with pytest.raises(InputError, match="vat must be a VATConfig with several teachers"):
+        cdistill.distill({"a": teacher, "b": build("llava_llama", 2, 5)}, student, vat=vat)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,8 @@ class CompoDistillTrainer(Trainer):
 
     Args:
         model: the student, or a name for ``AutoModelForImageTextToText.from_pretrained``; it may be a peft model.
-        teacher_model: the teacher, or its name.
+        teacher_model: the teacher, or its name; or several by names of your own, where batches have ``kind_weights``
+            (`cdistill.distill`).
         args: by default `CompoDistillConfig` with ``output_dir`` "compodistill".
         data_collator: makes what `Distillation.forward` takes, labels included; by default, with ``processing_class``, a
             `ConversationCollator`.
@@ -70,7 +71,7 @@ class CompoDistillTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | str,
-        teacher_model: PreTrainedModel | nn.Module | str,
+        teacher_model: PreTrainedModel | nn.Module | str | Mapping[str, Any],
         args: CompoDistillConfig | None = None,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         train_dataset: Dataset | Any | None = None,
@@ -87,7 +88,7 @@ class CompoDistillTrainer(Trainer):
         _check_arguments(args, options)
         student = _with_adapters(_loaded(model, args.model_init_kwargs), peft_config)
         self.distillation = distill(
-            _loaded(teacher_model, args.teacher_model_init_kwargs),
+            _loaded_teachers(teacher_model, args.teacher_model_init_kwargs),
             student,
             vat=made(VATConfig, "vat", args.vat) if vat is None else vat,
             kd=made(KDConfig, "kd", args.kd),
@@ -241,6 +242,8 @@ class CompoDistillTrainer(Trainer):
         if model.training:
             for term in self.distillation.losses.terms:
                 _add(self._train_terms, term.name, losses[term.name])
+                for i, name in enumerate(term.teachers):
+                    _add(self._train_terms, f"{term.name}/{name}", losses[term.of_teachers][i])
         return (losses["loss"], losses) if return_outputs else losses["loss"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -397,6 +400,13 @@ def _loaded(model: Any, options: Any) -> Any:
     if options:
         raise InputError("model_init_kwargs and teacher_model_init_kwargs are for models given by name")
     return model
+
+
+def _loaded_teachers(given: Any, options: Any) -> Any:
+    """One, or several by name."""
+    if not isinstance(given, Mapping):
+        return _loaded(given, options)
+    return {name: _loaded(model, options if isinstance(model, str) else None) for name, model in given.items()}
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:

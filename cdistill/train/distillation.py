@@ -16,6 +16,7 @@ from cdistill.models.load import Model
 from cdistill.models.pair import (
     CommonEncoder,
     check_apart,
+    check_configurations,
     check_frozen,
     check_pair,
     common_parameters,
@@ -28,11 +29,11 @@ from cdistill.train.inside import instead_of_forward, make_replaceable
 from cdistill.train.left_out import refuse_left_out
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES
-from cdistill.train.teacher import Teacher
-from cdistill.train.teacher_source import InMemory
+from cdistill.train.recipes.teachers import NAME
+from cdistill.train.several import alignments, held, settings_of
 from cdistill.train.terms import Settings, Term, configured
 from cdistill.train.terms.alignment import Alignment
-from cdistill.vat import VAT, VATConfig, attention_layers, head_counts
+from cdistill.vat import VAT, VATConfig
 
 
 class Distillation(nn.Module):
@@ -53,7 +54,7 @@ class Distillation(nn.Module):
         student: Model,
         *,
         common: Mapping[str, nn.Parameter],
-        shares_images: Callable[[], bool],
+        shares_images: Sequence[Callable[[], bool]],
     ) -> None:
         super().__init__()
         for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
@@ -297,23 +298,23 @@ class Distillation(nn.Module):
         """What the models have in common may have changed since they were given, by training or by loading weights."""
         common, shares_images = self._sharing
         check_frozen(common)
-        if self.losses.teacher is not None:
-            self.losses.teacher.shares_vision = shares_images() and not self.losses.reads_apart
+        for teacher, shares in zip(self.losses.teachers, shares_images, strict=False):  # none where nothing distils
+            teacher.shares_vision = shares() and not self.losses.reads_apart
 
     def _move_to(self, device: torch.device) -> None:
-        """Bring the teacher and what terms have of their own to the batch: an accelerator moves the student alone."""
+        """Bring the teachers and what terms have of their own to the batch: an accelerator moves the student alone."""
         for module in self.losses.modules_of_terms.values():
             module.to(device)
-        model: Any = self.losses.teacher and self.losses.teacher.model
-        if model is None or model.device == device:
-            return
-        placed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
-        if not placed and not any(p.is_meta for p in model.parameters()):  # meta: offloaded
-            model.to(device)
+        for model in (teacher.model for teacher in self.losses.teachers):
+            placed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
+            if (
+                model.device != device and not placed and not any(p.is_meta for p in model.parameters())
+            ):  # meta: offloaded
+                model.to(device)
 
 
 def distill(
-    teacher: Model,
+    teacher: Model | Mapping[str, Model],
     student: Model,
     *,
     vat: VATConfig | VAT | None = None,
@@ -336,6 +337,8 @@ def distill(
     Args:
         teacher, student: multimodal models of transformers with one tokenizer, in whatever dtypes; either may be a peft model.
             With ``vat.visual`` resample, or ``vat_weight`` 0, their visual tokens may differ (`cdistill.train.resampling`).
+            Several teachers are a mapping of their names: batches then say in ``kind_weights`` (B, teachers) how much each
+            sample learns of whom (docs/how-to/teachers.md).
         vat: visual attention alignment (paper section 4.1), by default `VATConfig()`; a `VAT` where something must be measured.
         kd: divergence over the vocabulary and its weight, by default `KDConfig()`; with weight 0 it is left out.
         vat_weight: weight of the alignment; with 0 it is left out.
@@ -351,21 +354,19 @@ def distill(
             optimizer of the student's would.
     """
     _require_weights(vat_weight, kd)
-    given = student
-    student, teacher = _unwrapped(student, "student"), _unwrapped(teacher, "teacher")
+    given, student = student, _unwrapped(student, "student")
+    teachers = _teachers(teacher)
+    names = tuple(teachers) if isinstance(teacher, Mapping) else ()
     config = vat.config if isinstance(vat, VAT) else vat or VATConfig()
-    apart = _reads_apart(student, teacher, allowed=not vat_weight or config.visual == "resample")
-    freezes = not train_vision and not hasattr(given, "peft_config")
-    encoder = parameters_of(student, "vision") if freezes else []
-    common = common_parameters(student, teacher, frozen=encoder)
-    shares_images = CommonEncoder(student, teacher)
-    if vat_weight and not isinstance(vat, VAT):
-        layers = attention_layers(student), attention_layers(teacher)
-        vat = VAT(config, *layers, heads=head_counts(student, teacher))
-    aligned = vat if vat_weight and isinstance(vat, VAT) else None
+    allowed = not vat_weight or config.visual == "resample"
+    apart = [_reads_apart(student, one, allowed=allowed, alone=not names) for one in teachers.values()]
+    encoder = [] if train_vision or hasattr(given, "peft_config") else parameters_of(student, "vision")
+    common = {name: p for t in teachers.values() for name, p in common_parameters(student, t, frozen=encoder).items()}
+    shares_images = [CommonEncoder(student, one) for one in teachers.values()]
+    aligned = alignments(config, vat, student, teachers.values()) if vat_weight else ()
     ids = (visual_token_ids,) if isinstance(visual_token_ids, int) else visual_token_ids
-    settings = Settings(kd or KDConfig(), aligned, vat_weight)
-    source = InMemory(Teacher(teacher, shares_vision=shares_images(), reads_apart=apart))
+    source = held(student, teachers, shares_images, apart=any(apart), several=bool(names))
+    settings = settings_of(kd or KDConfig(), aligned, vat_weight, names)
     model = DistillationModel(student, _terms(terms, settings), teacher=source, visual_tokens=ids, pads_right=False)
     require_known_parts(student)
     _refuse_trained(model)
@@ -374,8 +375,23 @@ def distill(
     return Distillation(model, given, common=common, shares_images=shares_images)
 
 
-def _reads_apart(student: Model, teacher: Model, *, allowed: bool) -> bool:
-    """Whether each model needs an encoding of its own. Raises ValueError for a pair that cannot be distilled, or not so."""
+def _teachers(teacher: Model | Mapping[str, Model]) -> dict[str, Model]:
+    """The models inside of what is given, by name. Raises ValueError for names that cannot be told."""
+    if not isinstance(teacher, Mapping):
+        return {"teacher": _unwrapped(teacher, "teacher")}
+    if not teacher or not all(isinstance(name, str) and NAME.fullmatch(name) for name in teacher):
+        raise InputError(f"teacher must be a model or a mapping of names (letters, digits, _), got {[*teacher]}")
+    return {name: _unwrapped(model, f"teacher {name}") for name, model in teacher.items()}
+
+
+def _reads_apart(student: Model, teacher: Model, *, allowed: bool, alone: bool) -> bool:
+    """Whether each model needs an encoding of its own. Raises ValueError for a pair that cannot be distilled, or not so.
+
+    Teachers that are not ``alone`` have none, and a student has fetched the adapter of one of them.
+    """
+    if not alone:
+        check_configurations(student, teacher)
+        return False
     apart = visual_difference(student, teacher) is not None
     (check_apart if apart and allowed else check_pair)(student, teacher)
     return apart

@@ -76,7 +76,7 @@ class DistillationModel(nn.Module):
             self.source.check(self.terms)
         if self._reads_tokens:
             _require_body(student, "student")
-            for teacher in self._teachers:
+            for teacher in self.teachers:
                 _require_body(teacher.model, "teacher")
         self._check_models()
         looks = self._needs_visual or any(term.visual for term in self.terms)
@@ -92,7 +92,7 @@ class DistillationModel(nn.Module):
                     raise InputError(f"term {term.name!r}: the name of its module {name!r} is taken: choose another")
                 self.add_module(name, module)
         if self._attention_term is not None:
-            for teacher in self._teachers if self._attention_term.teacher else ():
+            for teacher in self.teachers if self._attention_term.teacher else ():
                 install(teacher.model)
             install(student)
         if shards is not None:
@@ -115,20 +115,21 @@ class DistillationModel(nn.Module):
     def _check_models(self) -> None:
         """Before every batch, too: what a caller holds may change."""
         for term in self.terms:
-            for model in [teacher.model for teacher in self._teachers] or [None]:
+            for model in [teacher.model for teacher in self.teachers] or [None]:
                 term.check(self.student, model)
         if not self._reads_tokens:
             return
         refuse_left_out(self.student, "student", "the whole model", called=True)
         if self._composed:
             refuse_left_out(self.student.model, "student", "its part `model`", called=False)
-        for teacher in self._teachers:
+        for teacher in self.teachers:
             refuse_left_out(teacher.model, "teacher", "the whole model", called=False)
             if teacher.shares_vision:
                 refuse_left_out(teacher.model.model, "teacher", "its part `model`", called=False)
 
     @property
-    def _teachers(self) -> tuple[Teacher, ...]:
+    def teachers(self) -> tuple[Teacher, ...]:
+        """All of them."""
         return () if self.source is None else self.source.teachers
 
     @property

@@ -205,7 +205,8 @@ class Step:
             raise InputError(
                 f"{WEIGHTS} (samples, teachers) must be in a padded batch, as cdistill.train.kinds makes it"
             )
-        return weights
+        require_on_device((weights.isfinite() & (weights >= 0)).all(), f"{WEIGHTS} must be at least 0 and finite")
+        return weights.float()
 
     @property
     def label_weights(self) -> Tensor:

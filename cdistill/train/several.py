@@ -1,0 +1,57 @@
+"""What `cdistill.distill` makes of a student and several teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+
+from cdistill.choices import KDConfig
+from cdistill.errors import InputError
+from cdistill.models.load import Model
+from cdistill.models.pair import check_pair
+from cdistill.train.teacher import Teacher
+from cdistill.train.teacher_source import InMemory, Several, TeacherSource
+from cdistill.train.terms import Settings
+from cdistill.vat import VAT, VATConfig, attention_layers, head_counts
+
+
+def alignments(
+    config: VATConfig, vat: VAT | VATConfig | None, student: Model, teachers: Collection[Model]
+) -> tuple[VAT, ...]:
+    """Of the student and each teacher; one that has been made is of a single one."""
+    if isinstance(vat, VAT):
+        if len(teachers) > 1:
+            raise InputError("vat must be a VATConfig with several teachers: each has windows of its own")
+        return (vat,)
+    ours, make = attention_layers(student), partial(VAT, config)
+    return tuple(make(ours, attention_layers(t), heads=head_counts(student, t)) for t in teachers)
+
+
+def settings_of(kd: KDConfig, vats: tuple[VAT, ...], vat_weight: float, names: tuple[str, ...]) -> Settings:
+    """What is configured of the terms, of one teacher without ``names``."""
+    if names:
+        return Settings(kd, vat_weight=vat_weight, vats=vats, teachers=names)
+    return Settings(kd, vats[0] if vats else None, vat_weight)
+
+
+def held(
+    student: Model,
+    teachers: Mapping[str, Model],
+    shares_images: Sequence[Callable[[], bool]],
+    *,
+    apart: bool,
+    several: bool,
+) -> TeacherSource:
+    """The source of one teacher or of several. Raises ValueError if a student with TAF has fetched the adapter of none."""
+    of = zip(teachers.items(), shares_images, strict=True)
+    sources = {name: InMemory(Teacher(one, shares_vision=shares(), reads_apart=apart)) for (name, one), shares in of}
+    if not several:
+        return next(iter(sources.values()))
+    errors = []
+    for name, teacher in teachers.items():
+        try:
+            check_pair(student, teacher)
+            return Several(sources, name)
+        except InputError as error:
+            errors.append(error)
+    raise errors[0]
