@@ -103,7 +103,7 @@ def test_lora_under_zero_is_that_of_plain_torch(models, tmp_path):
 
 
 def test_compiled_layers_have_the_same_losses_and_gradients():
-    """With dynamo's tracing and autograd, without the code that inductor would make; the layers share fewer graphs than they are."""
+    """With dynamo's tracing and autograd, without inductor's code; the layers share fewer graphs than they are."""
     found: dict[bool, dict[str, torch.Tensor]] = {}
     student, teacher = build("llava_qwen2", 0, layers=10), build("llava_qwen2", 1, layers=11)
     torch._dynamo.reset()
