@@ -174,7 +174,14 @@ def test_a_signal_stops_all_and_begins_nothing_more(tiny, here, tmp_path, monkey
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_answers(tiny, tmp_path, monkeypatch):
-    """The first time by the real worker, in a process of its own."""
+    """The first time by the real worker, in a process of its own; the teacher is examined in this one."""
+    begin = schedule.start_process
+
+    def start(folder, threads):
+        known = json.loads((folder / worker.JOB).read_text())["model"] is not None
+        return Here(folder, threads) if known else begin(folder, threads)
+
+    monkeypatch.setattr(schedule, "start_process", start)
     table = TWO | {"rows": {"all": {}}, "reference": "all", "claims": []}
     (tiny / "one.yaml").write_text(yaml.safe_dump(table), encoding="utf-8")
     first = reproduce(tiny, tmp_path, "one", seeds=1, keep=True)
