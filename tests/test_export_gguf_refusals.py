@@ -205,7 +205,7 @@ def test_small_weights_are_what_was_written_within_their_scales_fp16(tmp_path):
     tensors.write_file(tmp_path / "file.gguf", GGUFWriter(None, "clip"), entries)
     assert "1 tensors" in tensors.check_file(tmp_path / "file.gguf", entries)
     entries = [tensors.entry("a.weight", weight + 2e-5, tensors.Kind.Q8_0)]
-    with pytest.raises(ValueError, match="a.weight is not what was written"):
+    with pytest.raises(ValueError, match=r"a\.weight is not what was written"):
         tensors.check_file(tmp_path / "file.gguf", entries)
 
 

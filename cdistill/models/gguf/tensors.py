@@ -28,8 +28,8 @@ FILE_TYPES = {
 # What llama.cpp takes where a row is no whole number of blocks.
 _COARSER = {Kind.Q4_K: Kind.Q5_0, Kind.Q6_K: Kind.Q8_0, Kind.Q5_0: Kind.F16, Kind.Q8_0: Kind.F16, Kind.Q4_0: Kind.F16}
 _PACKED_BY_LLAMA_CPP = (Kind.Q4_K, Kind.Q6_K)
-# How far a weight may be from what was written: in parts of the largest of its block (q8_0: half of a 127th, and the scale itself
-# is an fp16) and, whatever that is, 127 times half of fp16's smallest number; or the root mean square in parts of the tensor's.
+# How far a weight may be from what was written: in parts of the largest of its block (q8_0: half of a 127th, and the scale
+# itself is an fp16) and 127 times half of fp16's smallest number more; or the root mean square in parts of the tensor's.
 _STEP, _LEAST, _ROOT_MEAN_SQUARE = 0.5 / 127 + 2**-11, 127 * 2**-25, 0.15
 
 
