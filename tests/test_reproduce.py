@@ -297,7 +297,13 @@ def test_rows_are_made_of_parts_that_are_trained_first(tiny, here, tmp_path, mon
     assert "part seeing" in (tmp_path / "parts.html").read_text()
     assert reproduce(tiny, tmp_path, "parts", seeds=1).values("all", "greedy") == findings.values("all", "greedy")
     assert len(here.started) == 3
-    shutil.rmtree(kept)  # and is made anew where it is gone
+    shutil.rmtree(kept)  # is made anew where it is gone, and is not needed to tell of its rows
+    told = reproduce(tiny, tmp_path, "parts", seeds=1, train=False)
+    assert told.values("all", "greedy") == findings.values("all", "greedy") != {}
+    part = next(r for r in runs.read_records(tmp_path).values() if r.rows == ["parts: part seeing"])
+    replace(part, model="0" * 16).write(tmp_path)  # other weights: the rows are of none that is known
+    assert not reproduce(tiny, tmp_path, "parts", seeds=1, train=False).values("all", "greedy")
+    replace(part, model=None).write(tmp_path)
     with pytest.raises(ValueError, match="lacks its part seeing"):
         reproduce(tiny, tmp_path, "parts", seeds=1, train=False)
     reproduce(tiny, tmp_path, "parts", seeds=1)

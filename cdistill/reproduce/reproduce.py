@@ -69,9 +69,17 @@ class Reproduction:
         self.folders = {part: part_folder(output, run) for part, run in self.parts.items()}
 
     def rows(self) -> list[Run]:
-        """Runs of the rows. Their hashes depend on the parts, which must be there."""
+        """Runs of the rows. Their hashes depend on the parts, which must be there or known by their records."""
         parts = {part: str(folder) for part, folder in self.folders.items()}
-        return runs.plan(self.name, self.table, self.recipe, seeds=self.seeds, n=self.n, rates=self.rates, parts=parts)
+        known = {parts[part]: model for part in parts if (model := self._known(part)) is not None}
+        return runs.plan(
+            self.name, self.table, self.recipe, seeds=self.seeds, n=self.n, rates=self.rates, parts=parts, known=known
+        )
+
+    def _known(self, part: str) -> str | None:
+        """What tells the weights of a part that is no longer there from others."""
+        record = self.records.get(self.parts[part].hash)
+        return None if record is None or self.folders[part].is_dir() else record.model
 
     def train(self, *, processes: int, resume: bool, keep: bool) -> None:
         """Make the runs that the folder lacks."""
@@ -114,7 +122,7 @@ class Reproduction:
     def tell(self) -> Findings:
         """Write the page and the numbers of the runs that are there."""
         for part, folder in self.folders.items():
-            if not folder.is_dir():
+            if not folder.is_dir() and self._known(part) is None:
                 raise InputError(
                     f"table {self.name} lacks its part {part} in {self.output}: leave --report out to make it"
                 )

@@ -22,7 +22,7 @@ def perform(folder: Path) -> dict[str, Any]:
     """
     from cdistill.eval.builtin_task import Exam, knows_the_task
     from cdistill.eval.builtin_words import in_own_words
-    from cdistill.eval.loading import load_questioner
+    from cdistill.eval.loading import fingerprint, load_questioner
     from cdistill.models.load import load_for_evaluation, resolve_folder
 
     recipe, job = read_recipe(folder), json.loads((folder / JOB).read_text(encoding="utf-8"))
@@ -36,7 +36,8 @@ def perform(folder: Path) -> dict[str, Any]:
         accuracy = rounded(
             exam.evaluate_both(student, job["title"]) if knows else in_own_words(exam, student, processor, job["title"])
         )
-    return {"accuracy": accuracy, "cpu_seconds": round(time.process_time(), 1)}
+    model = fingerprint([resolve_folder(str(final), "student")]) if accuracy is None else None
+    return {"accuracy": accuracy, "model": model, "cpu_seconds": round(time.process_time(), 1)}
 
 
 def rounded(both: dict[str, Any]) -> dict[str, Any]:
