@@ -222,6 +222,11 @@ def test_the_command_when_it_does_not_and_then_with_what_it_suggests(there, caps
             "must divide the number of processes, 2, got 4",
         ),
         ([PAPER, "--gpu", "24GB", "depspeed=3"], "depspeed is not a known key"),
+        (
+            ["builtin-student-base", "student.text_config.hidden_size=48"],
+            "student.text_config: attention can be compared of heads whose dim is a multiple of 8 from 16 to 256, and the "
+            "qwen2's is 12, hidden_size 48 by num_attention_heads 4",
+        ),
     ],
 )
 def test_bad_input_is_told_in_one_line(there, capsys, arguments, message):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cdistill.files import write_text
-from cdistill.runtime.errors import RunError, print_error
+from cdistill.runtime.errors import RunError, print_error, telling_lack_of_memory
 from cdistill.runtime.launch import die_with_parent
 from cdistill.train import run
 from cdistill.train.run_folder import read_recipe
@@ -54,7 +54,8 @@ def main() -> int:
     die_with_parent()
     folder = Path(sys.argv[1])
     try:
-        write_text(folder / RESULT, json.dumps(perform(folder)) + "\n")
+        with telling_lack_of_memory():
+            write_text(folder / RESULT, json.dumps(perform(folder)) + "\n")
     except (ValueError, OSError, RunError) as error:
         return print_error(error)
     return 0

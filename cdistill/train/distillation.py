@@ -32,7 +32,7 @@ from cdistill.train.teacher import Teacher
 from cdistill.train.teacher_source import InMemory
 from cdistill.train.terms import Settings, Term, configured
 from cdistill.train.terms.alignment import Alignment
-from cdistill.vat import VAT, VATConfig, attention_layers, head_counts
+from cdistill.vat import VAT, VATConfig, attention_layers, check_heads, head_counts
 
 
 class Distillation(nn.Module):
@@ -359,10 +359,7 @@ def distill(
     encoder = parameters_of(student, "vision") if freezes else []
     common = common_parameters(student, teacher, frozen=encoder)
     shares_images = CommonEncoder(student, teacher)
-    if vat_weight and not isinstance(vat, VAT):
-        layers = attention_layers(student), attention_layers(teacher)
-        vat = VAT(config, *layers, heads=head_counts(student, teacher))
-    aligned = vat if vat_weight and isinstance(vat, VAT) else None
+    aligned = _alignment(vat or config, student, teacher) if vat_weight else None
     ids = (visual_token_ids,) if isinstance(visual_token_ids, int) else visual_token_ids
     settings = Settings(kd or KDConfig(), aligned, vat_weight)
     source = InMemory(Teacher(teacher, shares_vision=shares_images(), reads_apart=apart))
@@ -372,6 +369,15 @@ def distill(
     for parameter in encoder:
         parameter.requires_grad_(False)
     return Distillation(model, given, common=common, shares_images=shares_images)
+
+
+def _alignment(vat: VATConfig | VAT, student: Model, teacher: Model) -> VAT:
+    """The alignment of two models. Raises ValueError for heads or layers that cannot be compared."""
+    check_heads(student, "student")
+    check_heads(teacher, "teacher")
+    if isinstance(vat, VAT):
+        return vat
+    return VAT(vat, attention_layers(student), attention_layers(teacher), heads=head_counts(student, teacher))
 
 
 def _reads_apart(student: Model, teacher: Model, *, allowed: bool) -> bool:
