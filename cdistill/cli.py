@@ -26,7 +26,7 @@ from cdistill.report import command as report
 from cdistill.report import push
 from cdistill.reproduce import command as reproduction
 from cdistill.runtime import pulse
-from cdistill.runtime.errors import RunError, print_error
+from cdistill.runtime.errors import RunError, print_error, telling_lack_of_memory
 from cdistill.runtime.launch import environment
 from cdistill.train import gradient_report
 from cdistill.train.recipes import command as recipes
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += extra
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars for loading weights
     try:
-        with pulse.ending_together():
+        with telling_lack_of_memory(), pulse.ending_together():
             code = COMMANDS[options.command].run(options)
         sys.stdout.flush()  # here, where a broken pipe is caught
         return code

@@ -302,7 +302,11 @@ def _record(
             seen |= recorder.slices
         except ValueError as error:
             if len(group) == 1:
-                why = _line(error).replace(f"layer {group[0]} uses", "uses").replace(f"layers {group} were", "were")
+                why = (
+                    re.sub(r"^layer \d+ \(\w+\): ", "", _line(error))
+                    .replace(f"layer {group[0]} uses", "uses")
+                    .replace(f"layers {group} were", "were")
+                )
                 refused.setdefault(why, []).extend(group)
         if len(seen) == len(list(layers)):
             break

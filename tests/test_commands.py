@@ -1,12 +1,14 @@
 """What a newcomer sees of the command line: its help, what a wrong command meant, recipes as files, completion, the doctor."""
 
 import builtins
+import dataclasses
 import http.server
 import json
 import subprocess
 import threading
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import constants
 
@@ -181,3 +183,13 @@ def test_the_doctor_asks_no_hub_when_offline(capsys, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "ENDPOINT", "not even a URL")
     assert "HF_HUB_OFFLINE" in diagnosis(capsys)["hub"]["found"]
+
+
+def test_a_lack_of_memory_is_told_in_one_line(monkeypatch, capsys):
+    def hungry(options):
+        torch.empty(1 << 60)
+
+    monkeypatch.setitem(cli.COMMANDS, "plan", dataclasses.replace(cli.COMMANDS["plan"], run=hungry))
+    assert main(["plan", "demo-sft"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cdistill: error: out of memory: ") and "can't allocate memory" in line

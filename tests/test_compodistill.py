@@ -4,17 +4,20 @@ import functools
 import shutil
 from types import MethodType
 
+import numpy as np
 import peft
 import pytest
 import torch
 from conversation_cases import byte_level_processor, picture
 from family_models import QUIET, build, build_pair, collate, draw, draw_samples
+from PIL import Image
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, Trainer, TrainingArguments
 
 import cdistill
 from cdistill.data.contract import LabelContract
-from cdistill.data.samples import Message
+from cdistill.data.images import find_image, open_image
+from cdistill.data.samples import ImageFile, Message
 from cdistill.train.compodistill import ConversationCollator
 
 NAME = "llava_llama"
@@ -390,6 +393,29 @@ def test_rows_become_batches(tmp_path):
     assert torch.equal(mixed["labels"][0][mixed["labels"][0] != -100], labels[labels != -100])
     with pytest.raises(ValueError, match="image"):
         collator([layouts[1] | {"image": str(tmp_path / "missing.png")}])
+
+
+def test_pictures_are_seen_as_their_files_are(tmp_path):
+    """Turned, with 16 bits, transparent, in colours of print: a row may hold what PIL opens, or the path."""
+    image = picture(16, 24)
+    turned, clear = Image.Exif(), image.convert("RGBA")
+    turned[0x0112] = 6
+    clear.putalpha(image.convert("L"))
+    deep = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    processor = byte_level_processor(NAME)
+    collator = ConversationCollator(processor, "qwen2_base")
+    messages = [{"role": "user", "content": "<image>See?"}, {"role": "assistant", "content": "Yes."}]
+    kinds = {"a.png": (image, turned), "b.jpg": (image, turned), "c.png": (clear, None), "d.png": (deep, None)}
+    for name, (kept, exif) in (kinds | {"e.jpg": (image.convert("CMYK"), turned)}).items():
+        path = tmp_path / name
+        kept.save(path, **({} if exif is None else {"exif": exif}))
+        expected = open_image(ImageFile(path))
+        assert (expected.size == image.size[::-1]) == (exif is not None)
+        exact = processor(text=["<image>"], images=[[expected.copy()]], return_tensors="pt")["pixel_values"]
+        for given in (Image.open(path), {"bytes": path.read_bytes(), "path": None}, str(path), expected):
+            found = collator([{"messages": messages, "images": [given]}])["pixel_values"]
+            assert torch.equal(found, torch.as_tensor(exact)), (name, given)
+        assert np.array_equal(open_image(find_image(None, Image.open(path), allow_urls=False)), expected)
 
 
 @pytest.mark.parametrize("given", ["processing_class", "data_collator"])

@@ -143,6 +143,18 @@ def test_bad_lines_are_bad_samples_with_line_and_column(tmp_path):
     assert list(source.sizes().characters[[1, 3]]) == [0, 0]
 
 
+@pytest.mark.parametrize("form", ["{}\n{}\n", "[{},\n{}]"])
+def test_a_key_that_stands_twice_is_no_reading(tmp_path, form):
+    """Of two images, or two answers, the later one would silently count."""
+    good = json.dumps(record(1, 0))
+    twice = good.replace('"value"', '"value": "lost", "value"', 1)
+    (tmp_path / "set.json").write_text(form.format(good, twice))
+    source = LlavaJson(tmp_path / "set.json")
+    assert spoken(source[0])[1][1] == "it is 1"
+    with pytest.raises(BadSampleError, match=r"line 2: unreadable JSON: .*the key 'value' stands twice in an object"):
+        source[1]
+
+
 @pytest.mark.parametrize(
     ("bad", "why"),
     [

@@ -184,6 +184,10 @@ def test_an_id_that_a_json_object_has_twice_is_refused(tmp_path, capsys):
         (lambda lines: [*lines[:9], lines[9].replace("score", "value"), *lines[10:]], "line 10: the field score"),
         (lambda lines: [*lines[:9], '{"label": "2_c0_i1", "score": NaN}', *lines[10:]], "line 10: score must be a num"),
         (lambda lines: [*lines[:9], "{", *lines[10:]], "line 10: is not JSON"),
+        (
+            lambda lines: [*lines[:9], '{"label": "2_c0_i1", "score": 1, "score": 2}', *lines[10:]],
+            "line 10: the key 'sc",
+        ),
         (lambda lines: [], "0_c0_i0 is missing"),
     ],
 )

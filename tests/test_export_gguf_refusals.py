@@ -198,6 +198,17 @@ def test_options_packages_and_outputs(tmp_path, capsys, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "unasked"]
 
 
+def test_small_weights_are_what_was_written_within_their_scales_fp16(tmp_path):
+    """As untrained rows have them: a block's scale, a 127th of its largest weight, is one of fp16's few smallest numbers."""
+    weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) * torch.logspace(-7, 0, 64)[:, None]
+    entries = [tensors.entry("a.weight", weight, tensors.Kind.Q8_0)]
+    tensors.write_file(tmp_path / "file.gguf", GGUFWriter(None, "clip"), entries)
+    assert "1 tensors" in tensors.check_file(tmp_path / "file.gguf", entries)
+    entries = [tensors.entry("a.weight", weight + 2e-5, tensors.Kind.Q8_0)]
+    with pytest.raises(ValueError, match=r"a\.weight is not what was written"):
+        tensors.check_file(tmp_path / "file.gguf", entries)
+
+
 def test_a_file_that_was_changed_is_told(tmp_path):
     weight = torch.arange(64.0).reshape(2, 32)
     entries = [tensors.entry("a.weight", weight, tensors.Kind.Q8_0), tensors.entry("b", weight[0], tensors.Kind.F16)]

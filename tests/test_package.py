@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 from pathlib import Path
@@ -32,9 +33,10 @@ COMMANDS = [
 ]
 PROGRAM = """
 import sys
-import cdistill, cdistill.kernels._launch
+import cdistill, cdistill._C, cdistill.kernels._launch
 from cdistill.cli import main
-print(cdistill.__file__, cdistill.kernels._launch.__file__, file=sys.stderr)
+for module in (cdistill, cdistill._C, cdistill.kernels._launch):
+    print("from", module.__file__, file=sys.stderr)
 for words in {commands!r}:
     status = main(words)
     print(words, status, file=sys.stderr)
@@ -50,8 +52,17 @@ def setup_py(*words):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    setup_py("build_py", "--build-lib", folder)
+    """Where pip has put the wheel, with the module that was compiled for this checkout."""
+    build, dist, folder = (tmp_path_factory.mktemp(name) for name in ("build", "dist", "wheel"))
+    compiled = Path(importlib.import_module("cdistill._C").__file__)
+    (build / "cdistill").mkdir()
+    os.utime(
+        shutil.copy(compiled, build / "cdistill")
+    )  # newer than its sources, which are therefore not compiled again
+    setup_py("build", "--build-base", build, "--build-lib", build, "bdist_wheel", "--dist-dir", dist, "--skip-build")
+    (wheel,) = dist.iterdir()
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--no-index"]
+    subprocess.run([*pip, "--target", folder, wheel], check=True)
     return folder
 
 
@@ -69,7 +80,11 @@ def tracked():
 def test_a_wheel_has_every_file_of_the_package(tree):
     held = {str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file()}
     ours = {f"cdistill/{name}" if name.startswith("kernels/") else name for name in tracked()}
-    assert held == {name for name in ours if name.startswith("cdistill/")}
+    compiled = f"cdistill/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    assert {name for name in held if name.startswith("cdistill/")} == {
+        compiled,
+        *(name for name in ours if name.startswith("cdistill/")),
+    }
 
 
 def test_a_source_distribution_has_what_git_has_and_nothing_else(tmp_path):
@@ -81,21 +96,21 @@ def test_a_source_distribution_has_what_git_has_and_nothing_else(tmp_path):
     assert held - made == tracked() - NOT_SHIPPED
 
 
-def test_commands_work_from_an_installed_package(tree, tmp_path):
+def test_commands_work_from_an_installed_wheel(tree, tmp_path):
+    """Without a compiler, or any other program, in the path."""
     (tmp_path / "kept").mkdir()
     for path in (ROOT / "benchmarks/results/reproduce").glob("*.json"):
         shutil.copy(path, tmp_path / "kept")
     done = subprocess.run(
         [sys.executable, "-P", "-c", PROGRAM.format(commands=COMMANDS)],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tree), "HOME": str(tmp_path)},
+        env=os.environ | {"PYTHONPATH": str(tree), "HOME": str(tmp_path), "PATH": str(tmp_path)},
         capture_output=True,
         text=True,
     )
     said = done.stderr.splitlines()
-    assert str(tree) in done.stderr and str(ROOT) not in "".join(line for line in said if "kernels" in line), (
-        done.stderr
-    )
+    loaded = [line.removeprefix("from ") for line in said if line.startswith("from ")]
+    assert len(loaded) == 3 and all(path.startswith(str(tree)) for path in loaded), done.stderr
     for words in COMMANDS:
         assert f"{words} 0" in said, done.stderr
 

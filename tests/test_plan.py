@@ -47,6 +47,35 @@ def test_weights_gradients_and_states_are_exact(models, tmp_path, lora):
     assert [step.get("teacher weights") for step in steps] == [own - tied, own - tied, None]
 
 
+def test_several_teachers_are_all_counted(models, tmp_path):
+    one = str(models / "teacher")
+    given = {"teacher": None, "student__taf_teacher": "a", "stages": ["dft"]}
+
+    def planned(**weights):
+        teachers = {name: {"model": one, "weights": {"default": weight}} for name, weight in weights.items()}
+        recipe = make_recipe(tmp_path / "run", models, teachers=teachers, **given)
+        return plan(recipe, gpus=1, device="cpu", precision="fp32", length=100, visual=36).stages[0].phases, recipe
+
+    alone, _ = planned(a=1)
+    both, recipe = planned(a=0.5, b=0.5)
+    teachers = build_models(recipe).teachers.values()
+    adapter = sum(p.nbytes for p in next(iter(teachers)).model.multi_modal_projector.parameters())  # b's is its own
+    for phase, parts in both.items():
+        assert parts["teacher weights"] == 2 * alone[phase]["teacher weights"] + adapter
+    assert both["losses"]["targets"] == 2 * alone["losses"]["targets"]
+    for phase in ("teacher", "forward", "losses", "backward begins"):
+        assert sum(both[phase].values()) > sum(alone[phase].values()) + alone[phase]["teacher weights"]
+    plain = plan(
+        make_recipe(tmp_path / "run", models, stages=["dft"]),
+        gpus=1,
+        device="cpu",
+        precision="fp32",
+        length=100,
+        visual=36,
+    )
+    assert plain.stages[0].phases.keys() == alone.keys()
+
+
 def qwen(width, inner, layers, heads):
     return Qwen2Config(
         vocab_size=151936,
@@ -222,6 +251,11 @@ def test_the_command_when_it_does_not_and_then_with_what_it_suggests(there, caps
             "must divide the number of processes, 2, got 4",
         ),
         ([PAPER, "--gpu", "24GB", "depspeed=3"], "depspeed is not a known key"),
+        (
+            ["builtin-student-base", "student.text_config.hidden_size=48"],
+            "student.text_config: attention can be compared of heads whose dim is a multiple of 8 from 16 to 256, and the "
+            "qwen2's is 12, hidden_size 48 by num_attention_heads 4",
+        ),
     ],
 )
 def test_bad_input_is_told_in_one_line(there, capsys, arguments, message):

@@ -15,6 +15,7 @@ from pages import Page
 from transformers import Qwen2ForCausalLM
 
 from cdistill.cli import main
+from cdistill.plan.blueprint import check_models
 from cdistill.reproduce import reproduce as reproduction
 from cdistill.reproduce import runs, schedule, worker
 from cdistill.reproduce.findings import CONTRADICTED, HOLDS, OPEN, Findings, area, paired, reaches, verdict
@@ -174,7 +175,14 @@ def test_a_signal_stops_all_and_begins_nothing_more(tiny, here, tmp_path, monkey
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_answers(tiny, tmp_path, monkeypatch):
-    """The first time by the real worker, in a process of its own."""
+    """The first time by the real worker, in a process of its own; the teacher is examined in this one."""
+    begin = schedule.start_process
+
+    def start(folder, threads):
+        known = json.loads((folder / worker.JOB).read_text())["model"] is not None
+        return Here(folder, threads) if known else begin(folder, threads)
+
+    monkeypatch.setattr(schedule, "start_process", start)
     table = TWO | {"rows": {"all": {}}, "reference": "all", "claims": []}
     (tiny / "one.yaml").write_text(yaml.safe_dump(table), encoding="utf-8")
     first = reproduce(tiny, tmp_path, "one", seeds=1, keep=True)
@@ -290,7 +298,13 @@ def test_rows_are_made_of_parts_that_are_trained_first(tiny, here, tmp_path, mon
     assert "part seeing" in (tmp_path / "parts.html").read_text()
     assert reproduce(tiny, tmp_path, "parts", seeds=1).values("all", "greedy") == findings.values("all", "greedy")
     assert len(here.started) == 3
-    shutil.rmtree(kept)  # and is made anew where it is gone
+    shutil.rmtree(kept)  # is made anew where it is gone, and is not needed to tell of its rows
+    told = reproduce(tiny, tmp_path, "parts", seeds=1, train=False)
+    assert told.values("all", "greedy") == findings.values("all", "greedy") != {}
+    part = next(r for r in runs.read_records(tmp_path).values() if r.rows == ["parts: part seeing"])
+    replace(part, model="0" * 16).write(tmp_path)  # other weights: the rows are of none that is known
+    assert not reproduce(tiny, tmp_path, "parts", seeds=1, train=False).values("all", "greedy")
+    replace(part, model=None).write(tmp_path)
     with pytest.raises(ValueError, match="lacks its part seeing"):
         reproduce(tiny, tmp_path, "parts", seeds=1, train=False)
     reproduce(tiny, tmp_path, "parts", seeds=1)
@@ -298,14 +312,14 @@ def test_rows_are_made_of_parts_that_are_trained_first(tiny, here, tmp_path, mon
 
 
 @pytest.mark.parametrize("name", names())
-def test_every_shipped_table_fits_the_default_pair(name):
+def test_every_shipped_table_fits_the_default_pair(name, tmp_path):
     table, pair = load_table(name), load_recipe("demo-compodistill")
-    models = {"base-small": "builtin:student-base", "teacher-small": pair.teacher}
-    parts = {part: models.get(part, "builtin:student-base") for part in runs.plan_parts(table)}
-    claimed = {row for claim in table.claims for row in (claim.better, claim.worse)} if parts else set()
-    table = replace(table, claims=() if claimed else table.claims)  # parts stand for each other here
+    parts = reproduction.untrained(name, runs.plan_parts(table), tmp_path)
+    parts = {part: str(folder) for part, folder in parts.items()}
     planned = runs.plan(name, table, pair, seeds=2, n=2, rates={}, parts=parts)
     assert {run.row for run in planned} == set(table.rows)
+    for run in {run.row: run for run in planned}.values():
+        check_models(run.recipe)
     findings = Findings(table, planned, {})
     assert all(each.difference.seeds == 0 for each in findings.verdicts())
     for row in table.rows.values():

@@ -103,32 +103,28 @@ def test_lora_under_zero_is_that_of_plain_torch(models, tmp_path):
 
 
 def test_compiled_layers_have_the_same_losses_and_gradients():
-    """With dynamo's tracing and autograd, without the code that inductor would make; four layers share what two need."""
+    """With dynamo's tracing and autograd, without inductor's code; the layers share fewer graphs than they are."""
     found: dict[bool, dict[str, torch.Tensor]] = {}
-    graphs: dict[int, int] = {}
-    for layers in (2, 4):
-        student, teacher = build("llava_qwen2", 0, layers=layers), build("llava_qwen2", 1, layers=layers + 1)
-        for compiled in (False, True):
-            torch._dynamo.reset()
-            counters.clear()
-            model = copy.deepcopy(student)
-            if compiled:
-                compile_layers(model, backend="aot_eager")
-            distillation = distill(teacher, model, vat=VATConfig(layers="all"))
-            results = {}
-            for seed in (3, 4):  # of different lengths
-                losses = distillation(draw("llava_qwen2", seed))
-                losses["loss"].backward()
-                results |= {f"{name} {seed}": losses[name].detach() for name in ("ar", "kd", "vat")}
-            results |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-            found[compiled] = results
-            graphs[layers] = counters["stats"]["unique_graphs"]
-        assert found[False].keys() == found[True].keys() and len(found[True]) > 20
-        for name, plain in found[False].items():
-            # the gradient of a key's bias is 0 but for rounding
-            scale = found[False][name.replace("k_proj.bias", "k_proj.weight")].abs().max()
-            assert (plain - found[True][name]).abs().max() <= 1e-5 * scale, name
-    assert graphs[2] == graphs[4] > 0
+    student, teacher = build("llava_qwen2", 0, layers=10), build("llava_qwen2", 1, layers=11)
+    torch._dynamo.reset()
+    counters.clear()
+    for compiled in (False, True):
+        model = copy.deepcopy(student)
+        if compiled:
+            compile_layers(model, backend="aot_eager")
+        distillation = distill(teacher, model, vat=VATConfig(layers="all"))
+        results = {}
+        for seed in (3, 4):  # of different lengths
+            losses = distillation(draw("llava_qwen2", seed))
+            losses["loss"].backward()
+            results |= {f"{name} {seed}": losses[name].detach() for name in ("ar", "kd", "vat")}
+        found[compiled] = results | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found[False].keys() == found[True].keys() and len(found[True]) > 20
+    for name, plain in found[False].items():
+        # the gradient of a key's bias is 0 but for rounding
+        scale = found[False][name.replace("k_proj.bias", "k_proj.weight")].abs().max()
+        assert (plain - found[True][name]).abs().max() <= 1e-5 * scale, name
+    assert 0 < counters["stats"]["unique_graphs"] < 10
 
 
 def test_grouped_stages_see_the_same_samples_in_another_order(models, tmp_path):

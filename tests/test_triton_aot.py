@@ -134,10 +134,11 @@ def test_the_benchmarks_main_shape_is_compiled(table):
 
 
 def test_the_table_says_what_the_compiler_says(table, run):
-    """One configuration of each kernel, other ones in every run, compiled now."""
-    sample = [
-        random.choice([r for r in table if r["kernel"] == kernel]) for kernel in sorted(ATTENTION | LOSSES | VOCABULARY)
-    ]
+    """One configuration each of some kernels, other ones in every run, compiled now: code that changed has another key."""
+    kernels = (
+        random.sample(sorted(ATTENTION), 5) + random.sample(sorted(LOSSES), 2) + random.sample(sorted(VOCABULARY), 1)
+    )
+    sample = [random.choice([r for r in table if r["kernel"] == kernel]) for kernel in kernels]
     for row, now in zip(sample, json.loads(run(COMPILED_NOW, json.dumps(sample))), strict=True):
         assert row == {name: str(value) for name, value in now.items()}
 

@@ -60,6 +60,7 @@ def test_explicit_spans():
         (12, "middle", "early, intermediate"),
         (12, "official", "24 layers only, got 12"),
         (4, "2-4", "0..3"),
+        (4, f"0-{10**15}", "0..3"),
         (4, "3-2", "empty"),
         (4, [], "empty"),
         (4, [-1, 2], "0..3"),

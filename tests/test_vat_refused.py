@@ -16,7 +16,19 @@ from vat_models import (
     tiny_llava,
 )
 
+import cdistill
 from cdistill.vat import LayerMatch, SliceRecorder, StudentAlignment, TeacherTargets, install, installed, token_regions
+
+
+@pytest.mark.parametrize(("side", "place"), [("teacher", 0), ("student", 1)])
+def test_heads_that_the_ops_do_not_take_are_told_with_their_model(side, place):
+    pair = [tiny_llava(0, "qwen2", 2, 64, 4, 2), tiny_llava(1, "qwen2", 2, 64, 4, 2)]
+    pair[place] = narrow = tiny_llava(2, "qwen2", 2, 48, 4, 2)
+    with pytest.raises(ValueError, match=f"^{side}: .* the qwen2's is 12, hidden_size 48 by num_attention_heads 4$"):
+        cdistill.distill(*pair)
+    install(narrow)
+    with pytest.raises(ValueError, match=r"^layer 1 \(Qwen2Attention\): q must have a head dim .*, got 12$"):
+        record_everything(narrow, draw_batch(0))
 
 
 def test_missing_layers_are_named():

@@ -22,6 +22,8 @@ class KeepFloat64(TorchFunctionMode):
                 args = tuple(torch.float64 if x is torch.float32 else x for x in args)
                 if kwargs.get("dtype") is torch.float32:
                     kwargs["dtype"] = torch.float64
+            if func is torch.Tensor.matmul:  # of frequencies with positions that were cast, in transformers 5.17
+                args = tuple(x.double() for x in args)
         return func(*args, **kwargs)
 
 

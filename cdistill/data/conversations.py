@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from cdistill.data.contract import LabelContract
-from cdistill.data.images import check_resizing
+from cdistill.data.images import check_resizing, seen
 from cdistill.data.samples import IGNORE_INDEX, BadSampleError, Mark, Message, blamed_on_sample
 from cdistill.data.spans import Places, places, said
 from cdistill.errors import InputError
@@ -111,7 +111,7 @@ class Encoder:
         tokens, labelled = self.contract.written(messages)
         self._require_marks(tokens.ids, len(images))
         found = places(said(self.template, messages), tokens.offsets, labelled) if self._places else None
-        images = [image if image.mode == "RGB" else image.convert("RGB") for image in images]
+        images = [image if image.mode == "RGB" else seen(image, exif=False) for image in images]
         return self._fit(tokens.ids, labelled, images, labels, found)
 
     def prompt(self, messages: Sequence[Message], visual: ImageParts) -> tuple[list[int], dict[str, list[int]]]:

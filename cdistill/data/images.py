@@ -20,7 +20,7 @@ from PIL import ExifTags, Image
 
 from cdistill.data.fetching import fetch
 from cdistill.data.files import is_odd, leaves_folder
-from cdistill.data.samples import BadSampleError, ImageBytes, ImageFile
+from cdistill.data.samples import BadSampleError, ImageBytes, ImageFile, blamed_on_sample
 from cdistill.errors import InputError
 
 MAX_PIXELS = 1 << 26  # 67 million: 8192 x 8192
@@ -54,6 +54,8 @@ _FIRST_BYTES = {
     "TIFF": rb"II[*+]\x00|MM\x00[*+]",
 }
 
+_MODES_OF_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B")
+
 _URL = re.compile(r"[a-zA-Z][\w+.-]*://|data:")
 
 _FLAGS = os.O_NONBLOCK | os.O_NOFOLLOW  # a pipe would let us wait; a link came after the path was resolved
@@ -78,9 +80,7 @@ def find_image(roots: Roots | None, value: object, *, allow_urls: bool, place: s
     if isinstance(value, bytes):
         return ImageBytes(place, value)
     if isinstance(value, Image.Image):
-        buffer = io.BytesIO()
-        value.save(buffer, "PNG")
-        return ImageBytes(place, buffer.getvalue())
+        return ImageBytes(place, _encoded(value))
     if isinstance(value, str) and value.startswith("data:"):
         return ImageBytes(place, _decode_uri(value))
     if allow_urls and isinstance(value, str) and _URL.match(value):
@@ -88,6 +88,15 @@ def find_image(roots: Roots | None, value: object, *, allow_urls: bool, place: s
     if roots is None and isinstance(value, str):
         raise BadSampleError("bad image path", f"images must say where paths start from, got the path {value!r}")
     return resolve_image(Path() if roots is None else roots, value)
+
+
+def _encoded(picture: Image.Image) -> bytes:
+    """A PNG of a picture, whose EXIF data stays beside the pixels."""
+    buffer = io.BytesIO()
+    with blamed_on_sample("unreadable image"):
+        kept = picture if picture.mode in _MODES_OF_PNG else _to_rgb(picture)
+        kept.save(buffer, "PNG", exif=picture.getexif())
+    return buffer.getvalue()
 
 
 def _decode_uri(uri: str) -> bytes:
@@ -238,6 +247,12 @@ def _read(path: Path, most: int) -> bytes:
     raise BadSampleError("unreadable image", f"{path}: not a file")
 
 
+def seen(picture: Image.Image, *, exif: bool = True) -> Image.Image:
+    """A picture of PIL as `open_image` gives that of a file. Raises BadSampleError for one of which no RGB can be made."""
+    with blamed_on_sample("unreadable image"):
+        return _to_rgb(_upright(picture) if exif else picture)
+
+
 def _upright(picture: Image.Image) -> Image.Image:
     """As its EXIF orientation says; one that cannot be read says nothing."""
     picture.load()  # its faults are not those of the EXIF data, for which some formats load it
@@ -245,7 +260,11 @@ def _upright(picture: Image.Image) -> Image.Image:
         turn = _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # of bytes that somebody made up: what stands beside the pixels does not spoil them
         return picture
-    return picture if turn is None else picture.transpose(turn)
+    if turn is None:
+        return picture
+    turned = picture.transpose(turn)
+    turned.info = {name: value for name, value in picture.info.items() if name == "transparency"}  # it is upright now
+    return turned
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

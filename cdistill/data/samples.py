@@ -159,7 +159,9 @@ def check_messages(messages: Sequence[Message], images: int) -> None:
     """Raise BadSampleError unless messages alternate user and assistant, after an optional system message, end with an
     answer, hold no empty answer, and have as many image marks as there are images, in messages of the user."""
     turns = [m for m in messages if m.role != "system"]
-    if any(m.role == "system" for m in messages[1:]) or not turns:
+    if not turns:
+        raise BadSampleError("wrong order of turns", "there is no question with an answer")
+    if any(m.role == "system" for m in messages[1:]):
         raise BadSampleError("wrong order of turns", "roles are " + ", ".join(m.role for m in messages))
     expected = [("user", "assistant")[i % 2] for i in range(len(turns))]
     if [m.role for m in turns] != expected or len(turns) % 2:

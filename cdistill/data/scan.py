@@ -52,11 +52,26 @@ def starts_list(path: Path) -> bool:
         return _first_byte(file)[1] == b"["
 
 
-def parse(data: bytes) -> Any:
-    """The value of one record. Bytes that are no UTF-8 become lone surrogates. Raises ValueError with column."""
+def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON (``object_pairs_hook``). Raises ValueError for a key that stands in it twice."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise InputError(f"the key {next(n for n in names if names.count(n) > 1)!r:.60} stands twice in an object")
+    return value
+
+
+_EXACT = json.JSONDecoder(object_pairs_hook=unrepeated)
+
+
+def parse(data: bytes, *, fast: bool = False) -> Any:
+    """The value of one record. Bytes that are no UTF-8 become lone surrogates.
+
+    Raises ValueError with column, and for a key that stands twice in an object, unless it must be ``fast``.
+    """
     text = data.decode("utf-8", "surrogateescape")
     try:
-        return _DECODER.decode(text)
+        return (_DECODER if fast else _EXACT).decode(text)
     except json.JSONDecodeError as error:
         raise InputError(f"column {error.pos - text.rfind(chr(10), 0, error.pos)}: {error.msg}") from error
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
@@ -81,7 +96,7 @@ def _lines(path: Path, file: BinaryIO, offset: int) -> Iterator[Found]:
             raise InputError(f"{path} line {line} is longer than {LONGEST_RECORD} bytes: neither a list nor JSON Lines")
         if record := data.rstrip(_SPACE.encode()):
             try:
-                value = parse(record)
+                value = parse(record, fast=True)
             except ValueError as error:
                 value, first_fault = None, first_fault or f"line {line} {error}"
             any_object |= isinstance(value, dict)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cdistill.data.scan import unrepeated
 from cdistill.errors import InputError
 
-_DECODER = json.JSONDecoder()
+_DECODER = json.JSONDecoder(object_pairs_hook=unrepeated)
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,8 @@ def _value(text: str, at: int, path: Path) -> tuple[Any, int]:
         return _DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
         raise InputError(f"{path} line {error.lineno}: is not JSON ({error.msg})") from None
+    except InputError as error:
+        raise InputError(f"{path} line {text.count(chr(10), 0, at) + 1}: {error}") from None
 
 
 def line_records(path: Path) -> Iterator[Record]:
@@ -156,9 +159,11 @@ def line_records(path: Path) -> Iterator[Record]:
         if line.strip():
             place = f"{path} line {number}"
             try:
-                value = json.loads(line)
+                value = _DECODER.decode(line)
             except json.JSONDecodeError as error:
                 raise InputError(f"{place}: is not JSON ({error.msg})") from None
+            except InputError as error:
+                raise InputError(f"{place}: {error}") from None
             if not isinstance(value, dict):
                 raise InputError(f"{place}: is not a JSON object but {value!r:.60}")
             yield Record(place, value)
@@ -177,6 +182,8 @@ def csv_records(path: Path) -> Iterator[Record]:
             return
         if not header:
             header = row
+            if twice := [name for i, name in enumerate(row) if name in row[:i]]:
+                raise InputError(f"{path} line 1: the column {twice[0]!r:.60} stands twice in the header")
         elif row:
             if len(row) != len(header):
                 raise InputError(f"{path} line {rows.line_num}: has {len(row)} fields, the header has {len(header)}")

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from cdistill.data.conversations import TOKEN_TYPES, Encoder, ImageParts
+from cdistill.data.images import seen
 from cdistill.data.samples import BadSampleError, Mark, Message
 from cdistill.errors import InputError
 from cdistill.eval.contract import Question
@@ -88,7 +89,7 @@ class Prompts:
     def _about(self, questions: Sequence[Question], images: Sequence[Image.Image]) -> list[Prompt]:
         if images and not self.takes_images:
             raise InputError(f"model: it has no image processor, and question {questions[0].id!r} shows an image")
-        images = [image if image.mode == "RGB" else image.convert("RGB") for image in images]
+        images = [image if image.mode == "RGB" else seen(image, exif=False) for image in images]
         visual = None if self.encoder is None else self.encoder.image_parts(images)
         result = []
         for question in questions:

@@ -17,6 +17,7 @@ from cdistill.errors import InputError
 from cdistill.eval.contract import Answer, Question
 from cdistill.eval.inference import Inference
 from cdistill.eval.prompts import Prompt
+from cdistill.runtime.errors import is_lack_of_memory
 
 MOST_AT_ONCE = {"cpu": 32, "cuda": 128}  # questions of a batch whose size is chosen here
 WINDOW, MOST_AHEAD = (
@@ -159,8 +160,8 @@ class Runner:
         answers: list[Answer] = []
         try:
             answers = (self.ask or self._ask)(batch)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_lack_of_memory(error):
+        except (MemoryError, RuntimeError) as error:
+            if not is_lack_of_memory(error):
                 raise
         if answers:
             yield answers
@@ -238,7 +239,3 @@ def free_memory(device: torch.device) -> int:
     except OSError:  # not Linux, where all that there is must do
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def _is_lack_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

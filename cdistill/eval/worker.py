@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from cdistill.eval import run
-from cdistill.runtime.errors import RunError, print_error
+from cdistill.runtime.errors import RunError, print_error, telling_lack_of_memory
 from cdistill.runtime.launch import die_with_parent
 
 
@@ -14,7 +14,8 @@ def main() -> int:
     die_with_parent()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        return run.main(run.options_of(Path(sys.argv[2])))
+        with telling_lack_of_memory():
+            return run.main(run.options_of(Path(sys.argv[2])))
     except (ValueError, OSError, RunError) as error:
         return print_error(error)
 

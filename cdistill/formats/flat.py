@@ -21,6 +21,7 @@ from cdistill.formats.source import (
     tower_weights,
 )
 from cdistill.models.folder import CONFIG
+from cdistill.models.llava import has_field
 
 PROJECTOR = "mlp2x_gelu"
 ONE_PROJECTOR = (
@@ -115,7 +116,7 @@ def read_flat(given: Given, kind: Kind) -> Source:
     prefix = theirs("vision_tower.", NAMES[kind.names])
     assert prefix is not None
     inside = any(name.startswith(prefix) for name in weights.shapes)
-    if hasattr(vision, "vision_use_head"):
+    if has_field(vision, "vision_use_head"):
         vision.vision_use_head = any(name.startswith(f"{prefix}vision_model.head.") for name in weights.shapes)
     text = text_config(given, values, kind.language)
     config = llava_config(given, kind.config, vision, text, layer, strategy, **kind.fields)

@@ -10,6 +10,7 @@ from cdistill.errors import InputError
 from cdistill.formats.flat import ONE_PROJECTOR, PROJECTOR
 from cdistill.formats.source import KEY, STRATEGIES, Given, Source, llava_config, remark_on_unread, text_config
 from cdistill.models.folder import CONFIG, reading
+from cdistill.models.llava import has_field
 from cdistill.models.load import encoder_config, resolve_folder
 from cdistill.models.processor import has_image_processor
 
@@ -74,7 +75,7 @@ def _vision(given: Given) -> Any:
     fields = {name: value for name, value in values.items() if not name.startswith("model_name_or_path")}
     with reading(KEY, str(given.folder / CONFIG)):
         vision: Any = CONFIG_MAPPING[kind].from_dict(fields)
-    if hasattr(vision, "vision_use_head"):  # kept, though a LLaVA does not use it: nothing of the checkpoint is lost
+    if has_field(vision, "vision_use_head"):  # kept, though a LLaVA does not use it: nothing of the checkpoint is lost
         vision.vision_use_head = any(".vision_model.head." in name for name in given.weights.shapes)
     return vision
 

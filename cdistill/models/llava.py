@@ -138,6 +138,11 @@ def image_size(vision: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def has_field(config: PretrainedConfig, name: str) -> bool:
+    """Whether models read a field of a configuration; transformers 5.17's SigLIP reads one that it does not declare."""
+    return hasattr(config, name) or (config.model_type, name) == ("siglip_vision_model", "vision_use_head")
+
+
 def takes_image_sizes(tower: Any) -> bool:
     """Whether an encoder takes images of several sizes in one batch, with ``image_sizes`` (I, 2) that tell them apart."""
     return "image_sizes" in inspect.signature(tower.forward).parameters

@@ -15,6 +15,8 @@ from cdistill.errors import InputError
 from cdistill.ops._problem import AttentionProblem, Gradients
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HEAD_DIMS = range(16, 257, 8)  # that ops over queries and keys take
+HEAD_DIMS_SAID = f"a multiple of {HEAD_DIMS.step} from {HEAD_DIMS.start} to {HEAD_DIMS[-1]}"
 # The smallest normal fp32 number: in KL a smaller share counts as this one, and nothing pulls it up.
 LEAST_SHARE = 2.0**-126
 SWAPPED = (
@@ -95,8 +97,8 @@ def _require_queries_and_keys(q: Tensor, k: Tensor) -> None:
     require_shape("k", k, (batch, k_heads, keys, width), "B, Hkv, T, D")
     if tokens == 0:
         raise InputError("q must hold at least one token, got T = 0")
-    if not 16 <= width <= 256 or width % 8:
-        raise InputError(f"q must have a head dim that is a multiple of 8 from 16 to 256, got {width}")
+    if width not in HEAD_DIMS:
+        raise InputError(f"q must have a head dim that is {HEAD_DIMS_SAID}, got {width}")
     if q_heads == 0 or k_heads == 0 or q_heads % k_heads:
         raise InputError(f"k must have a number of heads that divides the {q_heads} heads of q, got {k_heads}")
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from cdistill.errors import InputError
@@ -68,15 +69,25 @@ class Reproduction:
         self.parts, self.teacher = runs.plan_parts(self.table), runs.plan_teacher(self.recipe, n)
         self.folders = {part: part_folder(output, run) for part, run in self.parts.items()}
 
-    def rows(self) -> list[Run]:
-        """Runs of the rows. Their hashes depend on the parts, which must be there."""
-        parts = {part: str(folder) for part, folder in self.folders.items()}
-        return runs.plan(self.name, self.table, self.recipe, seeds=self.seeds, n=self.n, rates=self.rates, parts=parts)
+    def rows(self, folders: Mapping[str, Path] | None = None) -> list[Run]:
+        """Runs of the rows. Their hashes depend on the parts, which must be there or known by their records, or on models for
+        them in other ``folders``."""
+        parts = {part: str(folder) for part, folder in (folders or self.folders).items()}
+        known = {parts[part]: model for part in parts if (model := self._known(part)) is not None}
+        return runs.plan(
+            self.name, self.table, self.recipe, seeds=self.seeds, n=self.n, rates=self.rates, parts=parts, known=known
+        )
+
+    def _known(self, part: str) -> str | None:
+        """What tells the weights of a part that is no longer there from others."""
+        record = self.records.get(self.parts[part].hash)
+        return None if record is None or self.folders[part].is_dir() else record.model
 
     def train(self, *, processes: int, resume: bool, keep: bool) -> None:
         """Make the runs that the folder lacks."""
+        with TemporaryDirectory() as folder:
+            check(self.name, self.rows(untrained(self.name, self.parts, Path(folder))))
         rows = [] if self.parts else self.rows()
-        check(self.name, rows)
         self.output.mkdir(parents=True, exist_ok=True)
         with owned(self.output, "--output"):
             self.records |= runs.read_records(self.output)
@@ -86,7 +97,6 @@ class Reproduction:
             if self.parts:
                 schedule.work(list(self.parts.values()))
                 rows = self.rows()
-                check(self.name, rows)
                 self._begin(rows, resume)
             schedule.work([self.teacher, *{run.hash: run for run in rows}.values()])
 
@@ -114,7 +124,7 @@ class Reproduction:
     def tell(self) -> Findings:
         """Write the page and the numbers of the runs that are there."""
         for part, folder in self.folders.items():
-            if not folder.is_dir():
+            if not folder.is_dir() and self._known(part) is None:
                 raise InputError(
                     f"table {self.name} lacks its part {part} in {self.output}: leave --report out to make it"
                 )
@@ -143,6 +153,28 @@ class Reproduction:
             "commits": sorted({str(a.get("commit")) for r in started for a in r.attempts}),
             "runs": [_told(record, record.hash in mine) for record in started],
         }
+
+
+def untrained(name: str, parts: Mapping[str, Run], folder: Path) -> dict[str, Path]:
+    """Models in ``folder`` that stand for the parts of table ``name`` until these are trained, by part.
+
+    Raises ValueError for a part that cannot be built or trained.
+    """
+    from cdistill.runtime.launch import quiet
+    from cdistill.train.build import build_models
+    from cdistill.train.prepare import open_data, save_processor
+    from cdistill.train.resolve import resolve
+
+    for part, run in parts.items():
+        try:
+            with quiet():
+                models = build_models(run.recipe)
+                data = [open_data(stage, models) for stage in resolve(run.recipe, world=1).stages]
+        except ValueError as error:
+            raise InputError(f"table {name}, part {part}: {error}") from None
+        models.student.save_pretrained(folder / part)
+        save_processor(folder / part, models, data[-1])
+    return {part: folder / part for part in parts}
 
 
 def check(name: str, planned: Sequence[Run]) -> None:

@@ -73,6 +73,7 @@ class Record:
         attempts: status, seconds, CPU seconds, commit, versions, machine, threads and reason of every start, in order.
         samples: of all stages.
         accuracy: by way (``greedy``, ``choice``), family and sub-type, in 0..1; None before the end.
+        model: of a part, what tells its weights from others, so that its table can be told of without them.
     """
 
     hash: str
@@ -84,6 +85,7 @@ class Record:
     samples: int = 0
     attempts: list[dict[str, Any]] = field(default_factory=list)
     accuracy: dict[str, Any] | None = None
+    model: str | None = None
 
     @property
     def status(self) -> str:
@@ -152,6 +154,7 @@ def plan(
     n: int,
     rates: Mapping[str, float],
     parts: Mapping[str, str] = MappingProxyType({}),
+    known: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Run]:
     """All runs of a table, row by row within a seed, so that the first seed of all rows is there first.
 
@@ -163,6 +166,7 @@ def plan(
         n: questions per sub-type.
         rates: factors of learning rates by method, those that are tuned.
         parts: folders of the table's parts, by name.
+        known: what tells the weights of those from others that are not there, by folder.
 
     Raises:
         ValueError: a row whose changes do not fit the pair, or a claim about two rows that are one run.
@@ -181,7 +185,7 @@ def plan(
                 for rate in table.rates:
                     tuned = change.rate * rate * (1.0 if tuning else rates.get(change.method, 1.0))
                     try:
-                        runs.append(_run(pair, row, change, seed, size, tuned, exam, parts))
+                        runs.append(_run(pair, row, change, seed, size, tuned, exam, parts, known))
                     except ValueError as error:
                         raise InputError(f"table {name}, row {row}: {error}") from None
     _check_claims(name, table, runs)
@@ -197,6 +201,7 @@ def _run(
     rate: float,
     exam: Exam,
     parts: Mapping[str, str],
+    known: Mapping[str, str],
 ) -> Run:
     changes = [f"seed={seed}", *change.set]
     if change.objectives is not None:
@@ -220,7 +225,7 @@ def _run(
     for key, folder in models.items():
         changes = [text.replace(f"{{{key}}}", folder) for text in changes]
     recipe = with_overrides(pair, changes)
-    return Run(row, size * change.samples, rate, recipe, exam, tuple(named), hash_of(recipe, exam))
+    return Run(row, size * change.samples, rate, recipe, exam, tuple(named), hash_of(recipe, exam, known))
 
 
 def _check_claims(name: str, table: Table, runs: Sequence[Run]) -> None:
@@ -235,20 +240,21 @@ def _check_claims(name: str, table: Table, runs: Sequence[Run]) -> None:
             )
 
 
-def hash_of(recipe: Recipe, exam: Exam | None) -> str:
+def hash_of(recipe: Recipe, exam: Exam | None, known: Mapping[str, str] = MappingProxyType({})) -> str:
     """What tells a run from others: all that decides its weights, and the questions that it is asked.
 
-    Names, folders and what is only logged do not count, nor do keys of losses that no stage has.
+    Names, folders and what is only logged do not count, nor do keys of losses that no stage has. ``known`` has the fingerprints
+    of folders that are not there.
     """
-    return _digest({"run": identity(recipe), "exam": None if exam is None else asdict(exam)})
+    return _digest({"run": identity(recipe, known), "exam": None if exam is None else asdict(exam)})
 
 
 def _digest(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def identity(recipe: Recipe) -> dict[str, Any]:
-    """The values of a recipe that decide the weights it ends with, models by what their files hold."""
+def identity(recipe: Recipe, known: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """The values of a recipe that decide the weights it ends with, models by what their files hold, or are ``known`` to."""
     from cdistill.eval.loading import fingerprint
     from cdistill.models.load import resolve_folder
     from cdistill.train.resolve import resolve
@@ -295,7 +301,7 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         *((teacher, "model") for teacher in content.get("teachers", ())),
     ):
         if place.get(key) is not None:
-            place[key] = fingerprint([resolve_folder(place[key], key)])
+            place[key] = known.get(place[key]) or fingerprint([resolve_folder(place[key], key)])
     return content | {"precision": run.precision}
 
 

@@ -138,7 +138,7 @@ class Schedule:
         attempt["seconds"] = round(time.monotonic() - each.since, 1)
         if code == 0:
             result = json.loads((place / RESULT).read_text(encoding="utf-8"))
-            record.accuracy = result["accuracy"]
+            record.accuracy, record.model = result["accuracy"], result["model"]
             attempt |= {"status": FINISHED, "cpu_seconds": result["cpu_seconds"]}
         elif stopped or code in CODES_OF_STOPS:
             attempt["status"] = STOPPED

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cdistill.files import write_text
-from cdistill.runtime.errors import RunError, print_error
+from cdistill.runtime.errors import RunError, print_error, telling_lack_of_memory
 from cdistill.runtime.launch import die_with_parent
 from cdistill.train import run
 from cdistill.train.run_folder import read_recipe
@@ -22,7 +22,7 @@ def perform(folder: Path) -> dict[str, Any]:
     """
     from cdistill.eval.builtin_task import Exam, knows_the_task
     from cdistill.eval.builtin_words import in_own_words
-    from cdistill.eval.loading import load_questioner
+    from cdistill.eval.loading import fingerprint, load_questioner
     from cdistill.models.load import load_for_evaluation, resolve_folder
 
     recipe, job = read_recipe(folder), json.loads((folder / JOB).read_text(encoding="utf-8"))
@@ -36,7 +36,8 @@ def perform(folder: Path) -> dict[str, Any]:
         accuracy = rounded(
             exam.evaluate_both(student, job["title"]) if knows else in_own_words(exam, student, processor, job["title"])
         )
-    return {"accuracy": accuracy, "cpu_seconds": round(time.process_time(), 1)}
+    model = fingerprint([resolve_folder(str(final), "student")]) if accuracy is None else None
+    return {"accuracy": accuracy, "model": model, "cpu_seconds": round(time.process_time(), 1)}
 
 
 def rounded(both: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +54,8 @@ def main() -> int:
     die_with_parent()
     folder = Path(sys.argv[1])
     try:
-        write_text(folder / RESULT, json.dumps(perform(folder)) + "\n")
+        with telling_lack_of_memory():
+            write_text(folder / RESULT, json.dumps(perform(folder)) + "\n")
     except (ValueError, OSError, RunError) as error:
         return print_error(error)
     return 0

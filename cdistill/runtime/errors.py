@@ -3,7 +3,8 @@
 import os
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from cdistill.errors import CdistillError, InputError
 
@@ -49,6 +50,26 @@ class Stopped(RunError):
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}; go on with --resume")
         self.exit_code = 128 + number
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether it is what Python or torch says where there is no memory left, of a GPU or of the machine."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
+
+
+@contextmanager
+def telling_lack_of_memory() -> Iterator[None]:
+    """Raise RunError for a lack of memory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_lack_of_memory(error):
+            raise
+        raise RunError(f"out of memory: {line_of(error)} (`cdistill plan` says what a run needs)") from error
 
 
 def print_error(error: ValueError | OSError | RunError) -> int:

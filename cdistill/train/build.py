@@ -43,8 +43,8 @@ from cdistill.train.resolve import precision_of
 from cdistill.train.rounding import layers_to_round
 from cdistill.train.sharded import NO_COMMON_VISION, check_shardable
 from cdistill.train.student import Vocabulary, folders_of, make_student, set_visual_tokens
-from cdistill.train.terms import check_terms
-from cdistill.vat import VAT, attention_layers, head_counts
+from cdistill.train.terms import Alignment, Term, check_terms
+from cdistill.vat import VAT, attention_layers, check_heads, head_counts
 
 _DIFFERENT = "set kd.alignment to merged (or uld) to distil between different tokenizers"
 
@@ -311,11 +311,23 @@ def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> N
             layers_to_round(student, f"stage.{name}.quantization")
         if recipe.sequence_parallel > 1:
             check_shardable(student, teacher, recipe.sequence_parallel)
+        _check_heads(recipe, stage.objective, student, teacher)
         if recipe.aligns(stage.objective):
             assert teacher is not None
             config = recipe.vat
             _check_engine(recipe, student)
             _check_matching(config, student, teacher)
+
+
+def _check_heads(recipe: Recipe, objective: str, student: Model, teacher: Model | None) -> None:
+    """Raise ValueError, naming the key, for a model whose heads no term that compares attention can take."""
+    for term in OBJECTIVES[objective].kinds:
+        if not term.attention or "relations" in term.teacher or (term is Alignment and not recipe.vat.enabled):
+            continue  # relations are of heads of their own
+        if term.recorder is not Term.recorder:
+            check_heads(student, "student.text_config" if recipe.student.base is None else "student.base")
+        if teacher is not None and term.teacher:
+            check_heads(teacher, "teacher")
 
 
 def _check_matching(config: VATOptions, student: Model, teacher: Llava) -> None:

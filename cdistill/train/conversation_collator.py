@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cdistill.data.batches import PaddingCollator
 from cdistill.data.conversations import Encoder
-from cdistill.data.images import find_image, open_image
+from cdistill.data.images import find_image, open_image, seen
 from cdistill.data.pairs import PairCollator, PairEncoder
 from cdistill.data.records import read_record
 from cdistill.data.samples import ImageBytes
@@ -70,7 +70,7 @@ def _opened(value: Any) -> Image.Image:
     if isinstance(value, Mapping):
         value = value["path"] if value.get("bytes") is None else value["bytes"]
     if isinstance(value, Image.Image):
-        return value
+        return seen(value)
     if isinstance(value, bytes):
         return open_image(ImageBytes("an image of the batch", value))
     if isinstance(value, str | Path) and "://" not in str(value):

@@ -66,7 +66,7 @@ class _Row:
     types: dict[str, list[int]]
     number: int
     given: list[int] | None = None
-    draws: Any = None  # (max_new_tokens,) fp64, uniform
+    draws: Any = None  # fp64, uniform, one for each token that there may be
 
 
 class Rollouts:
@@ -195,9 +195,8 @@ class Rollouts:
             return row
         start, stop = answers[int(turn * len(answers))]
         types = {name: of[:start] for name, of in row.types.items()}
-        return _Row(
-            row.ids[:start], [], types, row.number, row.ids[start:stop], draw.random(self.config.max_new_tokens)
-        )
+        draws = draw.random(min(self.config.max_new_tokens, self.max_length or self.config.max_new_tokens))
+        return _Row(row.ids[:start], [], types, row.number, row.ids[start:stop], draws)
 
     def _images(self, rest: Mapping[str, Any], counts: Any, samples: int, chosen: Sequence[int]) -> Images:
         """What the processor made of the images of each of the chosen samples."""

@@ -12,13 +12,16 @@ from cdistill.models.pair import check_pair
 from cdistill.train.teacher import Teacher
 from cdistill.train.teacher_source import InMemory, Several, TeacherSource
 from cdistill.train.terms import Settings
-from cdistill.vat import VAT, VATConfig, attention_layers, head_counts
+from cdistill.vat import VAT, VATConfig, attention_layers, check_heads, head_counts
 
 
 def alignments(
     config: VATConfig, vat: VAT | VATConfig | None, student: Model, teachers: Collection[Model]
 ) -> tuple[VAT, ...]:
     """Of the student and each teacher; one that has been made is of a single one."""
+    check_heads(student, "student")
+    for teacher in teachers:
+        check_heads(teacher, "teacher")
     if isinstance(vat, VAT):
         if len(teachers) > 1:
             raise InputError("vat must be a VATConfig with several teachers: each has windows of its own")

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from cdistill.errors import InputError
-from cdistill.models.llava import Llava, compose, visual_tokens
+from cdistill.models.llava import Llava, compose, has_field, visual_tokens
 from cdistill.models.load import (
     Model,
     encoder_config,
@@ -134,7 +134,7 @@ def _fresh_config(values: dict[str, Any] | None, key: str, **defaults: Any) -> P
         raise InputError(f"{key}.model_type is not a model type of transformers: {kind!r}") from None
     if "vision_config" in config.sub_configs:
         config = config.vision_config  # type: ignore[attr-defined]
-    unknown = [name for name in values if not hasattr(config, name)]
+    unknown = [name for name in values if not has_field(config, name)]
     if unknown:
         raise InputError(f"{key}.{unknown[0]} is not a field of {type(config).__name__}")
     return type(config)(**values)

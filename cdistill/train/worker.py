@@ -7,7 +7,7 @@ its share of a teacher's cache by the recipe of a YAML file.
 import sys
 from pathlib import Path
 
-from cdistill.runtime.errors import RunError, print_error
+from cdistill.runtime.errors import RunError, print_error, telling_lack_of_memory
 from cdistill.runtime.launch import die_with_parent
 
 
@@ -16,19 +16,24 @@ def main() -> int:
     die_with_parent()
     action, path = sys.argv[1], Path(sys.argv[2])
     try:
-        if action == "train":
-            from cdistill.train.run_folder import read_recipe
-            from cdistill.train.stages import run_stages
-
-            run_stages(read_recipe(path), resume=True)
-        else:
-            from cdistill.train.cache_writer import write_cache
-            from cdistill.train.recipes import load_recipe
-
-            write_cache(load_recipe(path))
+        with telling_lack_of_memory():
+            _act(action, path)
     except (ValueError, OSError, RunError) as error:
         return print_error(error)
     return 0
+
+
+def _act(action: str, path: Path) -> None:
+    if action == "train":
+        from cdistill.train.run_folder import read_recipe
+        from cdistill.train.stages import run_stages
+
+        run_stages(read_recipe(path), resume=True)
+    else:
+        from cdistill.train.cache_writer import write_cache
+        from cdistill.train.recipes import load_recipe
+
+        write_cache(load_recipe(path))
 
 
 if __name__ == "__main__":

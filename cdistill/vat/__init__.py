@@ -5,7 +5,7 @@ Importing this package imports torch; transformers is imported when the hook is 
 
 from cdistill.vat.config import VAT, VATConfig
 from cdistill.vat.distances import HeadDistances, LayerDistances, layer_distances
-from cdistill.vat.families import attention_layers, check_packable, packed_position_ids, visual_token_ids
+from cdistill.vat.families import attention_layers, check_heads, check_packable, packed_position_ids, visual_token_ids
 from cdistill.vat.generation import GenerationRecorder
 from cdistill.vat.heads import HeadCounts, HeadMixture, head_counts
 from cdistill.vat.hook import install, installed, uninstall
@@ -46,6 +46,7 @@ __all__ = [
     "TeacherTargets",
     "VATConfig",
     "attention_layers",
+    "check_heads",
     "check_packable",
     "check_same_visual_tokens",
     "grounded_regions",

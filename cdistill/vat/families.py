@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cdistill.errors import InputError
 from cdistill.families import family_of
+from cdistill.ops._contract import HEAD_DIMS, HEAD_DIMS_SAID
 
 
 def visual_token_ids(model_or_config: Any) -> tuple[int, ...]:
@@ -54,6 +55,25 @@ def attention_layers(model_or_config: Any) -> tuple[int, ...]:
             "(cdistill.register_family) with what they are"
         )
     return tuple(i for i, kind in enumerate(types) if kind in attention)
+
+
+def check_heads(model_or_config: Any, side: str) -> None:
+    """Raise ValueError, naming the ``side``, for a model whose queries have a head dim that the ops do not take.
+
+    Queries of low rank (DeepSeek's latent attention) have fields of their own and are left to the ops.
+    """
+    config = getattr(model_or_config, "config", model_or_config)
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "qk_nope_head_dim", None) is not None:
+        return
+    heads, given = text.num_attention_heads, getattr(text, "head_dim", None)
+    width = given or text.hidden_size // heads
+    if width not in HEAD_DIMS:
+        made_of = "" if given else f", hidden_size {text.hidden_size} by num_attention_heads {heads}"
+        raise InputError(
+            f"{side}: attention can be compared of heads whose dim is {HEAD_DIMS_SAID}, and the {text.model_type}'s is {width}"
+            f"{made_of}"
+        )
 
 
 def check_packable(model_or_config: Any) -> None:

@@ -272,7 +272,10 @@ def _record(
         )
     else:
         _require_same_packing(sequence, query, attention_mask)
-    out = recorder.record(layer, query, key, value, scale=kwargs.get("scaling"), causal=True)
+    try:
+        out = recorder.record(layer, query, key, value, scale=kwargs.get("scaling"), causal=True)
+    except InputError as error:
+        raise InputError(f"layer {layer} ({type(module).__name__}): {error}") from None
     if out is not None and kwargs.get("dropout"):
         raise InputError(f"layer {layer} uses attention dropout, which needs vat.engine sdpa")
     return out

@@ -108,7 +108,7 @@ def _named(num_layers: int, span: str, role: str) -> Sequence[int]:
 
 def _between(model: tuple[int, ...], first: int, last: int) -> tuple[int, ...]:
     if last > model[-1] and model == tuple(range(len(model))):
-        return _explicit(model, tuple(range(first, last + 1)))  # which raises
+        raise InputError(f"layer indices must lie in 0..{len(model) - 1}, got '{first}-{last}'")
     chosen = tuple(i for i in model if first <= i <= last)
     if not chosen:
         raise InputError(f"layer span '{first}-{last}' holds none of the attention layers {list(model)}")

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from cdistill.errors import InputError
 from cdistill.ops import attention_relation
+from cdistill.ops._contract import HEAD_DIMS
 from cdistill.vat.recorders import AnyRegions, _key_mask, _sequence, _sequences, require_all
 from cdistill.vat.regions import PackedRegions, require_same_counts
-
-WIDTHS = range(16, 257, 8)  # of heads, as `attention_relation` takes them
 
 
 def relation_heads(student: int, teacher: int, most: int) -> int:
@@ -20,7 +19,7 @@ def relation_heads(student: int, teacher: int, most: int) -> int:
     Raises ValueError if no number gives both widths that the op takes.
     """
     for heads in range(most, 0, -1):
-        if all(width % heads == 0 and width // heads in WIDTHS for width in (student, teacher)):
+        if all(width % heads == 0 and width // heads in HEAD_DIMS for width in (student, teacher)):
             return heads
     raise InputError(
         f"relation: vectors of {student} (student) and {teacher} (teacher) numbers of a layer cannot be split into equally "

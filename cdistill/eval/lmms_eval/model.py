@@ -12,6 +12,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
+from cdistill.data.images import seen
 from cdistill.errors import InputError
 from cdistill.eval.contract import Question
 from cdistill.eval.inference import Inference
@@ -134,7 +135,7 @@ class _Request:
         shown = [part["url"] for part in parts[:images]]
         if not all(isinstance(image, Image.Image) for image in shown):
             raise InputError(f"{self._task}: --model cdistill takes images as the data set decodes them")
-        return [image.convert("RGB") for image in shown], "".join(part["text"] for part in parts[images:])
+        return [seen(image) for image in shown], "".join(part["text"] for part in parts[images:])
 
     def reply(self, text: str) -> str:
         """The reply up to where the task wants it to end."""

@@ -28,9 +28,9 @@ FILE_TYPES = {
 # What llama.cpp takes where a row is no whole number of blocks.
 _COARSER = {Kind.Q4_K: Kind.Q5_0, Kind.Q6_K: Kind.Q8_0, Kind.Q5_0: Kind.F16, Kind.Q8_0: Kind.F16, Kind.Q4_0: Kind.F16}
 _PACKED_BY_LLAMA_CPP = (Kind.Q4_K, Kind.Q6_K)
-# How far a weight may be from what was written, in parts of the largest of its block (q8_0: half of a 127th, and the scale
-# itself is an fp16), or the root mean square in parts of the tensor's.
-_STEP, _ROOT_MEAN_SQUARE = 0.5 / 127 + 2**-11, 0.15
+# How far a weight may be from what was written: in parts of the largest of its block (q8_0: half of a 127th, and the scale
+# itself is an fp16) and 127 times half of fp16's smallest number more; or the root mean square in parts of the tensor's.
+_STEP, _LEAST, _ROOT_MEAN_SQUARE = 0.5 / 127 + 2**-11, 127 * 2**-25, 0.15
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _alike(got: np.ndarray, values: np.ndarray, kind: Kind) -> bool:
         return np.array_equal(got, values.astype(np.float16).astype(np.float32))
     if kind == Kind.Q8_0:
         blocks = np.abs(values).reshape(-1, GGML_QUANT_SIZES[kind][0])
-        allowed = _STEP * blocks.max(axis=1, keepdims=True)
+        allowed = _STEP * blocks.max(axis=1, keepdims=True) + _LEAST
         return bool((np.abs(got - values).reshape(blocks.shape) <= allowed).all())
     far = float(np.square(got - values, dtype=np.float64).mean())
     return far <= _ROOT_MEAN_SQUARE**2 * float(np.square(values, dtype=np.float64).mean())

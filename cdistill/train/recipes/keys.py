@@ -23,6 +23,7 @@ from cdistill.train.recipes.section import STRICT, AtLeastOne, Count, Keys, Zero
 from cdistill.train.recipes.sequences import sequence_problems
 from cdistill.train.recipes.teachers import Teachers, teachers_problems
 
+MOST_WORKERS = 1024
 LAST_SEED = 4_294_967_000  # numpy's seeds have 32 bits, and every stage adds its number
 STAGE_NAME = re.compile(r"[A-Za-z0-9_]{1,64}")  # as `cdistill.models.load.STAGE` has it
 TemplatePath: TypeAlias = Annotated[str, StringConstraints(pattern=r"\.jinja$")]
@@ -287,7 +288,7 @@ class Recipe(Teachers, Keys):
     """Put samples of similar length, or of one modality and similar length, into a batch, in a random order of batches."""
     packing: bool = False
     """Put the samples of a micro-batch into as few rows of at most max_length tokens as they fit into."""
-    workers: Count = 0
+    workers: Annotated[int, Ge(0), Le(MOST_WORKERS)] = 0
     """Processes of each training process that read samples ahead; what they read does not depend on how many."""
     max_bad_samples: Count = 100
     """Samples of a stage's data set that may be left out because they cannot be used; more end the run."""

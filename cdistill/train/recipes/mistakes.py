@@ -3,7 +3,7 @@
 import inspect
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
@@ -18,6 +18,7 @@ from cdistill.runtime.errors import Mistakes
 
 T = TypeVar("T")
 Node = dict[str, Any]  # of a JSON schema
+MOST = 1 << 53  # of a whole number: JSON has no greater ones that everybody reads alike
 _WORDS = {"integer": "a whole number", "number": "a number", "string": "a string"}
 _LEAST, _MOST = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 _OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
@@ -37,6 +38,8 @@ def build(cls: type[T], content: Any) -> T:
         text = json.dumps(values)
     except TypeError as error:
         raise InputError(f"a recipe holds plain values, as YAML does: {error}") from None
+    if unusable := list(_unusable(values)):
+        raise Mistakes("\n".join(unusable))
     try:
         return _adapter(of).validate_json(text)
     except ValidationError as error:
@@ -44,6 +47,23 @@ def build(cls: type[T], content: Any) -> T:
     if isinstance(values, Mapping):
         _section(of, values, "", lines)
     raise Mistakes("\n".join(dict.fromkeys(lines)))
+
+
+def _unusable(value: Any, key: str = "") -> Iterator[str]:
+    """A line for each value that no key may have, whatever its type says."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _unusable(item, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _unusable(item, f"{key}[{i}]")
+    elif isinstance(value, int) and abs(value) > MOST:
+        given = (
+            f"{value:.3g}" if value.bit_length() < 1000 else f"one of {value.bit_length()} bits"
+        )  # as a float may not hold it
+        yield f"{key} must be at most {MOST:,}, got {given}"
+    elif isinstance(value, str) and "\0" in value:
+        yield f"{key} must hold no null character, got {value!r:.80}"
 
 
 @cache

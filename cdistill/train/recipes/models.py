@@ -18,7 +18,7 @@ class LoRAConfig(Keys):
 
     r: AtLeastOne = 128
     """Rank."""
-    alpha: int = 256
+    alpha: AtLeastOne = 256
     """The additions are multiplied by alpha / r."""
     dropout: BelowOne = 0.05
     """Share of the additions' inputs that is dropped in training."""
