@@ -21,13 +21,13 @@ from cdistill.train.build import (
     checkpoint_activations,
     difference,
     different_tokenizers,
-    require_same_reading,
 )
 from cdistill.train.lora import add_lora
 from cdistill.train.objectives import OBJECTIVES, set_trained
 from cdistill.train.recipes import LoRAConfig, Recipe, StageConfig, StudentConfig
 from cdistill.train.recipes.mistakes import build
 from cdistill.train.rounding import round_weights
+from cdistill.train.several import require_same_reading
 from cdistill.train.sharded import NO_COMMON_VISION
 from cdistill.train.student import Vocabulary, folders_of, make_student, set_visual_tokens
 

@@ -41,6 +41,7 @@ from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.recipes import Recipe, StudentConfig, VATOptions
 from cdistill.train.resolve import precision_of
 from cdistill.train.rounding import layers_to_round
+from cdistill.train.several import require_same_reading
 from cdistill.train.sharded import NO_COMMON_VISION, check_shardable
 from cdistill.train.student import Vocabulary, folders_of, make_student, set_visual_tokens
 from cdistill.train.terms import Alignment, Term, check_terms
@@ -194,18 +195,6 @@ def _several(recipe: Recipe, student: Model, lead: Model, tokenizer: Any) -> dic
         if isinstance(model, Llava):
             _set_visual_tokens(model, key, folder)
     return found
-
-
-def require_same_reading(recipe: Recipe, student: Model, teacher: Model, key: str) -> None:
-    """Raise ValueError unless one of several teachers reads what the student reads; both may be without weights."""
-    folder = resolve_folder(recipe.every_teacher[key], key, weights=False)
-    try:
-        why = visual_difference(student, teacher)
-    except InputError as error:
-        raise InputError(f"{key}: {error}") from None
-    why = why or image_processor_difference({key: folder, **_folders(recipe)})
-    if why is not None:
-        raise InputError(f"teachers must read what the student reads, and {key} does not: {why}")
 
 
 def _load_teacher(recipe: Recipe, folder: Path) -> Model:

@@ -1,4 +1,4 @@
-"""What `cdistill.distill` makes of a student and several teachers."""
+"""Several teachers: whether they read what the student reads, and what `cdistill.distill` makes of them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from functools import partial
 
 from cdistill.choices import KDConfig
 from cdistill.errors import InputError
-from cdistill.models.load import Model
-from cdistill.models.pair import check_pair
+from cdistill.models.load import Model, resolve_folder
+from cdistill.models.pair import check_pair, visual_difference
+from cdistill.models.processor import image_processor_difference
+from cdistill.train.recipes import Recipe
+from cdistill.train.student import folders_of
 from cdistill.train.teacher import Teacher
 from cdistill.train.teacher_source import InMemory, Several, TeacherSource
 from cdistill.train.terms import Settings
@@ -58,3 +61,15 @@ def held(
         except InputError as error:
             errors.append(error)
     raise errors[0]
+
+
+def require_same_reading(recipe: Recipe, student: Model, teacher: Model, key: str) -> None:
+    """Raise ValueError unless one of several teachers reads what the student reads; both may be without weights."""
+    folder = resolve_folder(recipe.every_teacher[key], key, weights=False)
+    try:
+        why = visual_difference(student, teacher)
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None
+    why = why or image_processor_difference({key: folder, **folders_of(recipe.student, recipe.lead)})
+    if why is not None:
+        raise InputError(f"teachers must read what the student reads, and {key} does not: {why}")
