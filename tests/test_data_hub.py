@@ -206,7 +206,9 @@ NESTED = {
         {"_type": "Sequence", "feature": {"from": TEXT, "value": feature}},
     ),
 }
-KINDS = [kind for kind in ("Image", "Audio", "Video", "Pdf", "Nifti") if hasattr(datasets, kind)]  # of old datasets fewer
+KINDS = [
+    kind for kind in ("Image", "Audio", "Video", "Pdf", "Nifti") if hasattr(datasets, kind)
+]  # of old datasets fewer
 CLAIMS = [
     *((kind, "alone", decode) for kind in KINDS for decode in (None, 1)),
     *(("Image", "alone", decode) for decode in (True, "yes", [1])),

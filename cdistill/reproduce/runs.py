@@ -287,6 +287,8 @@ def identity(recipe: Recipe, known: Mapping[str, str] = MappingProxyType({})) ->
         for key in ("quantization", "generation"):
             if section[key] is None:
                 del section[key]
+        if "generation" in section:  # once it was one of the answers, and those before it were not learned
+            section["generation"]["answer"] = "last"
     for place, key in (
         (content, "teacher"),
         (content["student"], "base"),
