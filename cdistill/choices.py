@@ -255,7 +255,7 @@ class OnPolicyConfig:
     __pydantic_config__ = _OF_RECIPES
 
     on_policy: FromZeroToOne = 0.5
-    """Share of samples in which the student's own reply takes the place of an answer (GKD's lambda); the others are
+    """Share of samples whose last answer gives way to the student's own reply (GKD's lambda); the others are
     trained on as they are."""
     temperature: NotNegative = 1.0
     """Divides the student's logits before a token is drawn; 0 takes the most likely one."""

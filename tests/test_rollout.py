@@ -78,7 +78,7 @@ def test_greedy_replies_are_those_of_generate_one_by_one(models, name):
     made = rollouts(batch, 40)
     assert torch.equal(torch.get_rng_state(), state) and [m.training for m in model.modules()] == modes
     assert model.generation_config is config
-    assert rollouts.pads and made["sampled"].all() and COUNTS not in made
+    assert rollouts.pads and made["sampled"].any(1).all() and COUNTS not in made
     model.eval()
     for row, reply in enumerate(rollouts.replies):
         prompt = torch.tensor([reply.prompt])
@@ -96,15 +96,17 @@ def test_greedy_replies_are_those_of_generate_one_by_one(models, name):
             pad_token_id=0,
         )
         assert said[0, len(reply.prompt) :].tolist() == reply.tokens
-        whole, labels = [*reply.prompt, *reply.tokens], made["labels"][row]
+        whole, start = [*reply.prompt, *reply.tokens], len(reply.prompt)
         assert made["input_ids"][row].tolist()[: len(whole)] == whole
         assert made["attention_mask"][row].sum() == len(whole)
-        assert labels[labels != -100].tolist() == reply.tokens and labels[len(reply.prompt)] == reply.tokens[0]
+        kept = batch["labels"][row].tolist()[:start]  # of the answers before
+        assert made["labels"][row].tolist()[: len(whole)] == [*kept, *reply.tokens]
+        assert (made["labels"][row, len(whole) :] == -100).all()
+        assert made["sampled"][row].nonzero().squeeze(1).tolist() == list(range(start, len(whole)))
         assert batch["input_ids"][row].tolist()[: len(reply.prompt)] == reply.prompt
-        assert batch["labels"][row].tolist()[len(reply.prompt) :][: len(reply.given)] == reply.given
+        assert [x for x in batch["labels"][row].tolist()[start:] if x != -100] == reply.given, "not the last answer"
     if name == "builtin":
-        user = tokenizer.convert_tokens_to_ids("USER:")
-        assert len({reply.prompt.count(user) for reply in rollouts.replies}) > 1, "always the same turn"
+        assert ((made["labels"] != -100) & ~made["sampled"]).any(1).all(), "no answer stands before"
         rollouts.pads = False  # prompts of one length together
         again = rollouts(batch, 40)
         assert all(torch.equal(again[key], made[key]) for key in made)
@@ -148,8 +150,8 @@ def test_a_token_is_drawn_where_its_share_of_the_probability_ends():
     )
 
 
-def test_no_answer_before_an_image_is_generated(models):
-    """What would follow it is left out, and images stay."""
+def test_the_last_answer_is_generated_unless_an_image_follows(models):
+    """Images stay."""
     model, tokenizer = load_model(models / "teacher"), build_tokenizer()
     first, second = "USER: is it ? ASSISTANT: yes </s> ", "USER: <image> is it ? ASSISTANT: no </s>"
     texts = (
@@ -166,13 +168,13 @@ def test_no_answer_before_an_image_is_generated(models):
     pixels = torch.randn(2, *BuiltinDataset(BuiltinTask(), size=1, seed=0)[0]["pixel_values"].shape)
     batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
     rollouts = Rollouts(model, tokenizer, GREEDY, seed=0)
-    taken = set()
-    for number in range(12):
-        rollouts(batch | {COUNTS: {"pixel_values": [1, 1]}}, 2 * number)
-        before, after = (len(reply.prompt) for reply in rollouts.replies)
-        assert before == ends[0][1] - 1, "the answer before the image is never taken"
-        taken.add(after)
-    assert taken == {stop - 1 for stop in ends[1]}, "the two answers after it are"
+    rollouts(batch | {COUNTS: {"pixel_values": [1, 1]}}, 0)
+    assert [len(reply.prompt) for reply in rollouts.replies] == [stops[-1] - 1 for stops in ends]
+    late = batch | {"labels": labels.clone()}
+    late["labels"][0, ends[0][0] + 1 :] = -100  # its only answer comes before the image
+    made = rollouts(late | {COUNTS: {"pixel_values": [1, 1]}}, 0)
+    assert [reply.number for reply in rollouts.replies] == [1]
+    assert made["input_ids"][0].tolist()[: len(rows[0])] == rows[0] and not made["sampled"][0].any()
 
 
 @pytest.mark.parametrize("share", [0.6, 1.0])
@@ -184,11 +186,12 @@ def test_losses_on_replies_are_those_of_whole_matrices(models, tmp_path, share):
     batch = collate_three([{"pixel_values": None}, {}, {"pixel_values": None}])
     made = Rollouts(student, built.tokenizer, OnPolicyConfig(on_policy=share, max_new_tokens=8), seed=1)(batch, 3)
     sampled = made["sampled"]
-    assert sampled.any() and sampled.all() == (share == 1)
+    assert sampled.any() and sampled.any(1).all() == (share == 1)
+    assert ((made["labels"] != -100) & ~sampled)[sampled.any(1)].any(), "none keeps an answer that was given"
     terms = OBJECTIVES["opd"].terms(kd=KDConfig(weight=0.5), vat=VAT(VATConfig(layers="all", rows="answer"), 2, 4))
     ours = DistillationModel(student, terms, teacher=teacher)(**made)
     whole = {key: value for key, value in made.items() if key != "sampled"}
-    given = whole | {"labels": whole["labels"].masked_fill(sampled[:, None], -100)}
+    given = whole | {"labels": whole["labels"].masked_fill(sampled, -100)}
     exact_student, exact_teacher = eager(student, torch.float64), eager(teacher, torch.float64)
     exact = oracle(exact_student, exact_teacher, whole, torch.float64)
     exact["ar"] = oracle(exact_student, exact_teacher, given, torch.float64)["ar"]

@@ -23,7 +23,10 @@ from cdistill.train.teacher_source import TeacherSource, source_of
 from cdistill.train.terms import Term, check_terms
 from cdistill.vat import Recorder, SequenceShards, install, visual_token_ids
 
-OF_SAMPLES = ("counted", "sampled")  # keys of a batch that say something of its samples, (B,) bool
+OF_SAMPLES = (
+    "counted",
+    "sampled",
+)  # keys of a batch that say which samples, (B,) bool, and which tokens, (B, T), are special
 
 
 class DistillationModel(nn.Module):
@@ -150,9 +153,9 @@ class DistillationModel(nn.Module):
         only ``pixel_values`` and ``labels`` (I, V, 3). Terms and the teacher's source may have keys of their own.
         Samples packed into rows come with the ``position_ids`` that tell them apart, and without ``attention_mask``.
         ``samples`` is how many a batch holds, where a term counts them: of padded ones those ``counted``, (B,) bool, where it
-        is given. ``sampled``, (B,) bool, are those that end with a reply of the student's own, whose labels `Answers` leaves
-        out. ``idle`` is a zero that keeps an adapter without work in the graph; with several processes a micro-batch without
-        images runs the vision path on a blank instead (`cdistill.train.blank`): all ranks reduce the same gradients.
+        is given. ``sampled``, (B, T) bool, are the tokens of the student's own replies, which `Answers` leaves out. ``idle``
+        is a zero that keeps an adapter without work in the graph; with several processes a micro-batch without images runs
+        the vision path on a blank instead (`cdistill.train.blank`): all ranks reduce the same gradients.
         """
         step = self.step(labels, batch)
         self._check_models()

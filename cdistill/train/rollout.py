@@ -2,7 +2,7 @@
 arXiv:2306.13649).
 
 `Rollouts` makes of a batch another one, in which a share of the samples ends with the student's own reply. What is drawn
-(whether a sample is taken, which of its answers, the tokens) is a function of the seed and of the sample's number in the
+(whether a sample is taken, and the tokens) is a function of the seed and of the sample's number in the
 training, and of no generator's state: equal for any number of processes and of accumulation steps, and after a resumption.
 """
 
@@ -59,7 +59,7 @@ def _image_counts(item: Any) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class _Row:
-    """A sample without its padding; of one that is taken the prompt, and the answer in whose place a reply comes."""
+    """A sample without its padding; of one that is taken what comes before its last answer, in whose place a reply comes."""
 
     ids: list[int]
     labels: list[int]
@@ -72,9 +72,9 @@ class _Row:
 class Rollouts:
     """Lets the student answer.
 
-    A sample ends with the answer that is generated: one of its own, drawn among those that no image follows. Replies hold no
-    visual and no special token but the one that ends them, and no token that the tokenizer does not have. The student is in
-    eval mode meanwhile, and its recorded attention is of the training passes alone.
+    The last answer of a sample is generated, as in TRL's GKD; those before it stay, with their labels. Replies hold no visual
+    and no special token but the one that ends them, and no token that the tokenizer does not have. The student is in eval mode
+    meanwhile, and its recorded attention is of the training passes alone.
 
     Args:
         student: the model that is trained.
@@ -129,7 +129,7 @@ class Rollouts:
         self._said = [0, 0, 0]  # replies, their tokens, and those that ended, since the last log
 
     def __call__(self, batch: Mapping[str, Any], first: int) -> dict[str, Any]:
-        """The batch with replies, right-padded, and ``sampled`` (B,) bool where it has any.
+        """The batch with replies, right-padded, and ``sampled`` (B, T) bool, their tokens, where it has any.
 
         Args:
             batch: ``input_ids``, ``labels``, ``attention_mask`` (B, T), types of tokens, tensors of images, and `COUNTS`.
@@ -163,11 +163,13 @@ class Rollouts:
             self.replies.append(Reply(row.number, row.ids, row.given or [], tokens, ended))
             self._said = [n + m for n, m in zip(self._said, (1, len(tokens), int(ended)), strict=True)]
             types = {name: of + [0] * len(tokens) for name, of in row.types.items()}
-            rows[i] = _Row(row.ids + tokens, [IGNORE_INDEX] * len(row.ids) + tokens, types, row.number)
+            rows[i] = _Row(row.ids + tokens, row.labels + tokens, types, row.number)
         device = batch["input_ids"].device
         encoded = [_encoded(row) for row in rows]
         padded_rows = {name: value.to(device) for name, value in PaddingCollator(self.pad)(encoded).items()}
-        sampled = torch.tensor([i in set(chosen) for i in range(len(rows))], device=device)
+        sampled = torch.zeros_like(padded_rows["input_ids"], dtype=torch.bool)
+        for i, tokens in zip(chosen, made, strict=True):
+            sampled[i, len(rows[i].ids) - len(tokens) : len(rows[i].ids)] = True
         return padded_rows | rest | of_samples | {"sampled": sampled}
 
     def lengths(self) -> dict[str, float]:
@@ -184,19 +186,19 @@ class Rollouts:
         self.pads, self._said = state["pads"], state["said"]
 
     def _taken(self, row: _Row) -> _Row:
-        """The row cut to the prompt of one of its answers, if it is one of those that are generated."""
+        """The row cut to the prompt of its last answer, if it is one of those that are generated."""
         draw = np.random.default_rng((self.seed, DRAWS, row.number))
-        share, turn = draw.random(2)
-        if share >= self.config.on_policy:
+        answers = _answers(row.labels)
+        if draw.random() >= self.config.on_policy or not answers:
             return row
-        last = max((i for i, token in enumerate(row.ids) if token in self.visual), default=-1)
-        answers = [(start, stop) for start, stop in _answers(row.labels) if start > max(last, 0)]
-        if not answers:
+        start, stop = answers[-1]
+        if start == 0 or any(
+            token in self.visual for token in row.ids[start:]
+        ):  # no prompt, or an image that would be lost
             return row
-        start, stop = answers[int(turn * len(answers))]
         types = {name: of[:start] for name, of in row.types.items()}
         draws = draw.random(min(self.config.max_new_tokens, self.max_length or self.config.max_new_tokens))
-        return _Row(row.ids[:start], [], types, row.number, row.ids[start:stop], draws)
+        return _Row(row.ids[:start], row.labels[:start], types, row.number, row.ids[start:stop], draws)
 
     def _images(self, rest: Mapping[str, Any], counts: Any, samples: int, chosen: Sequence[int]) -> Images:
         """What the processor made of the images of each of the chosen samples."""

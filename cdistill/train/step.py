@@ -88,7 +88,7 @@ class Step:
         attention_term: the term that compares attention, if one does.
         key_mask: (B, T) the padding mask that the models are given, None where they need none.
         counted: (B,) bool, the samples that count; None: all.
-        sampled: (B,) bool, the samples whose answer the student has generated; None: none.
+        sampled: (B, T) bool, the tokens that the student has generated; None: none.
         shards: the processes that have a part of every sequence; what follows is then of this one's tokens.
         own: keys of the batch that are of terms or the source, and no input of a model.
         theirs: the same samples as the teacher reads them, where it has an encoding of its own; see `teacher_view`.
@@ -171,7 +171,7 @@ class Step:
     @cached_property
     def reference(self) -> Tensor | None:
         """(N,) bool: which labels are of given answers, and not of the student's own replies; None: all."""
-        return None if self.sampled is None else ~self.sampled[self._labelled[0] // self.labels.shape[1]]
+        return None if self.sampled is None else ~self.sampled.flatten()[self._labelled[0] + 1]
 
     @cached_property
     def visual_places(self) -> VisualPlaces:
