@@ -20,6 +20,7 @@ from cdistill.data.conversations import Encoded
 from cdistill.runtime.sequence_group import sequence_group
 from cdistill.train import run
 from cdistill.train.build import checkpoint_activations
+from cdistill.train.gradients import gradient_norms
 from cdistill.train.model import DistillationModel
 from cdistill.train.objectives import OBJECTIVES
 from cdistill.vat import VAT, HeadCounts, SequenceShards, VATConfig
@@ -82,11 +83,12 @@ def batch_of(kind="images"):
 
 
 def computed(model, batch):
-    """Losses and gradients."""
+    """Losses and gradients, and how long those of alignment are."""
+    norms = gradient_norms(model, {"vat": 1.0, "ar": 0.1}, [batch])
     found = model(**batch)
     ((found["ar"] + found["kd"]) / 20 + 10 * found["vat"]).backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {name: found[name].detach() for name in ("ar", "kd", "vat", "vat_layers")}, grads
+    return {name: found[name].detach() for name in ("ar", "kd", "vat", "vat_layers")}, grads, norms
 
 
 def groups_of(model):
@@ -103,14 +105,14 @@ def on_a_rank(cases):
     for case, kind in cases:
         model, batch = model_of(case, shards), batch_of(kind)
         before = groups_of(model)
-        values, grads = computed(model, batch)
+        values, grads, norms = computed(model, batch)
         assert groups_of(model) == before, case
         if kind == "text":  # the same student attends to whole sequences as before
             model.shards = None
             values["ar"] = model(**batch)["ar"].detach() / shards.size
         for tensor in (*values.values(), *grads.values()):
             dist.all_reduce(tensor)
-        found.append((values, grads))
+        found.append((values, grads, norms))
     return found
 
 
@@ -120,9 +122,10 @@ def test_losses_and_gradients_of_two_processes_add_up_to_those_of_one(ranks):
     cases += [(case, "packed") for case in (first, "checkpointed, visual rows", "each, cosine", "authors' filter")]
     on_ranks = ranks.call(on_a_rank, cases)
     for (case, kind), *found in zip(cases, *on_ranks, strict=True):
-        values, grads = computed(model_of(case), batch_of(kind))
+        values, grads, norms = computed(model_of(case), batch_of(kind))
         assert kind not in ("images", "packed") or values["vat"] > 1e-5, case
-        for ours, our_grads in found:
+        for ours, our_grads, our_norms in found:
+            assert our_norms == pytest.approx(norms, rel=1e-3, abs=1e-6 * max(norms.values())), (case, kind)
             for name, value in values.items():
                 torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-7, msg=f"{case}, {kind}, {name}")
             assert our_grads.keys() == grads.keys()
@@ -220,7 +223,11 @@ def test_a_run_of_three_stages_is_that_of_one_process(models, ranks, tmp_path, z
 def test_packed_rows_and_held_out_samples_are_those_of_one_process(models, ranks, files, tmp_path):  # noqa: F811
     """Samples with images and without, two micro-batches a step of which the last of those held out has one sample."""
     changes = {"packing": True, "deepspeed": 2, "stage__dft__micro_batch_size": 2, "logging_steps": 1}
-    changes |= {"stage__dft__validation": {"samples": 5, "every": 2}, "stage__dft__keep_best": "validation.kd"}
+    changes |= {
+        "vat__weight": "auto",
+        "stage__dft__validation": {"samples": 5, "every": 2},
+        "stage__dft__keep_best": "validation.kd",
+    }
     run(recipe_of_files(tmp_path / "one", models, files, **changes))
     ranks.call(run, recipe_of_files(tmp_path / "two", models, files, sequence_parallel=2, **changes))
     found = [[e for e in metrics(tmp_path / run) if "loss" in e] for run in ("two", "one")]
@@ -237,7 +244,6 @@ def test_packed_rows_and_held_out_samples_are_those_of_one_process(models, ranks
     [
         ({}, r"^sequence_parallel must divide the number of processes, 1, got 2$"),
         ({"deepspeed": "off", "processes": 2}, r"^deepspeed must be 0 to 3 with sequence_parallel$"),
-        ({"processes": 2, "vat__weight": "auto"}, r"^vat\.weight must be a number with sequence_parallel"),
         ({"processes": 2, "vat__engine": "auto"}, r"^vat\.engine must be sdpa with sequence_parallel, got auto$"),
         ({"processes": 2, "vat__heads": "match"}, r"^vat\.heads must be mean or each with sequence_parallel"),
         ({"processes": 2, "compile": True}, r"^compile must be false with sequence_parallel$"),

@@ -16,8 +16,6 @@ def sequence_problems(recipe: Any) -> Iterator[str]:
             yield f"stage.{name} must not generate replies (opd, generation) with sequence_parallel"
     if any(map(recipe.aligns, (recipe.stage[name].objective for name in recipe.stages))):
         yield from recipe.vat.sequence_parallel_problems()
-        if recipe.vat.weight == "auto":
-            yield "vat.weight must be a number with sequence_parallel: auto measures gradients in one process"
     for key, value, needed in (
         ("deepspeed", recipe.deepspeed == "off", "0 to 3"),
         ("kd.alignment", recipe.kd.alignment != "token", "token"),
