@@ -16,6 +16,8 @@ from cdistill.builtin.dataset import BuiltinDataset, Collator, build_tokenizer
 from cdistill.builtin.task import BuiltinTask
 from cdistill.choices import KDConfig, VATConfig
 from cdistill.cli import main
+from cdistill.data.batches import PackingCollator, PaddingCollator
+from cdistill.data.conversations import Encoded
 from cdistill.models.load import load_model
 from cdistill.runtime.errors import RunError
 from cdistill.train import load_recipe, run
@@ -60,6 +62,18 @@ def mean(model, name, batch):
     """A term as `compute_loss` divides it, in a pass over all samples at once."""
     count = (batch["labels"][:, 1:] != -100).sum() if name != "vat" else len(batch["labels"])
     return model(**batch)[name] / count
+
+
+def test_packed_samples_count_one_by_one(pair):
+    task, names = BuiltinTask(turns=2), ("input_ids", "labels")
+    found = [BuiltinDataset(task, size=3, seed=0)[i] for i in range(3)]
+    samples = [Encoded(*(x[n] for n in names), {}, {"pixel_values": x["pixel_values"][None]}) for x in found]
+    pad = build_tokenizer().pad_token_id
+    padded, packed = PaddingCollator(pad)(samples), PackingCollator(pad, 1000)(samples)
+    assert len(packed["labels"]) == 1
+    for name in ("vat", "kd"):
+        wanted, ours = (gradient_norms(pair, {name: 1.0}, [batch]) for batch in (padded, packed))
+        assert ours == pytest.approx(wanted, rel=1e-3, abs=1e-6 * max(wanted.values()))
 
 
 @pytest.mark.parametrize("size", [1, 4, 6])

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from cdistill.data.dataset import BAD
@@ -27,7 +28,8 @@ def gradient_norms(
     """L2 norms of the gradient of a weighted sum of terms, by name of a trained parameter.
 
     Terms count as in training: means over all labels, or all samples, of ``batches`` together, so that the sizes of the
-    batches do not matter. No gradient and no state of random numbers is left behind.
+    batches do not matter. No gradient and no state of random numbers is left behind. Processes that share sequences must all
+    call it, with the same batches.
 
     Args:
         model: the losses of a stage.
@@ -49,7 +51,7 @@ def gradient_norms(
     model.zero_grad(set_to_none=True)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # a DataLoader, too, draws a number when it begins
-        counts = _counted(batches)
+        counts = _counted(model, batches)
         torch.manual_seed(seed)
         for batch in batches:
             given = {name: value.to(device) for name, value in batch.items() if name != BAD}
@@ -58,6 +60,10 @@ def gradient_norms(
             total = sum(losses[name] * (weight / counts[terms[name].per]) for name, weight in weights.items())
             if isinstance(total, Tensor) and total.requires_grad:
                 total.backward()
+    if model.shards is not None:
+        for p in trained.values():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad, group=model.shards.group)
     norms = {
         name.removeprefix("student."): 0.0 if p.grad is None else float(p.grad.float().norm())
         for name, p in trained.items()
@@ -99,12 +105,12 @@ def balanced_weight(
     return float(rest / own)
 
 
-def _counted(batches: Batches) -> dict[str, int]:
+def _counted(model: DistillationModel, batches: Batches) -> dict[str, int]:
     """What terms are divided by. Raises ValueError for no samples."""
     labels = samples = 0
     for batch in batches:
         labels += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-        samples += len(batch["labels"])
+        samples += int(model.count_samples(**{name: value for name, value in batch.items() if name != BAD}))
     if not samples:
         raise InputError("batches must hold at least one sample")
     return {"label": max(1, labels), "sample": samples}

@@ -18,7 +18,6 @@ from cdistill.runtime.zero import is_partitioned, teacher_config
 from cdistill.train.blank import with_blanks
 from cdistill.vat import SequenceShards
 from cdistill.vat.hook import KEYWORD
-from cdistill.vat.ulysses import ShardedPass
 
 # Inputs of a batch that show a model no image or video.
 TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids")
@@ -30,10 +29,7 @@ def hidden_states(model: Model, inputs: dict[str, Any], recorder: Any, shards: S
     With ``shards`` those of the tokens that are this process's, from embeddings of all.
     """
     if shards is not None:
-        embeds = inputs["inputs_embeds"]
-        recorder = ShardedPass(recorder, shards.attention(model))
-        positions = shards.positions(embeds.shape[0], embeds.shape[1], embeds.device)
-        inputs = {**inputs, "inputs_embeds": shards.part(embeds), "position_ids": positions}
+        inputs, recorder = shards.deal(model, inputs, recorder)
     extra = {} if recorder is None else {KEYWORD: recorder}
     if "inputs_embeds" in inputs:
         return language_model(model)(**inputs, use_cache=False, **extra).last_hidden_state

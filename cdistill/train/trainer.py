@@ -75,14 +75,14 @@ class DistillTrainer(Trainer):
         self.tokens: Any = 0  # of all processes since the last log, padding left out
 
     @property
-    def _sharers(self) -> int:
+    def sharers(self) -> int:
         """Processes that are given the same samples."""
         return 1 if self.distillation.shards is None else self.distillation.shards.size
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        if self._sharers > 1:
-            return _Repeated(len(dataset), self.args.per_device_train_batch_size, self._sharers)
+        if self.sharers > 1:
+            return _Repeated(len(dataset), self.args.per_device_train_batch_size, self.sharers)
         return SequentialSampler(dataset)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -120,7 +120,7 @@ class DistillTrainer(Trainer):
         counts = [torch.stack([(batch["labels"] != IGNORE_INDEX).sum(), _tokens(batch)]) for batch in batches]
         count = torch.stack(counts).sum(0).to(device)
         if self.args.world_size > 1:
-            count = self.accelerator.reduce(count, "sum") // self._sharers
+            count = self.accelerator.reduce(count, "sum") // self.sharers
         self.tokens = self.tokens + count[1]
         return batches, count[0]
 

@@ -40,13 +40,15 @@ class Validation:
                 sums += torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in found])
         if trainer.args.world_size > 1:
             sums = trainer.accelerator.reduce(sums, "sum")
+            sums[-2:] /= trainer.sharers  # of a sequence that several processes share each has a part of the losses
         return _means(terms, sums)
 
     def _batches(self) -> Iterator[tuple[dict[str, Any], bool]]:
         """This process's batches, and whether they count: each process looks at equally many, as partitioned models need."""
-        args, size = self.trainer.args, len(self.data)  # type: ignore[arg-type]
+        args, sharers, size = self.trainer.args, self.trainer.sharers, len(self.data)  # type: ignore[arg-type]
+        rank, world = args.process_index // sharers, args.world_size // sharers
         whole = [list(range(start, min(start + self.batch, size))) for start in range(0, size, self.batch)]
-        mine, most = whole[args.process_index :: args.world_size], -(-len(whole) // args.world_size)
+        mine, most = whole[rank::world], -(-len(whole) // world)
         counts = [True] * len(mine) + [False] * (most - len(mine))
         mine += [whole[0]] * (most - len(mine))
         generator = torch.Generator().manual_seed(0)  # else the loader draws a seed from the training's

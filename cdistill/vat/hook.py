@@ -55,6 +55,7 @@ class _Pass:
 
     def __init__(self, recorder: Any) -> None:
         self.recorder, self.exchange = recorder, getattr(recorder, "exchange", None)
+        self.packing = getattr(recorder, "packing", None)
         self._seen: dict[int, list[tuple[ReferenceType[Tensor], int]]] = {}
 
     def enter(self, layer: int, query: Tensor, key: Tensor) -> None:
@@ -223,15 +224,18 @@ def _attention(sdpa: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         recorder = kwargs.pop(KEYWORD, None)
-        exchange = getattr(recorder, "exchange", None)
-        if exchange is not None and hasattr(module, _MARK) and not kwargs.pop(_INSIDE, False):
-            _require_shardable(module, key.shape[2] * exchange.size, attention_mask, kwargs)
+        exchange = getattr(recorder, "exchange", None) if hasattr(module, _MARK) else None
+        if exchange is not None and not kwargs.pop(_INSIDE, False):
+            _require_shardable(module, query, recorder, attention_mask, kwargs)
             attend = partial(attention, **{KEYWORD: recorder, _INSIDE: True})
             return exchange(attend, module, query, key, value, **kwargs)  # type: ignore[no-any-return]
         made = None if recorder is None else _record(recorder, module, query, key, value, attention_mask, kwargs)
         if isinstance(made, Tensor):
             return made.transpose(1, 2).contiguous(), None
-        out, _ = sdpa(module, query, key, value, attention_mask, **kwargs)
+        if exchange is not None and recorder.packing is not None:
+            out = recorder.packing.attention(sdpa, module, query, key, value, **kwargs)
+        else:
+            out, _ = sdpa(module, query, key, value, attention_mask, **kwargs)
         return (out if made is None else made.applied_to(out)), None
 
     setattr(attention, _WRAPPER, True)
@@ -372,20 +376,26 @@ def _require_plain_causal(
         )
 
 
-def _require_shardable(module: Any, tokens: int, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
-    """Raise ValueError unless a layer's attention is causal alone, so that it is the same without its mask for all tokens."""
+def _require_shardable(
+    module: Any, query: Tensor, sharded: Any, attention_mask: Tensor | None, kwargs: dict[str, Any]
+) -> None:
+    """Raise ValueError unless a layer's attention is causal alone, within the sequences of packed rows, so that it is the same
+    without its mask for all tokens."""
+    tokens, packing = query.shape[2] * sharded.exchange.size, sharded.packing
     window, is_causal = kwargs.get("sliding_window"), kwargs.get("is_causal")
     found = [what for name, what in getattr(module, _MARK).items() if kwargs.get(name) is not None]
     if window is not None and window < tokens:
         found.append(f"a sliding window of {window} of {tokens} tokens")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         found.append("bidirectional attention")
-    if attention_mask is not None and not _is_causality_and_padding(attention_mask):
+    if packing is None and attention_mask is not None and not _is_causality_and_padding(attention_mask):
         found.append("a mask other than causality")
     if getattr(attention_mask, _PADDING, (None, None))[0] is not None:
         found.append("a padding mask")
     if found:
         raise InputError(f"layer {module.layer_idx} uses {found[0]}, which sequence_parallel does not support")
+    if packing is not None:
+        _require_same_packing(packing.own, query, attention_mask)
 
 
 def _require_same_padding(key_mask: Tensor | None, padding: Tensor | None) -> None:

@@ -7,7 +7,7 @@ loss, and each returns its share, one over their number, so that the sum over pr
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cdistill.errors import InputError
 from cdistill.ops import attention_alignment, attention_slice, slice_alignment
 from cdistill.vat.recorders import Recorder, RowChanges, TeacherTargets
+from cdistill.vat.regions import require_on_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,10 +63,29 @@ class SequenceShards:
         found = x[:, own.start : own.stop]
         return F.pad(found, (0, 0) * (x.dim() - 2) + (0, len(own) - found.shape[1]))
 
-    def positions(self, batch: int, length: int, device: torch.device) -> Tensor:
-        """(B, T / processes) int64, the positions of this process's tokens."""
-        own = self.tokens(length)
-        return torch.arange(own.start, own.stop, device=device).repeat(batch, 1)
+    def deal(
+        self, model: "PreTrainedModel", inputs: dict[str, Any], recorder: Recorder | None
+    ) -> tuple[dict[str, Any], "ShardedPass"]:
+        """What the language model of ``model`` takes of this process's tokens, and what travels with them.
+
+        ``inputs`` has ``inputs_embeds`` (B, T, d), and ``position_ids`` (B, T) or (1, T) where these separate packed samples.
+        Raises ValueError for position ids of another shape, and for a recorder of samples that lie elsewhere.
+        """
+        embeds = inputs["inputs_embeds"]
+        batch, length = embeds.shape[:2]
+        own, given = self.tokens(length), inputs.get("position_ids")
+        if given is None:
+            given = torch.arange(length, device=embeds.device)[None]
+        if given.ndim != 2 or tuple(given.shape) not in ((batch, length), (1, length)):
+            raise InputError(f"position_ids must be {batch, length} with sequence_parallel, got {tuple(given.shape)}")
+        behind = 1 + torch.arange(self.size * len(own) - length, device=given.device)
+        positions = torch.cat((given, given[:, -1:] + behind), 1).expand(batch, -1)
+        packing = Packing.of(positions, own) if "position_ids" in inputs else None
+        positions = positions[:, own.start : own.stop].contiguous()
+        inputs = {**inputs, "inputs_embeds": self.part(embeds), "position_ids": positions}
+        if recorder is not None:
+            _require_same_packing(recorder, packing)
+        return inputs, ShardedPass(recorder, self.attention(model), packing)
 
     def places(self, places: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Of places (N,) in the B * T tokens of a batch those that are this process's, there and among its own tokens."""
@@ -168,12 +188,54 @@ def check_heads(model: "PreTrainedModel", processes: int, side: str) -> None:
         )
 
 
+class Packing(NamedTuple):
+    """Where the sequences of packed rows lie, of whole rows that were filled up to a multiple of the number of processes."""
+
+    own: Tensor  # (B, T / processes) int64, which sequence of its row each of this process's tokens belongs to, from 0 on
+    whole: Tensor  # (B, T) int64, of all tokens
+    lengths: list[list[int]]  # of the sequences of each row
+
+    @classmethod
+    def of(cls, positions: Tensor, own: range) -> "Packing | None":
+        """By position ids (B, T) that start anew, as transformers reads them; None where none does. Reads them."""
+        starts = torch.diff(positions, prepend=positions[:, :1] - 1, dim=1) != 1
+        if not starts.any():
+            return None
+        whole = starts.cumsum(1)
+        mine = starts[:, own.start : own.stop].clone()
+        mine[:, 0] = False
+        return cls(mine.cumsum(1), whole, [torch.bincount(row).tolist() for row in whole])
+
+    def attention(
+        self, attend: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """(B,T,Hq,D) causal attention by ``attend`` within each sequence: no mask of T * T values is made."""
+        rows = []
+        for row, lengths in enumerate(self.lengths):
+            parts = zip(*(x[row : row + 1].split(lengths, 2) for x in (query, key, value)), strict=True)
+            rows.append(torch.cat([attend(module, *part, None, **kwargs)[0] for part in parts], 1))
+        return torch.cat(rows)
+
+
+def _require_same_packing(recorder: Recorder, packing: Packing | None) -> None:
+    """Raise ValueError unless a recorder knows the sequences of rows as position ids separate them."""
+    sequence = getattr(recorder, "sequence", None)
+    if packing is None:
+        same = None if sequence is None else (sequence == 0).all()
+    elif sequence is None or len(sequence) != len(packing.whole):
+        same = torch.zeros((), dtype=torch.bool)
+    else:
+        same = (packing.whole[:, : sequence.shape[1]] == sequence.to(packing.whole.device)).all()
+    if same is not None:
+        require_on_device(same, "the recorder must be of samples that are packed as the model's position_ids say")
+
+
 class ShardedPass:
     """What travels through the forward pass of a model whose tokens are sharded: the exchange and, if there is one, a recorder,
-    which sees all tokens of a part of the heads."""
+    which sees all tokens of a part of the heads. ``packing`` is of rows that hold several sequences."""
 
-    def __init__(self, recorder: Recorder | None, exchange: UlyssesAttention) -> None:
-        self.recorder, self.exchange = recorder, exchange
+    def __init__(self, recorder: Recorder | None, exchange: UlyssesAttention, packing: Packing | None = None) -> None:
+        self.recorder, self.exchange, self.packing = recorder, exchange, packing
         self.layers: frozenset[int] = frozenset() if recorder is None else recorder.layers
         self.key_mask = None if recorder is None else recorder.key_mask
 

@@ -14,15 +14,10 @@ def sequence_problems(recipe: Any) -> Iterator[str]:
             yield f"stage.{name}.objective must have no losses but ar, kd and vat with sequence_parallel, got {others[0]}"
         if recipe.stage[name].replies is not None:
             yield f"stage.{name} must not generate replies (opd, generation) with sequence_parallel"
-        if recipe.stage[name].validation is not None:
-            yield f"stage.{name}.validation must be null with sequence_parallel, which measures no losses beside training"
     if any(map(recipe.aligns, (recipe.stage[name].objective for name in recipe.stages))):
         yield from recipe.vat.sequence_parallel_problems()
-        if recipe.vat.weight == "auto":
-            yield "vat.weight must be a number with sequence_parallel: auto measures gradients in one process"
     for key, value, needed in (
         ("deepspeed", recipe.deepspeed == "off", "0 to 3"),
-        ("packing", recipe.packing, "false"),
         ("kd.alignment", recipe.kd.alignment != "token", "token"),
         ("compile", recipe.compile, "false"),
         ("teacher_memory.cache", recipe.teacher_memory.cache is not None, "null"),
