@@ -242,6 +242,8 @@ def test_mistakes_in_one_line(data, tmp_path, capsys):
         ("sees no images, and sugarcrepe shows some", "builtin:student-base", *ask[1:], "--data", data),
         ("--n is of the built-in task", *ask, "--data", data, "--n", 5),
         ("--limit is of benchmarks", "builtin:teacher", "--limit", 5),
+        ("--limit is of benchmarks", "builtin:teacher", "--limit", 0),
+        ("--processes is of benchmarks", "builtin:teacher", "--processes", 2),
         ("model: there is no folder 'nowhere'", "nowhere", *ask[1:], "--data", data),
     ):
         assert message in refused(capsys, *arguments)

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from cdistill.errors import InputError
@@ -130,9 +129,9 @@ def options_of(path: Path) -> argparse.Namespace:
 
 def _builtin_task(options: argparse.Namespace) -> int:
     """Accuracy on held-out scenes, drawn fresh."""
-    given: Sequence[str] = [
-        name for name in ("data", "images", "limit", "output", "resume") if getattr(options, name) not in (None, False)
-    ]
+    values = {name: getattr(options, name) for name in ("data", "images", "limit", "output", "resume")}
+    given = [name for name, value in values.items() if value is not None and value is not False]
+    given += ["processes"] if options.processes != 1 else []
     if given:
         raise InputError(f"--{given[0]} is of benchmarks: name one with --task (`cdistill eval presets` lists them)")
     from cdistill.eval import builtin_task
