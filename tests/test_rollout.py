@@ -190,6 +190,8 @@ def test_losses_on_replies_are_those_of_whole_matrices(models, tmp_path, share):
     assert ((made["labels"] != -100) & ~sampled)[sampled.any(1)].any(), "none keeps an answer that was given"
     terms = OBJECTIVES["opd"].terms(kd=KDConfig(weight=0.5), vat=VAT(VATConfig(layers="all", rows="answer"), 2, 4))
     ours = DistillationModel(student, terms, teacher=teacher)(**made)
+    with pytest.raises(ValueError, match="sampled must say of each token"):
+        DistillationModel(student, terms, teacher=teacher)(**made | {"sampled": sampled.any(1)})
     whole = {key: value for key, value in made.items() if key != "sampled"}
     given = whole | {"labels": whole["labels"].masked_fill(sampled, -100)}
     exact_student, exact_teacher = eager(student, torch.float64), eager(teacher, torch.float64)

@@ -16,6 +16,7 @@ import cdistill
 from cdistill.choices import KDConfig
 from cdistill.errors import InputError
 from cdistill.models.pair import shares_encoder
+from cdistill.plan.blueprint import check_models
 from cdistill.train import run
 from cdistill.train.build import build_models
 from cdistill.train.data import open_stage
@@ -273,6 +274,15 @@ def test_what_cannot_be_is_refused_in_one_line(models, second, tmp_path, a, b, c
         assert re.search(message, str(error)) and "\n" not in str(error)
         return
     refused(recipe, tmp_path / "run", message)
+
+
+def test_a_teacher_whose_heads_do_not_fit_is_named_by_its_key(models, tmp_path):
+    """Heads of 12 numbers, which the ops do not take."""
+    odd = save_teacher(tmp_path / "odd", seed=3, hidden_size=48, num_attention_heads=4, num_key_value_heads=4)
+    recipe = recipe_of(tmp_path / "run", models, odd, {"default": 1}, {"default": 1})
+    for check in (build_models, check_models):
+        with pytest.raises(InputError, match=r"^teachers\.b\.model: attention can be compared of heads .* is 12, "):
+            check(recipe)
 
 
 def test_two_sources_of_one_name_are_no_kind():

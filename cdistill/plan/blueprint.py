@@ -47,11 +47,11 @@ def check_models(recipe: Recipe) -> bool:
     Raises ValueError unless the recipe's folders hold models that can be trained in every stage.
     """
     student, teacher = _student(*_key(recipe)), _teacher_model(recipe)
-    check_objectives(recipe, student, teacher)
+    check_objectives(recipe, student, teacher, recipe.lead_key)
     for key, other in teachers_of(recipe).items():
         if recipe.teachers and key != recipe.lead_key:
             require_same_reading(recipe, student, other.model, key)
-            check_objectives(recipe, student, other.model)
+            check_objectives(recipe, student, other.model, key)
     if teacher is not None and recipe.kd.alignment != "token":
         different_tokenizers(recipe, student, teacher)
         return True

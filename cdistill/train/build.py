@@ -110,7 +110,7 @@ def build_models(recipe: Recipe) -> Models:
             check_pair(student, teacher)
         if isinstance(teacher, Llava):
             _set_visual_tokens(teacher, "teacher", folder)
-    check_objectives(recipe, student, teacher)
+    check_objectives(recipe, student, teacher, recipe.lead_key)
     processor, reader = processor_of(recipe, student, tokenizer, apart=visual is not None, needed=spans)
     models = Models(student, teacher, tokenizer, processor, reader, spans=spans)
     if recipe.teachers and teacher is not None:
@@ -191,7 +191,7 @@ def _several(recipe: Recipe, student: Model, lead: Model, tokenizer: Any) -> dic
         if load_tokenizer(folder, key).get_vocab() != tokenizer.get_vocab():
             raise InputError(f"{key}: its tokenizer must be that of {recipe.lead_key}, token by token")
         require_same_reading(recipe, student, model, key)
-        check_objectives(recipe, student, model)
+        check_objectives(recipe, student, model, key)
         if isinstance(model, Llava):
             _set_visual_tokens(model, key, folder)
     return found
@@ -280,8 +280,11 @@ def _set_visual_tokens(model: Llava, key: str, folder: Path | None) -> None:
         print(f"{line}: {model.config.image_seq_length} is taken", flush=True)  # type: ignore[attr-defined]
 
 
-def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> None:
-    """Raise ValueError unless the models can be trained in every stage of the recipe, layer matching included."""
+def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None, key: str = "teacher") -> None:
+    """Raise ValueError unless the models can be trained in every stage of the recipe, layer matching included.
+
+    ``key`` names the teacher.
+    """
     for name in recipe.stages:
         stage = recipe.stage[name]
         text = stage.objective in ("text", "ground") and (stage.data.path or stage.data.modality == "text")
@@ -300,7 +303,7 @@ def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> N
             layers_to_round(student, f"stage.{name}.quantization")
         if recipe.sequence_parallel > 1:
             check_shardable(student, teacher, recipe.sequence_parallel)
-        _check_heads(recipe, stage.objective, student, teacher)
+        _check_heads(recipe, stage.objective, student, teacher, key)
         if recipe.aligns(stage.objective):
             assert teacher is not None
             config = recipe.vat
@@ -308,15 +311,15 @@ def check_objectives(recipe: Recipe, student: Model, teacher: Llava | None) -> N
             _check_matching(config, student, teacher)
 
 
-def _check_heads(recipe: Recipe, objective: str, student: Model, teacher: Model | None) -> None:
-    """Raise ValueError, naming the key, for a model whose heads no term that compares attention can take."""
+def _check_heads(recipe: Recipe, objective: str, student: Model, teacher: Model | None, key: str) -> None:
+    """Raise ValueError, naming the recipe's key, for a model whose heads no term that compares attention can take."""
     for term in OBJECTIVES[objective].kinds:
         if not term.attention or "relations" in term.teacher or (term is Alignment and not recipe.vat.enabled):
             continue  # relations are of heads of their own
         if term.recorder is not Term.recorder:
             check_heads(student, "student.text_config" if recipe.student.base is None else "student.base")
         if teacher is not None and term.teacher:
-            check_heads(teacher, "teacher")
+            check_heads(teacher, key)
 
 
 def _check_matching(config: VATOptions, student: Model, teacher: Llava) -> None:

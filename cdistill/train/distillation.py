@@ -306,10 +306,9 @@ class Distillation(nn.Module):
         for module in self.losses.modules_of_terms.values():
             module.to(device)
         for model in (teacher.model for teacher in self.losses.teachers):
-            placed = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
-            if (
-                model.device != device and not placed and not any(p.is_meta for p in model.parameters())
-            ):  # meta: offloaded
+            if model.device == device or getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None):
+                continue
+            if not any(p.is_meta for p in model.parameters()):  # meta: offloaded
                 model.to(device)
 
 
@@ -363,7 +362,7 @@ def distill(
     encoder = [] if train_vision or hasattr(given, "peft_config") else parameters_of(student, "vision")
     common = {name: p for t in teachers.values() for name, p in common_parameters(student, t, frozen=encoder).items()}
     shares_images = [CommonEncoder(student, one) for one in teachers.values()]
-    aligned = alignments(config, vat, student, teachers.values()) if vat_weight else ()
+    aligned = alignments(config, vat, student, teachers) if vat_weight else ()
     ids = (visual_token_ids,) if isinstance(visual_token_ids, int) else visual_token_ids
     source = held(student, teachers, shares_images, apart=any(apart), several=bool(names))
     settings = settings_of(kd or KDConfig(), aligned, vat_weight, names)

@@ -23,10 +23,8 @@ from cdistill.train.teacher_source import TeacherSource, source_of
 from cdistill.train.terms import Term, check_terms
 from cdistill.vat import Recorder, SequenceShards, install, visual_token_ids
 
-OF_SAMPLES = (
-    "counted",
-    "sampled",
-)  # keys of a batch that say which samples, (B,) bool, and which tokens, (B, T), are special
+# Keys of a batch: which samples count, (B,) bool, and which tokens are of the student's own, (B, T) bool.
+OF_SAMPLES = ("counted", "sampled")
 
 
 class DistillationModel(nn.Module):

@@ -2,8 +2,8 @@
 arXiv:2306.13649).
 
 `Rollouts` makes of a batch another one, in which a share of the samples ends with the student's own reply. What is drawn
-(whether a sample is taken, and the tokens) is a function of the seed and of the sample's number in the
-training, and of no generator's state: equal for any number of processes and of accumulation steps, and after a resumption.
+(whether a sample is taken, and the tokens) is a function of the seed and of the sample's number in the training, and of no
+generator's state: equal for any number of processes and of accumulation steps, and after a resumption.
 """
 
 from __future__ import annotations
@@ -192,9 +192,7 @@ class Rollouts:
         if draw.random() >= self.config.on_policy or not answers:
             return row
         start, stop = answers[-1]
-        if start == 0 or any(
-            token in self.visual for token in row.ids[start:]
-        ):  # no prompt, or an image that would be lost
+        if start == 0 or self.visual.intersection(row.ids[start:]):  # no prompt, or an image that would be lost
             return row
         types = {name: of[:start] for name, of in row.types.items()}
         draws = draw.random(min(self.config.max_new_tokens, self.max_length or self.config.max_new_tokens))

@@ -16,10 +16,10 @@ from cdistill.errors import InputError
 from cdistill.runtime import pulse
 from cdistill.runtime.json_lines import read_lines, say_damaged, write_lines
 from cdistill.train.run_folder import METRICS
-from cdistill.train.terms import TERMS
+from cdistill.train.terms import OF_SEVERAL, TERMS
 
 LENGTHS = ("reply_tokens", "replies_ended")  # of stages whose student answers
-OF_TEACHERS = ("kd/", "vat/")  # of several, by their names
+OF_TEACHERS = tuple(f"{name}/" for name in OF_SEVERAL)  # by the names of several
 TENSORBOARD = "tensorboard"  # written by `RunLog`, one folder for each stage
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from cdistill.choices import KDConfig
@@ -19,18 +19,18 @@ from cdistill.vat import VAT, VATConfig, attention_layers, check_heads, head_cou
 
 
 def alignments(
-    config: VATConfig, vat: VAT | VATConfig | None, student: Model, teachers: Collection[Model]
+    config: VATConfig, vat: VAT | VATConfig | None, student: Model, teachers: Mapping[str, Model]
 ) -> tuple[VAT, ...]:
     """Of the student and each teacher; one that has been made is of a single one."""
     check_heads(student, "student")
-    for teacher in teachers:
-        check_heads(teacher, "teacher")
+    for name, teacher in teachers.items():
+        check_heads(teacher, name if name == "teacher" else f"teacher {name}")
     if isinstance(vat, VAT):
         if len(teachers) > 1:
             raise InputError("vat must be a VATConfig with several teachers: each has windows of its own")
         return (vat,)
     ours, make = attention_layers(student), partial(VAT, config)
-    return tuple(make(ours, attention_layers(t), heads=head_counts(student, t)) for t in teachers)
+    return tuple(make(ours, attention_layers(t), heads=head_counts(student, t)) for t in teachers.values())
 
 
 def settings_of(kd: KDConfig, vats: tuple[VAT, ...], vat_weight: float, names: tuple[str, ...]) -> Settings:

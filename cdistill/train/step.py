@@ -171,7 +171,12 @@ class Step:
     @cached_property
     def reference(self) -> Tensor | None:
         """(N,) bool: which labels are of given answers, and not of the student's own replies; None: all."""
-        return None if self.sampled is None else ~self.sampled.flatten()[self._labelled[0] + 1]
+        if self.sampled is None:
+            return None
+        if self.sampled.shape != self.labels.shape:
+            given, wanted = tuple(self.sampled.shape), tuple(self.labels.shape)
+            raise InputError(f"sampled must say of each token, {wanted}, whether it is of a reply, got {given}")
+        return ~self.sampled.flatten()[self._labelled[0] + 1]
 
     @cached_property
     def visual_places(self) -> VisualPlaces:

@@ -128,7 +128,8 @@ class Several(TeacherSource):
     for each teacher.
 
     Args:
-        sources: by name, the first with what the student takes of a teacher.
+        sources: by name, in the order of the weights.
+        lead: name of the one that the student takes parts of, its adapter with TAF.
     """
 
     title = "several teachers (teachers)"

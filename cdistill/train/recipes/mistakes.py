@@ -58,9 +58,8 @@ def _unusable(value: Any, key: str = "") -> Iterator[str]:
         for i, item in enumerate(value):
             yield from _unusable(item, f"{key}[{i}]")
     elif isinstance(value, int) and abs(value) > MOST:
-        given = (
-            f"{value:.3g}" if value.bit_length() < 1000 else f"one of {value.bit_length()} bits"
-        )  # as a float may not hold it
+        bits = value.bit_length()
+        given = f"{value:.3g}" if bits < 1000 else f"one of {bits} bits"  # which a float may not hold
         yield f"{key} must be at most {MOST:,}, got {given}"
     elif isinstance(value, str) and "\0" in value:
         yield f"{key} must hold no null character, got {value!r:.80}"
