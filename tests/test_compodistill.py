@@ -395,6 +395,23 @@ def test_rows_become_batches(tmp_path):
         collator([layouts[1] | {"image": str(tmp_path / "missing.png")}])
 
 
+def test_only_a_completion_is_learned_and_what_is_not_read_is_named():
+    processor = byte_level_processor(NAME)
+    ask, answer = ({"role": "user", "content": "How many?"}, {"role": "assistant", "content": "One."})
+    row = {"prompt": [ask, answer, ask], "completion": [{"role": "assistant", "content": "A red ring."}]}
+    collator = ConversationCollator(processor, "qwen2_base")
+    labels = collator([row])["labels"]
+    assert processor.tokenizer.decode(labels[labels != -100]).strip() == "A red ring.<|endoftext|>"
+    called = answer | {"tool_calls": [{"function": {"name": "count"}}]}
+    rows = [{"messages": [ask, called], "tools": [{"name": "count"}], "id": "7"}] * 2
+    with pytest.warns(UserWarning, match="rows hold what is not read") as said:
+        collator(rows)
+        collator(rows)
+    assert [str(warning.message) for warning in said] == [
+        "rows hold what is not read: tools, messages[].tool_calls",
+    ]
+
+
 def test_pictures_are_seen_as_their_files_are(tmp_path):
     """Turned, with 16 bits, transparent, in colours of print: a row may hold what PIL opens, or the path."""
     image = picture(16, 24)

@@ -156,6 +156,23 @@ def test_files_that_cannot_be_read_are_told_in_one_line(tmp_path, monkeypatch, s
             assert str(tmp_path / name) in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        (["question,answer\nHow many?,One.,unsure\n"], "its rows have 3 values, its header names 2 columns"),
+        (["question,answer,answer\nHow many?,One.,Two.\n"], "has the column 'answer' twice"),
+        (["question,answer\nA?,b\n", "question,answer,image\nC?,d,e.png\n"], "has columns question, answer, image"),
+    ],
+)
+def test_csv_that_pandas_would_read_otherwise_is_refused(tmp_path, texts, words):
+    """It would take the question for a row number, rename a column, and leave one out that the first file has not."""
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.csv").write_text(text)
+    with pytest.raises(ValueError, match=words) as raised:
+        load_hub(str(tmp_path / "*.csv"), streaming=True)
+    assert "\n" not in str(raised.value)
+
+
 def test_a_saved_set_without_the_split(tmp_path):
     datasets.DatasetDict(val=datasets.Dataset.from_dict({"text": ["x"]})).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match="has no split 'train', it has val"):

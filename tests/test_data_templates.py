@@ -287,6 +287,19 @@ def test_templates_that_do_not_fit(name, source, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("way", ["tojson", "string", "tojson | e", "tojson | replace('type', 'kind')"])
+def test_parts_that_a_template_would_write_out_are_given_as_plain_text(way):
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content is string %}{{ m.content }}"
+        "{% else %}{{ m.content | " + way + " }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    found = Template(tokenizer)(conversation((("How many?",), "One.")))
+    assert [found.text[start:stop] for start, stop in found.answers] == ["One.<|im_end|>"]
+    assert "\nHow many?<|im_end|>" in found.text
+
+
 @pytest.mark.parametrize(("name", "mark"), [("qwen2_base", r"<\|endoftext\|>"), ("chatml", r"<\|im_start\|>")])
 def test_a_tokenizer_without_the_marks_of_a_template(name, mark):
     with pytest.raises(ValueError, match=f"^template {name} needs the token {mark}, which the tokenizer does not have"):

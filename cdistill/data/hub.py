@@ -112,14 +112,37 @@ def _load(path: str, config: str | None, split: str, streaming: bool) -> Any:
 
 
 def _all_text(files: str) -> dict[str, Any]:
-    """Options to read CSV as it stands: "NA" and "007" are answers."""
+    """Options to read CSV as it stands: "NA" and "007" are answers. Raises ValueError for files that pandas reads otherwise."""
     import datasets
 
-    for path in sorted(glob.glob(files))[:1]:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            names = next(csv.reader(file), [])
-        return {"features": datasets.Features(dict.fromkeys(names, datasets.Value("string"))), "keep_default_na": False}
-    return {}
+    paths = sorted(glob.glob(files))
+    if not paths:
+        return {}
+    headers = [_header(path) for path in paths]
+    for path, names in zip(paths, headers, strict=True):
+        if set(names) != set(headers[0]):
+            raise InputError(f"{path} has columns {', '.join(names)}, {paths[0]} has {', '.join(headers[0])}")
+    return {
+        "features": datasets.Features(dict.fromkeys(headers[0], datasets.Value("string"))),
+        "keep_default_na": False,
+    }
+
+
+def _header(path: str) -> list[str]:
+    """The columns of a CSV file, of which pandas would rename one that is there twice, and take the first for row numbers where
+    rows have a value more than the header."""
+    import pandas
+
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        names = next(filter(None, csv.reader(file)), [])
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise InputError(f"{path} has the column {twice[0]!r:.60} twice")
+    rows = pandas.read_csv(path, nrows=1, dtype=str, keep_default_na=False)
+    if len(rows) and not isinstance(rows.index, pandas.RangeIndex):
+        more = rows.index.nlevels + len(rows.columns)
+        raise InputError(f"{path}: its rows have {more} values, its header names {len(names)} columns")
+    return names
 
 
 def _refuse_files_elsewhere(path: str) -> None:

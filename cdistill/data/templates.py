@@ -24,6 +24,7 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Special tokens of models that belong to what is said: places in an image, and thoughts.
 _CONTENT = re.compile(r"[<\[][|/]?(object_ref|ref|box|quad|point|loc|seg|think)", re.IGNORECASE)
 _PRIVATE_USE = range(0xE000, 0xF900)
+_WRITTEN_OUT = "cdistill"  # a key of parts, which a template shows that writes them as they are (by tojson, for one)
 
 # As LLaVA prepares its data: the only image of a message comes first, with a line break between it and the words.
 # Several images stay where they stand.
@@ -334,13 +335,16 @@ class Template:
         """Whether the template writes messages of parts (or of plain text), images included."""
         image = (Mark.IMAGE,) if self.image_token else ()
         messages = (Message("user", (*image, "see this")), Message("assistant", ("all right",)))
+        chat = [self._chat_message(message, parts) for message in messages]
+        for part in (part for message in chat for part in (message["content"] if parts else ())):
+            part[_WRITTEN_OUT] = ""
         try:
-            text, _ = self._render([self._chat_message(message, parts) for message in messages])
+            text, _ = self._render(chat)
         except BadSampleError as error:
             self._refusal = error.detail
             return False
         images = text.count(self.image_token) if self.image_token else 0
-        return "see this" in text and "all right" in text and "'type'" not in text and images == len(image)
+        return "see this" in text and "all right" in text and _WRITTEN_OUT not in text and images == len(image)
 
     def _unwritten(self) -> str:
         refusal = getattr(self, "_refusal", None)

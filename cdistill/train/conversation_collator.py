@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,16 @@ from cdistill.data.batches import PaddingCollator
 from cdistill.data.conversations import Encoder
 from cdistill.data.images import find_image, open_image, seen
 from cdistill.data.pairs import PairCollator, PairEncoder
-from cdistill.data.records import read_record
+from cdistill.data.records import measure, read_record
 from cdistill.data.samples import ImageBytes
 
 
 class ConversationCollator:
-    """Batches of rows with ``messages`` or ``conversations`` (or ``prompt`` and ``completion``) and ``image`` or ``images``.
+    """Batches of rows with ``messages`` or ``conversations`` (or ``prompt`` and ``completion``, which alone is learned) and
+    ``image`` or ``images``.
 
-    Images are those of PIL, encoded bytes, or paths. Labels are -100 outside the answers.
+    Images are those of PIL, encoded bytes, or paths. Labels are -100 outside the answers. What rows say besides (``tools``, for
+    one) is not read, and named once in a warning.
 
     Args:
         processor: of the student, or a tokenizer for text alone.
@@ -41,6 +44,7 @@ class ConversationCollator:
     ) -> None:
         self.encoder = Encoder(processor, template, max_length)
         self._encode: Callable[..., Any] = self.encoder
+        self._unread: set[str] = set()
         self.collate: Callable[..., dict[str, Tensor]] = PaddingCollator(self.encoder.pad_token_id)
         if teacher_processor is not None:
             teacher = Encoder(teacher_processor, template, max_length)
@@ -53,12 +57,17 @@ class ConversationCollator:
         encoded = []
         for number, given in enumerate(rows):
             row = {name: value for name, value in given.items() if value is not None}
-            if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
-                row["messages"] = [*row.pop("prompt"), *row.pop("completion")]
+            self._say_unread(row)
             sample = read_record(row, _Found, id=str(number), place=f"row {number} of a batch")  # type: ignore[arg-type]
             images: Any = sample.images
             encoded.append(self._encode(sample.messages, [_opened(image.value) for image in images]))
         return self.collate(encoded)
+
+    def _say_unread(self, row: Mapping[str, Any]) -> None:
+        """Name what of a row nobody reads, if it has not been named."""
+        if found := [key for key in measure(row).unread if key not in self._unread]:
+            self._unread.update(found)
+            warnings.warn(f"rows hold what is not read: {', '.join(found)}", stacklevel=3)
 
 
 @dataclass(frozen=True, slots=True)

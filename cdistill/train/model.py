@@ -16,6 +16,7 @@ from cdistill.models.load import Model
 from cdistill.models.parts import has_vision
 from cdistill.train.blank import idle_adapter, needs_blank
 from cdistill.train.left_out import refuse_left_out
+from cdistill.train.refused_batches import refuse_misread
 from cdistill.train.sharded import NO_COMMON_VISION, SHARDED_TERMS, check_shardable
 from cdistill.train.step import Step
 from cdistill.train.teacher import Teacher, hidden_states
@@ -87,6 +88,7 @@ class DistillationModel(nn.Module):
             check_terms(self.terms, reads_apart=True)
             if looks and visual_tokens is None:
                 self._teacher_visual_ids = visual_token_ids(self.teacher.model)
+        self._image_ids = [_image_ids(model) for model in (student, *(of.model for of in self.teachers[:1]))]
         for term in self.terms:
             for name, module in term.modules(student, None if self.teacher is None else self.teacher.model).items():
                 if hasattr(self, name):
@@ -217,6 +219,9 @@ class DistillationModel(nn.Module):
 
     def _run(self, step: Step) -> None:
         """Let teacher and student look at the batch."""
+        refuse_misread(step.batch, step.own, self._image_ids[0])
+        if step.theirs is not None:
+            refuse_misread(step.theirs.batch, step.own, self._image_ids[-1])
         shared, inputs = self.inputs(step)
         if self.source is not None:
             self.ask(step, shared, inputs)
@@ -258,6 +263,14 @@ class DistillationModel(nn.Module):
         """Whether a blank image stands in where a batch has none."""
         together = self._composed and self.source is not None and self.source.is_partitioned
         return needs_blank(self.student) or together
+
+
+def _image_ids(model: Model) -> tuple[int, ...]:
+    """Of a model's visual tokens; none of one that has no images or does not name them."""
+    try:
+        return visual_token_ids(model) if has_vision(model) else ()
+    except InputError:
+        return ()
 
 
 _APART = (
