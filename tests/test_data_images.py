@@ -140,6 +140,29 @@ def test_modes_become_rgb():
     assert found("PNG", picture, transparency=tuple(rgb[0, 0].tolist()))[0, 0].tolist() == [255, 255, 255]
 
 
+def grey_tiff(stored, bits, photometric):
+    """Rows of a multiple of two values, by hand: Pillow writes no such file."""
+    data = stored.astype("<u2").tobytes()
+    if bits == 12:
+        packed = "".join(format(value, "012b") for value in stored.flatten().tolist())
+        data = int(packed, 2).to_bytes(len(packed) // 8, "big")
+    short, long = (3, "<HHIHxx"), (4, "<HHII")
+    height, width = stored.shape
+    fields = {256: (short, width), 257: (short, height), 258: (short, bits), 259: (short, 1), 262: (short, photometric)}
+    fields |= {273: (long, 8 + 2 + 12 * 9 + 4), 277: (short, 1), 278: (short, height), 279: (long, len(data))}
+    entries = [struct.pack(form, tag, kind, 1, value) for tag, ((kind, form), value) in fields.items()]
+    return b"II*\x00" + struct.pack("<IH", 8, 9) + b"".join(entries) + bytes(4) + data
+
+
+def test_grey_of_more_than_8_bits_keeps_its_range():
+    grey = np.arange(0, 256, 16, dtype=np.uint16).reshape(4, 4)
+    for bits, photometric, stored in ((12, 1, grey), (16, 1, grey), (16, 0, 255 - grey)):
+        data = grey_tiff(stored << (bits - 8), bits, photometric)
+        assert np.array_equal(np.asarray(open_image(ImageBytes("x", data)))[:, :, 0], grey), (bits, photometric)
+    clear = encoded("PNG", Image.fromarray(grey * 257), transparency=257 * 32)
+    assert np.array_equal(np.asarray(open_image(ImageBytes("x", clear)))[:, :, 0], np.where(grey == 32, 255, grey))
+
+
 def test_animations_give_their_first_image():
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime")]
     for kind, options in (("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})):

@@ -15,11 +15,11 @@ def test_tars_group_members_by_key(tmp_path):
     said = json.dumps(record(1, 2)).encode()
     members = [
         ("./a/1.jpg", b"one"),
-        ("a/2.txt", "a birdŁs eye\n".encode()),
+        ("a/2.txt", "\ufeffa birdŁs eye\n".encode()),
         ("a/1.json", said),
         ("a/2.b.PNG", b"two"),
         ("x/1.cls", b"5"),
-        ("x/1.json", b'{"caption": "meta", "url": "http://x"}'),
+        ("x/1.json", b'\xef\xbb\xbf{"caption": "meta", "url": "http://x"}'),
         ("x/1.webp", b"three"),
         ("x/2.json", json.dumps(record(0, 0)).encode()),
         ("x/3.jpg", b"alone"),

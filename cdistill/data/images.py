@@ -267,9 +267,20 @@ def _upright(picture: Image.Image) -> Image.Image:
     return turned
 
 
+def _eight_bits(picture: Image.Image) -> np.ndarray:
+    """(H, W) uint8 of grey in 16 bits, of which a TIFF may use 12 or call white 0: Pillow gives both as they are stored."""
+    tags: Mapping[int, Any] = getattr(picture, "tag_v2", {})
+    bits = max(tags.get(ExifTags.Base.BitsPerSample, (16,)))
+    values = (np.asarray(picture) >> (bits - 8)).astype(np.uint8)
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:
+        return np.asarray(255 - values)
+    values[np.asarray(picture) == picture.info.get("transparency", -1)] = 255
+    return values
+
+
 def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_eight_bits(picture)).convert("RGB")
     if picture.mode in ("I", "F"):
         raise InputError(f"32-bit values (mode {picture.mode}) have no known range")
     if picture.has_transparency_data:

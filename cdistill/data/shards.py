@@ -9,6 +9,7 @@ import os
 import re
 import tarfile
 from array import array
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -133,7 +134,7 @@ class TarShards:
         name, length = self._names[member], int(self._lengths[member])
         if length > LONGEST_RECORD:
             raise BadSampleError("not a record", f"{name}: {length} bytes, at most {LONGEST_RECORD}")
-        data = file.read(int(self._offsets[member]), length)
+        data = file.read(int(self._offsets[member]), length).removeprefix(BOM_UTF8)
         if name.lower().endswith(".txt"):
             return data.decode("utf-8", "surrogateescape")
         try:
