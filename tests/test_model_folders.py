@@ -64,6 +64,17 @@ def indexed(text):
     return apply
 
 
+def beside_outputs(name, value, dtype=None):
+    """Puts a weight into the first output layer of a decoder's attention, whose own weight gets another dtype."""
+
+    def apply(state):
+        own = next(key for key in state if key.endswith("layers.0.self_attn.o_proj.weight") and "vision" not in key)
+        state[own] = state[own].to(dtype or state[own].dtype)
+        state[own.removesuffix("weight") + name] = value
+
+    return apply
+
+
 DAMAGES = {
     "fewer layers than the weights": configured(text_config__num_hidden_layers=3),
     "more layers than the weights": configured(text_config__num_hidden_layers=5),
@@ -103,6 +114,11 @@ DAMAGES = {
     ),
     "weights no file": lambda folder: ((folder / "model.safetensors").unlink(), (folder / "model.safetensors").mkdir()),
     "weights missing": lambda folder: weights(folder, lambda state: state.pop(next(k for k in state if "q_proj" in k))),
+    "a bias that the configuration leaves out": lambda folder: weights(folder, beside_outputs("bias", torch.ones(4))),
+    "a scale without a quantisation": lambda folder: weights(
+        folder, beside_outputs("weight_scale_inv", torch.ones(1, 1), torch.float8_e4m3fn)
+    ),
+    "an adapter that is not merged": lambda folder: weights(folder, beside_outputs("lora_A.weight", torch.ones(2, 4))),
     "weights of NaN": lambda folder: weights(
         folder, lambda state: state[next(iter(state))].view(-1)[:1].fill_(torch.nan)
     ),

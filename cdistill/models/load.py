@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -160,10 +161,32 @@ def _load(
             raise InputError(f"{wrong}: some have other shapes") from None
         if info["missing_keys"]:
             raise InputError(f"{wrong}: {min(info['missing_keys'])} is missing")
+    left_out = _left_out(model, info["unexpected_keys"])
+    if left_out is not None:
+        raise InputError(
+            f"{wrong}: {left_out} would be left out, as its layer has no such weight there (a bias, the scale of a quantised "
+            "weight, an adapter that is not merged)"
+        )
     broken = not_finite(model)
     if broken is not None:
         raise InputError(f"{key}: the weights in {folder} are not all finite: {broken} holds NaN or inf")
     return model
+
+
+def _left_out(model: nn.Module, unexpected: Iterable[str]) -> str | None:
+    """The first weight in a file that is a layer's of the model and that the model has no place for; None if there is none.
+
+    Layers that the model does not have at all (a text encoder's) are not meant, and of a quantised model its quantiser knows.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        return None
+    layers = {name for name, module in model.named_modules() if module._parameters and not module._modules}
+    buffers = {name for name, _ in model.named_buffers()}
+    for name in sorted(set(unexpected) - buffers):
+        parts = name.split(".")
+        if any(".".join(parts[:i]) in layers for i in range(1, len(parts))):
+            return name
+    return None
 
 
 @torch.no_grad()
