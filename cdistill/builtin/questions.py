@@ -9,10 +9,11 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cdistill.builtin.scenes import COLOURS, GRID, OPPOSITE, RELATIONS, SHAPES, Scene, Thing
+from cdistill.builtin.scenes import COLOURS, GRID, OPPOSITE, RELATIONS, SHAPES, UNSEEN, Scene, Thing
 from cdistill.errors import InputError
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
+TRIES = 100  # for a question about the pairs that are asked for
 YES_NO, CAPTIONS = ("yes", "no"), ("A", "B")
 
 
@@ -183,10 +184,30 @@ def ask(scene: Scene, subtype: str, rng: random.Random) -> Question | None:
     return Question("compositional", subtype, f"which caption fits ? A {first} B {second}", answer, CAPTIONS)
 
 
-def ask_any(scene: Scene, subtypes: tuple[str, ...], rng: random.Random) -> Question | None:
-    """A question of a sub-type drawn uniformly from those that the scene allows, or None where it allows none of them."""
+def ask_any(scene: Scene, subtypes: tuple[str, ...], rng: random.Random, pairs: str = "all") -> Question | None:
+    """A question of a sub-type drawn uniformly from those that the scene allows, or None where it allows none of them.
+
+    ``pairs`` as in `BuiltinTask`: a question that does not fit is drawn anew a few times, one of yes and no for an answer that
+    is drawn before, or the rarer kind would be the right answer less often.
+    """
     for subtype in rng.sample(subtypes, len(subtypes)):
-        question = ask(scene, subtype, rng)
-        if question is not None:
-            return question
+        wanted = rng.choice(YES_NO) if pairs != "all" and subtype == "existence" else None
+        for _ in range(1 if pairs == "all" else TRIES):
+            question = ask(scene, subtype, rng)
+            if question is not None and wanted in (None, question.answer) and _fits(question, scene, pairs):
+                return question
     return None
+
+
+def _fits(question: Question, scene: Scene, pairs: str) -> bool:
+    if pairs == "all":
+        return True
+    text = question.text
+    if pairs == "seen":
+        return not any(name in text for name in UNSEEN)
+    named = {t.name for t in scene if t.name in text}
+    if question.subtype == "colour":
+        named = {t.name for t in scene if f" {t.shape} " in text}
+    if question.subtype == "existence" and question.answer == "no":
+        named = {name for name in UNSEEN if name in text}
+    return question.subtype == "count" or not named.isdisjoint(UNSEEN)
