@@ -23,7 +23,7 @@ class BuiltinTask:
         subtypes: kinds of questions, drawn uniformly.
         one_kind: the questions of a sample are all of one kind.
         pairs: of colour and shape. ``seen``: none of `scenes.UNSEEN` is in a scene, a question or an answer; ``unseen``: every
-            scene has one of them, which is asked about or, where questions count, may be.
+            scene has one of them, and questions name one, but those that count; of two captions either one does.
         text: of image samples, the share whose scene is written out instead, with questions of every kind.
     """
 
