@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -159,18 +159,26 @@ def _load(
                 raise
             # not asked for: weights of other shapes would be made anew, in the shapes of any size
             raise InputError(f"{wrong}: some have other shapes") from None
-        if info["missing_keys"]:
-            raise InputError(f"{wrong}: {min(info['missing_keys'])} is missing")
+        check_loaded(model, info, wrong)
+    broken = not_finite(model)
+    if broken is not None:
+        raise InputError(f"{key}: the weights in {folder} are not all finite: {broken} holds NaN or inf")
+    return model
+
+
+def check_loaded(model: nn.Module, info: Mapping[str, Any], wrong: str) -> None:
+    """Raise ValueError, beginning with ``wrong``, where ``from_pretrained`` has made a weight anew or left one of a layer out.
+
+    ``info`` is what it says with ``output_loading_info``.
+    """
+    if info["missing_keys"]:
+        raise InputError(f"{wrong}: {min(info['missing_keys'])} is missing")
     left_out = _left_out(model, info["unexpected_keys"])
     if left_out is not None:
         raise InputError(
             f"{wrong}: {left_out} would be left out, as its layer has no such weight there (a bias, the scale of a quantised "
             "weight, an adapter that is not merged)"
         )
-    broken = not_finite(model)
-    if broken is not None:
-        raise InputError(f"{key}: the weights in {folder} are not all finite: {broken} holds NaN or inf")
-    return model
 
 
 def _left_out(model: nn.Module, unexpected: Iterable[str]) -> str | None:

@@ -18,6 +18,8 @@ from cdistill.data.pairs import PREFIX, RELATION
 from cdistill.data.samples import IGNORE_INDEX
 from cdistill.data.templates import Template
 from cdistill.errors import InputError
+from cdistill.models.folder import CONFIG
+from cdistill.models.load import check_loaded
 from cdistill.models.processor import add_stop_tokens, save_chat_template
 from cdistill.train.compodistill_config import COMPILED, CompoDistillConfig, made
 from cdistill.train.conversation_collator import ConversationCollator
@@ -410,7 +412,10 @@ def _with_adapters(student: Any, config: Any) -> Any:
 
 def _loaded(model: Any, options: Any) -> Any:
     if isinstance(model, str):
-        return AutoModelForImageTextToText.from_pretrained(model, **(options or {}))
+        loading: Any = {**(options or {}), "output_loading_info": True}
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(model, **loading)
+        check_loaded(*loaded, f"the weights of {model} do not fit its {CONFIG}")
+        return loaded[0]
     if options:
         raise InputError("model_init_kwargs and teacher_model_init_kwargs are for models given by name")
     return model
