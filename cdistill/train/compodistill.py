@@ -413,9 +413,10 @@ def _with_adapters(student: Any, config: Any) -> Any:
 def _loaded(model: Any, options: Any) -> Any:
     if isinstance(model, str):
         loading: Any = {**(options or {}), "output_loading_info": True}
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(model, **loading)
-        check_loaded(*loaded, f"the weights of {model} do not fit its {CONFIG}")
-        return loaded[0]
+        made: Any = AutoModelForImageTextToText.from_pretrained(model, **loading)
+        loaded, info = made
+        check_loaded(loaded, info, f"the weights of {model} do not fit its {CONFIG}")
+        return loaded
     if options:
         raise InputError("model_init_kwargs and teacher_model_init_kwargs are for models given by name")
     return model
