@@ -11,7 +11,6 @@ import torch
 from conversation_cases import byte_level_processor, picture
 from family_models import QUIET, build, build_pair, collate, draw, draw_samples
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, Trainer, TrainingArguments
 
@@ -149,19 +148,6 @@ def test_a_checkpoint_of_another_student_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"checkpoint-1 is of another student: it has no .*layers\.3\.") as refused:
         make(tmp_path, pair=other).train(resume_from_checkpoint=True)
     assert "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize("change", ["missing", "left out"])
-def test_a_model_given_by_name_whose_weights_do_not_fit_is_refused(tmp_path, change):
-    student, teacher = build_pair(NAME)
-    teacher.save_pretrained(tmp_path)
-    state = load_file(tmp_path / "model.safetensors")
-    name = next(key for key in state if key.endswith("layers.0.self_attn.q_proj.weight") and "vision" not in key)
-    value = state.pop(name) if change == "missing" else torch.ones(4)
-    state |= {} if change == "missing" else {name.removesuffix("weight") + "bias": value}
-    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"^the weights of {tmp_path} do not fit its config.json: .*q_proj.* {change}"):
-        make(tmp_path / "out", pair=(student, str(tmp_path)))
 
 
 def test_the_best_checkpoint_is_what_a_run_ends_with(tmp_path):
@@ -407,23 +393,6 @@ def test_rows_become_batches(tmp_path):
     assert torch.equal(mixed["labels"][0][mixed["labels"][0] != -100], labels[labels != -100])
     with pytest.raises(ValueError, match="image"):
         collator([layouts[1] | {"image": str(tmp_path / "missing.png")}])
-
-
-def test_only_a_completion_is_learned_and_what_is_not_read_is_named():
-    processor = byte_level_processor(NAME)
-    ask, answer = ({"role": "user", "content": "How many?"}, {"role": "assistant", "content": "One."})
-    row = {"prompt": [ask, answer, ask], "completion": [{"role": "assistant", "content": "A red ring."}]}
-    collator = ConversationCollator(processor, "qwen2_base")
-    labels = collator([row])["labels"]
-    assert processor.tokenizer.decode(labels[labels != -100]).strip() == "A red ring.<|endoftext|>"
-    called = answer | {"tool_calls": [{"function": {"name": "count"}}]}
-    rows = [{"messages": [ask, called], "tools": [{"name": "count"}], "id": "7"}] * 2
-    with pytest.warns(UserWarning, match="rows hold what is not read") as said:
-        collator(rows)
-        collator(rows)
-    assert [str(warning.message) for warning in said] == [
-        "rows hold what is not read: tools, messages[].tool_calls",
-    ]
 
 
 def test_pictures_are_seen_as_their_files_are(tmp_path):

@@ -377,42 +377,6 @@ def test_arguments_and_batches_that_do_not_fit():
         cdistill.distill(teacher, student, vat=VATConfig(matching="adaptive"))
 
 
-MISREAD = {
-    "images left out": (lambda b: b.pop("pixel_values"), "input_ids hold visual tokens, and the batch holds no images"),
-    "packed beside a mask": (
-        lambda b: b.update(position_ids=torch.arange(b["input_ids"].shape[1]).remainder(5).expand_as(b["input_ids"])),
-        "position_ids start anew within a row that has an attention_mask",
-    ),
-    "numbered samples": (lambda b: b["attention_mask"][:, 3:].mul_(2), "attention_mask must hold 0 and 1 alone"),
-    "additive": (
-        lambda b: b.update(attention_mask=(1.0 - b["attention_mask"]) * -1e9),
-        "attention_mask must hold 0 and 1 alone",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", MISREAD)
-def test_batches_that_models_would_misread_are_refused(name):
-    change, message = MISREAD[name]
-    student, teacher = build_pair("llava_llama")
-    distillation, batch = cdistill.distill(teacher, student), draw("llava_llama", 9)
-    change(batch)
-    with pytest.raises(ValueError, match=message) as refused:
-        distillation(batch)
-    assert "\n" not in str(refused.value)
-
-
-def test_positions_of_padding_may_be_any():
-    """As collators count them that pad on the left: ones in the padding, then from 0 on."""
-    student, teacher = build_pair("llava_llama")
-    distillation, batch = cdistill.distill(teacher, student), draw("llava_llama", 9)
-    turned = {name: value.flip(1) if value.shape == batch["labels"].shape else value for name, value in batch.items()}
-    mask = turned["attention_mask"]
-    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
-    assert (positions.diff() < 0).any()
-    torch.testing.assert_close(distillation(turned | {"position_ids": positions})["ar"], distillation(turned)["ar"])
-
-
 def test_visual_tokens_may_be_given():
     student, teacher = build_pair("llava_qwen2")
     batch = draw("llava_qwen2", 41)
