@@ -186,12 +186,6 @@ def _visual_tokens(models: Models, unknown: int = NUM_VISUAL_TOKENS) -> int:
 def _file_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
     """As `_builtin_dataset`, of the files that a recipe names."""
     size, seed, options = held_out or stage.samples, stage.data_seed, stage.config.data
-    if stage.objective.has_builtin_labels:
-        term = next(term for term in stage.objective.kinds if term.inputs)
-        raise InputError(
-            f"path must be null with objective {stage.config.objective}: only the built-in task has what term {term.name} "
-            f"reads ({', '.join(term.inputs)})"
-        )
     source = _open(models, options, stage.samples)
     validation = stage.config.validation
     try:
