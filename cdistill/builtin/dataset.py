@@ -157,9 +157,7 @@ class BuiltinDataset(Dataset):
         places = [i for i, word in enumerate(words) if word == IMAGE_TOKEN]
         if written:
             each = len(scenes.describe(scene[:1]).split())
-            places = [
-                1 + i * (each + 1) + each - 1 for i in range(len(scene))
-            ]  # after USER:, with ; between the objects
+            places = [(i + 1) * (each + 1) - 1 for i in range(len(scene))]  # after USER:, with ; between the objects
             cells[: places[-1] + 1] = 0.0  # the scene itself
         return self._compared(scene, cells, places, written)
 
