@@ -9,12 +9,18 @@ import interpreter
 import pytest
 import torch
 from garbage import freeze_imports
+from hypothesis import settings
 from op_cases import ISAS
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 
 torch.set_num_threads(1)
+
+# `--hypothesis-profile=thorough`: as many calls of the ops as tests/test_any_call.py says; a failure is told as it was drawn.
+settings.register_profile(
+    "thorough", deadline=None, phases=[Phase.generate], report_multiple_bugs=False, print_blob=True
+)
 
 
 if not torch.cuda.is_available():

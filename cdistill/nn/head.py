@@ -99,7 +99,7 @@ class DistillationHead(nn.Module):
         Args:
             hidden, weight, bias: (..., H) and (V,H), fp16, bf16 or fp32, and (V,) of the student. Under torch.autocast both
                 are taken in its dtype, as a linear layer takes them.
-            labels: (...) integer token ids; all tokens count if None, which needs a ce_weight of 0.
+            labels: (...) integer token ids; all tokens count if None, which needs a ce_weight of 0 (and ce is 0).
             teacher_hidden, teacher_weight, teacher_bias: (..., Ht), (Vt,Ht) and (Vt,), also of another dtype; without a teacher
                 kd is 0.
             teacher_topk: (values, indices) (..., K) of a teacher that ran earlier.
@@ -118,7 +118,16 @@ class DistillationHead(nn.Module):
         if labels is None:
             if self.weights[0] != 0:
                 raise InputError("labels must be given where ce_weight is not 0")
-            labels = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+            others = {
+                "bias": bias,
+                "teacher_hidden": teacher_hidden,
+                "teacher_weight": teacher_weight,
+                "weights": weights,
+            }
+            others |= {"teacher_bias": teacher_bias, "teacher_topk": teacher_topk, "num_items": num_items}
+            labels = torch.full(hidden.shape[:-1], int(self.ignore_index == 0), device=hidden.device)  # any that counts
+            found = self.forward(hidden, weight, labels, **others)
+            return found._replace(ce=torch.zeros_like(found.ce))
         of_rows = {"hidden": hidden, "teacher_hidden": teacher_hidden, "weights": weights}
         of_rows |= dict(zip(("values", "indices"), teacher_topk or (), strict=False))
         labels, rows = self._rows(labels, of_rows)
