@@ -17,10 +17,7 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(1)
 
-# `--hypothesis-profile=thorough`: as many calls of the ops as tests/test_any_call.py says; a failure is told as it was drawn.
-settings.register_profile(
-    "thorough", deadline=None, phases=[Phase.generate], report_multiple_bugs=False, print_blob=True
-)
+settings.register_profile("thorough", print_blob=True)  # as many calls of the ops as tests/test_any_call.py says
 
 
 if not torch.cuda.is_available():

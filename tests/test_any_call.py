@@ -16,7 +16,7 @@ OPS = any_attention_calls.OPS | any_vocabulary_calls.OPS
 THOROUGH = settings.get_current_profile_name() == "thorough"
 CALLS, INTERPRETED = (920, 30) if THOROUGH else (12, 2)
 OPTIONS = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": not THOROUGH, "database": None}
-OPTIONS |= {"phases": [Phase.generate], "report_multiple_bugs": False}  # a failure is told as it was drawn: shrinking takes minutes
+OPTIONS |= {"phases": [Phase.generate], "report_multiple_bugs": False}  # told as it was drawn: shrinking takes minutes
 
 
 @pytest.mark.parametrize("op", OPS)
