@@ -118,8 +118,22 @@ def _call(
     sizes = {name: _size(made, name, names) for name in wanted}
     given = {name: made[name] for name in wanted}, {name: x for name, x in made.items() if name not in wanted}
     settings = {"impl": d.impl, "chunk_size": d.one_of(None, 1, 3, 1000)} | others.pop("settings", {})
-    unit = others.pop("unit", 8.0)
+    rows = others.pop("rows", 1)
+    unit = 8.0 * max(1, rows) + _rounded(made, names) * rows**0.5
     return Call(op, oracle, *given, settings, sizes=sizes, unit=unit, way=d.way(), seed=d.seed, **others)
+
+
+def _rounded(made: dict[str, Any], names: dict[str, str]) -> float:
+    """Half an ulp of the largest logit in half precision, in units of 2^-20, for each row: roundings of rows add up by chance,
+    and eager's may cancel.
+    """
+    found = [0.0]
+    teacher = "teacher_hidden", "teacher_head" if "teacher_head" in made else "teacher_weight"
+    for x, y in ((made[a], made[b]) for a, b in ((names["student_hidden"], names["student_head"]), teacher)):
+        if x is not None and x.numel() and x.dtype.itemsize == 2:
+            logits = x.double().nan_to_num().reshape(-1, x.shape[-1]) @ y.double().mT
+            found.append(2.0**19 * torch.finfo(x.dtype).eps * float(logits.abs().max()))
+    return max(found)
 
 
 def _size(made: dict[str, Any], name: str, names: dict[str, str]) -> float:
@@ -132,7 +146,7 @@ def _size(made: dict[str, Any], name: str, names: dict[str, str]) -> float:
     return max(1.0, most) * size * made.get("student_logit_scale", 1.0)
 
 
-def linear_distillation(d: Drawing) -> Call:
+def linear_distillation(d: Drawing, summed: bool = True) -> Call:
     rows = d.number(0, 40)
     made = _models(d, rows)
     labels, ignore = _labels(d, made, rows)
@@ -146,14 +160,14 @@ def linear_distillation(d: Drawing) -> Call:
         upstream = (1.5, None)
     loss_weights = d.one_of((1.0, 1.0), tuple(3.0 * (x or 0.0) for x in upstream), (0, 1), (2, -1))
     how = {"upstream": list(upstream), "untouched": untouched, "settings": {"loss_weights": loss_weights}}
-    how["unit"] = 8.0 * max(1, rows)
+    how["rows"] = rows if summed else 1
     call = _call(d, ops.linear_distillation, _sums_by_definition, made, **how)
     call.untouched = {name: x for name, x in call.untouched.items() if name in call.leaves}
     return call
 
 
 def linear_token_losses(d: Drawing) -> Call:
-    call = linear_distillation(d)
+    call = linear_distillation(d, summed=False)
     call.constants |= call.leaves
     call.constants.pop("weights")
     call.settings.pop("loss_weights")
@@ -164,7 +178,6 @@ def linear_token_losses(d: Drawing) -> Call:
         [],
         {},
     )
-    call.unit = 8.0
     return call
 
 
@@ -257,7 +270,7 @@ def distillation_head(d: Drawing) -> Call:
     if made["teacher_topk"] is not None:
         made["teacher_topk"] = tuple(x.reshape(*shape, x.shape[1]) for x in made["teacher_topk"])
     made["num_items"] = d.one_of(None, 3, 7.5, torch.tensor(4)) if reduction == "mean" else None
-    how: dict[str, Any] = {"upstream": d.kinds(1), "unit": 8.0 * (1 if reduction != "sum" else max(1, count))}
+    how: dict[str, Any] = {"upstream": d.kinds(1), "rows": count if reduction == "sum" else 1}
     weights = dict(zip(("ce_weight", "kd_weight"), factors, strict=True))
     call = _call(d, _head, _head_by_definition, made, HEAD_NAMES, **how)
     call.settings["settings"], call.definition = settings | given | weights, settings | meant | {"factors": factors}
