@@ -64,6 +64,22 @@ def _sizes(made: dict[str, Any], share: float = 1.0) -> dict[str, float]:
     return {"q": factor * k, "k": factor * q, "v": 1.0, "lse": share}
 
 
+def _sizes_of_whole(made: dict[str, Any]) -> dict[str, Any]:
+    """Of attention with values. Flash attention's backward pass subtracts dout.out from a score's gradient, with out as it was
+    given: in half precision D products with half an ulp each, which add up by chance, as do the rows and heads that a key's
+    gradient sums. Eager has nothing of the kind.
+    """
+    v, size = made["v"].double(), max(1.0, float(made["v"].abs().max()))
+    rounded = 0.0
+    if made["v"].dtype.itemsize == 2:
+        rounded = 2.0**19 * torch.finfo(made["v"].dtype).eps * float(v.square().mean().sqrt()) * v.shape[3] ** 0.5
+    p = reference.attention_probabilities(made["q"].double(), made["k"].double(), **_seen(made))
+    by_key = float(p.square().unflatten(1, (v.shape[1], -1)).sum((2, 3)).max().sqrt())
+    times = {"q": rounded, "k": rounded * max(1.0, by_key)}
+    sizes = {name: x * (size + times.get(name, 0.0)) for name, x in _sizes(made).items()}
+    return {"sizes": sizes, "unit": size}
+
+
 def _not_asked(made: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Queries that are no rows, and keys that nobody sees."""
     queries, tokens = made["q"].shape[2], made["k"].shape[2]
@@ -161,9 +177,7 @@ def _both_by_definition(v: torch.Tensor, **arguments: Any) -> tuple[torch.Tensor
 
 def attention_with_alignment(d: Drawing) -> Call:
     made, leaves = _alignment(d, values=True), ("q", "k", "v")
-    sizes = _sizes(made)
-    size = max(1.0, float(made["v"].abs().max()))
-    how = {"upstream": d.kinds(2), "sizes": {name: x * size for name, x in sizes.items()}, "unit": size}
+    how = {"upstream": d.kinds(2)} | _sizes_of_whole(made)
     call = _call(d, ops.attention_with_alignment, _both_by_definition, made, leaves, **how)
     call.settings["engine"] = _engine(d)
     return call
@@ -171,8 +185,7 @@ def attention_with_alignment(d: Drawing) -> Call:
 
 def flash_attention(d: Drawing) -> Call:
     made = problem(d, values=True)
-    size = max(1.0, float(made["v"].abs().max()))
-    how = {"upstream": d.kinds(2), "sizes": {name: x * size for name, x in _sizes(made).items()}, "unit": size}
+    how = {"upstream": d.kinds(2)} | _sizes_of_whole(made)
     call = _call(d, ops.flash_attention, reference.flash_attention, made, ("q", "k", "v"), **how)
     call.settings["impl"] = None
     call.settings |= {"impl": "triton"} if d.small and d.chance(2) else {"engine": _engine(d)}
