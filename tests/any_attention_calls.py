@@ -66,13 +66,14 @@ def _sizes(made: dict[str, Any], share: float = 1.0) -> dict[str, float]:
 
 def _sizes_of_whole(made: dict[str, Any]) -> dict[str, Any]:
     """Of attention with values. Flash attention's backward pass subtracts dout.out from a score's gradient, with out as it was
-    given: in half precision D products with half an ulp each, which add up by chance, as do the rows and heads that a key's
+    given: in half precision D products with half an ulp each, which add up by chance (three times what
+    is likely), as do the rows and heads that a key's
     gradient sums. Eager has nothing of the kind.
     """
     v, size = made["v"].double(), max(1.0, float(made["v"].abs().max()))
     rounded = 0.0
     if made["v"].dtype.itemsize == 2:
-        rounded = 2.0**19 * torch.finfo(made["v"].dtype).eps * float(v.square().mean().sqrt()) * v.shape[3] ** 0.5
+        rounded = 3 * 2.0**19 * torch.finfo(made["v"].dtype).eps * float(v.square().mean().sqrt()) * v.shape[3] ** 0.5
     p = reference.attention_probabilities(made["q"].double(), made["k"].double(), **_seen(made))
     by_key = float(p.square().unflatten(1, (v.shape[1], -1)).sum((2, 3)).max().sqrt())
     times = {"q": rounded, "k": rounded * max(1.0, by_key)}
