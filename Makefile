@@ -19,7 +19,7 @@ pytest: setup
 
 # The C++ module under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the sources; 2 minutes.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
-ASAN_TESTS := tests/test_cpp.py tests/test_cpp_limits.py tests/test_cpp_properties.py tests/test_ops_slice.py \
+ASAN_TESTS := tests/test_cpp.py tests/test_cpp_limits.py tests/test_any_call.py tests/test_ops_slice.py \
     tests/test_ops_alignment.py tests/test_attention_with_alignment.py tests/test_attention_relation.py \
     tests/test_linear_distillation.py tests/test_vocabulary_options.py
 test-asan: setup

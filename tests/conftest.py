@@ -9,12 +9,15 @@ import interpreter
 import pytest
 import torch
 from garbage import freeze_imports
+from hypothesis import settings
 from op_cases import ISAS
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 
 torch.set_num_threads(1)
+
+settings.register_profile("thorough", print_blob=True)  # as many calls of the ops as tests/test_any_call.py says
 
 
 if not torch.cuda.is_available():

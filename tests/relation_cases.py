@@ -1,15 +1,12 @@
-"""Calls of attention_relation, drawn by hypothesis or by sizes, and how they are compared with float64."""
+"""Calls of attention_relation of given sizes, and how they are compared with float64."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
+import any_calls
 import torch
-from hypothesis import strategies as st
-from op_cases import device_of, with_gradients
 
-from cdistill import choices
-from cdistill.ops import _relation, attention_relation, reference
+from cdistill.ops import attention_relation, reference
 
 REDUCTIONS = [("row", False), ("matrix", False), ("column", False), ("column", True)]
 
@@ -88,100 +85,24 @@ def tensor(generator, order, gap, heads, batch, tokens, width, dtype=torch.float
     return x.permute(*(order.index(axis) for axis in range(3)), 3)
 
 
-def near_lse(q, k, scale, generator):
-    """Somewhat off the log-sum-exp over all keys, so that no probability is huge."""
-    scores = q.float() @ k.float().repeat_interleave(q.shape[1] // k.shape[1], 1).mT
-    lse = (scores * (q.shape[3] ** -0.5 if scale is None else scale)).logsumexp(3)
-    return lse + 0.3 * torch.randn(lse.shape, generator=generator)
-
-
-@st.composite
-def sides(draw, generator, batch, tokens, heads, layers, dtype):
-    k_heads = draw(st.sampled_from([h for h in range(1, heads + 1) if heads % h == 0]))
-    relation = draw(st.sampled_from(["qk", "qk", *choices.RELATIONS]))
-    k_heads = heads if relation == "kk" else k_heads
-    width = 8 * draw(st.integers(2, 6))
-
-    def tensors(heads):
-        order, gap = draw(st.permutations(range(3))), draw(st.sampled_from([0, 3, 8]))
-        return [tensor(generator, order, gap, heads, batch, tokens, width, dtype) for _ in range(layers)]
-
-    side = Side(tensors(heads), tensors(k_heads), draw(st.sampled_from([None, 0.7, -0.3])), relation)
-    if draw(st.integers(0, 3)) == 0:
-        side.lse = [near_lse(*side.read(i), side.scale, generator) for i in range(layers)]
-    return side
-
-
-@st.composite
-def calls(draw, dtypes=(torch.float32,)):
-    """Any call that the op takes."""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    batch, tokens = draw(st.integers(1, 3)), draw(st.integers(1, 40))
-    elsewhere = draw(st.booleans())
-    of_teacher = draw(st.integers(1, 40)) if elsewhere else tokens
-    heads = draw(st.sampled_from(["mean", "each"]))
-    fewer, times = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    more = draw(st.integers(1, 4)) if heads == "mean" else fewer * times
-    numbers = draw(st.permutations((fewer, more)))
-    loss = draw(st.sampled_from(choices.RELATION_LOSSES))
-    reduction, sink_filter = draw(st.sampled_from(REDUCTIONS))
-    layers = draw(st.integers(1, 3))
-    student = draw(sides(generator, batch, tokens, numbers[0], 1, draw(st.sampled_from(dtypes))))
-    teacher = draw(sides(generator, batch, of_teacher, numbers[1], layers, draw(st.sampled_from(dtypes))))
-    counts = [draw(st.integers(1, 14)) for _ in range(2)]
-    kept = [draw(st.lists(st.integers(0, 14), min_size=1, max_size=3)) for _ in range(2)]
-    places = [positions(generator, batch, tokens, n, k) for n, k in zip(counts, kept, strict=True)]
-    options = {"loss": loss, "reduction": reduction, "sink_filter": sink_filter, "heads": heads}
-    options["causal"] = draw(st.booleans())
-    if elsewhere:
-        for name, n, k in zip(("teacher_rows", "teacher_cols"), counts, kept, strict=True):
-            options[name] = positions(generator, batch, of_teacher, n, k)
-    if draw(st.booleans()):
-        share = draw(st.sampled_from([0.1, 0.5, 0.9]))
-        options["key_mask"] = torch.rand(batch, tokens, generator=generator) < share
-        if elsewhere or draw(st.booleans()):
-            options["teacher_key_mask"] = torch.rand(batch, of_teacher, generator=generator) < share
-    return Call(student, teacher, *places, options, block=draw(st.integers(1, 6)))
-
-
 def check(call, impl):
-    """Losses and gradients against float64: |ours - exact| <= 2 * |eager - exact| + 1e-5 * |exact| + 1e-6.
-
-    Where terms cancel, one eager result may be nearer to the exact one than its arithmetic is: then eager's error is the
-    largest of a few calls within 1e-6 of this one. Eager fp16 has no number for the least share: there, fp32 and the rounding
-    of fp16 take its place.
-    """
-    leaves = call.leaves()
-    grad = torch.arange(1.0, len(call.rows) + 1)
-
-    def oracle(*leaves):
-        return call.run(reference.attention_relation, leaves) + 0 * sum(x.sum() for x in leaves)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("CPU_ROWS", "CUDA_ROWS", "FEWEST_ROWS"):
-            patch.setattr(_relation, name, call.block)
-        there = [x.to(device_of(impl)) for x in leaves]
-        ours = with_gradients(lambda *x: call.run(attention_relation, x, impl=impl), there, grad)
-    coarse = leaves[0].dtype == torch.float16 and call.options["loss"] in choices.SHARES
-    exact = with_gradients(oracle, [x.double() for x in leaves], grad)
-    assert ours[0].dtype == torch.float32
-    relative, generator = 1e-5 + 2.0**-9 * coarse, torch.Generator().manual_seed(0)
-    eager = [0.0] * len(exact)
-    for neighbour in range(5):
-        near = [x if neighbour == 0 else _beside(x, generator) for x in leaves]
-        rough = with_gradients(oracle, [x.float() for x in near] if coarse else near, grad)
-        there = with_gradients(oracle, [x.double() for x in near], grad) if neighbour else exact
-        eager = [max(e, float((y - z).abs().max())) for e, y, z in zip(eager, rough, there, strict=True)]
-        errors = [float((x.cpu() - z).abs().max()) for x, z in zip(ours, exact, strict=True)]
-        allowed = [2 * e + relative * float(z.abs().max()) + 1e-6 for e, z in zip(eager, exact, strict=True)]
-        if all(error <= most for error, most in zip(errors, allowed, strict=True)):
-            return ours
-    raise AssertionError(f"errors of losses and gradients {errors}, allowed {allowed}")
-
-
-def _beside(x, generator):
-    """x with every number up to 2^-20 of itself off."""
-    return (x * (1 + 2.0**-20 * (2 * torch.rand(x.shape, generator=generator) - 1))).to(x.dtype)
+    """Losses and gradients as `any_calls.check` compares them; returns ours."""
+    made = call.options | {"rows": call.rows, "cols": call.cols, "scale": call.student.scale}
+    made |= {"teacher_scale": call.teacher.scale}
+    for name, side in (("student", call.student), ("teacher", call.teacher)):
+        lse = side.lse if side.lse is None or len(side.lse) > 1 else side.lse[0]
+        made |= dict(zip((f"{name}_q", f"{name}_k"), side.given(), strict=True))
+        made |= {f"{name}_lse": lse, f"{name}_relation": side.relation}
+    leaves = {name: made.pop(f"student_{name}") for name in ("q", "k", "lse")}
+    leaves = {f"student_{name}": x for name, x in leaves.items() if x is not None}
+    made |= {f"student_{name}": None for name in ("q", "k", "lse") if f"student_{name}" not in leaves}
+    sizes = {name: x.shape[-1] ** -0.5 for name, x in leaves.items()}
+    upstream, way = [torch.arange(1.0, len(call.rows) + 1)], any_calls.Way(rows=call.block)
+    given = any_calls.Call(
+        attention_relation, reference.attention_relation, leaves, made, {"impl": impl}, upstream, sizes, way=way
+    )
+    results, gradients = any_calls.check(given)
+    return [*results, *gradients]
 
 
 def drawn(numbers=(2, 4), layers=1, seed=0, tokens=(23, 31), dtype=torch.float32, **options):

@@ -172,6 +172,23 @@ def test_divergence_alone_needs_no_labels(drawn):
     assert found.tokens == N
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_without_labels_all_tokens_count_whatever_is_ignored(drawn, reduction):
+    arguments = {name: drawn[name] for name in ("hidden", "weight", "teacher_hidden", "teacher_weight")}
+    plain, other = (
+        DistillationHead(ce_weight=0.0, reduction=reduction, ignore_index=ignored)(**arguments) for ignored in (-100, 0)
+    )
+    assert torch.equal(other.loss, plain.loss) and other.loss.any() and other.tokens == N
+    assert not plain.ce.any() and not other.ce.any()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_logits_of_two_dtypes_are_compared_in_the_one_that_holds_both(drawn, reduction):
+    student, teacher = drawn["hidden"], drawn["teacher_hidden"][:, :H].bfloat16()
+    loss = generalized_jsd_loss(student, teacher, reduction=reduction)
+    torch.testing.assert_close(loss.sum().double(), divergence(student.double(), teacher.double(), 0.5).sum())
+
+
 def test_weights_of_tokens_and_autocast(drawn):
     hidden, weight, _ = leaves(drawn)
     weights = torch.linspace(0, 2, N)

@@ -182,7 +182,7 @@ def test_a_slice_is_compared_as_attention_alignment_compares_it_and_its_target_h
     plain = attention_alignment(q, k, target, rows, cols, heads="each", **how)
     wanted = torch.autograd.grad((plain * weight).sum(), (q, k))
     a = attention_slice(q, k, rows, cols, heads="each")
-    losses = slice_alignment(a, target, rows, cols, **how)
+    losses = slice_alignment(a.mT.contiguous().mT, target, rows, cols, **how)
     *found, of_target = torch.autograd.grad((losses * weight).sum(), (q, k, target))
     torch.testing.assert_close(losses, plain, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(found, wanted, strict=True):

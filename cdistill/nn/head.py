@@ -78,7 +78,7 @@ class DistillationHead(nn.Module):
         if divergence == "jsd" and beta in _FULL:
             divergence, beta = _FULL[beta], 0.5
         self.reduction, self.ignore_index, self.shift = reduction, ignore_index, shift
-        self.options = options | {"divergence": divergence, "beta": beta, "temperature": temperature}
+        self.options: dict[str, Any] = options | {"divergence": divergence, "beta": beta, "temperature": temperature}
         self.options["ignore_index"] = ignore_index
 
     def extra_repr(self) -> str:
@@ -103,7 +103,7 @@ class DistillationHead(nn.Module):
         Args:
             hidden, weight, bias: (..., H) and (V,H), fp16, bf16 or fp32, and (V,) of the student. Under torch.autocast both
                 are taken in its dtype, as a linear layer takes them.
-            labels: (...) integer token ids; all tokens count if None, which needs a ce_weight of 0.
+            labels: (...) integer token ids; all tokens count if None, which needs a ce_weight of 0 (and ce is 0).
             teacher_hidden, teacher_weight, teacher_bias: (..., Ht), (Vt,Ht) and (Vt,), also of another dtype; without a teacher
                 kd is 0.
             teacher_topk: (values, indices) (..., K) of a teacher that ran earlier.
@@ -122,7 +122,11 @@ class DistillationHead(nn.Module):
         if labels is None:
             if self.weights[0] != 0:
                 raise InputError("labels must be given where ce_weight is not 0")
-            labels = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+            labels = torch.full(hidden.shape[:-1], int(self.ignore_index == 0), device=hidden.device)  # any that counts
+            teacher = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight, "teacher_bias": teacher_bias}
+            others: dict[str, Any] = teacher | {"bias": bias, "weights": weights, "num_items": num_items}
+            found = self.forward(hidden, weight, labels, teacher_topk=teacher_topk, **others)
+            return found._replace(ce=torch.zeros_like(found.ce))
         if teacher_topk is not None and (not isinstance(teacher_topk, tuple | list) or len(teacher_topk) != 2):
             raise InputError(f"teacher_topk must be a pair (values, indices), got {type(teacher_topk).__name__}")
         of_rows = {"hidden": hidden, "teacher_hidden": teacher_hidden, "weights": weights}
@@ -131,11 +135,7 @@ class DistillationHead(nn.Module):
         shape, labels, taught = labels.shape, labels.flatten().long(), rows["teacher_hidden"]
         arguments: Any = (*_autocast(rows["hidden"], weight), *_autocast(taught, teacher_weight), labels)
         topk = None if teacher_topk is None else (rows["values"], rows["indices"])
-        options: dict[str, Any] = self.options | {
-            "student_bias": bias,
-            "teacher_bias": teacher_bias,
-            "teacher_topk": topk,
-        }
+        options = self.options | {"student_bias": bias, "teacher_bias": teacher_bias, "teacher_topk": topk}
         if self.reduction == "none":
             return self._each(arguments, options, weights, shape)
         factors = (1.0, 0.0) if taught is None and topk is None else self.weights

@@ -66,7 +66,8 @@ def generalized_jsd_loss(
         counted = labels != IGNORED
         student, teacher = student[counted], teacher[counted]
     if reduction == "none" and num_items_in_batch is None:
-        return _terms(student / temperature, teacher / temperature, float(beta))
+        dtype = torch.promote_types(student.dtype, teacher.dtype)
+        return _terms(student.to(dtype) / temperature, teacher.to(dtype) / temperature, float(beta))
     student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
     total = _Divergence.apply(student, teacher, _FULL.get(beta, "jsd"), float(beta), float(temperature))
     if num_items_in_batch is not None:

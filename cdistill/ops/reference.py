@@ -16,6 +16,31 @@ from cdistill.ops._contract import LEAST_SHARE
 from cdistill.ops.linear_distillation import LinearDistillation
 
 
+def _scores(
+    q: Tensor,
+    k: Tensor,
+    causal: bool,
+    scale: float | None,
+    key_mask: Tensor | None,
+    cu_seqlens: Sequence[int] | None,
+) -> tuple[Tensor, Tensor]:
+    """Scores (B,Hq,Tq,T), and which keys the queries see (B,1,Tq,T). Fewer queries than keys are those of the last keys."""
+    batch, q_heads, queries, width = q.shape
+    tokens = k.shape[2]
+    k = k.repeat_interleave(q_heads // k.shape[1], dim=1)
+    scores = q @ k.transpose(-1, -2) * (width**-0.5 if scale is None else scale)
+    visible = torch.ones(batch, 1, tokens, tokens, dtype=torch.bool, device=q.device)
+    if causal:
+        visible = visible.tril()
+    if cu_seqlens is not None:
+        document = torch.bucketize(torch.arange(tokens), torch.tensor(cu_seqlens), right=True)
+        visible = visible & (document[:, None] == document).to(q.device)
+    visible = visible[:, :, tokens - queries :]
+    if key_mask is not None:
+        visible = visible & key_mask[:, None, None, :]
+    return scores, visible
+
+
 def attention_probabilities(
     q: Tensor,
     k: Tensor,
@@ -30,25 +55,32 @@ def attention_probabilities(
 
     A query that sees no key has probability zero everywhere. Fewer queries than keys are those of the last keys.
     """
-    batch, q_heads, queries, width = q.shape
-    tokens = k.shape[2]
-    k = k.repeat_interleave(q_heads // k.shape[1], dim=1)
-    scores = q @ k.transpose(-1, -2) * (width**-0.5 if scale is None else scale)
-    visible = torch.ones(batch, 1, tokens, tokens, dtype=torch.bool, device=q.device)
-    if causal:
-        visible = visible.tril()
-    if cu_seqlens is not None:
-        document = torch.bucketize(torch.arange(tokens), torch.tensor(cu_seqlens), right=True)
-        visible = visible & (document[:, None] == document).to(q.device)
-    visible = visible[:, :, tokens - queries :]
-    if key_mask is not None:
-        visible = visible & key_mask[:, None, None, :]
+    scores, visible = _scores(q, k, causal, scale, key_mask, cu_seqlens)
     if lse is None:
         some_key = visible.any(-1, keepdim=True)
         scores = scores.masked_fill(~visible & some_key, -torch.inf)
         return torch.softmax(scores, dim=-1).masked_fill(~visible, 0.0)
     exponents = (scores - lse.to(q.dtype)[..., None]).masked_fill(~visible, -torch.inf)
     return exponents.exp()
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Oracle of ``cdistill.ops.flash_attention``."""
+    options: dict[str, Any] = {"causal": causal, "scale": scale, "key_mask": key_mask, "cu_seqlens": cu_seqlens}
+    scores, visible = _scores(q, k, *options.values())
+    some_key = visible.any(-1)
+    lse = scores.masked_fill(~visible & some_key[..., None], -torch.inf).logsumexp(-1)
+    out = attention_probabilities(q, k, **options) @ v.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    return out, lse.masked_fill(~some_key, -torch.inf)
 
 
 def attention_slice(
@@ -91,12 +123,13 @@ def _vector_distance(student: Tensor, target: Tensor, loss: str) -> Tensor:
     t, s = target / target.sum(), student / student.sum()
     seen = s.clamp(min=LEAST_SHARE)
     if loss == "kl":
-        return (torch.xlogy(t, t) - t * seen.log()).sum()
+        return (torch.xlogy(t, t.clamp(min=LEAST_SHARE)) - t * seen.log()).sum()
     if loss == "reverse_kl":
         return (s * (seen.log() - t.clamp(min=LEAST_SHARE).log())).sum()
     if loss == "jsd":
         m = (seen + t.clamp(min=LEAST_SHARE)) / 2
-        return (torch.xlogy(t, t) - t * m.log() + s * (seen.log() - m.log())).sum() / 2
+        of_target = torch.xlogy(t, t.clamp(min=LEAST_SHARE)) - t * m.log()
+        return (of_target + s * (seen.log() - m.log())).sum() / 2
     raise InputError(f"loss {loss!r} is not known here")
 
 

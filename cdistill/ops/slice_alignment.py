@@ -119,4 +119,5 @@ def slice_alignment(
     if not a.numel():
         return a.new_zeros(len(a)) + 0.0 * (a.sum() + target.sum())
     how = loss, reduction, sink_filter, target.requires_grad, impl
-    return torch.ops.cdistill.slice_alignment(a, target, row_valid, col_valid, *how)[0]
+    tensors = (x.contiguous() for x in (a, target, row_valid, col_valid))  # as kernels read them
+    return torch.ops.cdistill.slice_alignment(*tensors, *how)[0]
