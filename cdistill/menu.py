@@ -75,6 +75,18 @@ def unknown(words: list[str], names: Iterable[str]) -> str | None:
     return f"there is no command {first!r}{near} (`{PROGRAM} --help` lists all)"
 
 
+def blank(words: list[str]) -> str | None:
+    """What to say of words that hold nothing but space, as an unset variable of a shell gives them; None if there are none."""
+    for index, word in enumerate(words):
+        option, _, value = word.partition("=") if word.startswith("-") and "=" in word else ("", "", word)
+        if value.strip():
+            continue
+        before = words[index - 1] if index else ""
+        name = option or (before if before.startswith("-") and "=" not in before else "an argument")
+        return f"{name} must not be blank, got {value!r}: leave it out, or say what it is"
+    return None
+
+
 def _nearest(words: list[str], names: Iterable[str]) -> str:
     found = [near for word in words for near in difflib.get_close_matches(word, list(names), n=1)]
     return f"; did you mean {found[0]}?" if found else ""

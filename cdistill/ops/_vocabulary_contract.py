@@ -6,12 +6,10 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from cdistill.choices import DIVERGENCES
+from cdistill.choices import DIVERGENCES, HUGE, NOT_EXTREME, TINY, too_extreme
 from cdistill.errors import InputError
 from cdistill.ops._contract import DTYPES, is_number, require_choice, require_device, require_shape, require_tensor
 from cdistill.ops._vocabulary import Inputs, Options
-
-TINY, HUGE = 2.0**-100, 2.0**100  # of numbers that kernels take and divide by in fp32
 
 
 def _require_side(side: str, hidden: Any, head: Any, bias: Tensor | None, rows: int) -> None:
@@ -50,9 +48,10 @@ def _require_topk(topk: Any, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def require_number(name: str, value: Any, low: float, high: float, text: str) -> float:
-    """Raise ValueError unless low < value < high, which ``text`` says in words."""
+    """Raise ValueError unless low < value < high, which ``text`` says in words, without the size that fp32 can hold."""
     if not is_number(value) or not low < value < high:
-        raise InputError(f"{name} must be {text}, got {value!r}")
+        fits = low < 0 or not is_number(value) or value <= 0 or not too_extreme(value)
+        raise InputError(f"{name} must be {text if fits else NOT_EXTREME}, got {value!r}")
     return float(value)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
+from cdistill.choices import HUGE
 from cdistill.errors import InputError
 from cdistill.ops._contract import laid_out_like
 from cdistill.ops._dispatch import backend, warn_once
@@ -23,7 +24,7 @@ from cdistill.ops._vocabulary import (
     losses_and_gradients,
     token_losses,
 )
-from cdistill.ops._vocabulary_contract import HUGE, Given, LogitOptions, checked_inputs, checked_options, require_number
+from cdistill.ops._vocabulary_contract import Given, LogitOptions, checked_inputs, checked_options, require_number
 
 SAME_RATIO = 1e-5  # relative: upstream gradients are rounded
 
