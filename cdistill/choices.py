@@ -99,6 +99,11 @@ def require_count(name: str, value: int, most: int = MOST, least: int = 1) -> No
         raise InputError(f"{name} must be at most {most:,}, got {in_short(value)}")
 
 
+def begins_at_home(path: str) -> bool:
+    """Whether a path begins with ``~``, which shells expand: where they do not, a folder would be called that."""
+    return path == "~" or path.startswith("~/")
+
+
 def too_extreme(value: float) -> bool:
     """Whether a finite number becomes 0 or infinity on the way, in fp32."""
     return value != 0 and math.isfinite(value) and not TINY <= abs(value) <= HUGE
@@ -110,7 +115,7 @@ NOT_EXTREME = f"between {TINY:g} and {HUGE:g} in size, which fp32 can hold"
 def in_short(number: int) -> str:
     """A whole number as a message shows it, of whatever size: 1,000 digits would hide what is said of them."""
     bits = number.bit_length()
-    return f"{number}" if bits <= 64 else f"{number:.3g}" if bits < 1000 else f"one of {bits} bits"
+    return f"{number}" if abs(number) <= MOST else f"{number:.3g}" if bits < 1000 else f"one of {bits} bits"
 
 
 def check_choices(config: Any, name: str) -> None:

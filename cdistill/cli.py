@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words:
         print(menu.page(GROUPS), end="", file=sys.stderr)
         return 2
-    wrong = menu.unknown(words, COMMANDS) or menu.blank(words)
+    wrong = menu.unknown(words, COMMANDS) or menu.blank_or_home(words)
     if wrong is not None:
         print_error(InputError(wrong))
         return 2

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from cdistill import __version__
+from cdistill.choices import begins_at_home
 from cdistill.errors import InputError
 
 PROGRAM = "cdistill"
@@ -75,10 +76,16 @@ def unknown(words: list[str], names: Iterable[str]) -> str | None:
     return f"there is no command {first!r}{near} (`{PROGRAM} --help` lists all)"
 
 
-def blank(words: list[str]) -> str | None:
-    """What to say of words that hold nothing but space, as an unset variable of a shell gives them; None if there are none."""
+def blank_or_home(words: list[str]) -> str | None:
+    """What to say of words that hold nothing but space, as an unset variable of a shell gives them, or that begin with a ``~``
+    which no shell has expanded; None if there are none.
+    """
     for index, word in enumerate(words):
         option, _, value = word.partition("=") if word.startswith("-") and "=" in word else ("", "", word)
+        if begins_at_home(value):
+            return (
+                f"{value!r} must be written out: a shell expands ~ at the beginning of a word alone, and not in quotes"
+            )
         if value.strip():
             continue
         before = words[index - 1] if index else ""

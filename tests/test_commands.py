@@ -52,6 +52,21 @@ def test_what_is_not_known_is_one_line_with_the_nearest(words, said, capsys):
     assert line.startswith(f"cdistill: error: {said}")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["init", "~/new", "--teacher", "t", "--student", "s", "--data", "d"], "'~/new' must be written out"),
+        (["init", "a\nb", "--teacher", "t", "--student", "s", "--data", "d"], "holds characters that cannot be shown"),
+        (["report", "run", "--output=~/page.html"], "'~/page.html' must be written out"),
+    ],
+)
+def test_paths_that_would_surprise_are_refused(words, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("blank", ["", " ", "\u00a0", "\t\n"])
 @pytest.mark.parametrize(
     ("words", "said"),

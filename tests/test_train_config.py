@@ -191,9 +191,20 @@ def test_overrides_reach_every_level_and_are_yaml(path):
         recipe.seed = 4
 
 
+def test_five_mistakes_are_five_lines_whatever_they_are(path):
+    wrong = ["sede=1", "kd.temperature=1e-320", "output=~/runs", "vat.layers=middle", f"stage.dft.samples={10**30}"]
+    with pytest.raises(ValueError) as raised:
+        load_recipe(path, wrong)
+    lines = str(raised.value).splitlines()
+    assert len(lines) == 5
+    for override in wrong:
+        assert sum(override.partition("=")[0] in line for line in lines) == 1, (override, lines)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("output=~/runs", r"output must be written out, got '~/runs': shells alone know what ~ is"),
         ("sede=1", r"sede is not a known key; did you mean seed\?"),
         ("stage.dft.lr=1", r"stage\.dft\.lr is not a known key"),
         ("vat.rows=question", r"vat\.rows must be one of answer, predicting, text, visual, all, got 'question'"),

@@ -79,6 +79,8 @@ def main(options: argparse.Namespace) -> int:
 def _target(text: str) -> Path:
     """The file to write. Raises ValueError if something has its name."""
     target = Path(text)
+    if not text.isprintable():
+        raise InputError(f"{text!r} holds characters that cannot be shown: the recipe is named by it, so take another")
     if target.suffix.lower() not in _YAML:
         if target.exists() and not target.is_dir():
             raise InputError(f"{target} is a file already: name a folder, or a recipe that ends in {_YAML[0]}")

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from cdistill.choices import MOST, NOT_EXTREME, in_short, range_in_words, too_extreme
+from cdistill.choices import MOST, NOT_EXTREME, begins_at_home, in_short, range_in_words, too_extreme
 from cdistill.data import strict_yaml
 from cdistill.errors import InputError
 from cdistill.runtime.errors import Mistakes
@@ -37,12 +37,15 @@ def build(cls: type[T], content: Any) -> T:
         text = json.dumps(values)
     except TypeError as error:
         raise InputError(f"a recipe holds plain values, as YAML does: {error}") from None
-    if unusable := list(_unusable(values)):
-        raise Mistakes("\n".join(unusable))
+    lines = list(_unusable(values))
     try:
-        return _adapter(of).validate_json(text)
+        built: T = _adapter(of).validate_json(text)
     except ValidationError as error:
-        lines = _lines(error.errors(include_url=False), root)
+        told = {line.split(" ")[0] for line in lines}
+        lines += [line for line in _lines(error.errors(include_url=False), root) if line.split(" ")[0] not in told]
+    else:
+        if not lines:
+            return built
     if isinstance(values, Mapping):
         _section(of, values, "", lines)
     raise Mistakes("\n".join(dict.fromkeys(lines)))
@@ -60,6 +63,8 @@ def _unusable(value: Any, key: str = "") -> Iterator[str]:
         yield f"{key} must be at most {MOST:,}, got {in_short(value)}"
     elif isinstance(value, float) and too_extreme(value):
         yield f"{key} must be {NOT_EXTREME}, got {value}"
+    elif isinstance(value, str) and begins_at_home(value):
+        yield f"{key} must be written out, got {value!r}: shells alone know what ~ is"
     elif isinstance(value, str) and "\0" in value:
         yield f"{key} must hold no null character, got {value!r:.80}"
 
