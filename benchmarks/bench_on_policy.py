@@ -53,7 +53,7 @@ class Pair:
         labels = ids.clone()
         labels[:, :PROMPT] = -100
         self.batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
-        self.no_answers = {"sampled": torch.ones(SAMPLES, dtype=torch.bool)}  # as in GKD: no cross-entropy
+        self.no_answers = {"sampled": torch.ones_like(ids, dtype=torch.bool)}  # as in GKD: no cross-entropy
         kd = KDConfig(divergence="jsd", beta=0.5)
         self.losses = DistillationModel(
             self.student, configured(("ar", "kd"), Settings(kd)), teacher=copy.deepcopy(self.teacher)

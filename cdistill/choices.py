@@ -300,6 +300,9 @@ class OnPolicyConfig:
     """Tokens are drawn from the smallest set that has this share of the probability."""
     max_new_tokens: Annotated[int, Ge(1)] = 128
     """Tokens at which a reply is cut; `max_length` of the data cuts it, too."""
+    vllm_server: str | None = None
+    """http://HOST:PORT of a vLLM server that generates in the student's place: it takes up the student's weights at every
+    step from a folder `served` of the run, which it must see by the same path."""
 
     def __post_init__(self) -> None:
         check_choices(self, "generation")

@@ -72,6 +72,15 @@ def test_another_ratio_is_told_once():
         assert len(messages) == told
 
 
+@pytest.mark.parametrize("of_ce, of_kd", [(1.0, torch.nan), (torch.nan, 1.0)])
+def test_a_gradient_that_is_no_number_reaches_the_leaves(impl, of_ce, of_kd):
+    hidden = draw()["student_hidden"].requires_grad_()
+    result = run(impl, draw() | {"student_hidden": hidden})
+    (of_ce * result.ce + of_kd * result.kd).backward()
+    counted = draw()["labels"] != -100
+    assert hidden.grad[counted].isnan().all()
+
+
 @pytest.mark.parametrize("name", ["ce", "kd"])
 def test_one_loss_alone(impl, name):
     inputs = draw(seed=3)

@@ -122,6 +122,12 @@ BAD = [
     ({"loss_weights": (1.0,)}, "loss_weights must be two numbers"),
     ({"loss_weights": (1.0, float("nan"))}, "loss_weights must be two finite numbers"),
     ({"loss_weights": (1e308, 1)}, "loss_weights must be two finite numbers"),
+    ({"loss_weights": (1e-40, -1e-45)}, "loss_weights must not both be within 2^-100 of 0"),
+    ({"topk_tail": "no"}, "topk_tail must be True or False, got 'no'"),
+    (
+        {"student_hidden": torch.zeros(13, 0), "student_head": torch.zeros(29, 0)},
+        "student_hidden must have at least one",
+    ),
     ({"ignore_index": 2**70}, "ignore_index must be a whole number"),
     ({"vocab_size": 30}, "vocab_size must be from 1 to 29"),
     ({"vocab_size": 0}, "vocab_size must be from 1 to 29"),

@@ -139,12 +139,28 @@ def test_a_causal_models_hidden_states_predict_the_next_label(drawn, reduction):
 
 
 def test_without_a_label_that_counts_the_loss_is_0_with_gradient_0(drawn):
-    for reduction in ("mean", "sum", "none"):
+    for reduction, items in (("mean", None), ("mean", 0), ("mean", torch.tensor(0)), ("sum", None), ("none", None)):
         hidden, weight, bias = leaves(drawn)
         head = DistillationHead(reduction=reduction)
-        loss = head(hidden, weight, torch.full((N,), -100), bias=bias).loss
+        loss = head(hidden, weight, torch.full((N,), -100), bias=bias, num_items=items).loss
         loss.sum().backward()
         assert (loss == 0).all() and all((x.grad == 0).all() for x in (hidden, weight, bias))
+
+
+def test_a_global_count_of_0_divides_nothing(drawn):
+    ignored = torch.full((N,), -100)
+    assert generalized_jsd_loss(drawn["hidden"], drawn["hidden"] * 2, ignored, num_items_in_batch=0) == 0
+
+
+def test_an_infinite_loss_of_weight_0_has_no_part(drawn):
+    hidden, weight, bias = leaves(drawn)
+    labels = drawn["labels"].clamp(max=V - 2)
+    with torch.no_grad():
+        bias[V - 1] = -torch.inf  # of a token that is no label: the divergence alone is infinite
+    teacher = {name: drawn[name] for name in ("teacher_hidden", "teacher_weight")}
+    found = DistillationHead(kd_weight=0.0, reduction="none")(hidden, weight, labels, bias=bias, **teacher)
+    assert not found.kd[0].isfinite()
+    torch.testing.assert_close(found.loss, F.cross_entropy(hidden @ weight.T + bias, labels, reduction="none"))
 
 
 def test_divergence_alone_needs_no_labels(drawn):
@@ -175,6 +191,9 @@ def test_what_cannot_be_right_is_refused(drawn):
         ({"divergence": "kl"}, "divergence must be one of forward_kl, reverse_kl, jsd, got 'kl'"),
         ({"ce_weight": 0.0, "kd_weight": 0.0}, "ce_weight and kd_weight must not both be 0"),
         ({"beta": 1.5}, "beta must be from 0 to 1, got 1.5"),
+        ({"ce_weight": float("nan")}, "ce_weight must be a finite number, got nan"),
+        ({"kd_weight": "2"}, "kd_weight must be a finite number, got '2'"),
+        ({"shift": "no"}, "shift must be True or False, got 'no'"),
         ({"softcap": 3.0}, "softcap: no option of DistillationHead"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -184,6 +203,14 @@ def test_what_cannot_be_right_is_refused(drawn):
         (DistillationHead(), {"labels": None}, "labels must be given where ce_weight is not 0"),
         (DistillationHead(), {"labels": labels[:-1]}, r"hidden must have the shape of labels \(19,\), got \(20, 16\)"),
         (DistillationHead(reduction="sum"), {"labels": labels, "num_items": 3}, "num_items is what a mean divides by"),
+        (DistillationHead(), {"labels": labels, "num_items": -3}, "num_items must be a number above 0, got -3"),
+        (DistillationHead(), {"labels": labels, "num_items": 0}, "num_items must be above 0 where labels count"),
+        (DistillationHead(), {"labels": labels, "num_items": torch.tensor(-3)}, "num_items must be above 0"),
+        (DistillationHead(), {"labels": labels, "num_items": torch.ones(2)}, "num_items must be one number"),
+        (DistillationHead(), {"labels": labels + 0.5}, "labels must have an integer dtype, got torch.float32"),
+        (DistillationHead(), {"labels": labels > 0}, "labels must have an integer dtype, got torch.bool"),
+        (DistillationHead(), {"labels": labels, "teacher_topk": (hidden,) * 3}, "teacher_topk must be a pair"),
+        (DistillationHead(shift=True), {"labels": labels}, r"labels must have shape \(B, T\) with shift=True"),
         (DistillationHead(reduction="none"), {"labels": labels, "weights": torch.ones(N)}, "weights are for sums"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -193,6 +220,15 @@ def test_what_cannot_be_right_is_refused(drawn):
     for changes, message in (
         ({"temperature": 0}, "temperature must be a finite number above 0, got 0"),
         ({"student_logits": hidden.double()}, "student_logits must be float16, bfloat16 or float32"),
+        ({"temperature": 1e-39}, "temperature must be a finite number above 0"),
+        ({"labels": labels + 0.5}, "labels must have an integer dtype, got torch.float32"),
+        ({"labels": labels > 0}, "labels must have an integer dtype, got torch.bool"),
+        ({"num_items_in_batch": -2}, "num_items_in_batch must be a number above 0, got -2"),
+        ({"num_items_in_batch": torch.ones(2)}, "num_items_in_batch must be one number"),
+        ({"num_items_in_batch": 0}, "num_items_in_batch must be above 0 where labels count"),
+        ({"top_k": H + 1}, f"top_k must be from 0 to the {H} tokens"),
+        ({"top_k": -1}, "top_k must be from 0"),
+        ({"logits_are_probs": "no"}, "logits_are_probs must be True or False"),
     ):
         with pytest.raises(ValueError, match=message):
             generalized_jsd_loss(**({"student_logits": hidden, "teacher_logits": hidden} | changes))

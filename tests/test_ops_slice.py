@@ -225,6 +225,8 @@ BAD = [
     ({"key_mask": torch.ones(8, dtype=torch.bool)}, "key_mask must have shape (B, T)"),
     ({"scale": float("nan")}, "scale must be None or a finite number"),
     ({"scale": torch.ones(())}, "scale must be None or a finite number"),
+    ({"scale": 1e-46}, "scale must be 0 or of a size from 2^-100 to 2^100, got 1e-46"),
+    ({"scale": -1e39}, "scale must be 0 or of a size from 2^-100 to 2^100"),
     ({"causal": "yes"}, "causal must be True or False"),
     ({"heads": "all"}, "heads must be one of"),
     ({"impl": "cuda"}, "impl must be None or one of"),

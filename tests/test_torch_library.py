@@ -6,6 +6,7 @@ import pytest
 import torch
 from op_cases import Case, device_of, draw, moved
 
+from cdistill.nn import DistillationHead
 from cdistill.ops import (
     AttentionProblem,
     attention_alignment,
@@ -171,6 +172,20 @@ def test_linear_distillation_compiles_without_a_graph_break(impl, k, transposed)
     want = vocabulary_gradients(vocabulary_losses, impl, *arguments)
     for got, x in zip(vocabulary_gradients(compiled, impl, *arguments), want, strict=True):
         torch.testing.assert_close(got, x)
+
+
+def test_a_count_of_tokens_breaks_no_graph():
+    torch._dynamo.reset()
+    hidden, weight, _ = heads("cpp")[0]
+    labels = heads("cpp")[3]
+
+    def mean(count):
+        return DistillationHead()(hidden, weight, labels, num_items=count).loss
+
+    compiled = torch.compile(mean, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(torch.tensor(7)), mean(7))
+    with pytest.raises(RuntimeError, match="num_items must be above 0 where labels count"):
+        compiled(torch.tensor(-7))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -305,6 +305,11 @@ def test_heads_that_cannot_be_matched_are_refused_in_one_line(values, more, mess
         ("target", torch.rand(1, 2, 3).double(), "target must be float32"),
         ("rows", torch.zeros(1, 5, dtype=torch.long), "rows must have shape"),
         ("loss", "reverse_kl", "loss must be one of"),
+        ("rows", torch.tensor([[4.0, 5.0]]), "rows must have an integer dtype"),
+        ("causal", "no", "causal must be True or False"),
+        ("key_mask", torch.ones(1, 2, dtype=torch.bool), "key_mask must have all tokens that cols name, got T = 2"),
+        ("key_mask", torch.ones(2, 6, dtype=torch.bool), "key_mask must be bool of shape"),
+        ("key_mask", torch.ones(1, 6), "key_mask must be bool of shape"),
     ],
 )
 def test_slices_that_cannot_be_compared_are_refused(argument, wrong, message):

@@ -167,8 +167,10 @@ class BuiltinDataset(Dataset):
         if self.task.one_kind:
             subtypes = (rng.choice(subtypes),)
         while True:
-            scene = scenes.sample_scene(rng, held_out=self.held_out)
-            asked = [questions.ask_any(scene, subtypes, rng) for _ in range(self.task.turns)]
+            scene = scenes.sample_scene(rng, held_out=self.held_out, seen=self.task.pairs == "seen")
+            if self.task.pairs == "unseen" and not any(thing.name in scenes.UNSEEN for thing in scene):
+                continue
+            asked = [questions.ask_any(scene, subtypes, rng, self.task.pairs) for _ in range(self.task.turns)]
             if None in asked:
                 continue
             turns = [(q.text, q.answer) for q in asked if q is not None]

@@ -6,13 +6,15 @@ Every compositional question offers two captions of equal length and form, so th
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cdistill.builtin.scenes import COLOURS, GRID, OPPOSITE, RELATIONS, SHAPES, Scene, Thing
+from cdistill.builtin.scenes import COLOURS, GRID, OPPOSITE, RELATIONS, SHAPES, UNSEEN, Scene, Thing
 from cdistill.errors import InputError
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
+TRIES = 200  # for a question about the pairs that are asked for
 YES_NO, CAPTIONS = ("yes", "no"), ("A", "B")
 
 
@@ -152,6 +154,7 @@ _CAPTION_PAIRS: dict[str, Callable[[Scene, random.Random], tuple[str, str] | Non
 RECOGNITION = ("colour", "existence", "count")
 DIRECT = tuple(_DIRECT)
 COMPOSITIONAL = tuple(_CAPTION_PAIRS)
+_SAME_NAMES = ("replace_rel", "swap_obj")  # both captions name the same objects
 CHOICES = {"colour": COLOURS, "existence": YES_NO, "count": NUMBERS, **dict.fromkeys(COMPOSITIONAL, CAPTIONS)}
 WORDS = (
     *NUMBERS,
@@ -183,10 +186,39 @@ def ask(scene: Scene, subtype: str, rng: random.Random) -> Question | None:
     return Question("compositional", subtype, f"which caption fits ? A {first} B {second}", answer, CAPTIONS)
 
 
-def ask_any(scene: Scene, subtypes: tuple[str, ...], rng: random.Random) -> Question | None:
-    """A question of a sub-type drawn uniformly from those that the scene allows, or None where it allows none of them."""
+def ask_any(scene: Scene, subtypes: tuple[str, ...], rng: random.Random, pairs: str = "all") -> Question | None:
+    """A question of a sub-type drawn uniformly from those that the scene allows, or None where it allows none of them.
+
+    ``pairs`` as in `BuiltinTask`: a question that does not fit is drawn anew. Of the pairs that are left out, names are in the
+    right answer as often as in a wrong one, so that they give nothing away.
+    """
     for subtype in rng.sample(subtypes, len(subtypes)):
-        question = ask(scene, subtype, rng)
-        if question is not None:
-            return question
+        right = rng.random() < 0.5
+        for _ in range(1 if pairs == "all" else TRIES):
+            question = ask(scene, subtype, rng)
+            if question is not None and _fits(question, scene, pairs, right):
+                return question
     return None
+
+
+def _fits(question: Question, scene: Scene, pairs: str, right: bool) -> bool:
+    """Whether a question is about the pairs that are asked for; ``right``: what is true of these, where there is a choice."""
+    if pairs == "all":
+        return True
+    if question.subtype == "existence" and (question.answer == "yes") != right:
+        return False  # or yes, of which fewer are left out, would be right more often
+    if pairs == "seen":
+        return not _unseen(question.text)
+    if question.subtype in COMPOSITIONAL:
+        captions = dict(zip(CAPTIONS, re.split(" [AB] ", question.text)[1:], strict=True))
+        true = _unseen(captions.pop(question.answer))
+        false = _unseen(*captions.values())
+        return true == false > 0 if question.subtype in _SAME_NAMES else (true > 0, false > 0) == (right, not right)
+    if question.subtype == "colour":
+        return any(t.name in UNSEEN and f" {t.shape} " in question.text for t in scene)
+    return question.subtype == "count" or _unseen(question.text) > 0
+
+
+def _unseen(text: str) -> int:
+    """How many of the pairs that are left out a text names."""
+    return sum(name in text for name in UNSEEN)

@@ -16,6 +16,10 @@ PATCH = 8
 IMAGE_SIZE = GRID * PATCH
 MIN_OBJECTS, MAX_OBJECTS = 3, 5
 HELD_OUT_SHARE = 16  # one scene in so many belongs to the held-out split
+# Pairs of colour and shape that samples may leave out: every colour and every shape is in one of them, and in five others.
+UNSEEN = tuple(f"{colour} {shape}" for colour, shape in zip(COLOURS, SHAPES, strict=True))
+_KINDS = range(len(COLOURS) * len(SHAPES))
+_SEEN_KINDS = [kind for kind in _KINDS if kind // len(SHAPES) != kind % len(SHAPES)]
 
 
 @dataclass(frozen=True, order=True)
@@ -60,12 +64,15 @@ def _thing(cell: int, kind: int) -> tuple[Thing, str]:
     return thing, repr(thing)
 
 
-def sample_scene(rng: random.Random, *, held_out: bool = False) -> Scene:
-    """3 to 5 objects in distinct cells, no two of the same colour and shape, in raster order, from the asked split."""
+def sample_scene(rng: random.Random, *, held_out: bool = False, seen: bool = False) -> Scene:
+    """3 to 5 objects in distinct cells, no two of the same colour and shape, in raster order, from the asked split.
+
+    With ``seen`` none of the pairs in `UNSEEN` is among them.
+    """
     while True:
         count = rng.randint(MIN_OBJECTS, MAX_OBJECTS)
         cells = rng.sample(range(GRID * GRID), count)
-        kinds = rng.sample(range(len(COLOURS) * len(SHAPES)), count)
+        kinds = rng.sample(_SEEN_KINDS if seen else _KINDS, count)
         things = [_thing(*pair) for pair in sorted(zip(cells, kinds, strict=True))]
         # `is_held_out` of most scenes says no: their objects are written once for all scenes
         written = f"({', '.join([text for _, text in things])})"

@@ -31,10 +31,14 @@ def held_out_questions(
     seed: int = 0,
     modality: str = "image",
     tokenizer: PreTrainedTokenizerFast | None = None,
+    pairs: str = "all",
 ) -> BuiltinDataset:
-    """``n`` single questions of one kind, each about its own held-out scene; no two kinds share their scenes."""
+    """``n`` single questions of one kind, each about its own held-out scene; no two kinds share their scenes.
+
+    ``pairs``: of colour and shape, see `BuiltinTask`.
+    """
     return BuiltinDataset(
-        BuiltinTask(modality=modality, turns=1, subtypes=(subtype,)),
+        BuiltinTask(modality=modality, turns=1, subtypes=(subtype,), pairs=pairs),
         size=n,
         seed=seed * len(SUBTYPES) + SUBTYPES.index(subtype),
         tokenizer=tokenizer,

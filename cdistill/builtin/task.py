@@ -9,6 +9,7 @@ from cdistill.errors import InputError
 SUBTYPES = (*DIRECT, *COMPOSITIONAL)
 CAPTION, MIXED = "caption", "mixed"  # kinds of samples without questions, and with questions of several kinds
 MODALITIES = ("image", "text")
+PAIRS = ("all", "seen", "unseen")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class BuiltinTask:
         turns: questions per sample.
         subtypes: kinds of questions, drawn uniformly.
         one_kind: the questions of a sample are all of one kind.
+        pairs: of colour and shape. ``seen``: none of `scenes.UNSEEN` is in a scene, a question or an answer; ``unseen``: every
+            scene has one of them, and questions name one, but those that count; of two captions either one does.
         text: of image samples, the share whose scene is written out instead, with questions of every kind.
     """
 
@@ -32,10 +35,13 @@ class BuiltinTask:
     subtypes: tuple[str, ...] = SUBTYPES
     one_kind: bool = False
     text: float = 0.0
+    pairs: str = "all"
 
     def __post_init__(self) -> None:
         if self.modality not in MODALITIES:
             raise InputError(f"modality must be {' or '.join(MODALITIES)}, got {self.modality!r}")
+        if self.pairs not in PAIRS:
+            raise InputError(f"pairs must be one of {', '.join(PAIRS)}, got {self.pairs!r}")
         if not 0.0 <= self.caption <= 1.0:
             raise InputError(f"caption must lie between 0 and 1, got {self.caption}")
         if not 0.0 <= self.text < 1.0:

@@ -42,9 +42,10 @@ class Exam:
         n: questions per sub-type, each about a scene of its own.
         seed: of scenes, questions and pixel noise.
         modality: ``image``, or ``text`` with the scenes written out.
+        pairs: of colour and shape that are asked about: ``all``, or those that training with `BuiltinTask.pairs` leaves out.
     """
 
-    def __init__(self, *, n: int = 500, seed: int = 0, modality: str = "image") -> None:
+    def __init__(self, *, n: int = 500, seed: int = 0, modality: str = "image", pairs: str = "all") -> None:
         require_count("n", n, MOST_DRAWN)
         self.n, self.seed, self.modality = n, seed, modality
         self.tokenizer = build_tokenizer()
@@ -52,7 +53,8 @@ class Exam:
         vocabulary = self.tokenizer.get_vocab()
         self._choices = {s: [vocabulary[word] for word in CHOICES[s]] for s in SUBTYPES}
         self._data: dict[str, BuiltinDataset] = {
-            s: held_out_questions(s, n=n, seed=seed, modality=modality, tokenizer=self.tokenizer) for s in SUBTYPES
+            s: held_out_questions(s, n=n, seed=seed, modality=modality, tokenizer=self.tokenizer, pairs=pairs)
+            for s in SUBTYPES
         }
 
     def evaluate(self, model: Model, title: str = "built-in task", batch_size: int | None = None) -> dict[str, Any]:

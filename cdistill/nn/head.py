@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 from cdistill.choices import DIVERGENCES
 from cdistill.errors import InputError
 from cdistill.ops import linear_distillation, linear_token_losses
-from cdistill.ops._contract import is_number
+from cdistill.ops._contract import HUGE, is_number, require_bool, require_values
+from cdistill.ops._vocabulary_contract import require_number
 
 REDUCTIONS = ("mean", "sum", "none")
 _FULL = {0.0: "forward_kl", 1.0: "reverse_kl"}  # what "jsd" is at the ends of beta, as Liger and TRL have it
@@ -63,7 +64,11 @@ class DistillationHead(nn.Module):
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         if not is_number(beta) or not 0 <= beta <= 1:
             raise InputError(f"beta must be from 0 to 1, got {beta!r}")
-        if not ce_weight and not kd_weight:
+        require_bool("shift", shift)
+        both = (("ce_weight", ce_weight), ("kd_weight", kd_weight))
+        ce, kd = (require_number(name, weight, -HUGE, HUGE, "a finite number") for name, weight in both)
+        self.weights = (ce, kd)
+        if not any(self.weights):
             raise InputError("ce_weight and kd_weight must not both be 0")
         unknown = set(options) - _OPTIONS
         if unknown:
@@ -72,7 +77,6 @@ class DistillationHead(nn.Module):
             )
         if divergence == "jsd" and beta in _FULL:
             divergence, beta = _FULL[beta], 0.5
-        self.weights = (float(ce_weight), float(kd_weight))
         self.reduction, self.ignore_index, self.shift = reduction, ignore_index, shift
         self.options = options | {"divergence": divergence, "beta": beta, "temperature": temperature}
         self.options["ignore_index"] = ignore_index
@@ -119,8 +123,10 @@ class DistillationHead(nn.Module):
             if self.weights[0] != 0:
                 raise InputError("labels must be given where ce_weight is not 0")
             labels = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+        if teacher_topk is not None and (not isinstance(teacher_topk, tuple | list) or len(teacher_topk) != 2):
+            raise InputError(f"teacher_topk must be a pair (values, indices), got {type(teacher_topk).__name__}")
         of_rows = {"hidden": hidden, "teacher_hidden": teacher_hidden, "weights": weights}
-        of_rows |= dict(zip(("values", "indices"), teacher_topk or (), strict=False))
+        of_rows |= dict(zip(("values", "indices"), teacher_topk or (None, None), strict=True))
         labels, rows = self._rows(labels, of_rows)
         shape, labels, taught = labels.shape, labels.flatten().long(), rows["teacher_hidden"]
         arguments: Any = (*_autocast(rows["hidden"], weight), *_autocast(taught, teacher_weight), labels)
@@ -135,14 +141,16 @@ class DistillationHead(nn.Module):
         factors = (1.0, 0.0) if taught is None and topk is None else self.weights
         ce, kd, tokens = linear_distillation(*arguments, **options, weights=rows["weights"], loss_weights=factors)
         if self.reduction == "mean":
-            count = tokens.clamp(min=1) if num_items is None else num_items
+            count = tokens.clamp(min=1) if num_items is None else divisor("num_items", num_items, tokens)
             ce, kd = ce / count, kd / count
-        loss = sum(w * x for w, x in zip(self.weights, (ce, kd), strict=True) if w)
-        assert isinstance(loss, Tensor)
-        return HeadLosses(loss, ce.detach(), kd.detach(), tokens)
+        return HeadLosses(_weighted(self.weights, ce, kd), ce.detach(), kd.detach(), tokens)
 
     def _rows(self, labels: Tensor, of_rows: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Labels (...), shifted if so asked, and what belongs to them, flat: (N,), or (N,H)."""
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise InputError(f"labels must have an integer dtype, got {labels.dtype}")
+        if self.shift and labels.dim() != 2:
+            raise InputError(f"labels must have shape (B, T) with shift=True, got {tuple(labels.shape)}")
         labels = labels[:, 1:] if self.shift else labels
         rows: dict[str, Any] = {}
         for name, x in of_rows.items():
@@ -164,7 +172,7 @@ class DistillationHead(nn.Module):
             raise InputError("weights are for sums: with reduction 'none' multiply the losses yourself")
         with torch.no_grad():
             found = linear_token_losses(*arguments, **options)
-        loss = self.weights[0] * found.ce + self.weights[1] * found.kd
+        loss = _weighted(self.weights, found.ce, found.kd)
         leaves = (arguments[0], arguments[1], options["student_bias"])
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves):
             loss = _EachLoss.apply(loss, arguments, options, self.weights, *leaves)
@@ -207,6 +215,29 @@ class _EachLoss(torch.autograd.Function):
             wanted = [x for x in made if x is not None and x.requires_grad]
             found = iter(torch.autograd.grad(ctx.factors[0] * ce + ctx.factors[1] * kd, wanted))
         return None, None, None, None, *(next(found) if x is not None and x.requires_grad else None for x in made)
+
+
+def _weighted(weights: tuple[float, float], ce: Tensor, kd: Tensor) -> Tensor:
+    """The sum of both losses; one of weight 0 has no part in it, also where it is infinite."""
+    loss = sum(w * x for w, x in zip(weights, (ce, kd), strict=True) if w)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def divisor(name: str, num_items: Any, tokens: Tensor) -> Any:
+    """What a sum over () tokens is divided by; 1 where none counts, whose losses are 0."""
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise InputError(f"{name} must be one number, got shape {tuple(num_items.shape)}")
+        num_items = num_items.reshape(()).to(tokens.device)
+        require_values((num_items > 0) | (tokens == 0), f"{name} must be above 0 where labels count")
+        return torch.where(tokens == 0, 1, num_items)
+    if not is_number(num_items) or not 0 <= num_items < HUGE:
+        raise InputError(f"{name} must be a number above 0, got {num_items!r}")
+    if num_items == 0:
+        require_values(tokens == 0, f"{name} must be above 0 where labels count, got 0")
+        return 1
+    return num_items
 
 
 def _autocast(hidden: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

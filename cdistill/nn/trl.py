@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cdistill.errors import InputError
-from cdistill.ops._contract import DTYPES, is_number
+from cdistill.nn.head import divisor
+from cdistill.ops._contract import DTYPES, HUGE, TINY, is_number, require_bool
 from cdistill.ops._dispatch import backend
 from cdistill.ops._problem import VocabularyOptions, VocabularyRows
+from cdistill.ops._vocabulary_contract import require_number
 
 IGNORED = -100
 ROW_UNIT = 64  # elements by which rows are aligned for kernels
@@ -49,6 +52,9 @@ def generalized_jsd_loss(
         ValueError: other shapes than these, or a reduction that is not named here.
     """
     _check(student_logits, teacher_logits, labels, beta, temperature, reduction)
+    require_bool("logits_are_probs", logits_are_probs)
+    if not is_number(top_k, Integral) or not 0 <= top_k <= student_logits.shape[-1]:
+        raise InputError(f"top_k must be from 0 to the {student_logits.shape[-1]} tokens of the logits, got {top_k!r}")
     teacher_logits = teacher_logits.detach()
     if logits_are_probs:
         student_logits, teacher_logits = (x.float().clamp_min(1e-8).log() for x in (student_logits, teacher_logits))
@@ -64,7 +70,8 @@ def generalized_jsd_loss(
     student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
     total = _Divergence.apply(student, teacher, _FULL.get(beta, "jsd"), float(beta), float(temperature))
     if num_items_in_batch is not None:
-        return total / num_items_in_batch
+        tokens = torch.tensor(len(student), device=student.device)
+        return total / divisor("num_items_in_batch", num_items_in_batch, tokens)
     if reduction == "sum":
         return total
     if reduction == "mean":
@@ -87,13 +94,14 @@ def _check(
         raise InputError(f"student_logits and teacher_logits must have the same shape, got {shapes}")
     if labels is not None and labels.shape != student_logits.shape[:-1]:
         raise InputError(f"labels must have shape {tuple(student_logits.shape[:-1])}, got {tuple(labels.shape)}")
+    if labels is not None and (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool):
+        raise InputError(f"labels must have an integer dtype, got {labels.dtype}")
     if not is_number(beta) or not 0 <= beta <= 1:
         raise InputError(f"beta must be from 0 to 1, got {beta!r}")
     for name, x in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         if x.dtype not in DTYPES:
             raise InputError(f"{name} must be float16, bfloat16 or float32, got {x.dtype}")
-    if not is_number(temperature) or not 0 < temperature < math.inf:
-        raise InputError(f"temperature must be a finite number above 0, got {temperature!r}")
+    require_number("temperature", temperature, TINY, HUGE, "a finite number above 0")
 
 
 def _terms(student: Tensor, teacher: Tensor, beta: float) -> Tensor:

@@ -17,6 +17,7 @@ from cdistill.ops._problem import AttentionProblem, Gradients
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = range(16, 257, 8)  # that ops over queries and keys take
 HEAD_DIMS_SAID = f"a multiple of {HEAD_DIMS.step} from {HEAD_DIMS.start} to {HEAD_DIMS[-1]}"
+TINY, HUGE = 2.0**-100, 2.0**100  # of numbers that kernels take, multiply by and divide by in fp32
 # The smallest normal fp32 number: in KL a smaller share counts as this one, and nothing pulls it up.
 LEAST_SHARE = 2.0**-126
 SWAPPED = (
@@ -65,8 +66,10 @@ def require_device(name: str, tensor: Tensor, device: torch.device, like: str = 
 
 
 def require_values(ok: Tensor, message: str) -> None:
-    """Raise ValueError unless ok (0-dim bool) holds; on CUDA a device-side assertion, because reading it would sync."""
-    if ok.device.type == "cpu":
+    """Raise ValueError unless ok (0-dim bool) holds; on CUDA, where reading it would sync, and in a compiled graph, where
+    it would break the graph, an assertion of torch's.
+    """
+    if ok.device.type == "cpu" and not torch.compiler.is_compiling():
         if not ok:
             raise InputError(message)
     else:
@@ -103,7 +106,7 @@ def _require_queries_and_keys(q: Tensor, k: Tensor) -> None:
         raise InputError(f"k must have a number of heads that divides the {q_heads} heads of q, got {k_heads}")
 
 
-def _positions(name: str, positions: Tensor, q: Tensor) -> Tensor:
+def whole_positions(name: str, positions: Tensor, q: Tensor) -> Tensor:
     """Check the form of row or column positions and return them contiguous; `require_positions` checks their values."""
     require_tensor(name, positions)
     batch = q.shape[0]
@@ -159,6 +162,18 @@ def _key_mask(key_mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return key_mask.contiguous()
 
 
+def require_mask_of(key_mask: Tensor, cols: Tensor, a: Tensor) -> None:
+    """Raise ValueError unless key_mask (B,T) says of all columns of slices a (B,...) whether they are real."""
+    require_tensor("key_mask", key_mask)
+    if key_mask.dim() != 2 or len(key_mask) != len(a) or key_mask.dtype != torch.bool:
+        found = f"{key_mask.dtype} of shape {tuple(key_mask.shape)}"
+        raise InputError(f"key_mask must be bool of shape (B, T) with B = {len(a)}, got {found}")
+    require_device("key_mask", key_mask, a.device, "a")
+    if cols.numel():
+        message = f"key_mask must have all tokens that cols name, got T = {key_mask.shape[1]}"
+        require_values(cols.max() < key_mask.shape[1], message)
+
+
 def _documents(cu_seqlens: Tensor | Sequence[int], q: Tensor, k: Tensor) -> list[int]:
     """Where documents begin and the last one ends, as numbers."""
     if isinstance(cu_seqlens, Tensor):
@@ -188,6 +203,8 @@ def _scale(scale: float | None, width: int) -> float:
         return 1.0 / math.sqrt(width)
     if not is_number(scale) or not math.isfinite(scale):
         raise InputError(f"scale must be None or a finite number, got {scale!r}")
+    if scale and not TINY <= abs(scale) <= HUGE:  # fp32 would make it 0 or inf, and its products with inf NaN
+        raise InputError(f"scale must be 0 or of a size from 2^-100 to 2^100, got {scale!r}")
     return float(scale)
 
 
@@ -280,7 +297,7 @@ def attention_problem(
     factor = _scale(scale, q.shape[-1])
     require_choice("heads", heads, HEADS)
     lse = None if lse is None else _lse(lse, q)
-    rows, cols = (None, None) if regions is None else map(_positions, ("rows", "cols"), regions, (q, q))
+    rows, cols = (None, None) if regions is None else map(whole_positions, ("rows", "cols"), regions, (q, q))
     if factor <= 0:
         q, factor = (-q, -factor) if factor < 0 else (q * 0.0, 1.0)
     return AttentionProblem(q, k, v, key_mask, causal, factor, documents, rows, cols, lse, heads == "each")

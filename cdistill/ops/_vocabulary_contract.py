@@ -8,7 +8,17 @@ from torch import Tensor
 
 from cdistill.choices import DIVERGENCES, HUGE, NOT_EXTREME, TINY, too_extreme
 from cdistill.errors import InputError
-from cdistill.ops._contract import DTYPES, is_number, require_choice, require_device, require_shape, require_tensor
+from cdistill.ops._contract import (
+    DTYPES,
+    HUGE,
+    TINY,
+    is_number,
+    require_bool,
+    require_choice,
+    require_device,
+    require_shape,
+    require_tensor,
+)
 from cdistill.ops._vocabulary import Inputs, Options
 
 
@@ -22,6 +32,8 @@ def _require_side(side: str, hidden: Any, head: Any, bias: Tensor | None, rows: 
             raise InputError(f"{name} must be float16, bfloat16 or float32, got {tensor.dtype}")
     require_shape(f"{side}_hidden", hidden, (rows, hidden.shape[1]), "N, H", " by labels")
     require_shape(f"{side}_head", head, (head.shape[0], hidden.shape[1]), "V, H")
+    if hidden.shape[1] == 0:
+        raise InputError(f"{side}_hidden must have at least one feature, got shape {tuple(hidden.shape)}")
     if head.dtype != hidden.dtype:
         raise InputError(f"{side}_head must have the dtype of {side}_hidden, {hidden.dtype}, got {head.dtype}")
     if bias is not None:
@@ -142,6 +154,7 @@ def checked_options(inputs: Inputs, given: Given) -> Options:
     if chunk_size is not None and (not is_number(chunk_size, Integral) or chunk_size < 1):
         raise InputError(f"chunk_size must be None or a whole number above 0, got {chunk_size!r}")
     chunk_size = min(chunk_size or 0, max(len(inputs.labels), 1))
+    require_bool("topk_tail", given.topk_tail)
     after, positive = [], "None or a finite number above 0"
     for name in Given._fields[-4:]:
         value, text = getattr(given, name), positive if name.endswith("cap") else positive.removeprefix("None or ")
@@ -156,6 +169,6 @@ def checked_options(inputs: Inputs, given: Given) -> Options:
         int(ignore_index),
         int(vocab_size),
         int(chunk_size),
-        bool(given.topk_tail),
+        given.topk_tail,
         *after,
     )

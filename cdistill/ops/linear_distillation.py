@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cdistill.choices import HUGE
 from cdistill.errors import InputError
-from cdistill.ops._contract import laid_out_like
+from cdistill.ops._contract import HUGE, TINY, laid_out_like
 from cdistill.ops._dispatch import backend, warn_once
 from cdistill.ops._operators import operator, register_gradient, save_for_backward, saved_for_backward, without_autocast
 from cdistill.ops._vocabulary import (
@@ -99,7 +99,8 @@ def _gradients(
     leading = 0 if abs(weights[0]) >= abs(weights[1]) else 1
     factor = upstream[leading] / weights[leading]
     other = factor * weights[1 - leading]
-    if abs(upstream[1 - leading] - other) > SAME_RATIO * max(abs(other), abs(upstream[leading])):
+    same = abs(upstream[1 - leading] - other) <= SAME_RATIO * max(abs(other), abs(upstream[leading]))
+    if not same:  # NaN is not, and must reach the gradients
         wanted = Wanted(*map(_is_made, made))
         made, factor, overwrite = _made_anew(inputs, options, wanted, impl, *upstream), 1.0, True
 
@@ -190,7 +191,10 @@ register_gradient("linear_distillation", _save, _differentiate)
 def _weights(loss_weights: Any) -> list[float]:
     if not isinstance(loss_weights, tuple | list) or len(loss_weights) != 2 or not any(loss_weights):
         raise InputError(f"loss_weights must be two numbers that are not both 0, got {loss_weights!r}")
-    return [require_number("loss_weights", w, -HUGE, HUGE, "two finite numbers") for w in loss_weights]
+    found = [require_number("loss_weights", w, -HUGE, HUGE, "two finite numbers") for w in loss_weights]
+    if max(map(abs, found)) <= TINY:  # by which gradients are divided in fp32
+        raise InputError(f"loss_weights must not both be within 2^-100 of 0, got {loss_weights!r}")
+    return found
 
 
 def linear_distillation(

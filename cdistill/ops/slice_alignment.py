@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from cdistill.errors import InputError
-from cdistill.ops._contract import require_device, require_loss, require_shape, require_tensor
+from cdistill.ops._contract import (
+    require_bool,
+    require_device,
+    require_loss,
+    require_mask_of,
+    require_shape,
+    require_tensor,
+    whole_positions,
+)
 from cdistill.ops._dispatch import backend
 from cdistill.ops._operators import differentiable, operator
 from cdistill.ops._pipeline import one_by_one
@@ -103,6 +111,10 @@ def slice_alignment(
         raise InputError("target must not require a gradient with sink_filter: give target.detach()")
     for name, x, axes, count in (("rows", rows, "B, R", a.shape[-2]), ("cols", cols, "B, V", a.shape[-1])):
         require_shape(name, x, (a.shape[0], count), axes, " like a")
+        whole_positions(name, x, a)
+    require_bool("causal", causal)
+    if key_mask is not None:
+        require_mask_of(key_mask, cols, a)
     row_valid, col_valid = seen(rows, cols, causal=causal, key_mask=key_mask)
     if not a.numel():
         return a.new_zeros(len(a)) + 0.0 * (a.sum() + target.sum())

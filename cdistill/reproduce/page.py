@@ -73,13 +73,16 @@ def _numbers(findings: Findings, facts: Mapping[str, Any]) -> str:
     head += [f"compositional minus {table.reference}", "paper: VQA", "paper: CR"] if single else []
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
     questions = facts["questions"]
+    about = (
+        "held-out scenes" if questions.get("pairs", "all") == "all" else "held-out scenes and pairs that no sample had"
+    )
     said = f"Accuracy of the rows of {table.title}, recognition and compositional; the numbers are in the table below"
     chart = figures.bars(groups, SHOWN, title="", x="accuracy, %", label=said) if groups and not table.curves else ""
     return f"""
 <section><h2>Numbers</h2><figure class="chart">{chart}</figure>
 {_table(head, rows)}
 <p class="note">Accuracy in %, mean ± standard deviation over training seeds, on {questions["n"]} questions per sub-type
-about held-out scenes (seed {questions["seed"]}). Recognition: what greedy decoding says, mean over colour, existence and
+about {about} (seed {questions["seed"]}). Recognition: what greedy decoding says, mean over colour, existence and
 count. Compositional: which of two captions has the higher log-likelihood (A against B, 50 % by chance), mean over seven
 sub-types; greedy: what decoding says. Differences are paired by seed, with 95 % intervals. The paper's figures are
 those of its models and benchmarks, and stand here for the order, not for the size.</p>{notes}</section>"""

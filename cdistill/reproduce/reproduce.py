@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -70,7 +69,7 @@ class Reproduction:
         self.output, self.seeds, self.n = output, seeds, n
         self.records = runs.read_records(output)
         self.rates = runs.tuned_rates(self.recipe, n, self.records)
-        self.parts, self.teacher = runs.plan_parts(self.table), runs.plan_teacher(self.recipe, n)
+        self.parts, self.teacher = runs.plan_parts(self.table), runs.plan_teacher(self.recipe, n, self.table.pairs)
         self.folders = {part: part_folder(output, run) for part, run in self.parts.items()}
 
     def rows(self, folders: Mapping[str, Path] | None = None) -> list[Run]:
@@ -115,7 +114,7 @@ class Reproduction:
                 f"finished ({begun[0].row}, seed {record.seed}: {record.status}): go on with --resume"
             )
         for run in planned:
-            exam = None if run.exam is None else asdict(run.exam)
+            exam = None if run.exam is None else run.exam.facts()
             fresh = Record(run.hash, self.pair, [*self.overrides, *run.overrides], run.recipe.seed, exam)
             record = records.setdefault(run.hash, fresh)
             record.samples = 0 if run.model else samples_of(run.recipe.stages, run.recipe.stage)
@@ -151,7 +150,7 @@ class Reproduction:
         return {
             "command": f"cdistill reproduce {self.name} --seeds {self.seeds} --pair {self.pair}",
             "pair": self.recipe.name,
-            "questions": next(asdict(run.exam) for run in rows if run.exam is not None),
+            "questions": next(run.exam.facts() for run in rows if run.exam is not None),
             "tuned_rates": self.rates,
             "teacher": None if teacher is None else teacher.accuracy,
             "commits": sorted({str(a.get("commit")) for r in started for a in r.attempts}),

@@ -28,10 +28,15 @@ FINISHED, FAILED, STOPPED, STARTED = "finished", "failed", "stopped", "started"
 
 @dataclass(frozen=True)
 class Exam:
-    """Questions that judge a run: how many per sub-type, and their seed."""
+    """Questions that judge a run: how many per sub-type, their seed, and the pairs of colour and shape they are about."""
 
     n: int
     seed: int
+    pairs: str = "all"
+
+    def facts(self) -> dict[str, Any]:
+        """Its values; what kept records did not have is left out where it is as it was."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("pairs", "all")}
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Record:
     pair: str
     overrides: list[str]
     seed: int
-    exam: dict[str, int] | None
+    exam: dict[str, Any] | None
     rows: list[str] = field(default_factory=list)
     samples: int = 0
     attempts: list[dict[str, Any]] = field(default_factory=list)
@@ -134,14 +139,14 @@ def plan_parts(table: Table) -> dict[str, Run]:
     return result
 
 
-def plan_teacher(pair: Recipe, n: int) -> Run:
+def plan_teacher(pair: Recipe, n: int, pairs: str = "all") -> Run:
     """The examination of the pair's teacher."""
     from cdistill.eval.loading import fingerprint
     from cdistill.models.load import resolve_folder
 
     assert pair.teacher is not None
-    exam = Exam(n, REPORTED)
-    digest = _digest({"model": fingerprint([resolve_folder(pair.teacher, "teacher")]), "exam": asdict(exam)})
+    exam = Exam(n, REPORTED, pairs)
+    digest = _digest({"model": fingerprint([resolve_folder(pair.teacher, "teacher")]), "exam": exam.facts()})
     return Run(TEACHER, 1.0, 1.0, pair, exam, (), digest, model=pair.teacher)
 
 
@@ -177,7 +182,7 @@ def plan(
         raise InputError(
             f"--pair: seed must be at least {-TUNING_SEED}, as tuning takes the one before, got {pair.seed}"
         )
-    exam = Exam(n, VALIDATION if tuning else REPORTED)
+    exam = Exam(n, VALIDATION if tuning else REPORTED, table.pairs)
     runs = []
     for seed in chosen:
         for size in table.sizes:
@@ -246,7 +251,7 @@ def hash_of(recipe: Recipe, exam: Exam | None, known: Mapping[str, str] = Mappin
     Names, folders and what is only logged do not count, nor do keys of losses that no stage has. ``known`` has the fingerprints
     of folders that are not there.
     """
-    return _digest({"run": identity(recipe, known), "exam": None if exam is None else asdict(exam)})
+    return _digest({"run": identity(recipe, known), "exam": None if exam is None else exam.facts()})
 
 
 def _digest(facts: Mapping[str, Any]) -> str:
@@ -291,8 +296,9 @@ def identity(recipe: Recipe, known: Mapping[str, str] = MappingProxyType({})) ->
         for key in ("quantization", "generation"):
             if section[key] is None:
                 del section[key]
-        if not section["data"]["one_kind"]:
-            del section["data"]["one_kind"]
+        for key, usual in (("one_kind", False), ("pairs", "all")):
+            if section["data"][key] == usual:
+                del section["data"][key]
         if "generation" in section:  # once it was one of the answers, and those before it were not learned
             section["generation"]["answer"] = "last"
     for place, key in (

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ class Schedule:
         recipe = replace(run.recipe, output=str(place / WEIGHTS), save_steps=max(1, steps // SAVES))
         write_text(place / "recipe.yaml", strict_yaml.dump(recipe_to_dict(recipe)))
         job = {
-            "exam": None if run.exam is None else asdict(run.exam),
+            "exam": None if run.exam is None else run.exam.facts(),
             "model": run.model,
             "title": f"{run.row}, seed {run.recipe.seed}",
         }

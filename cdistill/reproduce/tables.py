@@ -75,6 +75,7 @@ class Table:
         rates: grid of factors of learning rates; only `TUNE` has several.
         notes: sentences below the table.
         parts: models that rows name.
+        pairs: of colour and shape that the questions are about (`cdistill.builtin.task.BuiltinTask.pairs`).
     """
 
     title: str
@@ -86,6 +87,7 @@ class Table:
     rates: tuple[Factor, ...] = (1.0,)
     notes: tuple[str, ...] = ()
     parts: dict[str, Part] = field(default_factory=dict)
+    pairs: Literal["all", "unseen"] = "all"
 
     def __post_init__(self) -> None:
         found = list(self._problems())

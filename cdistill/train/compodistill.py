@@ -22,10 +22,13 @@ from cdistill.models.processor import add_stop_tokens, save_chat_template
 from cdistill.train.compodistill_config import COMPILED, CompoDistillConfig, made
 from cdistill.train.conversation_collator import ConversationCollator
 from cdistill.train.distillation import distill
+from cdistill.train.reply_server import SERVED, ReplyServer
 from cdistill.train.resampling import pair_encoder
 from cdistill.train.rollout import COUNTS, CountingCollator, Rollouts, rolled_out
 from cdistill.train.terms import Term
 from cdistill.train.terms.alignment import Alignment
+
+SERVER_SECONDS = 300.0  # that a server of replies is waited for
 
 __all__ = ["CompoDistillConfig", "CompoDistillTrainer", "ConversationCollator"]
 
@@ -153,7 +156,8 @@ class CompoDistillTrainer(Trainer):
         if isinstance(collator, ConversationCollator):
             encoder, collator = collator.encoder, copy.copy(collator)
             collator.collate = CountingCollator(collator.collate)
-            tokenizer, stops, length = encoder.tokenizer, encoder.contract.end_ids, encoder.max_length
+            processor, tokenizer = encoder.processor, encoder.tokenizer
+            stops, length = encoder.contract.end_ids, encoder.max_length
             if not stops:
                 raise InputError(f"template must end answers by a token with on_policy, and {args.template} does not")
         elif processor is None:
@@ -162,9 +166,19 @@ class CompoDistillTrainer(Trainer):
             )
         else:
             tokenizer, stops, length = getattr(processor, "tokenizer", processor), (), args.max_length
-        student, config = self.distillation.losses.student, args.generation
+        student, config, server = self.distillation.losses.student, args.generation, None
+        if config.vllm_server is not None:
+            folder = Path(args.output_dir or ".") / SERVED
+            server = ReplyServer(config.vllm_server, folder, processor, seconds=SERVER_SECONDS, key="vllm_server")
         self.rollouts = Rollouts(
-            student, tokenizer, config, seed=args.seed, stops=stops, max_length=length, key="processing_class"
+            student,
+            tokenizer,
+            config,
+            seed=args.seed,
+            stops=stops,
+            max_length=length,
+            key="processing_class",
+            server=server,
         )
         return collator
 

@@ -26,7 +26,8 @@ class CompoDistillConfig(TrainingArguments):
         kd: fields of the divergence over the vocabulary: divergence, temperature, beta, weight.
         vat_weight: weight of the alignment; 0 leaves it out, as ``kd={"weight": 0}`` does with the divergence.
         on_policy: share of samples in which a reply that the student generates takes the place of an answer (TRL's ``lmbda``).
-        temperature, top_p, max_new_tokens: how it generates (`cdistill.OnPolicyConfig`); that of the loss is ``kd``'s.
+        temperature, top_p, max_new_tokens, vllm_server: how it generates (`cdistill.OnPolicyConfig`); the temperature of the
+            loss is ``kd``'s.
         train_vision: train the student's vision encoder, too.
         template: for rows that the trainer encodes: how a conversation becomes text (`cdistill.data.templates.Template`).
         max_length: their tokens at most, visual ones included; a longer sample is cut, never within an image.
@@ -61,6 +62,9 @@ class CompoDistillConfig(TrainingArguments):
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the student's replies."})
     top_p: float = field(default=1.0, metadata={"help": "Share of the probability that they are drawn from."})
     max_new_tokens: int = field(default=128, metadata={"help": "Tokens of a reply at most."})
+    vllm_server: str | None = field(
+        default=None, metadata={"help": "http://HOST:PORT of a vLLM server that generates the replies."}
+    )
     train_vision: bool = field(default=False, metadata={"help": "Train the student's vision encoder, too."})
     template: str = field(default="auto", metadata={"help": "How a conversation becomes text."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens of a sample at most."})

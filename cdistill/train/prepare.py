@@ -24,6 +24,7 @@ from cdistill.train.evaluation import check_questions, open_tasks, questioner
 from cdistill.train.recipes import Recipe, recipe_to_dict
 from cdistill.train.recipes.values import differences
 from cdistill.train.replies import ReplyLog
+from cdistill.train.reply_server import SERVED, ReplyServer
 from cdistill.train.resolve import Run, Stage, resolve
 from cdistill.train.rollout import Rollouts
 from cdistill.train.run_folder import check_output, check_stages, print_changes, read_recipe
@@ -166,6 +167,11 @@ def rollouts_of(stage: Stage, models: Models, data: Data) -> Rollouts | None:
                 "not: take another"
             )
     log = ReplyLog(stage.folder.parent, stage.name, tokenizer, every=recipe.logging_steps, steps=stage.config.steps)
+    key, server = f"stage.{stage.name}.generation", None
+    if config.vllm_server is not None:
+        folder = stage.folder.with_name(SERVED)
+        seconds, name = recipe.max_stuck_seconds, f"{key}.vllm_server"
+        server = ReplyServer(config.vllm_server, folder, models.processor, seconds=seconds, key=name)
     return Rollouts(
         models.student,
         tokenizer,
@@ -173,8 +179,9 @@ def rollouts_of(stage: Stage, models: Models, data: Data) -> Rollouts | None:
         seed=stage.seed,
         stops=ends,
         max_length=stage.config.data.max_length,
-        key=f"stage.{stage.name}.generation",
+        key=key,
         log=log,
+        server=server,
     )
 
 

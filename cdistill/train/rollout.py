@@ -30,6 +30,7 @@ from cdistill.runtime import pulse
 from cdistill.runtime.zero import is_partitioned
 from cdistill.train.kinds import WEIGHTS
 from cdistill.train.replies import Reply, ReplyLog
+from cdistill.train.reply_server import Prompt, ReplyServer
 from cdistill.vat import visual_token_ids
 
 COUNTS = "image_counts"  # key of a batch: how much of each tensor of images is of which sample
@@ -85,6 +86,7 @@ class Rollouts:
         max_length: of a sample with its reply.
         key: what errors name.
         log: where replies are shown.
+        server: what generates in the student's place, with its weights.
 
     Attributes:
         replies: those of the last batch; `lengths` sums up those of several.
@@ -105,8 +107,12 @@ class Rollouts:
         max_length: int | None = None,
         key: str = "generation",
         log: ReplyLog | None = None,
+        server: ReplyServer | None = None,
     ) -> None:
         self.student, self.config, self.seed, self.max_length, self.log = student, config, seed, max_length, log
+        self.server = server
+        if server is not None:
+            server.require_servable(student)
         own = student.generation_config.eos_token_id
         known = [] if own is None else [own] if isinstance(own, int) else list(own)
         self.stops = list(dict.fromkeys([*stops, *known]))
@@ -124,6 +130,8 @@ class Rollouts:
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         written = set(tokenizer.get_vocab().values()) - special - self.visual - set(self.stops)
         self.allowed = torch.tensor(sorted([*written, *self.stops]))
+        vocabulary = student.get_input_embeddings().weight.shape[0]
+        self.refused = sorted(set(range(vocabulary)) - written - set(self.stops))
         self.replies: list[Reply] = []
         self.pads: bool | None = None
         self._said = [0, 0, 0]  # replies, their tokens, and those that ended, since the last log
@@ -218,6 +226,8 @@ class Rollouts:
             )
         replies: dict[int, list[int]] = {}
         with answering(self.student):
+            if self.server is not None:
+                return self._served(self.server, rows, images)
             if self.pads is None:
                 self._find_way(rows, images)
             for part in [range(len(rows))] if self.pads is not False else _by_length(rows):
@@ -228,6 +238,30 @@ class Rollouts:
                 made = self._generate(some, [images[i] for i in part], limit, [processor]).tolist()
                 replies |= zip(part, map(self._to_its_end, some, made), strict=True)
         return [replies[i] for i in range(len(rows))]
+
+    def begin_step(self) -> None:
+        """Let a server take up the student, whose weights are those of a new step."""
+        if self.server is not None:
+            with answering(self.student):
+                self.server.take(self.student)
+
+    def _served(self, server: ReplyServer, rows: list[_Row], images: Images) -> list[list[int]]:
+        """Tokens of a server's replies; what it says of the first one is compared with the student."""
+        if not server.begun:
+            raise InputError("a server must take up the student before it answers: call begin_step() at every step")
+        others = sorted({name for of in images for name in of} - {"pixel_values"})
+        if others:
+            raise server.unfit(f"its images are {', '.join(others)}, too")
+        prompts = [
+            Prompt(row.ids, server.pictures(of.get("pixel_values")), self._limit(row), int(row.draws[0] * 2**53))
+            for row, of in zip(rows, images, strict=True)
+        ]
+        found = server.replies(prompts, self.config, visual=self.visual, stops=self.stops, refused=self.refused)
+        first, tokens = rows[0], found[0].tokens
+        said = _Row(first.ids + tokens, [], {n: of + [0] * len(tokens) for n, of in first.types.items()}, first.number)
+        logits = self.student(**self._inputs([said], images[:1]), use_cache=False).logits[0]
+        server.compare(found[0], logits[len(first.ids) - 1 : -1])
+        return [self._to_its_end(row, reply.tokens) for row, reply in zip(rows, found, strict=True)]
 
     def _limit(self, row: _Row) -> int:
         most = self.config.max_new_tokens
@@ -265,16 +299,7 @@ class Rollouts:
 
     def _generate(self, rows: list[_Row], images: Images, limit: int, processors: list[Any], **options: Any) -> Any:
         """(N, limit at most) tokens behind the prompts, filled up behind their ends, or what ``options`` ask for."""
-        device = self.student.get_input_embeddings().weight.device
-        ids, mask = padded([row.ids for row in rows], [self.pad] * len(rows), left=True)
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        for name in rows[0].types:
-            inputs[name] = padded([row.types[name] for row in rows], [0] * len(rows), left=True)[0]
-        for name in {name: None for of in images for name in of}:
-            inputs[name] = torch.cat([of[name] for of in images if name in of])
-        inputs = {name: value.to(device) for name, value in inputs.items()}
-        dtype = self.student.dtype
-        inputs = {n: value.to(dtype) if value.is_floating_point() else value for n, value in inputs.items()}
+        inputs = self._inputs(rows, images)
         config = GenerationConfig(
             max_new_tokens=limit,
             do_sample=False,
@@ -286,13 +311,27 @@ class Rollouts:
         made = self.student.generate(
             **inputs, generation_config=config, logits_processor=LogitsProcessorList(processors)
         )
-        return made if options else made[:, ids.shape[1] :]
+        return made if options else made[:, inputs["input_ids"].shape[1] :]
+
+    def _inputs(self, rows: list[_Row], images: Images) -> dict[str, Tensor]:
+        """What the student takes of rows, padded on the left."""
+        device = self.student.get_input_embeddings().weight.device
+        ids, mask = padded([row.ids for row in rows], [self.pad] * len(rows), left=True)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        for name in rows[0].types:
+            inputs[name] = padded([row.types[name] for row in rows], [0] * len(rows), left=True)[0]
+        for name in {name: None for of in images for name in of}:
+            inputs[name] = torch.cat([of[name] for of in images if name in of])
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        dtype = self.student.dtype
+        return {n: value.to(dtype) if value.is_floating_point() else value for n, value in inputs.items()}
 
 
 def rolled_out(trainer: Any, rollouts: Rollouts, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The micro-batches of a step with replies of the student, whose weights are those that the step starts from."""
     args, step, made, said = trainer.args, trainer.state.global_step, [], []
     with trainer.compute_loss_context_manager(), pulse.paused():
+        rollouts.begin_step()
         for i, batch in enumerate(batches):
             place = (step * args.gradient_accumulation_steps + i) * args.world_size + args.process_index
             made.append(rollouts(batch, place * args.per_device_train_batch_size))

@@ -68,6 +68,9 @@ class DataConfig(Keys):
     """Built-in task: kinds of questions, drawn uniformly."""
     one_kind: bool = BuiltinTask.one_kind
     """Built-in task: all questions of a sample are of one kind, so that it has this kind for the weights of `teachers`."""
+    pairs: Literal["all", "seen"] = "all"
+    """Built-in task: pairs of colour and shape. seen leaves six of the 36 out, in pictures as in words (one for each colour
+    and each shape); the table `unseen` asks about these alone."""
     text: float = BuiltinTask.text
     """Built-in task: share of samples, below 1, without an image: the scene is written out, with questions of every kind."""
     seed: Count | None = None
