@@ -73,7 +73,7 @@ MOST_DRAWN = 1_000_000  # questions of a kind, samples, ...
 MOST_TURNS = 1000  # questions or sentences of one sample
 MOST_SEEDS = 1000  # trainings of each row of a table
 MOST_PROCESSES = 1024  # of one machine
-TINY, HUGE = 1e-30, 1e30  # of numbers that kernels take, and divide by, in fp32
+SMALLEST, LARGEST = 1e-30, 1e30  # of numbers that kernels take, and divide by, in fp32
 MOST = 1 << 53  # of any whole number: JSON has no greater ones that everybody reads alike
 
 _LIMITS = {Ge: ("minimum", "ge"), Gt: ("exclusiveMinimum", "gt"), Le: ("maximum", "le"), Lt: ("exclusiveMaximum", "lt")}
@@ -106,10 +106,10 @@ def begins_at_home(path: str) -> bool:
 
 def too_extreme(value: float) -> bool:
     """Whether a finite number becomes 0 or infinity on the way, in fp32."""
-    return value != 0 and math.isfinite(value) and not TINY <= abs(value) <= HUGE
+    return value != 0 and math.isfinite(value) and not SMALLEST <= abs(value) <= LARGEST
 
 
-NOT_EXTREME = f"between {TINY:g} and {HUGE:g} in size, which fp32 can hold"
+NOT_EXTREME = f"between {SMALLEST:g} and {LARGEST:g} in size, which fp32 can hold"
 
 
 def in_short(number: int) -> str:

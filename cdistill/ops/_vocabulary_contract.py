@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from cdistill.choices import DIVERGENCES, HUGE, NOT_EXTREME, TINY, too_extreme
+from cdistill.choices import DIVERGENCES, NOT_EXTREME, too_extreme
 from cdistill.errors import InputError
 from cdistill.ops._contract import (
     DTYPES,

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from cdistill.choices import HUGE
 from cdistill.errors import InputError
 from cdistill.ops._contract import HUGE, TINY, laid_out_like
 from cdistill.ops._dispatch import backend, warn_once
