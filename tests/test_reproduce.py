@@ -341,6 +341,9 @@ def test_mistakes_are_one_line_and_begin_nothing(tiny, tmp_path, capsys):
     each.write_text(
         yaml.safe_dump(TWO | {"rows": {"KD": {}, "all": {}, "each": {"set": ["vat.heads=each"]}}, "claims": []})
     )
+    unread = tmp_path / "unread.yaml"
+    lost = ["stage.dft.data={path: /nowhere.json}"]
+    unread.write_text(yaml.safe_dump(TWO | {"rows": TWO["rows"] | {"unread": {"set": lost}}}))
     for words, said in (
         (["table9"], "table 'table9' is neither a file nor one of table2, table3"),
         ([str(tmp_path / "bad.yaml")], "reference must be a row (KD, all), got 'none'"),
@@ -352,6 +355,7 @@ def test_mistakes_are_one_line_and_begin_nothing(tiny, tmp_path, capsys):
             "row PT + SFT: it names the objectives of 3 stages, tiny has 2",
         ),
         ([str(each)], "table each, row each: vat.heads each needs equal head counts"),
+        ([str(unread)], "table unread, row unread: stage.dft.data: no such file: /nowhere.json"),
     ):
         assert main(["reproduce", *words, *output]) == 2, words
         error = capsys.readouterr().err.strip()

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from cdistill.builtin import questions, render, scenes
+from cdistill.builtin.grounding import Grounded, grounded, padded
 from cdistill.builtin.task import SUBTYPES, BuiltinTask
 from cdistill.data.conversations import Encoded, Encoder
 from cdistill.data.samples import IGNORE_INDEX, IMAGE_TOKEN, Mark, Message
@@ -144,17 +145,32 @@ class BuiltinDataset(Dataset):
             return rng, True, *self._scene_and_turns(rng, SUBTYPES)
         return rng, task.modality == "text", *self._scene_and_turns(rng, task.subtypes)
 
+    def grounded(self, index: int, encoded: Encoded) -> Grounded:
+        """An item's encoding by any tokenizer, with its ``grounding`` and ``places``. Raises BadSampleError."""
+        _, written, scene, *_ = self._draw(index)
+        found = grounded(encoded, scene, written=written, visual_tokens=self.visual_tokens)
+        return Grounded(**vars(encoded), given=self._compared(scene, *found, written))
+
     def _grounding(self, scene: scenes.Scene, input_ids: torch.Tensor, written: bool) -> dict[str, torch.Tensor]:
         words = [self._words[i] for i in input_ids.tolist()]
-        cells = torch.from_numpy(render.grounding(scene, words))
-        if not written:
-            places = [i for i, word in enumerate(words) if word == IMAGE_TOKEN]
-            shares = cells[:, self._cells] * (NUM_VISUAL_TOKENS / self.visual_tokens)
-            return {"grounding": shares, "places": torch.tensor(places)}
-        each = len(scenes.describe(scene[:1]).split())
-        places = [1 + i * (each + 1) + each - 1 for i in range(len(scene))]  # after USER:, with ; between the objects
-        cells[: places[-1] + 1] = 0.0  # the scene itself
-        return {"grounding": cells[:, [t.row * scenes.GRID + t.column for t in scene]], "places": torch.tensor(places)}
+        cells = render.grounding(scene, words)
+        places = [i for i, word in enumerate(words) if word == IMAGE_TOKEN]
+        if written:
+            each = len(scenes.describe(scene[:1]).split())
+            places = [(i + 1) * (each + 1) - 1 for i in range(len(scene))]  # after USER:, with ; between the objects
+            cells[: places[-1] + 1] = 0.0  # the scene itself
+        return self._compared(scene, cells, places, written)
+
+    def _compared(
+        self, scene: scenes.Scene, cells: np.ndarray, places: list[int], written: bool
+    ) -> dict[str, torch.Tensor]:
+        """What a batch has of the cells that tokens speak of, (T, GRID * GRID), and of where objects or visual tokens stand."""
+        shares = torch.from_numpy(cells)
+        if written:
+            shares = shares[:, [t.row * scenes.GRID + t.column for t in scene]]
+        else:
+            shares = shares[:, self._cells] * (NUM_VISUAL_TOKENS / self.visual_tokens)
+        return {"grounding": shares, "places": torch.tensor(places)}
 
     def _prefix(self, scene: scenes.Scene, written: bool) -> str:
         return scenes.describe(scene) if written else " ".join([IMAGE_TOKEN] * self.visual_tokens)
@@ -192,7 +208,10 @@ class BuiltinDataset(Dataset):
 
 
 class ConversationDataset(Dataset):
-    """The samples of a `BuiltinDataset` as tokens, for models of any family."""
+    """The samples of a `BuiltinDataset` as tokens, for models of any family.
+
+    With ``data.grounding`` they are `Grounded`, and the encoder must find ``places``.
+    """
 
     def __init__(self, data: BuiltinDataset, encoder: Encoder) -> None:
         self.data, self.encoder = data, encoder
@@ -207,7 +226,8 @@ class ConversationDataset(Dataset):
             parts = (Mark.IMAGE if part["type"] == "image" else part["text"] for part in message["content"])
             messages.append(Message(message["role"], tuple(parts)))
         encoded = self.encoder(messages, images)
-        return replace(encoded, kind=self.data.kind(index)) if self.data.kinds else encoded
+        encoded = replace(encoded, kind=self.data.kind(index)) if self.data.kinds else encoded
+        return self.data.grounded(index, encoded) if self.data.grounding else encoded
 
 
 class Collator:
@@ -232,15 +252,7 @@ class Collator:
         images = [item["pixel_values"] for item in items if "pixel_values" in item]
         if images:
             batch["pixel_values"] = torch.stack(images)
-        if "grounding" in items[0]:
-            width = max(len(item["places"]) for item in items)
-            batch["grounding"] = torch.zeros((len(items), length, width))
-            batch["places"] = torch.full((len(items), width), -1)
-            for i, item in enumerate(items):
-                tokens, places = item["grounding"].shape
-                batch["grounding"][i, :tokens, :places] = item["grounding"]
-                batch["places"][i, :places] = item["places"]
-        return batch
+        return batch | padded(items, length) if "grounding" in items[0] else batch
 
 
 class PatchDataset(Dataset):

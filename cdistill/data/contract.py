@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from cdistill.data.samples import BadSampleError, Message, blamed_on_sample
-from cdistill.data.templates import Template
+from cdistill.data.templates import Rendered, Template
 from cdistill.errors import InputError
 
 _FORMS: tuple[Literal["NFC", "NFKC"], ...] = ("NFC", "NFKC")  # what tokenizers may do to a text
@@ -34,10 +34,11 @@ class Tokens(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A conversation in tokens, and which of them are labels, (T,) bool."""
+    """A conversation in tokens, which of them are labels, (T,) bool, and the text that they are tokens of."""
 
     tokens: Tokens
     labels: np.ndarray
+    rendered: Rendered
 
 
 class LabelContract:
@@ -87,7 +88,8 @@ class LabelContract:
     def written(self, messages: Sequence[Message]) -> Written:
         """As a call, with the characters of the template's text that the tokens stand for, where they are asked for."""
         with blamed_on_sample("chat template"):
-            (text, answers), cuts = self.template.rendered(messages)
+            rendered, cuts = self.template.rendered(messages)
+        text, answers = rendered
         joined = _joined(answers)
         learned = set(learned_ranges(messages, joined))
         tokens = self._beginning(text)
@@ -103,7 +105,7 @@ class LabelContract:
             labels += [False] * prompt + [(start, stop) in learned] * (len(both.ids) - prompt)
             place = stop
         rest = self._tokens(text, place, len(text), cuts)
-        return Written(tokens.then(rest), np.array(labels + [False] * len(rest.ids), bool))
+        return Written(tokens.then(rest), np.array(labels + [False] * len(rest.ids), bool), rendered)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Tokens that ask for an answer to messages of which the last is the user's: those of transformers'

@@ -108,9 +108,9 @@ class Encoder:
         self._refuse_marks(messages)
         if images and self._image_id is None:
             raise BadSampleError("image count", f"{len(images)} images for a model that takes none")
-        tokens, labelled = self.contract.written(messages)
+        tokens, labelled, rendered = self.contract.written(messages)
         self._require_marks(tokens.ids, len(images))
-        found = places(said(self.template, messages), tokens.offsets, labelled) if self._places else None
+        found = places(said(self.template, messages, rendered), tokens.offsets, labelled) if self._places else None
         images = [image if image.mode == "RGB" else seen(image, exif=False) for image in images]
         return self._fit(tokens.ids, labelled, images, labels, found)
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cdistill.data.samples import BadSampleError, Message
-from cdistill.data.templates import Template
+from cdistill.data.templates import Rendered, Template
 
 OUTSIDE = -1  # the part of tokens that a template has written
 _PRIVATE_USE = range(0xF0000, 0xF0100)
@@ -46,13 +46,14 @@ class Places(NamedTuple):
         return self._replace(parts=self.parts[origins], starts=self.starts[origins], stops=self.stops[origins])
 
 
-def said(template: Template, messages: Sequence[Message]) -> list[Said]:
+def said(template: Template, messages: Sequence[Message], plain: Rendered) -> list[Said]:
     """Where a template writes the words of messages: it writes them between marks, too, and the rest stays as it is.
+
+    ``plain`` is what it makes of the messages.
 
     Raises:
         BadSampleError: an answer that the template changes or leaves out.
     """
-    plain = template(messages)
     marks = [c for c in map(chr, _PRIVATE_USE) if c not in plain.text][:2]
     written = template([_marked(message, marks[message.role == "assistant"]) for message in messages]).text
     found: list[Said] = []

@@ -165,26 +165,29 @@ def untrained(name: str, parts: Mapping[str, Run], folder: Path) -> dict[str, Pa
     """
     from cdistill.runtime.launch import quiet
     from cdistill.train.build import build_models
-    from cdistill.train.prepare import open_data, save_processor
+    from cdistill.train.prepare import check_data, open_data, save_processor
     from cdistill.train.resolve import resolve
 
     for part, run in parts.items():
         try:
             with quiet():
-                models = build_models(run.recipe)
-                data = [open_data(stage, models) for stage in resolve(run.recipe, world=1).stages]
+                models, resolved = build_models(run.recipe), resolve(run.recipe, world=1)
+                check_data(resolved, models)
+                data = open_data(resolved.stages[-1], models)
         except ValueError as error:
             raise InputError(f"table {name}, part {part}: {error}") from None
         models.student.save_pretrained(folder / part)
-        save_processor(folder / part, models, data[-1])
+        save_processor(folder / part, models, data)
     return {part: folder / part for part in parts}
 
 
 def check(name: str, planned: Sequence[Run]) -> None:
-    """Raise ValueError for a row whose models cannot be built or trained, before anything is."""
+    """Raise ValueError for a row whose models cannot be built or trained, or whose data cannot be read, before any is."""
     from cdistill.eval.builtin_task import knows_the_pixels, knows_the_task
     from cdistill.runtime.launch import quiet
     from cdistill.train.build import build_models
+    from cdistill.train.prepare import check_data
+    from cdistill.train.resolve import resolve
 
     seen = set()
     for run in planned:
@@ -194,6 +197,7 @@ def check(name: str, planned: Sequence[Run]) -> None:
         try:
             with quiet():
                 models = build_models(run.recipe)
+                check_data(resolve(run.recipe, world=1), models)
         except ValueError as error:
             raise InputError(f"table {name}, row {run.row}: {error}") from None
         reads = models.tokenizer.chat_template is not None  # the words, in its own way

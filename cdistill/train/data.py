@@ -17,6 +17,7 @@ from cdistill.builtin.dataset import (
     build_tokenizer,
     collate_patches,
 )
+from cdistill.builtin.grounding import GroundedCollator
 from cdistill.data.batches import PackingCollator, PaddingCollator
 from cdistill.data.conversations import Encoded, Encoder
 from cdistill.data.dataset import BadSampleCollator, SampleDataset
@@ -127,7 +128,7 @@ def _builtin_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
     tokenizer: Any = models.tokenizer
     vocabulary = tokenizer.get_vocab()
     unknown = [word for word in build_tokenizer().get_vocab() if word not in vocabulary and word != IMAGE_TOKEN]
-    if unknown and (tokenizer.chat_template is None or stage.objective.has_builtin_labels):
+    if unknown and tokenizer.chat_template is None:
         raise InputError(f"path must be given, or the tokenizer be the built-in one: there is no token {unknown[0]!r}")
     tokenizer = build_tokenizer() if unknown else tokenizer
     source = BuiltinDataset(
@@ -136,20 +137,45 @@ def _builtin_dataset(stage: Stage, models: Models, held_out: int = 0) -> Any:
         seed=stage.data_seed,
         tokenizer=tokenizer,
         held_out=held_out > 0,
-        grounding="grounding" in stage.objective.inputs,
+        grounding=_grounds(stage),
         visual_tokens=_visual_tokens(models),
         kinds=_needs_kinds(stage),
     )
     data: Dataset = source
     collate: Any = Collator(tokenizer.pad_token_id)
     if unknown or models.reader is not None or models.reads_apart:
+        if _grounds(stage):
+            _check_places(stage, models)
         encoder, collate = _encoding(stage, models)
         data = ConversationDataset(source, encoder)
+        if _grounds(stage):
+            collate = GroundedCollator(collate)
+            data[0]  # says what a template or a tokenizer does to words
     return (
         data,
         collate,
         lambda: tuple(zip(*((source.length(i), int(source.has_image(i))) for i in range(size)), strict=True)),
     )
+
+
+def _grounds(stage: Stage) -> bool:
+    """Whether a term compares attention with the places of words."""
+    return "grounding" in stage.objective.inputs
+
+
+def _check_places(stage: Stage, models: Models) -> None:
+    """Raise ValueError where the places of words are not known, in a sample that an encoder makes tokens of."""
+    if models.reads_apart and stage.objective.distils:
+        raise InputError(
+            f"objective {stage.config.objective} must not distil here: places of words are the student's, and each sample is "
+            "encoded for student and teacher"
+        )
+    if models.reader is not None and stage.config.data.modality != "text":
+        kind = models.student.config.model_type
+        raise InputError(
+            f"modality must be text with objective {stage.config.objective}: the visual tokens of {kind} are not those of one "
+            "grid, of which alone the places are known"
+        )
 
 
 def _visual_tokens(models: Models, unknown: int = NUM_VISUAL_TOKENS) -> int:
@@ -244,7 +270,7 @@ def _encoding(stage: Stage, models: Models) -> tuple[Any, Any]:
         template = {"template": options.template, "max_length": options.max_length}
     apart = models.reads_apart and stage.objective.distils
     spans = apart and models.spans
-    encoder = Encoder(models.reader or models.processor, **template, places=spans)
+    encoder = Encoder(models.reader or models.processor, **template, places=spans or _grounds(stage))
     collate = PaddingCollator(encoder.pad_token_id)
     if not apart:
         return encoder, collate

@@ -78,7 +78,7 @@ def prepare(recipe: Recipe, output: Path, *, resume: bool, at_end: ExitStack) ->
     run = resolve(recipe, launch.world_size() if launch.launched() else None)
     check_trackers(recipe.report_to)
     models = build_models(recipe)
-    _check_data(run, models)
+    check_data(run, models)
     if resume:
         check_stages(output, [stage.folder for stage in run.stages])
     checkpoints.check_room(output, sum(p.numel() * p.element_size() for p in models.student.parameters()))
@@ -112,7 +112,7 @@ def prepare_together(recipe: Recipe, output: Path, *, resume: bool, at_end: Exit
     def other() -> None:
         _refuse_difference("recipe", facts["recipe"], recipe_to_dict(recipe))
         built.append(build_models(recipe))
-        _check_data(run, built[0])
+        check_data(run, built[0])
         for key, value in _facts(run, built[0]).items():
             _refuse_difference(key, facts[key], value)
 
@@ -128,7 +128,7 @@ def save_processor(folder: Path, models: Models, data: Data) -> None:
         save_chat_template(folder, template.source)
 
 
-def _check_data(run: Run, models: Models) -> None:
+def check_data(run: Run, models: Models) -> None:
     """Raise ValueError unless everything that the stages read is there."""
     if run.recipe.teachers:
         check_kinds(run, models)
