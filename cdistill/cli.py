@@ -11,6 +11,7 @@ from typing import Any
 from cdistill import doctor, menu
 from cdistill.attention import command as analyzing
 from cdistill.builtin import command as builtin
+from cdistill.choices import MOST, require_count
 from cdistill.data import command as data
 from cdistill.demo import command as demo
 from cdistill.errors import InputError
@@ -144,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words:
         print(menu.page(GROUPS), end="", file=sys.stderr)
         return 2
-    wrong = menu.unknown(words, COMMANDS)
+    wrong = menu.unknown(words, COMMANDS) or menu.blank_or_home(words)
     if wrong is not None:
         print_error(InputError(wrong))
         return 2
@@ -158,6 +159,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += extra
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars for loading weights
     try:
+        for name, value in vars(options).items():
+            if isinstance(value, int):
+                require_count(name, value, least=-MOST)
         with telling_lack_of_memory(), pulse.ending_together():
             code = COMMANDS[options.command].run(options)
         sys.stdout.flush()  # here, where a broken pipe is caught

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from cdistill import __version__
+from cdistill.choices import begins_at_home
 from cdistill.errors import InputError
 
 PROGRAM = "cdistill"
@@ -73,6 +74,24 @@ def unknown(words: list[str], names: Iterable[str]) -> str | None:
         return f"{first} needs one of {', '.join(more)} behind it{said}{_nearest(words[1:2], more)}"
     near = _nearest([first], [*names, *(name.partition(" ")[0] for name in names)])
     return f"there is no command {first!r}{near} (`{PROGRAM} --help` lists all)"
+
+
+def blank_or_home(words: list[str]) -> str | None:
+    """What to say of words that hold nothing but space, as an unset variable of a shell gives them, or that begin with a ``~``
+    which no shell has expanded; None if there are none.
+    """
+    for index, word in enumerate(words):
+        option, _, value = word.partition("=") if word.startswith("-") and "=" in word else ("", "", word)
+        if begins_at_home(value):
+            return (
+                f"{value!r} must be written out: a shell expands ~ at the beginning of a word alone, and not in quotes"
+            )
+        if value.strip():
+            continue
+        before = words[index - 1] if index else ""
+        name = option or (before if before.startswith("-") and "=" not in before else "an argument")
+        return f"{name} must not be blank, got {value!r}: leave it out, or say what it is"
+    return None
 
 
 def _nearest(words: list[str], names: Iterable[str]) -> str:

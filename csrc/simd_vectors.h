@@ -60,6 +60,8 @@ inline float lane_sum(Vec v) {
 inline Vec rounded(Vec x) {
 #if defined(__x86_64__)
   asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
 #else
   asm("" : "+m"(x));
 #endif

@@ -52,6 +52,71 @@ def test_what_is_not_known_is_one_line_with_the_nearest(words, said, capsys):
     assert line.startswith(f"cdistill: error: {said}")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["init", "~/new", "--teacher", "t", "--student", "s", "--data", "d"], "'~/new' must be written out"),
+        (["init", "a\nb", "--teacher", "t", "--student", "s", "--data", "d"], "holds characters that cannot be shown"),
+        (["report", "run", "--output=~/page.html"], "'~/page.html' must be written out"),
+    ],
+)
+def test_paths_that_would_surprise_are_refused(words, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\u00a0", "\t\n"])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["analyze", "similarity", "builtin:teacher", "--teacher", "builtin:teacher", "--output"], "--output"),
+        (["init", "--teacher", "builtin:teacher", "--data", "d.json", "--student"], "--student"),
+        (["builtin", "write", "--task", "vqa"], "an argument"),
+        (["demo", "--n=1", "--output="], "--output"),
+        (["train", "demo-sft", "output="], "output must name a folder"),
+    ],
+)
+def test_words_of_nothing_but_space_are_refused(words, said, blank, capsys, tmp_path, monkeypatch):
+    """As a variable of a shell gives them that nobody has set."""
+    monkeypatch.chdir(tmp_path)
+    last = [words[-1] + blank] if words[-1].endswith("=") else [words[-1], blank]
+    if words[0] == "train":
+        last = [f"output={json.dumps(blank)}"]
+    assert main([*words[:-1], *last]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert not list(tmp_path.iterdir())
+
+
+HUGE = str(10**30)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["builtin", "write", "--task", "vqa", "F", "--n"],
+        ["eval", "builtin:teacher", "--n"],
+        ["eval", "builtin:teacher", "--seed"],
+        ["analyze", "similarity", "builtin:teacher", "--teacher", "builtin:teacher", "--output", "F", "--limit"],
+        ["reproduce", "table2", "--output", "F", "--seeds"],
+        ["demo", "--n"],
+        ["gradients", "demo-compodistill", "--samples"],
+        ["plan", "demo-sft", "--length"],
+        ["data", "check", "F", "--max-length"],
+    ],
+)
+def test_numbers_that_would_take_for_ever_are_one_line_and_begin_nothing(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    more = {"--n": ["1000001"], "--seeds": ["1001"]}.get(words[-1], [])
+    for number in (HUGE, f"-{HUGE}", *more):
+        assert main([*words[:-1], f"{words[-1]}={number}"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{words[-1].strip('-').replace('-', '_')} must be at " in line and len(line) < 200
+    assert not list(tmp_path.iterdir())
+
+
 def test_recipes_are_shown_as_they_are_and_resolved(capsys, tmp_path):
     """What is printed loads again to the same recipe."""
     for name in ("official", "demo-sft"):

@@ -7,6 +7,7 @@ import pickle
 import re
 import tarfile
 import threading
+import unicodedata
 
 import pytest
 from data_files import as_json, encoded, record, refused, write_tar
@@ -80,6 +81,33 @@ def test_names_within_the_root(root, monkeypatch):
     assert refused(resolve_image, {"x": root / "in"}, "x/../../secret.jpg") == "image outside its root"
     monkeypatch.chdir(root)
     assert open_image(resolve_image(type(root)(), "in/a b.jpg")).size == (24, 16)
+
+
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+@pytest.mark.parametrize("named", ["NFC", "NFD"])
+def test_names_are_found_in_whichever_form_of_unicode_the_disk_has_them(tmp_path, stored, named):
+    """macOS writes names in NFD, most else in NFC; a folder may come from one and its file from the other."""
+    on_disk, said = (lambda text, form=form: unicodedata.normalize(form, text) for form in (stored, named))
+    folder, name = on_disk("Fotos für später"), "Straßencafé 가.jpg"
+    (tmp_path / folder).mkdir()
+    picture = tmp_path / folder / said(name)  # the folder in one form, the file in the other
+    picture.write_bytes(encoded())
+    roots = {on_disk("é"): tmp_path / folder}
+    for found in (
+        resolve_image(tmp_path, said(f"Fotos für später/{name}")),
+        resolve_image(tmp_path / folder, on_disk(name)),
+        resolve_image(roots, said(f"é/{name}")),
+    ):
+        assert found.path == picture
+    other = (
+        tmp_path
+        / folder
+        / unicodedata.normalize("NFD" if said(name) != unicodedata.normalize("NFD", name) else "NFC", name)
+    )
+    other.write_bytes(b"another file, which has exactly this name")
+    assert resolve_image(tmp_path / folder, other.name).path == other
+    assert resolve_image(tmp_path / folder, picture.name).path == picture
+    assert refused(open_image, resolve_image(tmp_path, "schön.jpg")) == "missing image"
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

@@ -36,7 +36,7 @@ ALLOWED = {
     "serving": {"models"},
     "_moved": set(),
     "_plugins": set(),
-    "menu": set(),
+    "menu": {"choices"},
     "doctor": {"ops", "runtime"},
     "data": {"choices", "_plugins", "files"},
     "builtin": {"data"},

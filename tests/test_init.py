@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import unicodedata
 
 import jsonschema
 import pytest
@@ -172,6 +173,14 @@ def test_some_missing_images_are_told(world, capsys):
     assert "19 of the first 20 have images and can be used" in said and "missing image (1)" in said
     assert "cdistill data check data/mine.json --images data/pictures" in said
     assert load_recipe("recipe.yaml").name == world.name
+
+
+def test_a_folder_whose_names_are_in_another_form_of_unicode_is_found(world, capsys):
+    nfc, nfd = (unicodedata.normalize(form, "größe.jpg") for form in ("NFC", "NFD"))
+    (world / "data/pictures/0-0.jpg").rename(world / "data/pictures" / nfd)
+    write(world, [{**record(0), "image": nfc, "conversations": [*SAID, *turns("how many ?", "3")]}])
+    assert init() == 0
+    assert "images are in data/pictures" in capsys.readouterr().out
 
 
 def test_rows_whose_columns_have_other_names(world, capsys):

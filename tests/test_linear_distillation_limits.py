@@ -107,6 +107,7 @@ def test_the_measurement_of_memory_sees_the_logits_of_the_oracle(monkeypatch):
 
 BAD = [
     ({"temperature": 0.0}, "temperature must be a finite number above 0"),
+    ({"temperature": 1e-320}, "temperature must be between 1e-30 and 1e+30 in size, which fp32 can hold, got 1e-320"),
     ({"temperature": -1}, "temperature must be"),
     ({"temperature": float("inf")}, "temperature must be"),
     ({"temperature": float("nan")}, "temperature must be"),

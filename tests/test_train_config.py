@@ -191,9 +191,20 @@ def test_overrides_reach_every_level_and_are_yaml(path):
         recipe.seed = 4
 
 
+def test_five_mistakes_are_five_lines_whatever_they_are(path):
+    wrong = ["sede=1", "kd.temperature=1e-320", "output=~/runs", "vat.layers=middle", f"stage.dft.samples={10**30}"]
+    with pytest.raises(ValueError) as raised:
+        load_recipe(path, wrong)
+    lines = str(raised.value).splitlines()
+    assert len(lines) == 5
+    for override in wrong:
+        assert sum(override.partition("=")[0] in line for line in lines) == 1, (override, lines)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("output=~/runs", r"output must be written out, got '~/runs': shells alone know what ~ is"),
         ("sede=1", r"sede is not a known key; did you mean seed\?"),
         ("stage.dft.lr=1", r"stage\.dft\.lr is not a known key"),
         ("vat.rows=question", r"vat\.rows must be one of answer, predicting, text, visual, all, got 'question'"),
@@ -203,6 +214,14 @@ def test_overrides_reach_every_level_and_are_yaml(path):
         ("stage.dft.samples=1e30", r"stage\.dft\.samples must be a whole number"),
         (f"stage.dft.samples={2**63}", r"stage\.dft\.samples must be at most 9,007,199,254,740,992, got 9\.22e\+18"),
         ('output="a\\0b"', r"output must hold no null character, got 'a\\x00b'"),
+        ("stage.dft.data.turns=1001", r"stage\.dft\.data\.turns must be at most 1000, got 1001"),
+        ("stage.dft.data.sentences=1000000000", r"stage\.dft\.data\.sentences must be at most 1000, got"),
+        ("processes=1000000", r"processes must be at most 1024, got 1000000"),
+        (
+            "kd.temperature=1e-320",
+            r"kd\.temperature must be between 1e-30 and 1e\+30 in size, which fp32 can hold, got 1e-320",
+        ),
+        ("kd.weight=1e300", r"kd\.weight must be between 1e-30 and 1e\+30 in size"),
         ("workers=1000000", r"workers must be at most 1024, got 1000000"),
         ("student.lora={alpha: 0}", r"student\.lora\.alpha must be at least 1, got 0"),
         ("kd.temperature=0", r"kd\.temperature must be above 0"),

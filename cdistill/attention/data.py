@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cdistill.attention.models import Models, Reading
+from cdistill.choices import MOST_DRAWN, require_count
 from cdistill.data.images import open_image
 from cdistill.data.mix import open_source
 from cdistill.data.samples import BadSampleError, ImageFile, Sample
@@ -57,8 +58,7 @@ def sets_of(options: argparse.Namespace, *, answered: bool = True) -> list[Set]:
     Raises:
         ValueError: an option or file is not right, or a set has no question about an image.
     """
-    if options.limit < 1:
-        raise InputError(f"--limit must be at least 1, got {options.limit}")
+    require_count("--limit", options.limit, MOST_DRAWN)
     for name in ("data", "images"):
         folder = getattr(options, name)
         if folder is not None and not folder.is_dir():

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from cdistill.builtin import questions
 from cdistill.builtin.dataset import BuiltinDataset, Collator
 from cdistill.builtin.task import SUBTYPES, BuiltinTask
+from cdistill.choices import MOST_DRAWN, require_count
 from cdistill.data.samples import IGNORE_INDEX
 from cdistill.errors import InputError
 
@@ -117,8 +118,7 @@ def evaluate(
         ValueError: n or batch_size is not positive, or the model cannot see images.
     """
     for name, value in (("n", n), ("batch_size", batch_size)):
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
+        require_count(name, value, MOST_DRAWN)
     if modality == "image" and not hasattr(model.config, "vision_config"):
         raise InputError("modality must be text for a model without a vision encoder, got 'image'")
     was_training = model.training

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from cdistill.builtin.questions import COMPOSITIONAL, DIRECT
+from cdistill.choices import MOST_TURNS, require_count
 from cdistill.errors import InputError
 
 SUBTYPES = (*DIRECT, *COMPOSITIONAL)
@@ -49,9 +50,9 @@ class BuiltinTask:
             raise InputError(
                 "text must be 0 with modality text or without turns: it is the share of written scenes with questions"
             )
-        if self.sentences < 0:
-            raise InputError(f"sentences must not be negative, got {self.sentences}")
-        if self.turns < 0 or (self.turns == 0 and self.caption < 1.0):
+        require_count("sentences", self.sentences, MOST_TURNS, least=0)
+        require_count("turns", self.turns, MOST_TURNS, least=0)
+        if self.turns == 0 and self.caption < 1.0:
             raise InputError(f"turns must be at least 1 (0 where every sample has a caption), got {self.turns}")
         unknown = set(self.subtypes) - set(SUBTYPES)
         if unknown or not self.subtypes:

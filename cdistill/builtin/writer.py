@@ -22,6 +22,7 @@ from cdistill.builtin import english, questions, render, scenes
 from cdistill.builtin.dataset import BuiltinDataset
 from cdistill.builtin.scenes import COLOURS, GRID, RELATIONS, SHAPES, Scene, Thing
 from cdistill.builtin.task import BuiltinTask
+from cdistill.choices import MOST_DRAWN, require_count
 from cdistill.data.samples import IMAGE_TOKEN
 from cdistill.errors import InputError
 from cdistill.files import building
@@ -63,8 +64,7 @@ def write(task: str, folder: Path, *, n: int = 100, seed: int = 0, plain_english
     Raises:
         ValueError: the folder is not empty, or n is not positive.
     """
-    if n < 1:
-        raise InputError(f"--n must be at least 1, got {n}")
+    require_count("--n", n, MOST_DRAWN)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: is there already; name a folder that is new or empty")
     try:

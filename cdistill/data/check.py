@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from cdistill.choices import MOST_PROCESSES, require_count
 from cdistill.data.conversations import Encoder
 from cdistill.data.dataset import encode
 from cdistill.data.images import named_format, open_image, true_format
 from cdistill.data.presets import TEXT_ONLY
 from cdistill.data.samples import BadSampleError, ImageBytes, ImageFile, Mark, Sample, Source, Unread
 from cdistill.data.scan import starts_list
-from cdistill.errors import CdistillError, InputError
+from cdistill.errors import CdistillError
 from cdistill.files import writing
 
 CHUNK = 128  # records that a process takes at a time
@@ -123,8 +124,8 @@ def check(
         CheckError: a process died, as one without memory does.
         ValueError: ``workers`` is less than 1.
     """
-    if workers is not None and workers < 1:
-        raise InputError(f"workers must be at least 1, got {workers}")
+    if workers is not None:
+        require_count("workers", workers, MOST_PROCESSES)
     _look_at.cache_clear()
     tallies = [_Tally(source) for source in sources]
     tasks = [

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+from cdistill.choices import require_count
 from cdistill.data import presets
 from cdistill.errors import InputError
 from cdistill.files import write_text, writing
@@ -282,8 +283,7 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _show(options: argparse.Namespace, load_processor: LoadProcessor) -> int:
-    if options.n < 1:
-        raise InputError(f"n must be at least 1, got {options.n}")
+    require_count("n", options.n)
     if options.html is not None and not options.html.parent.is_dir():
         raise InputError(f"html: there is no folder {str(options.html.parent)!r}")
     source = _open(options)

@@ -11,7 +11,8 @@ import io
 import os
 import re
 import stat
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def resolve_image(roots: Roots, name: object) -> ImageFile:
     if leaves_folder(name):
         raise BadSampleError("image outside its root", f"absolute paths and '..' are refused: {name!r}")
     root, inner = _root_of(roots, name)
-    path = os.path.realpath(os.path.join(root, inner))
+    path = os.path.realpath(_as_stored(root, inner))
     if not os.path.join(path, "").startswith(os.path.join(os.path.realpath(root), "")):
         raise BadSampleError("image outside its root", f"{name!r} is a link to {path}: name a folder there as its root")
     return ImageFile(Path(path))
@@ -139,11 +140,34 @@ def _root_of(roots: Roots, name: str) -> tuple[Path, str]:
     if isinstance(roots, Path):
         return roots, name
     first, _, rest = name.partition("/")
-    if rest and first in roots:
-        return roots[first], rest
+    named = next((key for key in _forms(first) if key in roots), None) if rest and first else None
+    if named is not None:
+        return roots[named], rest
     if "" in roots:
         return roots[""], name
     raise BadSampleError("bad image path", f"no root for {name!r}, only for {', '.join(sorted(roots))}")
+
+
+def _forms(name: str) -> Iterator[str]:
+    """A name, and how the forms of Unicode write it: macOS stores names in NFD, most else is in NFC."""
+    yield name
+    if not name.isascii():
+        for form in ("NFC", "NFD"):
+            yield unicodedata.normalize(form, name)
+
+
+def _as_stored(root: Path, inner: str) -> str:
+    """A path below a root, each part in the form in which the disk has it; as it is given where it has none."""
+    path = os.path.join(root, inner)
+    if inner.isascii() or os.path.lexists(path):
+        return path
+    path = str(root)
+    for part in inner.split("/"):
+        path = next(
+            (each for form in _forms(part) if os.path.lexists(each := os.path.join(path, form))),
+            os.path.join(path, part),
+        )
+    return path
 
 
 def fetch_image(url: str) -> ImageBytes:

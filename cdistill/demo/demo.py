@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cdistill.choices import MOST_DRAWN, MOST_PROCESSES, require_count
 from cdistill.demo.page import page
 from cdistill.demo.result import DISTILLED, SFT, SHOWN, UNALIGNED, Demo
-from cdistill.errors import InputError
 from cdistill.files import write_text
 from cdistill.reproduce.command import PAIR
 from cdistill.reproduce.findings import Findings
@@ -43,9 +43,8 @@ def demo(*, output: Path, n: int, processes: int = 1, overrides: Sequence[str] =
         ValueError: n or processes is not positive, or an override does not fit.
         RunError: a run failed.
     """
-    for name, value in (("n", n), ("processes", processes)):
-        if value < 1:
-            raise InputError(f"--{name} must be at least 1, got {value}")
+    require_count("--n", n, MOST_DRAWN)
+    require_count("--processes", processes, MOST_PROCESSES)
     work = Reproduction(TABLE, PAIR, output, 1, n, overrides)
     runs = {run.row: run for run in (*work.rows(), work.teacher)}
     samples = sum(stage.samples for stage in runs[DISTILLED].recipe.stage.values())

@@ -19,6 +19,7 @@ from cdistill.builtin.dataset import NUM_VISUAL_TOKENS, BuiltinDataset, build_to
 from cdistill.builtin.questions import CHOICES
 from cdistill.builtin.scenes import IMAGE_SIZE
 from cdistill.builtin.scorer import FAMILIES, held_out_questions, standard_error, standard_error_of_mean
+from cdistill.choices import MOST_DRAWN, require_count
 from cdistill.data.samples import IGNORE_INDEX
 from cdistill.errors import InputError
 from cdistill.eval.benchmarks.builtin import BENCHMARK
@@ -45,8 +46,7 @@ class Exam:
     """
 
     def __init__(self, *, n: int = 500, seed: int = 0, modality: str = "image", pairs: str = "all") -> None:
-        if n < 1:
-            raise InputError(f"n must be at least 1, got {n}")
+        require_count("n", n, MOST_DRAWN)
         self.n, self.seed, self.modality = n, seed, modality
         self.tokenizer = build_tokenizer()
         self._drawn: dict[str, Prompt] = {}

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from cdistill.choices import MOST, MOST_DRAWN, MOST_PROCESSES, require_count
 from cdistill.errors import InputError
 from cdistill.eval import benchmarks
 from cdistill.files import write_text
@@ -90,9 +91,7 @@ def _check(options: argparse.Namespace) -> None:
     for name, value in (("n", options.n), ("seed", options.seed)):
         if value is not None and options.task != ["builtin"]:
             raise InputError(f"--{name} is of the built-in task; --limit takes a part of a benchmark")
-    for name, value in (("limit", options.limit), ("processes", options.processes)):
-        if value is not None and value < 1:
-            raise InputError(f"--{name} must be at least 1, got {value}")
+    _check_counts(options)
     if options.data is None and options.task != ["builtin"]:
         raise InputError(
             "--data must name the folder of the benchmark's files; `cdistill eval presets` says what to fetch"
@@ -102,6 +101,12 @@ def _check(options: argparse.Namespace) -> None:
             raise InputError(f"--{name}: there is no folder {str(value)!r}")
     if options.resume and options.output is None:
         raise InputError("--resume needs --output, the folder to go on with")
+
+
+def _check_counts(options: argparse.Namespace) -> None:
+    for name, most in (("n", MOST_DRAWN), ("limit", MOST), ("processes", MOST_PROCESSES)):
+        if getattr(options, name) is not None:
+            require_count(f"--{name}", getattr(options, name), most)
 
 
 def _share(options: argparse.Namespace) -> int:
@@ -134,6 +139,7 @@ def _builtin_task(options: argparse.Namespace) -> int:
     given += ["processes"] if options.processes != 1 else []
     if given:
         raise InputError(f"--{given[0]} is of benchmarks: name one with --task (`cdistill eval presets` lists them)")
+    _check_counts(options)
     from cdistill.eval import builtin_task
 
     result, modality = builtin_task.evaluate_model(options)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from cdistill.choices import MOST_PROCESSES
 from cdistill.data.command import column_names
 from cdistill.errors import InputError
 from cdistill.files import write_text
@@ -78,6 +79,8 @@ def main(options: argparse.Namespace) -> int:
 def _target(text: str) -> Path:
     """The file to write. Raises ValueError if something has its name."""
     target = Path(text)
+    if not text.isprintable():
+        raise InputError(f"{text!r} holds characters that cannot be shown: the recipe is named by it, so take another")
     if target.suffix.lower() not in _YAML:
         if target.exists() and not target.is_dir():
             raise InputError(f"{target} is a file already: name a folder, or a recipe that ends in {_YAML[0]}")
@@ -124,11 +127,11 @@ def _machine(options: argparse.Namespace, asks: bool) -> Machine:
     """What the run is for."""
     import torch
 
-    from cdistill.init.recipe import MOST_GPUS, Machine
+    from cdistill.init.recipe import Machine
 
     def number(text: str) -> int:
-        if not text.isdecimal() or int(text) > MOST_GPUS:
-            raise InputError(f"gpus must be a number from 0 to {MOST_GPUS}, got {text!r}")
+        if not text.isdecimal() or int(text) > MOST_PROCESSES:
+            raise InputError(f"gpus must be a number from 0 to {MOST_PROCESSES}, got {text!r}")
         return int(text)
 
     given = None if options.gpus is None else str(options.gpus)

@@ -15,7 +15,6 @@ from cdistill.plan.memory import Plan, plan
 from cdistill.plan.suggestions import suggestions
 from cdistill.train.recipes import Recipe, recipe_from_dict, with_overrides
 
-MOST_GPUS = 1024
 MOST_BATCH = 128  # the paper's
 MICRO = {"cuda": 8, "cpu": 4}  # samples of a process at a time, to begin with
 LENGTH = 2048  # the paper's

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from cdistill.data.check import Bad
 from cdistill.data.check import look as look_at
 from cdistill.data.conversations import Encoder
 from cdistill.data.dataset import encode
+from cdistill.data.images import resolve_image
 from cdistill.data.mix import open_source
 from cdistill.data.samples import BadSampleError, ImageFile, Source
 from cdistill.errors import InputError
@@ -139,8 +141,14 @@ def _roots(path: str, source: Source) -> Iterator[str]:
         *(folder for around in (beside, beside.parent) for folder in sorted(around.glob("*/"))[:100]),
     ]
     for folder in folders if names else ():
-        if any((folder / name).is_file() for name in names):
+        if any(_is_there(folder, name.as_posix()) for name in names):
             yield str(folder)
+
+
+def _is_there(folder: Path, name: str) -> bool:
+    with suppress(BadSampleError):
+        return resolve_image(folder, name).path.is_file()
+    return False
 
 
 def _require_images(path: str, looked: int, text_only: int, bad: Counter[str], example: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from cdistill.choices import DIVERGENCES
+from cdistill.choices import DIVERGENCES, NOT_EXTREME, too_extreme
 from cdistill.errors import InputError
 from cdistill.ops._contract import (
     DTYPES,
@@ -60,9 +60,10 @@ def _require_topk(topk: Any, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def require_number(name: str, value: Any, low: float, high: float, text: str) -> float:
-    """Raise ValueError unless low < value < high, which ``text`` says in words."""
+    """Raise ValueError unless low < value < high, which ``text`` says in words, without the size that fp32 can hold."""
     if not is_number(value) or not low < value < high:
-        raise InputError(f"{name} must be {text}, got {value!r}")
+        fits = low < 0 or not is_number(value) or value <= 0 or not too_extreme(value)
+        raise InputError(f"{name} must be {text if fits else NOT_EXTREME}, got {value!r}")
     return float(value)
 
 

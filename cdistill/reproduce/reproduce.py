@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from cdistill.choices import MOST_DRAWN, MOST_PROCESSES, MOST_SEEDS, require_count
 from cdistill.errors import InputError
 from cdistill.files import owned, write_text
 from cdistill.reproduce import page, runs, text
@@ -47,9 +48,12 @@ def reproduce(
             ``resume``, or no run to tell of.
         Stopped: a signal came.
     """
-    for key, value in (("seeds", seeds), ("processes", processes), ("n", n)):
-        if value < 1:
-            raise InputError(f"--{key} must be at least 1, got {value}")
+    for key, value, most in (
+        ("seeds", seeds, MOST_SEEDS),
+        ("processes", processes, MOST_PROCESSES),
+        ("n", n, MOST_DRAWN),
+    ):
+        require_count(f"--{key}", value, most)
     work = Reproduction(table, pair, output, seeds, n)
     if train:
         work.train(processes=processes, resume=resume, keep=keep)

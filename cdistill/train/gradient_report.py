@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cdistill.choices import require_count
 from cdistill.errors import InputError
 from cdistill.files import write_text
 from cdistill.menu import recipe_argument
@@ -79,8 +80,7 @@ def measure(
     from cdistill.train.gradients import balanced_weight, gradient_norms
     from cdistill.train.resolve import resolve
 
-    if samples < 1:
-        raise InputError(f"--samples must be at least 1, got {samples}")
+    require_count("--samples", samples)
     run = resolve(replace(recipe, vat=replace(recipe.vat, weight=1.0)), world=1)
     chosen = run.stages[_index(recipe, stage)]
     before = run.stages[chosen.index - 1].folder if chosen.index else None

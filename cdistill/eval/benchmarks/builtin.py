@@ -9,7 +9,7 @@ from types import MappingProxyType
 from PIL import Image
 
 from cdistill.builtin.questions import COMPOSITIONAL, RECOGNITION
-from cdistill.errors import InputError
+from cdistill.choices import MOST_DRAWN, require_count
 from cdistill.eval.benchmarks.base import Base, fact, unit
 from cdistill.eval.contract import Answer, Question
 from cdistill.eval.statistics import Tally
@@ -35,8 +35,7 @@ class Builtin(Base):
         """``n`` questions of each sub-type, those of `cdistill.builtin.scorer.evaluate`; ``text`` writes the scene out."""
         from cdistill.builtin.scorer import held_out_questions
 
-        if n < 1:
-            raise InputError(f"n must be at least 1, got {n}")
+        require_count("n", n, MOST_DRAWN)
         result = []
         for subtype in (*RECOGNITION, *COMPOSITIONAL):
             data = held_out_questions(subtype, n=n, seed=seed, modality=modality)

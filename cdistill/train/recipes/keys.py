@@ -19,11 +19,10 @@ from cdistill.choices import BelowOne, KDConfig, NotNegative, OnPolicyConfig, Po
 from cdistill.eval import benchmarks
 from cdistill.train.objectives import OBJECTIVES
 from cdistill.train.recipes.models import StudentConfig, TeacherConfig, TeacherMemory
-from cdistill.train.recipes.section import STRICT, AtLeastOne, Count, Keys, ZeroStage
+from cdistill.train.recipes.section import STRICT, AtLeastOne, Count, Keys, Processes, Turns, Workers, ZeroStage
 from cdistill.train.recipes.sequences import sequence_problems
 from cdistill.train.recipes.teachers import Teachers, teachers_problems
 
-MOST_WORKERS = 1024
 LAST_SEED = 4_294_967_000  # numpy's seeds have 32 bits, and every stage adds its number
 STAGE_NAME = re.compile(r"[A-Za-z0-9_]{1,64}")  # as `cdistill.models.load.STAGE` has it
 TemplatePath: TypeAlias = Annotated[str, StringConstraints(pattern=r"\.jinja$")]
@@ -51,9 +50,9 @@ class DataConfig(Keys):
     """Built-in task: show the scene as pixels, or write it out before the first question."""
     caption: float = BuiltinTask.caption
     """Built-in task: share of samples whose first turn asks for a caption, from 0 to 1."""
-    sentences: Count = BuiltinTask.sentences
+    sentences: Turns = BuiltinTask.sentences
     """Built-in task: sentences of a caption beyond the list of objects."""
-    turns: Count = BuiltinTask.turns
+    turns: Turns = BuiltinTask.turns
     """Built-in task: questions of a sample."""
     subtypes: tuple[str, ...] = BuiltinTask.subtypes
     """Built-in task: kinds of questions, drawn uniformly."""
@@ -274,7 +273,7 @@ class Recipe(Teachers, Keys):
     """Sections, one for each stage, by names of your own; a section called dpt, dft and so on has that objective."""
     seed: Annotated[int, Ge(0), Le(LAST_SEED)] = 0
     """Decides fresh weights, the order of samples and dropout: equal seeds give equal bits on the same machine."""
-    processes: AtLeastOne = 1
+    processes: Processes = 1
     """Data-parallel processes started on this machine; torchrun and the deepspeed launcher start them themselves."""
     sequence_parallel: AtLeastOne = 1
     """Processes that share every sequence, by DeepSpeed's Ulysses: each has a part of the tokens, and in attention all tokens
@@ -291,7 +290,7 @@ class Recipe(Teachers, Keys):
     """Put samples of similar length, or of one modality and similar length, into a batch, in a random order of batches."""
     packing: bool = False
     """Put the samples of a micro-batch into as few rows of at most max_length tokens as they fit into."""
-    workers: Annotated[int, Ge(0), Le(MOST_WORKERS)] = 0
+    workers: Workers = 0
     """Processes of each training process that read samples ahead; what they read does not depend on how many."""
     max_bad_samples: Count = 100
     """Samples of a stage's data set that may be left out because they cannot be used; more end the run."""
@@ -319,7 +318,7 @@ class Recipe(Teachers, Keys):
     """Factor of the terms that a baseline's objective has beside ar and kd; auto for each as vat.weight."""
 
     def problems(self) -> Iterator[str]:
-        if not self.output:
+        if not self.output.strip():
             yield "output must name a folder"
         if not self.stages:
             yield "stages must name at least one section of stage"

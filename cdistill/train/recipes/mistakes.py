@@ -11,14 +11,13 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from cdistill.choices import range_in_words
+from cdistill.choices import MOST, NOT_EXTREME, begins_at_home, in_short, range_in_words, too_extreme
 from cdistill.data import strict_yaml
 from cdistill.errors import InputError
 from cdistill.runtime.errors import Mistakes
 
 T = TypeVar("T")
 Node = dict[str, Any]  # of a JSON schema
-MOST = 1 << 53  # of a whole number: JSON has no greater ones that everybody reads alike
 _WORDS = {"integer": "a whole number", "number": "a number", "string": "a string"}
 _LEAST, _MOST = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 _OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
@@ -38,12 +37,15 @@ def build(cls: type[T], content: Any) -> T:
         text = json.dumps(values)
     except TypeError as error:
         raise InputError(f"a recipe holds plain values, as YAML does: {error}") from None
-    if unusable := list(_unusable(values)):
-        raise Mistakes("\n".join(unusable))
+    lines = list(_unusable(values))
     try:
-        return _adapter(of).validate_json(text)
+        built: T = _adapter(of).validate_json(text)
     except ValidationError as error:
-        lines = _lines(error.errors(include_url=False), root)
+        told = {line.split(" ")[0] for line in lines}
+        lines += [line for line in _lines(error.errors(include_url=False), root) if line.split(" ")[0] not in told]
+    else:
+        if not lines:
+            return built
     if isinstance(values, Mapping):
         _section(of, values, "", lines)
     raise Mistakes("\n".join(dict.fromkeys(lines)))
@@ -58,9 +60,11 @@ def _unusable(value: Any, key: str = "") -> Iterator[str]:
         for i, item in enumerate(value):
             yield from _unusable(item, f"{key}[{i}]")
     elif isinstance(value, int) and abs(value) > MOST:
-        bits = value.bit_length()
-        given = f"{value:.3g}" if bits < 1000 else f"one of {bits} bits"  # which a float may not hold
-        yield f"{key} must be at most {MOST:,}, got {given}"
+        yield f"{key} must be at most {MOST:,}, got {in_short(value)}"
+    elif isinstance(value, float) and too_extreme(value):
+        yield f"{key} must be {NOT_EXTREME}, got {value}"
+    elif isinstance(value, str) and begins_at_home(value):
+        yield f"{key} must be written out, got {value!r}: shells alone know what ~ is"
     elif isinstance(value, str) and "\0" in value:
         yield f"{key} must hold no null character, got {value!r:.80}"
 

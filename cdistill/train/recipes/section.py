@@ -3,16 +3,20 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeAlias
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from pydantic import BeforeValidator, ConfigDict
 from pydantic_core import PydanticKnownError
 
+from cdistill.choices import MOST_PROCESSES, MOST_TURNS
 from cdistill.errors import InputError
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 
 AtLeastOne: TypeAlias = Annotated[int, Ge(1)]
 Count: TypeAlias = Annotated[int, Ge(0)]
+Turns: TypeAlias = Annotated[int, Ge(0), Le(MOST_TURNS)]
+Processes: TypeAlias = Annotated[int, Ge(1), Le(MOST_PROCESSES)]
+Workers: TypeAlias = Annotated[int, Ge(0), Le(MOST_PROCESSES)]
 
 
 def _off(value: Any) -> Any:
