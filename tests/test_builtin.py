@@ -1,5 +1,6 @@
 """The built-in task: its questions are true of its pixels, its splits are apart, and text alone answers nothing."""
 
+import hashlib
 import itertools
 import math
 import os
@@ -288,6 +289,17 @@ def test_a_sample_depends_on_seed_and_index_only():
     for other in (items(11, range(12)), items(10, range(12), held_out=True)):
         assert not any(torch.equal(forward[i]["pixel_values"], other[i]["pixel_values"]) for i in range(12))
     assert not torch.equal(forward[0]["pixel_values"], forward[1]["pixel_values"])
+
+
+def test_samples_are_those_of_the_results_that_are_kept():
+    """One random number more or less makes other samples, and kept results those of another task."""
+    tasks = (BuiltinTask(), BuiltinTask(caption=1.0, turns=0), BuiltinTask(caption=0.3, text=0.3, one_kind=True))
+    digest = hashlib.sha256()
+    for task, held_out in itertools.product(tasks, (False, True)):
+        data = BuiltinDataset(task, size=12, seed=7, held_out=held_out, tokenizer=TOKENIZER)
+        for i in range(12):
+            digest.update(" ".join(TOKENIZER.convert_ids_to_tokens(data[i]["input_ids"])).encode())
+    assert digest.hexdigest()[:16] == "0725bc05d0a6948d"
 
 
 def test_index_outside_the_dataset_is_refused():

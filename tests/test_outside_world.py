@@ -248,7 +248,7 @@ def test_a_damaged_log_costs_no_result(recipe, tmp_path, capsys, damage):
 
 
 def test_a_stage_that_has_learned_nothing_is_not_done(recipe, tmp_path, capsys):
-    words = ["train", recipe, "stages=[sft]", "stage.sft.learning_rate=1e38", "stage.sft.samples=40"]
+    words = ["train", recipe, "stages=[sft]", "stage.sft.learning_rate=1e29", "stage.sft.samples=40"]
     line = said_last(capsys, words)
     assert "1-sft" in line and "learning_rate" in line
     assert not (tmp_path / "run" / "1-sft").exists()

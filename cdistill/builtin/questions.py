@@ -193,7 +193,7 @@ def ask_any(scene: Scene, subtypes: tuple[str, ...], rng: random.Random, pairs: 
     right answer as often as in a wrong one, so that they give nothing away.
     """
     for subtype in rng.sample(subtypes, len(subtypes)):
-        right = rng.random() < 0.5
+        right = pairs != "all" and rng.random() < 0.5  # no number is drawn for samples that never had one
         for _ in range(1 if pairs == "all" else TRIES):
             question = ask(scene, subtype, rng)
             if question is not None and _fits(question, scene, pairs, right):
