@@ -133,7 +133,7 @@ def _with_slopes(call: Call, results: list[torch.Tensor], gradients: list[torch.
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
-    return x.flatten().clone().view(torch.uint8)
+    return x.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def _largest(x: torch.Tensor) -> float:
