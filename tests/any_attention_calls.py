@@ -51,7 +51,10 @@ def near_lse(d: Drawing, q: torch.Tensor, k: torch.Tensor, **seen: Any) -> torch
     """Somewhat off the log-sum-exp, and whatever where no key is seen."""
     lse = reference.flash_attention(q.float(), k.float(), k.float(), **seen)[1]
     lse = lse + 0.3 * torch.randn(lse.shape, generator=d.generator)
-    return d.laid_out(lse if d.chance(2) else lse.masked_fill(lse.isinf(), 0.5))
+    lse = lse if d.chance(2) else lse.masked_fill(lse.isinf(), 0.5)
+    return d.laid_out(
+        lse, alike=0 if lse.isinf().any() else 9
+    )  # that of a row that sees nothing must not become all rows'
 
 
 def _seen(made: dict[str, Any]) -> dict[str, Any]:
@@ -151,7 +154,8 @@ def _target(d: Drawing, made: dict[str, Any]) -> torch.Tensor:
         target *= torch.rand(shape, generator=d.generator) < 0.7
     padding = (rows < 0)[:, :, None] | (cols < 0)[:, None]
     target = target.masked_fill(padding[:, None] if made["heads"] == "each" else padding, torch.nan)
-    return d.laid_out(target.to(d.one_of(*d.dtypes, torch.float32, torch.float64)))
+    dtype = d.one_of(*d.dtypes, torch.float32, torch.float64)
+    return d.laid_out(target.to(dtype), alike=0 if padding.any() else 9)  # NaN of padding must not become that of all
 
 
 def _alignment(d: Drawing, values: bool = False) -> dict[str, Any]:
