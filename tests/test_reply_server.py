@@ -9,6 +9,7 @@ import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,6 +41,8 @@ class StandIn(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         fault, server = self.server.fault, self.server
         server.asked.append(self.path)
+        if self.path == "/collective_rpc" and server.asked.count(self.path) == server.fails_at:
+            return self.answer(500, {"error": {"message": "the engine has ended"}})
         if self.path in server.closed:
             return self.answer(server.closed[self.path], {"error": {"message": "disabled"}})
         if self.path == "/collective_rpc":
@@ -85,6 +88,8 @@ class StandIn(BaseHTTPRequestHandler):
             tokens[0] = min(int(token) for token in asked["logit_bias"])
         if fault == "long":
             tokens, found = tokens * 9, found * 9
+        if fault == "unknown":
+            tokens[0] = 10**9
         if fault == "empty":
             return {"choices": []}
         entries = [{"token_id": t, "logprob": x} for t, x in zip(tokens, found, strict=True)]
@@ -96,7 +101,7 @@ class StandIn(BaseHTTPRequestHandler):
     def answer(self, status, body):
         text = json.dumps(body).encode() if self.server.fault != "no JSON" or self.command == "GET" else b"<html>"
         self.send_response(status)
-        self.send_header("Content-Length", str(len(text)))
+        self.send_header("Content-Length", str(len(text) + 9 * (self.server.fault == "cut")))
         self.end_headers()
         self.wfile.write(text)
 
@@ -117,7 +122,7 @@ def running():
 
 @pytest.fixture
 def server(running):
-    running.fault, running.closed, running.asked = "", {}, []
+    running.fault, running.closed, running.asked, running.fails_at = "", {}, [], None
     return running
 
 
@@ -163,6 +168,8 @@ def test_a_server_answers_as_the_student_itself(student, server, tmp_path):
         ("special", "answers what it was not asked for"),
         ("long", "answers what it was not asked for"),
         ("images", r"sees \d+ tokens of a prompt of \d+: its processor makes others of images"),
+        ("unknown", "answers what it was not asked for"),
+        ("cut", "does not answer /inference/v1/generate: IncompleteRead"),
         ("empty", "answers without tokens and log-probabilities"),
         ("no JSON", "does not answer /inference/v1/generate"),
         ("slow", "does not answer /inference/v1/generate: timed out"),
@@ -244,11 +251,27 @@ def test_a_student_with_lora_is_refused(student, server, tmp_path):
         asked.require_servable(model)
 
 
+def take_up_on_a_rank(url, models, folder):
+    built = build_models(recipe_from_dict(recipe_values(folder / "unused", models)))
+    rollouts = rollouts_of((built.student, built.processor, built.tokenizer), SimpleNamespace(url=url), folder)
+    rollouts.begin_step()
+    return rollouts(scenes()[0], 40)["input_ids"].tolist()
+
+
+def test_every_process_asks_the_server_that_the_first_has_told(server, models, tmp_path, ranks):
+    first, second = ranks.call(take_up_on_a_rank, server.url, models, tmp_path)
+    assert first == second and server.asked.count("/collective_rpc") == 1
+
+
 def test_a_run_asks_a_server(models, server, tmp_path):
     def opd(name, generation):
-        values = recipe_values(tmp_path / name, models, stages=["opd"])
+        values = recipe_values(tmp_path / name, models, stages=["opd"], save_steps=1)
         values["stage"]["opd"] = dict(values["stage"]["dft"]) | {"generation": generation}
-        run(recipe_from_dict(values))
+        if name == "server":
+            server.fails_at = 2
+            with pytest.raises(RunError, match="go on with --resume"):
+                run(recipe_from_dict(values))
+        run(recipe_from_dict(values), resume=name == "server")
         return metrics(tmp_path / name), (tmp_path / name / "replies.jsonl").read_text()
 
     generation = {"on_policy": 0.75, "max_new_tokens": 6, "temperature": 0.0}

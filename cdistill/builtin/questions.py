@@ -208,17 +208,17 @@ def _fits(question: Question, scene: Scene, pairs: str, right: bool) -> bool:
     if question.subtype == "existence" and (question.answer == "yes") != right:
         return False  # or yes, of which fewer are left out, would be right more often
     if pairs == "seen":
-        return not _unseen(question.text)
+        return not _names_unseen(question.text)
     if question.subtype in COMPOSITIONAL:
         captions = dict(zip(CAPTIONS, re.split(" [AB] ", question.text)[1:], strict=True))
-        true = _unseen(captions.pop(question.answer))
-        false = _unseen(*captions.values())
-        return true == false > 0 if question.subtype in _SAME_NAMES else (true > 0, false > 0) == (right, not right)
+        true = _names_unseen(captions.pop(question.answer))
+        (wrong,) = captions.values()
+        false = _names_unseen(wrong)
+        return true and false if question.subtype in _SAME_NAMES else (true, false) == (right, not right)
     if question.subtype == "colour":
         return any(t.name in UNSEEN and f" {t.shape} " in question.text for t in scene)
-    return question.subtype == "count" or _unseen(question.text) > 0
+    return question.subtype == "count" or _names_unseen(question.text)
 
 
-def _unseen(text: str) -> int:
-    """How many of the pairs that are left out a text names."""
-    return sum(name in text for name in UNSEEN)
+def _names_unseen(text: str) -> bool:
+    return any(name in text for name in UNSEEN)

@@ -44,8 +44,8 @@ def refuse_misread(batch: Mapping[str, Any], own: Collection[str], visual_ids: C
             require_on_device((~both | (first[:, 1:] >= first[:, :-1])).all(), _PACKED)
     others = batch.keys() - {*own, *TEXT_INPUTS, *TOKEN_TYPES}
     if ids is not None and visual_ids and not any(_may_hold_images(name, batch[name]) for name in others):
-        visual = torch.tensor(sorted(visual_ids), device=ids.device)
-        require_on_device(~torch.isin(ids, visual).any(), _UNSEEN)
+        for token in visual_ids:  # a tensor of them would be copied to the device, and waited for, at every step
+            require_on_device((ids != token).all(), _UNSEEN)
 
 
 def _may_hold_images(name: str, value: Any) -> bool:

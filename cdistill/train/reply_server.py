@@ -15,14 +15,16 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -79,7 +81,7 @@ class ReplyServer:
     """
 
     def __init__(self, url: str, folder: Path, processor: Any, *, seconds: float, key: str) -> None:
-        self.url, self.host, self.port = *_place(url, key), urlsplit(url).port or 80
+        self.url, self.host, self.port = _place(url, key)
         self.folder, self.processor, self.key = folder.absolute(), processor, key
         self.seconds, self.begun = seconds or float("inf"), False
         self._images = getattr(processor, "image_processor", None)
@@ -99,6 +101,7 @@ class ReplyServer:
             RunError: it is gone later on.
         """
         on_first_process(lambda: self._take(student))
+        self.begun = True
 
     def _take(self, student: PreTrainedModel) -> None:
         write_student(student, self.processor, self.folder, self.key)
@@ -107,7 +110,6 @@ class ReplyServer:
         self._ask(RELOAD, {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}})
         for path in CACHES:
             self._ask(path, {})
-        self.begun = True
 
     def replies(
         self,
@@ -117,6 +119,7 @@ class ReplyServer:
         visual: set[int],
         stops: Sequence[int],
         refused: Sequence[int],
+        vocabulary: int,
     ) -> list[Served]:
         """What the server answers, asked side by side.
 
@@ -125,7 +128,7 @@ class ReplyServer:
             config: temperature and top_p.
             visual: ids of visual tokens.
             stops: tokens that end a reply.
-            refused: tokens that no reply may have.
+            refused: tokens that no reply may have, below ``vocabulary``, how many the student knows.
 
         Raises:
             RunError: the server is gone, slow or refuses, or answers what was not asked for.
@@ -138,6 +141,8 @@ class ReplyServer:
             "logprobs": 0,
         }
 
+        barred = set(refused)
+
         def one(prompt: Prompt) -> Served:
             body: dict[str, Any] = {
                 "token_ids": _once_a_picture(prompt.ids, visual, len(prompt.pictures)),
@@ -145,7 +150,9 @@ class ReplyServer:
             }
             if prompt.pictures:
                 body["content_parts"] = [{"type": "image_url", "url": _data_url(x)} for x in prompt.pictures]
-            return self._read(self._ask(GENERATE, body), prompt, set(refused))
+            return self._read(
+                self._ask(GENERATE, body), prompt, lambda token: 0 <= token < vocabulary and token not in barred
+            )
 
         with ThreadPoolExecutor(max(1, len(prompts))) as pool:
             return list(pool.map(one, prompts))
@@ -167,10 +174,11 @@ class ReplyServer:
             torch.tensor(value if normalised else plain).view(3, 1, 1)
             for value, plain in ((images.image_mean, [0.0] * 3), (images.image_std, [1.0] * 3))
         )
-        levels = ((pixels.float().cpu() * std + mean) / step).round().clamp(0, 255).to(torch.uint8)
+        pixels = pixels.float().cpu()
+        levels = ((pixels * std + mean) / step).round().clamp(0, 255).to(torch.uint8)
         found = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in levels]
         again = images(images=found, return_tensors="pt")["pixel_values"]
-        if again.shape != pixels.shape or ((again - pixels.float().cpu()).abs() > 0.51 * step / std).any():
+        if again.shape != pixels.shape or ((again - pixels).abs() > 0.51 * step / std).any():
             raise self.unfit(f"{type(images).__name__} makes other pixels of a picture of {tuple(pixels.shape[2:])}")
         return found
 
@@ -185,18 +193,18 @@ class ReplyServer:
                 "weights, or processes them (--logprobs-mode)"
             )
 
-    def _read(self, answer: Any, prompt: Prompt, refused: set[int]) -> Served:
+    def _read(self, answer: Any, prompt: Prompt, allowed: Callable[[int], bool]) -> Served:
         try:
             choice, seen = answer["choices"][0], answer["usage"]["prompt_tokens"]
             tokens = [int(token) for token in choice["token_ids"]]
             found = [float(entry["logprob"]) for entry in choice["logprobs"]["content"]]
-        except (KeyError, IndexError, TypeError, ValueError):
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError):
             raise self._ended(f"answers without tokens and log-probabilities: {str(answer)[:LONGEST]}") from None
         if seen != len(prompt.ids):
             raise self._ended(
                 f"sees {seen} tokens of a prompt of {len(prompt.ids)}: its processor makes others of images"
             )
-        if len(tokens) != len(found) or not 0 < len(tokens) <= prompt.limit or not refused.isdisjoint(tokens):
+        if len(tokens) != len(found) or not 0 < len(tokens) <= prompt.limit or not all(map(allowed, tokens)):
             raise self._ended(f"answers what it was not asked for: {str(tokens)[:LONGEST]}")
         return Served(tokens, found)
 
@@ -208,7 +216,7 @@ class ReplyServer:
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                     return
-            except OSError as error:
+            except (OSError, HTTPException) as error:
                 if time.monotonic() - start > self.seconds:
                     raise InputError(
                         f"{self.key}: {self.url} is not there ({one_line(error)}); start it by {command}"
@@ -232,7 +240,7 @@ class ReplyServer:
             needed = {RELOAD: "VLLM_SERVER_DEV_MODE=1", GENERATE: "--enable-scale-out"}.get(path, "")
             hint = f"; start it with {needed}" if error.code in (403, 404, 405) and needed else ""
             raise self._ended(f"refuses {path} ({error.code}: {said}){hint}") from None
-        except (OSError, ValueError) as error:  # gone or slow; what it says is no JSON
+        except (OSError, HTTPException, ValueError) as error:  # gone, slow or cut off; what it says is no JSON
             raise self._ended(f"does not answer {path}: {one_line(error)}") from None
 
     def _ended(self, what: str) -> InputError | RunError:
@@ -266,7 +274,7 @@ def write_student(student: PreTrainedModel, processor: Any, folder: Path, key: s
             processor.save_pretrained(part)
             publish(part, key)
             _untie(part, key)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"{key}: {folder} could not be written ({one_line(error)})") from None
 
 
@@ -283,16 +291,17 @@ def _untie(folder: Path, key: str) -> None:
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _place(url: str, key: str) -> tuple[str, str]:
-    """A URL without its last slash, and its host."""
+def _place(url: str, key: str) -> tuple[str, str, int]:
+    """A URL without its last slash, its host and its port."""
     try:
         parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
         fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         fits = False
     if not fits or parts.query or parts.fragment or parts.path not in ("", "/"):
         raise InputError(f"{key} must be http://HOST:PORT of a vLLM server, got {url!r}")
-    return url.rstrip("/"), str(parts.hostname)
+    return url.rstrip("/"), str(parts.hostname), port
 
 
 def _once_a_picture(ids: Sequence[int], visual: set[int], pictures: int) -> list[int]:

@@ -130,8 +130,6 @@ class Rollouts:
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         written = set(tokenizer.get_vocab().values()) - special - self.visual - set(self.stops)
         self.allowed = torch.tensor(sorted([*written, *self.stops]))
-        vocabulary = student.get_input_embeddings().weight.shape[0]
-        self.refused = sorted(set(range(vocabulary)) - written - set(self.stops))
         self.replies: list[Reply] = []
         self.pads: bool | None = None
         self._said = [0, 0, 0]  # replies, their tokens, and those that ended, since the last log
@@ -256,7 +254,11 @@ class Rollouts:
             Prompt(row.ids, server.pictures(of.get("pixel_values")), self._limit(row), int(row.draws[0] * 2**53))
             for row, of in zip(rows, images, strict=True)
         ]
-        found = server.replies(prompts, self.config, visual=self.visual, stops=self.stops, refused=self.refused)
+        vocabulary = self.student.get_input_embeddings().weight.shape[0]
+        refused = sorted(set(range(vocabulary)).difference(self.allowed.tolist()))
+        found = server.replies(
+            prompts, self.config, visual=self.visual, stops=self.stops, refused=refused, vocabulary=vocabulary
+        )
         first, tokens = rows[0], found[0].tokens
         said = _Row(first.ids + tokens, [], {n: of + [0] * len(tokens) for n, of in first.types.items()}, first.number)
         logits = self.student(**self._inputs([said], images[:1]), use_cache=False).logits[0]
